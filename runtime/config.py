@@ -1,0 +1,160 @@
+"""Reads YAML and TOML into strict, frozen pydantic models, and explains in one line what does not fit.
+
+Knows formats, not meanings. Start at `Strict` and `parse`.
+"""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from runtime.errors import ConfigError
+
+
+class Strict(BaseModel):
+    """Base of all data from outside: unknown keys are errors, values never change after reading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 scalars, which refuses a key written twice.
+
+    `1e-5` is a number, and `no` stays a word: `save_strategy: no` means the strategy "no", while a
+    boolean field still takes `no` for false (pydantic reads it).
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1 and key.value != "<<":
+                problem = f"key {key.value!r} is written twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+_FLOAT = re.compile(
+    r"[-+]?(?:\.\d+|\d+(?:\.\d*)?)(?:[eE][-+]?\d+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+)
+_BOOLEAN = re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")
+_REPLACED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
+_Loader.yaml_implicit_resolvers = {
+    first: [entry for entry in entries if entry[0] not in _REPLACED]
+    for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOLEAN, list("tTfF"))
+
+
+def read_text(path: Path) -> str:
+    """Return the text of `path`; ConfigError when it is missing, unreadable or not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a directory, expected a file") from None
+    except PermissionError:
+        raise ConfigError(f"{path}: permission denied; make it readable for this user") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
+
+
+def yaml_documents(text: str, where: str) -> list[dict[str, Any]]:
+    """Return the non-empty YAML documents of `text`, each a mapping; `where` names the file in errors."""
+    try:
+        documents = [d for d in yaml.load_all(text, Loader=_Loader) if d is not None]  # noqa: S506
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{where}:{line} not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    for document in documents:
+        if not isinstance(document, dict):
+            raise ConfigError(f"{where}: expected keys and values, found {describe(document)}")
+    return documents
+
+
+def toml_document(text: str, where: str) -> dict[str, Any]:
+    """Return the TOML table of `text`; `where` names the file in errors."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where}: not valid TOML: {error}") from None
+
+
+def parse(model: type[Model], data: Any, where: str) -> Model:
+    """Return `data` as a `model`; ConfigError naming file, key, value and expectation otherwise."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, model, where)) from None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return " (did you mean 'a' or 'b'?)" for the known words closest to `word`, or ""."""
+    lowered = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), lowered, n=3, cutoff=0.6)
+    return f" (did you mean {' or '.join(repr(lowered[name]) for name in close)}?)" if close else ""
+
+
+def describe(value: Any) -> str:
+    """Return a short name for what `value` is, as a user of YAML would call it."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    return repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+
+
+def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    problems = error.errors(include_url=False, include_context=True)
+    first = problems[0]
+    path = ".".join(str(part) for part in first["loc"])
+    more = f" ({len(problems) - 1} more like it)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(model, first["loc"][:-1])
+        hint = nearest(str(first["loc"][-1]), known) or f"; known: {', '.join(sorted(known))}"
+        return f"{where}: unknown key '{path}'{hint}{more}"
+    if first["type"] == "missing":
+        return f"{where}: '{path}' is missing{more}"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if first["type"] != "value_error":
+        message = f"is {describe(first['input'])}: {message}"
+    return f"{where}: '{path}' {message}{more}" if path else f"{where}: {message}{more}"
+
+
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
+    """Return the keys (aliases first) that `model` takes at `location`, for the nearest-name hint."""
+    kinds: list[Any] = [model]
+    for part in location:
+        following: list[Any] = []
+        for kind in kinds:
+            fields = [item for found in _models_in(kind) for item in found.model_fields.items()]
+            annotations = [field.annotation for name, field in fields if part in (name, field.alias)]
+            following += annotations or [kind]  # a list index or a mapping key names no field
+        kinds = following
+    return {
+        field.alias or name
+        for kind in kinds
+        for found in _models_in(kind)
+        for name, field in found.model_fields.items()
+    }
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]

@@ -1,0 +1,119 @@
+"""Every failure a user can meet, as one tree, and what each means to a shell and to an HTTP client.
+
+    Failure                     1     500   our own bug, or one nobody foresaw
+    ├── ConfigError             2     400   a manifest, file, flag or variable is wrong
+    ├── DataError               3           data is unreachable or not what it must be
+    ├── DivergedError           4           the loss or a weight became NaN or Inf
+    ├── RegistryError           5     502   a registry refused us, or broke its protocol
+    ├── CapacityError           6           does not fit: GPU memory, host memory, disk
+    ├── TransientError         75     503   would probably work when tried again
+    ├── StoppedError          143           SIGTERM, after a checkpoint
+    └── RequestError                  400   one HTTP request cannot be served
+        ├── UnknownModelError         404
+        ├── TooLargeError             413
+        ├── OverloadedError           429   the waiting queue is full
+        └── UnavailableError          503   loading, draining or broken
+
+A message says what, which value, what was expected and what to do, in one line, and never holds a
+secret. Does not know argparse, HTTP or Kubernetes: the edges read `EXIT_CODES` and `HTTP_STATUSES`.
+"""
+
+
+class Failure(Exception):
+    """Root of every expected failure; its text is fit to show to the user as it stands."""
+
+
+class ConfigError(Failure):
+    """A manifest, configuration file, flag or environment variable is wrong."""
+
+
+class DataError(Failure):
+    """Training data cannot be reached, read or used."""
+
+
+class DivergedError(Failure):
+    """Training produced a NaN or an infinity; the last good checkpoint stays."""
+
+
+class RegistryError(Failure):
+    """A registry refused the credentials or the request, or returned what it must not."""
+
+
+class CapacityError(Failure):
+    """The job does not fit into the memory or onto the disk that is there."""
+
+
+class TransientError(Failure):
+    """A network or service failed in a way that a later try may not."""
+
+
+class StoppedError(Failure):
+    """The process was asked to stop and has saved what it could."""
+
+
+class RequestError(Failure):
+    """One HTTP request cannot be served; `param` names the field at fault, `code` is OpenAI's."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class UnknownModelError(RequestError):
+    """The request names a model or adapter that is not served here."""
+
+
+class TooLargeError(RequestError):
+    """The request body is larger than the server accepts."""
+
+
+class OverloadedError(RequestError):
+    """The waiting queue is full; the client should try again shortly."""
+
+
+class UnavailableError(RequestError):
+    """The server is loading, draining or broken."""
+
+
+EXIT_CODES: dict[type[Failure], int] = {
+    Failure: 1,
+    ConfigError: 2,
+    DataError: 3,
+    DivergedError: 4,
+    RegistryError: 5,
+    CapacityError: 6,
+    TransientError: 75,
+    StoppedError: 143,
+}
+"""Process exit status by failure; podFailurePolicy rules are written against these numbers."""
+
+HTTP_STATUSES: dict[type[Failure], int] = {
+    Failure: 500,
+    ConfigError: 400,
+    RegistryError: 502,
+    TransientError: 503,
+    RequestError: 400,
+    UnknownModelError: 404,
+    TooLargeError: 413,
+    OverloadedError: 429,
+    UnavailableError: 503,
+}
+"""HTTP status by failure."""
+
+RETRIABLE = frozenset({TransientError, StoppedError})
+"""Failures after which the same command may succeed with nothing changed."""
+
+
+def exit_code(failure: Failure) -> int:
+    """Return the process exit status for `failure`, that of its nearest listed ancestor."""
+    return _nearest(EXIT_CODES, failure)
+
+
+def http_status(failure: Failure) -> int:
+    """Return the HTTP status for `failure`, that of its nearest listed ancestor."""
+    return _nearest(HTTP_STATUSES, failure)
+
+
+def _nearest(table: dict[type[Failure], int], failure: Failure) -> int:
+    return next(table[kind] for kind in type(failure).__mro__ if kind in table)

@@ -1,0 +1,73 @@
+"""Log lines: for people on a terminal, one JSON object a line elsewhere; secrets are cut out of both.
+
+`configure` is called once by each process entry point, nothing here runs at import.
+Does not know what is logged. Start at `redact`: it is also used for text that is not a log line.
+"""
+
+import json
+import logging
+import re
+import sys
+from datetime import UTC, datetime
+from typing import TextIO
+
+_QUERY = re.compile(r"(?P<base>\b[a-z][a-z0-9+.-]*://[^\s?#'\"<>]+)\?[^\s#'\"<>]*", re.IGNORECASE)
+_USERINFO = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)[^\s/@'\"]+@", re.IGNORECASE)
+_TOKEN = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*)")
+_AUTHORIZATION = re.compile(r"\b(?P<scheme>Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{6,}", re.IGNORECASE)
+
+
+def redact(text: str) -> str:
+    """Return `text` without URL queries and user info, bearer and basic credentials and known token forms.
+
+    A query is cut whole: a SAS signature (`sig=`) and an S3 one (`X-Amz-Signature=`) are secrets, and
+    nobody debugs a download by its query.
+    """
+    text = _USERINFO.sub(r"\g<scheme>", text)
+    text = _QUERY.sub(r"\g<base>", text)
+    text = _AUTHORIZATION.sub(r"\g<scheme> [redacted]", text)
+    return _TOKEN.sub("[redacted]", text)
+
+
+class _Redacting(logging.Formatter):
+    """Formats for people: time, level where it matters, text; every line redacted, tracebacks too."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+class _JsonLines(logging.Formatter):
+    """Formats for machines: one JSON object a line; keys passed as `extra={"fields": {...}}` join it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "msg": redact(record.getMessage()),
+        }
+        for key, value in getattr(record, "fields", {}).items():
+            line[key] = redact(value) if isinstance(value, str) else value
+        if record.exc_info:
+            line["traceback"] = redact(self.formatException(record.exc_info))
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def configure(*, debug: bool = False, rank: int = 0, stream: TextIO | None = None) -> None:
+    """Send log records to `stream` (standard error): plain lines on a terminal, JSON lines elsewhere.
+
+    Ranks above 0 speak only from WARNING on, so that a line is printed once however many GPUs work.
+    """
+    stream = stream or sys.stderr
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_Redacting() if stream.isatty() else _JsonLines())
+    level = logging.DEBUG if debug else logging.INFO
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(max(level, logging.WARNING) if rank else level)
+    logging.captureWarnings(True)
+    for chatty in ("httpx", "httpcore", "urllib3", "filelock", "fsspec"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -1,0 +1,104 @@
+"""What an engine is: the border between HTTP and generation.
+
+HTTP calls `submit`, `cancel` and `stats`, and nothing else; an engine knows token ids, not text, HTTP or
+chat templates. Start at `Engine`.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. `temperature` 0 is greedy, and then only the penalties matter."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the likeliest one."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens seen (CTRL, arXiv:1909.05858, 4.1)."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    """Added to the logits, by token id."""
+    seed: int | None = None
+    """Same seed, prompt and settings, same text, whoever else is served beside it."""
+    stop_ids: frozenset[int] = frozenset()
+    """Token ids that end the answer; they are not part of it."""
+    min_new_tokens: int = 0
+    """Stop ids are not chosen before this many tokens."""
+    top_logprobs: int | None = None
+    """Alternatives reported per token; None reports no log probabilities at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to continue. `adapter` None is the base model."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    adapter: str | None = None
+    id: str = ""
+    """For logs and `cancel`; unique among requests in flight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token, or the end of the answer (`id` None, `finish_reason` set)."""
+
+    id: int | None
+    finish_reason: FinishReason | None = None
+    logprob: float | None = None
+    """Natural log of its probability under the model, before temperature and truncation."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest (token id, log probability) pairs at this place, likeliest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A snapshot for health, metrics and admission."""
+
+    running: int
+    waiting: int
+    kv_cache_share: float
+    """Occupied part of the key-value cache, 0 to 1."""
+    last_progress_s: float
+    """time.monotonic() when a token was last produced, or when the engine was last idle."""
+    alive: bool
+    """False once the engine thread has died."""
+    adapters: tuple[str, ...] = ()
+
+
+class Engine(Protocol):
+    """Generates for many requests; every method may be called from the event loop and never blocks."""
+
+    context_tokens: int
+    """Longest prompt and answer together."""
+
+    def submit(self, request: Request) -> AsyncIterator[Token]:
+        """Queue `request` and return its tokens as they come; closing the iterator cancels it.
+
+        Raises OverloadedError at once when the queue is full, UnknownModelError for an adapter that is
+        not resident, UnavailableError when the engine is closed or dead. A failure during generation is
+        raised from the iterator.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """Stop `request_id` by the next step; unknown ids are ignored."""
+        ...
+
+    def stats(self) -> Stats:
+        """Return the figures of this moment."""
+        ...
+
+    def close(self) -> None:
+        """Stop the engine; requests in flight end with `finish_reason` "cancelled"."""
+        ...

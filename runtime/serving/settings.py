@@ -1,0 +1,61 @@
+"""What a server is: everything `app.create_app` and the engine need, resolved and checked.
+
+Does not know KAITO's schema (runtime/workspace.py turns a Workspace into this), the environment or
+torch.
+"""
+
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+
+from runtime.config import Strict
+from runtime.model_source import ModelSource, Quantization
+
+
+class AdapterSource(Strict):
+    """One LoRA adapter to serve beside the base model."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$")
+    """The name clients select it by."""
+    reference: str
+    """A directory, `oci:DIRECTORY[:tag]` (a layout on disk), or `registry/repository:tag`."""
+    strength: float = Field(1.0, ge=0, le=1)
+    """Multiplies the adapter's update; 1 is as trained."""
+
+
+class Limits(Strict):
+    """What one client may ask of the server."""
+
+    rows: int = Field(32, ge=1)
+    """Requests generated at the same time."""
+    queue: int = Field(64, ge=0)
+    """Requests waiting for a row; one more is answered 429."""
+    context_tokens: int | None = Field(None, ge=16)
+    """Prompt and answer together, per request; None takes what the model and the memory allow."""
+    new_tokens: int = Field(512, ge=1)
+    """Answer length when the request names none."""
+    body_bytes: int = Field(4 << 20, ge=1024)
+    """Largest request body."""
+    request_timeout_s: float = Field(600.0, gt=0)
+    """Longest time from the request's arrival to its last token."""
+
+
+class ServeConfig(Strict):
+    """One server, whole."""
+
+    model: ModelSource
+    served_name: str
+    """The base model's name in /v1/models and in answers."""
+    adapters: tuple[AdapterSource, ...] = ()
+    quantization: Quantization | None = None
+    """bitsandbytes quantisation of the base weights; None serves them as they are."""
+    host: str = "0.0.0.0"  # noqa: S104 - a pod must be reachable
+    port: int = Field(80, ge=0, le=65535)
+    """TCP port; 0 takes a free one and logs it."""
+    limits: Limits = Limits()
+    api_key: SecretStr | None = None
+    """Bearer token that every route but health and metrics then demands."""
+    drain_delay_s: float = Field(0.0, ge=0)
+    """Time after SIGTERM in which requests are still accepted while /readyz already says no."""
+    drain_timeout_s: float = Field(25.0, ge=0)
+    """Time that answers in flight are given to finish after that."""

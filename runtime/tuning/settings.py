@@ -1,0 +1,107 @@
+"""What a tuning job is: everything `job.run` needs, resolved, checked and serialisable as JSON.
+
+Does not know KAITO's schema (runtime/workspace.py turns a Workspace into a job), the environment or
+torch. The parent process writes a `TuningJob` to a file, and each torchrun worker reads it back.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr
+
+from runtime.config import Strict
+from runtime.model_source import ModelSource, Quantization
+
+
+class DataSource(Strict):
+    """Where training rows come from and which columns hold them. One of `urls`, `image`, `folder`."""
+
+    urls: tuple[str, ...] = ()
+    """HTTP(S) addresses of data files, each optionally with `#sha256=<64 hex>`."""
+    image: str | None = None
+    """OCI reference of an image with data files under /data."""
+    folder: Path = Path("/mnt/data")
+    """Directory that holds the data files, or into which `urls` and `image` are fetched."""
+    file: Path | None = None
+    """One file to use instead of all files in `folder`."""
+    extension: Literal["parquet", "json", "jsonl", "csv", "arrow"] | None = None
+    """File format, when names do not tell."""
+    messages_column: str | None = None
+    """Column with a list of messages; found by name when None."""
+    context_column: str | None = None
+    """Column with the prompt; found by name when None."""
+    response_column: str | None = None
+    """Column with the answer; found by name when None."""
+    shuffle: bool = True
+    """Shuffle the rows once, with `shuffle_seed`, before the split."""
+    shuffle_seed: int = 42
+    """Seed of the shuffle and of the train/held-out split; equal on all ranks."""
+    train_share: float | None = Field(None, gt=0, le=1)
+    """Part of the rows to train on; 1 holds nothing out; None holds a few out when there are enough."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """What to do with a row that cannot be read."""
+    allow_private_addresses: bool = True
+    """Fetch from private and loopback addresses too. Link-local (metadata) ones are always refused."""
+
+
+class Encoding(Strict):
+    """How a row becomes token ids and labels."""
+
+    max_tokens: int | None = Field(None, ge=8)
+    """Longest row in tokens; None takes min(model context, 2048)."""
+    too_long: Literal["truncate", "drop", "split"] = "truncate"
+    """Rows over `max_tokens`: cut the oldest turns and keep the answer, drop, or split in several rows."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Which tokens are labels: assistant turns with their end-of-turn token, or every token."""
+    batching: Literal["auto", "packed", "sorted"] = "auto"
+    """Rows packed into one sequence, or batches of similar length; "auto" lets the hardware decide."""
+
+
+class Lora(Strict):
+    """The adapter's shape (peft.LoraConfig)."""
+
+    r: int = Field(16, ge=1)
+    """Rank. Serving engines commonly accept up to 16 without being told."""
+    alpha: int = Field(16, ge=1)
+    """Scale: the update is alpha / r times B A."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability on the adapter's input."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Module name endings to adapt, a regular expression, or "all-linear"."""
+    options: dict[str, Any] = {}
+    """Further peft.LoraConfig arguments, as the user wrote them."""
+
+
+class Output(Strict):
+    """Where results go."""
+
+    folder: Path = Path("/mnt/results")
+    """Directory of the adapter, the report and the sentinel; checkpoints lie below it."""
+    image: str | None = None
+    """Reference to push to: `registry/repository:tag`, or `oci:DIRECTORY[:tag]` for a layout on disk."""
+    credentials: Path | None = None
+    """Docker config.json (or a directory of them) with the registry's credentials."""
+    insecure: bool = False
+    """Speak plain HTTP to the registry (loopback registries may without this)."""
+
+
+class TuningJob(Strict):
+    """One tuning run, whole: the same job run twice gives the same bytes."""
+
+    name: str
+    """The Workspace's name; shown in logs, never used as a path."""
+    model: ModelSource
+    data: DataSource = DataSource()
+    encoding: Encoding = Encoding()
+    method: Literal["qlora", "lora"] = "qlora"
+    """QLoRA trains on a quantised base, LoRA on the base as it is."""
+    quantization: Quantization | None = Quantization()
+    """None exactly when `method` is "lora"."""
+    lora: Lora = Lora()
+    training: dict[str, Any] = {}
+    """transformers.TrainingArguments, resolved: defaults of ours and of the preset under the user's."""
+    output: Output = Output()
+    checkpoint_minutes: float | None = Field(10.0, gt=0)
+    """Minutes between checkpoints, whatever `save_strategy` says; None forbids them."""
+    hub_token: SecretStr | None = Field(None, exclude=True)
+    """Hugging Face token; never written to a file, so workers read it from their environment."""
