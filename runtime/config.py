@@ -73,7 +73,7 @@ def read_text(path: Path) -> str:
 def yaml_documents(text: str, where: str) -> list[dict[str, Any]]:
     """Return the non-empty YAML documents of `text`, each a mapping; `where` names the file in errors."""
     try:
-        documents = [d for d in yaml.load_all(text, Loader=_Loader) if d is not None]  # noqa: S506
+        documents = [d for d in yaml.load_all(text, Loader=_Loader) if d is not None]
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{where}:{line} not valid YAML: {error.problem}") from None

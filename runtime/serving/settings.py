@@ -4,8 +4,6 @@ Does not know KAITO's schema (runtime/workspace.py turns a Workspace into this),
 torch.
 """
 
-from pathlib import Path
-
 from pydantic import Field, SecretStr
 
 from runtime.config import Strict
