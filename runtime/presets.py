@@ -1,0 +1,214 @@
+"""The models known by name: facts about each, read from the TOML files in presets/, one per family.
+
+Knows facts a user or a memory plan needs before anything is downloaded. Does not know torch, the hub or
+KAITO's schema. Start at `find` and `source`; a file is `[family]`, then one `[models.NAME]` per model
+that holds only what differs.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from runtime.config import Strict, nearest, parse, read_text, toml_document
+from runtime.errors import ConfigError
+from runtime.model_source import ModelSource
+
+FOLDER = Path(__file__).resolve().parents[1] / "presets"
+"""Where the files lie, in a checkout and in an installed wheel alike."""
+
+
+class Dimensions(Strict):
+    """The shape of a decoder-only transformer: what a memory plan needs. All counts are per model."""
+
+    layers: int = Field(ge=1)
+    hidden: int = Field(ge=1)
+    """Width of the residual stream."""
+    heads: int = Field(ge=1)
+    """Query heads per layer."""
+    kv_heads: int = Field(ge=1)
+    """Key and value heads per layer; fewer than `heads` under grouped or multi-query attention."""
+    head_dim: int = Field(ge=1)
+    intermediate: int = Field(ge=1)
+    """Width of the MLP, of one expert where there are several."""
+    vocabulary: int = Field(ge=1)
+    """Rows of the embedding matrix, padding included."""
+    tied_embeddings: bool = False
+    """The output projection is the embedding matrix."""
+    gated_mlp: bool = True
+    """Three MLP matrices (gate, up, down) instead of two (up, down)."""
+    experts: int = Field(1, ge=1)
+    """MLPs per layer; above 1 a router picks among them."""
+    active_experts: int = Field(1, ge=1)
+    """MLPs that one token passes through."""
+    sliding_window: int | None = Field(None, ge=1)
+    """Tokens that a sliding-window layer looks back; None where every layer sees everything."""
+    full_attention_layers: int | None = Field(None, ge=0)
+    """Layers that see everything although there is a sliding window; None means all."""
+    other_parameters: int = Field(0, ge=0)
+    """Weights beside the decoder (a vision tower), stored in the same files."""
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of one layer, without biases and norms (below 0.1 % of a layer)."""
+        attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
+        mlp = (3 if self.gated_mlp else 2) * self.hidden * self.intermediate
+        router = self.hidden * self.experts if self.experts > 1 else 0
+        return attention + mlp * self.experts + router
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Weights of the embedding and of the output projection, once when they are tied."""
+        return self.vocabulary * self.hidden * (1 if self.tied_embeddings else 2)
+
+    @property
+    def parameters(self) -> int:
+        """All weights, without biases and norms."""
+        return self.layers * self.layer_parameters + self.embedding_parameters + self.other_parameters
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Numbers that one token leaves in the key-value cache, all layers together."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+
+class Preset(Strict):
+    """One model known by name."""
+
+    name: str = Field(pattern=r"^[a-z0-9]+(?:[.-][a-z0-9]+)*$")
+    family: str
+    """The family's title, for the table."""
+    aliases: tuple[str, ...] = ()
+    """Other names that controllers and users have for it."""
+    repository: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    """Hugging Face repository id."""
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
+    """Commit of the repository."""
+    package: str | None = None
+    """Python package that ships the weights as GGUF, for machines that cannot reach the hub."""
+    architecture: str
+    """transformers class that runs it; never code from the model's repository."""
+    model_type: str
+    """transformers' name of the configuration."""
+    licence: str
+    """SPDX identifier, or the licence's own name where SPDX has none."""
+    gated: bool = False
+    """Downloading needs an account that has accepted the licence, and HF_TOKEN."""
+    redistributable: bool = True
+    """The licence lets an image that holds the weights be passed on without further conditions."""
+    tunable: bool = True
+    """`runtime tune` accepts it."""
+    instruct: bool = True
+    """Trained to follow instructions; a base model only continues text."""
+    context_tokens: int = Field(ge=1)
+    """Longest sequence the model was made for."""
+    dimensions: Dimensions
+    stored_as: Literal["float32", "float16", "bfloat16", "mxfp4"] = "bfloat16"
+    """Type of the weights in the repository's files."""
+    download_gib: float = Field(gt=0)
+    """Size of the safetensors files, in GiB (2**30 bytes)."""
+    stored_head: bool = False
+    """The files hold the output projection although it is tied to the embedding."""
+    chat_template: str | None = None
+    """Jinja text for models whose tokenizer brings none."""
+    fused_targets: dict[str, str] = {}
+    """Projections users name that this architecture has fused, or calls differently: theirs -> its own."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak step size for LoRA: 2e-4 up to 13B, 1e-4 above (arXiv:2305.14314, appendix B.2)."""
+
+    def source(self) -> ModelSource:
+        """Return how to load this model."""
+        return ModelSource(
+            name=self.name,
+            repository=self.repository,
+            revision=self.revision,
+            package=self.package,
+            chat_template=self.chat_template,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    presets: tuple[Preset, ...]
+    by_name: dict[str, Preset]
+
+
+def all_presets() -> tuple[Preset, ...]:
+    """Return every preset, in the order of the files' names and inside them."""
+    return _index().presets
+
+
+def find(name: str) -> Preset:
+    """Return the preset called `name` (a name, an alias or a repository id; case does not matter)."""
+    found = _index().by_name.get(name.lower())
+    if found is None:
+        known = [preset.name for preset in all_presets()]
+        hint = nearest(name, known) or "; `runtime presets` lists them"
+        raise ConfigError(f"unknown preset {name!r}{hint}")
+    return found
+
+
+def source(name: str) -> ModelSource:
+    """Return how to load `name`: a preset, else a directory that exists, else a repository id."""
+    preset = _index().by_name.get(name.lower())
+    if preset is not None:
+        return preset.source()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{name}: no config.json in this directory, expected a Hugging Face model")
+        return ModelSource(name=name, path=folder.resolve())
+    owner, slash, repository = name.partition("/")
+    if slash and owner and repository and "/" not in repository and owner not in (".", "..", "~"):
+        return ModelSource(name=name, repository=name)
+    hint = nearest(name, [preset.name for preset in all_presets()]) or "; `runtime presets` lists the presets"
+    raise ConfigError(f"no model {name!r}: not a preset, a directory or an owner/name repository id{hint}")
+
+
+def matching(model: ModelSource) -> Preset | None:
+    """Return the preset that `model` came from, or None."""
+    return _index().by_name.get(model.name.lower())
+
+
+@cache
+def _index() -> _Index:
+    presets = tuple(preset for file in sorted(FOLDER.glob("*.toml")) for preset in _read(file))
+    if not presets:
+        raise ConfigError(f"{FOLDER}: no preset files here; the installation is incomplete")
+    by_name: dict[str, Preset] = {}
+    for preset in presets:
+        for name in (preset.name, preset.repository, *preset.aliases):
+            other = by_name.setdefault(name.lower(), preset)
+            if other is not preset:
+                raise ConfigError(f"{FOLDER}: the name {name!r} belongs to {other.name} and to {preset.name}")
+    return _Index(presets, by_name)
+
+
+def _read(file: Path) -> list[Preset]:
+    document = toml_document(read_text(file), str(file))
+    family, models = document.pop("family", {}), document.pop("models", {})
+    if document:
+        raise ConfigError(f"{file}: unknown table '{next(iter(document))}'; known: family, models")
+    return [
+        parse(Preset, _with_template(_merge(family, {"name": name, **facts})), f"{file}: {name}")
+        for name, facts in models.items()
+    ]
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return `above` over `below`, tables merged key by key."""
+    merged = {**below, **above}
+    for key, value in below.items():
+        if isinstance(value, dict) and isinstance(above.get(key), dict):
+            merged[key] = _merge(value, above[key])
+    return merged
+
+
+def _with_template(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return `facts` with the text of the chat template in place of its file name."""
+    if "chat_template" not in facts:
+        return facts
+    file = FOLDER / "chat_templates" / facts["chat_template"]
+    return {**facts, "chat_template": read_text(file)}
