@@ -6,6 +6,7 @@ Does not know what is logged. Start at `redact`: it is also used for text that i
 
 import json
 import logging
+import os
 import re
 import sys
 from datetime import UTC, datetime
@@ -71,3 +72,6 @@ def configure(*, debug: bool = False, rank: int = 0, stream: TextIO | None = Non
     logging.captureWarnings(True)
     for chatty in ("httpx", "httpcore", "urllib3", "filelock", "fsspec"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of optional kernels at every load
+    if not stream.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; a bar tears log lines

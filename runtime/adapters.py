@@ -1,0 +1,174 @@
+"""Adapters on disk: find, check and save them. An adapter folder is whole, or it is refused by name.
+
+Plain files: `adapter_config.json` and `adapter_model.safetensors` (peft's format). Does not know
+registries, and needs torch only to save. Start at `check` and `save`.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from runtime.errors import ConfigError
+from runtime.model_source import ModelSource
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """What an adapter folder says of itself."""
+
+    folder: Path
+    base: str | None
+    """Model it was trained on: a repository id, or a directory of the machine it was trained on."""
+    rank: int
+    """Largest rank of any of its layers."""
+    alpha: float
+    targets: tuple[str, ...]
+
+
+def find(root: Path) -> list[Path]:
+    """Return the directories directly below `root` that mean to be adapters, sorted by name.
+
+    A directory counts when it holds an adapter_config.json or adapter weights of any kind, so that a
+    half-written one is found and can be refused by name.
+    """
+    if not root.is_dir():
+        return []
+    return sorted(
+        folder
+        for folder in root.iterdir()
+        if folder.is_dir() and ((folder / CONFIG_FILE).exists() or any(folder.glob("adapter_model.*")))
+    )
+
+
+def check(folder: Path, *, base: str | None = None, max_rank: int | None = None) -> Adapter:
+    """Return what the adapter in `folder` is; ConfigError when it must not be loaded.
+
+    Refused: half-written or unreadable files, pickled weights, a kind other than LoRA, whole trained
+    layers (`modules_to_save`), a rank over `max_rank`, and another base model than `base` where both are
+    public repository ids (a directory, as KAITO writes it, tells nothing and passes).
+    """
+    name = folder.name
+    config = _read_config(folder)
+    if config.get("peft_type") != "LORA":
+        raise ConfigError(f"adapter {name}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
+    if config.get("modules_to_save"):
+        raise ConfigError(f"adapter {name}: modules_to_save is {config['modules_to_save']}, expected none")
+    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    if not all(isinstance(rank, int) and rank > 0 for rank in ranks):
+        raise ConfigError(f"adapter {name}: r is {config.get('r')!r}, expected a whole number from 1")
+    if max_rank is not None and max(ranks) > max_rank:
+        raise ConfigError(f"adapter {name}: rank is {max(ranks)}, the limit here is {max_rank}")
+    trained_on = config.get("base_model_name_or_path") or None
+    if base is not None and _is_repository(base) and _is_repository(trained_on) and base != trained_on:
+        raise ConfigError(f"adapter {name}: trained on {trained_on}, but {base} is served")
+    _check_weights(folder)
+    targets = config.get("target_modules") or ()
+    return Adapter(
+        folder=folder,
+        base=trained_on,
+        rank=max(ranks),
+        alpha=float(config.get("lora_alpha", config["r"])),
+        targets=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
+    )
+
+
+def save(
+    model: "PeftModel",
+    folder: Path,
+    *,
+    source: ModelSource,
+    beside: Callable[[Path], object] | None = None,
+) -> None:
+    """Write `model`'s adapter files directly into `folder`, each whole or absent, the weights last.
+
+    The config names the public repository and revision of the base, not a path of this machine.
+    `beside(scratch)` may write further files (tokenizer, report) that appear together with them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / f".adapter.{os.getpid()}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        # save_embedding_layers "auto" asks the hub, and may add layers that serving engines refuse
+        model.save_pretrained(str(scratch), safe_serialization=True, save_embedding_layers=False)
+        (scratch / "README.md").unlink(missing_ok=True)
+        _rewrite_config(scratch / CONFIG_FILE, source)
+        if beside is not None:
+            beside(scratch)
+        _move_all(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _move_all(scratch: Path, folder: Path) -> None:
+    files = [path for path in scratch.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: (path.name == WEIGHTS_FILE, str(path))):
+        with path.open("rb") as written:
+            os.fsync(written.fileno())
+        target = folder / path.relative_to(scratch)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _rewrite_config(path: Path, source: ModelSource) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = source.repository or source.name
+    config["revision"] = source.revision
+    for key, value in config.items():
+        if key == "target_modules" and isinstance(value, list):
+            config[key] = sorted(value)  # peft keeps a set: sorted, the same run writes the same bytes
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"adapter {folder.name}: no {CONFIG_FILE} in {folder}; is it half-written?"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"adapter {folder.name}: {path} cannot be read as JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"adapter {folder.name}: {path} holds no JSON object")
+    return config
+
+
+def _check_weights(folder: Path) -> None:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        pickles = sorted(p.name for p in folder.glob("adapter_model.*"))
+        found = (
+            f"only {', '.join(pickles)}, and pickled weights can run code"
+            if pickles
+            else "is it half-written?"
+        )
+        raise ConfigError(f"adapter {folder.name}: no {WEIGHTS_FILE} in {folder}; {found}")
+    try:
+        with safe_open(str(path), framework="np") as weights:
+            names = list(weights.keys())
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"adapter {folder.name}: {path} is damaged or half-written: {error}") from None
+    if not any("lora_A" in name for name in names):
+        raise ConfigError(f"adapter {folder.name}: {path} holds no LoRA weights")
+
+
+def _is_repository(name: str | None) -> bool:
+    return name is not None and name.count("/") == 1 and not name.startswith(("/", "."))

@@ -1,0 +1,124 @@
+"""Which accelerator is there, and which compute type suits it.
+
+Reads NVML and /proc, so that a plan or a launch needs no torch; falls back to the CPU.
+Does not know models. Start at `detect` and `compute_dtype`.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pynvml
+
+from runtime.errors import ConfigError
+from runtime.model_source import Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """The devices this process may use; all are taken to be of one kind."""
+
+    kind: Literal["cuda", "cpu"]
+    name: str
+    capability: tuple[int, int] | None
+    """CUDA compute capability, (7, 0) for a V100; None on a CPU."""
+    memory_bytes: int
+    """Memory of one device: of the GPU, or what the container may use of the host's."""
+    count: int
+    """Visible GPUs; 1 on a CPU."""
+
+
+def detect() -> Hardware:
+    """Return the visible NVIDIA GPUs (CUDA_VISIBLE_DEVICES is honoured), or the CPU when there are none."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return _cpu()
+    try:
+        visible = _visible(pynvml.nvmlDeviceGetCount())
+        if not visible:
+            return _cpu()
+        by_uuid = isinstance(visible[0], str)
+        device = (pynvml.nvmlDeviceGetHandleByUUID if by_uuid else pynvml.nvmlDeviceGetHandleByIndex)(
+            visible[0]
+        )
+        return Hardware(
+            kind="cuda",
+            name=str(pynvml.nvmlDeviceGetName(device)),
+            capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(device)),
+            memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(device).total),
+            count=len(visible),
+        )
+    except pynvml.NVMLError:  # a driver without a usable device: the container was started without --gpus
+        return _cpu()
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def compute_dtype(hardware: Hardware, wanted: Dtype = "auto") -> Literal["float32", "float16", "bfloat16"]:
+    """Return the compute type: bfloat16 from compute capability 8.0 on, float16 below, float32 on a CPU.
+
+    A CPU without native bfloat16 runs it about ten times slower than float32, and a V100 or T4 emulates
+    it, so "auto" never picks it there. Raises ConfigError when `wanted` is bfloat16 on such a GPU.
+    """
+    native_bf16 = hardware.capability is not None and hardware.capability >= (8, 0)
+    if wanted == "auto":
+        if hardware.kind == "cpu":
+            return "float32"
+        return "bfloat16" if native_bf16 else "float16"
+    if wanted == "bfloat16" and hardware.kind == "cuda" and not native_bf16:
+        major, minor = hardware.capability or (0, 0)
+        raise ConfigError(
+            f"dtype is bfloat16, but {hardware.name} (compute capability {major}.{minor}) has none; "
+            "use float16 or auto"
+        )
+    return wanted
+
+
+def device(hardware: Hardware, local_rank: int = 0) -> str:
+    """Return the torch device of `local_rank`: "cuda:0", or "cpu"."""
+    if hardware.kind == "cpu":
+        return "cpu"
+    if local_rank >= hardware.count:
+        raise ConfigError(
+            f"LOCAL_RANK is {local_rank}, but only {hardware.count} GPU(s) are visible; start at most "
+            f"{hardware.count} process(es) on this node"
+        )
+    return f"cuda:{local_rank}"
+
+
+def _visible(count: int) -> list[int] | list[str]:
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return list(range(count))
+    entries = [entry.strip() for entry in chosen.split(",") if entry.strip()]
+    if all(entry.isdecimal() for entry in entries):
+        return [int(entry) for entry in entries if int(entry) < count]
+    return [] if entries[:1] == ["-1"] else entries
+
+
+def _cpu() -> Hardware:
+    return Hardware("cpu", _cpu_name(), None, _host_memory_bytes(), 1)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return "CPU"
+
+
+def _host_memory_bytes() -> int:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(limit).read_text(encoding="utf-8").strip()
+        except OSError:
+            continue
+        if text.isdecimal():
+            total = min(total, int(text))
+    return total

