@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key, _ in node.value:
+        for key, _ in reversed(node.value):
             if keys.count(key.value) > 1 and key.value != "<<":
                 problem = f"key {key.value!r} is written twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)

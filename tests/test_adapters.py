@@ -1,0 +1,119 @@
+"""Adapter folders: whole or refused by name, loadable in plain peft, the same bytes for the same run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from runtime import adapters
+from runtime.errors import ConfigError
+from runtime.model_source import ModelSource
+
+SOURCE = ModelSource(name="tiny", repository="someone/tiny", revision="0" * 40)
+
+
+def make(tiny_llama_dir: Path, folder: Path, **options: Any) -> Path:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir))
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options
+    )
+    adapters.save(get_peft_model(model, config), folder, source=SOURCE)
+    return folder
+
+
+def test_a_saved_adapter_passes_its_own_check_and_loads_in_plain_peft(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    folder = make(tiny_llama_dir, tmp_path / "a")
+    found = adapters.check(folder, base="someone/tiny", max_rank=16)
+    assert (found.rank, found.alpha, found.targets) == (4, 8.0, ("q_proj", "v_proj"))
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir)), str(folder))
+
+
+def test_the_config_names_the_public_model_and_no_path_of_this_machine(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    folder = make(tiny_llama_dir, tmp_path / "a")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/tiny"
+    assert config["revision"] == "0" * 40
+    assert str(tiny_llama_dir) not in json.dumps(config)
+
+
+def test_saving_twice_gives_the_same_bytes_and_leaves_nothing_else(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    first, second = make(tiny_llama_dir, tmp_path / "a"), make(tiny_llama_dir, tmp_path / "b")
+    names = sorted(path.name for path in first.iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors"]
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+
+
+def test_a_failure_while_saving_leaves_no_adapter(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    def fail(scratch: Path) -> None:
+        raise OSError("disk full")
+
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir)), LoraConfig(target_modules=["q_proj"])
+    )
+    with pytest.raises(OSError, match="disk full"):
+        adapters.save(model, tmp_path / "a", source=SOURCE, beside=fail)
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def _edit(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _pickle(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+DAMAGE: list[tuple[Callable[[Path], None], str]] = [
+    (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json"),
+    (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be read as JSON"),
+    (lambda folder: (folder / "adapter_model.safetensors").unlink(), "is it half-written"),
+    (_truncate, "damaged or half-written"),
+    (_pickle, "only adapter_model.bin, and pickled weights can run code"),
+    (lambda folder: _edit(folder, base_model_name_or_path="someone/else"), "trained on someone/else"),
+    (lambda folder: _edit(folder, r=64), "rank is 64, the limit here is 16"),
+    (lambda folder: _edit(folder, modules_to_save=["lm_head"]), "modules_to_save"),
+    (lambda folder: _edit(folder, peft_type="IA3"), "peft_type is 'IA3'"),
+]
+
+
+@pytest.mark.parametrize(("damage", "expected"), DAMAGE)
+def test_fault_49_an_adapter_that_must_not_load_is_refused_by_name(
+    damage: Callable[[Path], None], expected: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    folder = make(tiny_llama_dir, tmp_path / "support")
+    damage(folder)
+    with pytest.raises(ConfigError, match=f"adapter support: .*{expected}"):
+        adapters.check(folder, base="someone/tiny", max_rank=16)
+
+
+def test_a_base_path_as_kaito_writes_it_passes(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    folder = make(tiny_llama_dir, tmp_path / "a")
+    _edit(folder, base_model_name_or_path="/workspace/tfs/weights")
+    assert adapters.check(folder, base="someone/tiny").base == "/workspace/tfs/weights"
+
+
+def test_find_lists_adapters_half_written_ones_too(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    make(tiny_llama_dir, tmp_path / "b")
+    make(tiny_llama_dir, tmp_path / "a")
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    (tmp_path / "notes").mkdir()
+    assert [path.name for path in adapters.find(tmp_path)] == ["a", "b"]
+    assert adapters.find(tmp_path / "none") == []

@@ -1,0 +1,83 @@
+"""Reading configuration: YAML 1.2 scalars, and one readable line for whatever does not fit."""
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from runtime import config
+from runtime.errors import ConfigError
+
+
+class Wheel(config.Strict):
+    size_mm: float = 1.0
+
+
+class Car(config.Strict):
+    colour: Literal["red", "blue"] = "red"
+    wheels: tuple[Wheel, ...] = ()
+    spare: Wheel | None = None
+    electric: bool = False
+
+
+def one_yaml(text: str) -> dict[str, object]:
+    (document,) = config.yaml_documents(text, "car.yaml")
+    return document
+
+
+def test_scientific_notation_without_a_dot_is_a_number() -> None:
+    assert one_yaml("rate: 1e-5") == {"rate": 1e-5}
+
+
+def test_a_version_and_a_date_stay_text() -> None:
+    assert one_yaml("tag: 0.0.1\nday: 2024-01-01") == {"tag": "0.0.1", "day": "2024-01-01"}
+
+
+def test_no_is_a_word_and_still_false_for_a_boolean_field() -> None:
+    assert one_yaml("save_strategy: no") == {"save_strategy": "no"}
+    assert config.parse(Car, one_yaml("electric: no"), "car.yaml").electric is False
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: [1", "car.yaml: line 1 not valid YAML"),
+        ("a: 1\na: 2", "car.yaml: line 2 not valid YAML: key 'a' is written twice"),
+        ("- 1", "car.yaml: expected keys and values, found a list"),
+        ("a: !!python/object:os.system x", "not valid YAML"),
+    ],
+)
+def test_broken_yaml_is_named_with_its_line(text: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.yaml_documents(text, "car.yaml")
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"color": "red"}, "car.yaml: unknown key 'color' (did you mean 'colour'?)"),
+        ({"zzz": 1}, "car.yaml: unknown key 'zzz'; known: colour, electric, spare, wheels"),
+        ({"wheels": [{"size": 1}]}, "car.yaml: unknown key 'wheels.0.size' (did you mean 'size_mm'?)"),
+        ({"spare": {"size": 1}}, "car.yaml: unknown key 'spare.size' (did you mean 'size_mm'?)"),
+        ({"wheels": [{"size_mm": "x"}]}, "car.yaml: 'wheels.0.size_mm' is 'x': should be a valid number"),
+        ({"electric": "maybe"}, "car.yaml: 'electric' is 'maybe': should be a valid boolean"),
+        ({"colour": "green"}, "car.yaml: 'colour' is 'green': should be 'red' or 'blue'"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_with_key_value_and_expectation(data: object, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.parse(Car, data, "car.yaml")
+    assert str(caught.value).startswith(expected)
+
+
+def test_a_missing_file_a_directory_and_binary_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "bin").write_bytes(b"\xff\xfe\x00")
+    for path, expected in [
+        (tmp_path / "none", "no such file"),
+        (tmp_path, "is a directory"),
+        (tmp_path / "bin", "not UTF-8"),
+    ]:
+        with pytest.raises(ConfigError, match=expected):
+            config.read_text(path)

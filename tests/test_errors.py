@@ -1,0 +1,33 @@
+"""The error tree: one exit code and one HTTP status for every failure, listed or inherited."""
+
+import pytest
+
+from runtime import errors
+
+DESIGNED = {
+    errors.ConfigError: 2,
+    errors.DataError: 3,
+    errors.DivergedError: 4,
+    errors.RegistryError: 5,
+    errors.CapacityError: 6,
+    errors.TransientError: 75,
+    errors.StoppedError: 143,
+}
+
+
+@pytest.mark.parametrize(("kind", "code"), DESIGNED.items())
+def test_exit_codes_are_the_published_ones(kind: type[errors.Failure], code: int) -> None:
+    assert errors.exit_code(kind("x")) == code
+
+
+def test_a_new_subclass_takes_the_code_and_status_of_its_ancestor() -> None:
+    class MissingColumnError(errors.DataError):
+        pass
+
+    assert errors.exit_code(MissingColumnError("x")) == 3
+    assert errors.http_status(MissingColumnError("x")) == 500
+
+
+def test_request_errors_carry_the_field_at_fault() -> None:
+    error = errors.UnknownModelError("no model x", param="model", code="model_not_found")
+    assert (errors.http_status(error), error.param, error.code) == (404, "model", "model_not_found")

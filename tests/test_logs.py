@@ -1,0 +1,80 @@
+"""Log lines: JSON off a terminal, secrets cut out of messages, fields and tracebacks."""
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from runtime import logs
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+SECRETS = [
+    ("get https://a.blob/x.parquet?sv=1&sig=SECRET%2Babc next", "SECRET"),
+    ("get https://bucket/x?X-Amz-Signature=SECRETabc", "SECRET"),
+    ("proxy http://user:SECRETpw@proxy:3128/", "SECRET"),
+    ("token hf_SECRETabcdefgh1234 used", "SECRET"),
+    ("Authorization: Bearer SECRETSECRETabc", "SECRET"),
+    ("Authorization: Basic U0VDUkVUOmFiYw==", "U0VDUkVU"),
+    ("jwt eyJhbGciOiJFUzI1NiJ9.eyJTRUNSRVQiOjF9.abc", "eyJTRUNS"),
+]
+
+
+@pytest.mark.parametrize(("text", "secret"), SECRETS)
+def test_secrets_are_cut_out(text: str, secret: str) -> None:
+    assert secret not in logs.redact(text)
+
+
+def test_what_is_no_secret_stays() -> None:
+    text = "fetched https://host:8443/data/train-00000.parquet (12 MB), 3 of 4; ask@example.org; a?b"
+    assert logs.redact(text) == text
+
+
+def test_each_record_is_one_json_line_with_its_fields() -> None:
+    stream = io.StringIO()
+    logs.configure(stream=stream)
+    logging.getLogger("runtime.x").info("step %d\nof many", 3, extra={"fields": {"loss": 0.5}})
+    (line,) = stream.getvalue().splitlines()
+    record = json.loads(line)
+    assert (record["msg"], record["loss"], record["level"]) == ("step 3\nof many", 0.5, "info")
+
+
+def test_tracebacks_are_redacted_too() -> None:
+    stream = io.StringIO()
+    logs.configure(stream=stream)
+    try:
+        raise ValueError("https://host/x?sig=SECRET")
+    except ValueError:
+        logging.getLogger("runtime.x").exception("failed")
+    assert "SECRET" not in stream.getvalue()
+    assert "traceback" in json.loads(stream.getvalue())
+
+
+def test_a_terminal_gets_plain_lines() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    logs.configure(stream=stream)
+    logging.getLogger("runtime.x").warning("disk is nearly full")
+    assert stream.getvalue().rstrip().endswith("WARNING disk is nearly full")
+
+
+def test_ranks_above_zero_only_warn() -> None:
+    stream = io.StringIO()
+    logs.configure(stream=stream, rank=1)
+    logging.getLogger("runtime.x").info("loaded")
+    logging.getLogger("runtime.x").warning("odd")
+    assert [json.loads(line)["msg"] for line in stream.getvalue().splitlines()] == ["odd"]

@@ -1,0 +1,89 @@
+"""Base models: where they are found, how they are refused, and that the demo model is the real one."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime import models
+from runtime.errors import ConfigError, TransientError
+from runtime.hardware import Hardware
+from runtime.model_source import ModelSource, Quantization
+
+CPU = Hardware("cpu", "CPU", None, 8 << 30, 1)
+
+
+def test_a_local_directory_loads_without_the_hub(tiny_llama_dir: Path) -> None:
+    source = ModelSource(name=str(tiny_llama_dir))
+    model = models.load(source, hardware=CPU, device="cpu")
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert models.load_tokenizer(source).chat_template
+
+
+def test_nf4_weights_are_quantised_twice_on_a_cpu(tiny_llama_dir: Path) -> None:
+    import bitsandbytes
+
+    model = models.load(
+        ModelSource(name=str(tiny_llama_dir)), hardware=CPU, device="cpu", quantization=Quantization()
+    )
+    layer = model.model.layers[0].self_attn.q_proj
+    assert isinstance(layer, bitsandbytes.nn.Linear4bit)
+    assert layer.weight.quant_state.quant_type == "nf4"
+    assert layer.weight.quant_state.nested
+    assert layer.compute_dtype == torch.float32
+
+
+def test_pickled_weights_are_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_llama_dir / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"only pickled weights \(pytorch_model.bin\)"):
+        models.locate(ModelSource(name=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "."])
+def test_a_directory_that_is_no_model_is_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"model directory {name}"):
+        models.locate(ModelSource(name=name))
+
+
+def test_an_unreachable_hub_is_worth_a_retry() -> None:
+    with pytest.raises(TransientError, match="cannot be reached for nobody/nothing"):
+        models.locate(ModelSource(name="x", repository="nobody/nothing"))
+
+
+def test_local_files_only_never_asks_the_hub() -> None:
+    with pytest.raises(ConfigError, match="local_files_only is set"):
+        models.locate(ModelSource(name="x", repository="nobody/nothing", local_files_only=True))
+
+
+def test_a_padding_token_is_set_where_the_model_has_none(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny_llama_dir))
+    tokenizer.pad_token = None
+    for file in tiny_llama_dir.iterdir():
+        shutil.copy(file, tmp_path)
+    tokenizer.save_pretrained(str(tmp_path))
+    loaded = models.load_tokenizer(ModelSource(name=str(tmp_path), chat_template="{{ 'x' }}"))
+    assert loaded.pad_token == loaded.eos_token
+    assert loaded.chat_template == "{{ 'x' }}"
+
+
+@pytest.mark.model
+def test_the_packaged_demo_model_knows_the_capital_of_france(demo_model_dir: Path) -> None:
+    source = ModelSource(name="demo", path=demo_model_dir)
+    tokenizer = models.load_tokenizer(source)
+    model = models.load(source, hardware=CPU, device="cpu")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    output = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(output[0][prompt["input_ids"].shape[1] :])
