@@ -1,0 +1,111 @@
+"""Lays the sections of training_config.yaml over a job's settings.
+
+Knows which section's key is which setting of ours. Does not find the file (jobs.py) or check keys
+(sections.py). Start at `apply`.
+"""
+
+from pathlib import Path
+
+from runtime.errors import ConfigError
+from runtime.tuning import arguments
+from runtime.workspace import sections
+from runtime.workspace.base_model import Label, apply_model, put_dtype
+from runtime.workspace.mounts import Mounts
+from runtime.workspace.sections import DataCollator, DatasetConfig, QuantizationConfig, TrainingConfig
+from runtime.workspace.settings import Settings
+
+_EXTENSIONS = ("parquet", "jsonl", "json", "csv", "arrow")
+
+
+def apply(settings: Settings, config: TrainingConfig, label: Label, mounts: Mounts) -> None:
+    """Set everything that `config` says; `label` names a "Section.key" for sources and errors."""
+    apply_model(settings, config.model, label, mounts)
+    _apply_quantization(settings, config.quantization, label)
+    _apply_lora(settings, config, label)
+    _apply_training(settings, config, label)
+    _apply_dataset(settings, config.dataset, label)
+    _apply_collator(settings, config.collator, label)
+
+
+def _apply_quantization(settings: Settings, section: QuantizationConfig, label: Label) -> None:
+    if settings.get("method") == "lora":
+        settings.put("quantization", None, settings.sources["method"])
+        return
+    if section.load_in_8bit:
+        settings.put("quantization.bits", 8, label("QuantizationConfig.load_in_8bit"))
+    elif section.load_in_4bit:
+        settings.put("quantization.bits", 4, label("QuantizationConfig.load_in_4bit"))
+    renamed = {"bnb_4bit_quant_type": "quant_type", "bnb_4bit_use_double_quant": "double_quant"}
+    for key, ours in renamed.items():
+        if getattr(section, key) is not None:
+            settings.put(f"quantization.{ours}", getattr(section, key), label(f"QuantizationConfig.{key}"))
+    key = "bnb_4bit_compute_dtype"
+    put_dtype(
+        settings,
+        "quantization.compute_dtype",
+        section.bnb_4bit_compute_dtype,
+        label(f"QuantizationConfig.{key}"),
+    )
+    handed_on = ("llm_int8_threshold", "llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload",
+                 "llm_int8_has_fp16_weight", "bnb_4bit_quant_storage")  # fmt: skip
+    for key in handed_on:
+        if getattr(section, key) is not None:
+            settings.put(
+                f"quantization.options.{key}", getattr(section, key), label(f"QuantizationConfig.{key}")
+            )
+
+
+def _apply_lora(settings: Settings, config: TrainingConfig, label: Label) -> None:
+    shape, options = sections.shape(config, label("").rstrip())
+    renamed = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets"}
+    for key, ours in renamed.items():
+        value = getattr(shape, key)
+        if value is not None:
+            settings.put(f"lora.{ours}", value, label(f"LoraConfig.{key}"))
+    for key, value in options.items():
+        settings.put(f"lora.options.{key}", value, label(f"LoraConfig.{key}"))
+
+
+def _apply_training(settings: Settings, config: TrainingConfig, label: Label) -> None:
+    where = label("TrainingArguments")
+    checked = arguments.check(config.training, where)
+    folder = checked.pop("output_dir", None)
+    if folder:
+        settings.put("output.folder", folder, label("TrainingArguments.output_dir"))
+    for key, value in checked.items():
+        settings.put(f"training.{key}", value, label(f"TrainingArguments.{key}"))
+    for group, values in arguments.elsewhere(config.training, where).items():
+        for key, value in values.items():
+            settings.put(f"{group}.{key}", value, where)
+    for key in sorted(arguments.OBSOLETE & config.training.keys()):
+        settings.warn(f"{label('TrainingArguments.' + key)} has no effect here")
+
+
+def _apply_dataset(settings: Settings, section: DatasetConfig, label: Label) -> None:
+    renamed = {
+        "shuffle_dataset": "shuffle", "shuffle_seed": "shuffle_seed", "context_column": "context_column",
+        "response_column": "response_column", "messages_column": "messages_column",
+        "train_test_split": "train_share",
+    }  # fmt: skip
+    for key, ours in renamed.items():
+        if getattr(section, key) is not None:
+            settings.put(f"data.{ours}", getattr(section, key), label(f"DatasetConfig.{key}"))
+    if section.dataset_extension:
+        extension = section.dataset_extension.lower().lstrip(".")
+        where = label("DatasetConfig.dataset_extension")
+        if extension not in _EXTENSIONS:
+            raise ConfigError(f"{where} is {extension!r}, expected one of {', '.join(_EXTENSIONS)}")
+        settings.put("data.extension", extension, where)
+    if section.dataset_path:
+        path = Path(section.dataset_path)
+        # A path that is there tells what it is; one that is not yet there tells by its suffix.
+        is_file = path.is_file() or (bool(path.suffix) and not path.is_dir())
+        where = label("DatasetConfig.dataset_path")
+        settings.put("data.file" if is_file else "data.folder", path, where)
+
+
+def _apply_collator(settings: Settings, section: DataCollator, label: Label) -> None:
+    """Warn of values that ask for something; `mlm: true` stands in every stock template and asks nothing."""
+    for key, value in section.model_dump().items():
+        if value is not None and key not in ("mlm", "mlm_probability", "return_tensors"):
+            settings.warn(f"{label('DataCollator.' + key)} has no effect here")

@@ -1,0 +1,162 @@
+"""Which base model a manifest, a configuration section or a mount means, and what its parts are called.
+
+Knows presets and mounted weights. Does not read weights. Start at `put_model`.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from runtime import presets
+from runtime.config import describe, read_text
+from runtime.errors import ConfigError
+from runtime.model_source import ModelSource
+from runtime.presets import Preset
+from runtime.workspace.mounts import WEIGHTS, Mounts
+from runtime.workspace.sections import ModelConfig
+from runtime.workspace.settings import Settings
+
+Label = Callable[[str], str]
+"""Turns "Section.key" into the words that tell a user where it stands."""
+
+
+def put_model(settings: Settings, name: str, where: str) -> Preset | None:
+    """Set the base model to `name` (preset, directory or repository id); return its preset, if it has one."""
+    try:
+        model = presets.source(name)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    preset = presets.matching(model)
+    known = ModelSource(name=name).model_dump()
+    origin = f"preset {preset.name}" if preset else where
+    settings.drop("model")
+    for key, value in model.model_dump().items():
+        if value != known[key]:
+            settings.put(f"model.{key}", value, origin)
+    settings.put("model.name", model.name, where)
+    return preset
+
+
+def put_mounted_weights(settings: Settings, mounts: Mounts) -> None:
+    """Use the weights that a controller mounted, under whatever name the model already has."""
+    folder = mounts.weights()
+    if folder is None or settings.get("model.path") is not None:
+        return
+    if settings.get("model.name") is None:
+        settings.put("model.name", str(folder), "mounted weights")
+    settings.put("model.path", folder, "mounted weights")
+
+
+def apply_model(settings: Settings, section: ModelConfig, label: Label, mounts: Mounts) -> None:
+    """Lay the ModelConfig section over the model."""
+    named = section.pretrained_model_name_or_path
+    if named and named.rstrip("/") not in WEIGHTS:
+        put_model(settings, named, label("ModelConfig.pretrained_model_name_or_path"))
+    elif named and mounts.weights() is None:
+        settings.warn(f"no weights are mounted at {named}: the model is read from the hub or its cache")
+    if section.revision:
+        settings.put("model.revision", section.revision, label("ModelConfig.revision"))
+    if section.trust_remote_code:
+        settings.put("model.trust_remote_code", True, label("ModelConfig.trust_remote_code"))
+    if section.attn_implementation:
+        settings.put("model.attention", section.attn_implementation, label("ModelConfig.attn_implementation"))
+    if section.chat_template:
+        text = chat_template(section.chat_template, label("ModelConfig.chat_template"), mounts)
+        settings.put("model.chat_template", text, label("ModelConfig.chat_template"))
+    for key in ("torch_dtype", "dtype"):
+        put_dtype(settings, "model.dtype", getattr(section, key), label(f"ModelConfig.{key}"))
+    _offline(settings, section, label, mounts)
+    for key, value in section.model_dump().items():
+        without_effect = value not in (None, False, "auto") and key in _WITHOUT_EFFECT
+        if without_effect:
+            settings.warn(f"{label('ModelConfig.' + key)} has no effect here")
+
+
+_WITHOUT_EFFECT = ("state_dict", "cache_dir", "force_download", "proxies", "load_in_4bit", "load_in_8bit")
+
+
+def _offline(settings: Settings, section: ModelConfig, label: Label, mounts: Mounts) -> None:
+    """Honour `local_files_only`, except the stock template's when there are no local files to speak of."""
+    if not section.local_files_only:
+        return
+    where = label("ModelConfig.local_files_only")
+    if mounts.weights() is None and settings.get("model.path") is None:
+        settings.warn(
+            f"{where} is for weights that a controller mounts; none are mounted, so the model may be "
+            "downloaded (HF_HUB_OFFLINE=1 forbids it)"
+        )
+        return
+    settings.put("model.local_files_only", True, where)
+
+
+def put_dtype(settings: Settings, name: str, written: str | None, where: str) -> None:
+    """Set a compute type.
+
+    bfloat16 is what every stock template says, V100 or not, so it is a preference: "auto" is bfloat16
+    wherever the GPU has it. Any other type is the user's own and is kept.
+    """
+    if written is None:
+        return
+    dtype = written.removeprefix("torch.")
+    if dtype in ("auto", "bfloat16"):
+        settings.put(name, "auto", f"{where} ({dtype}: where the GPU has it)" if dtype != "auto" else where)
+    elif dtype in ("float16", "float32"):
+        settings.put(name, dtype, where)
+    else:
+        raise ConfigError(f"{where} is {describe(written)}, expected auto, bfloat16, float16 or float32")
+
+
+def chat_template(written: str, where: str, mounts: Mounts) -> str:
+    """Return the template's text: `written` is Jinja, a file, or the name of one of ours."""
+    if "{{" in written or "{%" in written:
+        return written
+    ours = presets.FOLDER / "chat_templates" / Path(written).name
+    for file in (mounts.at(written) if written.startswith("/") else Path(written), ours):
+        if file.is_file():
+            return read_text(file)
+    raise ConfigError(f"{where}: no chat template {written!r}, expected a file or Jinja text")
+
+
+def map_targets(settings: Settings) -> None:
+    """Replace target names that the architecture has fused or calls differently, and say so.
+
+    peft matches by name ending and is content when one name of many matches, so split names on a fused
+    model would adapt half of it in silence.
+    """
+    targets = settings.get("lora.targets")
+    if isinstance(targets, str) or not targets:
+        return
+    if [str(name) for name in targets] == ["all-linear"]:
+        settings.put("lora.targets", "all-linear", settings.sources["lora.targets"])
+        return
+    fused = _fused_targets(settings)
+    mapped = tuple(dict.fromkeys(fused.get(name, name) for name in targets))
+    source = settings.sources.get("lora.targets", "lora")
+    if set(mapped) != set(targets):
+        changed = [name for name in targets if name in fused]
+        settings.warn(
+            f"{source} names {_join(changed)}, which this architecture has as "
+            f"{_join(dict.fromkeys(fused[name] for name in changed))}: those are adapted"
+        )
+        source = f"{source} (mapped to this architecture's names)"
+    settings.put("lora.targets", mapped, source)
+
+
+def _fused_targets(settings: Settings) -> dict[str, str]:
+    """Return the renames of the model's preset, or of the presets with its local files' architecture."""
+    preset = presets.matching(ModelSource(name=settings.get("model.name") or ""))
+    if preset is not None:
+        return preset.fused_targets
+    folder = settings.get("model.path")
+    if folder is None:
+        return {}
+    try:
+        kind = json.loads(read_text(Path(folder) / "config.json")).get("model_type")
+    except json.JSONDecodeError:
+        raise ConfigError(f"{folder}/config.json: not valid JSON") from None
+    alike = (preset for preset in presets.all_presets() if preset.model_type == kind)
+    return next((preset.fused_targets for preset in alike), {})
+
+
+def _join(names: Iterable[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,113 @@
+"""Flags of the command line, laid over everything else.
+
+`--output` and `--data` take what a user has (a directory, an address, an image) and find out which it
+is; `--set` names a setting. Start at `apply`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime.config import nearest
+from runtime.errors import ConfigError
+from runtime.tuning import arguments
+from runtime.tuning.settings import TuningJob
+from runtime.workspace.base_model import put_model
+from runtime.workspace.sections import SECTIONS
+from runtime.workspace.settings import Settings
+
+REFERENCE = re.compile(r"oci:|docker://|(?:localhost|[^/]*[.:][^/]*)/[^/]|[^/.~][^:]*/[^:/]+:[\w.-]+$")
+"""What is an image rather than a directory: a scheme, a registry's host before the first slash, or a tag."""
+
+
+def apply(settings: Settings, overrides: Mapping[str, Any], where: str) -> None:
+    """Lay `overrides` over the settings; `where` names what lies below in errors."""
+    if "--output" in overrides:
+        _put_output(settings, overrides["--output"])
+    if "--data" in overrides:
+        _put_data(settings, overrides["--data"])
+    names = dotted(overrides)
+    if names:
+        settings.build(TuningJob, where)  # so that an error below is not blamed on the flags
+    for name, value in names.items():
+        _put(settings, name, value)
+    if any(name.startswith("training.") for name in names):
+        source = dict(settings.sources)
+        checked = arguments.check(settings.get("training"), "--set training")
+        for key, value in checked.items():
+            settings.put(f"training.{key}", value, source.get(f"training.{key}", "flag --set"))
+
+
+def dotted(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the overrides that name a setting of the job itself."""
+    return {
+        name: value
+        for name, value in overrides.items()
+        if not name.startswith("--") and name.partition(".")[0] not in SECTIONS
+    }
+
+
+def is_image(word: str) -> bool:
+    """Whether `word` is an image reference; a path that exists, or starts like one, never is."""
+    if word.startswith(("/", "./", "../", "~")) or Path(word).exists():
+        return False
+    return bool(REFERENCE.match(word))
+
+
+def _put(settings: Settings, name: str, value: Any) -> None:
+    head = name.partition(".")[0]
+    if head not in TuningJob.model_fields:
+        known = [*TuningJob.model_fields, *SECTIONS]
+        raise ConfigError(
+            f"--set {name}: unknown setting{nearest(head, known) or '; known: ' + ', '.join(known)}"
+        )
+    if head == "hub_token":
+        raise ConfigError("--set hub_token: a token must not stand on a command line; set HF_TOKEN")
+    if name in ("model", "model.name"):
+        put_model(settings, str(value), f"flag --set {name}")
+    elif head in ("data", "encoding", "lora", "output", "quantization", "training", "model") and name == head:
+        raise ConfigError(f"--set {name}: expected a setting in it, such as {head}.{_first_field(head)}")
+    else:
+        settings.put(name, value, f"flag --set {name}")
+
+
+def _first_field(head: str) -> str:
+    examples = {"training": "learning_rate", "quantization": "bits", "model": "revision"}
+    nested = TuningJob.model_fields[head].annotation
+    return examples.get(head) or next(iter(nested.model_fields)) if isinstance(nested, type) else "…"
+
+
+def _put_output(settings: Settings, words: Iterable[str]) -> None:
+    """Set the directory, the image or both; a directory alone means that nothing is pushed."""
+    images = [word for word in words if is_image(word)]
+    folders = [word for word in words if not is_image(word)]
+    if len(images) > 1 or len(folders) > 1:
+        raise ConfigError(f"--output: expected at most one directory and one image, got {', '.join(words)}")
+    if folders:
+        settings.put("output.folder", Path(folders[0]).expanduser(), "flag --output")
+    settings.put("output.image", images[0].removeprefix("docker://") if images else None, "flag --output")
+
+
+def _put_data(settings: Settings, words: Iterable[str]) -> None:
+    """Set where the rows come from, in place of all that was said about it."""
+    for key in ("urls", "image", "folder", "file"):
+        settings.drop(f"data.{key}")
+    urls = tuple(word for word in words if re.match(r"https?://", word))
+    if urls:
+        if len(urls) != len(list(words)):
+            raise ConfigError("--data: addresses and local paths cannot be mixed")
+        settings.put("data.urls", urls, "flag --data")
+        return
+    if len(list(words)) > 1:
+        raise ConfigError("--data: expected one file or directory; several are a directory")
+    for word in words:
+        path = Path(word).expanduser()
+        if path.is_dir():
+            settings.put("data.folder", path, "flag --data")
+        elif path.is_file():
+            settings.put("data.file", path, "flag --data")
+        elif is_image(word):
+            settings.put("data.image", word.removeprefix("docker://"), "flag --data")
+        else:
+            raise ConfigError(f"--data: {word}: no such file or directory")

@@ -1,0 +1,70 @@
+"""The places where KAITO's controllers put things in the pod, old ones and new ones.
+
+Knows paths, not files' contents. Start at `Mounts`; tests give it another root than "/".
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+WEIGHTS = ("/workspace/weights", "/workspace/tfs/weights", "/workspace/vllm/weights")
+"""Model weights, baked into the image (before v0.5) or pulled by an init container."""
+
+CREDENTIALS = ("/tmp/.docker/config/config.json", "/root/.docker/config.json", "/root/.docker/config.d")  # noqa: S108
+"""imagePushSecret as v0.3.1 to v0.4.4 mount it, as v0.3.0 does, and secrets of input images."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mounts:
+    """Fixed paths, below `root`."""
+
+    root: Path
+    environ: Mapping[str, str]
+
+    def at(self, path: str | Path) -> Path:
+        """Return the absolute `path` below the root."""
+        return self.root / str(path).lstrip("/")
+
+    @property
+    def training_config(self) -> Path:
+        return self.at("/mnt/config/training_config.yaml")
+
+    @property
+    def inference_config(self) -> Path:
+        return self.at("/mnt/config/inference_config.yaml")
+
+    @property
+    def data(self) -> Path:
+        return self.at("/mnt/data")
+
+    @property
+    def controlled(self) -> bool:
+        """Whether a controller laid this out: its configuration is mounted, or this is a pod."""
+        return self.training_config.is_file() or "KUBERNETES_SERVICE_HOST" in self.environ
+
+    def weights(self) -> Path | None:
+        """Return the mounted directory with model weights, None when there is none."""
+        folders = (self.at(path) for path in WEIGHTS)
+        return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+
+    def adapters(self) -> list[Path]:
+        """Return the mounted adapter directories, sorted by name."""
+        folder = self.at("/mnt/adapter")
+        return sorted(file.parent for file in folder.glob("*/adapter_config.json"))
+
+    def credentials(self) -> tuple[Path, str] | None:
+        """Return the registry credentials to use and which rule found them, None when there are none."""
+        named = self.environ.get("DOCKER_CONFIG")
+        home, runtime = self.environ.get("HOME"), self.environ.get("XDG_RUNTIME_DIR")
+        places = [
+            (Path(named) / "config.json", "environment DOCKER_CONFIG") if named else None,
+            *((self.at(path), "mounted secret") for path in CREDENTIALS),
+            (Path(home) / ".docker/config.json", "docker login") if home else None,
+            (Path(runtime) / "containers/auth.json", "podman login") if runtime else None,
+        ]
+        return next((place for place in places if place and place[0].exists()), None)
+
+    def cache(self) -> Path:
+        """Return the directory for files that can be fetched again."""
+        home = self.environ.get("HOME") or "/tmp"  # noqa: S108
+        return Path(self.environ.get("XDG_CACHE_HOME") or Path(home) / ".cache") / "workspace-runtime"

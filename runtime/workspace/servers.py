@@ -1,0 +1,192 @@
+"""From an inference Workspace, a preset or a directory to one `ServeConfig`.
+
+Later layers win: defaults, manifest, inference_config.yaml, mounts, environment, flags. Start at
+`load_serve`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from runtime.config import describe, nearest, parse, read_text, yaml_documents
+from runtime.errors import ConfigError
+from runtime.serving.settings import AdapterSource, ServeConfig
+from runtime.workspace.base_model import put_model, put_mounted_weights
+from runtime.workspace.config_file import Manifest
+from runtime.workspace.jobs import is_manifest
+from runtime.workspace.manifest import AdapterSpec, host_path, read
+from runtime.workspace.mounts import Mounts
+from runtime.workspace.settings import Resolved, Settings, placeholder
+
+INFERENCE_KEY = "inference_config.yaml"
+
+ENGINE_KEYS = {"max-model-len": "limits.context_tokens", "max-num-seqs": "limits.rows"}
+"""Keys of the `vllm` section that mean something here."""
+
+
+def load_serve(
+    target: Path | str | None,
+    *,
+    environ: Mapping[str, str],
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+    root: Path = Path("/"),
+) -> Resolved[ServeConfig]:
+    """Return the server that `target` asks for, resolved.
+
+    Args:
+        target: An inference manifest; or a preset, repository id or model directory; or None where a
+            controller mounted the weights.
+        environ: The process environment; a variable named like an adapter is that adapter's strength.
+        overrides: Flags. `--adapter` holds a list of NAME=REFERENCE[@STRENGTH]; other keys are dotted
+            settings of ServeConfig ("limits.rows").
+        root: Where the controller's mounts lie; another directory than "/" only in tests.
+    """
+    settings, mounts, manifest = Settings(), Mounts(root, environ), None
+    adapters: dict[str, AdapterSource] = {}
+    if target is not None and is_manifest(target):
+        manifest = Manifest(Path(target), *read(Path(target)))
+        adapters = _apply_manifest(settings, manifest, mounts)
+    elif target is not None:
+        _choose_model(settings, str(target), "command line")
+    _apply_config(settings, manifest, mounts)
+    put_mounted_weights(settings, mounts)
+    _add_mounted(settings, adapters, mounts)
+    for word in overrides.get("--adapter", ()):
+        adapter = adapter_flag(word)
+        adapters[adapter.name] = adapter
+        settings.sources["adapters"] = "flag --adapter"
+    _apply_strengths(settings, adapters, environ)
+    if settings.get("model.name") is None:
+        raise ConfigError("no model: give a manifest, a preset, a repository id or a model directory")
+    settings.put("adapters", tuple(adapters.values()), settings.sources.get("adapters", "default"))
+    where = str(target or "mounts")
+    names = {name: value for name, value in overrides.items() if not name.startswith("--")}
+    if names:
+        settings.build(ServeConfig, where)  # so that an error below is not blamed on the flags
+    for name, value in names.items():
+        _put(settings, name, value)
+    config = settings.build(ServeConfig, "--set" if names else where)
+    return Resolved(config, settings.origins(config), tuple(settings.warnings), _placeholders(config))
+
+
+def adapter_flag(word: str) -> AdapterSource:
+    """Return the adapter of `NAME=REFERENCE` or `NAME=REFERENCE@STRENGTH` (a number after the last @)."""
+    name, equals, reference = word.partition("=")
+    before, at, strength = reference.rpartition("@")
+    if not equals or not name or not reference:
+        raise ConfigError(f"--adapter {word}: expected NAME=DIRECTORY or NAME=IMAGE")
+    if at and before and strength.replace(".", "", 1).isdigit():
+        return _adapter(name, before, _strength(strength, f"--adapter {name}"), "--adapter")
+    return _adapter(name, reference, 1.0, "--adapter")
+
+
+def _apply_manifest(settings: Settings, manifest: Manifest, mounts: Mounts) -> dict[str, AdapterSource]:
+    file, inference = manifest.file, manifest.workspace.inference
+    if inference is None:
+        raise ConfigError(f"{file}: this Workspace has 'tuning', not 'inference'; use `runtime tune {file}`")
+    if inference.template is not None or inference.preset is None:
+        raise ConfigError(
+            f"{file}: 'inference.preset' is missing; a Workspace with a pod template runs the image it names"
+        )
+    _choose_model(settings, inference.preset.name, f"{file.name} inference.preset.name")
+    if manifest.workspace.metadata.annotations.get("kaito.sh/runtime") == "vllm":
+        settings.warn(f"{file.name} asks for the vllm runtime; it is served by this image's own engine")
+    settings.sources["adapters"] = f"{file.name} inference.adapters"
+    found = (_from_manifest(adapter, manifest, mounts) for adapter in inference.adapters)
+    return {adapter.name: adapter for adapter in found}
+
+
+def _from_manifest(adapter: AdapterSpec, manifest: Manifest, mounts: Mounts) -> AdapterSource:
+    """Return where the adapter is: mounted already, an image, or a directory of this host."""
+    mounted = mounts.at(f"/mnt/adapter/{adapter.source.name}")
+    reference = adapter.source.image
+    if (mounted / "adapter_config.json").is_file() or adapter.source.volume is not None:
+        folder = host_path(adapter.source.volume or {})
+        reference = str(folder if folder and not mounted.is_dir() else mounted)
+    return _adapter(adapter.source.name, reference, adapter.strength, str(manifest.file))
+
+
+def _adapter(name: str, reference: str, strength: float, where: str) -> AdapterSource:
+    return parse(
+        AdapterSource, {"name": name, "reference": reference, "strength": strength}, f"{where} {name}"
+    )
+
+
+def _choose_model(settings: Settings, name: str, where: str) -> None:
+    preset = put_model(settings, name, where)
+    settings.put("served_name", preset.name if preset else Path(name).name, where)
+
+
+def _add_mounted(settings: Settings, adapters: dict[str, AdapterSource], mounts: Mounts) -> None:
+    """Add every adapter that init containers or volumes put in the pod."""
+    for folder in mounts.adapters():
+        if folder.name not in adapters:
+            adapters[folder.name] = _adapter(folder.name, str(folder), 1.0, "/mnt/adapter")
+            settings.sources.setdefault("adapters", "/mnt/adapter")
+
+
+def _apply_strengths(
+    settings: Settings, adapters: dict[str, AdapterSource], environ: Mapping[str, str]
+) -> None:
+    for name, adapter in adapters.items():
+        if name in environ:
+            strength = _strength(environ[name], f"environment {name}")
+            adapters[name] = adapter.model_copy(update={"strength": strength})
+            settings.sources["adapters"] = (
+                f"{settings.sources.get('adapters', 'default')}, environment {name}"
+            )
+
+
+def _strength(text: str, where: str) -> float:
+    try:
+        strength = float(text)
+    except ValueError:
+        strength = -1.0
+    if not 0 <= strength <= 1:
+        raise ConfigError(f"{where}: strength is {describe(text)}, expected a number from 0 to 1")
+    return strength
+
+
+def _apply_config(settings: Settings, manifest: Manifest | None, mounts: Mounts) -> None:
+    """Read inference_config.yaml: what means something here is taken, the rest is named once."""
+    where, text = _config_text(manifest, mounts)
+    if text is None:
+        return
+    for document in yaml_documents(text, where):
+        engine = document.get("vllm") or {}
+        if not isinstance(engine, dict):
+            raise ConfigError(f"{where}: 'vllm' is {describe(engine)}, expected keys and values")
+        for key, value in engine.items():
+            ours = ENGINE_KEYS.get(str(key).replace("_", "-"))
+            if ours and value != "auto":
+                settings.put(ours, value, f"{where} vllm.{key}")
+        ignored = [f"vllm.{key}" for key in engine if str(key).replace("_", "-") not in ENGINE_KEYS]
+        ignored += [str(key) for key in document if key != "vllm"]
+        if ignored:
+            settings.warn(f"{where}: without effect here: {', '.join(ignored)}")
+
+
+def _config_text(manifest: Manifest | None, mounts: Mounts) -> tuple[str, str | None]:
+    wanted = manifest.workspace.inference.config if manifest and manifest.workspace.inference else ""
+    for found in manifest.maps if manifest else ():
+        if INFERENCE_KEY in found.data and wanted in ("", found.metadata.name):
+            return f"ConfigMap {found.metadata.name}", found.data[INFERENCE_KEY]
+    if mounts.inference_config.is_file():
+        return INFERENCE_KEY, read_text(mounts.inference_config)
+    return "", None
+
+
+def _put(settings: Settings, name: str, value: Any) -> None:
+    head = name.partition(".")[0]
+    if head not in ServeConfig.model_fields:
+        hint = nearest(head, ServeConfig.model_fields) or f"; known: {', '.join(ServeConfig.model_fields)}"
+        raise ConfigError(f"--set {name}: unknown setting{hint}")
+    if head == "api_key" and isinstance(value, str):
+        raise ConfigError("--set api_key: a key must not stand on a command line; use --api-key-env NAME")
+    settings.put(name, value, f"flag --set {name}")
+
+
+def _placeholders(config: ServeConfig) -> tuple[str, ...]:
+    words = ((adapter.name, placeholder(adapter.reference)) for adapter in config.adapters)
+    return tuple(f"adapter {name} still holds the placeholder {word}" for name, word in words if word)
