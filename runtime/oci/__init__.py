@@ -1,1 +1,23 @@
-"""Images in registries and in layouts on disk: push and pull. The only importer of `oras`."""
+"""Images in registries and in layouts on disk: push and pull. The only importer of `oras`.
+
+`oras` and `requests` are imported when a registry is first spoken to, never by `import runtime.oci`.
+Start at images.py.
+"""
+
+from runtime.oci.access import Access, Azure, from_environment
+from runtime.oci.images import ImageInfo, check_push, inspect, pull, push, push_image
+from runtime.oci.reference import Reference, parse
+
+__all__ = [
+    "Access",
+    "Azure",
+    "ImageInfo",
+    "Reference",
+    "check_push",
+    "from_environment",
+    "inspect",
+    "parse",
+    "pull",
+    "push",
+    "push_image",
+]

@@ -1,0 +1,103 @@
+"""How to reach a registry: where credentials lie, which certificates to trust, whether plain HTTP will do.
+
+Plain values; `from_environment` is for the edges, which own the environment. Reads no file: see
+credentials.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+MOUNTED = (
+    Path("/root/.docker/config.json"),
+    Path("/tmp/.docker/config/config.json"),  # noqa: S108 - where controllers v0.3.1 to v0.4.4 mount the secret
+    Path("/root/.docker/config.d"),
+)
+"""Where the controller's versions mount `imagePushSecret` and the adapters' `imagePullSecrets`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Azure:
+    """A pod's own identity (workload identity, or the managed identity of its node)."""
+
+    client_id: str | None = None
+    """AZURE_CLIENT_ID; None asks for the node's default identity."""
+    tenant_id: str | None = None
+    """AZURE_TENANT_ID."""
+    token_file: Path | None = None
+    """AZURE_FEDERATED_TOKEN_FILE; Kubernetes replaces its content, so it is read at every use."""
+    authority: str | None = None
+    """AZURE_AUTHORITY_HOST, for clouds other than the public one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Credentials and transport settings for registries; the default reads the usual Docker files."""
+
+    files: tuple[Path, ...] | None = None
+    """Docker `config.json` files, or folders of them, in the order to try; None means the usual places."""
+    azure: Azure | None = None
+    """Identity to log in with at `*.azurecr.io` when no file has credentials for it."""
+    insecure: bool = False
+    """Allow plain HTTP, and HTTPS without checking the certificate."""
+    ca_file: Path | None = None
+    """Certificates to trust instead of the system's."""
+    cache: Path | None = None
+    """Folder that keeps pulled blobs by digest; None keeps only what an interrupted pull needs."""
+    connect_timeout_s: float = 10.0
+    """Seconds to wait for a connection."""
+    read_timeout_s: float = 60.0
+    """Seconds without one byte from the registry before the request counts as lost."""
+    attempts: int = 6
+    """Tries of one request, or of one chunk without progress, before giving up."""
+    backoff_s: float = 0.5
+    """First wait between tries; it doubles each time, to at most 20 s."""
+
+
+DEFAULT = Access()
+"""The usual places, no exceptions to TLS."""
+
+
+def from_environment(
+    environment: Mapping[str, str],
+    *,
+    files: Sequence[Path] = (),
+    insecure: bool = False,
+    ca_file: Path | None = None,
+    cache: Path | None = None,
+) -> Access:
+    """Return the access a process with this environment has; `files` are tried before all others."""
+    home = environment.get("HOME")
+    places = [*files]
+    if environment.get("REGISTRY_AUTH_FILE"):
+        places.append(Path(environment["REGISTRY_AUTH_FILE"]))
+    if environment.get("DOCKER_CONFIG"):
+        places.append(Path(environment["DOCKER_CONFIG"]))
+    if home:
+        places += _in_home(Path(home))
+    if environment.get("XDG_RUNTIME_DIR"):
+        places.append(Path(environment["XDG_RUNTIME_DIR"], "containers/auth.json"))
+    azure = None
+    if environment.get("AZURE_CLIENT_ID") or environment.get("AZURE_FEDERATED_TOKEN_FILE"):
+        token_file = environment.get("AZURE_FEDERATED_TOKEN_FILE")
+        azure = Azure(
+            client_id=environment.get("AZURE_CLIENT_ID"),
+            tenant_id=environment.get("AZURE_TENANT_ID"),
+            token_file=Path(token_file) if token_file else None,
+            authority=environment.get("AZURE_AUTHORITY_HOST"),
+        )
+    found = tuple(dict.fromkeys([*places, *MOUNTED]))
+    return Access(files=found, azure=azure, insecure=insecure, ca_file=ca_file, cache=cache)
+
+
+def usual_places() -> tuple[Path, ...]:
+    """Return where Docker, podman and the controller leave credentials for this user."""
+    try:
+        places = _in_home(Path.home())
+    except RuntimeError:  # a user id without a passwd entry and without HOME
+        places = []
+    return tuple(dict.fromkeys([*places, *MOUNTED]))
+
+
+def _in_home(home: Path) -> list[Path]:
+    return [home / ".docker/config.json", home / ".docker/config.d", home / ".config/containers/auth.json"]

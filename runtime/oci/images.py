@@ -1,0 +1,211 @@
+"""Push and pull: a folder becomes an image, an image becomes a folder.
+
+One path for registries and for layouts on disk, behind `Store`. A tag moves only when every byte is
+there; a folder appears whole or not at all. Does not know HTTP. Start at `push` and `pull`.
+"""
+
+import json
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.errors import CapacityError, ConfigError, RegistryError
+from runtime.oci import contents
+from runtime.oci.access import DEFAULT, Access
+from runtime.oci.blobs import Descriptor, disk_errors, file_digest
+from runtime.oci.contents import Contents
+from runtime.oci.image import MARKER, Image, build
+from runtime.oci.layout import Layout
+from runtime.oci.progress import Progress
+from runtime.oci.reference import Reference
+from runtime.oci.store import Manifest, Report, Store
+
+_PARALLEL = 4
+"""Blobs in flight at once; more only adds memory (one chunk buffer each) on one link."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What is known of an image without pulling its files."""
+
+    reference: Reference
+    digest: str
+    media_type: str
+    contents: Contents
+
+
+def push(
+    folder: Path,
+    reference: Reference,
+    *,
+    files: Sequence[str] | None = None,
+    annotations: Mapping[str, str] = {},
+    access: Access = DEFAULT,
+) -> str:
+    """Push the files of `folder` as an image with them under /data; return its digest.
+
+    files: paths relative to `folder`; every file below it when None.
+    """
+    with tempfile.TemporaryDirectory(prefix="push-") as scratch:
+        image = build(folder, Path(scratch), files=files, annotations=annotations)
+        return push_image(image, reference, access=access)
+
+
+def push_image(
+    image: Image, reference: Reference, *, access: Access = DEFAULT, mount_from: str | None = None
+) -> str:
+    """Push a built image; return its digest. Nothing is sent when the reference already names it.
+
+    mount_from: a repository of the same registry that may hold some of the blobs already.
+    """
+    if reference.digest and reference.digest != image.digest:
+        raise ConfigError(f"{reference}: the image to push has digest {image.digest}; name it by a tag")
+    store = open_store(reference, access)
+    with store.writing():
+        found = store.find(reference.selector)
+        progress = Progress(f"push {reference}", image.size)
+        if found is not None and found.digest == image.digest:
+            progress.done("is there already, nothing to send")
+            return image.digest
+        with progress, ThreadPoolExecutor(_PARALLEL, thread_name_prefix="push") as pool:
+            jobs = [pool.submit(store.put_blob, blob, progress.add, mount_from) for blob in image.blobs]
+            _wait(jobs, pool)
+        store.put_manifest(Manifest(image.manifest, image.media_type), reference.selector)
+        progress.done(image.digest)
+    return image.digest
+
+
+def pull(reference: Reference, folder: Path, *, access: Access = DEFAULT) -> Path:
+    """Make `folder` the verified content of the image; it appears whole or stays as it was.
+
+    A folder that a former pull of the same image made is kept; one with other files in it is refused.
+    Interrupted downloads go on where they stopped.
+    """
+    _check_target(folder)
+    store = open_store(reference, access)
+    info = _inspect(store, reference)
+    if _pulled_digest(folder) == info.digest:
+        return folder
+    folder = folder.absolute()
+    parts = folder.parent / f".{folder.name}.blobs"
+    with disk_errors(folder.parent):
+        blobs_dir = access.cache or parts
+        blobs_dir.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(info.contents, blobs_dir, folder.parent)
+        blobs = _download(store, info, blobs_dir)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.new-") as new:
+            inside = Path(new, "content")
+            inside.mkdir()
+            layers, config = blobs[:-1], blobs[-1].read_bytes()
+            ids = contents.diff_ids(config, str(reference)) if info.contents.kind == "image" else []
+            contents.lay_out(info.contents, layers, inside, diff_ids=ids, where=str(reference))
+            marker = {"reference": str(reference), "digest": info.digest}
+            (inside / MARKER).write_text(json.dumps(marker), encoding="utf-8")
+            _swap(inside, folder, Path(new, "old"))
+        shutil.rmtree(parts, ignore_errors=True)
+    return folder
+
+
+def check_push(reference: Reference, *, access: Access = DEFAULT) -> None:
+    """Prove that a push to `reference` would be allowed, leaving nothing behind."""
+    open_store(reference, access).check_writable()
+
+
+def inspect(reference: Reference, access: Access = DEFAULT) -> ImageInfo:
+    """Return what `reference` names; RegistryError when there is no such image."""
+    return _inspect(open_store(reference, access), reference)
+
+
+def open_store(reference: Reference, access: Access) -> Store:
+    """Return the place that `reference` names."""
+    if reference.layout is not None:
+        return Layout(reference.layout)
+    from runtime.oci.repository import Repository  # imports requests and oras: a fifth of a second
+
+    return Repository(reference, access)
+
+
+def _inspect(store: Store, reference: Reference) -> ImageInfo:
+    manifest = _find(store, reference, reference.selector)
+    if contents.is_index(manifest):
+        machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+        manifest = _find(store, reference, contents.choose_platform(manifest, machine, str(reference)))
+    return ImageInfo(reference, manifest.digest, manifest.media_type, contents.read(manifest, str(reference)))
+
+
+def _find(store: Store, reference: Reference, selector: str) -> Manifest:
+    manifest = store.find(selector)
+    if manifest is None:
+        raise RegistryError(f"{reference}: no such image; check the name and the tag, or push it first")
+    return manifest
+
+
+def _download(store: Store, info: ImageInfo, folder: Path) -> list[Path]:
+    """Return the verified files of all layers and, last, of the config."""
+    wanted = [*info.contents.layers, info.contents.config]
+    progress = Progress(f"pull {info.reference}", sum(each.size for each in wanted))
+    distinct = {each.digest: each for each in wanted}
+    with progress, ThreadPoolExecutor(_PARALLEL, thread_name_prefix="pull") as pool:
+        _wait([pool.submit(_fetch, store, each, folder, progress.add) for each in distinct.values()], pool)
+    progress.done(info.digest)
+    return [folder / each.digest.removeprefix("sha256:") for each in wanted]
+
+
+def _fetch(store: Store, descriptor: Descriptor, folder: Path, report: Report) -> None:
+    path = folder / descriptor.digest.removeprefix("sha256:")
+    if path.is_file() and path.stat().st_size == descriptor.size and file_digest(path) == descriptor.digest:
+        report(descriptor.size)
+        return
+    store.fetch(descriptor, path, report)
+
+
+def _wait(jobs: Sequence[Future[None]], pool: ThreadPoolExecutor) -> None:
+    """Wait for all jobs; at the first failure start no more, and raise it when the running ones ended."""
+    finished, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+    failed = next((error for job in finished if (error := job.exception())), None)
+    if failed is not None:
+        pool.shutdown(cancel_futures=True)
+        raise failed
+
+
+def _check_target(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: is a file, expected a folder to pull into")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+        raise ConfigError(f"{folder}: holds other files; pull into a new or empty folder")
+
+
+def _pulled_digest(folder: Path) -> str | None:
+    try:
+        return str(json.loads((folder / MARKER).read_text(encoding="utf-8"))["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _check_space(found: Contents, blobs: Path, target: Path) -> None:
+    """Raise CapacityError when blobs and files cannot both fit; files are no smaller than their blobs."""
+    for place, needed in ((blobs, found.size), (target, 2 * found.size)):
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise CapacityError(
+                f"{place}: pulling needs {needed} bytes and {free} are free; free space or use another disk"
+            )
+
+
+def _swap(new: Path, folder: Path, old: Path) -> None:
+    if folder.exists():
+        try:
+            folder.rmdir()  # an empty folder, as Kubernetes mounts them
+        except OSError:
+            try:
+                folder.rename(old)
+            except OSError as error:
+                raise ConfigError(
+                    f"{folder}: cannot be replaced ({error.strerror}); pull into a folder below it"
+                ) from None
+    new.replace(folder)

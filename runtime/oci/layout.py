@@ -1,0 +1,201 @@
+"""An OCI image layout on disk: the registry of those who have none.
+
+Blobs and the index appear whole or not at all; writers take turns through a lock, so two jobs may push
+to one layout. Tools read it as `oci:DIRECTORY:tag` (skopeo, umoci, podman). Start at `Layout`.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import ConfigError, RegistryError
+from runtime.oci.blobs import READ_BYTES, Blob, Descriptor, disk_errors, read_all
+from runtime.oci.image import INDEX, MANIFEST
+from runtime.oci.store import Manifest, Report, check_manifest
+
+_TAG = "org.opencontainers.image.ref.name"
+
+
+class Layout:
+    """The layout in one directory (a `Store`)."""
+
+    def __init__(self, root: Path):
+        self._root = root
+
+    def __str__(self) -> str:
+        return f"oci:{self._root}"
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Create the layout when missing and hold its lock while the block runs."""
+        with disk_errors(self._root):
+            self._blobs.mkdir(parents=True, exist_ok=True)
+            with (self._root / "oci-layout").open("a+b") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if lock.seek(0, os.SEEK_END) == 0:
+                    lock.write(b'{"imageLayoutVersion":"1.0.0"}')
+                    lock.flush()
+                yield
+
+    def check_writable(self) -> None:
+        """Raise ConfigError unless files can be made in the directory (or in the nearest one that exists)."""
+        if self._root.exists() and not self._root.is_dir():
+            raise ConfigError(f"{self._root}: is a file, expected a directory for the OCI layout")
+        if self._root.is_dir() and any(self._root.iterdir()) and not (self._root / "oci-layout").exists():
+            raise ConfigError(f"{self._root}: holds files but no OCI layout; name an empty or new directory")
+        place = next(p for p in (self._root.absolute(), *self._root.absolute().parents) if p.exists())
+        with disk_errors(place), tempfile.NamedTemporaryFile(dir=place):
+            pass
+
+    def find(self, selector: str) -> Manifest | None:
+        """Return the manifest under a tag or digest."""
+        entry = self._entry(selector)
+        if entry is None and selector.startswith("sha256:"):
+            path = self._path(selector)
+            entry = {"mediaType": MANIFEST, "digest": selector} if path.is_file() else None
+        if entry is None:
+            return None
+        path = self._path(entry["digest"])
+        if not path.is_file():
+            raise RegistryError(
+                f"{self}: blob {entry['digest']} of {selector!r} is missing; push the image again"
+            )
+        manifest = Manifest(path.read_bytes(), entry["mediaType"])
+        return check_manifest(manifest, entry["digest"], str(self))
+
+    def tags(self) -> list[str]:
+        """Return the tags of the layout."""
+        return [
+            tag for entry in self._index()["manifests"] if (tag := entry.get("annotations", {}).get(_TAG))
+        ]
+
+    def put_blob(self, blob: Blob, report: Report, mount_from: str | None = None) -> None:
+        """Copy `blob` into the layout unless it is there."""
+        wanted = blob.descriptor
+        target = self._path(wanted.digest)
+        if target.is_file() and target.stat().st_size == wanted.size:
+            report(wanted.size)
+            return
+        sha = hashlib.sha256()
+        with disk_errors(self._root, wanted.size), self._new_file(target) as file:
+            for chunk in read_all(blob.open()):
+                sha.update(chunk)
+                file.write(chunk)
+                report(len(chunk))
+            if f"sha256:{sha.hexdigest()}" != wanted.digest:
+                raise ConfigError(
+                    f"{self}: a file changed while it was being pushed; do not write to it meanwhile"
+                )
+
+    def put_manifest(self, manifest: Manifest, selector: str) -> None:
+        """Write the manifest and, when `selector` is a tag, point the tag at it."""
+        with disk_errors(self._root):
+            with self._new_file(self._path(manifest.digest)) as file:
+                file.write(manifest.data)
+            entry: dict[str, Any] = {
+                "mediaType": manifest.media_type,
+                "digest": manifest.digest,
+                "size": len(manifest.data),
+            }
+            if not selector.startswith("sha256:"):
+                entry["annotations"] = {_TAG: selector}
+            others = [e for e in self._index()["manifests"] if e.get("annotations", {}).get(_TAG) != selector]
+            self._write_index([*others, entry])
+
+    def fetch(self, descriptor: Descriptor, path: Path, report: Report) -> None:
+        """Copy a blob to `path`, checking its digest."""
+        source = self._path(descriptor.digest)
+        if not source.is_file():
+            raise RegistryError(f"{self}: blob {descriptor.digest} is missing; push the image again")
+        sha = hashlib.sha256()
+        with (
+            disk_errors(path.parent, descriptor.size),
+            source.open("rb") as reader,
+            self._new_file(path) as file,
+        ):
+            while chunk := reader.read(READ_BYTES):
+                sha.update(chunk)
+                file.write(chunk)
+                report(len(chunk))
+            if f"sha256:{sha.hexdigest()}" != descriptor.digest:
+                raise RegistryError(
+                    f"{self}: blob {descriptor.digest} is damaged on disk; push the image again"
+                )
+
+    def delete(self, tag: str) -> bool:
+        """Remove the tag and the blobs that no other image of the layout uses."""
+        if self._entry(tag) is None:
+            return False
+        with self.writing():
+            entries = self._index()["manifests"]
+            kept = [e for e in entries if e.get("annotations", {}).get(_TAG) != tag]
+            gone = {digest for e in entries if e not in kept for digest in self._reachable(e["digest"])}
+            used = {digest for e in kept for digest in self._reachable(e["digest"])}
+            self._write_index(kept)
+            for digest in gone - used:
+                self._path(digest).unlink(missing_ok=True)
+        return True
+
+    @property
+    def _blobs(self) -> Path:
+        return self._root / "blobs/sha256"
+
+    def _path(self, digest: str) -> Path:
+        return self._blobs / digest.removeprefix("sha256:")
+
+    def _index(self) -> dict[str, Any]:
+        path = self._root / "index.json"
+        if not path.is_file():
+            return {"schemaVersion": 2, "mediaType": INDEX, "manifests": []}
+        try:
+            index: dict[str, Any] = json.loads(path.read_bytes())
+            index["manifests"] = list(index["manifests"])
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"{path}: not an OCI index; name another directory or remove this one"
+            ) from None
+        return index
+
+    def _write_index(self, entries: list[dict[str, Any]]) -> None:
+        index = self._index() | {"manifests": entries}
+        with self._new_file(self._root / "index.json") as file:
+            file.write(json.dumps(index, indent=1).encode())
+
+    def _entry(self, selector: str) -> dict[str, Any] | None:
+        entries = self._index()["manifests"]
+        for entry in entries:
+            if selector in (entry["digest"], entry.get("annotations", {}).get(_TAG)):
+                found: dict[str, Any] = entry
+                return found
+        return None
+
+    def _reachable(self, digest: str) -> set[str]:
+        try:
+            manifest = json.loads(self._path(digest).read_bytes())
+        except (OSError, ValueError):
+            return {digest}
+        named = [*manifest.get("layers", []), *([manifest["config"]] if "config" in manifest else [])]
+        below = {d for m in manifest.get("manifests", []) for d in self._reachable(m["digest"])}
+        return {digest, *below, *(entry["digest"] for entry in named)}
+
+    @contextlib.contextmanager
+    def _new_file(self, target: Path) -> Iterator[Any]:
+        """Yield a file that becomes `target` when the block ends well and vanishes otherwise."""
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".new-")
+        aside = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            aside.chmod(0o644)
+            aside.replace(target)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise

@@ -1,0 +1,127 @@
+"""Names of images: `registry[:port]/repository[:tag][@digest]`, or `oci:DIRECTORY[:tag]` for a layout.
+
+Pure text: touches no disk and no network. Start at `parse`.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from runtime.errors import ConfigError
+
+DEFAULT_TAG = "latest"
+_DOCKER_HUB = "docker.io"
+_HOST = re.compile(r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9_.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?")
+_PART = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_FORM = "registry/repository:tag, as in myregistry.azurecr.io/adapters/phi-3:0.0.1, or oci:DIRECTORY:tag"
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """One image, in a registry or (when `layout` is set) in an OCI layout on disk."""
+
+    registry: str
+    """Host and port as the user means them (`docker.io`, `127.0.0.1:5000`); "" for a layout."""
+    repository: str
+    """Repository path in the registry; "" for a layout."""
+    tag: str | None
+    """None only when a digest alone names the image."""
+    digest: str | None = None
+    """`sha256:…`; it wins over the tag when both are given, as everywhere else."""
+    layout: Path | None = None
+    """Directory of the OCI layout."""
+
+    def __str__(self) -> str:
+        name = f"oci:{self.layout}" if self.layout is not None else f"{self.registry}/{self.repository}"
+        return name + (f":{self.tag}" if self.tag else "") + (f"@{self.digest}" if self.digest else "")
+
+    @property
+    def selector(self) -> str:
+        """The digest, else the tag: what a manifest is asked for by."""
+        return self.digest or self.tag or DEFAULT_TAG
+
+    def tagged(self, tag: str) -> "Reference":
+        """Return the same repository under another tag."""
+        return replace(self, tag=tag, digest=None)
+
+
+def parse(text: str) -> Reference:
+    """Return the reference that `text` names, ConfigError saying which part is wrong otherwise.
+
+    As Docker reads it: without a host it is `docker.io`, without a path there `library/`, without tag
+    and digest `latest`. In `oci:a:b/c` the colon belongs to the path; for a directory whose own name
+    ends in `:something`, write the tag too.
+    """
+    if text.startswith("oci:"):
+        return _parse_layout(text)
+    if text != text.strip() or not text:
+        raise ConfigError(f"image {text!r}: expected {_FORM}")
+    if "://" in text:
+        bare = text.split("://", 1)[1]
+        raise ConfigError(f"image {text!r}: write it without the scheme, as {bare!r}")
+    name, digest = _split_digest(text)
+    name, tag = _split_tag(name, text)
+    first, slash, rest = name.partition("/")
+    if slash and ("." in first or ":" in first or first == "localhost"):
+        registry, repository = first, rest
+    else:
+        registry, repository = _DOCKER_HUB, name
+    registry = {"index.docker.io": _DOCKER_HUB, "registry-1.docker.io": _DOCKER_HUB}.get(registry, registry)
+    if registry == _DOCKER_HUB and "/" not in repository:
+        repository = f"library/{repository}"
+    _check_names(text, registry, repository)
+    return Reference(registry, repository, tag or (None if digest else DEFAULT_TAG), digest)
+
+
+def _parse_layout(text: str) -> Reference:
+    path, digest = text.removeprefix("oci:"), None
+    if "@sha256:" in path:
+        path, digest = _split_digest(path)
+    path, tag = _split_tag(path, text)
+    if not path:
+        raise ConfigError(
+            f"image {text!r}: no directory after 'oci:', expected oci:DIRECTORY or oci:DIRECTORY:tag"
+        )
+    return Reference("", "", tag or (None if digest else DEFAULT_TAG), digest, layout=Path(path))
+
+
+def _split_digest(text: str) -> tuple[str, str | None]:
+    name, at, digest = text.rpartition("@")
+    if not at:
+        return text, None
+    if not _DIGEST.fullmatch(digest):
+        raise ConfigError(f"image {text!r}: digest {digest!r} is not sha256: and 64 lower-case hex digits")
+    return name, digest
+
+
+def _split_tag(name: str, text: str) -> tuple[str, str | None]:
+    head, colon, tag = name.rpartition(":")
+    if not colon or "/" in tag:
+        return name, None
+    if not _TAG.fullmatch(tag):
+        raise ConfigError(
+            f"image {text!r}: tag {tag!r} is not up to 128 letters, digits, '_', '.' and '-',"
+            " the first a letter, a digit or '_'"
+        )
+    return head, tag
+
+
+def _check_names(text: str, registry: str, repository: str) -> None:
+    host, _, port = registry.rpartition(":")
+    if not _HOST.fullmatch(registry) or (host and port.isdigit() and not 0 < int(port) < 65536):
+        raise ConfigError(
+            f"image {text!r}: {registry!r} is not a host name with an optional port; expected {_FORM}"
+        )
+    if repository != repository.lower():
+        lower = text.replace(repository, repository.lower())
+        raise ConfigError(
+            f"image {text!r}: registries allow only lower-case repository names, not {repository!r};"
+            f" for example {lower!r}"
+        )
+    if not all(_PART.fullmatch(part) for part in repository.split("/")) or len(repository) > 255:
+        raise ConfigError(
+            f"image {text!r}: repository {repository!r} is not made of lower-case letters, digits and single"
+            f" separators (. _ -) between slashes; expected {_FORM}"
+        )

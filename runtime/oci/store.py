@@ -1,0 +1,71 @@
+"""What pushing and pulling need of a place that holds images: a layout on disk or a repository.
+
+Start at `Store`; layout.py and repository.py implement it.
+"""
+
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from runtime.errors import RegistryError
+from runtime.oci.blobs import Blob, Descriptor
+
+Report = Callable[[int], None]
+"""Called with the number of bytes just moved (negative when some must be moved again)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A manifest as stored: its exact bytes."""
+
+    data: bytes
+    media_type: str
+
+    @property
+    def digest(self) -> str:
+        """Digest of the bytes."""
+        return f"sha256:{hashlib.sha256(self.data).hexdigest()}"
+
+
+class Store(Protocol):
+    """Manifests by tag or digest, and blobs by digest."""
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Keep other writers out while the block runs, where the place can."""
+        ...
+
+    def check_writable(self) -> None:
+        """Prove that a push would be allowed, leaving nothing behind."""
+        ...
+
+    def find(self, selector: str) -> Manifest | None:
+        """Return the manifest under a tag or digest, None when there is none."""
+        ...
+
+    def put_blob(self, blob: Blob, report: Report, mount_from: str | None = None) -> None:
+        """Store `blob` unless it is there."""
+        ...
+
+    def put_manifest(self, manifest: Manifest, selector: str) -> None:
+        """Store `manifest` under a tag or its digest; everything it names must be there."""
+        ...
+
+    def fetch(self, descriptor: Descriptor, path: Path, report: Report) -> None:
+        """Write the verified bytes of a blob to `path`, resuming what a former try left beside it."""
+        ...
+
+    def delete(self, tag: str) -> bool:
+        """Remove the manifest under `tag`; False when the place does not allow that or has none."""
+        ...
+
+
+def check_manifest(manifest: Manifest, selector: str, where: str) -> Manifest:
+    """Return `manifest`; RegistryError when it was asked for by a digest that it does not have."""
+    if selector.startswith("sha256:") and manifest.digest != selector:
+        raise RegistryError(
+            f"{where}: asked for {selector} and got {manifest.digest}; the stored image is damaged"
+        )
+    return manifest

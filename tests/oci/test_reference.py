@@ -1,0 +1,65 @@
+"""Image names: what parses into what, and what is said of those that do not."""
+
+from pathlib import Path
+
+import pytest
+
+from runtime.errors import ConfigError
+from runtime.oci import Reference, parse
+
+DIGEST = "sha256:" + "ab" * 32
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("busybox", Reference("docker.io", "library/busybox", "latest")),
+        ("me/img:1", Reference("docker.io", "me/img", "1")),
+        ("docker.io/busybox", Reference("docker.io", "library/busybox", "latest")),
+        ("index.docker.io/a/b", Reference("docker.io", "a/b", "latest")),
+        ("localhost/a", Reference("localhost", "a", "latest")),
+        ("127.0.0.1:5000/a/b:v1", Reference("127.0.0.1:5000", "a/b", "v1")),
+        ("[::1]:5000/a:v1", Reference("[::1]:5000", "a", "v1")),
+        ("my.azurecr.io/a_b/c-d:0.0.1", Reference("my.azurecr.io", "a_b/c-d", "0.0.1")),
+        (f"my.azurecr.io/a@{DIGEST}", Reference("my.azurecr.io", "a", None, DIGEST)),
+        (f"my.azurecr.io/a:v1@{DIGEST}", Reference("my.azurecr.io", "a", "v1", DIGEST)),
+        ("oci:out", Reference("", "", "latest", layout=Path("out"))),
+        ("oci:./out:v1", Reference("", "", "v1", layout=Path("out"))),
+        ("oci:/a:b/c", Reference("", "", "latest", layout=Path("/a:b/c"))),
+        ("oci:/a:b/c:v1", Reference("", "", "v1", layout=Path("/a:b/c"))),
+        ("oci:./a@b/c:v1", Reference("", "", "v1", layout=Path("a@b/c"))),
+        (f"oci:out@{DIGEST}", Reference("", "", None, DIGEST, Path("out"))),
+        ("ACR_REPO_HERE.azurecr.io/image:0.0.1", Reference("ACR_REPO_HERE.azurecr.io", "image", "0.0.1")),
+    ],
+)
+def test_reference_is_read_as_docker_reads_it(text: str, expected: Reference) -> None:
+    assert parse(text) == expected
+    assert parse(str(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("ACR_REPO_HERE.azurecr.io/IMAGE_NAME_HERE:0.0.1", "lower-case"),
+        ("https://my.azurecr.io/a:1", "without the scheme"),
+        ("my.azurecr.io/a:tag with space", "tag"),
+        ("my.azurecr.io/a:", "tag"),
+        ("my.azurecr.io/a@sha256:123", "digest"),
+        ("my.azurecr.io/a//b", "repository"),
+        ("my.azurecr.io/../etc", "repository"),
+        ("my.azurecr.io:99999/a", "host"),
+        ("my..io?x/a", "host"),
+        ("", "expected"),
+        (" a", "expected"),
+        ("oci:", "no directory"),
+        ("oci::v1", "no directory"),
+    ],
+)
+def test_wrong_reference_says_which_part(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        parse(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_tagged_changes_the_tag_alone() -> None:
+    assert str(parse(f"r.io/a:1@{DIGEST}").tagged("1-checkpoint")) == "r.io/a:1-checkpoint"
