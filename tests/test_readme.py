@@ -1,0 +1,45 @@
+"""What the README says exists: make targets, files, commands. Its long block is run by test_demo.py."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_make_target_it_names_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"`make ([a-z]+)`", README)) | set(
+        re.findall(r"^make ([a-z]+)", README, re.MULTILINE)
+    ):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_file_of_its_tree_exists() -> None:
+    tree = re.search(r"^```\n(presets/.*?)^```", README, re.DOTALL | re.MULTILINE)
+    assert tree
+    parent = Path()
+    for line in tree[1].splitlines():
+        entry = line.split()[0]
+        path = Path(entry) if not line.startswith(" ") else parent / entry
+        parent = path if not line.startswith(" ") else parent
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("line", re.findall(r"^runtime (?:presets|tune --dry-run).*", README, re.MULTILINE))
+def test_its_light_commands_answer_at_once(line: str) -> None:
+    command = [str(Path(sys.executable).with_name("runtime")), *line.split()[1:]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "phi-3-mini-128k-instruct" in done.stdout
+
+
+def test_its_exit_codes_are_those_of_the_code() -> None:
+    from runtime.errors import EXIT_CODES, Failure
+
+    documented = {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)}
+    assert documented == {code for kind, code in EXIT_CODES.items() if kind is not Failure} | {0}
