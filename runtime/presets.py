@@ -144,9 +144,7 @@ def find(name: str) -> Preset:
     """Return the preset called `name` (a name, an alias or a repository id; case does not matter)."""
     found = _index().by_name.get(name.lower())
     if found is None:
-        known = [preset.name for preset in all_presets()]
-        hint = nearest(name, known) or "; `runtime presets` lists them"
-        raise ConfigError(f"unknown preset {name!r}{hint}")
+        raise ConfigError(f"unknown preset {name!r}{_hint(name)}")
     return found
 
 
@@ -163,8 +161,18 @@ def source(name: str) -> ModelSource:
     owner, slash, repository = name.partition("/")
     if slash and owner and repository and "/" not in repository and owner not in (".", "..", "~"):
         return ModelSource(name=name, repository=name)
-    hint = nearest(name, [preset.name for preset in all_presets()]) or "; `runtime presets` lists the presets"
-    raise ConfigError(f"no model {name!r}: not a preset, a directory or an owner/name repository id{hint}")
+    raise ConfigError(
+        f"no model {name!r}: not a preset, a directory or an owner/name repository id{_hint(name)}"
+    )
+
+
+def _hint(name: str) -> str:
+    """Return the presets that `name` may have meant: those it begins, else those it resembles."""
+    known = [preset.name for preset in all_presets()]
+    begun = [preset for preset in known if len(name) > 2 and preset.startswith(name.lower())]
+    if begun:
+        return f" (did you mean {' or '.join(repr(preset) for preset in begun[:4])}?)"
+    return nearest(name, known) or "; `runtime presets` lists the presets"
 
 
 def matching(model: ModelSource) -> Preset | None:

@@ -10,6 +10,7 @@ from runtime.errors import ConfigError
 from runtime.tuning import arguments
 from runtime.workspace import sections
 from runtime.workspace.base_model import Label, apply_model, put_dtype
+from runtime.workspace.config_file import ConfigFile
 from runtime.workspace.mounts import Mounts
 from runtime.workspace.sections import DataCollator, DatasetConfig, QuantizationConfig, TrainingConfig
 from runtime.workspace.settings import Settings
@@ -17,12 +18,13 @@ from runtime.workspace.settings import Settings
 _EXTENSIONS = ("parquet", "jsonl", "json", "csv", "arrow")
 
 
-def apply(settings: Settings, config: TrainingConfig, label: Label, mounts: Mounts) -> None:
-    """Set everything that `config` says; `label` names a "Section.key" for sources and errors."""
+def apply(settings: Settings, config: TrainingConfig, found: ConfigFile, mounts: Mounts) -> None:
+    """Set everything that `config`, the checked content of `found`, says."""
+    label = found.label
     apply_model(settings, config.model, label, mounts)
     _apply_quantization(settings, config.quantization, label)
-    _apply_lora(settings, config, label)
-    _apply_training(settings, config, label)
+    _apply_lora(settings, config, found)
+    _apply_training(settings, config, found)
     _apply_dataset(settings, config.dataset, label)
     _apply_collator(settings, config.collator, label)
 
@@ -55,8 +57,9 @@ def _apply_quantization(settings: Settings, section: QuantizationConfig, label: 
             )
 
 
-def _apply_lora(settings: Settings, config: TrainingConfig, label: Label) -> None:
-    shape, options = sections.shape(config, label("").rstrip())
+def _apply_lora(settings: Settings, config: TrainingConfig, found: ConfigFile) -> None:
+    label = found.label
+    shape, options = sections.shape(config, found.where)
     renamed = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets"}
     for key, ours in renamed.items():
         value = getattr(shape, key)
@@ -66,8 +69,8 @@ def _apply_lora(settings: Settings, config: TrainingConfig, label: Label) -> Non
         settings.put(f"lora.options.{key}", value, label(f"LoraConfig.{key}"))
 
 
-def _apply_training(settings: Settings, config: TrainingConfig, label: Label) -> None:
-    where = label("TrainingArguments")
+def _apply_training(settings: Settings, config: TrainingConfig, found: ConfigFile) -> None:
+    label, where = found.label, f"{found.where}: TrainingArguments"
     checked = arguments.check(config.training, where)
     folder = checked.pop("output_dir", None)
     if folder:
@@ -76,7 +79,7 @@ def _apply_training(settings: Settings, config: TrainingConfig, label: Label) ->
         settings.put(f"training.{key}", value, label(f"TrainingArguments.{key}"))
     for group, values in arguments.elsewhere(config.training, where).items():
         for key, value in values.items():
-            settings.put(f"{group}.{key}", value, where)
+            settings.put(f"{group}.{key}", value, label("TrainingArguments"))
     for key in sorted(arguments.OBSOLETE & config.training.keys()):
         settings.warn(f"{label('TrainingArguments.' + key)} has no effect here")
 

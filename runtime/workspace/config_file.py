@@ -33,6 +33,7 @@ class ConfigFile:
 
     raw: dict[str, Any]
     where: str
+    """The file, as errors name it."""
     from_flags: Mapping[str, str]
     """"Section.key" -> source, for keys that `--set` wrote."""
     given: bool
@@ -40,7 +41,8 @@ class ConfigFile:
 
     def label(self, key: str) -> str:
         """Return the words for the place of "Section.key"."""
-        return self.from_flags.get(key, f"{self.where} {key}".strip())
+        name = self.where.rpartition("/")[2]
+        return self.from_flags.get(key, f"{name} {key}".strip())
 
 
 def find(

@@ -134,7 +134,7 @@ def _apply_config(settings: Settings, found: ConfigFile, mounts: Mounts) -> None
     if settings.get("method") is None and found.given:
         method = "qlora" if four or eight else "lora"
         settings.put("method", method, found.label("QuantizationConfig"))
-    apply(settings, config, found.label, mounts)
+    apply(settings, config, found, mounts)
 
 
 def _apply_environment(settings: Settings, environ: Mapping[str, str]) -> None:

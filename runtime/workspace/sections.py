@@ -34,7 +34,7 @@ LORA_OURS = frozenset(
         "revision",
         "runtime_config",
         "task_type",
-    )  # fmt: skip
+    )
 )
 """peft.LoraConfig arguments that are set here, whatever the file says."""
 

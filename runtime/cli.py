@@ -1,0 +1,72 @@
+"""The console script `runtime`: commands, and what every failure becomes: one line and an exit status.
+
+Here, and only in modules named cli*, are the environment and the arguments read. What a command does lies
+elsewhere and is imported when it runs, so that help and dry runs answer at once. Start at `main`.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+
+import typer
+
+from runtime import __version__, cli_presets, cli_serve, cli_tune, logs
+from runtime.errors import Failure, exit_code
+
+log = logging.getLogger(__name__)
+
+app = typer.Typer(
+    name="runtime",
+    help="Tune and serve language models: for a Kubernetes Workspace, docker run, or this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("tune")(cli_tune.tune)
+app.command("serve")(cli_serve.serve)
+app.command("presets")(cli_presets.presets)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """Run the command line of this process and leave with its exit status."""
+    sys.exit(run(sys.argv[1:], os.environ))
+
+
+def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Run one command and return its exit status; nothing but KeyboardInterrupt's kin gets out."""
+    debug = "--debug" in arguments or environ.get("DEBUG_MODE", "").lower() in ("true", "1")
+    logs.configure(debug=debug)
+    try:
+        status = app(list(arguments), prog_name="runtime", obj=environ)
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Failure as failure:
+        return _explain(failure, str(failure), exit_code(failure), debug=debug)
+    except Exception as error:
+        what = f"internal error: {type(error).__name__}: {error}"
+        hint = "" if debug else "; rerun with --debug for the traceback"
+        return _explain(error, f"{what}{hint}", 1, debug=debug)
+    return status if isinstance(status, int) else 0
+
+
+def _explain(error: BaseException, message: str, status: int, *, debug: bool) -> int:
+    """Write the one line, after the traceback where that is wanted, and return `status`."""
+    if debug:
+        log.debug("traceback", exc_info=error)
+    typer.echo(f"error: {logs.redact(' '.join(message.split()))}", err=True)
+    return status
+
+
+if __name__ == "__main__":
+    main()

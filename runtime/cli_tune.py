@@ -1,0 +1,106 @@
+"""`runtime tune`: resolve the job, show it or run it.
+
+Knows flags. What they mean lies in runtime/workspace. Start at `tune`.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from runtime import show
+from runtime.config import yaml_documents
+from runtime.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+Target = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="FILE|MODEL",
+        help="A Workspace manifest; or a preset, a repository id or a model directory. "
+        "Nothing in a controller's pod, where the mounts say it all.",
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would run, and where each setting is from.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="With --dry-run: as JSON.")]
+Config = Annotated[Path | None, typer.Option(help="A training_config.yaml, or a ConfigMap that holds one.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="One setting, e.g. lora.r=8 or TrainingArguments.seed=1."
+    ),
+]
+Output = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DIR|IMAGE",
+        help="Where the adapter goes: a directory, oci:DIRECTORY[:tag], or registry/repository:tag.",
+    ),
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE|DIR|URL|IMAGE", help="Training rows, instead of the manifest's input."),
+]
+Credentials = Annotated[Path | None, typer.Option(help="Docker config.json with the registry's credentials.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Speak plain HTTP to the registry.")]
+Processes = Annotated[
+    int | None, typer.Option(min=1, help="Training processes on this machine; one per GPU by default.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Log everything; show tracebacks.")]
+
+
+def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as flags
+    context: typer.Context,
+    target: Target = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    config: Config = None,
+    settings: Set = None,
+    output: Output = None,
+    data: Data = None,
+    credentials: Credentials = None,
+    insecure: Insecure = False,
+    processes: Processes = None,
+    debug: Debug = False,  # read by cli.run, before anything else
+) -> None:
+    """Tune a model and push the adapter: QLoRA from a Workspace manifest, or from flags alone."""
+    from runtime.workspace import load_job
+
+    overrides = set_flags(settings or [])
+    overrides |= {name: value for name, value in (("--output", output), ("--data", data)) if value}
+    if credentials is not None:
+        overrides["output.credentials"] = credentials
+    if insecure:
+        overrides["output.insecure"] = True
+    resolved = load_job(target, environ=context.obj, config=config, overrides=overrides)
+    if dry_run:
+        if as_json:
+            typer.echo(json.dumps(show.as_json(resolved), indent=2))
+        else:
+            show.job(resolved)
+        return
+    job = resolved.ready()
+    for warning in resolved.warnings:
+        log.warning("%s", warning)
+    from runtime.tuning import launch
+
+    launch.run(job, processes=processes)
+
+
+def set_flags(words: list[str]) -> dict[str, Any]:
+    """Return `KEY=VALUE` words as settings; a value is read as YAML, or kept as text where it is not."""
+    settings: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key.strip() or key.startswith("-"):
+            raise ConfigError(f"--set {word}: expected KEY=VALUE, such as lora.r=8")
+        try:
+            settings[key.strip()] = yaml_documents(f"value: {text}", "--set")[0]["value"]
+        except ConfigError:
+            settings[key.strip()] = text
+    return settings
