@@ -25,7 +25,7 @@ def put_model(settings: Settings, name: str, where: str) -> Preset | None:
     try:
         model = presets.source(name)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(str(error) if where == "command line" else f"{where}: {error}") from None
     preset = presets.matching(model)
     known = ModelSource(name=name).model_dump()
     origin = f"preset {preset.name}" if preset else where
