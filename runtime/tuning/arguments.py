@@ -5,6 +5,7 @@ The table is transformers' own class written down, so that a manifest is checked
 Does not know files or manifests. Start at `check`; `elsewhere` gives what belongs in other settings.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -172,13 +173,14 @@ KINDS: dict[str, str] = {
 RENAMED = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps", "no_cuda": "use_cpu"}
 """Names of transformers 4 that only changed."""
 
-OBSOLETE = frozenset(
+_OBSOLETE = (
     "overwrite_output_dir save_safetensors logging_dir group_by_length fp16_opt_level half_precision_backend "
-    "tpu_num_cores past_index dataset_num_proc dataset_kwargs dataset_batch_size "
-    "padding_free packing_strategy eval_packing use_cpu_offload activation_offloading pad_to_multiple_of "
-    "include_tokens_per_second jit_mode_eval torchdynamo ray_scope "
-    "label_names remove_unused_columns length_column_name train_sampling_strategy".split()
+    "tpu_num_cores past_index dataset_num_proc dataset_kwargs dataset_batch_size padding_free "
+    "packing_strategy eval_packing activation_offloading pad_to_multiple_of include_tokens_per_second "
+    "jit_mode_eval torchdynamo ray_scope label_names remove_unused_columns length_column_name "
+    "train_sampling_strategy"
 )
+OBSOLETE = frozenset(_OBSOLETE.split())
 """Accepted and without effect: their job is done always, or by our own encoding and batching."""
 
 REFUSED = {
@@ -190,7 +192,14 @@ REFUSED = {
 """Arguments that are errors when they ask for something."""
 
 SFT = frozenset(
-    "max_length max_seq_length packing assistant_only_loss completion_only_loss dataset_text_field".split()
+    {
+        "max_length",
+        "max_seq_length",
+        "packing",
+        "assistant_only_loss",
+        "completion_only_loss",
+        "dataset_text_field",
+    }
 )
 """Names of trl's SFTConfig that say something about rows: see `elsewhere`."""
 
@@ -221,9 +230,8 @@ def check(training: Mapping[str, Any], where: str) -> dict[str, Any]:
             continue
         if name not in KINDS:
             hint = nearest(written, KINDS.keys() | SFT)
-            raise ConfigError(
-                f"{where}: unknown key '{written}'{hint or '; expected an argument of transformers.TrainingArguments'}"
-            )
+            expected = hint or "; expected an argument of transformers.TrainingArguments"
+            raise ConfigError(f"{where}: unknown key '{written}'{expected}")
         checked[name] = _value(value, KINDS[name], f"{where}: '{written}'")
     _ranges(checked, where)
     return checked
@@ -290,7 +298,7 @@ def _number(value: Any, kind: str, what: str) -> int | float:
         number = float(value) if not isinstance(value, bool) else None
     except (TypeError, ValueError):
         number = None
-    if number is None or number != number or (kind == "int" and not number.is_integer()):
+    if number is None or math.isnan(number) or (kind == "int" and not number.is_integer()):
         wanted = "a whole number" if kind == "int" else "a number"
         raise ConfigError(f"{what} is {describe(value)}, expected {wanted}")
     return int(number) if kind == "int" else number

@@ -1,0 +1,94 @@
+"""One worker of a tuning job: `torchrun --nproc-per-node N -m runtime.tuning FILE`.
+
+FILE is a resolved job (JSON, written by the parent process) or a Workspace manifest. The process ends
+with the exit code of errors.py and leaves its reason in the output folder. Start at `main`.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from runtime import logs, oci
+from runtime.config import parse, read_text
+from runtime.errors import ConfigError, Failure, exit_code
+from runtime.tuning import failure, job
+from runtime.tuning.places import Places
+from runtime.tuning.ranks import Ranks
+from runtime.tuning.settings import TuningJob
+from runtime.tuning.stop import StopSignal
+
+log = logging.getLogger("runtime.tuning")
+
+
+def main(arguments: list[str]) -> int:
+    """Run one rank of the job in the file that `arguments` name; return the exit code."""
+    debug = os.environ.get("DEBUG_MODE", "").lower() == "true"
+    ranks = Ranks.read(os.environ)
+    logs.configure(debug=debug, rank=ranks.rank)
+    _end_with_parent()
+    stop, course = StopSignal(), job.Course()
+    stop.install()
+    work: TuningJob | None = None
+    try:
+        work = _read(arguments)
+        named = (work.output.credentials,) if work.output.credentials else ()
+        access = oci.from_environment(os.environ, files=named, insecure=work.output.insecure)
+        job.run(work, ranks=ranks, stop=stop, course=course, access=access)
+    except Exception as error:  # the process's edge: whatever ended the rank is recorded
+        reason = failure.as_failure(error)
+        if work is not None:
+            record = Places(work.output.folder).failure(ranks.rank)
+            failure.record(record, reason, course.phase, course.meter.step)
+        foreseen = isinstance(error, Failure)
+        log.log(
+            logging.ERROR,
+            "rank %d: %s",
+            ranks.rank,
+            reason,
+            exc_info=None if foreseen and not debug else error,
+        )
+        # Peers may be waiting in a collective that this rank will never join: leave without a farewell.
+        logging.shutdown()
+        os._exit(exit_code(reason))
+    ranks.leave()
+    return 0
+
+
+def _read(arguments: list[str]) -> TuningJob:
+    if len(arguments) != 1:
+        raise ConfigError("usage: python -m runtime.tuning FILE (a resolved job or a Workspace manifest)")
+    path = Path(arguments[0])
+    if path.suffix == ".json":
+        work = parse_job(path)
+        token = os.environ.get("HF_TOKEN")
+        return work.model_copy(update={"hub_token": SecretStr(token) if token else None})
+    from runtime.workspace import load_job
+
+    return load_job(path, environ=os.environ).job
+
+
+def parse_job(path: Path) -> TuningJob:
+    """Return the resolved job in `path`."""
+    import json
+
+    try:
+        return parse(TuningJob, json.loads(read_text(path)), str(path))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error.msg} (line {error.lineno})") from None
+
+
+def _end_with_parent() -> None:
+    """Ask Linux for SIGTERM when the parent dies: a worker must not train on beside its successor."""
+    with contextlib.suppress(OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,294 @@
+"""Fetches data files: resumed, verified, and under their final names only when whole.
+
+Does not know what rows are. Start at `fetch`; `download` gets one file, `_attempt` makes one request.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urljoin, urlsplit
+
+import httpx
+from pydantic import SecretStr
+
+from runtime import oci
+from runtime.errors import CapacityError, DataError, StoppedError, TransientError
+from runtime.oci.access import DEFAULT
+from runtime.tuning.addresses import check_address, check_url, shown
+from runtime.tuning.places import write_whole
+from runtime.tuning.settings import DataSource
+from runtime.tuning.verify import verify
+
+log = logging.getLogger(__name__)
+
+HUB_HOSTS = frozenset({"huggingface.co", "hf.co"})
+"""Hosts that the Hugging Face token is sent to; a redirect elsewhere goes without it."""
+
+_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How patient a download is. One home for these defaults."""
+
+    attempts: int = 6
+    """Tries without progress before giving up."""
+    backoff_s: float = 1.0
+    """First wait between tries; it doubles each time, to at most 30 s."""
+    stall_s: float = 30.0
+    """Longest silence of a server."""
+    deadline_s: float = 6 * 3600
+    """Longest time for one file, retries included."""
+    rate_bytes_s: float = 1024.0
+    """Least speed, over `stall_s`: a server that drips is as good as silent."""
+    redirects: int = 5
+    parallel: int = 4
+
+
+def fetch(
+    source: DataSource,
+    *,
+    token: SecretStr | None = None,
+    policy: Policy = Policy(),
+    access: oci.Access = DEFAULT,
+) -> None:
+    """Bring every file of `source` into its folder; files that are there already are kept.
+
+    Raises DataError for what will not get better (404, HTML, a wrong digest), TransientError for what may.
+    """
+    if source.image is not None:
+        oci.pull(oci.parse(source.image), source.folder / "image", access=access)
+        return
+    jobs = dict(zip(source.urls, targets(source), strict=True))
+    stop = threading.Event()
+    pool = ThreadPoolExecutor(policy.parallel, thread_name_prefix="fetch")
+    try:
+        source.folder.mkdir(parents=True, exist_ok=True)
+        running = [
+            pool.submit(_Download(url, path, token=token, source=source, policy=policy, stop=stop).run)
+            for url, path in jobs.items()
+        ]
+        done, _ = wait(running, return_when=FIRST_EXCEPTION)
+        stop.set()  # one failed, or all are done
+        failed = [job for job in running if job in done and job.exception() is not None]
+        for job in failed or running:
+            job.result()
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def targets(source: DataSource) -> list[Path]:
+    """Return the file of each URL, in their order: its base name, made different where two are alike."""
+    names = [_base_name(url) for url in source.urls]
+    lowered = [name.lower() for name in names]  # some file systems do not tell a.parquet from A.parquet
+    paths: list[Path] = []
+    for url, name in zip(source.urls, names, strict=True):
+        if lowered.count(name.lower()) > 1:
+            path = Path(name)
+            name = f"{path.stem}-{hashlib.sha256(url.encode()).hexdigest()[:12]}{path.suffix}"  # noqa: PLW2901
+        paths.append(source.folder / name)
+    return list(dict.fromkeys(paths)) if len(set(source.urls)) < len(source.urls) else paths
+
+
+def _base_name(url: str) -> str:
+    name = unquote(urlsplit(url).path).replace("\\", "/").rpartition("/")[2]
+    kept = "".join(c if c.isalnum() or c in "._-+ " else "_" for c in name).strip(". ")
+    return kept[-120:] or "data"
+
+
+class _Download:
+    """One URL on its way to one file."""
+
+    def __init__(  # noqa: PLR0913 (one thread's whole state)
+        self,
+        url: str,
+        path: Path,
+        *,
+        token: SecretStr | None,
+        source: DataSource,
+        policy: Policy,
+        stop: threading.Event,
+    ) -> None:
+        self.url, _, fragment = url.partition("#")
+        self.sha256 = fragment.removeprefix("sha256=").lower() if fragment.startswith("sha256=") else None
+        self.path, self.part = path, path.with_name(f"{path.name}.part")
+        self.record = path.with_name(f".{path.name}.source")
+        self.token, self.policy, self.stop = token, policy, stop
+        self.allow_private = source.allow_private_addresses
+        self.deadline = time.monotonic() + policy.deadline_s
+
+    @property
+    def identity(self) -> str:
+        """What the record of a finished file says: which address, without its secrets."""
+        return hashlib.sha256(f"{self.url}#{self.sha256}".encode()).hexdigest()
+
+    def run(self) -> None:
+        """Download, verify and rename; or find that this was done before."""
+        if self._is_there():
+            log.info("%s is there already", self.path.name)
+            return
+        began = time.monotonic()
+        with httpx.Client(
+            timeout=httpx.Timeout(self.policy.stall_s, connect=10.0), follow_redirects=False
+        ) as client:
+            self._until_complete(client)
+        verify(self.part, shown(self.url), sha256=self.sha256)
+        size = self.part.stat().st_size
+        self.part.replace(self.path)
+        self._validator_file.unlink(missing_ok=True)
+        write_whole(self.record, json.dumps({"identity": self.identity, "size": size}))
+        log.info("fetched %s: %d bytes in %.1f s", self.path.name, size, time.monotonic() - began)
+
+    def _is_there(self) -> bool:
+        try:
+            known = json.loads(self.record.read_text(encoding="utf-8"))
+            return bool(known["identity"] == self.identity and known["size"] == self.path.stat().st_size)
+        except (OSError, ValueError, KeyError):
+            return False
+
+    @property
+    def _validator_file(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.validator")
+
+    def _until_complete(self, client: httpx.Client) -> None:
+        """Try until the whole body is there; a try that brought bytes does not count against the limit."""
+        failures = 0
+        while True:
+            have = self._have()
+            try:
+                self._attempt(client, have)
+            except (httpx.TransportError, httpx.StreamError, _Again) as error:
+                failures = 1 if self._have() > have else failures + 1
+                reason = str(error) or type(error).__name__
+                pause = getattr(error, "retry_after_s", None)
+                if pause is None:
+                    pause = min(self.policy.backoff_s * 2 ** (failures - 1), 30.0)
+                if failures >= self.policy.attempts or time.monotonic() + pause > self.deadline:
+                    raise TransientError(
+                        f"{shown(self.url)}: {reason}; gave up after {failures} tries"
+                    ) from None
+                log.warning("%s: %s; trying again in %.1f s", shown(self.url), reason, pause)
+                if self.stop.wait(pause):
+                    raise StoppedError("stopped while fetching data") from None
+            else:
+                return
+
+    def _have(self) -> int:
+        return self.part.stat().st_size if self.part.exists() else 0
+
+    def _attempt(self, client: httpx.Client, have: int) -> None:
+        """Make one request for what is missing and append it to the `.part` file."""
+        validator = self._validator_file.read_text(encoding="utf-8") if self._validator_file.exists() else ""
+        headers = {"Accept-Encoding": "identity"}
+        if have and validator:
+            headers |= {"Range": f"bytes={have}-", "If-Range": validator}
+        with self._get(client, headers) as response:
+            start = self._start(response, have if "Range" in headers else 0)
+            length = response.headers.get("Content-Length", "")
+            self._check_space(int(length) if length.isdigit() else 0)
+            fresh = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+            if fresh.startswith("W/"):  # a weak tag does not promise the same bytes
+                fresh = ""
+            write_whole(self._validator_file, fresh)
+            self._receive(response, start)
+
+    @contextlib.contextmanager
+    def _get(self, client: httpx.Client, headers: dict[str, str]) -> Iterator[httpx.Response]:
+        """GET the URL, following redirects one checked hop at a time, the token sent to the hub only."""
+        url = self.url
+        for _ in range(self.policy.redirects + 1):
+            check_url(url, allow_private=self.allow_private)
+            parts = urlsplit(url)
+            secret = {}
+            if self.token is not None and parts.scheme == "https" and parts.hostname in HUB_HOSTS:
+                secret = {"Authorization": f"Bearer {self.token.get_secret_value()}"}
+            with client.stream("GET", url, headers={**headers, **secret}) as response:
+                self._check_peer(response, url)
+                if not response.is_redirect:
+                    yield response
+                    return
+                url = urljoin(url, response.headers["Location"])
+        raise DataError(f"{shown(self.url)}: more than {self.policy.redirects} redirects")
+
+    def _check_peer(self, response: httpx.Response, url: str) -> None:
+        """Check whom we are really connected to: a name may resolve differently the second time."""
+        stream = response.extensions.get("network_stream")
+        peer = stream.get_extra_info("server_addr") if stream is not None else None
+        if peer:
+            check_address(str(peer[0]), url, allow_private=self.allow_private)
+
+    def _start(self, response: httpx.Response, asked: int) -> int:
+        """Return the byte that the body begins at; raises for anything but the file or the rest of it."""
+        status = response.status_code
+        if status == 200:
+            return 0
+        if status == 206 and asked:
+            span = response.headers.get("Content-Range", "")
+            if span.startswith(f"bytes {asked}-"):
+                return asked
+            self.part.unlink(missing_ok=True)
+            raise _Again(f"answered the range from {asked} with {span!r}")
+        if status == 416 and asked:
+            self.part.unlink(missing_ok=True)
+            raise _Again("has no bytes after what was fetched: starting over")
+        if status in _RETRIED:
+            raise _Again(f"answered {status}", _retry_after(response))
+        hint = "; is HF_TOKEN set, or the signature expired?" if status in (401, 403) else ""
+        raise DataError(f"{shown(self.url)}: answered {status}, expected the file{hint}")
+
+    def _receive(self, response: httpx.Response, start: int) -> None:
+        received, since = 0, time.monotonic()
+        window_bytes = 0
+        try:
+            with self.part.open("ab" if start else "wb") as stream:
+                for chunk in response.iter_raw():
+                    stream.write(chunk)
+                    received += len(chunk)
+                    window_bytes += len(chunk)
+                    now = time.monotonic()
+                    if self.stop.is_set():
+                        raise StoppedError("stopped while fetching data")
+                    if now > self.deadline:
+                        raise TransientError(
+                            f"{shown(self.url)}: not complete after {self.policy.deadline_s:.0f} s"
+                        )
+                    if now - since >= self.policy.stall_s:
+                        if window_bytes / (now - since) < self.policy.rate_bytes_s:
+                            raise TransientError(
+                                f"{shown(self.url)}: {window_bytes / (now - since):.0f} bytes/s, "
+                                f"less than {self.policy.rate_bytes_s:.0f}"
+                            )
+                        since, window_bytes = now, 0
+        except OSError as error:
+            if error.errno == 28:  # ENOSPC
+                raise CapacityError(f"{self.part}: no space left after {start + received} bytes") from None
+            raise
+
+    def _check_space(self, needed: int) -> None:
+        free = shutil.disk_usage(self.part.parent).free
+        if needed > free:
+            raise CapacityError(
+                f"{self.part.parent}: {needed} bytes needed for {self.path.name}, {free} are free"
+            )
+
+
+class _Again(Exception):
+    """The server answered in a way that a further try may mend."""
+
+    def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    value = response.headers.get("Retry-After", "")
+    return float(value) if value.isdigit() else None

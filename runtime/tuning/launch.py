@@ -1,0 +1,141 @@
+"""The parent process of a tuning job: checks, starts torchrun, and says why it ended.
+
+Imports no torch. Does not know how to train: each worker is `python -m runtime.tuning JOB`.
+Start at `run`.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from runtime import hardware, oci
+from runtime.errors import CapacityError, ConfigError, Failure
+from runtime.tuning import failure, fetch, places, publish
+from runtime.tuning.places import Places
+from runtime.tuning.settings import TuningJob
+
+log = logging.getLogger(__name__)
+
+LEAST_FREE_BYTES = 512 * 2**20
+"""Disk that checkpoints and an adapter of a few billion weights take; less than this is no place to start."""
+
+GRACE_S = 28
+"""Time for a checkpoint after SIGTERM: torchrun kills its workers 30 s after it, Kubernetes as well."""
+
+
+def run(
+    job: TuningJob,
+    *,
+    processes: int | None = None,
+    access: oci.Access | None = None,
+    termination_log: Path = failure.TERMINATION_LOG,
+) -> None:
+    """Run `job` to the end under torchrun, one process per GPU (`processes` overrides), 1 on a CPU.
+
+    A finished job is not trained again, only published, which is a no-op for an image that is there.
+    Raises the Failure that ended it, with its reason also in `termination_log` where that is writable.
+    """
+    access = access or job_access(job)
+    phase = "preflight"
+    try:
+        _preflight(job, access)
+        if places.is_done(job):
+            log.info("%s holds this job's finished adapter: nothing is trained", job.output.folder)
+            phase = "publish"
+            publish.publish(job, access)
+            return
+        phase = "data"
+        fetch.fetch(job.data, token=job.hub_token, access=access)
+    except Failure as error:
+        failure.tell(failure.describe(error, phase, 0), termination_log)
+        raise
+    entry = _train(job, processes or hardware.detect().count)
+    if entry is not None:
+        failure.tell(entry, termination_log)
+        raise failure.from_record(entry)
+
+
+def job_access(job: TuningJob) -> oci.Access:
+    """Return registry access with the credentials that the job names, or those in the usual places."""
+    named = job.output.credentials
+    return oci.Access(files=(named,) if named else None, insecure=job.output.insecure)
+
+
+def _preflight(job: TuningJob, access: oci.Access) -> None:
+    """Fail on what would fail at the end: an output that cannot be written or pushed to."""
+    folder = job.output.folder
+    try:
+        Places(folder).work.mkdir(parents=True, exist_ok=True)
+        probe = Places(folder).work / f"probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"output folder {folder} cannot be written ({error.strerror}); make it writable for "
+            f"user {os.getuid()}, or set output_dir"
+        ) from None
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_FREE_BYTES and not places.is_done(job):
+        raise CapacityError(
+            f"output folder {folder} has {free >> 20} MiB free, expected {LEAST_FREE_BYTES >> 20} MiB or more"
+        )
+    if job.output.image is not None:
+        oci.check_push(oci.parse(job.output.image), access=access)
+
+
+def _train(job: TuningJob, processes: int) -> dict[str, object] | None:
+    """Run torchrun to its end; return the record of the failure, None after success."""
+    here = Places(job.output.folder)
+    places.write_whole(here.job, job.model_dump_json(indent=1))
+    for old in here.work.glob("failure-*.json"):
+        old.unlink()
+    command = [
+        sys.executable, "-m", "torch.distributed.run",
+        "--nproc-per-node", str(processes),
+        *_rendezvous(),
+        "-m", "runtime.tuning", str(here.job),
+    ]  # fmt: skip
+    log.info("training with %d process%s", processes, "" if processes == 1 else "es")
+    # Output that is no terminal stays whole lines; a session of its own lets one signal reach all of it.
+    with subprocess.Popen(command, start_new_session=True) as torchrun, _forwarding(torchrun) as asked:  # noqa: S603
+        status = torchrun.wait()
+    if status == 0:
+        return None
+    recorded = failure.read(sorted(here.work.glob("failure-*.json")))
+    return failure.of_workers(recorded, asked=bool(asked), status=status)
+
+
+def _rendezvous() -> list[str]:
+    """One node: a free port of torchrun's own choice."""
+    return ["--standalone"]
+
+
+@contextlib.contextmanager
+def _forwarding(child: "subprocess.Popen[bytes]") -> Iterator[list[float]]:
+    """Pass SIGTERM and SIGINT on to `child`; yields the times they came. A second one kills its session."""
+    asked: list[float] = []
+
+    def forward(number: int, _: FrameType | None) -> None:
+        asked.append(time.monotonic())
+        if len(asked) > 1:
+            log.warning("asked to stop again: ending at once, the last checkpoint stays")
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            return
+        log.info("asked to stop: a checkpoint is written first (at most %d s)", GRACE_S)
+        child.send_signal(signal.SIGTERM)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

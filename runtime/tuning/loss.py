@@ -1,0 +1,61 @@
+"""The loss of a batch of rows, and of a whole held-out set.
+
+Logits are computed only where a token is learnt: the vocabulary is the widest layer of a small model, and
+most tokens of a row are prompt. B rows, T tokens, N learnt places, V vocabulary. Start at `batch_loss`.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from runtime.tuning.batches import IGNORE, Layout, MicroBatch, collate, group, pack
+from runtime.tuning.encode import Row
+from runtime.tuning.qlora import evaluating
+from runtime.tuning.ranks import Ranks
+
+if TYPE_CHECKING:
+    import torch
+
+
+def token_loss(logits: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
+    """Summed cross-entropy, in float32, of logits (B, N, V) against labels (B, N) that are not IGNORE.
+
+    The caller divides by the count over *all* ranks and micro-batches: a mean of means would weigh
+    short answers more.
+    """
+    from torch.nn.functional import cross_entropy
+
+    loss: torch.Tensor = cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return loss
+
+
+def batch_loss(model: "torch.nn.Module", batch: MicroBatch, device: str) -> "torch.Tensor":
+    """Run `model` over `batch` and return its summed loss, a scalar with gradients."""
+    inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+    places = batch.places.to(device)
+    if not len(places):  # an idle rank: take part in every collective, add nothing
+        places = places.new_zeros(1)
+    logits: torch.Tensor = model(**inputs, logits_to_keep=places, use_cache=False).logits  # (B, N, V)
+    if not len(batch.places):
+        return 0.0 * logits.float().sum()
+    return token_loss(logits, batch.labels.to(device))
+
+
+def mean_loss(
+    model: "torch.nn.Module", rows: Sequence[Row], ranks: Ranks, *, layout: Layout, budget_tokens: int
+) -> float:
+    """Return the mean loss per learnt token of `rows`, which the ranks share; no gradients."""
+    import torch
+
+    device = next(parameter.device for parameter in model.parameters() if parameter.requires_grad)
+    lengths = [len(row) for row in rows]
+    mine = list(range(ranks.rank, len(rows), ranks.world))
+    sums = torch.zeros(2, dtype=torch.float64)
+    with evaluating(model):
+        for numbers in (pack if layout == "packed" else group)(mine, lengths, budget_tokens):
+            batch = collate([rows[number] for number in numbers], layout, pad_id=0)
+            sums[0] += batch_loss(model, batch, str(device)).double().cpu()
+            sums[1] += int((batch.labels != IGNORE).sum())
+    total = ranks.total(sums.to(device if device.type == "cuda" else "cpu"))
+    return float(total[0] / total[1])

@@ -1,0 +1,93 @@
+"""The files of one job's output folder, and which of them say that it is done.
+
+The adapter, the report and the sentinel lie directly in the folder, where KAITO's pusher looks for them;
+everything else below `.work`. Knows names, not contents. Start at `Places`.
+"""
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.tuning.settings import TuningJob
+
+SENTINEL = "fine_tuning_completed.txt"
+"""KAITO's pusher waits for this file, then uploads what is beside it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a job's files are, given its output folder."""
+
+    folder: Path
+
+    @property
+    def sentinel(self) -> Path:
+        return self.folder / SENTINEL
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "tuning_report.json"
+
+    @property
+    def work(self) -> Path:
+        return self.folder / ".work"
+
+    @property
+    def job(self) -> Path:
+        """The resolved job, as the workers read it."""
+        return self.work / "job.json"
+
+    @property
+    def finished(self) -> Path:
+        """Fingerprint of the job that the adapter in the folder came from."""
+        return self.work / "finished"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.work / "checkpoints"
+
+    @property
+    def history(self) -> Path:
+        """One JSON object for every logged step."""
+        return self.work / "history.jsonl"
+
+    def failure(self, rank: int) -> Path:
+        """Why `rank` ended, for the parent process: torchrun itself only says 1."""
+        return self.work / f"failure-{rank}.json"
+
+
+def fingerprint(job: TuningJob, data: str = "") -> str:
+    """Return the sha256 of all that decides the adapter's bytes; `data` adds the digests of its files."""
+    decisive = job.model_dump(mode="json", exclude={"name", "output", "checkpoint_minutes"})
+    text = json.dumps([decisive, data], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_done(job: TuningJob) -> bool:
+    """Return whether the output folder already holds this very job's adapter, whole."""
+    places = Places(job.output.folder)
+    if not (places.sentinel.is_file() and places.finished.is_file()):
+        return False
+    return places.finished.read_text(encoding="utf-8").strip() == fingerprint(job)
+
+
+def mark_done(job: TuningJob) -> None:
+    """Write, as the very last files, which job is finished and the sentinel that a pusher waits for."""
+    places = Places(job.output.folder)
+    write_whole(places.finished, fingerprint(job) + "\n")
+    stamp = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
+    write_whole(places.sentinel, f"Fine-Tuning completed at {stamp}\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` so that `path` has all of it or does not change."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with aside.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(path)

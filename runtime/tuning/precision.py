@@ -1,0 +1,54 @@
+"""Which number types a job computes in on the hardware that is there.
+
+A manifest says bfloat16 (KAITO's default template does) and the GPU may be a V100: the job goes on in the
+type that works and says so. Does not know models. Start at `settle`.
+"""
+
+import logging
+from dataclasses import dataclass
+
+from runtime.hardware import Hardware, compute_dtype
+from runtime.model_source import Dtype
+from runtime.tuning.settings import TuningJob
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """The settled compute type, and how Trainer is told."""
+
+    dtype: Dtype
+
+    @property
+    def bf16(self) -> bool:
+        return self.dtype == "bfloat16"
+
+    @property
+    def fp16(self) -> bool:
+        """float16 compute with a loss scaler; adapter weights stay float32."""
+        return self.dtype == "float16"
+
+
+def settle(job: TuningJob, hardware: Hardware) -> tuple[TuningJob, Precision]:
+    """Return `job` with types that `hardware` computes natively, and that type.
+
+    float32 stays when asked for; bfloat16 and float16 become the hardware's own choice where they would
+    be emulated (bfloat16 on a CPU is about ten times slower than float32, on a V100 it fails).
+    """
+    wanted = job.model.dtype
+    if job.training.get("bf16"):
+        wanted = "bfloat16"
+    elif job.training.get("fp16"):
+        wanted = "float16"
+    native = compute_dtype(hardware)
+    chosen = native
+    if wanted == "float32" or (wanted == "float16" and hardware.kind == "cuda"):
+        chosen = wanted
+    if wanted not in ("auto", chosen):
+        log.warning("%s is not native to %s: computing in %s instead", wanted, hardware.name, chosen)
+    model = job.model.model_copy(update={"dtype": chosen})
+    quantization = job.quantization and job.quantization.model_copy(update={"compute_dtype": chosen})
+    training = {key: value for key, value in job.training.items() if key not in ("bf16", "fp16")}
+    settled = job.model_copy(update={"model": model, "quantization": quantization, "training": training})
+    return settled, Precision(chosen)

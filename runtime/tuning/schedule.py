@@ -1,0 +1,114 @@
+"""From a job's settings to what the trainer is given: its arguments, and the plan of batches.
+
+Knows both our settings and transformers'. Start at `make_plan` and `training_arguments`.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.hardware import Hardware
+from runtime.tuning import attention
+from runtime.tuning.arguments import DEFAULTS, EFFECTIVE_BATCH, REFUSED
+from runtime.tuning.batches import Layout, Plan
+from runtime.tuning.encode import Row
+from runtime.tuning.precision import Precision
+from runtime.tuning.ranks import Ranks
+from runtime.tuning.settings import TuningJob
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+log = logging.getLogger(__name__)
+
+MAX_TOKENS = 2048
+"""Longest row when the user sets none and the model would take more."""
+
+BUDGET_TOKENS = {"cpu": 1024, "cuda": 2048}
+"""Tokens of a forward pass when the user sets no batch size: on a CPU more tokens are not faster."""
+
+_OURS = {"output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "save_total_limit"}
+_OURS |= {"resume_from_checkpoint", "gradient_checkpointing", "gradient_checkpointing_kwargs", *REFUSED}
+
+
+def choose_layout(wanted: str, model_type: str) -> Layout:
+    """Return how rows lie: packed where an attention keeps documents apart, else sorted by length."""
+    able = model_type in attention.FAMILIES
+    if wanted == "packed" and not able:
+        log.warning("batching 'packed' is not safe for %s: rows are sorted by length", model_type)
+    return "packed" if able and wanted != "sorted" else "sorted"
+
+
+def make_plan(
+    job: TuningJob, rows: Sequence[Row], *, layout: Layout, ranks: Ranks, hardware: Hardware
+) -> Plan:
+    """Return how `rows` become steps.
+
+    A user's batch size times accumulation times ranks is the rows of a step, and what one forward pass
+    may hold is batch size times max_tokens. Without one, a step has EFFECTIVE_BATCH rows over all ranks.
+    """
+    training = {**DEFAULTS, **job.training}
+    per_device = training.get("per_device_train_batch_size")
+    accumulation = training.get("gradient_accumulation_steps", 1)
+    if per_device is None:
+        step_rows = EFFECTIVE_BATCH * accumulation
+        budget = BUDGET_TOKENS[hardware.kind]
+    else:
+        step_rows = per_device * accumulation * ranks.world
+        budget = per_device * (job.encoding.max_tokens or MAX_TOKENS)
+        budget = min(budget, BUDGET_TOKENS["cpu"]) if hardware.kind == "cpu" else budget
+    return Plan(
+        lengths=tuple(len(row) for row in rows),
+        targets=tuple(row.targets for row in rows),
+        rows_per_step=min(step_rows, len(rows)),
+        budget_tokens=max(budget, *(len(row) for row in rows)) if rows else budget,
+        layout=layout,
+        world=ranks.world,
+        seed=training.get("data_seed") or training["seed"],
+        drop_last=bool(training.get("dataloader_drop_last")),
+    )
+
+
+def wants_checkpointing(job: TuningJob, hardware: Hardware) -> bool:
+    """Return whether activations are recomputed in the backward pass: the user's word, else on GPUs."""
+    asked = job.training.get("gradient_checkpointing", job.training.get("activation_checkpointing"))
+    return hardware.kind == "cuda" if asked is None else bool(asked)
+
+
+def training_arguments(
+    job: TuningJob, folder: Path, *, precision: Precision, hardware: Hardware, held_out: bool
+) -> "TrainingArguments":
+    """Return Trainer's arguments: the user's over our defaults, with what our loop needs fixed on top."""
+    from transformers import TrainingArguments
+
+    given: dict[str, Any] = {
+        key: value for key, value in {**DEFAULTS, **job.training}.items() if key not in _OURS
+    }
+    if not held_out and given.get("eval_strategy", "no") != "no":
+        log.warning("eval_strategy is without effect: no rows are held out (train_test_split)")
+        given["eval_strategy"] = "no"
+    checkpointing = wants_checkpointing(job, hardware)
+    training = job.training
+    chosen = training.get("activation_checkpointing_kwargs") or training.get("gradient_checkpointing_kwargs")
+    kwargs = {"use_reentrant": False, **(chosen or {})}
+    fixed: dict[str, Any] = {
+        "output_dir": str(folder),
+        "gradient_accumulation_steps": 1,
+        "activation_checkpointing": checkpointing,
+        "activation_checkpointing_kwargs": kwargs if checkpointing else None,
+        "bf16": precision.bf16,
+        "fp16": precision.fp16,
+        "use_cpu": hardware.kind == "cpu",
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "label_names": [],
+        "save_total_limit": None,
+        "enable_jit_checkpoint": False,
+        "restore_callback_states_from_checkpoint": False,
+        "ddp_find_unused_parameters": False,
+        "average_tokens_across_devices": False,
+        "dataloader_num_workers": 0,
+    }
+    return TrainingArguments(**{**given, **fixed})

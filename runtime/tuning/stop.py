@@ -1,0 +1,50 @@
+"""SIGTERM and SIGINT: outside training they end the process at once, inside after a checkpoint.
+
+Does not know what a checkpoint is. Start at `StopSignal`.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from runtime.errors import StoppedError
+
+EXIT_STOPPED = 143
+"""128 + SIGTERM, what a shell reports for a process that SIGTERM ended."""
+
+
+class StopSignal:
+    """Whether the process was asked to stop.
+
+    Before `deferred` is entered the request raises StoppedError wherever the program is; within it only
+    `requested` becomes true. A second request ends the process on the spot.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._deferring = False
+
+    def install(self) -> None:
+        """Take over SIGTERM and SIGINT of this process (main thread only)."""
+        signal.signal(signal.SIGTERM, self._receive)
+        signal.signal(signal.SIGINT, self._receive)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within: remember a request instead of raising it."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.requested:
+            os._exit(EXIT_STOPPED)
+        self.requested = True
+        if not self._deferring:
+            raise StoppedError(
+                f"stopped by {signal.Signals(number).name}; the same command goes on from here"
+            )

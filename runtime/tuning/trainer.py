@@ -1,0 +1,197 @@
+"""transformers' Trainer with our batches, our loss and our ends.
+
+The loop, optimizers, schedulers, DDP, mixed precision and resume are the library's; one of its batches is
+one optimizer step of ours (a `Share`), which `training_step` works through in micro-batches.
+Does not know files of data or jobs. Start at `Tuner.training_step`.
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+from runtime.errors import CapacityError, DivergedError
+from runtime.tuning.batches import Plan, Share, collate
+from runtime.tuning.encode import Row
+from runtime.tuning.loss import batch_loss, mean_loss
+from runtime.tuning.progress import Meter
+from runtime.tuning.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What is trained on, and by whom."""
+
+    rows: tuple[Row, ...]
+    held_out: tuple[Row, ...]
+    plan: Plan
+    ranks: Ranks
+    pad_id: int = 0
+
+
+class Shares(Sampler[list[Share]]):
+    """Yields this rank's share of every step of the epoch that `set_epoch` names."""
+
+    def __init__(self, plan: Plan, rank: int) -> None:
+        self.plan, self.rank, self.epoch = plan, rank, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Trainer before each pass."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[Share]]:
+        for rows in self.plan.steps(self.epoch):
+            yield [self.plan.share(rows, self.rank)]
+
+    def __len__(self) -> int:
+        return self.plan.steps_per_epoch
+
+
+class _Identity(Dataset[Share]):
+    """A data set whose index is its item: the sampler already says all."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, share: Share) -> Share:
+        return share
+
+
+def _only(items: list[Share]) -> Share:
+    return items[0]
+
+
+class ShareLoader(DataLoader[Share]):
+    """A DataLoader that tells its sampler the epoch; Trainer looks for the method."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass `epoch` on to the sampler."""
+        if isinstance(self.batch_sampler, Shares):
+            self.batch_sampler.set_epoch(epoch)
+
+
+class Tuner(Trainer):
+    """Trains a PeftModel on a `Workload`."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        args: TrainingArguments,
+        *,
+        work: Workload,
+        meter: Meter,
+        watchers: list[TrainerCallback],
+    ) -> None:
+        super().__init__(model=model, args=args, train_dataset=_Identity(len(work.rows)), callbacks=watchers)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.work, self.meter = work, meter
+        self.plan = work.plan
+
+    def get_train_dataloader(self) -> DataLoader[Share]:
+        """Return the steps; not sharded by accelerate, each rank's `Shares` are its own already."""
+        sampler = Shares(self.plan, self.work.ranks.rank)
+        return ShareLoader(_Identity(len(self.work.rows)), batch_sampler=sampler, collate_fn=_only)
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
+        """Return the next step's share; how many tokens count in it is part of the share."""
+        return [share for _, share in zip(range(num_batches), epoch_iterator, strict=False)], None
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: tokens per second are."""
+        return 0
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward over the rank's micro-batches of one optimizer step.
+
+        Returns the rank's part of the step's mean loss times the number of ranks, so that Trainer's mean
+        over ranks is the loss per learnt token of the whole step.
+        """
+        model.train()
+        while True:
+            try:
+                return self._step(model, inputs)
+            except torch.OutOfMemoryError:
+                inputs = self._smaller(model, inputs)
+
+    def _step(self, model: Any, share: Share) -> torch.Tensor:
+        device, scale = str(self.args.device), self.work.ranks.world / share.targets
+        total = torch.zeros((), device=self.args.device)
+        tokens = 0
+        for number, rows in enumerate(share.micro_batches):
+            batch = collate(
+                [self.work.rows[row] for row in rows],
+                self.plan.layout,
+                pad_id=self.work.pad_id,
+                counts=not share.idle,
+            )
+            final = number == len(share.micro_batches) - 1
+            with contextlib.nullcontext() if final else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss = batch_loss(model, batch, device) * scale
+                if not torch.isfinite(loss):
+                    raise DivergedError(
+                        f"the loss became {loss.item()} at step {self.state.global_step + 1}; lower "
+                        f"learning_rate (now {self.args.learning_rate:g}); the last checkpoint stays"
+                    )
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            tokens += 0 if share.idle else batch.tokens
+        self.meter.count(tokens, share.targets)
+        return total
+
+    def _smaller(self, model: Any, share: Share) -> Share:
+        """Return `share` for half the token budget after CUDA ran out of memory, or raise CapacityError."""
+        longest = max(len(self.work.rows[row]) for rows in share.micro_batches for row in rows)
+        advice = (
+            f"out of GPU memory with {self.plan.budget_tokens} tokens in a pass, longest row {longest}; "
+            "lower max_length or per_device_train_batch_size, or set gradient_checkpointing: true"
+        )
+        if (
+            not self.args.auto_find_batch_size
+            or self.work.ranks.world > 1
+            or len(share.micro_batches[0]) == 1
+        ):
+            raise CapacityError(advice) from None
+        model.zero_grad()
+        torch.cuda.empty_cache()
+        self.plan = replace(self.plan, budget_tokens=max(longest, self.plan.budget_tokens // 2))
+        log.warning("out of GPU memory: going on with %d tokens a pass", self.plan.budget_tokens)
+        return self.plan.share([row for rows in share.micro_batches for row in rows], 0)
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """Return the held-out loss per learnt token, and the perplexity, of all ranks together."""
+        loss = self.held_out_loss()
+        metrics = {
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700)),
+        }
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def held_out_loss(self) -> float:
+        """Return the mean loss per learnt token of the held-out rows."""
+        plan, model = self.plan, cast(PeftModel, self.model)
+        with self.compute_loss_context_manager():
+            return mean_loss(
+                model,
+                self.work.held_out,
+                self.work.ranks,
+                layout=plan.layout,
+                budget_tokens=plan.budget_tokens,
+            )

@@ -1,0 +1,121 @@
+"""What happens between two steps: progress, checkpoints by the clock, SIGTERM, broken gradients.
+
+These are Trainer callbacks; each is told only what it needs. Does not know batches or losses.
+Start at `Survival.on_step_end`.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from runtime.errors import DivergedError
+from runtime.tuning import checkpoints
+from runtime.tuning.progress import Meter, Reporter
+from runtime.tuning.ranks import Ranks
+from runtime.tuning.stop import StopSignal
+
+
+class Sight(TrainerCallback):
+    """Feeds the meter and lets the reporter speak; on rank 0 only."""
+
+    def __init__(self, meter: Meter, reporter: Reporter) -> None:
+        self.meter, self.reporter = meter, reporter
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.meter.start(state.global_step, state.max_steps)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Any = None,
+        **_: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self.meter.log(state.global_step, logs)
+            self.reporter.report()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.reporter.report(last=True)
+
+
+class Survival(TrainerCallback):
+    """Takes checkpoints by the clock and on SIGTERM, and seals every one that Trainer writes.
+
+    All ranks save at the same step: whether to is decided on their answers together.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        stop: StopSignal,
+        *,
+        minutes: float | None,
+        keep: int | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.ranks, self.stop, self.keep, self.clock = ranks, stop, keep, clock
+        self.interval_s = minutes * 60 if minutes else float("inf")
+        self.saved_at = clock()
+        self.stopped = False
+        """Whether training ended because the process was asked to, after a checkpoint."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.saved_at = self.clock()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        device = str(args.device)
+        due = self.ranks.first and self.clock() - self.saved_at >= self.interval_s
+        answers = self.ranks.total(torch.tensor([int(self.stop.requested), int(due)], device=device))
+        if answers[1]:
+            control.should_save = True
+        if answers[0] and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = self.stopped = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.ranks.wait()  # each rank writes its own random state
+        if self.ranks.first:
+            folder = Path(str(args.output_dir))
+            checkpoints.seal(folder / f"checkpoint-{state.global_step}")
+            checkpoints.prune(folder, self.keep)
+        self.ranks.wait()
+        self.saved_at = self.clock()
+
+
+class FiniteGradients(TrainerCallback):
+    """Ends the run before a NaN or infinite gradient reaches a weight.
+
+    With float16's loss scaler an infinity is no failure: the scaler skips that step.
+    """
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        if args.fp16:
+            return
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
+            raise DivergedError(
+                f"a gradient became NaN or infinite at step {state.global_step + 1}; lower learning_rate "
+                f"(now {args.learning_rate:g}); the last checkpoint stays"
+            )
