@@ -10,8 +10,10 @@
     ├── StoppedError          143           SIGTERM, after a checkpoint
     └── RequestError                  400   one HTTP request cannot be served
         ├── UnknownModelError         404
+        ├── DeadlineError             408   the body or the answer took too long
         ├── TooLargeError             413
         ├── OverloadedError           429   the waiting queue is full
+        ├── ClientGoneError           499   nobody is left to answer
         └── UnavailableError          503   loading, draining or broken
 
 A message says what, which value, what was expected and what to do, in one line, and never holds a
@@ -64,6 +66,14 @@ class UnknownModelError(RequestError):
     """The request names a model or adapter that is not served here."""
 
 
+class DeadlineError(RequestError):
+    """The request's body, or its answer, was not complete in time."""
+
+
+class ClientGoneError(RequestError):
+    """The client closed the connection before its answer was complete."""
+
+
 class TooLargeError(RequestError):
     """The request body is larger than the server accepts."""
 
@@ -95,8 +105,10 @@ HTTP_STATUSES: dict[type[Failure], int] = {
     TransientError: 503,
     RequestError: 400,
     UnknownModelError: 404,
+    DeadlineError: 408,
     TooLargeError: 413,
     OverloadedError: 429,
+    ClientGoneError: 499,
     UnavailableError: 503,
 }
 """HTTP status by failure."""

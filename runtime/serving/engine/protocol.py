@@ -6,6 +6,7 @@ chat templates. Start at `Engine`.
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -93,6 +94,18 @@ class Engine(Protocol):
 
     def cancel(self, request_id: str) -> None:
         """Stop `request_id` by the next step; unknown ids are ignored."""
+        ...
+
+    def add_adapter(self, name: str, folder: Path, *, strength: float = 1.0) -> None:
+        """Read a checked adapter folder into memory and answer to `name` from then on.
+
+        The one method that blocks, with `remove_adapter`: call it from a thread of its own. ConfigError
+        when it does not fit this model.
+        """
+        ...
+
+    def remove_adapter(self, name: str) -> None:
+        """Take no more requests for `name`, wait for those in flight, and forget it."""
         ...
 
     def stats(self) -> Stats:

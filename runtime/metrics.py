@@ -1,0 +1,146 @@
+"""Prometheus instruments of the server, under the names that autoscalers and dashboards already read.
+
+The names are vLLM's. Each `ServingMetrics` has its own registry: nothing is registered at import.
+Knows neither HTTP nor the engine, only its figures. Start at `ServingMetrics`.
+"""
+
+import time
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+_TOKENS = (1, 8, 32, 128, 512, 2048, 8192, 32768)
+
+
+class EngineFigures(Protocol):
+    """What the gauges read at each scrape."""
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def kv_cache_share(self) -> float: ...
+    @property
+    def adapters(self) -> tuple[str, ...]: ...
+
+
+class _Gauges(Collector):
+    """Reads the engine's figures when somebody scrapes, and not before."""
+
+    def __init__(self, model: str, figures: Callable[[], EngineFigures | None]) -> None:
+        self._model = model
+        self._figures = figures
+        self.running: Tally[str] = Tally()
+        self.waiting: Tally[str] = Tally()
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        figures = self._figures()
+        running, waiting, share = (
+            (figures.running, figures.waiting, figures.kv_cache_share) if figures else (0, 0, 0.0)
+        )
+        yield self._gauge("vllm:num_requests_running", "Requests being generated", running)
+        yield self._gauge("vllm:num_requests_waiting", "Requests waiting for a row", waiting)
+        yield self._gauge("vllm:kv_cache_usage_perc", "Occupied part of the KV cache, 0 to 1", share)
+        lora = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters with requests; the value is the time of the scrape",
+            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        resident = figures.adapters if figures else ()
+        lora.add_metric([str(len(resident)), _names(self.running), _names(self.waiting)], time.time())
+        yield lora
+
+    def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
+        gauge = GaugeMetricFamily(name, text, labels=["model_name"])
+        gauge.add_metric([self._model], value)
+        return gauge
+
+
+def _names(tally: Tally[str]) -> str:
+    return ",".join(sorted(name for name, count in tally.items() if count))
+
+
+class ServingMetrics:
+    """Counts and times requests; `text` is what GET /metrics answers."""
+
+    def __init__(self, model: str, figures: Callable[[], EngineFigures | None]) -> None:
+        self._registry = CollectorRegistry()
+        self._gauges = _Gauges(model, figures)
+        self._registry.register(self._gauges)
+        self._model = model
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of admitted requests")
+        self._new_tokens = self._counter("vllm:generation_tokens", "Tokens generated")
+        self._success = self._counter("vllm:request_success", "Answers finished", "finished_reason")
+        self._refused = self._counter("runtime:requests_refused", "Requests answered with an error", "status")
+        self._first = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token")
+        self._between = self._histogram("vllm:inter_token_latency_seconds", "One token to the next")
+        self._whole = self._histogram("vllm:e2e_request_latency_seconds", "Arrival to last token")
+        self._prompt_size = self._histogram(
+            "vllm:request_prompt_tokens", "Prompt tokens per request", _TOKENS
+        )
+        self._answer_size = self._histogram("vllm:request_generation_tokens", "Tokens per answer", _TOKENS)
+
+    def text(self) -> bytes:
+        """Return all figures in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def admitted(self, prompt_tokens: int) -> None:
+        """Count a request that the engine has taken."""
+        self._prompt_tokens.labels(self._model).inc(prompt_tokens)
+        self._prompt_size.labels(self._model).observe(prompt_tokens)
+
+    def first_token(self, seconds: float) -> None:
+        """Record the first token of an answer, `seconds` after the request arrived."""
+        self._first.labels(self._model).observe(seconds)
+        self._new_tokens.labels(self._model).inc()
+
+    def next_token(self, seconds: float) -> None:
+        """Record a further token, `seconds` after the one before."""
+        self._between.labels(self._model).observe(seconds)
+        self._new_tokens.labels(self._model).inc()
+
+    def finished(self, reason: str, *, seconds: float, tokens: int) -> None:
+        """Record a whole answer."""
+        self._success.labels(self._model, reason).inc()
+        self._whole.labels(self._model).observe(seconds)
+        self._answer_size.labels(self._model).observe(tokens)
+
+    def refused(self, status: int) -> None:
+        """Count a request that was answered with an error."""
+        self._refused.labels(self._model, str(status)).inc()
+
+    @contextmanager
+    def adapter(self, name: str | None) -> Iterator[Callable[[], None]]:
+        """Show `name` as waiting, and as running once the yielded function was called."""
+        if name is None:
+            yield lambda: None
+            return
+        place = self._gauges.waiting
+
+        def started() -> None:
+            nonlocal place
+            place[name] -= 1
+            place = self._gauges.running
+            place[name] += 1
+
+        place[name] += 1
+        try:
+            yield started
+        finally:
+            place[name] -= 1
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, ["model_name", *labels], registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+        return Histogram(name, text, ["model_name"], buckets=buckets, registry=self._registry)

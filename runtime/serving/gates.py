@@ -1,0 +1,181 @@
+"""What every request passes before a route sees it: its id, the key, the size and the time of its body.
+
+Plain ASGI, because a body must be refused while it arrives. Knows paths only as "open" or not; does
+not know routes, models or the engine. Start at `Gates.__call__`.
+"""
+
+import asyncio
+import base64
+import binascii
+import re
+import secrets
+from collections.abc import Mapping
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from runtime.errors import ClientGoneError, DeadlineError, TooLargeError
+from runtime.serving.replies import error_object, failure_reply, reply
+
+OPEN_PATHS = frozenset(
+    {"/livez", "/readyz", "/health", "/healthz", "/ping", "/v2/health/live", "/v2/health/ready", "/metrics"}
+)
+"""Answered without the key: probes and scrapers have none."""
+
+BODY_TIMEOUT_S = 30.0
+"""From the headers to the last byte of the body."""
+LINGER_S = 5.0
+"""How long the rest of a refused body is read and dropped, so that the client sees the answer."""
+
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}$")
+_JSON = re.compile(
+    r"(application/(?:[\w.-]+\+)?json|application/x-www-form-urlencoded|text/plain)\s*(?:;|$)", re.IGNORECASE
+)
+
+
+class Gates:
+    """Wraps an app: request id, API key, body limit, body deadline, body type."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        body_bytes: int,
+        api_key: str | None = None,
+        body_timeout_s: float = BODY_TIMEOUT_S,
+    ) -> None:
+        self._app = app
+        self._body_bytes = body_bytes
+        self._api_key = api_key
+        self._body_timeout_s = body_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let one request through, or answer it here."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        given = given if _ID.match(given) else ""
+        request_id = f"{given}-{secrets.token_hex(3)}" if given else secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = request_id
+        send = _with_id(send, given or request_id)
+        path = scope["path"]
+        if self._api_key is not None and path not in OPEN_PATHS and not authorized(headers, self._api_key):
+            await _unauthorized(path, headers)(scope, receive, send)
+            return
+        if scope["method"] in {"GET", "HEAD", "OPTIONS"}:
+            await self._app(scope, receive, send)
+            return
+        if not _JSON.match(headers.get("content-type", "application/json")):
+            message = (
+                f"content type '{headers['content-type'][:80]}' is not served here, send application/json"
+            )
+            await reply(path, 415, error_object(message, 415))(scope, receive, send)
+            return
+        # curl -d says it sends a form; what it sends is JSON, or it will be refused as bad JSON.
+        MutableHeaders(scope=scope)["content-type"] = "application/json"
+        try:
+            body = await self._read(headers, receive)
+        except ClientGoneError:
+            return
+        except (TooLargeError, DeadlineError) as failure:
+            await _linger(failure_reply(path, failure, request_id).body, failure, scope, (receive, send))
+            return
+        await self._app(scope, _replay(body, receive), send)
+
+    async def _read(self, headers: Mapping[str, str], receive: Receive) -> bytes:
+        too_large = TooLargeError(f"the body is larger than the {self._body_bytes} bytes this server accepts")
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._body_bytes:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGoneError("the client closed the connection within its request")
+                    body += message.get("body", b"")
+                    if len(body) > self._body_bytes:
+                        raise too_large
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            raise DeadlineError(f"the body was not complete after {self._body_timeout_s:.0f} s") from None
+
+
+def authorized(headers: Mapping[str, str], api_key: str) -> bool:
+    """Return whether the request carries the key: as a bearer token, or as a browser's password.
+
+    A browser sends a password on its own, also for other sites' requests: those do not count.
+    """
+    scheme, _, credentials = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "basic":
+        if headers.get("sec-fetch-site", "same-origin") not in {"same-origin", "none"}:
+            return False
+        try:
+            credentials = base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            return False
+    elif scheme.lower() != "bearer":
+        return False
+    return secrets.compare_digest(credentials.strip().encode(), api_key.encode())
+
+
+def _unauthorized(path: str, headers: Mapping[str, str]) -> ASGIApp:
+    message = "wrong or missing API key; send 'Authorization: Bearer KEY'"
+    response = reply(path, 401, error_object(message, 401))
+    if "text/html" in headers.get("accept", ""):
+        # A browser then asks for it; any user name, the key as the password.
+        response.headers["WWW-Authenticate"] = 'Basic realm="API key as password", charset="UTF-8"'
+    return response
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that gives the body read before, then what comes after it."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _with_id(send: Send, request_id: str) -> Send:
+    async def with_id(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+        await send(message)
+
+    return with_id
+
+
+async def _linger(
+    body: bytes | memoryview, failure: TooLargeError | DeadlineError, scope: Scope, ends: tuple[Receive, Send]
+) -> None:
+    """Answer before the body is in, then drop the rest of it for a while.
+
+    Closing at once would reset the connection under a client that is still sending, and it would never
+    read the answer.
+    """
+    receive, send = ends
+    response = failure_reply(scope["path"], failure, scope["state"]["request_id"])
+    await send(
+        {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
+    )
+    await send({"type": "http.response.body", "body": bytes(body), "more_body": True})
+    if isinstance(failure, TooLargeError):
+        try:
+            async with asyncio.timeout(LINGER_S):
+                while (message := await receive())["type"] == "http.request" and message.get(
+                    "more_body", False
+                ):
+                    pass
+        except TimeoutError:
+            pass
+    await send({"type": "http.response.body", "body": b"", "more_body": False})

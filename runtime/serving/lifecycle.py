@@ -1,0 +1,124 @@
+"""Where the server is in its life, and what the probes may say about it.
+
+    loading → ready → draining
+
+Knows the engine by its figures only; does not know HTTP, signals or how a model is loaded
+(server.py drives it). Start at `Lifecycle`.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+
+from runtime.errors import UnavailableError
+from runtime.serving.engine.protocol import Engine
+from runtime.serving.prompts import Prompts
+
+STALL_S = 60.0
+"""Requests running and no token for this long: the engine hangs, and a restart is the cure."""
+
+
+class Phase(Enum):
+    """One state of the server."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What there is to answer with, once it is loaded."""
+
+    name: str
+    """The base model, as clients call it."""
+    engine: Engine
+    prompts: Prompts
+    created: int
+    """Unix time of loading, for /v1/models."""
+
+    def models(self) -> tuple[str, ...]:
+        """Return the names a request may ask for: the base, then the adapters."""
+        return (self.name, *self.engine.stats().adapters)
+
+
+class Lifecycle:
+    """The server's state, and the requests in flight that a drain waits for."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, stall_s: float = STALL_S) -> None:
+        self.phase = Phase.LOADING
+        self.accepting = True
+        self._served: Served | None = None
+        self._clock = clock
+        self._stall_s = stall_s
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def ready(self, served: Served) -> None:
+        """Open the doors, unless the process was asked to stop while it loaded."""
+        self._served = served
+        if self.phase is Phase.LOADING:
+            self.phase = Phase.READY
+
+    def drain(self) -> None:
+        """Say "not ready" from now on; requests are still answered until `refuse`."""
+        self.phase = Phase.DRAINING
+
+    def refuse(self) -> None:
+        """Answer new requests 503 from now on; those in flight go on."""
+        self.accepting = False
+
+    @property
+    def loaded(self) -> Served | None:
+        """What is served, or None before it is loaded; for figures, not for requests."""
+        return self._served
+
+    def served(self) -> Served:
+        """Return what answers requests; UnavailableError while there is nothing or no more of it."""
+        if self._served is None:
+            raise UnavailableError("the model is still loading; /readyz answers 200 when it is there")
+        if not self.accepting:
+            raise UnavailableError("the server is shutting down; send the request to another replica")
+        return self._served
+
+    def liveness(self) -> str | None:
+        """Return why the process should be restarted, or None.
+
+        Judged by forward progress, never by a generation of its own: a busy engine is alive, and one
+        that runs requests without giving a token is not.
+        """
+        if self._served is None:
+            return None
+        stats = self._served.engine.stats()
+        if not stats.alive:
+            return "the engine thread has died"
+        silent_s = self._clock() - stats.last_progress_s
+        if stats.running and silent_s > self._stall_s:
+            return f"{stats.running} requests running and no token for {silent_s:.0f} s"
+        return None
+
+    def readiness(self) -> str | None:
+        """Return why no request should be sent here, or None."""
+        if self.phase is not Phase.READY:
+            return str(self.phase.value)
+        return self.liveness()
+
+    @contextmanager
+    def in_flight(self) -> Iterator[None]:
+        """Count one request as under way while the block runs."""
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+
+    async def idle(self) -> None:
+        """Wait until no request is under way."""
+        await self._idle.wait()

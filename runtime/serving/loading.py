@@ -1,0 +1,110 @@
+"""From a ServeConfig to something that answers: weights, tokenizer, engine, adapters.
+
+Runs in a thread of its own, once (server.py). A bad adapter is refused by name and the rest is served;
+a bad model ends the process. Does not know HTTP. Start at `load`.
+"""
+
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime import adapters, hardware, models
+from runtime.errors import ConfigError, Failure
+from runtime.serving import engine
+from runtime.serving.lifecycle import Served
+from runtime.serving.prompts import Prompts, sampling_defaults
+from runtime.serving.settings import AdapterSource, ServeConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+def load(config: ServeConfig) -> Served:
+    """Return the model of `config` behind an engine, with every adapter that could be had.
+
+    Raises ConfigError, CapacityError or TransientError when the base model cannot be served.
+    """
+    started = time.monotonic()
+    devices = hardware.detect()
+    tokenizer = models.load_tokenizer(config.model)
+    model = models.load(
+        config.model,
+        hardware=devices,
+        device=hardware.device(devices),
+        quantization=config.quantization,
+    )
+    running = engine.create(config, model)
+    served = Served(
+        name=config.served_name,
+        engine=running,
+        prompts=_prompts(config, model, tokenizer, running.context_tokens),
+        created=int(time.time()),
+    )
+    for source in config.adapters:
+        try:
+            add_adapter(served, source, base=config.model.repository)
+        except Failure as failure:
+            log.warning("Adapter refused: %s: %s", source.name, failure)
+    log.info("Loaded %s on %s in %.1f s", config.model.name, devices.name, time.monotonic() - started)
+    return served
+
+
+def add_adapter(served: Served, source: AdapterSource, *, base: str | None) -> None:
+    """Make one adapter answerable under its name; blocks while it is pulled, checked and read.
+
+    Raises ConfigError when it must not be loaded or the name is taken, RegistryError or TransientError
+    when it cannot be pulled.
+    """
+    if source.name in served.models():
+        raise ConfigError(f"the name '{source.name}' is taken; served are {', '.join(served.models())}")
+    folder = Path(source.reference)
+    if folder.is_dir():
+        _attach(served, source, folder, base)
+    elif source.reference.startswith(("/", "./", "../")):
+        raise ConfigError(f"adapter {source.name}: no directory {source.reference}")
+    else:
+        # Read into memory by the engine and not needed afterwards.
+        with tempfile.TemporaryDirectory(prefix="adapter-") as scratch:
+            _attach(served, source, _pull(source, Path(scratch)), base)
+    log.info("Adapter added: %s", source.name)
+
+
+def _attach(served: Served, source: AdapterSource, folder: Path, base: str | None) -> None:
+    adapters.check(folder, base=base)
+    served.engine.add_adapter(source.name, folder, strength=source.strength)
+
+
+def _pull(source: AdapterSource, scratch: Path) -> Path:
+    """Return the folder inside `scratch` that holds the pulled adapter's two files."""
+    from runtime import oci
+
+    oci.pull(oci.reference.parse(source.reference), scratch)
+    configs = sorted(scratch.rglob(adapters.CONFIG_FILE), key=lambda path: len(path.parts))
+    if not configs:
+        raise ConfigError(f"adapter {source.name}: {source.reference} holds no {adapters.CONFIG_FILE}")
+    return configs[0].parent
+
+
+def _prompts(
+    config: ServeConfig, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context_tokens: int
+) -> Prompts:
+    settings: dict[str, Any] = model.generation_config.to_diff_dict() if model.generation_config else {}
+    return Prompts(
+        tokenizer,
+        context_tokens=context_tokens,
+        new_tokens=config.limits.new_tokens,
+        stop_ids=end_ids(settings.get("eos_token_id"), tokenizer.eos_token_id),
+        defaults=sampling_defaults(settings),
+    )
+
+
+def end_ids(*stated: Any) -> frozenset[int]:
+    """Return every end-of-answer id that generation_config (one or a list) and tokenizer state."""
+    ids: set[int] = set()
+    for entry in stated:
+        ids.update(entry if isinstance(entry, list | tuple) else () if entry is None else (entry,))
+    return frozenset(ids)

@@ -1,0 +1,277 @@
+"""What clients may send: bodies of /chat and of the OpenAI routes.
+
+Unknown fields are ignored here, unlike in configuration: SDKs add new ones and old clients send dead
+ones. Known fields are checked for type and range. Knows no model and no tokenizer, and never imports
+torch. Start at `SamplingFields`, then `ChatBody` and `ChatCompletionBody`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+MAX_CHOICES = 8
+"""Answers to one request (`n`): each takes a row of the engine."""
+MAX_STOPS = 16
+MAX_BIASES = 1024
+MAX_LOGPROBS = 20
+
+SEED_LIMIT = 2**63
+
+
+def _encodable(text: str) -> str:
+    """Refuse half of a surrogate pair: JSON can spell it, no tokenizer can read it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half a surrogate pair, which is no character") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+ShortText = Annotated[Text, Field(max_length=256)]
+Name = Annotated[Text, Field(max_length=256)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenCount = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class Body(BaseModel):
+    """Base of all request bodies: unknown keys are ignored, NaN and Infinity are not numbers."""
+
+    model_config = ConfigDict(
+        extra="ignore",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        populate_by_name=True,
+    )
+
+
+class SamplingFields(Body):
+    """How tokens are chosen; None takes the model's own generation_config."""
+
+    temperature: float | None = Field(None, ge=0, le=100)
+    """0 always takes the likeliest token."""
+    top_p: float | None = Field(None, ge=0, le=1)
+    """Keep the likeliest tokens that make up this share of the probability."""
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    """Keep the k likeliest tokens; 0 and -1 keep all."""
+    min_p: float | None = Field(None, ge=0, le=1)
+    """Drop tokens less likely than this share of the likeliest one."""
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    """Above 1 makes tokens seen in prompt and answer less likely."""
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    """Subtracted from the logit of every token of the answer so far."""
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    """Subtracted once per occurrence in the answer so far."""
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, max_length=MAX_BIASES
+    )
+    """Added to the logits, by token id."""
+    seed: int | None = Field(None, ge=-SEED_LIMIT, lt=SEED_LIMIT)
+    """Same seed, prompt and settings: same text."""
+    stop: ShortText | Annotated[list[ShortText], Field(max_length=MAX_STOPS)] | None = None
+    """Strings that end the answer; they are not part of it."""
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOPS)
+    """Token ids that end the answer, beside the model's own."""
+    ignore_eos: bool = False
+    """Do not stop at the model's end token."""
+    min_tokens: int | None = Field(None, ge=0, lt=2**31)
+    """Tokens before an end token may be chosen."""
+
+    def stops(self) -> tuple[str, ...]:
+        """Return the stop strings as a tuple, however they were written."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class TextPart(Body):
+    """One text part of a message's content."""
+
+    type: Name
+    text: Text | None = None
+
+
+class FunctionCall(Body):
+    """A function the model called, with its arguments as JSON text."""
+
+    name: Name
+    arguments: Text = "{}"
+
+
+class ToolCall(Body):
+    """One tool call of an assistant's message."""
+
+    id: Name = ""
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Body):
+    """One turn of a conversation."""
+
+    role: Name
+    """system, user, assistant, tool, or whatever the model's template knows."""
+    content: Text | list[TextPart] | None = None
+    name: Name | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: Name | None = None
+
+
+class GenerateFields(SamplingFields):
+    """The parameters of /chat, by the names `transformers.generate` gives them."""
+
+    do_sample: bool | None = None
+    """False always takes the likeliest token; None takes the model's own setting."""
+    max_new_tokens: TokenCount | None = None
+    """Longest answer, in tokens."""
+    max_length: TokenCount | None = None
+    """Longest prompt and answer together, in tokens."""
+    min_new_tokens: int | None = Field(None, ge=0, lt=2**31)
+    max_tokens: TokenCount | None = None
+    """OpenAI's name for `max_new_tokens`."""
+    max_gen_len: TokenCount | None = None
+    """llama-2's name for `max_new_tokens`."""
+    stop_strings: ShortText | Annotated[list[ShortText], Field(max_length=MAX_STOPS)] | None = None
+    """transformers' name for `stop`."""
+    num_beams: int = Field(1, ge=1)
+    """Only 1: beam search is not supported."""
+    num_return_sequences: int = Field(1, ge=1)
+    """Only 1."""
+    typical_p: float = Field(1.0, gt=0, le=1)
+    """Only 1: typical sampling is not supported."""
+
+
+class InputData(Body):
+    """The conversations of a llama-2 request."""
+
+    input_string: list[list[Message]] | None = Field(None, max_length=MAX_CHOICES)
+
+
+class ChatBody(GenerateFields):
+    """POST /chat: a `prompt` or `messages`, with parameters flat or under `generate_kwargs`."""
+
+    prompt: Text | None = None
+    """One user turn; with `raw`, the text to continue."""
+    messages: list[Message] | None = None
+    """A whole conversation."""
+    generate_kwargs: GenerateFields | None = None
+    """Parameters; they win over the flat ones."""
+    parameters: GenerateFields | None = None
+    """Another name for `generate_kwargs`."""
+    return_full_text: bool = False
+    """Put the prompt before the answer."""
+    raw: bool = False
+    """Continue `prompt` as it stands, without the chat template."""
+    stream: bool = False
+    """Answer with server-sent events."""
+    model: Name | None = None
+    """The base model or an adapter; None is the base model."""
+    adapter: Name | None = None
+    """The same as `model`, and wins over it."""
+    prefix: Text | None = None
+    """Text put before `prompt`."""
+    input_data: InputData | None = None
+    """llama-2's shape of a request; answered in llama-2's shape."""
+
+    def settings(self) -> GenerateFields:
+        """Return the parameters, from wherever the client wrote them."""
+        settings: GenerateFields = self
+        for nested in (self.parameters, self.generate_kwargs):
+            if nested is not None:
+                settings = settings.model_copy(
+                    update={k: getattr(nested, k) for k in nested.model_fields_set}
+                )
+        return settings
+
+
+class PromptsBody(Body):
+    """POST /generate, the llama-2 completion route."""
+
+    prompts: list[Text] = Field(min_length=1, max_length=MAX_CHOICES)
+    parameters: GenerateFields = GenerateFields()
+
+
+class StreamOptions(Body):
+    """What a stream carries beside the text."""
+
+    include_usage: bool = False
+    """Send one more chunk with the token counts before [DONE]."""
+
+
+class JsonSchema(Body):
+    """The schema of `response_format`."""
+
+    name: Name = "answer"
+    schema_: dict[str, Any] = Field(default={}, alias="schema")
+
+
+class ResponseFormat(Body):
+    """The form the answer must have."""
+
+    type: Name = "text"
+    json_schema: JsonSchema | None = None
+
+
+class FunctionTool(Body):
+    """A function the model may call; `parameters` is a JSON schema."""
+
+    name: Name
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Body):
+    """One tool of a request; only functions exist."""
+
+    type: Name = "function"
+    function: FunctionTool
+
+
+class OpenAIFields(SamplingFields):
+    """What /v1/chat/completions and /v1/completions have in common."""
+
+    model: Name | None = None
+    """The base model or an adapter; None is the base model."""
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    """Answers to give."""
+    max_tokens: TokenCount | None = None
+    """Longest answer, in tokens."""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    user: str | None = None
+    """Ignored."""
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatCompletionBody(OpenAIFields):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: TokenCount | None = None
+    """Longest answer, in tokens; wins over `max_tokens`."""
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: Any = None
+    functions: Any = None
+    """Superseded by `tools`, refused."""
+    modalities: Any = None
+    audio: Any = None
+
+
+class CompletionBody(OpenAIFields):
+    """POST /v1/completions."""
+
+    prompt: Text | Annotated[list[Text], Field(max_length=MAX_CHOICES)] | list[TokenId] | list[list[TokenId]]
+    echo: bool = False
+    """Put the prompt before the answer."""
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    best_of: int | None = Field(None, ge=1)
+    suffix: Text | None = None

@@ -1,0 +1,205 @@
+"""Runs the server: port, loading, signals, drain. `run` returns when it ended well.
+
+uvicorn speaks HTTP and is kept away from signals: its own handling closes the listener at once, so that
+no probe ever sees "not ready", and waits for streams for ever. Does not know routes. Start at `run`.
+"""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Generator
+
+import uvicorn
+
+from runtime.errors import ConfigError, Failure, UnavailableError
+from runtime.metrics import ServingMetrics
+from runtime.serving.app import create_app
+from runtime.serving.connections import DeadlineProtocol
+from runtime.serving.engine.protocol import Request, Sampling, Stats
+from runtime.serving.lifecycle import Lifecycle, Served
+from runtime.serving.settings import ServeConfig
+
+log = logging.getLogger(__name__)
+
+Load = Callable[[ServeConfig], Served]
+
+KEEP_ALIVE_S = 75.0
+"""Longer than load balancers keep idle connections (60 s), so that they close first."""
+WATCH_S = 1.0
+"""How often a dead engine is looked for."""
+CLOSE_TIMEOUT_S = 5
+"""For connections to close after the last answer was cut off."""
+
+
+def run(config: ServeConfig, *, load: Load | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; return once everything in flight is answered or called off.
+
+    Raises ConfigError when the port cannot be bound, and whatever Failure loading ended with.
+    """
+    from runtime.serving import loading  # torch comes with it: not before somebody serves
+
+    with bind(config.host, config.port) as listener:
+        asyncio.run(Serving(config, load or loading.load).run(listener))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a listening socket; ConfigError says what to do when the port cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(_why_unbound(error, host, port)) from None
+    listener.setblocking(False)
+    return listener
+
+
+def _why_unbound(error: OSError, host: str, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"port {port} is in use on {host}: stop what listens there, or take another with --port or PORT"
+        )
+    if error.errno == errno.EACCES:
+        return (
+            f"may not bind port {port} as this user: use --port or PORT with 1024 or above, grant "
+            "NET_BIND_SERVICE, or set the sysctl net.ipv4.ip_unprivileged_port_start=0"
+        )
+    return f"cannot listen on {host} port {port}: {error.strerror or error}"
+
+
+class Serving:
+    """One run of the server, from the open port to the last answer."""
+
+    def __init__(self, config: ServeConfig, load: Load) -> None:
+        self._config = config
+        self._load = load
+        self._lifecycle = Lifecycle()
+        self._stop = asyncio.Event()
+
+    async def run(self, listener: socket.socket) -> None:
+        """Answer on `listener` until a signal; raises what loading failed with."""
+        server = self._http_server()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        log.info("Listening on %s port %s", *listener.getsockname()[:2])
+        loading: asyncio.Future[Served] = loop.create_future()
+        # A daemon: a process that is told to stop while it loads need not wait for the weights.
+        threading.Thread(target=self._load_into, args=(loop, loading), name="load", daemon=True).start()
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait((loading, stop), return_when=asyncio.FIRST_COMPLETED)
+            if not self._stop.is_set():
+                await self._open(loading.result())
+                await self._until_stopped()
+            await self._drain()
+        finally:
+            self._lifecycle.refuse()
+            if (served := self._lifecycle.loaded) is not None:
+                served.engine.close()
+                served.prompts.close()
+            stop.cancel()
+            server.should_exit = True
+            await serving
+        log.info("Stopped")
+
+    def _http_server(self) -> uvicorn.Server:
+        config = self._config
+        metrics = ServingMetrics(config.served_name, self._figures)
+        key = config.api_key.get_secret_value() if config.api_key else None
+        app = create_app(lifecycle=self._lifecycle, metrics=metrics, limits=config.limits, api_key=key)
+        return _QuietServer(
+            uvicorn.Config(
+                app,
+                http=DeadlineProtocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=int(KEEP_ALIVE_S),
+                timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
+            )
+        )
+
+    def _figures(self) -> Stats | None:
+        served = self._lifecycle.loaded
+        return served.engine.stats() if served is not None else None
+
+    def _load_into(self, loop: asyncio.AbstractEventLoop, loading: "asyncio.Future[Served]") -> None:
+        """Load in this thread and hand the outcome, whichever it is, to the event loop."""
+        outcome: Served | BaseException
+        try:
+            outcome = self._load(self._config)
+        except BaseException as failure:  # raised again where it is awaited
+            outcome = failure
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
+            loop.call_soon_threadsafe(_settle, loading, outcome)
+
+    async def _open(self, served: Served) -> None:
+        """Say "ready" once the engine has given a first token."""
+        request = Request(served.prompts.warm_up(), Sampling(max_new_tokens=1), id="warm-up")
+        async for token in served.engine.submit(request):
+            if token.finish_reason == "cancelled":
+                raise UnavailableError("the engine gave up its first generation")
+        self._lifecycle.ready(served)
+        log.info("Model loaded successfully")
+        log.info("Serving %s", ", ".join(served.models()))
+
+    async def _until_stopped(self) -> None:
+        """Wait for a signal; a dead engine ends the process, for whoever restarts it."""
+        while not self._stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WATCH_S):
+                    await self._stop.wait()
+            served = self._lifecycle.loaded
+            if served is not None and not served.engine.stats().alive:
+                raise Failure("the engine has died; its last log line says of what")
+
+    async def _drain(self) -> None:
+        """Not ready, then refuse, then wait; what is left when `run` closes the engine is cut off."""
+        config, lifecycle = self._config, self._lifecycle
+        lifecycle.drain()
+        if lifecycle.loaded is None:
+            return
+        await asyncio.sleep(config.drain_delay_s)
+        lifecycle.refuse()
+        try:
+            async with asyncio.timeout(config.drain_timeout_s):
+                await lifecycle.idle()
+        except TimeoutError:
+            log.warning("Not all answers were complete after %g s; calling them off", config.drain_timeout_s)
+
+    def _on_signal(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if self._stop.is_set():
+            log.warning("Second %s: leaving at once", name)
+            os._exit(128 + number)
+        log.info("%s: draining", name)
+        self._stop.set()
+
+
+class _QuietServer(uvicorn.Server):
+    """uvicorn without its signal handling."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def _settle(loading: "asyncio.Future[Served]", outcome: Served | BaseException) -> None:
+    if loading.cancelled():
+        return
+    if isinstance(outcome, BaseException):
+        loading.set_exception(outcome)
+    else:
+        loading.set_result(outcome)

@@ -1,0 +1,120 @@
+"""Parts for the serving tests: a small real tokenizer, and an app over an engine without a model."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from runtime.metrics import ServingMetrics
+from runtime.serving.app import create_app
+from runtime.serving.lifecycle import Lifecycle, Served
+from runtime.serving.prompts import Prompts, SamplingDefaults
+from runtime.serving.settings import Limits
+
+from .echo_engine import EchoEngine
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant', 'tool'] %}"
+    "{{ raise_exception('no role ' ~ m.role) }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Async tests run on asyncio, which is what serves."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """A byte-level tokenizer of bytes and a few words: an emoji takes four tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(["the answer to the question is a word and another word"] * 4, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    made.chat_template = TEMPLATE
+    return made
+
+
+@dataclass
+class Site:
+    """One app and what it was made of."""
+
+    app: FastAPI
+    client: httpx.AsyncClient
+    engine: EchoEngine
+    prompts: Prompts
+    lifecycle: Lifecycle
+    metrics: ServingMetrics
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    async def chat(self, text: str = "hi", **more: Any) -> httpx.Response:
+        """POST /chat with a prompt."""
+        return await self.client.post("/chat", json={"prompt": text, **more})
+
+    async def complete(self, text: str = "hi", **more: Any) -> httpx.Response:
+        """POST /v1/chat/completions with one user turn."""
+        body = {"model": "base", "messages": [{"role": "user", "content": text}], **more}
+        return await self.client.post("/v1/chat/completions", json=body)
+
+
+OpenSite = Callable[..., Any]
+
+
+@pytest.fixture
+def open_site(tokenizer: Any) -> OpenSite:
+    """Return a context manager that opens an app in this process, over ASGI."""
+
+    @asynccontextmanager
+    async def open_(
+        *,
+        limits: Limits | None = None,
+        api_key: str | None = None,
+        defaults: SamplingDefaults | None = None,
+        ready: bool = True,
+        template: bool = True,
+        **engine: Any,
+    ) -> AsyncIterator[Site]:
+        running = EchoEngine(**engine)
+        limits = limits or Limits()
+        if not template:
+            from copy import deepcopy
+
+            used = deepcopy(tokenizer)
+            used.chat_template = None
+        else:
+            used = tokenizer
+        prompts = Prompts(
+            used,
+            context_tokens=running.context_tokens,
+            new_tokens=16,
+            stop_ids=frozenset({tokenizer.eos_token_id}),
+            defaults=defaults or SamplingDefaults(),
+        )
+        lifecycle = Lifecycle(stall_s=0.3)
+        metrics = ServingMetrics("base", running.stats)
+        app = create_app(lifecycle=lifecycle, metrics=metrics, limits=limits, api_key=api_key)
+        if ready:
+            lifecycle.ready(Served(name="base", engine=running, prompts=prompts, created=1))
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30) as client:
+            yield Site(app, client, running, prompts, lifecycle, metrics)
+        prompts.close()
+
+    return open_

@@ -1,0 +1,134 @@
+"""An engine without a model, for tests of everything around it.
+
+It obeys `engine.protocol.Engine` with real asyncio behaviour: rows, a bounded queue, cancellation by the
+next token, failures on demand. It answers with the prompt's own token ids, again and again, or with
+what `script` says.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TypeAlias
+
+from runtime.errors import OverloadedError, UnavailableError, UnknownModelError
+from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
+
+Outbox: TypeAlias = "asyncio.Queue[Token | Exception]"
+
+
+class EchoEngine:
+    """Gives one token every `pace_s` to each of at most `rows` requests."""
+
+    def __init__(
+        self,
+        *,
+        rows: int = 4,
+        queue: int = 8,
+        pace_s: float = 0.0,
+        context_tokens: int = 512,
+        adapters: Sequence[str] = (),
+        script: Callable[[Request], Sequence[int]] | None = None,
+    ) -> None:
+        self.context_tokens = context_tokens
+        self.requests: list[Request] = []
+        self.produced = 0
+        self.hanging = False
+        self.failure: Exception | None = None
+        self.fail_after = 0
+        self._rows = rows
+        self._free = asyncio.Semaphore(rows)
+        self._queue = queue
+        self._pace_s = pace_s
+        self._adapters = list(adapters)
+        self._script = script
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._running: set[str] = set()
+        self._closed = False
+        self._progress = time.monotonic()
+
+    def submit(self, request: Request) -> AsyncIterator[Token]:
+        if self._closed:
+            raise UnavailableError("the engine is closed")
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise UnknownModelError(f"adapter '{request.adapter}' is not resident")
+        if len(self._tasks) >= self._rows + self._queue:
+            raise OverloadedError(f"{self._queue} requests are waiting already")
+        assert request.id not in self._tasks, "request ids are unique in flight"
+        self.requests.append(request)
+        outbox: Outbox = asyncio.Queue()
+        task = asyncio.create_task(self._generate(request, outbox))
+        self._tasks[request.id] = task
+        task.add_done_callback(lambda _: self._retire(request.id, outbox))
+        return self._read(request.id, outbox)
+
+    def cancel(self, request_id: str) -> None:
+        if request_id in self._tasks:
+            self._tasks[request_id].cancel()
+
+    def stats(self) -> Stats:
+        if not self._running:
+            self._progress = time.monotonic()
+        return Stats(
+            running=len(self._running),
+            waiting=len(self._tasks) - len(self._running),
+            kv_cache_share=len(self._running) / self._rows,
+            last_progress_s=self._progress,
+            alive=not self._closed,
+            adapters=tuple(self._adapters),
+        )
+
+    def close(self) -> None:
+        self._closed = True
+        for task in self._tasks.values():
+            task.cancel()
+
+    def add_adapter(self, name: str) -> None:
+        self._adapters.append(name)
+
+    def remove_adapter(self, name: str) -> None:
+        self._adapters.remove(name)
+
+    async def _read(self, request_id: str, outbox: Outbox) -> AsyncIterator[Token]:
+        try:
+            while True:
+                token = await outbox.get()
+                if isinstance(token, Exception):
+                    raise token
+                yield token
+                if token.id is None:
+                    return
+        finally:
+            self.cancel(request_id)
+
+    def _retire(self, request_id: str, outbox: Outbox) -> None:
+        del self._tasks[request_id]
+        outbox.put_nowait(Token(None, "cancelled"))  # read only when nothing else ended the answer
+
+    async def _generate(self, request: Request, outbox: Outbox) -> None:
+        async with self._free:
+            self._running.add(request.id)
+            try:
+                await self._tokens(request, outbox)
+            finally:
+                self._running.discard(request.id)
+
+    async def _tokens(self, request: Request, outbox: Outbox) -> None:
+        limit = request.sampling.max_new_tokens
+        echo = [request.prompt_ids[i % len(request.prompt_ids)] for i in range(limit)]
+        answer = self._script(request) if self._script else echo
+        finish: FinishReason = "stop" if len(answer) < limit else "length"
+        for count, token in enumerate(answer[:limit]):
+            await asyncio.sleep(self._pace_s)
+            while self.hanging:
+                await asyncio.sleep(0.01)
+            if self.failure is not None and count >= self.fail_after:
+                outbox.put_nowait(self.failure)
+                return
+            self.produced += 1
+            self._progress = time.monotonic()
+            if request.sampling.top_logprobs is None:
+                outbox.put_nowait(Token(token))
+            else:
+                likeliest = ((token, -0.5), (0, -1.5))[: request.sampling.top_logprobs]
+                outbox.put_nowait(Token(token, logprob=-0.5, top=likeliest))
+        outbox.put_nowait(Token(None, finish))
