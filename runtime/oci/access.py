@@ -28,6 +28,10 @@ class Azure:
     """AZURE_FEDERATED_TOKEN_FILE; Kubernetes replaces its content, so it is read at every use."""
     authority: str | None = None
     """AZURE_AUTHORITY_HOST, for clouds other than the public one."""
+    metadata: str = "http://169.254.169.254"
+    """The node's metadata service, which gives managed identities their tokens."""
+    registries: tuple[str, ...] = ("*.azurecr.io", "*.azurecr.cn", "*.azurecr.us")
+    """Hosts that the identity is shown to, and no others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,189 @@
+"""Who we are to a registry: answers its challenges with Basic or a token, fetched when needed.
+
+Tokens live as long as the registry says, are renewed a little before, and once more when refused.
+A refused credential is an error at once, naming registry, user and file. Start at `Login`.
+"""
+
+import base64
+import fnmatch
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from urllib.parse import urljoin, urlsplit
+
+import requests
+
+from runtime.errors import RegistryError
+from runtime.oci import azure
+from runtime.oci.credentials import Credential, find
+from runtime.oci.reference import Reference
+from runtime.oci.transport import LostError, Transport, Tries, explain, raise_if_busy
+
+_LIFE_S = 60.0
+"""How long a token lives when nothing says it (the token specification's default)."""
+_PARAMETER = re.compile(r'(\w+)\s*=\s*(?:"([^"]*)"|([^\s,"]+))')
+
+
+@dataclass(slots=True)
+class _Token:
+    header: str
+    renew_at: float
+    """`time.monotonic()` from when on a new one is fetched first."""
+    accepted: bool = False
+    """Whether the registry took it at least once; one never taken lacks the right, one taken has expired."""
+
+
+class Login:
+    """The login of one transport to one repository, for `actions` such as "pull,push"."""
+
+    def __init__(self, transport: Transport, reference: Reference, actions: str):
+        self._transport, self._reference = transport, reference
+        self._scopes = [f"repository:{reference.repository}:{actions}"]
+        self._actions = actions
+        self._candidates = self._find()
+        self._credential: Credential | None = None
+        self._refusals: list[str] = []
+        self._challenge: dict[str, str] | None = None
+        self._token: _Token | None = None
+        self._lock = threading.Lock()
+        transport.authorize = self.authorize
+        transport.refused = self.refused
+        transport.accepted = self.accepted
+
+    def add_source(self, repository: str) -> None:
+        """Ask for the right to read another repository too, to mount blobs from it."""
+        scope = f"repository:{repository}:pull"
+        if scope not in self._scopes:
+            self._scopes.append(scope)
+            self._token = None
+
+    def authorize(self) -> str | None:
+        """Return the Authorization header for the next request; None before the registry asked for one."""
+        with self._lock:
+            if self._challenge is None:
+                return None
+            if self._challenge["scheme"] == "basic":
+                return self._credential.basic if self._credential else None
+            if self._token is None or time.monotonic() >= self._token.renew_at:
+                self._token = self._log_in()
+            return self._token.header
+
+    def refused(self, response: requests.Response, header: str | None) -> None:
+        """Prepare another try after a 401; RegistryError when there is nothing else to try."""
+        with self._lock:
+            if self._challenge is None:
+                self._challenge = _challenge(response, str(self._reference))
+                self._credential = next(self._candidates, None)
+            elif header is not None and self._challenge["scheme"] == "bearer":
+                if self._token is None or header != self._token.header:
+                    return  # another thread is renewing it
+                if not self._token.accepted:
+                    self._next(f"may not {self._actions}{explain(response)}")
+                self._token = None
+            elif header is not None:
+                self._next(f"refused{explain(response)}")
+            if self._challenge["scheme"] == "basic" and self._credential is None:
+                raise self._denied()
+
+    def accepted(self) -> None:
+        """Note that the registry took the current token."""
+        if self._token is not None:
+            self._token.accepted = True
+
+    def _find(self) -> Iterator[Credential]:
+        reference, access = self._reference, self._transport.access
+        yield from find(reference.registry, reference.repository, access)
+        identity = access.azure
+        if identity and any(fnmatch.fnmatchcase(reference.registry, host) for host in identity.registries):
+            yield azure.refresh_token(identity, self._transport)
+
+    def _next(self, refusal: str) -> None:
+        """Take the next credential after `refusal` of the current one."""
+        self._refusals.append(f"{self._credential or 'without credentials'}: {refusal}")
+        self._credential = next(self._candidates, None)
+        if self._credential is None:
+            raise self._denied()
+
+    def _denied(self) -> RegistryError:
+        tried = "; ".join(self._refusals) or "no credentials found"
+        return RegistryError(
+            f"{self._reference}: the registry {self._reference.registry} refused to let us"
+            f" {self._actions} ({tried}); log in again or fix the push secret"
+        )
+
+    def _log_in(self) -> _Token:
+        """Fetch a token with the first credential that is not refused."""
+        while True:
+            response = self._ask_token()
+            if response.status_code == 200:
+                break
+            self._next(f"login refused with {response.status_code}{explain(response)}")
+        try:
+            answer = response.json()
+            token = str(answer.get("access_token") or answer["token"])
+            life = float(answer.get("expires_in") or _life_in(token) or _LIFE_S)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise RegistryError(f"{self._reference.registry}: its token server sent no token") from None
+        return _Token(f"Bearer {token}", time.monotonic() + life - min(60.0, life / 5))
+
+    def _ask_token(self) -> requests.Response:
+        challenge = self._challenge or {}
+        realm = urljoin(f"{self._transport.prefix}://{self._transport.host}/", challenge.get("realm", ""))
+        if urlsplit(realm).scheme != "https" and self._transport.prefix == "https":
+            raise RegistryError(
+                f"{self._reference.registry}: asks to log in over plain HTTP at {realm!r}; refused"
+            )
+        fields: dict[str, object] = {"scope": self._scopes}
+        if challenge.get("service"):
+            fields["service"] = challenge["service"]
+        tries = Tries(self._transport.access, f"log in at {urlsplit(realm).netloc}")
+        while True:
+            try:
+                response = self._exchange(realm, fields)
+                raise_if_busy(response)
+            except LostError as error:
+                tries.failed(error)
+            else:
+                return response
+
+    def _exchange(self, realm: str, fields: dict[str, object]) -> requests.Response:
+        who = self._credential
+        if who is not None and who.kind == "identity":
+            form = {
+                "grant_type": "refresh_token",
+                "refresh_token": who.secret,
+                "client_id": "workspace-runtime",
+            }
+            form |= {"scope": " ".join(self._scopes)} | {
+                k: str(v) for k, v in fields.items() if k == "service"
+            }
+            return self._transport.plain("POST", realm, data=form)
+        query = requests.models.PreparedRequest()
+        query.prepare_url(realm, fields)
+        headers = {"Authorization": who.basic} if who else {}
+        return self._transport.plain("GET", query.url or realm, headers=headers)
+
+
+def _challenge(response: requests.Response, where: str) -> dict[str, str]:
+    """Return scheme, realm and service of a 401."""
+    text = response.headers.get("WWW-Authenticate", "")
+    scheme, _, rest = text.partition(" ")
+    found = {key.lower(): quoted or bare for key, quoted, bare in _PARAMETER.findall(rest)}
+    if scheme.lower() == "bearer" and not found.get("realm"):
+        scheme = ""
+    if scheme.lower() not in {"bearer", "basic"}:
+        raise RegistryError(f"{where}: answers 401 without a usable WWW-Authenticate ({text[:100]!r})")
+    return found | {"scheme": scheme.lower()}
+
+
+def _life_in(token: str) -> float | None:
+    """Return seconds from issue to expiry that a JWT states of itself; our clock may differ, so no dates."""
+    try:
+        body = token.split(".")[1]
+        claims = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+        return max(1.0, float(claims["exp"]) - float(claims["iat"]))
+    except (ValueError, LookupError, TypeError):
+        return None

@@ -1,0 +1,277 @@
+"""HTTP to one registry: timeouts, bounded retries, who we are, and errors a user can act on.
+
+`Transport` is oras' `Registry` with its request function replaced: oras has no timeouts, retries only
+500 (and everything else for 131 s), and sends an expired token again. Start at `Transport.send`.
+"""
+
+import email.utils
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import oras.provider
+import requests
+from requests.adapters import HTTPAdapter
+
+from runtime.errors import RegistryError, TransientError
+from runtime.logs import redact
+from runtime.oci.access import Access
+from runtime.oci.blobs import READ_BYTES
+
+log = logging.getLogger(__name__)
+
+RETRIED = frozenset({408, 429, 500, 502, 503, 504})
+"""Statuses after which the same request may succeed."""
+_LONGEST_WAIT_S = 20.0
+_LONGEST_RETRY_AFTER_S = 120.0
+
+Body = Callable[[], Any]
+"""Makes the body anew for each try: a file-like object with a length."""
+
+
+class LostError(Exception):
+    """A request of which it is not known whether it was carried out, or that asks to be sent later."""
+
+    def __init__(self, text: str, wait_s: float | None = None):
+        super().__init__(text)
+        self.wait_s = wait_s
+
+
+class Tries:
+    """Counts failures without progress, and waits between them.
+
+    The waits double from `access.backoff_s`, with jitter so that ranks and pods do not come back in
+    step; a Retry-After of the registry is kept to.
+    """
+
+    def __init__(self, access: Access, what: str):
+        self._access, self._what = access, what
+        self._failures = 0
+
+    def progressed(self) -> None:
+        """Forget the failures so far."""
+        self._failures = 0
+
+    def failed(self, error: LostError) -> None:
+        """Wait before the next try; TransientError when there is none left."""
+        self._failures += 1
+        if self._failures >= self._access.attempts:
+            raise TransientError(
+                f"{self._what}: gave up after {self._failures} tries, the last: {error}; try again later"
+            ) from None
+        wait = min(_LONGEST_WAIT_S, self._access.backoff_s * 2 ** (self._failures - 1))
+        wait *= random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+        if error.wait_s is not None:
+            if error.wait_s > _LONGEST_RETRY_AFTER_S:
+                raise TransientError(
+                    f"{self._what}: the registry asks to wait {error.wait_s:.0f} s; try again then"
+                )
+            wait += error.wait_s
+        log.warning(
+            "%s: %s; try %s of %s in %.1f s",
+            self._what,
+            error,
+            self._failures + 1,
+            self._access.attempts,
+            wait,
+        )
+        time.sleep(wait)
+
+
+class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untyped
+    """Requests to one registry host; `authorize` and `refused` are set by the login (auth.py)."""
+
+    def __init__(self, host: str, access: Access):
+        verify: bool | str = str(access.ca_file) if access.ca_file else not access.insecure
+        super().__init__(hostname=host, insecure=False, tls_verify=verify)
+        self.host, self.access, self.verify = host, access, verify
+        self.session.mount("https://", _Adapter(pool_maxsize=16))
+        self.session.mount("http://", _Adapter(pool_maxsize=16))
+        self.session.headers["User-Agent"] = "workspace-runtime"
+        self.authorize: Callable[[], str | None] = lambda: None
+        """Returns the Authorization header for a request to the registry."""
+        self.refused: Callable[[requests.Response, str | None], None] = _raise_refused
+        """Takes a 401 and the header it answered; returns when another try makes sense, raises otherwise."""
+        self.accepted: Callable[[], None] = lambda: None
+        """Told that the registry took the header."""
+        if access.insecure or _is_loopback(host):
+            self.prefix = self._probe()
+
+    def do_request(  # noqa: PLR0913, PLR0917 - oras' signature
+        self,
+        url: str,
+        method: str = "GET",
+        data: Any = None,
+        headers: dict[str, str] | None = None,
+        json: Any = None,
+        stream: bool = False,
+    ) -> requests.Response:
+        """Send a request whose repetition does no harm, until it is answered (overrides oras)."""
+        tries = Tries(self.access, f"{method} {_short(url)}")
+        while True:
+            try:
+                response = self.send(
+                    method, url, headers=headers, body=(lambda: data) if data else None, stream=stream
+                )
+                raise_if_busy(response)
+            except LostError as error:
+                tries.failed(error)
+            else:
+                return response
+
+    def send(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: Body | None = None,
+        stream: bool = False,
+    ) -> requests.Response:
+        """Send one request, twice if the registry wants to know (again) who we are.
+
+        Raises LostError when the connection broke, RegistryError when we are refused; any other status
+        is the caller's.
+        """
+        parts = urlsplit(url)
+        own = parts.netloc == self.host
+        if own:  # a registry behind a proxy may think that it speaks plain HTTP; credentials never do
+            url = urlunsplit(parts._replace(scheme=self.prefix))
+        while True:
+            header = self.authorize() if own else None
+            sent = dict(headers or {}) | ({"Authorization": header} if header else {})
+            response = self.plain(method, url, headers=sent, data=body, stream=stream)
+            if response.status_code == 403 and own:
+                raise RegistryError(
+                    f"{_short(url)}: forbidden (403{explain(response)}); ask for the right to {method}"
+                )
+            if response.status_code != 401 or not own:
+                self.accepted()
+                return response
+            response.close()
+            self.refused(response, header)
+
+    def plain(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        data: Body | Mapping[str, Any] | None = None,
+        stream: bool = False,
+    ) -> requests.Response:
+        """Send one request as it is; LostError when the connection broke."""
+        try:
+            response: requests.Response = self.session.request(
+                method,
+                url,
+                data=data() if callable(data) else data,
+                headers=dict(headers or {}),
+                stream=stream,
+                verify=self.verify,
+                timeout=(self.access.connect_timeout_s, self.access.read_timeout_s),
+                auth=_keep_header,  # else requests looks into ~/.netrc and overwrites ours
+            )
+        except requests.exceptions.SSLError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise RegistryError(
+                    f"{self.host}: its certificate is not trusted; give the CA file, or check the host name"
+                ) from None
+            raise LostError(_reason(error)) from None
+        except requests.exceptions.TooManyRedirects:
+            raise RegistryError(
+                f"{_short(url)}: redirects without end; check the registry's address"
+            ) from None
+        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema):
+            raise RegistryError(f"{_short(url)}: the registry sent an address that cannot be used") from None
+        except (requests.exceptions.RequestException, OSError) as error:
+            raise LostError(_reason(error)) from None
+        return response
+
+    def _probe(self) -> str:
+        """Return "https" where the registry speaks TLS, "http" where it does not."""
+        try:
+            self.plain("GET", f"https://{self.host}/v2/")
+        except LostError:
+            return "http"
+        return "https"
+
+
+class _Adapter(HTTPAdapter):
+    """Reads bodies in large blocks: 16 kB at a time costs as much CPU as TLS."""
+
+    def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        super().init_poolmanager(*args, **options, blocksize=READ_BYTES)
+
+
+def raise_if_busy(response: requests.Response) -> None:
+    """Raise LostError for a status that asks to try again."""
+    if response.status_code in RETRIED:
+        text = f"{response.status_code} {response.reason}{explain(response)}"
+        raise LostError(text, _retry_after(response.headers.get("Retry-After")))
+
+
+def unexpected(response: requests.Response, what: str) -> RegistryError:
+    """Return the error for an answer that the protocol does not foresee."""
+    return RegistryError(
+        f"{what}: the registry answered {response.status_code} {response.reason}{explain(response)}"
+    )
+
+
+def explain(response: requests.Response) -> str:
+    """Return the registry's own words, ": CODE message", as far as it sent any."""
+    try:
+        first = response.json()["errors"][0]
+        words = f"{first.get('code', '')} {first.get('message', '')}".strip()
+    except (ValueError, LookupError, TypeError, AttributeError, requests.exceptions.RequestException):
+        return ""
+    return f": {redact(' '.join(words.split()))[:200]}" if words else ""
+
+
+def _raise_refused(response: requests.Response, header: str | None) -> None:
+    raise unexpected(response, _short(response.url))
+
+
+def _retry_after(value: str | None) -> float | None:
+    if not value:
+        return None
+    if value.strip().isdigit():
+        return float(value)
+    try:
+        return max(0.0, (email.utils.parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return None
+
+
+def _is_loopback(host: str) -> bool:
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    return name in {"localhost", "[::1]"} or name.startswith("127.")
+
+
+def _short(url: str) -> str:
+    """Return host and path: upload URLs carry state of a kilobyte in their query."""
+    parts = urlsplit(url)
+    return f"{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def _reason(error: Exception) -> str:
+    """Return what went wrong without the library's nesting of it."""
+    text = f"{type(error).__name__} {error}"
+    known = {
+        "timed out": "no answer in time",
+        "Connection refused": "connection refused",
+        "Connection reset": "connection reset",
+        "Name or service not known": "host name not found",
+        "Temporary failure in name resolution": "host name not found",
+        "RemoteDisconnected": "connection closed without an answer",
+        "IncompleteRead": "connection closed in the middle of the answer",
+    }
+    return next((said for words, said in known.items() if words in text), type(error).__name__)
+
+
+def _keep_header(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request

@@ -1,0 +1,223 @@
+"""Sends one blob to a registry in chunks, and goes on where it stopped whatever happens in between.
+
+After anything unclear (lost reply, 416, expired token, 5xx) the registry is asked how far it is; an
+upload it no longer knows starts anew. Chunks are streamed from disk and never held whole.
+Start at `upload`.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
+
+import requests
+
+from runtime.errors import RegistryError
+from runtime.oci.blobs import Blob, Reader
+from runtime.oci.store import Report
+from runtime.oci.transport import LostError, Transport, Tries, raise_if_busy, unexpected
+
+CHUNK_BYTES = 64 << 20
+"""Each PATCH costs the registry some fixed work, so large ones are faster; they are streamed anyway."""
+AZURE_CHUNK_BYTES = 16 << 20
+"""Azure's registry answers 413 to bodies above about 20 MB."""
+MONOLITHIC_BYTES = 4 << 20
+"""Blobs up to this size go in one PUT."""
+_SMALLEST_CHUNK_BYTES = 1 << 18
+_SESSIONS = 4
+_RANGE = re.compile(r"(?:bytes=)?(\d+)-(\d+)")
+
+
+@dataclass(slots=True)
+class _Upload:
+    """The state of one upload session."""
+
+    transport: Transport
+    uploads_url: str
+    """Where sessions are started."""
+    blob_url: str
+    blob: Blob
+    report: Report
+    chunk: int
+    tries: Tries = field(init=False)
+    session: str = ""
+    """Where the next request of the session goes; it changes with every answer."""
+    offset: int = 0
+    """Bytes the registry has."""
+    sessions: int = 0
+
+    def __post_init__(self) -> None:
+        self.tries = Tries(self.transport.access, f"upload of {self.blob.descriptor.digest[:19]}")
+
+    @property
+    def size(self) -> int:
+        return self.blob.descriptor.size
+
+
+def upload(
+    transport: Transport, urls: tuple[str, str], blob: Blob, report: Report, source: str | None
+) -> None:
+    """Send `blob` unless the registry has it.
+
+    urls: the repository's address for new uploads, and that of the blob.
+    source: another repository of the registry from which it may be mounted.
+    """
+    azure = ".azurecr." in transport.host
+    state = _Upload(transport, urls[0], urls[1], blob, report, AZURE_CHUNK_BYTES if azure else CHUNK_BYTES)
+    if _exists(state) or _start(state, source):
+        report(blob.descriptor.size)
+        return
+    while True:
+        try:
+            if _step(state):
+                return
+        except LostError as error:
+            state.tries.failed(error)
+            if _resynchronise(state):
+                return
+
+
+def _start(state: _Upload, source: str | None = None) -> bool:
+    """Start a session; True when the registry mounted the blob instead."""
+    state.sessions += 1
+    if state.sessions > _SESSIONS:
+        raise RegistryError(
+            f"{state.transport.host}: lost the upload of {state.blob.descriptor.digest} {_SESSIONS} times"
+        )
+    query = f"?{urlencode({'mount': state.blob.descriptor.digest, 'from': source})}" if source else ""
+    response = state.transport.do_request(state.uploads_url + query, "POST", headers={"Content-Length": "0"})
+    if response.status_code == 201 and source:
+        return True
+    if response.status_code != 202 or not response.headers.get("Location"):
+        raise unexpected(response, f"{state.transport.host}: starting an upload")
+    least = response.headers.get("OCI-Chunk-Min-Length", "")
+    state.chunk = max(state.chunk, int(least)) if least.isdigit() else state.chunk
+    state.report(-state.offset)
+    state.offset = 0
+    _follow(state, response)
+    return False
+
+
+def _step(state: _Upload) -> bool:
+    """Send one chunk, or close the upload; True when the blob is stored."""
+    whole = state.offset == 0 and state.size <= min(MONOLITHIC_BYTES, state.chunk)
+    if whole or state.offset >= state.size:
+        return _finish(state, whole)
+    start, end = state.offset, min(state.size, state.offset + state.chunk)
+    headers = {
+        "Content-Type": "application/octet-stream",
+        "Content-Length": str(end - start),
+        "Content-Range": f"{start}-{end - 1}",
+    }
+    body = _body(state, start, end)
+    response = state.transport.send("PATCH", state.session, headers=headers, body=body)
+    if response.status_code == 202:
+        state.tries.progressed()
+        _follow(state, response)
+        _moved(state, _received(response, end))
+        return False
+    _recover(state, response, "a chunk")
+    return False
+
+
+def _finish(state: _Upload, whole: bool) -> bool:
+    digest = state.blob.descriptor.digest
+    parts = urlsplit(state.session)
+    url = urlunsplit(parts._replace(query=urlencode([*parse_qsl(parts.query, True), ("digest", digest)])))
+    length = state.size if whole else 0
+    headers = {"Content-Type": "application/octet-stream", "Content-Length": str(length)}
+    body = _body(state, 0, length) if length else None
+    response = state.transport.send("PUT", url, headers=headers, body=body)
+    if response.status_code in {201, 204}:
+        stored = response.headers.get("Docker-Content-Digest", digest)
+        if stored != digest:
+            raise RegistryError(f"{state.transport.host}: stored {stored} instead of {digest}; push again")
+        _moved(state, state.size)
+        return True
+    if response.status_code == 400:  # the registry has other bytes than we sent: begin again
+        if state.sessions > 1:
+            raise unexpected(response, f"{state.transport.host}: closing the upload of {digest}")
+        _start(state)
+        return False
+    _recover(state, response, "the end of an upload")
+    return False
+
+
+def _recover(state: _Upload, response: requests.Response, what: str) -> None:
+    """Prepare to go on after an answer that is no success; raises when there is no going on."""
+    raise_if_busy(response)
+    if response.status_code == 404:
+        if not _exists(state):
+            _start(state)
+            return
+        raise LostError("the upload had ended already")
+    if response.status_code == 413 and state.chunk > _SMALLEST_CHUNK_BYTES:
+        state.chunk = min(state.chunk, state.size) // 2
+        _resynchronise(state)
+        return
+    if response.status_code == 416:
+        raise LostError("416, the registry is at another offset")
+    raise unexpected(response, f"{state.transport.host}: {what}")
+
+
+def _resynchronise(state: _Upload) -> bool:
+    """Ask how far the registry is, and go on from there; True when it has the whole blob."""
+    response = state.transport.do_request(state.session, "GET")
+    if response.status_code in {200, 204} and response.headers.get("Range"):
+        _follow(state, response)
+        _moved(state, _received(response, 0))
+        return False
+    if _exists(state):
+        _moved(state, state.size)
+        return True
+    if response.status_code in {200, 204}:
+        _follow(state, response)
+        _moved(state, 0)
+        return False
+    return _start(state)
+
+
+def _exists(state: _Upload) -> bool:
+    response = state.transport.do_request(state.blob_url, "HEAD")
+    if response.status_code not in {200, 404}:
+        raise unexpected(response, f"{state.transport.host}: looking for a blob")
+    return bool(response.status_code == 200)
+
+
+def _follow(state: _Upload, response: requests.Response) -> None:
+    state.session = urljoin(state.uploads_url, response.headers.get("Location") or state.session)
+
+
+def _moved(state: _Upload, offset: int) -> None:
+    state.report(offset - state.offset)
+    state.offset = offset
+
+
+def _received(response: requests.Response, expected: int) -> int:
+    """Return how many bytes the registry says it has; "0-0" is how it says none."""
+    found = _RANGE.fullmatch(response.headers.get("Range", ""))
+    if found is None:
+        return expected
+    last = int(found[2])
+    return last + 1 if last else 0
+
+
+def _body(state: _Upload, start: int, end: int) -> Any:
+    return lambda: _Window(state.blob.open(start), end - start)
+
+
+class _Window:
+    """The next `length` bytes of a reader, as a body with a known length."""
+
+    def __init__(self, reader: Reader, length: int):
+        self._reader, self._left, self._length = reader, length, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._reader.read(self._left if size < 0 else min(size, self._left))
+        self._left -= len(data)
+        if not self._left:
+            self._reader.close()
+        return data

@@ -1,0 +1,285 @@
+"""Logging in, by every way a pod or a laptop holds credentials (fault tests 33 and 34), and refusals."""
+
+import base64
+import json
+import logging
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+from oci.conftest import AzureLike, Started, docker_config, fresh, quick
+from runtime import oci
+from runtime.errors import ConfigError, RegistryError
+from runtime.oci import Access, Azure, from_environment
+from runtime.oci.credentials import NULL_GUID, find
+
+pytestmark = pytest.mark.system
+
+
+def write(path: Path, document: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document))
+    return path
+
+
+def encoded(user: str, password: str) -> str:
+    return base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+def helper(folder: Path, name: str, answer: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir(exist_ok=True)
+    program = folder / f"docker-credential-{name}"
+    program.write_text(f"#!/bin/sh\nread server\necho '{json.dumps(answer)}'\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_34_auth_entry_logs_in(azure: AzureLike, tmp_path: Path) -> None:
+    oci.check_push(fresh(azure.host, "a"), access=quick(docker_config(tmp_path / "config.json", azure.host)))
+    assert set(azure.tokens.grants) == {"basic pusher"}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"auth": encoded(NULL_GUID, ""), "identitytoken": "refresh-ok"},  # az acr login
+        {"auth": encoded(NULL_GUID, "refresh-ok")},  # docker login with the token as password
+        {"username": NULL_GUID, "password": "refresh-ok"},  # kubectl create secret docker-registry
+    ],
+)
+def test_34_refresh_token_logs_in_and_is_never_sent_as_a_password(
+    azure: AzureLike, tmp_path: Path, entry: dict[str, str]
+) -> None:
+    config = write(tmp_path / "config.json", {"auths": {azure.host: entry}})
+    oci.check_push(fresh(azure.host, "a"), access=quick(config))
+    assert set(azure.tokens.grants) == {"refresh"}
+
+
+@pytest.mark.parametrize("shape", ["credHelpers", "credsStore"])
+@pytest.mark.parametrize(
+    ("user", "secret", "grant"), [("pusher", "s3cret", "basic pusher"), ("<token>", "refresh-ok", "refresh")]
+)
+def test_34_credential_helper_logs_in(
+    azure: AzureLike,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: str,
+    user: str,
+    secret: str,
+    grant: str,
+) -> None:
+    helper(tmp_path / "bin", "vault", {"Username": user, "Secret": secret}, monkeypatch)
+    value = {azure.host: "vault"} if shape == "credHelpers" else "vault"
+    config = write(tmp_path / "config.json", {"auths": {azure.host: {}}, shape: value})
+    oci.check_push(fresh(azure.host, "a"), access=quick(config))
+    assert set(azure.tokens.grants) == {grant}
+
+
+def test_34_mounted_secrets_are_tried_one_after_the_other(azure: AzureLike, tmp_path: Path) -> None:
+    """As Kubernetes mounts them: links into a hidden folder, one secret for another registry among them."""
+    folder = tmp_path / "config.d"
+    hidden = folder / "..2026_11_24"
+    write(hidden / "a-other.json", {"auths": {"other.io": {"auth": encoded("x", "y")}}})
+    write(hidden / "b-stale.json", {"auths": {azure.host: {"auth": encoded("pusher", "last-year")}}})
+    write(hidden / "c-good.json", {"auths": {f"https://{azure.host}": {"auth": encoded("pusher", "s3cret")}}})
+    (folder / "..data").symlink_to(hidden.name)
+    for name in ("a-other.json", "b-stale.json", "c-good.json"):
+        (folder / name).symlink_to(f"..data/{name}")
+    (folder / "broken.json").write_text("not json")
+    oci.check_push(fresh(azure.host, "a"), access=quick(folder))
+    assert azure.tokens.grants[:2] == ["basic pusher", "basic pusher"]
+
+
+def test_34_workload_identity_logs_in_and_rereads_its_token(azure: AzureLike, tmp_path: Path) -> None:
+    token_file = tmp_path / "token"
+    identity = Azure(
+        client_id="client-1",
+        tenant_id="tenant-1",
+        token_file=token_file,
+        authority=f"http://{azure.host}",
+        registries=("127.0.0.1:*",),
+    )
+    for turn in ("federated-1", "federated-2"):  # Kubernetes replaces the file every hour
+        azure.tokens.federated = turn
+        token_file.write_text(turn)
+        azure.tokens.grants.clear()
+        oci.check_push(fresh(azure.host, "a"), access=quick(azure=identity))
+        assert azure.tokens.grants[:3] == ["federated", "exchange", "refresh"]
+    token_file.write_text("stale")
+    with pytest.raises(
+        RegistryError, match=r"workload identity client-1 was refused.*AADSTS700024"
+    ) as caught:
+        oci.check_push(fresh(azure.host, "a"), access=quick(azure=identity))
+    assert "stale" not in str(caught.value)
+
+
+def test_34_managed_identity_logs_in(azure: AzureLike) -> None:
+    identity = Azure(metadata=f"http://{azure.host}", registries=("127.0.0.1:*",))
+    oci.check_push(fresh(azure.host, "a"), access=quick(azure=identity))
+    assert azure.tokens.grants[:3] == ["metadata", "exchange", "refresh"]
+
+
+def test_identity_is_shown_to_azure_registries_alone(azure: AzureLike) -> None:
+    identity = Azure(metadata=f"http://{azure.host}")
+    with pytest.raises(RegistryError):
+        oci.check_push(fresh(azure.host, "a"), access=quick(azure=identity))
+    assert "metadata" not in azure.tokens.grants
+
+
+def test_anonymous_may_pull_where_the_registry_lets_it(
+    azure: AzureLike, adapter: Path, tmp_path: Path
+) -> None:
+    reference = fresh(azure.host, "public")
+    oci.push(adapter, reference, access=quick(docker_config(tmp_path / "config.json", azure.host)))
+    azure.tokens.grants.clear()
+    oci.pull(reference, tmp_path / "back", access=quick())
+    assert set(azure.tokens.grants) == {"anonymous"}
+
+
+@pytest.mark.parametrize(
+    ("user", "password", "says"),
+    [("pusher", "wr0ng-pass", "login refused with 401"), ("reader", "r", "may not pull,push")],
+)
+def test_33_refused_login_is_known_at_once_and_names_user_and_file(
+    azure: AzureLike, tmp_path: Path, user: str, password: str, says: str
+) -> None:
+    config = docker_config(tmp_path / "config.json", azure.host, user, password)
+    started = time.monotonic()
+    with pytest.raises(RegistryError, match=says) as caught:
+        oci.check_push(fresh(azure.host, "a"), access=Access(files=(config,)))
+    assert time.monotonic() - started < 5
+    message = str(caught.value)
+    assert user in message
+    assert str(config) in message
+    assert azure.host in message
+    assert password not in message or password == "r"
+
+
+def test_33_wrong_password_at_a_basic_registry_is_known_at_once(
+    password_registry: Started, tmp_path: Path
+) -> None:
+    config = docker_config(tmp_path / "config.json", password_registry.host, "pusher", "wr0ng-pass")
+    started = time.monotonic()
+    with pytest.raises(RegistryError, match=r"'pusher' from .*config.json") as caught:
+        oci.check_push(fresh(password_registry.host, "a"), access=Access(files=(config,)))
+    assert time.monotonic() - started < 5
+    assert "wr0ng-pass" not in str(caught.value)
+
+
+def test_no_credentials_is_said(password_registry: Started) -> None:
+    with pytest.raises(RegistryError, match="no credentials found"):
+        oci.check_push(fresh(password_registry.host, "a"), access=quick())
+
+
+def test_token_is_renewed_before_it_expires(
+    azure: AzureLike, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token says how long it lives; ours is renewed while it still works."""
+    azure.tokens.life_s = 1
+    clock = [0.0]
+    monkeypatch.setattr("runtime.oci.auth.time.monotonic", lambda: clock.append(clock[-1] + 0.5) or clock[-1])
+    oci.push(
+        adapter, fresh(azure.host, "a"), access=quick(docker_config(tmp_path / "config.json", azure.host))
+    )
+    assert len(azure.tokens.issued) > 3
+    assert azure.front.count("PATCH|PUT", "/v2/") > 0
+    uploads = [s for s in azure.front.seen if s.method in {"PATCH", "PUT"}]
+    assert all(s.status in {201, 202} for s in uploads)
+
+
+def test_environment_names_the_places_in_order(tmp_path: Path) -> None:
+    environment = {
+        "HOME": "/home/me",
+        "DOCKER_CONFIG": "/etc/docker-login",
+        "REGISTRY_AUTH_FILE": "/run/auth.json",
+        "AZURE_CLIENT_ID": "client",
+        "AZURE_TENANT_ID": "tenant",
+        "AZURE_FEDERATED_TOKEN_FILE": "/var/run/token",
+    }
+    access = from_environment(environment, files=[tmp_path])
+    places = [str(place) for place in access.files or ()]
+    assert places[:4] == [
+        str(tmp_path),
+        "/run/auth.json",
+        "/etc/docker-login",
+        "/home/me/.docker/config.json",
+    ]
+    assert {"/root/.docker/config.json", "/tmp/.docker/config/config.json", "/root/.docker/config.d"} <= {
+        *places
+    }
+    assert access.azure is not None
+    assert access.azure.token_file == Path("/var/run/token")
+
+
+@pytest.mark.parametrize(
+    ("key", "registry", "repository", "matches"),
+    [
+        ("https://index.docker.io/v1/", "docker.io", "library/a", True),
+        ("docker.io", "docker.io", "me/a", True),
+        ("my.azurecr.io", "my.azurecr.io", "a", True),
+        ("https://my.azurecr.io", "my.azurecr.io", "a", True),
+        ("https://my.azurecr.io/v2/", "my.azurecr.io", "a", True),
+        ("my.azurecr.io/team", "my.azurecr.io", "team/a", True),
+        ("my.azurecr.io/team", "my.azurecr.io", "teams/a", False),
+        ("*.azurecr.io", "my.azurecr.io", "a", True),
+        ("my.azurecr.io", "my.azurecr.io.evil.net", "a", False),
+        ("my.azurecr.io", "notmy.azurecr.io", "a", False),
+    ],
+)
+def test_entry_is_used_for_its_own_registry_alone(
+    tmp_path: Path, key: str, registry: str, repository: str, matches: bool
+) -> None:
+    config = write(tmp_path / "config.json", {"auths": {key: {"auth": encoded("u", "p")}}})
+    found = list(find(registry, repository, Access(files=(config,))))
+    assert bool(found) == matches
+
+
+def test_longest_entry_wins_and_old_dockercfg_is_read(tmp_path: Path) -> None:
+    table = {"r.io": {"auth": encoded("wide", "1")}, "r.io/team": {"auth": encoded("narrow", "2")}}
+    config = write(tmp_path / ".dockercfg", table)
+    (found,) = find("r.io", "team/a", Access(files=(config,)))
+    assert (found.user, found.secret, found.source) == ("narrow", "2", str(config))
+
+
+def test_56_no_secret_reaches_a_log_line_or_a_message(
+    azure: AzureLike, adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    canary = "canary-s3cr3t-0123456789"
+    bad = docker_config(tmp_path / "bad/config.json", azure.host, "pusher", canary)
+    good = docker_config(tmp_path / "good/config.json", azure.host)
+    azure.front.fault("PATCH|PUT", "/v2/", "status", status=503, times=2)
+    oci.push(adapter, fresh(azure.host, "a"), access=quick(bad, good))
+    with pytest.raises(RegistryError) as caught:
+        oci.check_push(fresh(azure.host, "a"), access=quick(bad))
+    text = (
+        caplog.text + str(caught.value) + repr(caught.value) + repr(list(find(azure.host, "a", quick(bad))))
+    )
+    assert "503" in text
+    for secret in (canary, encoded("pusher", canary), "s3cret", encoded("pusher", "s3cret"), "eyJ"):
+        assert secret not in text
+
+
+def test_token_over_plain_http_is_refused_for_a_tls_registry() -> None:
+    from types import SimpleNamespace
+
+    import requests
+
+    from runtime.oci.auth import Login
+
+    transport = SimpleNamespace(prefix="https", host="r.io", access=quick())
+    login = Login(transport, oci.parse("r.io/a"), "pull")  # type: ignore[arg-type]
+    response = requests.Response()
+    response.headers["WWW-Authenticate"] = 'Bearer realm="http://evil.net/token",service="r.io"'
+    login.refused(response, None)
+    with pytest.raises(RegistryError, match="plain HTTP"):
+        login.authorize()
+
+
+def test_workload_identity_without_its_variables_is_said(azure: AzureLike, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("x")
+    identity = Azure(client_id="c", token_file=tmp_path / "token", registries=("127.0.0.1:*",))
+    with pytest.raises(ConfigError, match="AZURE_TENANT_ID"):
+        oci.check_push(fresh(azure.host, "a"), access=quick(azure=identity))

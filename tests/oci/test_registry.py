@@ -1,0 +1,121 @@
+"""Push and pull against real registries: open, htpasswd, TLS, and tokens as Azure does it."""
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from oci.conftest import AzureLike, Started, TlsRegistry, docker_config, fresh, quick
+from oci.test_layout import files, needs
+from runtime import oci
+from runtime.errors import RegistryError
+from runtime.oci import Access
+
+pytestmark = pytest.mark.system
+
+
+@dataclass
+class Place:
+    host: str
+    access: Access
+    skopeo: list[str]
+
+
+@pytest.fixture(params=["open", "htpasswd", "tls", "tokens"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    plain = ["--tls-verify=false"]
+    if request.param == "open":
+        started: Started = request.getfixturevalue("open_registry")
+        return Place(started.host, quick(), plain)
+    if request.param == "htpasswd":
+        started = request.getfixturevalue("password_registry")
+        login = docker_config(tmp_path / "docker/config.json", started.host)
+        return Place(started.host, quick(login), [*plain, "--creds=pusher:s3cret"])
+    if request.param == "tls":
+        tls: TlsRegistry = request.getfixturevalue("tls_registry")
+        certificates = tmp_path / "certificates"
+        certificates.mkdir()
+        (certificates / "ca.crt").write_bytes(tls.ca_file.read_bytes())
+        return Place(tls.started.host, quick(ca_file=tls.ca_file), [f"--cert-dir={certificates}"])
+    azure: AzureLike = request.getfixturevalue("azure")
+    login = docker_config(tmp_path / "docker/config.json", azure.host)
+    return Place(azure.host, quick(login), [*plain, "--creds=pusher:s3cret"])
+
+
+@needs("skopeo", "umoci")
+def test_push_and_pull_through_every_kind_of_registry(place: Place, adapter: Path, tmp_path: Path) -> None:
+    reference = fresh(place.host, "adapters/phi-3")
+    oci.check_push(reference, access=place.access)
+    digest = oci.push(adapter, reference, annotations={"sh.kaito.model.name": "phi-3"}, access=place.access)
+    assert (
+        oci.push(adapter, oci.parse(f"oci:{tmp_path}/layout"), annotations={"sh.kaito.model.name": "phi-3"})
+        == digest
+    )
+
+    back = oci.pull(reference, tmp_path / "back", access=place.access)
+    assert files(back) == files(adapter)
+    by_digest = oci.parse(f"{reference.registry}/{reference.repository}@{digest}")
+    assert files(oci.pull(by_digest, tmp_path / "by-digest", access=place.access)) == files(adapter)
+
+    inspected = subprocess.check_output(["skopeo", "inspect", *place.skopeo, f"docker://{reference}"])
+    assert json.loads(inspected)["Digest"] == digest
+    # What the controller's puller does: copy with skopeo, unpack every layer in order.
+    source = [option.replace("--", "--src-", 1) for option in place.skopeo]
+    copy = ["skopeo", "copy", "-q", *source, f"docker://{reference}", f"oci:{tmp_path}/copied:v1"]
+    subprocess.run(copy, check=True)
+    unpack = ["umoci", "unpack", "--rootless", "--image", f"{tmp_path}/copied:v1", tmp_path / "bundle"]
+    subprocess.run(unpack, check=True)
+    assert files(tmp_path / "bundle/rootfs/data") == files(adapter)
+
+
+def test_second_push_sends_nothing(azure: AzureLike, adapter: Path, tmp_path: Path) -> None:
+    access = quick(docker_config(tmp_path / "config.json", azure.host))
+    reference = fresh(azure.host, "adapter")
+    first = oci.push(adapter, reference, access=access)
+    azure.front.seen.clear()
+    assert oci.push(adapter, reference, access=access) == first
+    assert azure.front.count("POST|PUT|PATCH", "/v2/") == 0
+
+
+def test_new_tag_of_a_pushed_image_sends_the_manifest_alone(
+    azure: AzureLike, adapter: Path, tmp_path: Path
+) -> None:
+    access = quick(docker_config(tmp_path / "config.json", azure.host))
+    reference = fresh(azure.host, "adapter")
+    digest = oci.push(adapter, reference, access=access)
+    azure.front.seen.clear()
+    assert oci.push(adapter, reference.tagged("v2"), access=access) == digest
+    assert azure.front.sent() == 0
+
+
+def test_preflight_leaves_no_upload_behind(azure: AzureLike, tmp_path: Path) -> None:
+    access = quick(docker_config(tmp_path / "config.json", azure.host))
+    oci.check_push(fresh(azure.host, "adapter"), access=access)
+    assert azure.front.count("POST", "/blobs/uploads/") == 2  # the first is the challenge
+    assert azure.front.seen[-1].method == "DELETE"
+    assert azure.front.seen[-1].status == 204
+
+
+def test_untrusted_certificate_is_said_at_once(
+    tls_registry: TlsRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("REQUESTS_CA_BUNDLE", raising=False)
+    with pytest.raises(RegistryError, match="certificate is not trusted"):
+        oci.check_push(fresh(tls_registry.started.host, "a"), access=quick())
+    oci.check_push(fresh(tls_registry.started.host, "a"), access=quick(insecure=True))
+
+
+def test_missing_image_is_named(open_registry: Started, tmp_path: Path) -> None:
+    reference = fresh(open_registry.host, "never-pushed")
+    with pytest.raises(RegistryError, match=r"never-pushed.*no such image"):
+        oci.pull(reference, tmp_path / "back", access=quick())
+
+
+def test_inspect_tells_digest_kind_and_annotations(open_registry: Started, adapter: Path) -> None:
+    reference = fresh(open_registry.host, "adapter")
+    digest = oci.push(adapter, reference, annotations={"sh.kaito.model.name": "phi-3"}, access=quick())
+    info = oci.inspect(reference, quick())
+    assert (info.digest, info.contents.kind) == (digest, "image")
+    assert info.contents.annotations == {"sh.kaito.model.name": "phi-3"}
