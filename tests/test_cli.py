@@ -277,7 +277,6 @@ def test_failure_line_holds_no_secret(
     assert failure_line(capsys) == "error: https://x.example/rows.parquet answered 403"
 
 
-@pytest.mark.slow
 def test_wheel_installs_with_its_presets(tmp_path: Path) -> None:
     """Builds the wheel, unpacks it elsewhere as an installation does, and lists the presets from there."""
     pytest.importorskip("hatchling", reason="pip install hatchling builds the wheel without the network")

@@ -589,6 +589,18 @@ def test_wrong_adapters_are_refused(adapters: list[Any], message: str, tmp_path:
         load_serve(write(tmp_path, document), environ={}, root=tmp_path)
 
 
+@pytest.mark.parametrize(("environ", "warned"), [({}, True), ({"HF_TOKEN": "hf_x"}, False)])
+def test_gated_model_without_a_token_is_warned_of(
+    environ: dict[str, str], warned: bool, tmp_path: Path
+) -> None:
+    file = write(tmp_path, manifest(tuning__preset__name="llama-3.1-8b-instruct"))
+    for resolved in (
+        load(file, tmp_path, environ=environ),
+        load_serve("llama-3.1-8b-instruct", environ=environ, root=tmp_path),
+    ):
+        assert any("is gated" in warning for warning in resolved.warnings) is warned
+
+
 # --- layers --------------------------------------------------------------------------------------
 
 names = st.sampled_from(["a", "b", "a.b", "a.c", "b.a.c", "a.b.c"])

@@ -47,6 +47,14 @@ def put_mounted_weights(settings: Settings, mounts: Mounts) -> None:
     settings.put("model.path", folder, "mounted weights")
 
 
+def warn_if_gated(settings: Settings, mounts: Mounts) -> None:
+    """Warn when the hub will ask for a token, and none is there."""
+    preset = presets.matching(ModelSource(name=settings.get("model.name")))
+    token = mounts.environ.get("HF_TOKEN") or mounts.environ.get("HUGGING_FACE_HUB_TOKEN")
+    if preset and preset.gated and settings.get("model.path") is None and not token:
+        settings.warn(f"{preset.repository} is gated: accept its licence on the hub and set HF_TOKEN")
+
+
 def apply_model(settings: Settings, section: ModelConfig, label: Label, mounts: Mounts) -> None:
     """Lay the ModelConfig section over the model."""
     named = section.pretrained_model_name_or_path

@@ -19,7 +19,7 @@ from runtime.tuning import arguments
 from runtime.tuning.settings import TuningJob
 from runtime.workspace import config_file, flags, sections
 from runtime.workspace.apply import apply
-from runtime.workspace.base_model import map_targets, put_model, put_mounted_weights
+from runtime.workspace.base_model import map_targets, put_model, put_mounted_weights, warn_if_gated
 from runtime.workspace.config_file import ConfigFile, Manifest
 from runtime.workspace.manifest import TuningSpec, host_path, read
 from runtime.workspace.mounts import Mounts
@@ -123,8 +123,6 @@ def _choose_model(settings: Settings, name: str, where: str) -> None:
             f"{where}: preset {preset.name} can be served but not tuned (see `runtime presets`)"
         )
     settings.put("training.learning_rate", preset.learning_rate, f"preset {preset.name}")
-    if preset.gated:
-        settings.warn(f"{preset.repository} is gated: accept its licence on the hub and set HF_TOKEN")
 
 
 def _apply_config(settings: Settings, found: ConfigFile, mounts: Mounts) -> None:
@@ -165,6 +163,7 @@ def _finish(settings: Settings, mounts: Mounts, manifest: Manifest | None) -> No
             "'quantization' is nothing, but method qlora trains on quantised weights; use method lora"
         )
     map_targets(settings)
+    warn_if_gated(settings, mounts)
     _finish_output(settings, mounts)
     _finish_data(settings, mounts)
     if settings.get("output.image") and not settings.get("output.credentials"):

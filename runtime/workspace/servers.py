@@ -12,7 +12,7 @@ from typing import Any
 from runtime.config import describe, nearest, parse, read_text, yaml_documents
 from runtime.errors import ConfigError
 from runtime.serving.settings import AdapterSource, ServeConfig
-from runtime.workspace.base_model import put_model, put_mounted_weights
+from runtime.workspace.base_model import put_model, put_mounted_weights, warn_if_gated
 from runtime.workspace.config_file import Manifest
 from runtime.workspace.jobs import is_manifest
 from runtime.workspace.manifest import AdapterSpec, host_path, read
@@ -59,6 +59,7 @@ def load_serve(
     _apply_strengths(settings, adapters, environ)
     if settings.get("model.name") is None:
         raise ConfigError("no model: give a manifest, a preset, a repository id or a model directory")
+    warn_if_gated(settings, mounts)
     settings.put("adapters", tuple(adapters.values()), settings.sources.get("adapters", "default"))
     where = str(target or "mounts")
     names = {name: value for name, value in overrides.items() if not name.startswith("--")}
