@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from runtime import show
+from runtime import cli_show
 from runtime.presets import Preset, all_presets, find
 
 Name = Annotated[str | None, typer.Argument(metavar="NAME", help="Show everything about this one.")]
@@ -22,13 +22,14 @@ def presets(name: Name = None, as_json: AsJson = False) -> None:
         if as_json:
             typer.echo(json.dumps(facts, indent=2))
         else:
-            show.table(
-                ("fact", "value"), [(key, show.text(value)) for key, value in show.flatten(facts).items()]
+            cli_show.table(
+                ("fact", "value"),
+                [(key, cli_show.text(value)) for key, value in cli_show.flatten(facts).items()],
             )
     elif as_json:
         typer.echo(json.dumps([_facts(preset) for preset in all_presets()], indent=2))
     else:
-        show.table(
+        cli_show.table(
             ("name", "parameters", "context", "download", "licence", "gated", "tune", "repository"),
             [_row(preset) for preset in all_presets()],
         )
@@ -42,7 +43,7 @@ def _facts(preset: Preset) -> dict[str, Any]:
 def _row(preset: Preset) -> tuple[str, ...]:
     return (
         preset.name,
-        show.count(preset.dimensions.parameters),
+        cli_show.count(preset.dimensions.parameters),
         str(preset.context_tokens),
         f"{preset.download_gib:.1f} GiB",
         preset.licence,

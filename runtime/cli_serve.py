@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import SecretStr
 
-from runtime import show
+from runtime import cli_show
 from runtime.cli_tune import AsJson, Debug, DryRun, Set, set_flags
 from runtime.errors import ConfigError
 
@@ -85,9 +85,9 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     resolved = load_serve(target, environ=context.obj, overrides=overrides | set_flags(settings or []))
     if dry_run:
         if as_json:
-            typer.echo(json.dumps(show.as_json(resolved), indent=2))
+            typer.echo(json.dumps(cli_show.as_json(resolved), indent=2))
         else:
-            show.server(resolved)
+            cli_show.server(resolved)
         return
     config = resolved.ready()
     for warning in resolved.warnings:

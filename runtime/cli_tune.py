@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from runtime import show
+from runtime import cli_show
 from runtime.config import yaml_documents
 from runtime.errors import ConfigError
 
@@ -80,9 +80,9 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     resolved = load_job(target, environ=context.obj, config=config, overrides=overrides)
     if dry_run:
         if as_json:
-            typer.echo(json.dumps(show.as_json(resolved), indent=2))
+            typer.echo(json.dumps(cli_show.as_json(resolved), indent=2))
         else:
-            show.job(resolved)
+            cli_show.job(resolved)
         return
     job = resolved.ready()
     for warning in resolved.warnings:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import cli, errors, show
+from runtime import cli, cli_show, errors
 
 ROOT = Path(__file__).parents[1]
 SEED = str(ROOT / "examples/fine-tuning/kaito_workspace_tuning_phi_3.yaml")
@@ -102,7 +102,7 @@ def test_table_on_a_terminal_is_drawn_by_rich(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    show.table(("setting", "value"), [("lora.r", "[bold]8")])
+    cli_show.table(("setting", "value"), [("lora.r", "[bold]8")])
     out = capsys.readouterr().out
     assert "setting" in out
     assert "[bold]8" in out, "a value is text, never markup"
