@@ -392,9 +392,13 @@ def test_data_flag_takes_file_directory_address_and_image(tmp_path: Path) -> Non
     assert [bool(data.urls) for data in results.values()] == [False, False, True, False]
 
 
-def test_model_without_manifest_or_data_is_told_about_data(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["phi-4", "microsoft/phi-4", "someone/a-model"])
+def test_model_without_manifest_or_data_is_told_about_data(model: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--data"):
-        load("phi-4", tmp_path)
+        load(model, tmp_path)
+
+
+def test_model_without_manifest_takes_the_rows_it_is_given(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").touch()
     job = load("phi-4", tmp_path, overrides={"--data": [str(tmp_path / "rows.jsonl")]}).job
     assert job.model.repository == "microsoft/phi-4"

@@ -165,7 +165,7 @@ def _finish(settings: Settings, mounts: Mounts, manifest: Manifest | None) -> No
     map_targets(settings)
     warn_if_gated(settings, mounts)
     _finish_output(settings, mounts)
-    _finish_data(settings, mounts)
+    _finish_data(settings, mounts, manifest)
     if settings.get("output.image") and not settings.get("output.credentials"):
         found = mounts.credentials()
         if found:
@@ -197,7 +197,7 @@ def _finish_output(settings: Settings, mounts: Mounts) -> None:
     settings.put("output.folder", mounts.at(below), rule if written else "controller default")
 
 
-def _finish_data(settings: Settings, mounts: Mounts) -> None:
+def _finish_data(settings: Settings, mounts: Mounts, manifest: Manifest | None) -> None:
     """Settle the directory that data lies in, or is fetched into."""
     if settings.get("data.folder") is not None or settings.get("data.file") is not None:
         return
@@ -208,7 +208,7 @@ def _finish_data(settings: Settings, mounts: Mounts) -> None:
         settings.put("data.folder", folder, "default")
         return
     settings.put("data.folder", mounts.data, "default")
-    if not remote and not mounts.data.is_dir() and settings.get("model.name") == settings.get("name"):
+    if not remote and not mounts.data.is_dir() and manifest is None:
         raise ConfigError("no training data: give --data FILE, DIRECTORY or URL")
 
 
