@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit, urlunsplit
 
 import oras.provider
@@ -165,11 +165,12 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
         stream: bool = False,
     ) -> requests.Response:
         """Send one request as it is; LostError when the connection broke."""
+        payload = data() if callable(data) else data
         try:
             response: requests.Response = self.session.request(
                 method,
                 url,
-                data=data() if callable(data) else data,
+                data=payload,
                 headers=dict(headers or {}),
                 stream=stream,
                 verify=self.verify,
@@ -190,6 +191,9 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
             raise RegistryError(f"{_short(url)}: the registry sent an address that cannot be used") from None
         except (requests.exceptions.RequestException, OSError) as error:
             raise LostError(_reason(error)) from None
+        finally:
+            if isinstance(payload, _Closable):  # a body that was not read to its end keeps a file open
+                payload.close()
         return response
 
     def _probe(self) -> str:
@@ -199,6 +203,11 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
         except LostError:
             return "http"
         return "https"
+
+
+@runtime_checkable
+class _Closable(Protocol):
+    def close(self) -> None: ...
 
 
 class _Adapter(HTTPAdapter):

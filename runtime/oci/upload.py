@@ -218,6 +218,7 @@ class _Window:
     def read(self, size: int = -1) -> bytes:
         data = self._reader.read(self._left if size < 0 else min(size, self._left))
         self._left -= len(data)
-        if not self._left:
-            self._reader.close()
         return data
+
+    def close(self) -> None:
+        self._reader.close()

@@ -67,6 +67,11 @@ class FaultyRegistry(http.server.ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.body_limit: int | None = None
         """Answer 413 to larger bodies, as Azure does above about 20 MB."""
+        self.remembers = True
+        """Let an upload be asked for by any of its addresses, as Azure does and the OCI specification wants;
+        Debian's registry knows only the newest and answers 404 to the others."""
+        self.uploads: dict[str, tuple[str, int]] = {}
+        """The newest query and offset of each upload."""
         self.slow_bytes_s: float | None = None
         """Take uploads no faster than this."""
         self.routes: dict[str, Callable[[str, str, dict[str, str], bytes], Answer]] = {}
@@ -136,6 +141,9 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
         if route is not None:
             self.answer(route(method, path, dict(self.headers), body), length)
             return
+        if server.remembers and (moved := self.wrong_offset(method, path)) is not None:
+            self.answer(moved, length)
+            return
         status, headers, data = self.forward(method, path, body)
         if fault and fault.kind == "reset after":
             self.note(status, length)
@@ -168,7 +176,28 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
             time.sleep(len(piece) / self.server.slow_bytes_s)
         return b"".join(pieces)
 
+    def wrong_offset(self, method: str, path: str) -> Answer | None:
+        """Return a 416 when a chunk does not start where the upload is."""
+        state = self.server.uploads.get(_upload_id(path))
+        start = self.headers.get("Content-Range", "").partition("-")[0]
+        if method != "PATCH" or state is None or not start or int(start) == state[1]:
+            return None
+        return 416, {"Range": f"0-{max(0, state[1] - 1)}", "Location": path}, b""
+
     def forward(self, method: str, path: str, body: bytes) -> Answer:
+        server, upload = self.server, _upload_id(path)
+        if server.remembers and upload in server.uploads:
+            digest = re.search(r"digest=[^&]+", path)
+            query = server.uploads[upload][0] + (f"&{digest[0]}" if digest else "")
+            path = f"{path.partition('?')[0]}?{query}"
+        answer = self.ask_upstream(method, path, body)
+        location = answer[1].get("Location", "")
+        if _upload_id(location) and answer[0] in {202, 204}:
+            last = int(answer[1].get("Range", "0-0").partition("-")[2])
+            server.uploads[_upload_id(location)] = (location.partition("?")[2], last + 1 if last else 0)
+        return answer
+
+    def ask_upstream(self, method: str, path: str, body: bytes) -> Answer:
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=30)
         headers = {
             k: ", ".join(self.headers.get_all(k, [])) for k in self.headers if k.lower() != "connection"
@@ -220,3 +249,8 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         """The tests read `seen` instead."""
+
+
+def _upload_id(path: str) -> str:
+    found = re.search(r"/blobs/uploads/([^/?]+)", path)
+    return found[1] if found else ""
