@@ -4,6 +4,7 @@
 Start at images.py.
 """
 
+from runtime.oci import checkpoints
 from runtime.oci.access import Access, Azure, from_environment
 from runtime.oci.images import ImageInfo, check_push, inspect, pull, push, push_image
 from runtime.oci.reference import Reference, parse
@@ -14,6 +15,7 @@ __all__ = [
     "ImageInfo",
     "Reference",
     "check_push",
+    "checkpoints",
     "from_environment",
     "inspect",
     "parse",

@@ -111,6 +111,13 @@ def pull(reference: Reference, folder: Path, *, access: Access = DEFAULT) -> Pat
     return folder
 
 
+def download(reference: Reference, folder: Path, access: Access = DEFAULT) -> tuple[ImageInfo, list[Path]]:
+    """Download an image's blobs as they are stored; return the files of the layers and, last, the config."""
+    store = open_store(reference, access)
+    info = _inspect(store, reference)
+    return info, _download(store, info, folder)
+
+
 def check_push(reference: Reference, *, access: Access = DEFAULT) -> None:
     """Prove that a push to `reference` would be allowed, leaving nothing behind."""
     open_store(reference, access).check_writable()

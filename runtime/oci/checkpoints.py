@@ -1,0 +1,104 @@
+"""Checkpoints in a registry: a run that loses its node and its disk goes on from here.
+
+Each is an image beside the job's output (`…:TAG-checkpoint`), the one before it under
+`…:TAG-checkpoint-previous`. A tag moves when all bytes are there, so what a tag names is whole. Does not
+know what is in a checkpoint. Start at `push` and `find`.
+"""
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from runtime.errors import RegistryError
+from runtime.oci import images
+from runtime.oci.access import DEFAULT, Access
+from runtime.oci.reference import DEFAULT_TAG, Reference
+from runtime.oci.store import Manifest, Store
+
+log = logging.getLogger(__name__)
+
+_STEP = "sh.kaito.tuning.checkpoint.step"
+_JOB = "sh.kaito.tuning.checkpoint.job"
+_LONGEST_TAG = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint that a registry holds."""
+
+    step: int
+    image: Reference
+    """By digest, so that it stays the same one when the tag moves on."""
+
+
+def beside(output: Reference) -> Reference:
+    """Return the name of the checkpoint image for an output image."""
+    return _suffixed(output, "-checkpoint")
+
+
+def push(folder: Path, reference: Reference, *, step: int, job: str, access: Access = DEFAULT) -> str | None:
+    """Push the checkpoint in `folder`; return its digest, None when the registry holds a later one.
+
+    job: fingerprint of the run; checkpoints of another run under the same name are replaced, later ones
+    of this run are not (a pod that was cut off must not undo the work of its successor).
+    """
+    store = images.open_store(reference, access)
+    there = store.find(reference.selector)
+    if there is not None and (held := _step(there, job)) is not None and held > step:
+        log.warning("%s holds step %s of this job, later than %s: kept", reference, held, step)
+        return None
+    if there is not None and _step(there, job) != step:
+        _keep_previous(store, there, reference)
+    notes = {_STEP: str(step), _JOB: job}
+    return images.push(folder, reference, annotations=notes, access=access)
+
+
+def find(reference: Reference, *, job: str, access: Access = DEFAULT) -> list[Checkpoint]:
+    """Return the checkpoints of this run that a registry holds, the newest first."""
+    store = images.open_store(reference, access)
+    found: dict[int, Checkpoint] = {}
+    for name in (reference, _previous(reference)):
+        try:
+            manifest = store.find(name.selector)
+        except RegistryError as error:
+            log.warning("checkpoint %s cannot be read and is passed over: %s", name, error)
+            continue
+        step = _step(manifest, job) if manifest is not None else None
+        if manifest is not None and step is not None:
+            found.setdefault(step, Checkpoint(step, replace(name, tag=None, digest=manifest.digest)))
+    return sorted(found.values(), key=lambda each: each.step, reverse=True)
+
+
+def delete(reference: Reference, *, access: Access = DEFAULT) -> None:
+    """Remove the checkpoints under this name; what the registry does not let go of is logged, not raised."""
+    store = images.open_store(reference, access)
+    for name in (reference, _previous(reference)):
+        store.delete(name.selector)
+
+
+def _keep_previous(store: Store, there: Manifest, reference: Reference) -> None:
+    """Name the current checkpoint the previous one, and let go of the one before."""
+    previous = _previous(reference)
+    older = store.find(previous.selector)
+    if older is not None and older.digest != there.digest:
+        store.delete(previous.selector)
+    with store.writing():
+        store.put_manifest(there, previous.selector)
+
+
+def _previous(reference: Reference) -> Reference:
+    return _suffixed(reference, "-previous")
+
+
+def _suffixed(reference: Reference, suffix: str) -> Reference:
+    return reference.tagged((reference.tag or DEFAULT_TAG)[: _LONGEST_TAG - len(suffix)] + suffix)
+
+
+def _step(manifest: Manifest, job: str) -> int | None:
+    """Return the step of a checkpoint manifest of this job, None for anything else."""
+    try:
+        notes = json.loads(manifest.data)["annotations"]
+        return int(notes[_STEP]) if notes[_JOB] == job else None
+    except (ValueError, KeyError, TypeError):
+        return None
