@@ -38,6 +38,9 @@ DEFAULTS: dict[str, Any] = {
 EFFECTIVE_BATCH = 16
 """Rows of one optimizer step over all ranks when the user sets no batch size (QLoRA, table 9)."""
 
+STEPS_PER_EPOCH = 50
+"""Small data sets get smaller steps, at least 4 rows, so that a pass has about this many of them."""
+
 _SCHEDULERS = (
     "constant constant_with_warmup cosine cosine_warmup_with_min_lr cosine_with_min_lr "
     "cosine_with_restarts greedy inverse_sqrt linear polynomial reduce_lr_on_plateau warmup_stable_decay"

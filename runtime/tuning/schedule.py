@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.hardware import Hardware
 from runtime.tuning import attention
-from runtime.tuning.arguments import DEFAULTS, EFFECTIVE_BATCH, REFUSED
+from runtime.tuning.arguments import DEFAULTS, EFFECTIVE_BATCH, REFUSED, STEPS_PER_EPOCH
 from runtime.tuning.batches import Layout, Plan
 from runtime.tuning.encode import Row
 from runtime.tuning.precision import Precision
@@ -46,13 +46,14 @@ def make_plan(
     """Return how `rows` become steps.
 
     A user's batch size times accumulation times ranks is the rows of a step, and what one forward pass
-    may hold is batch size times max_tokens. Without one, a step has EFFECTIVE_BATCH rows over all ranks.
+    may hold is batch size times max_tokens. Without one, a step has EFFECTIVE_BATCH rows over all
+    ranks, fewer where the data is small.
     """
     training = {**DEFAULTS, **job.training}
     per_device = training.get("per_device_train_batch_size")
     accumulation = training.get("gradient_accumulation_steps", 1)
     if per_device is None:
-        step_rows = EFFECTIVE_BATCH * accumulation
+        step_rows = min(EFFECTIVE_BATCH, max(4, len(rows) // STEPS_PER_EPOCH)) * accumulation
         budget = BUDGET_TOKENS[hardware.kind]
     else:
         step_rows = per_device * accumulation * ranks.world
