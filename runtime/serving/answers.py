@@ -224,7 +224,7 @@ class Answers:
         self._timeout_s = timeout_s
 
     def served(self) -> Served:
-        """Return what is served; UnavailableError while loading and when shutting down."""
+        """Return what is served; UnavailableError while loading."""
         return self.lifecycle.served()
 
     def adapter(self, model: str | None, *, param: str = "model") -> str | None:
@@ -248,7 +248,6 @@ class Answers:
         served = self.served()
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         with ExitStack() as stack:
-            stack.enter_context(self.lifecycle.in_flight())
             answers = []
             for ask in _choices(asks, n):
                 answer = Answer(served, ask, metrics=self.metrics, deadline=deadline)

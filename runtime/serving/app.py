@@ -39,7 +39,7 @@ def create_app(
     _add_health(app, lifecycle)
     _add_pages(app, metrics)
     _add_failures(app, metrics)
-    app.add_middleware(Gates, body_bytes=limits.body_bytes, api_key=api_key)
+    app.add_middleware(Gates, lifecycle=lifecycle, limits=limits, api_key=api_key, count=metrics.refused)
     return app
 
 

@@ -1,7 +1,7 @@
 """Gives a client only so long to send its request's headers.
 
 uvicorn has no such deadline: a client that drips a header a second holds its connection for ever. Knows
-nothing of what is served. Start at `DeadlineProtocol`.
+nothing of what is served. Start at `protocol`.
 """
 
 import asyncio
@@ -9,14 +9,11 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEADER_TIMEOUT_S = 15.0
-"""From the connection, or the first byte of a further request on it, to the end of the headers."""
-
 
 class DeadlineProtocol(H11Protocol):
     """uvicorn's HTTP/1.1 protocol, closing connections whose headers do not arrive in time."""
 
-    header_timeout_s = HEADER_TIMEOUT_S
+    header_timeout_s: float
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -55,3 +52,8 @@ class DeadlineProtocol(H11Protocol):
         self._deadline = None
         if self._between_requests() and not self.transport.is_closing():
             self.transport.close()
+
+
+def protocol(header_timeout_s: float) -> type[asyncio.Protocol]:
+    """Return the protocol class for uvicorn, with this deadline."""
+    return type("Protocol", (DeadlineProtocol,), {"header_timeout_s": header_timeout_s})

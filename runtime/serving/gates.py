@@ -1,29 +1,32 @@
-"""What every request passes before a route sees it: its id, the key, the size and the time of its body.
+"""What every request passes before a route sees it: its id, the key, admission, its body's size and time.
 
-Plain ASGI, because a body must be refused while it arrives. Knows paths only as "open" or not; does
-not know routes, models or the engine. Start at `Gates.__call__`.
+Plain ASGI, because a body must be refused while it arrives, or before. Knows paths only as "open" or
+not; does not know routes, models or the engine. Start at `Gates.__call__`.
 """
 
 import asyncio
 import base64
 import binascii
+import contextlib
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from runtime.errors import ClientGoneError, DeadlineError, TooLargeError
+from runtime.errors import ClientGoneError, DeadlineError, RequestError, TooLargeError
+from runtime.serving.lifecycle import Lifecycle
 from runtime.serving.replies import error_object, failure_reply, reply
+from runtime.serving.settings import Limits
 
 OPEN_PATHS = frozenset(
     {"/livez", "/readyz", "/health", "/healthz", "/ping", "/v2/health/live", "/v2/health/ready", "/metrics"}
 )
 """Answered without the key: probes and scrapers have none."""
 
-BODY_TIMEOUT_S = 30.0
-"""From the headers to the last byte of the body."""
+SMALL_BYTES = 64 << 10
 LINGER_S = 5.0
 """How long the rest of a refused body is read and dropped, so that the client sees the answer."""
 
@@ -40,14 +43,17 @@ class Gates:
         self,
         app: ASGIApp,
         *,
-        body_bytes: int,
+        lifecycle: Lifecycle,
+        limits: Limits,
         api_key: str | None = None,
-        body_timeout_s: float = BODY_TIMEOUT_S,
+        count: Callable[[int], None] = lambda status: None,
     ) -> None:
         self._app = app
-        self._body_bytes = body_bytes
+        self._lifecycle = lifecycle
+        self._body_bytes = limits.body_bytes
+        self._body_timeout_s = limits.body_timeout_s
         self._api_key = api_key
-        self._body_timeout_s = body_timeout_s
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let one request through, or answer it here."""
@@ -62,27 +68,33 @@ class Gates:
         send = _with_id(send, given or request_id)
         path = scope["path"]
         if self._api_key is not None and path not in OPEN_PATHS and not authorized(headers, self._api_key):
+            self._count(401)
             await _unauthorized(path, headers)(scope, receive, send)
-            return
-        if scope["method"] in {"GET", "HEAD", "OPTIONS"}:
+        elif scope["method"] in {"GET", "HEAD", "OPTIONS"}:
             await self._app(scope, receive, send)
-            return
-        if not _JSON.match(headers.get("content-type", "application/json")):
+        elif not _JSON.match(headers.get("content-type", "application/json")):
+            self._count(415)
             message = (
                 f"content type '{headers['content-type'][:80]}' is not served here, send application/json"
             )
             await reply(path, 415, error_object(message, 415))(scope, receive, send)
-            return
-        # curl -d says it sends a form; what it sends is JSON, or it will be refused as bad JSON.
-        MutableHeaders(scope=scope)["content-type"] = "application/json"
+        else:
+            # curl -d says it sends a form; what it sends is JSON, or it will be refused as bad JSON.
+            MutableHeaders(scope=scope)["content-type"] = "application/json"
+            await self._with_body(scope, receive, send)
+
+    async def _with_body(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = await self._read(headers, receive)
+            self._lifecycle.admit()
+            body = await self._read(Headers(scope=scope), receive)
+            with self._lifecycle.under_way():  # not before: a slow body must not hold a place
+                await self._app(scope, _replay(body, receive), send)
         except ClientGoneError:
             return
-        except (TooLargeError, DeadlineError) as failure:
-            await _linger(failure_reply(path, failure, request_id).body, failure, scope, (receive, send))
-            return
-        await self._app(scope, _replay(body, receive), send)
+        except RequestError as failure:  # the app answers its own: this is the body's, or admission's
+            response = failure_reply(scope["path"], failure, scope["state"]["request_id"])
+            self._count(response.status_code)
+            await _linger(response, receive, scope, send)
 
     async def _read(self, headers: Mapping[str, str], receive: Receive) -> bytes:
         too_large = TooLargeError(f"the body is larger than the {self._body_bytes} bytes this server accepts")
@@ -155,27 +167,27 @@ def _with_id(send: Send, request_id: str) -> Send:
     return with_id
 
 
-async def _linger(
-    body: bytes | memoryview, failure: TooLargeError | DeadlineError, scope: Scope, ends: tuple[Receive, Send]
-) -> None:
-    """Answer before the body is in, then drop the rest of it for a while.
+async def _linger(response: JSONResponse, receive: Receive, scope: Scope, send: Send) -> None:
+    """Answer a request whose body is not in yet, and drop the rest of it.
 
     Closing at once would reset the connection under a client that is still sending, and it would never
-    read the answer.
+    read the answer. A small body is dropped first: it is there already, and the connection can be kept.
     """
-    receive, send = ends
-    response = failure_reply(scope["path"], failure, scope["state"]["request_id"])
-    await send(
-        {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
-    )
-    await send({"type": "http.response.body", "body": bytes(body), "more_body": True})
-    if isinstance(failure, TooLargeError):
-        try:
-            async with asyncio.timeout(LINGER_S):
-                while (message := await receive())["type"] == "http.request" and message.get(
-                    "more_body", False
-                ):
-                    pass
-        except TimeoutError:
-            pass
+    length = Headers(scope=scope).get("content-length", "")
+    if response.status_code == 408 or (length.isdecimal() and int(length) <= SMALL_BYTES):
+        if response.status_code != 408:  # nothing was coming any more
+            await _drop(receive)
+        await response(scope, receive, send)
+        return
+    head = {"status": response.status_code, "headers": response.raw_headers}
+    await send({"type": "http.response.start", **head})
+    await send({"type": "http.response.body", "body": bytes(response.body), "more_body": True})
+    await _drop(receive)
     await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _drop(receive: Receive) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while (await receive()).get("more_body", False):
+                pass

@@ -7,13 +7,14 @@ Knows the engine by its figures only; does not know HTTP, signals or how a model
 """
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
-from runtime.errors import UnavailableError
+from runtime.errors import OverloadedError, UnavailableError
 from runtime.serving.engine.protocol import Engine
 from runtime.serving.prompts import Prompts
 
@@ -48,10 +49,17 @@ class Served:
 class Lifecycle:
     """The server's state, and the requests in flight that a drain waits for."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic, stall_s: float = STALL_S) -> None:
+    def __init__(
+        self,
+        *,
+        capacity: int = sys.maxsize,
+        clock: Callable[[], float] = time.monotonic,
+        stall_s: float = STALL_S,
+    ) -> None:
         self.phase = Phase.LOADING
         self.accepting = True
         self._served: Served | None = None
+        self._capacity = capacity
         self._clock = clock
         self._stall_s = stall_s
         self._in_flight = 0
@@ -78,11 +86,9 @@ class Lifecycle:
         return self._served
 
     def served(self) -> Served:
-        """Return what answers requests; UnavailableError while there is nothing or no more of it."""
+        """Return what answers requests; UnavailableError while there is nothing yet."""
         if self._served is None:
             raise UnavailableError("the model is still loading; /readyz answers 200 when it is there")
-        if not self.accepting:
-            raise UnavailableError("the server is shutting down; send the request to another replica")
         return self._served
 
     def liveness(self) -> str | None:
@@ -107,9 +113,21 @@ class Lifecycle:
             return str(self.phase.value)
         return self.liveness()
 
+    def admit(self) -> None:
+        """Check that a request may come in; asked before its body is read, so that a flood costs no bodies.
+
+        Raises OverloadedError when as many are under way as can be generated and wait, UnavailableError
+        when none is taken any more.
+        """
+        if not self.accepting:
+            raise UnavailableError("the server is shutting down; send the request to another replica")
+        if self._in_flight >= self._capacity:
+            raise OverloadedError(f"{self._in_flight} requests are running or waiting; try again shortly")
+
     @contextmanager
-    def in_flight(self) -> Iterator[None]:
-        """Count one request as under way while the block runs."""
+    def under_way(self) -> Iterator[None]:
+        """Hold a place for one request while the block runs; raises as `admit` does."""
+        self.admit()
         self._in_flight += 1
         self._idle.clear()
         try:

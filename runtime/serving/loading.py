@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime import adapters, hardware, models
+from runtime import adapters, hardware, models, oci
 from runtime.errors import ConfigError, Failure
 from runtime.serving import engine
 from runtime.serving.lifecycle import Served
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def load(config: ServeConfig) -> Served:
+def load(config: ServeConfig, access: oci.Access) -> Served:
     """Return the model of `config` behind an engine, with every adapter that could be had.
 
     Raises ConfigError, CapacityError or TransientError when the base model cannot be served.
@@ -46,14 +46,14 @@ def load(config: ServeConfig) -> Served:
     )
     for source in config.adapters:
         try:
-            add_adapter(served, source, base=config.model.repository)
+            add_adapter(served, source, base=config.model.repository, access=access)
         except Failure as failure:
             log.warning("Adapter refused: %s: %s", source.name, failure)
     log.info("Loaded %s on %s in %.1f s", config.model.name, devices.name, time.monotonic() - started)
     return served
 
 
-def add_adapter(served: Served, source: AdapterSource, *, base: str | None) -> None:
+def add_adapter(served: Served, source: AdapterSource, *, base: str | None, access: oci.Access) -> None:
     """Make one adapter answerable under its name; blocks while it is pulled, checked and read.
 
     Raises ConfigError when it must not be loaded or the name is taken, RegistryError or TransientError
@@ -69,7 +69,7 @@ def add_adapter(served: Served, source: AdapterSource, *, base: str | None) -> N
     else:
         # Read into memory by the engine and not needed afterwards.
         with tempfile.TemporaryDirectory(prefix="adapter-") as scratch:
-            _attach(served, source, _pull(source, Path(scratch)), base)
+            _attach(served, source, _pull(source, Path(scratch), access), base)
     log.info("Adapter added: %s", source.name)
 
 
@@ -78,12 +78,10 @@ def _attach(served: Served, source: AdapterSource, folder: Path, base: str | Non
     served.engine.add_adapter(source.name, folder, strength=source.strength)
 
 
-def _pull(source: AdapterSource, scratch: Path) -> Path:
+def _pull(source: AdapterSource, scratch: Path, access: oci.Access) -> Path:
     """Return the folder inside `scratch` that holds the pulled adapter's two files."""
-    from runtime import oci
-
-    oci.pull(oci.reference.parse(source.reference), scratch)
-    configs = sorted(scratch.rglob(adapters.CONFIG_FILE), key=lambda path: len(path.parts))
+    image = oci.pull(oci.parse(source.reference), scratch / "image", access=access)
+    configs = sorted(image.rglob(adapters.CONFIG_FILE), key=lambda path: len(path.parts))
     if not configs:
         raise ConfigError(f"adapter {source.name}: {source.reference} holds no {adapters.CONFIG_FILE}")
     return configs[0].parent

@@ -13,13 +13,15 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Generator
+from functools import partial
 
 import uvicorn
 
 from runtime.errors import ConfigError, Failure, UnavailableError
 from runtime.metrics import ServingMetrics
+from runtime.oci import Access
 from runtime.serving.app import create_app
-from runtime.serving.connections import DeadlineProtocol
+from runtime.serving.connections import protocol
 from runtime.serving.engine.protocol import Request, Sampling, Stats
 from runtime.serving.lifecycle import Lifecycle, Served
 from runtime.serving.settings import ServeConfig
@@ -36,15 +38,17 @@ CLOSE_TIMEOUT_S = 5
 """For connections to close after the last answer was cut off."""
 
 
-def run(config: ServeConfig, *, load: Load | None = None) -> None:
+def run(config: ServeConfig, *, access: Access | None = None, load: Load | None = None) -> None:
     """Serve until SIGTERM or SIGINT; return once everything in flight is answered or called off.
 
-    Raises ConfigError when the port cannot be bound, and whatever Failure loading ended with.
+    `access` holds the credentials for adapters in registries. Raises ConfigError when the port cannot be
+    bound, and whatever Failure loading ended with.
     """
     from runtime.serving import loading  # torch comes with it: not before somebody serves
 
     with bind(config.host, config.port) as listener:
-        asyncio.run(Serving(config, load or loading.load).run(listener))
+        load = load or partial(loading.load, access=access or Access())
+        asyncio.run(Serving(config, load).run(listener))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -81,7 +85,7 @@ class Serving:
     def __init__(self, config: ServeConfig, load: Load) -> None:
         self._config = config
         self._load = load
-        self._lifecycle = Lifecycle()
+        self._lifecycle = Lifecycle(capacity=config.limits.rows + config.limits.queue)
         self._stop = asyncio.Event()
 
     async def run(self, listener: socket.socket) -> None:
@@ -117,10 +121,11 @@ class Serving:
         metrics = ServingMetrics(config.served_name, self._figures)
         key = config.api_key.get_secret_value() if config.api_key else None
         app = create_app(lifecycle=self._lifecycle, metrics=metrics, limits=config.limits, api_key=key)
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
         return _QuietServer(
             uvicorn.Config(
                 app,
-                http=DeadlineProtocol,
+                http=protocol(config.limits.header_timeout_s),
                 ws="none",
                 lifespan="off",
                 log_config=None,

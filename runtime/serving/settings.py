@@ -34,6 +34,10 @@ class Limits(Strict):
     """Answer length when the request names none."""
     body_bytes: int = Field(4 << 20, ge=1024)
     """Largest request body."""
+    header_timeout_s: float = Field(15.0, gt=0)
+    """From the connection, or a further request's first byte on it, to the end of the headers."""
+    body_timeout_s: float = Field(30.0, gt=0)
+    """From the end of the headers to the end of the body."""
     request_timeout_s: float = Field(600.0, gt=0)
     """Longest time from the request's arrival to its last token."""
 

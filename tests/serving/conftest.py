@@ -1,8 +1,16 @@
 """Parts for the serving tests: a small real tokenizer, and an app over an engine without a model."""
 
-from collections.abc import AsyncIterator, Callable
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -33,6 +41,11 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
+    """One tokenizer for all tests."""
+    return make_tokenizer()
+
+
+def make_tokenizer() -> Any:
     """A byte-level tokenizer of bytes and a few words: an emoji takes four tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -74,6 +87,78 @@ class Site:
         return await self.client.post("/v1/chat/completions", json=body)
 
 
+@dataclass
+class Process:
+    """A server in a process of its own."""
+
+    process: "subprocess.Popen[str]"
+    url: str
+    log: list[str]
+
+    def get(self, path: str) -> httpx.Response:
+        """GET one path on a connection of its own."""
+        return httpx.get(self.url + path, timeout=10)
+
+    def wait_ready(self, timeout_s: float = 20) -> None:
+        """Wait until /readyz says yes."""
+        until(lambda: self.get("/readyz").status_code == 200, timeout_s)
+
+    def running(self) -> float:
+        """Return the requests being generated, as /metrics says."""
+        return float(
+            re.findall(r"^vllm:num_requests_running\S* (\S+)", self.get("/metrics").text, re.MULTILINE)[0]
+        )
+
+    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 10) -> int:
+        """Send a signal and return the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout_s)
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 5) -> float:
+    """Wait for `condition` and return how long it took; AssertionError when it does not come."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < timeout_s, "waited in vain"
+        time.sleep(0.01)
+    return time.monotonic() - started
+
+
+@pytest.fixture
+def start_server() -> Iterator[Callable[..., Process]]:
+    """Return a function that starts `fake_server` with options and waits for its port."""
+    started: list[Process] = []
+
+    def start(*, ready: bool = True, **options: Any) -> Process:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.serving.fake_server", json.dumps(options)],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        site = Process(process, "", [])
+        started.append(site)
+        assert process.stderr is not None
+        for line in process.stderr:
+            site.log.append(line)
+            if found := re.search(r"Listening on 127.0.0.1 port (\d+)", line):
+                site.url = f"http://127.0.0.1:{found[1]}"
+                break
+        assert site.url, f"no server: {site.log}"
+        threading.Thread(target=lambda: site.log.extend(process.stderr or ()), daemon=True).start()
+        if ready:
+            site.wait_ready()
+        return site
+
+    yield start
+    for site in started:
+        if site.process.poll() is None:
+            site.process.kill()
+        site.process.wait()
+        if site.process.stderr is not None:
+            site.process.stderr.close()
+
+
 OpenSite = Callable[..., Any]
 
 
@@ -107,7 +192,7 @@ def open_site(tokenizer: Any) -> OpenSite:
             stop_ids=frozenset({tokenizer.eos_token_id}),
             defaults=defaults or SamplingDefaults(),
         )
-        lifecycle = Lifecycle(stall_s=0.3)
+        lifecycle = Lifecycle(stall_s=0.3, capacity=limits.rows + limits.queue)
         metrics = ServingMetrics("base", running.stats)
         app = create_app(lifecycle=lifecycle, metrics=metrics, limits=limits, api_key=api_key)
         if ready:

@@ -28,6 +28,7 @@ class EchoEngine:
         context_tokens: int = 512,
         adapters: Sequence[str] = (),
         script: Callable[[Request], Sequence[int]] | None = None,
+        dies_after: int | None = None,
     ) -> None:
         self.context_tokens = context_tokens
         self.requests: list[Request] = []
@@ -41,6 +42,7 @@ class EchoEngine:
         self._pace_s = pace_s
         self._adapters = list(adapters)
         self._script = script
+        self._dies_after = dies_after
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._running: set[str] = set()
         self._closed = False
@@ -125,6 +127,8 @@ class EchoEngine:
                 outbox.put_nowait(self.failure)
                 return
             self.produced += 1
+            if self.produced == self._dies_after:
+                self.close()
             self._progress = time.monotonic()
             if request.sampling.top_logprobs is None:
                 outbox.put_nowait(Token(token))

@@ -1,0 +1,48 @@
+"""Runs the real server over the engine without a model: `python -m tests.serving.fake_server JSON`."""
+
+import json
+import sys
+import time
+from typing import Any
+
+from runtime import errors, logs
+from runtime.model_source import ModelSource
+from runtime.serving import server
+from runtime.serving.lifecycle import Served
+from runtime.serving.prompts import Prompts, SamplingDefaults
+from runtime.serving.settings import ServeConfig
+
+from .conftest import make_tokenizer
+from .echo_engine import EchoEngine
+
+
+def main(options: dict[str, Any]) -> None:
+    """Serve as `options` say: config, engine, load_s (how long loading takes), fail (what it ends with)."""
+    logs.configure()
+
+    def load(config: ServeConfig) -> Served:
+        time.sleep(options.get("load_s", 0))
+        if "fail" in options:
+            raise errors.CapacityError(options["fail"])
+        engine = EchoEngine(**options.get("engine", {}))
+        tokenizer = make_tokenizer()
+        prompts = Prompts(
+            tokenizer,
+            context_tokens=engine.context_tokens,
+            new_tokens=config.limits.new_tokens,
+            stop_ids=frozenset({tokenizer.eos_token_id}),
+            defaults=SamplingDefaults(),
+        )
+        return Served(name=config.served_name, engine=engine, prompts=prompts, created=1)
+
+    settings = {"model": ModelSource(name="echo"), "served_name": "base", "host": "127.0.0.1", "port": 0}
+    config = ServeConfig.model_validate(settings | options.get("config", {}))
+    try:
+        server.run(config, load=load)
+    except errors.Failure as failure:
+        sys.stderr.write(f"Error: {failure}\n")
+        raise SystemExit(errors.exit_code(failure)) from None
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
