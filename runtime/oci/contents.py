@@ -13,7 +13,7 @@ from typing import Any, Literal
 from runtime.errors import RegistryError
 from runtime.oci.blobs import Descriptor
 from runtime.oci.extract import Unpacker
-from runtime.oci.image import CONFIG, INDEX
+from runtime.oci.image import CONFIG, INDEX, LAYER_GZIP
 from runtime.oci.store import Manifest
 
 Kind = Literal["image", "artifact", "modelpack"]
@@ -110,9 +110,7 @@ def lay_out(contents: Contents, blobs: list[Path], target: Path, *, diff_ids: li
     unpacker = Unpacker(target)
     for layer, blob in zip(contents.layers, blobs, strict=True):
         name = layer.annotations.get(FILE_PATH) or layer.annotations.get(TITLE)
-        if layer.annotations.get(UNPACK) == "true" or (
-            contents.kind == "modelpack" and ".tar" in layer.media_type
-        ):
+        if _is_folder(contents.kind, layer, name or ""):
             unpacker.unpack(blob)
         elif name:
             _place(blob, target, name, where)
@@ -122,6 +120,14 @@ def lay_out(contents: Contents, blobs: list[Path], target: Path, *, diff_ids: li
             )
     unpacker.finish()
     _lift(target)
+
+
+def _is_folder(kind: Kind, layer: Descriptor, name: str) -> bool:
+    """Whether a layer of an artifact is a packed folder: the Go `oras` says so, oras-py only by the type."""
+    if kind == "modelpack":
+        return ".tar" in layer.media_type
+    packed = layer.media_type == LAYER_GZIP and not name.endswith((".tar", ".gz", ".tgz"))
+    return packed or layer.annotations.get(UNPACK) == "true"
 
 
 def _place(blob: Path, target: Path, name: str, where: str) -> None:

@@ -152,7 +152,7 @@ class _Counted:
     def __init__(self, stream: Any, limit: int, name: str):
         self._stream, self._limit, self._name = stream, limit, name
         self._sha = hashlib.sha256()
-        self._bytes = 0
+        self._bytes = self._padded = 0
 
     @property
     def digest(self) -> str:
@@ -160,6 +160,10 @@ class _Counted:
 
     def read(self, size: int) -> bytes:
         data: bytes = self._stream.read(size)
+        if not data:  # some writers (umoci) leave the last block unfilled; every reader but Python's takes it
+            padding = bytes(min(size, -(self._bytes + self._padded) % tarfile.BLOCKSIZE))
+            self._padded += len(padding)
+            return padding
         self._bytes += len(data)
         if self._bytes > self._limit:
             raise CapacityError(
