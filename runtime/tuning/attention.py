@@ -22,7 +22,6 @@ FAMILIES = frozenset(
         "phi",
         "phi3",
         "gemma",
-        "gemma2",
         "gemma3_text",
         "olmo2",
         "smollm3",

@@ -105,8 +105,8 @@ def normalise(row: Mapping[str, Any], source: DataSource, where: str) -> Example
     asks = source.context_column or column("prompt", "instruction", "question", "input")
     answer = source.response_column if source.response_column in row else None
     if source.messages_column is None and asks and (answer or source.context_column):
-        replies = answer or column("completion", "response", "output", "answer")
-        return _pair(row, asks, replies, where=where)
+        said = answer or column("completion", "response", "output", "answer")
+        return _pair(row, asks, said, where=where)
     if messages and (source.messages_column or not answer):
         return Example(_messages(_cell(row, messages, where), f"{where} column '{messages}'"), origin=where)
     for prompt, extra, replies in PAIRS if not answer else ():

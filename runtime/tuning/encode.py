@@ -101,8 +101,10 @@ def encode_one(example: Example, tokenizer: "PreTrainedTokenizerBase", encoding:
     text = _render(example.messages, tokenizer)
     ids, offsets = _tokenize(text, tokenizer)
     if encoding.loss_on == "all":
-        learnt = [True] * len(ids)
-    elif _GENERATION.search(_template(tokenizer)):
+        ended = any(token in _control_ids(tokenizer) for token in ids[-2:])  # a line break may follow it
+        ids = ids if ended else [*ids, _eos(tokenizer)]
+        return _row(ids, [True] * len(ids))
+    if _GENERATION.search(_template(tokenizer)):
         learnt = _marked(example.messages, tokenizer)
     else:
         learnt = _covered(offsets, _spans(example.messages, text, tokenizer))

@@ -25,6 +25,7 @@ from runtime.tuning import (
     places,
     publish,
     qlora,
+    remote,
     report,
     samples,
 )
@@ -106,6 +107,8 @@ def run(
         job, tokenizer, (encoded, held), precision=precision, setting=(ranks, machine, device, stop, course)
     )
 
+    bench.survival.remote = remote.of(job, access) if ranks.first else None
+
     course.enter("evaluate")
     asked_samples = samples.questions(held_out or train)
     before = _evaluate(bench, asked_samples, ranks)
@@ -133,6 +136,8 @@ def run(
         _save(asked, job, bench, report.build(job, data, (encoded, held), outcome))
         course.enter("publish")
         publish.publish(asked, access)
+        if bench.survival.remote is not None:
+            bench.survival.remote.clear()
     ranks.wait()
 
 
@@ -259,6 +264,8 @@ def _train(bench: Bench, job: TuningJob, asked: TuningJob, data: Dataset, *, sto
             log.warning("the checkpoints in %s are another job's: starting from the beginning", folder)
             shutil.rmtree(folder)
         places.write_whole(owner, mark)
+        if bench.survival.remote is not None:
+            bench.survival.remote.restore(folder, mark)
     ranks.wait()
     resumed = checkpoints.newest(folder)
     if resumed:

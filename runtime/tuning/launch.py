@@ -87,8 +87,9 @@ def _preflight(job: TuningJob, access: oci.Access) -> None:
         raise CapacityError(
             f"output folder {folder} has {free >> 20} MiB free, expected {LEAST_FREE_BYTES >> 20} MiB or more"
         )
-    if job.output.image is not None:
-        oci.check_push(oci.parse(job.output.image), access=access)
+    for image in (job.output.image, job.output.checkpoint_image):
+        if image is not None:
+            oci.check_push(oci.parse(image), access=access)
 
 
 def _train(job: TuningJob, processes: int) -> dict[str, object] | None:

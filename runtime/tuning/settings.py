@@ -79,6 +79,10 @@ class Output(Strict):
     """Directory of the adapter, the report and the sentinel; checkpoints lie below it."""
     image: str | None = None
     """Reference to push to: `registry/repository:tag`, or `oci:DIRECTORY[:tag]` for a layout on disk."""
+    checkpoint_image: str | None = None
+    """Reference to keep checkpoints under, such as `…:TAG-checkpoint`, for nodes whose disk does not stay."""
+    keep_checkpoint_image: bool = False
+    """Leave the checkpoint image in its registry after success."""
     credentials: Path | None = None
     """Docker config.json (or a directory of them) with the registry's credentials."""
     insecure: bool = False

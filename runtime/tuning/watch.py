@@ -16,6 +16,7 @@ from runtime.errors import DivergedError
 from runtime.tuning import checkpoints
 from runtime.tuning.progress import Meter, Reporter
 from runtime.tuning.ranks import Ranks
+from runtime.tuning.remote import Remote
 from runtime.tuning.stop import StopSignal
 
 
@@ -66,6 +67,8 @@ class Survival(TrainerCallback):
         self.ranks, self.stop, self.keep, self.clock = ranks, stop, keep, clock
         self.interval_s = minutes * 60 if minutes else float("inf")
         self.saved_at = clock()
+        self.remote: Remote | None = None
+        """Where checkpoints go besides the disk; set on rank 0."""
         self.stopped = False
         """Whether training ended because the process was asked to, after a checkpoint."""
 
@@ -93,6 +96,8 @@ class Survival(TrainerCallback):
             folder = Path(str(args.output_dir))
             checkpoints.seal(folder / f"checkpoint-{state.global_step}")
             checkpoints.prune(folder, self.keep)
+            if self.remote is not None:
+                self.remote.save(folder / f"checkpoint-{state.global_step}")
         self.ranks.wait()
         self.saved_at = self.clock()
 
