@@ -48,6 +48,13 @@ Data = Annotated[
 ]
 Credentials = Annotated[Path | None, typer.Option(help="Docker config.json with the registry's credentials.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Speak plain HTTP to the registry.")]
+CheckpointImage = Annotated[
+    str | None,
+    typer.Option(metavar="IMAGE", help="Keep checkpoints in a registry too, to go on from on another node."),
+]
+KeepCheckpoints = Annotated[
+    bool, typer.Option("--keep-checkpoint-image", help="Leave the checkpoint image there after success.")
+]
 Processes = Annotated[
     int | None, typer.Option(min=1, help="Training processes on this machine; one per GPU by default.")
 ]
@@ -65,6 +72,8 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     data: Data = None,
     credentials: Credentials = None,
     insecure: Insecure = False,
+    checkpoint_image: CheckpointImage = None,
+    keep_checkpoint_image: KeepCheckpoints = False,
     processes: Processes = None,
     debug: Debug = False,  # read by cli.run, before anything else
 ) -> None:
@@ -77,6 +86,10 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
         overrides["output.credentials"] = credentials
     if insecure:
         overrides["output.insecure"] = True
+    if checkpoint_image is not None:
+        overrides["output.checkpoint_image"] = checkpoint_image
+    if keep_checkpoint_image:
+        overrides["output.keep_checkpoint_image"] = True
     resolved = load_job(target, environ=context.obj, config=config, overrides=overrides)
     if dry_run:
         if as_json:
@@ -87,9 +100,12 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     job = resolved.ready()
     for warning in resolved.warnings:
         log.warning("%s", warning)
+    from runtime import oci
     from runtime.tuning import launch
 
-    launch.run(job, processes=processes)
+    named = [job.output.credentials] if job.output.credentials else []
+    access = oci.from_environment(context.obj or {}, files=named, insecure=job.output.insecure)
+    launch.run(job, processes=processes, access=access)
 
 
 def set_flags(words: list[str]) -> dict[str, Any]:
