@@ -9,6 +9,7 @@
     ├── TransientError         75     503   would probably work when tried again
     ├── StoppedError          143           SIGTERM, after a checkpoint
     └── RequestError                  400   one HTTP request cannot be served
+        ├── ForbiddenError            403   this server does not offer it
         ├── UnknownModelError         404
         ├── DeadlineError             408   the body or the answer took too long
         ├── TooLargeError             413
@@ -62,6 +63,10 @@ class RequestError(Failure):
         self.code = code
 
 
+class ForbiddenError(RequestError):
+    """This server does not offer what is asked, to anybody."""
+
+
 class UnknownModelError(RequestError):
     """The request names a model or adapter that is not served here."""
 
@@ -104,6 +109,7 @@ HTTP_STATUSES: dict[type[Failure], int] = {
     RegistryError: 502,
     TransientError: 503,
     RequestError: 400,
+    ForbiddenError: 403,
     UnknownModelError: 404,
     DeadlineError: 408,
     TooLargeError: 413,

@@ -15,7 +15,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from runtime import __version__
 from runtime.errors import Failure
 from runtime.metrics import ServingMetrics
-from runtime.serving import chat, openai
+from runtime.serving import admin, chat, openai, responses
 from runtime.serving.answers import Answers
 from runtime.serving.gates import Gates
 from runtime.serving.lifecycle import Lifecycle
@@ -24,9 +24,14 @@ from runtime.serving.settings import Limits
 
 
 def create_app(
-    *, lifecycle: Lifecycle, metrics: ServingMetrics, limits: Limits, api_key: str | None = None
+    *,
+    lifecycle: Lifecycle,
+    metrics: ServingMetrics,
+    limits: Limits,
+    api_key: str | None = None,
+    door: admin.AdapterDoor | None = None,
 ) -> FastAPI:
-    """Return the server's routes behind its gates."""
+    """Return the server's routes behind its gates; `door` lets adapters in at run time."""
     app = FastAPI(
         title="Workspace runtime",
         version=__version__,
@@ -36,6 +41,8 @@ def create_app(
     answers = Answers(lifecycle, metrics, timeout_s=limits.request_timeout_s)
     app.include_router(chat.router(answers))
     app.include_router(openai.router(answers))
+    app.include_router(responses.router(answers))
+    app.include_router(admin.router(answers, door))
     _add_health(app, lifecycle)
     _add_pages(app, metrics)
     _add_failures(app, metrics)
@@ -76,6 +83,10 @@ def _add_pages(app: FastAPI, metrics: ServingMetrics) -> None:
         if "text/html" in request.headers.get("accept", ""):
             return page("index.html")
         return JSONResponse({"message": "Server is running"}, headers={"Vary": "Accept"})
+
+    @app.get("/docs", tags=["health"], summary="This page")
+    async def docs() -> Response:
+        return page("docs.html")
 
     @app.get("/metrics", tags=["health"], summary="Prometheus figures")
     async def prometheus() -> Response:

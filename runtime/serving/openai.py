@@ -1,21 +1,20 @@
 """The OpenAI routes: /v1/chat/completions, /v1/completions and /v1/models.
 
 Knows OpenAI's JSON, nothing of how text is made (answers.py). Start at `_ask_chat` for what a request
-means and at `Chat` for what an answer looks like.
+means and choices.py for what an answer looks like.
 """
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
-from runtime.serving.answers import Answers, Ask, Batch, Piece, Whole
-from runtime.serving.engine.protocol import Token
-from runtime.serving.prompts import Extent, Prompts
+from runtime.serving.answers import Answers, Ask, Batch
+from runtime.serving.choices import Chat, Completion
+from runtime.serving.prompts import Extent
 from runtime.serving.replies import EventStream, unless_gone
 from runtime.serving.schema import ChatCompletionBody, CompletionBody, OpenAIFields
 
@@ -36,7 +35,8 @@ def router(answers: Answers) -> APIRouter:
     @routes.post("/chat/completions", summary="Answer a conversation", response_model=None)
     async def chat_completions(body: ChatCompletionBody, request: Request) -> Response:
         ask = await _ask_chat(answers, body, request.state.request_id)
-        return await _respond(answers, [ask], body, request, Chat(answers.served().prompts, body.logprobs))
+        form = Chat(answers.served().prompts, body.logprobs, tool_names(body))
+        return await _respond(answers, [ask], body, request, form)
 
     @routes.post("/completions", summary="Continue a text", response_model=None)
     async def completions(body: CompletionBody, request: Request) -> Response:
@@ -61,7 +61,7 @@ def model_list(answers: Answers) -> list[dict[str, Any]]:
 
 async def _ask_chat(answers: Answers, body: ChatCompletionBody, request_id: str) -> Ask:
     _check_common(body)
-    for name in ("functions", "audio", "modalities", "tools"):
+    for name in ("functions", "audio", "modalities"):
         value = getattr(body, name)
         if value and value != ["text"]:
             raise RequestError(f"'{name}' is not supported here", param=name)
@@ -69,7 +69,11 @@ async def _ask_chat(answers: Answers, body: ChatCompletionBody, request_id: str)
         raise RequestError("'top_logprobs' needs 'logprobs': true", param="top_logprobs")
     adapter = answers.adapter(body.model)
     prompts = answers.served().prompts
-    ids = await prompts.chat(body.messages)
+    names = tool_names(body)
+    if names and "tools" not in prompts.template:
+        raise RequestError("this model's chat template knows no tools", param="tools")
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if names else None
+    ids = await prompts.chat(body.messages, tools=tools)
     if body.max_completion_tokens is not None:
         extent = Extent(body.max_completion_tokens, param="max_completion_tokens")
     else:
@@ -82,6 +86,20 @@ async def _ask_chat(answers: Answers, body: ChatCompletionBody, request_id: str)
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     return Ask(ids, sampling, body.stops(), adapter, request_id)
+
+
+def tool_names(body: ChatCompletionBody) -> frozenset[str]:
+    """Return the functions the model may call; none for `tool_choice` "none".
+
+    Nothing can make a model call one, so "required" and a named function are refused, not ignored.
+    """
+    if not body.tools or body.tool_choice == "none":
+        return frozenset()
+    if body.tool_choice is not None and body.tool_choice != "auto":
+        raise RequestError("'tool_choice' may be auto or none here", param="tool_choice")
+    if (other := next((tool.type for tool in body.tools if tool.type != "function"), None)) is not None:
+        raise RequestError(f"tools of type '{other}' are not supported here", param="tools")
+    return frozenset(tool.function.name for tool in body.tools)
 
 
 async def _ask_texts(answers: Answers, body: CompletionBody, request_id: str) -> tuple[list[Ask], list[str]]:
@@ -134,7 +152,7 @@ def _sample(body: OpenAIFields) -> bool | None:
 
 
 async def _respond(
-    answers: Answers, asks: Sequence[Ask], body: OpenAIFields, request: Request, form: "Chat | Completion"
+    answers: Answers, asks: Sequence[Ask], body: OpenAIFields, request: Request, form: Chat | Completion
 ) -> Response:
     request_id = request.state.request_id
     batch = answers.start(asks, n=body.n)
@@ -157,7 +175,7 @@ async def _respond(
 
 
 async def _events(
-    batch: Batch, head: dict[str, Any], form: "Chat | Completion", *, include_usage: bool
+    batch: Batch, head: dict[str, Any], form: Chat | Completion, *, include_usage: bool
 ) -> AsyncGenerator[dict[str, Any], None]:
     rest: dict[str, Any] = {"usage": None} if include_usage else {}
     for index in range(len(batch.answers)):
@@ -177,108 +195,3 @@ def usage(batch: Batch) -> dict[str, int]:
         "completion_tokens": batch.new_tokens,
         "total_tokens": batch.prompt_tokens + batch.new_tokens,
     }
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """The JSON of chat completions."""
-
-    prompts: Prompts
-    logprobs: bool
-    id_prefix = "chatcmpl"
-    object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-
-    def whole(self, index: int, whole: Whole) -> dict[str, Any]:
-        """Return one choice of a complete answer."""
-        message = {"role": "assistant", "content": whole.text, "refusal": None}
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": self._logprobs(whole.tokens),
-            "finish_reason": whole.finish,
-        }
-
-    def first(self, index: int) -> list[dict[str, Any]]:
-        """Return the chunk that opens an answer: the role."""
-        delta = {"role": "assistant", "content": ""}
-        return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
-
-    def chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        """Return the chunks of one piece: text, then how it ended in a chunk of its own."""
-        chunks: list[dict[str, Any]] = []
-        logprobs = self._logprobs(piece.tokens) if piece.tokens else None
-        if piece.text or logprobs:
-            delta = {"content": piece.text}
-            chunks.append({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None})
-        if piece.finish:
-            chunks.append({"index": index, "delta": {}, "logprobs": None, "finish_reason": piece.finish})
-        return chunks
-
-    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        if not self.logprobs:
-            return None
-        content = [
-            {
-                **self._scored(token.id, token.logprob),
-                "top_logprobs": [self._scored(other, logprob) for other, logprob in token.top],
-            }
-            for token in tokens
-            if token.id is not None
-        ]
-        return {"content": content, "refusal": None}
-
-    def _scored(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self.prompts.token_text(token)
-        # Part of a character has no text of its own; OpenAI's `bytes` is null where it is not known.
-        known = list(text.encode()) if "\ufffd" not in text else None
-        return {"token": text, "logprob": finite(logprob), "bytes": known}
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """The JSON of completions."""
-
-    prompts: Prompts
-    logprobs: int | None
-    echoes: Sequence[str]
-    id_prefix = "cmpl"
-    object = "text_completion"
-    chunk_object = "text_completion"
-
-    def whole(self, index: int, whole: Whole) -> dict[str, Any]:
-        """Return one choice of a complete answer."""
-        text = self.echoes[index] + whole.text
-        logprobs = self._logprobs(whole.tokens)
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": whole.finish}
-
-    def first(self, index: int) -> list[dict[str, Any]]:
-        """Return the chunk that opens an answer: the prompt where `echo` asks for it."""
-        text = self.echoes[index]
-        return [{"index": index, "text": text, "logprobs": None, "finish_reason": None}] if text else []
-
-    def chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
-        """Return the chunk of one piece."""
-        if not piece.text and not piece.finish and not piece.tokens:
-            return []
-        logprobs = self._logprobs(piece.tokens) if piece.tokens else None
-        return [{"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish}]
-
-    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        if self.logprobs is None:
-            return None
-        texts = [self.prompts.token_text(token.id) for token in tokens if token.id is not None]
-        offsets = [sum(map(len, texts[:i])) for i in range(len(texts))]
-        return {
-            "tokens": texts,
-            "token_logprobs": [finite(token.logprob) for token in tokens],
-            "top_logprobs": [
-                {self.prompts.token_text(i): finite(p) for i, p in token.top} for token in tokens
-            ],
-            "text_offset": offsets,
-        }
-
-
-def finite(logprob: float | None) -> float:
-    """Return a log probability that JSON can hold; -9999 stands for impossible, as it does at OpenAI."""
-    return max(logprob, -9999.0) if logprob is not None else -9999.0

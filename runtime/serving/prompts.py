@@ -139,6 +139,11 @@ class Prompts:
         """Return the text of `ids` without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def written(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`, special tokens too; RequestError for an id that is none."""
+        self._check_known(ids, "tokens")
+        return str(self.tokenizer.decode(list(ids)))
+
     def token_text(self, token: int) -> str:
         """Return one token as text, special tokens too; U+FFFD where it is part of a character."""
         return str(self.tokenizer.decode([token]))
@@ -165,10 +170,7 @@ class Prompts:
         elif temperature is None:
             temperature = defaults.sampled_temperature if sample or asked else defaults.temperature
         bias = fields.logit_bias or {}
-        if bias and max(bias) >= self._vocabulary:
-            raise RequestError(
-                f"token id {max(bias)} is not in the vocabulary of {self._vocabulary}", param="logit_bias"
-            )
+        self._check_known(tuple(bias), "logit_bias")
         max_new_tokens = self._room(prompt_tokens, extent)
         return Sampling(
             max_new_tokens=max_new_tokens,
@@ -186,6 +188,13 @@ class Prompts:
             min_new_tokens=min(_given(fields.min_tokens, 0), max_new_tokens),
             top_logprobs=top_logprobs,
         )
+
+    def _check_known(self, ids: Sequence[int], param: str) -> None:
+        wrong = next((i for i in ids if i >= self._vocabulary), None)
+        if wrong is not None:
+            raise RequestError(
+                f"token id {wrong} is not in the vocabulary of {self._vocabulary}", param=param
+            )
 
     def _room(self, prompt_tokens: int, extent: Extent) -> int:
         left = self.context_tokens - prompt_tokens

@@ -79,21 +79,28 @@ def failure_reply(path: str, failure: BaseException, request_id: str) -> JSONRes
     return reply(path, status, error)
 
 
-def event(data: dict[str, Any]) -> bytes:
-    """Return one server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+def event(data: dict[str, Any], *, named: bool = False) -> bytes:
+    """Return one server-sent event; `named` repeats its type in a line of its own, as /v1/responses does."""
+    name = f"event: {data['type']}\n".encode() if named else b""
+    return name + b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 class EventStream(Response):
     """A stream of server-sent events that ends with [DONE], an error event, or the client's going.
 
+    `named` events carry their type in a line of its own, and no [DONE] ends them.
     `events` is closed, and `close` called, within one event loop turn of the client going away.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[dict[str, Any], None], *, close: Callable[[], None], request_id: str
+        self,
+        events: AsyncGenerator[dict[str, Any], None],
+        *,
+        close: Callable[[], None],
+        request_id: str,
+        named: bool = False,
     ) -> None:
         self.status_code = 200
         self.background = None
@@ -103,6 +110,7 @@ class EventStream(Response):
         self._events = events
         self._close = close
         self._request_id = request_id
+        self._named = named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events as an ASGI response."""
@@ -128,12 +136,13 @@ class EventStream(Response):
                     break
                 if failure is not None:  # the status is sent: an event is the only way left to say it
                     error = failure_object(failure, self._request_id)[1]
-                    await _chunk(send, event({"error": error}), more=False)
+                    fields = {**error, "type": "error"} if self._named else {"error": error}
+                    await _chunk(send, event(fields, named=self._named), more=False)
                     return
-                chunk = event(following.result())
+                chunk = event(following.result(), named=self._named)
                 following = None
                 await _chunk(send, chunk)
-            await _chunk(send, DONE, more=False)
+            await _chunk(send, b"" if self._named else DONE, more=False)
         finally:
             gone.cancel()
             if following is not None:

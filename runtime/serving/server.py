@@ -20,6 +20,7 @@ import uvicorn
 from runtime.errors import ConfigError, Failure, UnavailableError
 from runtime.metrics import ServingMetrics
 from runtime.oci import Access
+from runtime.serving.admin import AdapterDoor
 from runtime.serving.app import create_app
 from runtime.serving.connections import protocol
 from runtime.serving.engine.protocol import Request, Sampling, Stats
@@ -34,6 +35,8 @@ KEEP_ALIVE_S = 75.0
 """Longer than load balancers keep idle connections (60 s), so that they close first."""
 WATCH_S = 1.0
 """How often a dead engine is looked for."""
+WAITING_CONNECTIONS = 2048
+ACCEPTED_AT_ONCE = 16
 CLOSE_TIMEOUT_S = 5
 """For connections to close after the last answer was cut off."""
 
@@ -46,9 +49,16 @@ def run(config: ServeConfig, *, access: Access | None = None, load: Load | None 
     """
     from runtime.serving import loading  # torch comes with it: not before somebody serves
 
+    access = access or Access()
+    door = None
+    if config.adapter_root is not None:
+        if config.api_key is None:
+            raise ConfigError("adapter_root needs an API key: whoever loads adapters must be known")
+        add = partial(loading.add_adapter, base=config.model.repository, access=access)
+        door = AdapterDoor(config.adapter_root, add)
     with bind(config.host, config.port) as listener:
-        load = load or partial(loading.load, access=access or Access())
-        asyncio.run(Serving(config, load).run(listener))
+        load = load or partial(loading.load, access=access)
+        asyncio.run(Serving(config, load, door).run(listener))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -58,7 +68,7 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen(2048)
+        listener.listen(WAITING_CONNECTIONS)
     except OSError as error:
         listener.close()
         raise ConfigError(_why_unbound(error, host, port)) from None
@@ -82,8 +92,9 @@ def _why_unbound(error: OSError, host: str, port: int) -> str:
 class Serving:
     """One run of the server, from the open port to the last answer."""
 
-    def __init__(self, config: ServeConfig, load: Load) -> None:
+    def __init__(self, config: ServeConfig, load: Load, door: AdapterDoor | None = None) -> None:
         self._config = config
+        self._door = door
         self._load = load
         self._lifecycle = Lifecycle(capacity=config.limits.rows + config.limits.queue)
         self._stop = asyncio.Event()
@@ -120,9 +131,11 @@ class Serving:
         config = self._config
         metrics = ServingMetrics(config.served_name, self._figures)
         key = config.api_key.get_secret_value() if config.api_key else None
-        app = create_app(lifecycle=self._lifecycle, metrics=metrics, limits=config.limits, api_key=key)
+        app = create_app(
+            lifecycle=self._lifecycle, metrics=metrics, limits=config.limits, api_key=key, door=self._door
+        )
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
-        return _QuietServer(
+        return _Server(
             uvicorn.Config(
                 app,
                 http=protocol(config.limits.header_timeout_s),
@@ -131,6 +144,7 @@ class Serving:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                backlog=ACCEPTED_AT_ONCE,
                 timeout_keep_alive=int(KEEP_ALIVE_S),
                 timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
             )
@@ -193,8 +207,15 @@ class Serving:
         self._stop.set()
 
 
-class _QuietServer(uvicorn.Server):
-    """uvicorn without its signal handling."""
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handling, and fair to open connections when a thousand new ones come."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # asyncio takes one number for two things: how many wait in the kernel, and how many are accepted
+        # in a row before anything else is served. A flood must wait in the kernel, not before a probe.
+        for listener in sockets or ():
+            listener.listen(WAITING_CONNECTIONS)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

@@ -4,16 +4,20 @@ Does not know KAITO's schema (runtime/workspace.py turns a Workspace into this),
 torch.
 """
 
+from pathlib import Path
+
 from pydantic import Field, SecretStr
 
 from runtime.config import Strict
 from runtime.model_source import ModelSource, Quantization
 
+ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$"
+
 
 class AdapterSource(Strict):
     """One LoRA adapter to serve beside the base model."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$")
+    name: str = Field(pattern=ADAPTER_NAME)
     """The name clients select it by."""
     reference: str
     """A directory, `oci:DIRECTORY[:tag]` (a layout on disk), or `registry/repository:tag`."""
@@ -57,6 +61,8 @@ class ServeConfig(Strict):
     limits: Limits = Limits()
     api_key: SecretStr | None = None
     """Bearer token that every route but health and metrics then demands."""
+    adapter_root: Path | None = None
+    """Directory from which adapters may be loaded while serving; needs `api_key`. None allows none."""
     drain_delay_s: float = Field(0.0, ge=0)
     """Time after SIGTERM in which requests are still accepted while /readyz already says no."""
     drain_timeout_s: float = Field(25.0, ge=0)

@@ -61,14 +61,17 @@ class StopScanner:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
+        self.after = ""
+        """What followed the stop string in the piece that held it."""
 
     def push(self, text: str) -> tuple[str, bool]:
         """Return the text that is safe to show, and whether a stop string ends the answer there."""
         text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        found = [(text.find(stop), len(stop)) for stop in self._stops if stop in text]
         if found:
-            self._held = ""
-            return text[: min(found)], True
+            at, length = min(found)
+            self._held, self.after = "", text[at + length :]
+            return text[:at], True
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

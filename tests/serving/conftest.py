@@ -1,5 +1,6 @@
 """Parts for the serving tests: a small real tokenizer, and an app over an engine without a model."""
 
+import copy
 import json
 import re
 import signal
@@ -173,18 +174,14 @@ def open_site(tokenizer: Any) -> OpenSite:
         api_key: str | None = None,
         defaults: SamplingDefaults | None = None,
         ready: bool = True,
-        template: bool = True,
+        template: str | None = TEMPLATE,
+        door: Any = None,
         **engine: Any,
     ) -> AsyncIterator[Site]:
         running = EchoEngine(**engine)
         limits = limits or Limits()
-        if not template:
-            from copy import deepcopy
-
-            used = deepcopy(tokenizer)
-            used.chat_template = None
-        else:
-            used = tokenizer
+        used = copy.copy(tokenizer)
+        used.chat_template = template
         prompts = Prompts(
             used,
             context_tokens=running.context_tokens,
@@ -194,7 +191,7 @@ def open_site(tokenizer: Any) -> OpenSite:
         )
         lifecycle = Lifecycle(stall_s=0.3, capacity=limits.rows + limits.queue)
         metrics = ServingMetrics("base", running.stats)
-        app = create_app(lifecycle=lifecycle, metrics=metrics, limits=limits, api_key=api_key)
+        app = create_app(lifecycle=lifecycle, metrics=metrics, limits=limits, api_key=api_key, door=door)
         if ready:
             lifecycle.ready(Served(name="base", engine=running, prompts=prompts, created=1))
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)

@@ -8,6 +8,7 @@ what `script` says.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 from runtime.errors import OverloadedError, UnavailableError, UnknownModelError
@@ -84,7 +85,7 @@ class EchoEngine:
         for task in self._tasks.values():
             task.cancel()
 
-    def add_adapter(self, name: str) -> None:
+    def add_adapter(self, name: str, folder: Path, *, strength: float = 1.0) -> None:
         self._adapters.append(name)
 
     def remove_adapter(self, name: str) -> None:

@@ -217,7 +217,7 @@ async def test_llama2_completion_route(open_site: Any, tokenizer: Any) -> None:
 
 
 async def test_model_without_a_template_continues_the_prompt(open_site: Any, tokenizer: Any) -> None:
-    async with open_site(template=False) as site:
+    async with open_site(template=None) as site:
         assert (await site.chat("once")).status_code == 200
         assert tokenizer.decode(site.engine.requests[0].prompt_ids) == "once"
         refused = await site.client.post("/chat", json={"messages": [{"role": "user", "content": "x"}]})
