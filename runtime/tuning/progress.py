@@ -110,8 +110,11 @@ class Reporter:
     said: float = float("-inf")
 
     def report(self, *, last: bool = False) -> None:
-        """Write a history entry, and a log line when the last one is `LINE_SECONDS` ago."""
-        if self.history is not None:
+        """Write a history entry, and a log line when the last one is `LINE_SECONDS` ago.
+
+        `last` says the last figures once more and writes no entry.
+        """
+        if self.history is not None and not last:
             with self.history.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(self.meter.figures()) + "\n")
         if last or self.clock() - self.said >= LINE_SECONDS:
