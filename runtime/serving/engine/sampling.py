@@ -1,0 +1,90 @@
+"""How the next token is chosen from the logits of one row; pure but for the row's own random generator.
+
+The order is that of transformers' generate: penalties and bias, then temperature, then truncation. `V` is
+the vocabulary. Does not know models or rows of a batch: a row's choice depends on its own past alone, so
+it is the same alone and among others. Start at `Sampler.choose`.
+"""
+
+import torch
+from torch import Tensor
+
+from runtime.serving.engine.protocol import Sampling, Token
+
+
+class Sampler:
+    """The past of one request: what was seen, what was generated, and its random numbers."""
+
+    def __init__(self, sampling: Sampling, prompt_ids: tuple[int, ...]) -> None:
+        self.sampling = sampling
+        self.generated: list[int] = []
+        self._prompt = torch.tensor(prompt_ids, dtype=torch.long)
+        self._random = torch.Generator()
+        if sampling.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(sampling.seed & (1 << 63) - 1)
+
+    def choose(self, logits: Tensor) -> Token:
+        """Return the next token for `logits` (V,) float32 on the CPU, and remember it."""
+        sampling = self.sampling
+        scores = self._adjusted(logits)
+        if sampling.temperature == 0:
+            chosen = int(scores.argmax())
+        else:
+            kept = truncate(scores / sampling.temperature, sampling)
+            chosen = int(torch.multinomial(kept.softmax(-1), 1, generator=self._random))
+        self.generated.append(chosen)
+        if sampling.top_logprobs is None:
+            return Token(chosen)
+        return _with_logprobs(chosen, logits, sampling.top_logprobs)
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        """Return a copy of `logits` (V,) with penalties and bias; the same tensor when there are none."""
+        sampling = self.sampling
+        past = torch.tensor(self.generated, dtype=torch.long)
+        scores = logits
+        if sampling.repetition_penalty != 1.0:
+            scores = penalise_repetition(scores, torch.cat((self._prompt, past)), sampling.repetition_penalty)
+        if (sampling.presence_penalty or sampling.frequency_penalty) and self.generated:
+            seen, counts = torch.unique(past, return_counts=True)
+            penalty = sampling.presence_penalty + sampling.frequency_penalty * counts
+            scores = scores.index_add(0, seen, -penalty.to(scores.dtype))
+        if sampling.logit_bias:
+            ids = torch.tensor(list(sampling.logit_bias), dtype=torch.long)
+            scores = scores.index_add(
+                0, ids, torch.tensor(list(sampling.logit_bias.values()), dtype=scores.dtype)
+            )
+        if len(self.generated) < sampling.min_new_tokens and sampling.stop_ids:
+            scores = scores.index_fill(0, torch.tensor(sorted(sampling.stop_ids)), -torch.inf)
+        return scores
+
+
+def penalise_repetition(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Return `scores` (V,) with the ids in `seen` made less likely (CTRL, arXiv:1909.05858, section 4.1)."""
+    ids = torch.unique(seen)
+    values = scores[ids]
+    return scores.index_copy(0, ids, torch.where(values < 0, values * penalty, values / penalty))
+
+
+def truncate(scores: Tensor, sampling: Sampling) -> Tensor:
+    """Return `scores` (V,) with what top_k, top_p and min_p drop at minus infinity; the likeliest stays."""
+    if 0 < sampling.top_k < scores.shape[0]:
+        lowest = scores.topk(sampling.top_k).values[-1]
+        scores = scores.masked_fill(scores < lowest, -torch.inf)
+    if sampling.top_p < 1.0:
+        ordered, order = scores.sort(descending=True)
+        shares = ordered.softmax(-1)
+        outside = shares.cumsum(-1) - shares >= sampling.top_p  # the mass before a token is already enough
+        outside[0] = False
+        scores = scores.index_fill(0, order[outside], -torch.inf)
+    if sampling.min_p > 0.0:
+        shares = scores.softmax(-1)
+        scores = scores.masked_fill(shares < sampling.min_p * shares.max(), -torch.inf)
+    return scores
+
+
+def _with_logprobs(chosen: int, logits: Tensor, alternatives: int) -> Token:
+    logprobs = logits.log_softmax(-1)
+    best = logprobs.topk(min(alternatives, logprobs.shape[0]))
+    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Token(chosen, logprob=float(logprobs[chosen]), top=top)

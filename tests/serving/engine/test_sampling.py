@@ -1,0 +1,78 @@
+"""Choosing a token: truncation keeps what it must, penalties follow their formulas, logprobs are exact."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.serving.engine.protocol import Sampling
+from runtime.serving.engine.sampling import Sampler, penalise_repetition, truncate
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, 0.0])
+
+
+def kept(**options: float) -> list[int]:
+    cut = truncate(LOGITS, Sampling(max_new_tokens=1, **options))  # type: ignore[arg-type]
+    return [index for index, value in enumerate(cut.tolist()) if value != -torch.inf]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0, 1, 2, 3, 4]),
+        ({"top_k": 2}, [0, 1]),
+        ({"top_p": 0.5}, [0]),
+        ({"top_p": 0.8}, [0, 1, 2]),
+        ({"top_p": 0.0}, [0]),
+        ({"min_p": 0.3}, [0, 1]),
+        ({"min_p": 1.0}, [0]),
+        ({"top_k": 3, "min_p": 0.3}, [0, 1]),
+    ],
+)
+def test_truncation_keeps_the_likeliest(options: dict[str, float], expected: list[int]) -> None:
+    assert kept(**options) == expected
+
+
+def test_repetition_divides_positive_and_multiplies_negative_logits() -> None:
+    changed = penalise_repetition(LOGITS, torch.tensor([0, 3, 3]), 2.0)
+    assert changed.tolist() == [1.0, 1.0, 0.5, -2.0, 0.0]
+
+
+def test_presence_and_frequency_count_what_was_generated_not_the_prompt() -> None:
+    sampler = Sampler(Sampling(9, presence_penalty=0.6, frequency_penalty=0.5), (0, 0, 0))
+    assert [sampler.choose(LOGITS).id for _ in range(3)] == [0, 1, 0]
+
+
+def test_a_bias_of_a_hundred_decides() -> None:
+    assert Sampler(Sampling(1, logit_bias={3: 100.0}), (0,)).choose(LOGITS).id == 3
+
+
+def test_logprobs_are_those_of_the_model_before_temperature() -> None:
+    token = Sampler(Sampling(1, temperature=0.3, top_k=1, top_logprobs=2), (0,)).choose(LOGITS)
+    expected = LOGITS.log_softmax(-1)
+    assert token.logprob == pytest.approx(float(expected[0]))
+    assert [index for index, _ in token.top] == [0, 1]
+    assert token.top[1][1] == pytest.approx(float(expected[1]))
+
+
+def test_sampling_follows_the_distribution() -> None:
+    sampler = Sampler(Sampling(1, temperature=1.0, seed=3), (0,))
+    counts = torch.bincount(torch.tensor([sampler.choose(LOGITS).id for _ in range(4000)]), minlength=5)
+    assert (counts / 4000 - LOGITS.softmax(-1)).abs().max() < 0.03
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(-20, 20), min_size=2, max_size=40),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.integers(0, 50),
+    st.integers(-(2**63), 2**63 - 1),
+)
+def test_whatever_is_asked_a_likely_token_is_chosen(
+    values: list[float], top_p: float, min_p: float, top_k: int, seed: int
+) -> None:
+    sampling = Sampling(1, temperature=0.7, top_p=top_p, min_p=min_p, top_k=top_k, seed=seed)
+    chosen = Sampler(sampling, (0,)).choose(torch.tensor(values)).id
+    assert chosen is not None
+    assert 0 <= chosen < len(values)
