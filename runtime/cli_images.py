@@ -4,7 +4,6 @@ Knows flags. What they do lies in runtime/oci. Start at `add_to`.
 """
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -64,13 +63,13 @@ def push(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
 ) -> None:
     """Push a folder as an image with its files under /data, and print the digest."""
     from runtime.oci import image, variants
+    from runtime.oci.images import scratch_folder
 
     target, access = oci.parse(reference), _access(context, auth, insecure, ca_file)
     notes = _annotations(annotation or [])
     if base and modelpack:
         raise ConfigError("--base and --modelpack exclude each other: an artifact has no base image")
-    with tempfile.TemporaryDirectory(prefix="push-") as made:
-        scratch = Path(made)
+    with scratch_folder() as scratch:
         mount = None
         if modelpack:
             built = variants.modelpack(folder, files=file, annotations=notes)

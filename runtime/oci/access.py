@@ -48,6 +48,8 @@ class Access:
     """Certificates to trust instead of the system's."""
     cache: Path | None = None
     """Folder that keeps pulled blobs by digest; None keeps only what an interrupted pull needs."""
+    sessions: Path | None = None
+    """Folder that remembers open uploads, so that a killed push goes on inside a blob; None does not."""
     connect_timeout_s: float = 10.0
     """Seconds to wait for a connection."""
     read_timeout_s: float = 60.0
@@ -91,7 +93,15 @@ def from_environment(
             authority=environment.get("AZURE_AUTHORITY_HOST"),
         )
     found = tuple(dict.fromkeys([*places, *MOUNTED]))
-    return Access(files=found, azure=azure, insecure=insecure, ca_file=ca_file, cache=cache)
+    state = environment.get("XDG_CACHE_HOME") or (f"{home}/.cache" if home else None)
+    return Access(
+        files=found,
+        azure=azure,
+        insecure=insecure,
+        ca_file=ca_file,
+        cache=cache,
+        sessions=Path(state, "workspace-runtime/uploads") if state else None,
+    )
 
 
 def usual_places() -> tuple[Path, ...]:

@@ -4,11 +4,12 @@ One path for registries and for layouts on disk, behind `Store`. A tag moves onl
 there; a folder appears whole or not at all. Does not know HTTP. Start at `push` and `pull`.
 """
 
+import contextlib
 import json
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,8 @@ def push(
 
     files: paths relative to `folder`; every file below it when None.
     """
-    with tempfile.TemporaryDirectory(prefix="push-") as scratch:
-        image = build(folder, Path(scratch), files=files, annotations=annotations)
+    with scratch_folder() as scratch:
+        image = build(folder, scratch, files=files, annotations=annotations)
         return push_image(image, reference, access=access)
 
 
@@ -126,6 +127,19 @@ def check_push(reference: Reference, *, access: Access = DEFAULT) -> None:
 def inspect(reference: Reference, access: Access = DEFAULT) -> ImageInfo:
     """Return what `reference` names; RegistryError when there is no such image."""
     return _inspect(open_store(reference, access), reference)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yield a temporary folder for compressed layers; ConfigError when there is no place for one."""
+    try:
+        made = tempfile.TemporaryDirectory(prefix="push-")
+    except OSError as error:
+        raise ConfigError(
+            f"no temporary directory can be made ({error.strerror}); mount one at /tmp or set TMPDIR"
+        ) from None
+    with made as name:
+        yield Path(name)
 
 
 def open_store(reference: Reference, access: Access) -> Store:

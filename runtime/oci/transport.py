@@ -175,6 +175,8 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
                 stream=stream,
                 verify=self.verify,
                 timeout=(self.access.connect_timeout_s, self.access.read_timeout_s),
+                # The node's metadata service answers on the node alone: a proxy would be another node.
+                proxies={"no_proxy": "*"} if "//169.254." in url else None,
                 auth=_keep_header,  # else requests looks into ~/.netrc and overwrites ours
             )
         except requests.exceptions.SSLError as error:

@@ -5,6 +5,7 @@ upload it no longer knows starts anew. Chunks are streamed from disk and never h
 Start at `upload`.
 """
 
+import logging
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +15,11 @@ import requests
 
 from runtime.errors import RegistryError
 from runtime.oci.blobs import Blob, Reader
+from runtime.oci.sessions import Sessions
 from runtime.oci.store import Report
 from runtime.oci.transport import LostError, Transport, Tries, raise_if_busy, unexpected
+
+log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 64 << 20
 """Each PATCH costs the registry some fixed work, so large ones are faster; they are streamed anyway."""
@@ -45,8 +49,11 @@ class _Upload:
     offset: int = 0
     """Bytes the registry has."""
     sessions: int = 0
+    memory: Sessions = field(init=False)
+    """Remembers `session` for a process that comes after this one was killed."""
 
     def __post_init__(self) -> None:
+        self.memory = Sessions(self.transport.access.sessions)
         self.tries = Tries(self.transport.access, f"upload of {self.blob.descriptor.digest[:19]}")
 
     @property
@@ -64,7 +71,10 @@ def upload(
     """
     azure = ".azurecr." in transport.host
     state = _Upload(transport, urls[0], urls[1], blob, report, AZURE_CHUNK_BYTES if azure else CHUNK_BYTES)
-    if _exists(state) or _start(state, source):
+    if _exists(state):
+        report(blob.descriptor.size)
+        return
+    if not _continue(state) and _start(state, source):
         report(blob.descriptor.size)
         return
     while True:
@@ -75,6 +85,21 @@ def upload(
             state.tries.failed(error)
             if _resynchronise(state):
                 return
+
+
+def _continue(state: _Upload) -> bool:
+    """Go on with the upload that a killed process left; False when there is none or it has ended."""
+    left = state.memory.take(state.uploads_url, state.blob.descriptor.digest)
+    if left is None:
+        return False
+    response = state.transport.do_request(left, "GET")
+    if response.status_code not in {200, 204}:
+        return False
+    state.session = left
+    _follow(state, response)
+    _moved(state, _received(response, 0))
+    log.info("upload of %s goes on at byte %s", state.blob.descriptor.digest[:19], state.offset)
+    return True
 
 
 def _start(state: _Upload, source: str | None = None) -> bool:
@@ -133,6 +158,7 @@ def _finish(state: _Upload, whole: bool) -> bool:
         if stored != digest:
             raise RegistryError(f"{state.transport.host}: stored {stored} instead of {digest}; push again")
         _moved(state, state.size)
+        state.memory.forget(state.uploads_url, digest)
         return True
     if response.status_code == 400:  # the registry has other bytes than we sent: begin again
         if state.sessions > 1:
@@ -186,6 +212,8 @@ def _exists(state: _Upload) -> bool:
 
 def _follow(state: _Upload, response: requests.Response) -> None:
     state.session = urljoin(state.uploads_url, response.headers.get("Location") or state.session)
+    if state.size > MONOLITHIC_BYTES:
+        state.memory.keep(state.uploads_url, state.blob.descriptor.digest, state.session)
 
 
 def _moved(state: _Upload, offset: int) -> None:

@@ -1,5 +1,6 @@
 """Registries that break (fault tests 29 to 37): what is sent again, what is not, and what is said."""
 
+import os
 import random
 import signal
 import subprocess
@@ -248,6 +249,36 @@ def test_35_killed_push_sends_only_what_is_missing(faulty: FaultyRegistry, tmp_p
     assert "/manifests/v1" in faulty.seen[-1].path
     info = oci.inspect(reference, quick())
     assert len(info.contents.layers) == 5
+
+
+@pytest.mark.slow
+def test_35_killed_push_of_one_file_goes_on_inside_it(faulty: FaultyRegistry, tmp_path: Path) -> None:
+    """kill -9 in one 500 MB file: a registry that resumes uploads is sent the rest and no more."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    block = random.Random(6).randbytes(1 << 20)
+    with (folder / "adapter_model.safetensors").open("wb") as file:
+        for number in range(500):
+            file.write(number.to_bytes(4, "big") + block[4:])
+    reference = fresh(faulty.host, "one")
+    push = [sys.executable, "-m", "runtime.cli", "push", str(folder), str(reference)]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    faulty.slow_bytes_s = 300e6
+    first = subprocess.Popen(push, env=environment)
+    while faulty.count("PATCH") < 3:
+        assert first.poll() is None
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    time.sleep(1)
+    stored = max(offset for _, offset in faulty.uploads.values())
+    faulty.seen.clear()
+    faulty.slow_bytes_s = None
+    subprocess.run(push, env=environment, check=True)
+    assert stored >= 192 << 20
+    assert faulty.sent() < (501 << 20) - stored + 10_000
+    assert oci.inspect(reference, quick()).contents.size > 500 << 20
+    assert not list((tmp_path / ".cache/workspace-runtime/uploads").iterdir())
 
 
 def test_36_other_digest_than_ours_is_an_error(faulty: FaultyRegistry, adapter: Path) -> None:
