@@ -17,6 +17,7 @@ from runtime import logs, oci
 from runtime.config import parse, read_text
 from runtime.errors import ConfigError, Failure, exit_code
 from runtime.tuning import failure, job
+from runtime.tuning.bench import Course
 from runtime.tuning.places import Places
 from runtime.tuning.ranks import Ranks
 from runtime.tuning.settings import TuningJob
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> int:
     ranks = Ranks.read(os.environ)
     logs.configure(debug=debug, rank=ranks.rank)
     _end_with_parent()
-    stop, course = StopSignal(), job.Course()
+    stop, course = StopSignal(), Course()
     stop.install()
     work: TuningJob | None = None
     try:

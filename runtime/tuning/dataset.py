@@ -69,6 +69,11 @@ class Dataset:
     skipped: int
     """Rows left out because they could not be read (`on_bad_row: skip`)."""
 
+    @property
+    def digest(self) -> str:
+        """The digests of all files, in order: equal exactly when the data is."""
+        return " ".join(file.sha256 for file in self.files)
+
 
 def load(source: DataSource, files: Sequence[Path] | None = None) -> Dataset:
     """Read `files`, or every data file of `source`; DataError naming file, row and column at fault."""

@@ -63,17 +63,21 @@ def test_fault_12_stalled_server_is_tried_again_then_given_up(tmp_path: Path) ->
 
 def test_fault_13_dripping_server_is_left(tmp_path: Path) -> None:
     began = time.monotonic()
-    with DatasetServer({"/a.parquet": [Reply(BODY, drip_s=0.05)]}) as server:
-        with pytest.raises(TransientError, match=r"bytes/s, less than 1024"):
-            get(tmp_path, server.url("/a.parquet"))
+    with (
+        DatasetServer({"/a.parquet": [Reply(BODY, drip_s=0.05)]}) as server,
+        pytest.raises(TransientError, match=r"bytes/s, less than 1024"),
+    ):
+        get(tmp_path, server.url("/a.parquet"))
     assert time.monotonic() - began < 3
 
 
 def test_deadline_ends_a_slow_download(tmp_path: Path) -> None:
     slow = Policy(attempts=3, stall_s=9, deadline_s=0.4, rate_bytes_s=0)
-    with DatasetServer({"/a.parquet": [Reply(BODY, drip_s=0.02)]}) as server:
-        with pytest.raises(TransientError, match="not complete after"):
-            get(tmp_path, server.url("/a.parquet"), policy=slow)
+    with (
+        DatasetServer({"/a.parquet": [Reply(BODY, drip_s=0.02)]}) as server,
+        pytest.raises(TransientError, match="not complete after"),
+    ):
+        get(tmp_path, server.url("/a.parquet"), policy=slow)
 
 
 def test_fault_14_truncated_body_is_resumed(tmp_path: Path) -> None:
@@ -95,9 +99,11 @@ def test_fault_14_truncated_body_is_resumed(tmp_path: Path) -> None:
     ids=["too-small", "absent", "too-big"],
 )
 def test_fault_15_wrong_length_is_noticed(tmp_path: Path, reply: Reply, said: str) -> None:
-    with DatasetServer({"/a.parquet": [reply]}) as server:
-        with pytest.raises((DataError, TransientError), match=said):
-            get(tmp_path, server.url("/a.parquet"))
+    with (
+        DatasetServer({"/a.parquet": [reply]}) as server,
+        pytest.raises((DataError, TransientError), match=said),
+    ):
+        get(tmp_path, server.url("/a.parquet"))
     assert not (tmp_path / "a.parquet").exists()
 
 
@@ -163,9 +169,11 @@ def test_fault_18_token_goes_to_the_hub_only(tmp_path: Path, monkeypatch: pytest
 
 
 def test_private_addresses_are_a_choice(tmp_path: Path) -> None:
-    with DatasetServer({"/a.parquet": [Reply(BODY)]}) as server:
-        with pytest.raises(DataError, match=r"private address 127.0.0.1"):
-            get(tmp_path, server.url("/a.parquet"), allow_private_addresses=False)
+    with (
+        DatasetServer({"/a.parquet": [Reply(BODY)]}) as server,
+        pytest.raises(DataError, match=r"private address 127.0.0.1"),
+    ):
+        get(tmp_path, server.url("/a.parquet"), allow_private_addresses=False)
     check_address("8.8.8.8", "http://x/", allow_private=False)
     with pytest.raises(DataError, match=r"not a valid address|only http"):
         check_url("http://x:99999/", allow_private=True)
@@ -225,16 +233,20 @@ def test_fault_22_files_of_one_name_are_kept_apart(tmp_path: Path) -> None:
 
 
 def test_fault_23_wrong_digest_is_refused_and_removed(tmp_path: Path) -> None:
-    with DatasetServer({"/a.parquet": [Reply(BODY)]}) as server:
-        with pytest.raises(DataError, match=r"sha256 is [0-9a-f]{64}, expected 0{64}"):
-            get(tmp_path, server.url(f"/a.parquet#sha256={'0' * 64}"))
+    with (
+        DatasetServer({"/a.parquet": [Reply(BODY)]}) as server,
+        pytest.raises(DataError, match=r"sha256 is [0-9a-f]{64}, expected 0{64}"),
+    ):
+        get(tmp_path, server.url(f"/a.parquet#sha256={'0' * 64}"))
     assert leftovers(tmp_path) == []
 
 
 def test_fault_10_file_larger_than_the_disk_is_refused_before_it_is_fetched(tmp_path: Path) -> None:
-    with DatasetServer({"/a.parquet": [Reply(BODY, length=1 << 60, cut=10)]}) as server:
-        with pytest.raises(CapacityError, match=f"{1 << 60} bytes needed for a.parquet"):
-            get(tmp_path, server.url("/a.parquet"))
+    with (
+        DatasetServer({"/a.parquet": [Reply(BODY, length=1 << 60, cut=10)]}) as server,
+        pytest.raises(CapacityError, match=f"{1 << 60} bytes needed for a.parquet"),
+    ):
+        get(tmp_path, server.url("/a.parquet"))
 
 
 def test_one_failure_ends_the_other_downloads(tmp_path: Path) -> None:
