@@ -93,6 +93,8 @@ def from_environment(
             authority=environment.get("AZURE_AUTHORITY_HOST"),
         )
     found = tuple(dict.fromkeys([*places, *MOUNTED]))
+    if ca_file is None and not environment.get("REQUESTS_CA_BUNDLE") and environment.get("SSL_CERT_FILE"):
+        ca_file = Path(environment["SSL_CERT_FILE"])  # as Go tools do; requests has its own variable
     state = environment.get("XDG_CACHE_HOME") or (f"{home}/.cache" if home else None)
     return Access(
         files=found,

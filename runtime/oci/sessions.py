@@ -14,7 +14,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 _OLDEST_S = 7 * 24 * 3600.0
-"""Registries forget uploads after about a week; older files are removed."""
+"""Registries forget uploads after about a week; older files are passed over."""
 
 
 class Sessions:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
 Kind = Literal["status", "reset before", "reset after", "reset half", "hang", "cut", "flip", "wrong digest"]
 Answer = tuple[int, dict[str, str], bytes]
@@ -72,6 +73,8 @@ class FaultyRegistry(http.server.ThreadingHTTPServer):
         Debian's registry knows only the newest and answers 404 to the others."""
         self.uploads: dict[str, tuple[str, int]] = {}
         """The newest query and offset of each upload."""
+        self.proxied: list[str] = []
+        """Hosts that clients asked for as if this were a proxy."""
         self.slow_bytes_s: float | None = None
         """Take uploads no faster than this."""
         self.routes: dict[str, Callable[[str, str, dict[str, str], bytes], Answer]] = {}
@@ -105,6 +108,9 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         server = self.server
         method, path = self.command, self.path
+        if path.startswith("http://"):  # asked as a proxy
+            server.proxied.append(urlsplit(path).netloc)
+            path = path.removeprefix(f"http://{urlsplit(path).netloc}")
         length = int(self.headers.get("Content-Length") or 0)
         with server.lock:
             fault = next((f for f in server.faults if f.applies(method, path)), None)

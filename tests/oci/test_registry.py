@@ -1,16 +1,20 @@
 """Push and pull against real registries: open, htpasswd, TLS, and tokens as Azure does it."""
 
 import json
+import random
+import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from faults.registry import FaultyRegistry
 
 from oci.conftest import AzureLike, Started, TlsRegistry, docker_config, fresh, quick
 from oci.test_layout import files, needs
 from runtime import oci
-from runtime.errors import RegistryError
+from runtime.errors import RegistryError, TransientError
 from runtime.oci import Access
 
 pytestmark = pytest.mark.system
@@ -119,3 +123,76 @@ def test_inspect_tells_digest_kind_and_annotations(open_registry: Started, adapt
     info = oci.inspect(reference, quick())
     assert (info.digest, info.contents.kind) == (digest, "image")
     assert info.contents.annotations == {"sh.kaito.model.name": "phi-3"}
+
+
+@pytest.fixture
+def proxied(faulty: FaultyRegistry, monkeypatch: pytest.MonkeyPatch) -> FaultyRegistry:
+    """The proxy named in the environment, for every host."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, f"http://{faulty.host}")
+    return faulty
+
+
+def test_proxy_of_the_environment_is_used(proxied: FaultyRegistry, adapter: Path) -> None:
+    oci.push(adapter, fresh("registry.internal:5000", "adapter"), access=quick(insecure=True))
+    assert set(proxied.proxied) == {"registry.internal:5000"}
+
+
+def test_plain_http_is_never_tried_for_a_distant_registry(proxied: FaultyRegistry) -> None:
+    with pytest.raises(TransientError):
+        oci.check_push(fresh("registry.internal:5000", "adapter"), access=quick(attempts=2))
+    assert not proxied.proxied
+
+
+def test_cache_keeps_blobs_by_digest(open_registry: Started, adapter: Path, tmp_path: Path) -> None:
+    reference = fresh(open_registry.host, "adapter")
+    oci.push(adapter, reference, access=quick())
+    access = quick(cache=tmp_path / "cache")
+    oci.pull(reference, tmp_path / "one", access=access)
+    repositories = open_registry.folder / "data/docker/registry/v2/repositories"
+    shutil.rmtree(repositories / reference.repository / "_layers")  # it no longer gives out the blobs
+    assert files(oci.pull(reference, tmp_path / "two", access=access)) == files(adapter)
+
+
+def test_pulled_folder_of_the_same_image_is_kept(
+    open_registry: Started, adapter: Path, tmp_path: Path
+) -> None:
+    reference = fresh(open_registry.host, "adapter")
+    oci.push(adapter, reference, access=quick())
+    back = oci.pull(reference, tmp_path / "back", access=quick())
+    before = (back / "adapter_model.safetensors").stat().st_ino
+    oci.pull(reference, back, access=quick())
+    assert (back / "adapter_model.safetensors").stat().st_ino == before
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+from runtime import oci
+import runtime.oci.repository
+
+rest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if sys.argv[1] == "push":
+    oci.push(Path(sys.argv[2]), oci.parse(sys.argv[3]))
+else:
+    oci.pull(oci.parse(sys.argv[3]), Path(sys.argv[2]))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - rest) // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_push_and_pull_take_constant_memory(open_registry: Started, tmp_path: Path) -> None:
+    """300 MB both ways, below 64 MiB over the process at rest."""
+    folder = tmp_path / "big"
+    folder.mkdir()
+    block = random.Random(3).randbytes(1 << 20)
+    with (folder / "adapter_model.safetensors").open("wb") as file:
+        for number in range(300):
+            file.write(number.to_bytes(4, "big") + block[4:])
+    reference = fresh(open_registry.host, "big")
+    for way, place in (("push", folder), ("pull", tmp_path / "back")):
+        command = [sys.executable, "-c", MEASURED, way, str(place), str(reference)]
+        assert int(subprocess.check_output(command)) < 64
+    assert files(tmp_path / "back") == files(folder)
