@@ -227,7 +227,7 @@ def test_occupied_port_is_one_line(capsys: pytest.CaptureFixture[str], away: Pat
 
 
 def _run_ending_with(error: BaseException, monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
-    def fail(job: object, *, processes: int | None = None) -> None:
+    def fail(job: object, *, processes: int | None = None, access: object = None) -> None:
         raise error
 
     launch = types.ModuleType("runtime.tuning.launch")

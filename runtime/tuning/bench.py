@@ -184,6 +184,8 @@ def train_through(bench: Bench, *, folder: Path, mark: str) -> None:
             log.warning("the checkpoints in %s are another job's: starting from the beginning", folder)
             shutil.rmtree(folder)
         places.write_whole(owner, mark)
+        if bench.survival.remote is not None:
+            bench.survival.remote.restore(folder, mark)
     ranks.wait()
     resumed = checkpoints.newest(folder)
     if resumed:

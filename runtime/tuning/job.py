@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from runtime import adapters, hardware, models, oci
 from runtime.oci.access import DEFAULT
-from runtime.tuning import dataset, encode, fetch, places, publish, report, samples
+from runtime.tuning import dataset, encode, fetch, places, publish, remote, report, samples
 from runtime.tuning.bench import Bench, Course, Measured, Setting, evaluate, prepare, train_through
 from runtime.tuning.dataset import Dataset, Example
 from runtime.tuning.encode import Encoded
@@ -57,6 +57,7 @@ def run(
     job, encoded = _encode(job, tokenizer, train, held_out)
     course.enter("model")
     bench = prepare(job, tokenizer, encoded, setting=Setting(machine, device, precision, ranks, stop, course))
+    bench.survival.remote = remote.of(job, access) if ranks.first else None
     course.enter("evaluate")
     questions = samples.questions(held_out or train)
     before = evaluate(bench, questions)
@@ -72,6 +73,8 @@ def run(
         _save(asked, job, bench, report.build(job, data, encoded, outcome))
         course.enter("publish")
         publish.publish(asked, access)
+        if bench.survival.remote is not None:
+            bench.survival.remote.clear()
     ranks.wait()
 
 

@@ -18,7 +18,7 @@ from types import FrameType
 
 from runtime import hardware, oci
 from runtime.errors import CapacityError, ConfigError, Failure
-from runtime.tuning import failure, fetch, places, publish
+from runtime.tuning import failure, fetch, places, publish, remote
 from runtime.tuning.places import Places
 from runtime.tuning.settings import TuningJob
 
@@ -51,6 +51,8 @@ def run(
             log.info("%s holds this job's finished adapter: nothing is trained", job.output.folder)
             phase = "publish"
             publish.publish(job, access)
+            if (kept := remote.of(job, access)) is not None:
+                kept.clear()  # the run that finished may have been ended before it came to that
             return
         phase = "data"
         fetch.fetch(job.data, token=job.hub_token, access=access)
