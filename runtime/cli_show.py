@@ -126,7 +126,7 @@ def _clean(value: Any) -> Any:
 
 
 def _model(model: ModelSource) -> str:
-    where = str(model.path or model.repository)
+    where = str(model.path or model.image or model.repository)
     if model.repository and model.revision:
         where = f"{model.repository} @ {model.revision}"
     preset = presets.matching(model)

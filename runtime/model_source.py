@@ -24,6 +24,8 @@ class ModelSource(Strict):
     """Commit of the repository, 40 hex digits for presets; None means its default branch."""
     path: Path | None = None
     """Local directory with the weights, used instead of the hub when given."""
+    image: str | None = None
+    """Image or artifact with the weights, `registry/repository:tag` or `oci:DIRECTORY[:tag]`."""
     package: str | None = None
     """Python package that ships the weights as GGUF, used when the hub cannot be reached."""
     local_files_only: bool = False

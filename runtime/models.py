@@ -11,10 +11,12 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime import oci
 from runtime.errors import CapacityError, ConfigError, TransientError
 from runtime.hardware import Hardware, compute_dtype
 from runtime.model_source import ModelSource, Quantization
@@ -38,12 +40,14 @@ def cache_folder() -> Path:
 def locate(source: ModelSource) -> Path:
     """Return a local directory with the config, tokenizer and safetensors of `source`.
 
-    In this order: its own `path`, the hub's cache, the hub, the Python package that ships the model.
+    In this order: its own `path` or `image`, the hub's cache, the hub, the package that ships it.
     Raises ConfigError when the model is gated, unknown or incomplete, TransientError when the hub cannot
     be reached and nothing local stands in for it.
     """
     if source.path is not None:
         return _checked(source.path)
+    if source.image is not None:
+        return _checked(_from_image(source.image))
     if source.repository is None:
         return _checked(Path(source.name))
     cached = _from_hub(source, offline=True)
@@ -176,6 +180,15 @@ def _checked(folder: Path) -> Path:
         found = f"only pickled weights ({pickles}), which can run code" if pickles else "no weights"
         raise ConfigError(f"model directory {folder}: {found}; expected *.safetensors")
     return folder
+
+
+def _from_image(name: str) -> Path:
+    """Return the weights of an image or artifact, pulled once by digest into the cache."""
+    access = oci.from_environment(os.environ)
+    reference = oci.parse(name)
+    digest = oci.inspect(reference, access).digest
+    folder = cache_folder() / "images" / digest.removeprefix("sha256:")[:16]
+    return oci.pull(replace(reference, tag=None, digest=digest), folder, access=access)
 
 
 def _from_hub(source: ModelSource, *, offline: bool) -> Path | None:

@@ -5,6 +5,7 @@ KAITO's schema. Start at `find` and `source`; a file is `[family]`, then one `[m
 that holds only what differs.
 """
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,9 +13,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from runtime import oci
 from runtime.config import Strict, nearest, parse, read_text, toml_document
 from runtime.errors import ConfigError
 from runtime.model_source import ModelSource
+
+_IMAGE = re.compile(r"oci:|docker://|(?:localhost|[^/]*[.:][^/]*)/[^@]*(?::[\w.-]+$|@sha256:)")
+"""An image rather than a repository id: a scheme, or a registry's host with a tag or digest at the end."""
 
 FOLDER = Path(__file__).resolve().parents[1] / "presets"
 """Where the files lie, in a checkout and in an installed wheel alike."""
@@ -149,7 +154,7 @@ def find(name: str) -> Preset:
 
 
 def source(name: str) -> ModelSource:
-    """Return how to load `name`: a preset, else a directory that exists, else a repository id."""
+    """Return how to load `name`: a preset, a directory that exists, an image, else a repository id."""
     preset = _index().by_name.get(name.lower())
     if preset is not None:
         return preset.source()
@@ -158,6 +163,9 @@ def source(name: str) -> ModelSource:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{name}: no config.json in this directory, expected a Hugging Face model")
         return ModelSource(name=name, path=folder.resolve())
+    if _IMAGE.match(name):
+        oci.parse(name.removeprefix("docker://"))
+        return ModelSource(name=name, image=name.removeprefix("docker://"))
     owner, slash, repository = name.partition("/")
     if slash and owner and repository and "/" not in repository and owner not in (".", "..", "~"):
         return ModelSource(name=name, repository=name)

@@ -87,3 +87,36 @@ def test_the_packaged_demo_model_knows_the_capital_of_france(demo_model_dir: Pat
     )
     output = model.generate(**prompt, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(output[0][prompt["input_ids"].shape[1] :])
+
+
+def test_weights_come_from_an_image_once(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runtime import oci, presets
+
+    monkeypatch.setenv("RUNTIME_CACHE", str(tmp_path / "cache"))
+    image = f"oci:{tmp_path}/layout:v1"
+    oci.push(tiny_llama_dir, oci.parse(image))
+    source = presets.source(image)
+    folder = models.locate(source)
+    assert (folder / "model.safetensors").read_bytes() == (tiny_llama_dir / "model.safetensors").read_bytes()
+    before = (folder / "model.safetensors").stat().st_ino
+    assert models.locate(source) == folder
+    assert (folder / "model.safetensors").stat().st_ino == before
+
+
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("oci:./weights", "oci:./weights"),
+        ("docker://my.azurecr.io/kaito/phi-3:1", "my.azurecr.io/kaito/phi-3:1"),
+        ("my.azurecr.io/kaito/phi-3:1", "my.azurecr.io/kaito/phi-3:1"),
+        ("localhost:5000/phi-3:1", "localhost:5000/phi-3:1"),
+        ("HuggingFaceTB/SmolLM2-1.7B", None),
+        ("some.org/model-1.5", None),
+    ],
+)
+def test_image_and_repository_id_are_told_apart(name: str, image: str | None) -> None:
+    from runtime import presets
+
+    assert presets.source(name).image == image

@@ -6,6 +6,7 @@ Knows manifests as JSON, not where they come from. Start at `read`.
 """
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -81,12 +82,13 @@ def is_index(manifest: Manifest) -> bool:
     return manifest.media_type in {INDEX, DOCKER_LIST}
 
 
-def diff_ids(config: bytes, where: str) -> list[str]:
+def diff_ids(config: Path, where: str) -> list[str]:
     """Return the digests that an image's layers must have when unpacked ([] when it names none)."""
-    if len(config) > _MAX_CONFIG_BYTES:
-        raise RegistryError(f"{where}: image configuration of {len(config)} bytes; expected at most 4 MiB")
+    size = config.stat().st_size
+    if size > _MAX_CONFIG_BYTES:
+        raise RegistryError(f"{where}: image configuration of {size} bytes; expected at most 4 MiB")
     try:
-        return [str(entry) for entry in json.loads(config)["rootfs"]["diff_ids"]]
+        return [str(entry) for entry in json.loads(config.read_bytes())["rootfs"]["diff_ids"]]
     except (ValueError, KeyError, TypeError):
         return []
 
@@ -138,7 +140,10 @@ def _place(blob: Path, target: Path, name: str, where: str) -> None:
     path = target / relative
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    path.hardlink_to(blob)
+    try:
+        path.hardlink_to(blob)
+    except OSError:  # the cache may be another file system
+        shutil.copyfile(blob, path)
 
 
 def _lift(target: Path) -> None:

@@ -5,7 +5,9 @@ there; a folder appears whole or not at all. Does not know HTTP. Start at `push`
 """
 
 import contextlib
+import fcntl
 import json
+import os
 import platform
 import shutil
 import tempfile
@@ -92,24 +94,44 @@ def pull(reference: Reference, folder: Path, *, access: Access = DEFAULT) -> Pat
     if _pulled_digest(folder) == info.digest:
         return folder
     folder = folder.absolute()
-    parts = folder.parent / f".{folder.name}.blobs"
     with disk_errors(folder.parent):
-        blobs_dir = access.cache or parts
-        blobs_dir.mkdir(parents=True, exist_ok=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(info.contents, blobs_dir, folder.parent)
-        blobs = _download(store, info, blobs_dir)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.new-") as new:
-            inside = Path(new, "content")
-            inside.mkdir()
-            layers, config = blobs[:-1], blobs[-1].read_bytes()
-            ids = contents.diff_ids(config, str(reference)) if info.contents.kind == "image" else []
-            contents.lay_out(info.contents, layers, inside, diff_ids=ids, where=str(reference))
-            marker = {"reference": str(reference), "digest": info.digest}
-            (inside / MARKER).write_text(json.dumps(marker), encoding="utf-8")
-            _swap(inside, folder, Path(new, "old"))
-        shutil.rmtree(parts, ignore_errors=True)
+        with _turns(folder.parent, access.cache):
+            if _pulled_digest(folder) != info.digest:  # else another process was quicker
+                _pull(store, info, folder, access.cache)
     return folder
+
+
+def _pull(store: Store, info: ImageInfo, folder: Path, cache: Path | None) -> None:
+    parts = folder.parent / f".{folder.name}.blobs"
+    blobs_dir = cache or parts
+    blobs_dir.mkdir(parents=True, exist_ok=True)
+    _check_space(info.contents, blobs_dir, folder.parent)
+    *layers, config = _download(store, info, blobs_dir)
+    where = str(info.reference)
+    ids = contents.diff_ids(config, where) if info.contents.kind == "image" else []
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.new-") as new:
+        inside = Path(new, "content")
+        inside.mkdir()
+        contents.lay_out(info.contents, layers, inside, diff_ids=ids, where=where)
+        marker = {"reference": where, "digest": info.digest}
+        (inside / MARKER).write_text(json.dumps(marker), encoding="utf-8")
+        _swap(inside, folder, Path(new, "old"))
+    shutil.rmtree(parts, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _turns(parent: Path, cache: Path | None) -> Iterator[None]:
+    """Let processes that pull into one place, or through one cache, take turns (ranks do)."""
+    if cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+    places = {path.resolve() for path in (parent, cache) if path is not None}
+    with contextlib.ExitStack() as held:
+        for place in sorted(places):  # one order for all, so nobody waits for a waiter
+            descriptor = os.open(place, os.O_RDONLY)
+            held.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 def download(reference: Reference, folder: Path, access: Access = DEFAULT) -> tuple[ImageInfo, list[Path]]:

@@ -196,3 +196,17 @@ def test_push_and_pull_take_constant_memory(open_registry: Started, tmp_path: Pa
         command = [sys.executable, "-c", MEASURED, way, str(place), str(reference)]
         assert int(subprocess.check_output(command)) < 64
     assert files(tmp_path / "back") == files(folder)
+
+
+def test_processes_that_pull_into_one_folder_take_turns(
+    faulty: FaultyRegistry, adapter: Path, tmp_path: Path
+) -> None:
+    """As the ranks of a job do: one downloads, the others find it done."""
+    reference = fresh(faulty.host, "adapter")
+    oci.push(adapter, reference, access=quick())
+    faulty.seen.clear()
+    command = [sys.executable, "-m", "runtime.cli", "pull", str(reference), str(tmp_path / "back")]
+    jobs = [subprocess.Popen(command) for _ in range(3)]
+    assert [job.wait(60) for job in jobs] == [0, 0, 0]
+    assert files(tmp_path / "back") == files(adapter)
+    assert faulty.count("GET", "/blobs/") == 3  # two layers and the configuration, once
