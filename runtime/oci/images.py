@@ -76,7 +76,7 @@ def push_image(
             return image.digest
         with progress, ThreadPoolExecutor(_PARALLEL, thread_name_prefix="push") as pool:
             jobs = [pool.submit(store.put_blob, blob, progress.add, mount_from) for blob in image.blobs]
-            _wait(jobs, pool)
+            _wait(jobs, pool, progress)
         store.put_manifest(Manifest(image.manifest, image.media_type), reference.selector)
         progress.done(image.digest)
     return image.digest
@@ -194,7 +194,8 @@ def _download(store: Store, info: ImageInfo, folder: Path) -> list[Path]:
     progress = Progress(f"pull {info.reference}", sum(each.size for each in wanted))
     distinct = {each.digest: each for each in wanted}
     with progress, ThreadPoolExecutor(_PARALLEL, thread_name_prefix="pull") as pool:
-        _wait([pool.submit(_fetch, store, each, folder, progress.add) for each in distinct.values()], pool)
+        jobs = [pool.submit(_fetch, store, each, folder, progress.add) for each in distinct.values()]
+        _wait(jobs, pool, progress)
     progress.done(info.digest)
     return [folder / each.digest.removeprefix("sha256:") for each in wanted]
 
@@ -207,13 +208,16 @@ def _fetch(store: Store, descriptor: Descriptor, folder: Path, report: Report) -
     store.fetch(descriptor, path, report)
 
 
-def _wait(jobs: Sequence[Future[None]], pool: ThreadPoolExecutor) -> None:
-    """Wait for all jobs; at the first failure start no more, and raise it when the running ones ended."""
-    finished, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-    failed = next((error for job in finished if (error := job.exception())), None)
-    if failed is not None:
+def _wait(jobs: Sequence[Future[None]], pool: ThreadPoolExecutor, progress: Progress) -> None:
+    """Wait for all jobs; a failure of one, or SIGTERM meanwhile, calls the others off."""
+    try:
+        finished, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+        for job in finished:
+            job.result()
+    except BaseException:
+        progress.call_off()
         pool.shutdown(cancel_futures=True)
-        raise failed
+        raise
 
 
 def _check_target(folder: Path) -> None:

@@ -34,6 +34,7 @@ class Layout:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Create the layout when missing and hold its lock while the block runs."""
+        self.check_writable()
         with disk_errors(self._root):
             self._blobs.mkdir(parents=True, exist_ok=True)
             with (self._root / "oci-layout").open("a+b") as lock:
@@ -66,7 +67,7 @@ class Layout:
             raise RegistryError(
                 f"{self}: blob {entry['digest']} of {selector!r} is missing; push the image again"
             )
-        manifest = Manifest(path.read_bytes(), entry["mediaType"])
+        manifest = Manifest(path.read_bytes(), entry.get("mediaType", MANIFEST))
         return check_manifest(manifest, entry["digest"], str(self))
 
     def tags(self) -> list[str]:

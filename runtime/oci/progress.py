@@ -9,6 +9,8 @@ import threading
 import time
 from typing import Any, Self
 
+from runtime.oci.store import CalledOffError
+
 log = logging.getLogger(__name__)
 _EVERY_S = 5.0
 
@@ -19,6 +21,7 @@ class Progress:
     def __init__(self, label: str, total: int):
         self._label, self._total = label, total
         self._bytes = 0
+        self._called_off = False
         self._started = self._spoke = time.monotonic()
         self._lock = threading.Lock()
         self._bar: Any = None
@@ -39,7 +42,9 @@ class Progress:
             self._bar.stop()
 
     def add(self, count: int) -> None:
-        """Count bytes just moved; negative when some must be moved again."""
+        """Count bytes just moved; negative when some must be moved again. Raises after `call_off`."""
+        if self._called_off:
+            raise CalledOffError(self._label)
         with self._lock:
             self._bytes += count
             if self._bar is not None:
@@ -53,6 +58,10 @@ class Progress:
         log.info(
             "%s: %s of %s, %s/s", self._label, size(moved), size(self._total), size(int(moved / seconds))
         )
+
+    def call_off(self) -> None:
+        """Make the threads of this transfer end at their next piece."""
+        self._called_off = True
 
     def done(self, result: str) -> None:
         """Log the end of the transfer."""

@@ -91,7 +91,14 @@ class Repository:
         address = f"{self._transport.prefix}://{self._container.get_blob_url(blob.descriptor.digest)}"
         if mount_from:
             self._login.add_source(mount_from)
-        upload(self._transport, (uploads, address), blob, report, mount_from)
+        try:
+            upload(self._transport, (uploads, address), blob, report, mount_from)
+        except RegistryError:
+            if not mount_from:
+                raise
+            # We may not read the other repository, or not both at once: push as if it were not there.
+            self._login = Login(self._transport, self._reference, "pull,push")
+            upload(self._transport, (uploads, address), blob, report, None)
 
     def put_manifest(self, manifest: Manifest, selector: str) -> None:
         """Upload a manifest; RegistryError when the registry stored another one."""

@@ -14,7 +14,14 @@ from runtime.errors import RegistryError
 from runtime.oci.blobs import Blob, Descriptor
 
 Report = Callable[[int], None]
-"""Called with the number of bytes just moved (negative when some must be moved again)."""
+"""Called with the number of bytes just moved (negative when some must be moved again).
+
+Raises CalledOffError when the transfer is to end at once.
+"""
+
+
+class CalledOffError(Exception):
+    """Another part of the same transfer failed, or the process was asked to stop."""
 
 
 @dataclass(frozen=True, slots=True)

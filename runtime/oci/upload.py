@@ -83,8 +83,11 @@ def upload(
                 return
         except LostError as error:
             state.tries.failed(error)
+            before = state.offset
             if _resynchronise(state):
                 return
+            if state.offset > before:
+                state.tries.progressed()
 
 
 def _continue(state: _Upload) -> bool:
@@ -231,19 +234,20 @@ def _received(response: requests.Response, expected: int) -> int:
 
 
 def _body(state: _Upload, start: int, end: int) -> Any:
-    return lambda: _Window(state.blob.open(start), end - start)
+    return lambda: _Window(state.blob.open(start), end - start, state.report)
 
 
 class _Window:
     """The next `length` bytes of a reader, as a body with a known length."""
 
-    def __init__(self, reader: Reader, length: int):
-        self._reader, self._left, self._length = reader, length, length
+    def __init__(self, reader: Reader, length: int, report: Report):
+        self._reader, self._left, self._length, self._report = reader, length, length, report
 
     def __len__(self) -> int:
         return self._length
 
     def read(self, size: int = -1) -> bytes:
+        self._report(0)  # nothing is stored before the registry says so, but the push may be called off
         data = self._reader.read(self._left if size < 0 else min(size, self._left))
         self._left -= len(data)
         return data

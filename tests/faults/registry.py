@@ -73,6 +73,8 @@ class FaultyRegistry(http.server.ThreadingHTTPServer):
         Debian's registry knows only the newest and answers 404 to the others."""
         self.uploads: dict[str, tuple[str, int]] = {}
         """The newest query and offset of each upload."""
+        self.begun: list[tuple[str, str]] = []
+        """Method and path of each request as soon as its headers are there."""
         self.proxied: list[str] = []
         """Hosts that clients asked for as if this were a proxy."""
         self.slow_bytes_s: float | None = None
@@ -112,6 +114,7 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
             server.proxied.append(urlsplit(path).netloc)
             path = path.removeprefix(f"http://{urlsplit(path).netloc}")
         length = int(self.headers.get("Content-Length") or 0)
+        server.begun.append((method, path))
         with server.lock:
             fault = next((f for f in server.faults if f.applies(method, path)), None)
         if fault and fault.kind == "reset before":
@@ -232,10 +235,18 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data if cut is None else data[:cut])
+            self.send_body(data if cut is None else data[:cut])
         if cut is not None:
             self.wfile.flush()
             self.reset(0, noted=True)
+
+    def send_body(self, data: bytes) -> None:
+        if self.server.slow_bytes_s is None:
+            self.wfile.write(data)
+            return
+        for start in range(0, len(data), 1 << 18):
+            self.wfile.write(data[start : start + (1 << 18)])
+            time.sleep((1 << 18) / self.server.slow_bytes_s)
 
     def reset(self, length: int, *, noted: bool = False) -> None:
         """Close with RST, so that the client sees a reset and not an end."""

@@ -143,6 +143,14 @@ def test_31_lost_reply_continues_after_what_the_registry_has(
     check(reference, adapter, tmp_path, quick())
 
 
+def test_31_progress_is_not_counted_as_failure(faulty: FaultyRegistry, adapter: Path, tmp_path: Path) -> None:
+    """Every reply is lost, yet every chunk arrives: five losses are no reason to give up after three."""
+    faulty.fault("PATCH", "/blobs/", "reset after", times=99)
+    reference = fresh(faulty.host, "a")
+    oci.push(adapter, reference, access=Access((), attempts=3, backoff_s=0.01))
+    check(reference, adapter, tmp_path, quick())
+
+
 def test_31_half_a_chunk_continues_in_the_middle_of_it(
     faulty: FaultyRegistry, adapter: Path, tmp_path: Path
 ) -> None:
@@ -353,7 +361,8 @@ def test_killed_pull_leaves_no_folder_and_keeps_what_it_has(
 ) -> None:
     reference = fresh(faulty.host, "a")
     oci.push(adapter, reference, access=quick())
-    faulty.fault("GET", "/blobs/", "cut", times=99)
+    weights = max(oci.inspect(reference, quick()).contents.layers, key=lambda layer: layer.size)
+    faulty.fault("GET", weights.digest, "cut", times=99)
     with pytest.raises(TransientError):
         oci.pull(reference, tmp_path / "x/back", access=Access((), attempts=1))
     assert not (tmp_path / "x/back").exists()
@@ -378,3 +387,55 @@ def test_blob_is_mounted_from_another_repository(
     oci.push_image(image, second, access=quick(), mount_from=first.repository)
     assert faulty.sent() == 0
     check(second, adapter, tmp_path, quick())
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405])
+def test_refused_mount_becomes_an_upload(
+    faulty: FaultyRegistry, adapter: Path, tmp_path: Path, status: int
+) -> None:
+    from runtime.oci.image import build
+
+    first, second = fresh(faulty.host, "from"), fresh(faulty.host, "to")
+    oci.push(adapter, first, access=quick())
+    headers = {"WWW-Authenticate": 'Basic realm="x"'} if status == 401 else {}
+    faulty.fault("POST", "mount=", "status", status=status, headers=headers, times=9)
+    oci.push_image(build(adapter, tmp_path), second, access=quick(), mount_from=first.repository)
+    check(second, adapter, tmp_path, quick())
+
+
+@pytest.mark.parametrize("way", ["push", "pull"])
+def test_05_interrupt_ends_a_transfer_at_once(faulty: FaultyRegistry, tmp_path: Path, way: str) -> None:
+    folder = tmp_path / "big"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(random.Random(2).randbytes(60_000_000))
+    reference = fresh(faulty.host, "big")
+    if way == "pull":
+        oci.push(folder, reference, access=quick())
+        folder = tmp_path / "back"
+    faulty.slow_bytes_s = 4e6
+    program = "import sys; from runtime.cli import run; sys.exit(run(sys.argv[1:], {}))"
+    places = [str(folder), str(reference)] if way == "push" else [str(reference), str(folder)]
+    process = subprocess.Popen([sys.executable, "-c", program, way, *places])
+    wanted = "PATCH" if way == "push" else "GET"
+    while not any(method == wanted and "/blobs/" in path for method, path in faulty.begun):
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.5)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert time.monotonic() - asked < 3
+    assert way == "push" or not folder.exists()
+
+
+def test_failure_of_one_blob_calls_the_others_off(faulty: FaultyRegistry, tmp_path: Path) -> None:
+    folder = tmp_path / "big"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(random.Random(2).randbytes(60_000_000))
+    (folder / "adapter_config.json").write_text("{}")
+    faulty.slow_bytes_s = 4e6
+    faulty.fault("PUT", "/blobs/uploads/", "status", status=418)
+    started = time.monotonic()
+    with pytest.raises(RegistryError, match="418"):
+        oci.push(folder, fresh(faulty.host, "a"), access=quick())
+    assert time.monotonic() - started < 6
