@@ -7,6 +7,7 @@ know what is in a checkpoint. Start at `push` and `find`.
 
 import json
 import logging
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,38 +44,38 @@ def push(folder: Path, reference: Reference, *, step: int, job: str, access: Acc
     job: fingerprint of the run; checkpoints of another run under the same name are replaced, later ones
     of this run are not (a pod that was cut off must not undo the work of its successor).
     """
-    store = images.open_store(reference, access)
-    there = store.find(reference.selector)
-    if there is not None and (held := _step(there, job)) is not None and held > step:
-        log.warning("%s holds step %s of this job, later than %s: kept", reference, held, step)
-        return None
-    if there is not None and _step(there, job) != step:
-        _keep_previous(store, there, reference)
+    with closing(images.open_store(reference, access)) as store:
+        there = store.find(reference.selector)
+        if there is not None and (held := _step(there, job)) is not None and held > step:
+            log.warning("%s holds step %s of this job, later than %s: kept", reference, held, step)
+            return None
+        if there is not None and _step(there, job) != step:
+            _keep_previous(store, there, reference)
     notes = {_STEP: str(step), _JOB: job}
     return images.push(folder, reference, annotations=notes, access=access)
 
 
 def find(reference: Reference, *, job: str, access: Access = DEFAULT) -> list[Checkpoint]:
     """Return the checkpoints of this run that a registry holds, the newest first."""
-    store = images.open_store(reference, access)
     found: dict[int, Checkpoint] = {}
-    for name in (reference, _previous(reference)):
-        try:
-            manifest = store.find(name.selector)
-        except RegistryError as error:
-            log.warning("checkpoint %s cannot be read and is passed over: %s", name, error)
-            continue
-        step = _step(manifest, job) if manifest is not None else None
-        if manifest is not None and step is not None:
-            found.setdefault(step, Checkpoint(step, replace(name, tag=None, digest=manifest.digest)))
+    with closing(images.open_store(reference, access)) as store:
+        for name in (reference, _previous(reference)):
+            try:
+                manifest = store.find(name.selector)
+            except RegistryError as error:
+                log.warning("checkpoint %s cannot be read and is passed over: %s", name, error)
+                continue
+            step = _step(manifest, job) if manifest is not None else None
+            if manifest is not None and step is not None:
+                found.setdefault(step, Checkpoint(step, replace(name, tag=None, digest=manifest.digest)))
     return sorted(found.values(), key=lambda each: each.step, reverse=True)
 
 
 def delete(reference: Reference, *, access: Access = DEFAULT) -> None:
     """Remove the checkpoints under this name; what the registry does not let go of is logged, not raised."""
-    store = images.open_store(reference, access)
-    for name in (reference, _previous(reference)):
-        store.delete(name.selector)
+    with closing(images.open_store(reference, access)) as store:
+        for name in (reference, _previous(reference)):
+            store.delete(name.selector)
 
 
 def _keep_previous(store: Store, there: Manifest, reference: Reference) -> None:

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,8 +68,7 @@ def push_image(
     """
     if reference.digest and reference.digest != image.digest:
         raise ConfigError(f"{reference}: the image to push has digest {image.digest}; name it by a tag")
-    store = open_store(reference, access)
-    with store.writing():
+    with closing(open_store(reference, access)) as store, store.writing():
         found = store.find(reference.selector)
         progress = Progress(f"push {reference}", image.size)
         if found is not None and found.digest == image.digest:
@@ -89,17 +89,17 @@ def pull(reference: Reference, folder: Path, *, access: Access = DEFAULT) -> Pat
     Interrupted downloads go on where they stopped.
     """
     _check_target(folder)
-    store = open_store(reference, access)
-    info = _inspect(store, reference)
-    if _pulled_digest(folder) == info.digest:
+    with closing(open_store(reference, access)) as store:
+        info = _inspect(store, reference)
+        if _pulled_digest(folder) == info.digest:
+            return folder
+        folder = folder.absolute()
+        with disk_errors(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _turns(folder.parent, access.cache):
+                if _pulled_digest(folder) != info.digest:  # else another process was quicker
+                    _pull(store, info, folder, access.cache)
         return folder
-    folder = folder.absolute()
-    with disk_errors(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _turns(folder.parent, access.cache):
-            if _pulled_digest(folder) != info.digest:  # else another process was quicker
-                _pull(store, info, folder, access.cache)
-    return folder
 
 
 def _pull(store: Store, info: ImageInfo, folder: Path, cache: Path | None) -> None:
@@ -136,19 +136,21 @@ def _turns(parent: Path, cache: Path | None) -> Iterator[None]:
 
 def download(reference: Reference, folder: Path, access: Access = DEFAULT) -> tuple[ImageInfo, list[Path]]:
     """Download an image's blobs as they are stored; return the files of the layers and, last, the config."""
-    store = open_store(reference, access)
-    info = _inspect(store, reference)
-    return info, _download(store, info, folder)
+    with closing(open_store(reference, access)) as store:
+        info = _inspect(store, reference)
+        return info, _download(store, info, folder)
 
 
 def check_push(reference: Reference, *, access: Access = DEFAULT) -> None:
     """Prove that a push to `reference` would be allowed, leaving nothing behind."""
-    open_store(reference, access).check_writable()
+    with closing(open_store(reference, access)) as store:
+        store.check_writable()
 
 
 def inspect(reference: Reference, access: Access = DEFAULT) -> ImageInfo:
     """Return what `reference` names; RegistryError when there is no such image."""
-    return _inspect(open_store(reference, access), reference)
+    with closing(open_store(reference, access)) as store:
+        return _inspect(store, reference)
 
 
 @contextlib.contextmanager

@@ -44,6 +44,9 @@ class Layout:
                     lock.flush()
                 yield
 
+    def close(self) -> None:
+        """Nothing is held open."""
+
     def check_writable(self) -> None:
         """Raise ConfigError unless files can be made in the directory (or in the nearest one that exists)."""
         if self._root.exists() and not self._root.is_dir():

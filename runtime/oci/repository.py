@@ -53,6 +53,10 @@ class Repository:
         self._login = Login(self._transport, self._reference, "pull,push")
         yield
 
+    def close(self) -> None:
+        """Close the connections."""
+        self._transport.session.close()
+
     def check_writable(self) -> None:
         """Start an upload and cancel it."""
         with self.writing():

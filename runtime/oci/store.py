@@ -44,6 +44,10 @@ class Store(Protocol):
         """Keep other writers out while the block runs, where the place can."""
         ...
 
+    def close(self) -> None:
+        """Let go of connections."""
+        ...
+
     def check_writable(self) -> None:
         """Prove that a push would be allowed, leaving nothing behind."""
         ...

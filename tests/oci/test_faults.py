@@ -1,5 +1,6 @@
 """Registries that break (fault tests 29 to 37): what is sent again, what is not, and what is said."""
 
+import contextlib
 import os
 import random
 import signal
@@ -58,7 +59,7 @@ def test_29_token_expired_from_the_registrys_view_is_replaced(
     store = oci.images.open_store(reference, access)
     from runtime.oci.blobs import from_bytes
 
-    with store.writing():
+    with contextlib.closing(store), store.writing():
         store.put_blob(from_bytes(b"one", "text/plain"), lambda count: None)
         store._login._token.header = f"Bearer {expired(azure)}"
         store.put_blob(from_bytes(b"two", "text/plain"), lambda count: None)
