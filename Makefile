@@ -7,7 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 TORCH_INDEX ?=
-SYSTEM_PACKAGES := curl docker-registry skopeo umoci apache2-utils openssl chromium chromium-driver
+SYSTEM_PACKAGES := curl docker-registry skopeo umoci apache2-utils openssl chromium chromium-driver \
+  podman runc catatonit containerd
 
 .PHONY: demo test check format bench system clean
 
