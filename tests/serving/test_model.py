@@ -85,7 +85,8 @@ def served(config: dict[str, Any]) -> Iterator[Process]:
                 site.url = f"http://127.0.0.1:{line.split('port ')[1].split(chr(34))[0]}"
                 break
         threading.Thread(target=lambda: site.log.extend(process.stderr or ()), daemon=True).start()
-        site.wait_ready(120)
+        until(lambda: process.poll() is not None or any("Serving " in line for line in site.log), 120)
+        assert process.poll() is None, site.log
         yield site
         assert site.stop() == 0
     finally:
