@@ -74,9 +74,8 @@ def test_fault_56_records_hold_no_secrets(tmp_path: Path) -> None:
     entries = recorded(tmp_path, (0, error))
     failure.tell(entries[0], told)
     for path in tmp_path.iterdir():
-        assert not {"passw0rd", "topsecret", "hf_abcdefghijkl"} & set(
-            path.read_text().replace("?", " ").split()
-        )
+        for secret in ("passw0rd", "hf_abcdefghijkl"):
+            assert secret not in path.read_text()
         assert "topsecret" not in path.read_text()
     line = json.loads(told.read_text())
     assert line.keys() == {"phase", "code", "message", "step", "retriable"}
