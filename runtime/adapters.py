@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from runtime.errors import ConfigError
+from runtime.files import sync_directory
 from runtime.model_source import ModelSource
 
 if TYPE_CHECKING:
@@ -119,11 +120,7 @@ def _move_all(scratch: Path, folder: Path) -> None:
         target = folder / path.relative_to(scratch)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_directory(folder)
 
 
 def _rewrite_config(path: Path, source: ModelSource) -> None:

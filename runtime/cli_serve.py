@@ -3,8 +3,6 @@
 Knows flags. What they mean lies in runtime/workspace. Start at `serve`.
 """
 
-import json
-import logging
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -12,10 +10,8 @@ import typer
 from pydantic import SecretStr
 
 from runtime import cli_show
-from runtime.cli_tune import AsJson, Debug, DryRun, Set, set_flags
+from runtime.cli_tune import AsJson, Debug, DryRun, Set, ready, set_flags
 from runtime.errors import ConfigError
-
-log = logging.getLogger(__name__)
 
 KEY_VARIABLE = "RUNTIME_API_KEY"
 
@@ -84,14 +80,9 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     overrides = {name: value for name, value in named.items() if value is not None}
     resolved = load_serve(target, environ=context.obj, overrides=overrides | set_flags(settings or []))
     if dry_run:
-        if as_json:
-            typer.echo(json.dumps(cli_show.as_json(resolved), indent=2))
-        else:
-            cli_show.server(resolved)
+        cli_show.dry_run(resolved, cli_show.server, as_json=as_json)
         return
-    config = resolved.ready()
-    for warning in resolved.warnings:
-        log.warning("%s", warning)
+    config = ready(resolved)
     from runtime.serving import server
 
     server.run(config)

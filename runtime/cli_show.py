@@ -4,9 +4,10 @@ rich on a terminal, aligned plain text elsewhere, JSON for machines; never a sec
 Start at `job`.
 """
 
+import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import typer
 from pydantic import BaseModel
@@ -18,10 +19,20 @@ from runtime.serving.settings import ServeConfig
 from runtime.tuning.settings import DataSource, Output, TuningJob
 from runtime.workspace.settings import Resolved, flatten
 
-__all__ = ["as_json", "count", "flatten", "job", "server", "table", "text"]
+__all__ = ["count", "dry_run", "flatten", "job", "server", "table", "text", "values"]
+
+Shown = TypeVar("Shown", bound=BaseModel)
 
 LONGEST = 72
 """Characters of a value in a table; a chat template is far longer."""
+
+
+def dry_run(resolved: Resolved[Shown], draw: Callable[[Resolved[Shown]], None], *, as_json: bool) -> None:
+    """Write what would run to standard output: as `draw` does, or as JSON."""
+    if as_json:
+        typer.echo(json.dumps(values(resolved), indent=2))
+    else:
+        draw(resolved)
 
 
 def job(resolved: Resolved[TuningJob]) -> None:
@@ -45,7 +56,7 @@ def server(resolved: Resolved[ServeConfig]) -> None:
     _settings(resolved)
 
 
-def as_json(resolved: Resolved[Any]) -> dict[str, Any]:
+def values(resolved: Resolved[Any]) -> dict[str, Any]:
     """Return the job, the sources and the warnings as JSON values."""
     values = {name: _clean(value) for name, value in _values(resolved.job).items()}
     return {

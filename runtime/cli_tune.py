@@ -3,18 +3,21 @@
 Knows flags. What they mean lies in runtime/workspace. Start at `tune`.
 """
 
-import json
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
+from pydantic import BaseModel
 
 from runtime import cli_show
 from runtime.config import yaml_documents
 from runtime.errors import ConfigError
+from runtime.workspace.settings import Resolved
 
 log = logging.getLogger(__name__)
+
+Ready = TypeVar("Ready", bound=BaseModel)
 
 Target = Annotated[
     str | None,
@@ -92,20 +95,20 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
         overrides["output.keep_checkpoint_image"] = True
     resolved = load_job(target, environ=context.obj, config=config, overrides=overrides)
     if dry_run:
-        if as_json:
-            typer.echo(json.dumps(cli_show.as_json(resolved), indent=2))
-        else:
-            cli_show.job(resolved)
+        cli_show.dry_run(resolved, cli_show.job, as_json=as_json)
         return
-    job = resolved.ready()
+    job = ready(resolved)
+    from runtime.tuning import launch, publish
+
+    launch.run(job, processes=processes, access=publish.access_of(job, context.obj or {}))
+
+
+def ready(resolved: Resolved[Ready]) -> Ready:
+    """Return what is to run, with its warnings in the log; ConfigError while a placeholder is left."""
+    settled = resolved.ready()
     for warning in resolved.warnings:
         log.warning("%s", warning)
-    from runtime import oci
-    from runtime.tuning import launch
-
-    named = [job.output.credentials] if job.output.credentials else []
-    access = oci.from_environment(context.obj or {}, files=named, insecure=job.output.insecure)
-    launch.run(job, processes=processes, access=access)
+    return settled
 
 
 def set_flags(words: list[str]) -> dict[str, Any]:

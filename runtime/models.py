@@ -22,12 +22,15 @@ from runtime.hardware import Hardware, compute_dtype
 from runtime.model_source import ModelSource, Quantization
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
 NEEDED_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py")
 """What is fetched of a repository. Pickled weights (.bin, .pt) are left out: loading them runs code."""
+
+FALLBACK_CONTEXT_TOKENS = 2048
+"""Context of a model whose configuration does not state one."""
 
 
 def cache_folder() -> Path:
@@ -113,6 +116,21 @@ def load(
     if not training:
         model.requires_grad_(False)
     return model
+
+
+def load_config(source: ModelSource) -> "PreTrainedConfig":
+    """Return the configuration of `source`, without its weights."""
+    from transformers import AutoConfig
+
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        str(locate(source)), local_files_only=True, trust_remote_code=source.trust_remote_code
+    )
+    return config
+
+
+def context_tokens(config: "PreTrainedConfig") -> int:
+    """Return the longest sequence that a model states; FALLBACK_CONTEXT_TOKENS where it states none."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or FALLBACK_CONTEXT_TOKENS)
 
 
 def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":

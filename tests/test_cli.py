@@ -1,7 +1,6 @@
 """The command line: quick without torch, readable dry runs, one line and the right status per failure."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -20,13 +19,7 @@ QLORA = str(ROOT / "examples/fine-tuning/qlora-params-template.yaml")
 SERVE = str(ROOT / "examples/inference/kaito_workspace_phi_3_with_adapter.yaml")
 
 
-@pytest.fixture(autouse=True)
-def _restore_logging() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
-    logging.captureWarnings(False)
+pytestmark = pytest.mark.usefixtures("restored_logging")
 
 
 @pytest.fixture

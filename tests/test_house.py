@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "runtime").rglob("*.py"))
 
 LAYERS = [
-    {"errors", "logs"},
+    {"errors", "logs", "files"},
     {"config"},
     {"model_source", "presets", "hardware", "oci"},
     {"models", "adapters", "memory", "metrics"},

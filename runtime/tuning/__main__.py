@@ -13,10 +13,10 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from runtime import logs, oci
+from runtime import logs
 from runtime.config import parse, read_text
 from runtime.errors import ConfigError, Failure, exit_code
-from runtime.tuning import failure, job
+from runtime.tuning import failure, job, publish
 from runtime.tuning.bench import Course
 from runtime.tuning.places import Places
 from runtime.tuning.ranks import Ranks
@@ -37,8 +37,7 @@ def main(arguments: list[str]) -> int:
     work: TuningJob | None = None
     try:
         work = _read(arguments)
-        named = (work.output.credentials,) if work.output.credentials else ()
-        access = oci.from_environment(os.environ, files=named, insecure=work.output.insecure)
+        access = publish.access_of(work, os.environ)
         job.run(work, ranks=ranks, stop=stop, course=course, access=access)
     except Exception as error:  # the process's edge: whatever ended the rank is recorded
         reason = failure.as_failure(error)
@@ -70,7 +69,7 @@ def _read(arguments: list[str]) -> TuningJob:
         return work.model_copy(update={"hub_token": SecretStr(token) if token else None})
     from runtime.workspace import load_job
 
-    return load_job(path, environ=os.environ).job
+    return load_job(path, environ=os.environ).ready()
 
 
 def parse_job(path: Path) -> TuningJob:

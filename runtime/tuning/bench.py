@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, cast
 
 from runtime import models
 from runtime.errors import StoppedError
+from runtime.files import write_whole
 from runtime.hardware import Hardware
-from runtime.tuning import attention, checkpoints, places, qlora, samples
+from runtime.tuning import attention, checkpoints, qlora, samples
 from runtime.tuning.dataset import Example
 from runtime.tuning.encode import Encoded
 from runtime.tuning.places import Places
@@ -183,7 +184,7 @@ def train_through(bench: Bench, *, folder: Path, mark: str) -> None:
         if checkpoints.listed(folder) and (not owner.is_file() or owner.read_text(encoding="utf-8") != mark):
             log.warning("the checkpoints in %s are another job's: starting from the beginning", folder)
             shutil.rmtree(folder)
-        places.write_whole(owner, mark)
+        write_whole(owner, mark)
         if bench.survival.remote is not None:
             bench.survival.remote.restore(folder, mark)
     ranks.wait()

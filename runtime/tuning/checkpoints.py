@@ -13,6 +13,8 @@ import re
 import shutil
 from pathlib import Path
 
+from runtime.files import sha256, sync_directory, write_whole
+
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -28,12 +30,7 @@ def seal(folder: Path) -> None:
         with path.open("rb") as stream:
             digests[str(path.relative_to(folder))] = hashlib.file_digest(stream, "sha256").hexdigest()
             os.fsync(stream.fileno())
-    aside = folder / f"{MANIFEST}.part"
-    with aside.open("w", encoding="utf-8") as stream:
-        json.dump(digests, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps(digests, indent=1))
     sync_directory(folder)
 
 
@@ -49,8 +46,7 @@ def fault(folder: Path) -> str | None:
         return "its manifest lists nothing"
     for name, expected in digests.items():
         try:
-            with (folder / name).open("rb") as stream:
-                actual = hashlib.file_digest(stream, "sha256").hexdigest()
+            actual = sha256(folder / name)
         except OSError:
             return f"{name} is missing"
         if actual != expected:
@@ -89,12 +85,3 @@ def prune(folder: Path, keep: int | None) -> None:
     for path in listed(folder)[: -max(keep, 1)]:
         (path / MANIFEST).unlink(missing_ok=True)  # so that a removal cut short leaves no half checkpoint
         shutil.rmtree(path, ignore_errors=True)
-
-
-def sync_directory(folder: Path) -> None:
-    """Bring a directory's own entries (names made or moved in it) to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

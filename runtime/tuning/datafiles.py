@@ -4,7 +4,6 @@ Knows formats, not columns. Start at `find` and `read`.
 """
 
 import csv
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,9 +165,3 @@ def parse_json(text: str, name: str) -> Any:
 
 def _hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts) or path.suffix == ".part"
-
-
-def sha256(path: Path) -> str:
-    """Return the digest of a file's bytes, 64 hex digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

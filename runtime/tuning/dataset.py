@@ -11,6 +11,7 @@ from typing import Any
 
 from runtime.config import describe
 from runtime.errors import DataError
+from runtime.files import sha256
 from runtime.tuning import datafiles
 from runtime.tuning.settings import DataSource
 
@@ -93,7 +94,7 @@ def load(source: DataSource, files: Sequence[Path] | None = None) -> Dataset:
                 skipped += 1
         if not count:
             raise DataError(f"{path}: has no rows, expected at least one")
-        used.append(DataFile(path.name, count, datafiles.sha256(path)))
+        used.append(DataFile(path.name, count, sha256(path)))
     if not examples:
         raise DataError(f"{source.folder}: none of {skipped} rows can be used; --on-bad-row fail says why")
     return Dataset(tuple(examples), tuple(used), skipped)

@@ -13,8 +13,8 @@ from typing import Any
 
 from runtime import errors
 from runtime.errors import Failure, StoppedError
+from runtime.files import write_whole
 from runtime.logs import redact
-from runtime.tuning.places import write_whole
 
 log = logging.getLogger(__name__)
 

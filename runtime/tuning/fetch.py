@@ -21,9 +21,9 @@ from pydantic import SecretStr
 
 from runtime import oci
 from runtime.errors import CapacityError, DataError, StoppedError, TransientError
+from runtime.files import write_whole
 from runtime.oci.access import DEFAULT
 from runtime.tuning.addresses import check_address, check_url, shown
-from runtime.tuning.places import write_whole
 from runtime.tuning.settings import DataSource
 from runtime.tuning.verify import verify
 

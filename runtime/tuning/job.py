@@ -3,15 +3,14 @@
 Knows the order of the steps and nothing else: each is a module of its own. Start at `run`.
 """
 
-import hashlib
 import logging
 import shutil
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime import adapters, hardware, models, oci
+from runtime.files import sha256
 from runtime.oci.access import DEFAULT
 from runtime.tuning import dataset, encode, fetch, places, publish, remote, report, samples
 from runtime.tuning.bench import Bench, Course, Measured, Setting, evaluate, prepare, train_through
@@ -42,8 +41,8 @@ def run(
     """
     began = time.monotonic()
     if places.is_done(job):
-        log.info("%s holds this job's finished adapter: nothing is trained", job.output.folder)
-        publish.publish(job, access)
+        if ranks.first:
+            publish.again(job, access)
         return
     asked, machine = job, hardware.detect()
     device = hardware.device(machine, ranks.local_rank)
@@ -99,7 +98,7 @@ def _encode(
     held_out: Sequence[Example],
 ) -> tuple[TuningJob, tuple[Encoded, Encoded | None]]:
     """Encode both parts, with the longest row settled from the model's context when the job names none."""
-    limit = job.encoding.max_tokens or min(_context_tokens(models.locate(job.model)), MAX_TOKENS)
+    limit = job.encoding.max_tokens or min(models.context_tokens(models.load_config(job.model)), MAX_TOKENS)
     job = job.model_copy(update={"encoding": job.encoding.model_copy(update={"max_tokens": limit})})
     encoded = encode.encode(train, tokenizer, job.encoding, max_tokens=limit)
     held = encode.encode(held_out, tokenizer, job.encoding, max_tokens=limit) if held_out else None
@@ -108,13 +107,6 @@ def _encode(
         encoded.tokens, encoded.targets, encoded.truncated, limit, encoded.too_long, encoded.unlabelled,
     )  # fmt: skip
     return job, (encoded, held)
-
-
-def _context_tokens(folder: Path) -> int:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True).get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or MAX_TOKENS)
 
 
 def _outcome(
@@ -143,8 +135,7 @@ def _save(asked: TuningJob, job: TuningJob, bench: Bench, summary: dict[str, obj
     here.sentinel.unlink(missing_ok=True)
     here.finished.unlink(missing_ok=True)
     adapters.save(bench.model, here.folder, source=job.model, beside=bench.tokenizer.save_pretrained)
-    weights = (here.folder / "adapter_model.safetensors").read_bytes()
-    summary["adapter_sha256"] = hashlib.sha256(weights).hexdigest()
+    summary["adapter_sha256"] = sha256(here.folder / adapters.WEIGHTS_FILE)
     report.save(summary, here.report)
     places.mark_done(asked)
     shutil.rmtree(here.checkpoints, ignore_errors=True)

@@ -18,7 +18,9 @@ from types import FrameType
 
 from runtime import hardware, oci
 from runtime.errors import CapacityError, ConfigError, Failure
-from runtime.tuning import failure, fetch, places, publish, remote
+from runtime.files import write_whole
+from runtime.oci.access import DEFAULT
+from runtime.tuning import failure, fetch, places, publish
 from runtime.tuning.places import Places
 from runtime.tuning.settings import TuningJob
 
@@ -35,7 +37,7 @@ def run(
     job: TuningJob,
     *,
     processes: int | None = None,
-    access: oci.Access | None = None,
+    access: oci.Access = DEFAULT,
     termination_log: Path = failure.TERMINATION_LOG,
 ) -> None:
     """Run `job` to the end under torchrun, one process per GPU (`processes` overrides), 1 on a CPU.
@@ -43,16 +45,12 @@ def run(
     A finished job is not trained again, only published, which is a no-op for an image that is there.
     Raises the Failure that ended it, with its reason also in `termination_log` where that is writable.
     """
-    access = access or job_access(job)
     phase = "preflight"
     try:
         _preflight(job, access)
         if places.is_done(job):
-            log.info("%s holds this job's finished adapter: nothing is trained", job.output.folder)
             phase = "publish"
-            publish.publish(job, access)
-            if (kept := remote.of(job, access)) is not None:
-                kept.clear()  # the run that finished may have been ended before it came to that
+            publish.again(job, access)
             return
         phase = "data"
         fetch.fetch(job.data, token=job.hub_token, access=access)
@@ -63,12 +61,6 @@ def run(
     if entry is not None:
         failure.tell(entry, termination_log)
         raise failure.from_record(entry)
-
-
-def job_access(job: TuningJob) -> oci.Access:
-    """Return registry access with the credentials that the job names, or those in the usual places."""
-    named = job.output.credentials
-    return oci.Access(files=(named,) if named else None, insecure=job.output.insecure)
 
 
 def _preflight(job: TuningJob, access: oci.Access) -> None:
@@ -97,13 +89,13 @@ def _preflight(job: TuningJob, access: oci.Access) -> None:
 def _train(job: TuningJob, processes: int) -> dict[str, object] | None:
     """Run torchrun to its end; return the record of the failure, None after success."""
     here = Places(job.output.folder)
-    places.write_whole(here.job, job.model_dump_json(indent=1))
+    write_whole(here.job, job.model_dump_json(indent=1))
     for old in here.work.glob("failure-*.json"):
         old.unlink()
     command = [
         sys.executable, "-m", "torch.distributed.run",
         "--nproc-per-node", str(processes),
-        *_rendezvous(),
+        "--standalone",  # one node: a free port of torchrun's own choice
         "-m", "runtime.tuning", str(here.job),
     ]  # fmt: skip
     log.info("training with %d process%s", processes, "" if processes == 1 else "es")
@@ -114,11 +106,6 @@ def _train(job: TuningJob, processes: int) -> dict[str, object] | None:
         return None
     recorded = failure.read(sorted(here.work.glob("failure-*.json")))
     return failure.of_workers(recorded, asked=bool(asked), status=status)
-
-
-def _rendezvous() -> list[str]:
-    """One node: a free port of torchrun's own choice."""
-    return ["--standalone"]
 
 
 @contextlib.contextmanager

@@ -6,11 +6,11 @@ everything else below `.work`. Knows names, not contents. Start at `Places`.
 
 import hashlib
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.files import write_whole
 from runtime.tuning.settings import TuningJob
 
 SENTINEL = "fine_tuning_completed.txt"
@@ -80,14 +80,3 @@ def mark_done(job: TuningJob) -> None:
     write_whole(places.finished, fingerprint(job) + "\n")
     stamp = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
     write_whole(places.sentinel, f"Fine-Tuning completed at {stamp}\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` so that `path` has all of it or does not change."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with aside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(path)

@@ -5,9 +5,11 @@ Does not know registries (runtime/oci does). Start at `publish`.
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from runtime import oci
+from runtime.tuning import remote
 from runtime.tuning.places import Places
 from runtime.tuning.settings import TuningJob
 
@@ -61,3 +63,17 @@ def publish(job: TuningJob, access: oci.Access) -> str | None:
     )
     log.info("pushed %s@%s", job.output.image, digest)
     return digest
+
+
+def again(job: TuningJob, access: oci.Access) -> None:
+    """Publish the adapter of a finished job once more, and tidy up what its own run may not have come to."""
+    log.info("%s holds this job's finished adapter: nothing is trained", job.output.folder)
+    publish(job, access)
+    if (kept := remote.of(job, access)) is not None:
+        kept.clear()
+
+
+def access_of(job: TuningJob, environ: Mapping[str, str]) -> oci.Access:
+    """Return what a process with this environment may do at the job's registries."""
+    named = [job.output.credentials] if job.output.credentials else []
+    return oci.from_environment(environ, files=named, insecure=job.output.insecure)

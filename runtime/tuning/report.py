@@ -11,9 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from runtime.files import write_whole
 from runtime.tuning.dataset import Dataset
 from runtime.tuning.encode import Encoded
-from runtime.tuning.places import write_whole
 from runtime.tuning.samples import Sample
 from runtime.tuning.settings import TuningJob
 
