@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -28,22 +29,32 @@ log = logging.getLogger("runtime.tuning")
 
 def main(arguments: list[str]) -> int:
     """Run one rank of the job in the file that `arguments` name; return the exit code."""
+    return work(lambda: _read(arguments))
+
+
+def work(read: Callable[[], TuningJob], *, termination_log: Path | None = None) -> int:
+    """Run one rank of the job that `read` returns; return the exit code, or end the process with it.
+
+    `termination_log` is where the first rank to fail says why, in a pod without a parent that would.
+    """
     debug = os.environ.get("DEBUG_MODE", "").lower() == "true"
     ranks = Ranks.read(os.environ)
     logs.configure(debug=debug, rank=ranks.rank)
     _end_with_parent()
     stop, course = StopSignal(), Course()
     stop.install()
-    work: TuningJob | None = None
+    asked: TuningJob | None = None
     try:
-        work = _read(arguments)
-        access = publish.access_of(work, os.environ)
-        job.run(work, ranks=ranks, stop=stop, course=course, access=access)
+        asked = read()
+        access = publish.access_of(asked, os.environ)
+        job.run(asked, ranks=ranks, stop=stop, course=course, access=access)
     except Exception as error:  # the process's edge: whatever ended the rank is recorded
         reason = failure.as_failure(error)
-        if work is not None:
-            record = Places(work.output.folder).failure(ranks.rank)
+        if asked is not None:
+            record = Places(asked.output.folder).failure(ranks.rank)
             failure.record(record, reason, course.phase, course.meter.step)
+        if termination_log is not None and _is_empty(termination_log):
+            failure.tell(failure.describe(reason, course.phase, course.meter.step), termination_log)
         foreseen = isinstance(error, Failure)
         log.log(
             logging.ERROR,
@@ -64,9 +75,9 @@ def _read(arguments: list[str]) -> TuningJob:
         raise ConfigError("usage: python -m runtime.tuning FILE (a resolved job or a Workspace manifest)")
     path = Path(arguments[0])
     if path.suffix == ".json":
-        work = parse_job(path)
+        given = parse_job(path)
         token = os.environ.get("HF_TOKEN")
-        return work.model_copy(update={"hub_token": SecretStr(token) if token else None})
+        return given.model_copy(update={"hub_token": SecretStr(token) if token else None})
     from runtime.workspace import load_job
 
     return load_job(path, environ=os.environ).ready()
@@ -80,6 +91,12 @@ def parse_job(path: Path) -> TuningJob:
         return parse(TuningJob, json.loads(read_text(path)), str(path))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not valid JSON: {error.msg} (line {error.lineno})") from None
+
+
+def _is_empty(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return path.stat().st_size == 0
+    return False
 
 
 def _end_with_parent() -> None:

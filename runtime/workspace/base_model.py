@@ -43,8 +43,19 @@ def put_mounted_weights(settings: Settings, mounts: Mounts) -> None:
     if folder is None or settings.get("model.path") is not None:
         return
     if settings.get("model.name") is None:
-        settings.put("model.name", str(folder), "mounted weights")
+        _name_mounted(settings, folder, mounts.preset())
     settings.put("model.path", folder, "mounted weights")
+
+
+def _name_mounted(settings: Settings, folder: Path, preset: str | None) -> None:
+    """Call the mounted model by the preset it is of, where the image says so; what is set stays."""
+    if preset is None:
+        settings.put("model.name", str(folder), "mounted weights")
+        return
+    model = presets.source(preset)
+    for key, value in model.model_dump(exclude_defaults=True).items():
+        if settings.get(f"model.{key}") is None:
+            settings.put(f"model.{key}", value, f"preset {preset} of this image")
 
 
 def warn_if_gated(settings: Settings, mounts: Mounts) -> None:

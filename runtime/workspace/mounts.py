@@ -10,6 +10,9 @@ from pathlib import Path
 WEIGHTS = ("/workspace/weights", "/workspace/tfs/weights", "/workspace/vllm/weights")
 """Model weights, baked into the image (before v0.5) or pulled by an init container."""
 
+PRESET_FILE = "preset.txt"
+"""Beside baked weights: the preset they are of."""
+
 CREDENTIALS = ("/tmp/.docker/config/config.json", "/root/.docker/config.json", "/root/.docker/config.d")  # noqa: S108
 """imagePushSecret as v0.3.1 to v0.4.4 mount it, as v0.3.0 does, and secrets of input images."""
 
@@ -47,6 +50,12 @@ class Mounts:
         folders = (self.at(path) for path in WEIGHTS)
         return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
+    def preset(self) -> str | None:
+        """Return the preset whose weights an image was made with (docker/preset.Dockerfile), if it was."""
+        weights = self.weights()
+        note = weights / PRESET_FILE if weights else None
+        return note.read_text(encoding="utf-8").strip() if note and note.is_file() else None
+
     def adapters(self) -> list[Path]:
         """Return the mounted adapter directories, sorted by name."""
         folder = self.at("/mnt/adapter")
@@ -62,9 +71,16 @@ class Mounts:
             (Path(home) / ".docker/config.json", "docker login") if home else None,
             (Path(runtime) / "containers/auth.json", "podman login") if runtime else None,
         ]
-        return next((place for place in places if place and place[0].exists()), None)
+        return next((place for place in places if place and _is_there(place[0])), None)
 
     def cache(self) -> Path:
         """Return the directory for files that can be fetched again."""
         home = self.environ.get("HOME") or "/tmp"  # noqa: S108
         return Path(self.environ.get("XDG_CACHE_HOME") or Path(home) / ".cache") / "workspace-runtime"
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:  # /root, for another user
+        return False

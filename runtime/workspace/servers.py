@@ -51,6 +51,8 @@ def load_serve(
         _choose_model(settings, str(target), "command line")
     _apply_config(settings, manifest, mounts)
     put_mounted_weights(settings, mounts)
+    if settings.get("served_name") is None and settings.get("model.name") is not None:
+        settings.put("served_name", Path(settings.get("model.name")).name, "mounted weights")
     _add_mounted(settings, adapters, mounts)
     for word in overrides.get("--adapter", ()):
         adapter = adapter_flag(word)

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Installs what pyproject.toml asks for, at the versions of constraints.txt, with the torch build of $ACCELERATOR.
+set -euo pipefail
+cd "$(dirname "$0")"
+pip=/opt/venv/bin/pip
+torch=$(sed -n 's/^torch==//p' constraints.txt)
+
+case "$ACCELERATOR" in
+  cu130) wanted=13.0 ;;
+  cu126) wanted=12.6 ;;
+  cpu) wanted=None ;;
+  *) echo "ACCELERATOR is '$ACCELERATOR', expected cu130, cu126 or cpu" >&2; exit 2 ;;
+esac
+
+# The usual index calls its build, which is the cu130 one, by the bare version.
+spec="torch==$torch+$ACCELERATOR"
+if [ -n "${TORCH_INDEX:-}" ]; then
+  "$pip" install -q "$spec" --index-url "$TORCH_INDEX"
+elif [ "$ACCELERATOR" = cu130 ]; then
+  "$pip" install -q -c constraints.txt "torch==$torch"
+else
+  "$pip" install -q -c constraints.txt "$spec" || {
+    echo "No torch build for $ACCELERATOR here: pass --build-arg TORCH_INDEX=<PyTorch's wheel index for it>" >&2
+    exit 2
+  }
+fi
+
+/opt/venv/bin/python - > requirements.txt <<'PYTHON'
+import tomllib
+with open("pyproject.toml", "rb") as stream:
+    project = tomllib.load(stream)["project"]
+print(*project["dependencies"], *project["optional-dependencies"]["azure"], sep="\n")
+PYTHON
+"$pip" install -q -c constraints.txt -r requirements.txt
+
+found=$(/opt/venv/bin/python -c 'import torch; print(torch.version.cuda)')
+[ "$found" = "$wanted" ] || { echo "torch was built for CUDA $found, ACCELERATOR=$ACCELERATOR needs $wanted" >&2; exit 2; }
+# Not needed to run anything, and large: test suites and headers of compilers that are not in the image.
+rm -rf /opt/venv/lib/python3*/site-packages/{torch/include,torch/test,pandas/tests,pyarrow/tests,pyarrow/include,numpy/*/tests}

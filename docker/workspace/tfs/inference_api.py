@@ -1,0 +1,9 @@
+"""What controllers start as `accelerate launch … inference_api.py`; the work is runtime/pod/inference.py."""
+
+import os
+import sys
+
+from runtime.pod import inference
+
+if __name__ == "__main__":
+    sys.exit(inference.main(inference.transformers_server, sys.argv[1:], os.environ))

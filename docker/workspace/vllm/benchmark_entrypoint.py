@@ -1,0 +1,8 @@
+"""The startup probe of controllers' vLLM pods; the work is runtime/pod/probes.py."""
+
+import sys
+
+from runtime.pod import probes
+
+if __name__ == "__main__":
+    sys.exit(probes.benchmark())

@@ -1,0 +1,29 @@
+"""How a pod's process ends: one log line, the exit status of errors.py, the reason in the termination log.
+
+Does not know what the process did. Start at `status_of`.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from runtime.errors import Failure, exit_code
+from runtime.tuning import failure
+
+log = logging.getLogger(__name__)
+
+
+def status_of(work: Callable[[], None], *, phase: str, termination_log: Path | None) -> int:
+    """Run `work` and return the exit status it means.
+
+    `termination_log` is None where `work` itself writes there. What nobody foresaw is not caught: its
+    traceback is what helps.
+    """
+    try:
+        work()
+    except Failure as reason:
+        log.error("%s", reason)  # noqa: TRY400 - one line: the failure's text says it all
+        if termination_log is not None:
+            failure.tell(failure.describe(reason, phase, 0), termination_log)
+        return exit_code(reason)
+    return 0

@@ -1,0 +1,120 @@
+"""Exec probes of vLLM pods: benchmark_entrypoint.py and multi-node-health-check.py.
+
+The benchmark is a startup probe: it fails until the server is ready, then measures it once, and its two
+lines on the container's own output are what the controller reads. Does not know the engine: it is a client.
+Start at `benchmark`.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from runtime.pod import flags
+
+log = logging.getLogger(__name__)
+
+STREAMS = 4
+NEW_TOKENS = 32
+PROMPT = "Count from one to one hundred in words."
+DEADLINE_S = 60.0
+"""Of one stream; the controller allows the probe ten minutes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """What one streamed answer took."""
+
+    first_s: float
+    total_s: float
+    tokens: int
+    prompt_tokens: int
+
+
+def benchmark(base: str = "http://127.0.0.1:5000", *, output: Path = Path("/proc/1/fd/1")) -> int:
+    """Return 1 while the server at `base` is not ready; else measure it, say so on `output`, return 0."""
+    if not _ready(base):
+        return 1
+    began = time.monotonic()
+    try:
+        with ThreadPoolExecutor(STREAMS) as pool:
+            streams = list(pool.map(lambda _: _measure(base), range(STREAMS)))
+    except (httpx.HTTPError, ValueError) as error:
+        log.warning("benchmark: %s", error)
+        return 1
+    settings = {"num_prompts": STREAMS, "max_tokens": NEW_TOKENS}
+    result = summary(streams, time.monotonic() - began)
+    _say(
+        output,
+        f"KAITO_BENCHMARK_CONFIG {json.dumps(settings)}\nKAITO_BENCHMARK_RESULT {json.dumps(result)}\n",
+    )
+    return 0
+
+
+def summary(streams: Sequence[Stream], seconds: float) -> dict[str, float]:
+    """Return all tokens a minute, and the mean times to the first token and to each further one."""
+    tokens = sum(stream.tokens + stream.prompt_tokens for stream in streams)
+    further = [(s.total_s - s.first_s) / (s.tokens - 1) for s in streams if s.tokens > 1]
+    return {
+        "vllm_total_tpm": round(60 * tokens / seconds, 1),
+        "ttft_avg_ms": round(1000 * sum(s.first_s for s in streams) / len(streams), 1),
+        "tpot_avg_ms": round(1000 * sum(further) / len(further), 1) if further else 0.0,
+    }
+
+
+def node_health(arguments: Sequence[str]) -> int:
+    """Answer `liveness|readiness --leader-address=… [--vllm-port=…]`: 0 when the server there is that."""
+    given = flags.read(arguments)
+    host, port = given.get("leader_address") or "127.0.0.1", given.get("vllm_port") or "5000"
+    path = "readyz" if "readiness" in arguments else "livez"
+    return 0 if _ok(f"http://{host}:{port}/{path}") else 1
+
+
+def _ready(base: str) -> bool:
+    return _ok(f"{base}/readyz")
+
+
+def _ok(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def _measure(base: str) -> Stream:
+    body = {
+        "messages": [{"role": "user", "content": PROMPT}],
+        "max_tokens": NEW_TOKENS,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    began, first, usage = time.monotonic(), None, {"completion_tokens": 0, "prompt_tokens": 0}
+    with httpx.stream("POST", f"{base}/v1/chat/completions", json=body, timeout=DEADLINE_S) as response:
+        response.read() if response.is_error else None
+        response.raise_for_status()
+        for event in _events(response):
+            first = first or time.monotonic()
+            usage = event.get("usage") or usage
+    ended = time.monotonic()
+    return Stream((first or ended) - began, ended - began, usage["completion_tokens"], usage["prompt_tokens"])
+
+
+def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    for line in response.iter_lines():
+        if line.startswith("data: ") and line != "data: [DONE]":
+            yield json.loads(line.removeprefix("data: "))
+
+
+def _say(output: Path, text: str) -> None:
+    """Write where the pod's log is read: a probe's own output goes nowhere."""
+    try:
+        with output.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+    except OSError as error:
+        log.warning("benchmark: %s: %s", output, error.strerror)
