@@ -11,10 +11,15 @@ from runtime.errors import ConfigError
 from runtime.pod import ancestors, flags, inference
 from runtime.pod.inference import transformers_server, vllm_server
 
-STOCK = "--torch_dtype=auto --pipeline=text-generation --trust_remote_code".split()
-HEAD = [*STOCK, "--served_model_name=phi-4", "--pretrained_model_name_or_path=microsoft/phi-4", "--allow_remote_files",
-        "--revision=" + "a" * 40]  # fmt: skip
-CUSTOM = "--pipeline text-generation --trust_remote_code --allow_remote_files --pretrained_model_name_or_path acme/m --torch_dtype float16"
+STOCK = ["--torch_dtype=auto", "--pipeline=text-generation", "--trust_remote_code"]
+HEAD = [
+    *STOCK, "--served_model_name=phi-4", "--pretrained_model_name_or_path=microsoft/phi-4",
+    "--allow_remote_files", "--revision=" + "a" * 40,
+]  # fmt: skip
+CUSTOM = [
+    "--pipeline", "text-generation", "--trust_remote_code", "--allow_remote_files",
+    "--pretrained_model_name_or_path", "acme/m", "--torch_dtype", "float16",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -38,10 +43,18 @@ def test_flags_mean_the_same_in_any_order(words: list[str]) -> None:
         "microsoft/phi-4",
         "a" * 40,
     )
-    assert (config.port, config.model.local_files_only, config.model.trust_remote_code) == (5000, False, False)
+    assert (config.port, config.model.local_files_only, config.model.trust_remote_code) == (
+        5000,
+        False,
+        False,
+    )
 
 
-@given(st.dictionaries(st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True), st.from_regex(r"[\w./=-]{0,8}", fullmatch=True)))
+@given(
+    st.dictionaries(
+        st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True), st.from_regex(r"[\w./=-]{0,8}", fullmatch=True)
+    )
+)
 def test_both_ways_to_write_a_value_are_read(values: dict[str, str]) -> None:
     assert flags.read([f"--{name}={value}" for name, value in values.items()]) == values
     apart = {name: value for name, value in values.items() if not value.startswith("-")}
@@ -49,18 +62,26 @@ def test_both_ways_to_write_a_value_are_read(values: dict[str, str]) -> None:
 
 
 def test_values_apart_from_their_flags_are_read() -> None:
-    config = transformers_server(CUSTOM.split(), {}, Path("/nowhere")).job
+    config = transformers_server(CUSTOM, {}, Path("/nowhere")).job
     assert (config.model.repository, config.model.dtype, config.served_name) == ("acme/m", "float16", "m")
 
 
 def test_negative_numbers_are_values_and_bare_flags_are_true() -> None:
-    assert flags.read(["--seed", "-1", "--enable-lora", "--x=", "stray"]) == {"seed": "-1", "enable_lora": None, "x": ""}
+    assert flags.read(["--seed", "-1", "--enable-lora", "--x=", "stray"]) == {
+        "seed": "-1",
+        "enable_lora": None,
+        "x": "",
+    }
     assert [flags.truth(word) for word in (None, "False", "yes", "maybe")] == [True, False, True, None]
 
 
-def test_flags_of_other_programs_are_named_once_and_dropped(pod: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_flags_of_other_programs_are_named_once_and_dropped(
+    pod: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
-    config = transformers_server([*STOCK, "--combination_type=svd", "--gpu-memory-utilization", "0.8"], {}, pod).job
+    config = transformers_server(
+        [*STOCK, "--combination_type=svd", "--gpu-memory-utilization", "0.8"], {}, pod
+    ).job
     assert config.model.path == pod / "workspace/weights"
     (line,) = [record.message for record in caplog.records if "without meaning" in record.message]
     assert "combination_type, gpu_memory_utilization, trust_remote_code" in line
@@ -103,14 +124,19 @@ def test_a_wrong_value_is_one_line(word: str, message: str, pod: Path) -> None:
 
 
 def test_presets_chat_template_is_found_where_images_had_it(pod: Path) -> None:
-    config = transformers_server(["--chat_template=/workspace/chat_templates/mistral-instruct.jinja"], {}, pod).job
+    config = transformers_server(
+        ["--chat_template=/workspace/chat_templates/mistral-instruct.jinja"], {}, pod
+    ).job
     assert "[INST]" in (config.model.chat_template or "")
 
 
 def test_vllm_flags_are_mapped(pod: Path) -> None:
-    words = ["--model=/workspace/vllm/weights", "--served-model-name=phi-4", "--max-model-len=1024", "--max-num-seqs=4",
-             "--dtype=half", "--quantization=bitsandbytes", "--tensor-parallel-size=1", "--enable-lora",
-             "--kv-events-config={}", "--download-dir=/workspace/weights", "--gpu-memory-utilization=0.84"]  # fmt: skip
+    words = [
+        "--model=/workspace/vllm/weights", "--served-model-name=phi-4", "--max-model-len=1024",
+        "--max-num-seqs=4", "--dtype=half", "--quantization=bitsandbytes", "--tensor-parallel-size=1",
+        "--enable-lora", "--kv-events-config={}", "--download-dir=/workspace/weights",
+        "--gpu-memory-utilization=0.84",
+    ]  # fmt: skip
     config = vllm_server(words, {"VLLM_API_KEY": "k"}, pod).job
     assert (config.served_name, config.limits.context_tokens, config.limits.rows) == ("phi-4", 1024, 4)
     assert config.model.dtype == "float16"
@@ -128,7 +154,11 @@ def test_strength_is_the_variable_named_like_the_adapter(pod: Path) -> None:
 
 def test_strength_that_a_shell_dropped_is_found_with_its_ancestors(tmp_path: Path) -> None:
     proc = tmp_path
-    for pid, parent, block in ((30, 20, b"A=1"), (20, 1, b"my-lora.v2=0.5\0B=2"), (1, 0, b"my-lora.v2=0.9\0other=3")):
+    for pid, parent, block in (
+        (30, 20, b"A=1"),
+        (20, 1, b"my-lora.v2=0.5\0B=2"),
+        (1, 0, b"my-lora.v2=0.9\0other=3"),
+    ):
         (proc / str(pid)).mkdir()
         (proc / str(pid) / "environ").write_bytes(block)
         (proc / str(pid) / "stat").write_text(f"{pid} (a) b (sh) S {parent} 1 1")
