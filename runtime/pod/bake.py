@@ -23,7 +23,7 @@ def bake(name: str, folder: Path, *, weights: Path | None = None) -> None:
     preset = presets.find(name)
     if not preset.redistributable:
         raise ConfigError(
-            f"preset {preset.name}: its licence ({preset.licence}) sets conditions on passing the weights on, "
+            f"preset {preset.name}: its licence ({preset.licence}) sets conditions on passing weights on, "
             "so no image is made; let the server download them with your HF_TOKEN, or mount them"
         )
     source = preset.source()

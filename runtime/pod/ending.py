@@ -13,17 +13,17 @@ from runtime.tuning import failure
 log = logging.getLogger(__name__)
 
 
-def status_of(work: Callable[[], None], *, phase: str, termination_log: Path | None) -> int:
+def status_of(work: Callable[[], None], *, phase: str, termination_log: Path) -> int:
     """Run `work` and return the exit status it means.
 
-    `termination_log` is None where `work` itself writes there. What nobody foresaw is not caught: its
-    traceback is what helps.
+    What `work` itself has written to `termination_log` stays: it knows the phase better. What nobody foresaw
+    is not caught: its traceback is what helps.
     """
     try:
         work()
     except Failure as reason:
         log.error("%s", reason)  # noqa: TRY400 - one line: the failure's text says it all
-        if termination_log is not None:
+        if termination_log.is_file() and termination_log.stat().st_size == 0:
             failure.tell(failure.describe(reason, phase, 0), termination_log)
         return exit_code(reason)
     return 0

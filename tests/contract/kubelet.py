@@ -1,8 +1,8 @@
 """A small kubelet over podman: runs one pod as a node would, for the parts of a pod that our contract uses.
 
-Init containers in order, containers that share network and memory, emptyDir, ConfigMap, Secret (items, subPath,
-projected), hostPath and image volumes, environment from secrets, HTTP and exec probes with their thresholds,
-SIGTERM and the grace period, the termination message. Refuses what it does not know. Start at `Pod`.
+Init containers in order, containers that share network and memory, emptyDir, ConfigMap, Secret (items,
+subPath, projected), hostPath and image volumes, environment from secrets, HTTP and exec probes, SIGTERM and
+the grace period, the termination message. Refuses what it does not know. Start at `Pod`.
 """
 
 import base64
@@ -173,9 +173,11 @@ class Pod:
         return named[port] if isinstance(port, str) else port
 
     def _options(self, container: Document) -> list[str]:
-        known = {"name", "image", "command", "args", "env", "ports", "resources", "volumeMounts", "workingDir",
-                 "securityContext", "imagePullPolicy", "startupProbe", "livenessProbe", "readinessProbe",
-                 "lifecycle", "terminationMessagePolicy"}  # fmt: skip
+        known = {
+            "name", "image", "command", "args", "env", "ports", "resources", "volumeMounts", "workingDir",
+            "securityContext", "imagePullPolicy", "startupProbe", "livenessProbe", "readinessProbe",
+            "lifecycle", "terminationMessagePolicy",
+        }  # fmt: skip
         assert container.keys() <= known, f"this kubelet does not know {container.keys() - known}"
         last_words = self.folder / f"{container['name']}.termination"
         last_words.parent.mkdir(parents=True, exist_ok=True)
