@@ -18,6 +18,7 @@ LAYERS = [
     {"models", "adapters", "memory", "metrics"},
     {"serving", "tuning"},
     {"workspace"},
+    {"pod"},
     {"cli"},
 ]
 """Lower first; a module imports from its own layer's modules and from lower ones."""

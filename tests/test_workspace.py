@@ -1,6 +1,7 @@
 """Workspace manifests, training_config.yaml, environment and flags: what they become, or which error."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from runtime.errors import ConfigError
 from runtime.tuning.settings import TuningJob
 from runtime.workspace import Resolved, load_job, load_serve
 from runtime.workspace.flags import is_image
+from runtime.workspace.mounts import Mounts
 from runtime.workspace.sections import LORA_OPTIONS, LORA_OURS, LoraSection
 from runtime.workspace.settings import Settings, flatten
 
@@ -299,6 +301,17 @@ def test_mounted_push_secret_is_found(place: str, pod: Path) -> None:
     assert found in (file, pod / "root/.docker/config.d")
 
 
+def test_secrets_of_another_user_are_passed_by(tmp_path: Path) -> None:
+    """A container that runs as 12345 may not even look below /root."""
+    (tmp_path / "root").mkdir(mode=0)
+    user = os.geteuid()
+    try:
+        os.seteuid(12345 if user == 0 else user)
+        assert Mounts(tmp_path, {}).credentials() is None
+    finally:
+        os.seteuid(user)
+
+
 def test_hub_token_is_taken_from_the_environment_and_never_written(pod: Path) -> None:
     resolved = load(None, pod, environ={"HF_TOKEN": "hf_secretsecret"})
     assert resolved.job.hub_token is not None
@@ -528,6 +541,17 @@ def test_inference_manifest_becomes_its_server(tmp_path: Path) -> None:
     assert adapter.reference.endswith("IMAGE_NAME_HERE:0.0.1")
     with pytest.raises(ConfigError, match="placeholder"):
         resolved.ready()
+
+
+def test_mounted_weights_are_all_a_server_needs(tmp_path: Path) -> None:
+    weights = tmp_path / "workspace/weights"
+    weights.mkdir(parents=True)
+    (weights / "config.json").write_text("{}")
+    server = load_serve(None, environ={}, root=tmp_path).job
+    assert (server.served_name, server.model.path) == ("weights", weights)
+    (weights / "preset.txt").write_text("phi-3-mini-128k-instruct\n")
+    server = load_serve(None, environ={}, root=tmp_path).job
+    assert (server.served_name, server.model.path) == ("phi-3-mini-128k-instruct", weights)
 
 
 def test_mounted_adapters_are_served_at_their_strength(tmp_path: Path) -> None:

@@ -36,14 +36,12 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], *, root: Path = P
 
 
 def _launch(arguments: Sequence[str], environ: Mapping[str, str], root: Path) -> None:
-    from runtime import oci
-    from runtime.tuning import launch
+    from runtime.tuning import launch, publish
 
     job = _job(arguments, environ, root)
-    files = (job.output.credentials,) if job.output.credentials else ()
-    access = oci.from_environment(environ, files=files, insecure=job.output.insecure)
+    place = root / failure.TERMINATION_LOG.relative_to("/")
     # accelerate asked for one process: torchrun would take every GPU it sees.
-    launch.run(job, processes=1, access=access, termination_log=root / "dev/termination-log")
+    launch.run(job, processes=1, access=publish.access_of(job, environ), termination_log=place)
 
 
 def _job(arguments: Sequence[str], environ: Mapping[str, str], root: Path) -> TuningJob:

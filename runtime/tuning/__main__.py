@@ -37,7 +37,6 @@ def work(read: Callable[[], TuningJob], *, termination_log: Path | None = None) 
 
     `termination_log` is where the first rank to fail says why, in a pod without a parent that would.
     """
-    _sleep_while_waiting()
     debug = os.environ.get("DEBUG_MODE", "").lower() == "true"
     ranks = Ranks.read(os.environ)
     logs.configure(debug=debug, rank=ranks.rank)
@@ -98,16 +97,6 @@ def _is_empty(path: Path) -> bool:
     with contextlib.suppress(OSError):
         return path.stat().st_size == 0
     return False
-
-
-def _sleep_while_waiting() -> None:
-    """Let OpenMP's threads sleep between the parts of a computation, unless the user chose otherwise.
-
-    Threads that spin take their siblings' time wherever a container has fewer cores than the machine
-    shows or shares them: two threads on two busy cores trained at a fifteenth of the speed.
-    Has to come before torch is imported.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _end_with_parent() -> None:
