@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import SecretStr
 
-from runtime import cli_show
+from runtime import cli_show, oci
 from runtime.cli_tune import AsJson, Debug, DryRun, Set, ready, set_flags
 from runtime.errors import ConfigError
 
@@ -85,7 +85,7 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     config = ready(resolved)
     from runtime.serving import server
 
-    server.run(config)
+    server.run(config, access=oci.from_environment(context.obj or {}))
 
 
 def _port(environ: Mapping[str, str]) -> int | None:
