@@ -6,11 +6,12 @@ the others. Does not know how a model is loaded or when the process ends. Start 
 
 from collections.abc import Callable
 from importlib.resources import files
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from runtime import __version__
 from runtime.errors import Failure
@@ -20,7 +21,10 @@ from runtime.serving.answers import Answers
 from runtime.serving.gates import Gates
 from runtime.serving.lifecycle import Lifecycle
 from runtime.serving.replies import error_object, failure_reply, reply
+from runtime.serving.schema import ErrorBody
 from runtime.serving.settings import Limits
+
+HTML: dict[int | str, dict[str, Any]] = {200: {"content": {"text/html": {}, "application/json": {}}}}
 
 
 def create_app(
@@ -37,6 +41,7 @@ def create_app(
         version=__version__,
         docs_url=None,  # FastAPI's page loads its script from a CDN
         redoc_url=None,
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     answers = Answers(lifecycle, metrics, timeout_s=limits.request_timeout_s)
     app.include_router(chat.router(answers))
@@ -56,7 +61,9 @@ def _add_health(app: FastAPI, lifecycle: Lifecycle) -> None:
             why = reason()
             if why is None:
                 return JSONResponse({"status": "Healthy"})
-            return JSONResponse({"status": "Unhealthy", "detail": why}, 503, {"Retry-After": "1"})
+            error = error_object(why, 503, code="not_ready")
+            body = {"status": "Unhealthy", "detail": why, "error": error}
+            return JSONResponse(body, 503, {"Retry-After": "1"})
 
         return answer
 
@@ -78,17 +85,19 @@ def _add_health(app: FastAPI, lifecycle: Lifecycle) -> None:
 
 
 def _add_pages(app: FastAPI, metrics: ServingMetrics) -> None:
-    @app.get("/", tags=["health"], summary="The chat page for browsers, a sign of life for others")
+    @app.get(
+        "/", tags=["health"], summary="The chat page for browsers, a sign of life for others", responses=HTML
+    )
     async def root(request: Request) -> Response:
         if "text/html" in request.headers.get("accept", ""):
             return page("index.html")
         return JSONResponse({"message": "Server is running"}, headers={"Vary": "Accept"})
 
-    @app.get("/docs", tags=["health"], summary="This page")
+    @app.get("/docs", tags=["health"], summary="This page", response_class=HTMLResponse)
     async def docs() -> Response:
         return page("docs.html")
 
-    @app.get("/metrics", tags=["health"], summary="Prometheus figures")
+    @app.get("/metrics", tags=["health"], summary="Prometheus figures", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from runtime.errors import RequestError
 from runtime.serving.answers import Answers, Ask, Batch
 from runtime.serving.prompts import Extent
-from runtime.serving.replies import EventStream, unless_gone
+from runtime.serving.replies import STREAMED, EventStream, unless_gone
 from runtime.serving.schema import ChatBody, GenerateFields, Message, PromptsBody
 
 
@@ -22,7 +22,9 @@ def router(answers: Answers) -> APIRouter:
     """Return the routes /chat and /generate."""
     routes = APIRouter(tags=["chat"])
 
-    @routes.post("/chat", summary="Answer a prompt or a conversation", response_model=None)
+    @routes.post(
+        "/chat", responses=STREAMED, summary="Answer a prompt or a conversation", response_model=None
+    )
     async def chat(body: ChatBody, request: Request) -> Response:
         request_id = request.state.request_id
         if body.input_data is not None:

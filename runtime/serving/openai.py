@@ -15,7 +15,7 @@ from runtime.errors import RequestError
 from runtime.serving.answers import Answers, Ask, Batch
 from runtime.serving.choices import Chat, Completion
 from runtime.serving.prompts import Extent
-from runtime.serving.replies import EventStream, unless_gone
+from runtime.serving.replies import STREAMED, EventStream, unless_gone
 from runtime.serving.schema import ChatCompletionBody, CompletionBody, OpenAIFields
 
 
@@ -32,13 +32,15 @@ def router(answers: Answers) -> APIRouter:
         answers.adapter(name)
         return JSONResponse(next(entry for entry in model_list(answers) if entry["id"] == name))
 
-    @routes.post("/chat/completions", summary="Answer a conversation", response_model=None)
+    @routes.post(
+        "/chat/completions", responses=STREAMED, summary="Answer a conversation", response_model=None
+    )
     async def chat_completions(body: ChatCompletionBody, request: Request) -> Response:
         ask = await _ask_chat(answers, body, request.state.request_id)
         form = Chat(answers.served().prompts, body.logprobs, tool_names(body))
         return await _respond(answers, [ask], body, request, form)
 
-    @routes.post("/completions", summary="Continue a text", response_model=None)
+    @routes.post("/completions", responses=STREAMED, summary="Continue a text", response_model=None)
     async def completions(body: CompletionBody, request: Request) -> Response:
         asks, echoes = await _ask_texts(answers, body, request.state.request_id)
         form = Completion(answers.served().prompts, body.logprobs, echoes)

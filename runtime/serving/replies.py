@@ -23,6 +23,11 @@ RETRY_AFTER_S = 1
 PING_S = 15.0
 """A comment this often keeps proxies from closing a stream whose first token is not there yet."""
 
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}}
+}
+"""For the routes' description: what answers a request with and without `stream`."""
+
 DONE = b"data: [DONE]\n\n"
 
 _TYPES = {

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from runtime.errors import RequestError
 from runtime.serving.answers import Answers, Ask, Batch
 from runtime.serving.prompts import Extent
-from runtime.serving.replies import EventStream, unless_gone
+from runtime.serving.replies import STREAMED, EventStream, unless_gone
 from runtime.serving.schema import Message, Name, SamplingFields, Text, TextPart, TokenCount
 
 
@@ -59,7 +59,7 @@ def router(answers: Answers) -> APIRouter:
     """Return the route."""
     routes = APIRouter(prefix="/v1", tags=["openai"])
 
-    @routes.post("/responses", summary="Answer an input (text)", response_model=None)
+    @routes.post("/responses", responses=STREAMED, summary="Answer an input (text)", response_model=None)
     async def responses(body: ResponsesBody, request: Request) -> Response:
         request_id = request.state.request_id
         ask = await _ask(answers, body, request_id)

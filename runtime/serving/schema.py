@@ -275,3 +275,19 @@ class CompletionBody(OpenAIFields):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = Field(None, ge=1)
     suffix: Text | None = None
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, as OpenAI's clients read it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every refusal; outside /v1 with `detail`, the message once more."""
+
+    error: ErrorDetail
+    detail: str | None = None
