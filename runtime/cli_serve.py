@@ -44,7 +44,12 @@ Rows = Annotated[int | None, typer.Option(min=1, help="Requests generated at the
 ContextTokens = Annotated[int | None, typer.Option(min=16, help="Prompt and answer together, per request.")]
 ServedName = Annotated[str | None, typer.Option(help="The base model's name for clients.")]
 KeyFrom = Annotated[
-    str | None, typer.Option("--api-key-env", metavar="VARIABLE", help="Demand the key in this variable.")
+    str | None,
+    typer.Option(
+        "--api-key-env",
+        metavar="VARIABLE",
+        help="The API key is in this variable; RUNTIME_API_KEY otherwise.",
+    ),
 ]
 
 
@@ -69,12 +74,12 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
 
     named = {
         "host": host,
-        "port": port if port is not None else _port(context.obj),
+        "port": port if port is not None else port_variable(context.obj),
         "limits.rows": rows,
         "limits.context_tokens": context_tokens,
         "served_name": served_name,
         "quantization.bits": int(quantize[0]) if quantize else None,
-        "api_key": _api_key(context.obj, api_key_env),
+        "api_key": api_key(context.obj, api_key_env),
         "--adapter": adapter,
     }
     overrides = {name: value for name, value in named.items() if value is not None}
@@ -88,7 +93,7 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     server.run(config, access=oci.from_environment(context.obj or {}))
 
 
-def _port(environ: Mapping[str, str]) -> int | None:
+def port_variable(environ: Mapping[str, str]) -> int | None:
     """Return the port that PORT asks for, as platforms set it."""
     text = environ.get("PORT", "").strip()
     if not text:
@@ -98,7 +103,8 @@ def _port(environ: Mapping[str, str]) -> int | None:
     return int(text)
 
 
-def _api_key(environ: Mapping[str, str], variable: str | None) -> SecretStr | None:
+def api_key(environ: Mapping[str, str], variable: str | None) -> SecretStr | None:
+    """Return the key in `variable`, or in RUNTIME_API_KEY; ConfigError when a named one is not set."""
     key: Any = environ.get(variable or KEY_VARIABLE)
     if variable and not key:
         raise ConfigError(f"--api-key-env {variable}: this variable is not set, expected the key in it")

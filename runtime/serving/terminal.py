@@ -4,6 +4,7 @@ Speaks HTTP only; does not know models or engines. Start at `talk`.
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +13,27 @@ import httpx
 
 from runtime.errors import ConfigError, TransientError, UnknownModelError
 
-HELP = (
-    "/model NAME changes the model, /models lists them, /system TEXT sets the rules, /new forgets, /quit ends"
+HELP = """\
+/models            what is served
+/model NAME        ask this one from now on
+/also NAME         ask this one too, below the other; /also alone ends that
+/set NAME VALUE    a setting: temperature, top_p, top_k, max_tokens, seed …; without VALUE the model's own
+/system TEXT       rules for the model
+/new               forget what was said
+/quit              end (or Ctrl-D); Ctrl-C stops an answer"""
+
+SETTINGS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "max_tokens",
+    "seed",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
 )
+"""Fields of a request that `/set` changes."""
 
 
 @dataclass(slots=True)
@@ -24,25 +43,40 @@ class Conversation:
     client: httpx.Client
     model: str
     models: tuple[str, ...]
+    also: str | None = None
+    """A second model that is asked the same, with the history of the first."""
     system: str = ""
+    settings: dict[str, float] = field(default_factory=dict)
     turns: list[dict[str, str]] = field(default_factory=list)
+    new_tokens: int = 0
+    """Tokens of the last answer, as the server counted them."""
 
-    def ask(self, question: str) -> Iterator[str]:
+    def ask(self, question: str, *, model: str | None = None) -> Iterator[str]:
         """Yield the answer to `question` in pieces, and remember both once it is complete.
 
-        A caller that stops early keeps what came. Raises TransientError when the server does not answer
-        or gives up.
+        A caller that stops early keeps what came. An answer of another `model` is not remembered. Raises
+        TransientError when the server does not answer or gives up.
         """
         rules = [{"role": "system", "content": self.system}] if self.system else []
         asked = {"role": "user", "content": question}
-        body = {"model": self.model, "messages": [*rules, *self.turns, asked], "stream": True}
+        body = {
+            **self.settings,
+            "model": model or self.model,
+            "messages": [*rules, *self.turns, asked],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
         text = ""
+        self.new_tokens = 0
         try:
-            for piece in _pieces(self.client, body):
-                text += piece
-                yield piece
+            for event in _events(self.client, body):
+                self.new_tokens = (event.get("usage") or {}).get("completion_tokens", self.new_tokens)
+                for choice in event["choices"]:
+                    piece = choice["delta"].get("content") or ""
+                    text += piece
+                    yield piece
         finally:
-            if text:
+            if text and model is None:
                 self.turns += [asked, {"role": "assistant", "content": text}]
 
 
@@ -55,9 +89,7 @@ def connect(client: httpx.Client, model: str | None = None) -> Conversation:
     try:
         reply = client.get("/v1/models")
     except httpx.HTTPError as error:
-        raise TransientError(
-            f"no answer from {client.base_url}: {error}; does a server run there?"
-        ) from None
+        raise TransientError(f"no answer from {client.base_url}: {error}; does a server run there?") from None
     _check(reply, str(client.base_url))
     models = tuple(entry["id"] for entry in reply.json()["data"])
     if model is not None and model not in models:
@@ -67,34 +99,56 @@ def connect(client: httpx.Client, model: str | None = None) -> Conversation:
     return Conversation(client, model or models[0], models)
 
 
-def talk(conversation: Conversation, *, read: Callable[[], str], write: Callable[[str], None]) -> None:
+def talk(
+    conversation: Conversation,
+    *,
+    read: Callable[[], str],
+    write: Callable[[str], None],
+    greet: bool = True,
+) -> None:
     """Read questions and write answers until `read` raises EOFError or the user leaves.
 
-    An interrupt (Ctrl-C) ends the answer under way, not the conversation.
+    An interrupt (Ctrl-C) ends the answer under way, not the conversation. `greet` says who answers, what
+    can be typed, and after each answer how fast it came.
     """
-    write(f"{conversation.model} at {conversation.client.base_url}. {HELP}\n")
+    if greet:
+        write(f"{conversation.model} at {conversation.client.base_url}\n{HELP}\n")
     while True:
         try:
             line = read().strip()
         except EOFError:
             return
+        except KeyboardInterrupt:  # at the prompt: a new line, as shells do
+            write("\n")
+            continue
         if line == "/quit":
             return
         if line.startswith("/"):
             write(_command(conversation, line) + "\n")
         elif line:
-            _answer(conversation, line, write)
+            if conversation.also is not None:
+                # asked first: its answer is not remembered, so that both see the same history
+                write(f"[{conversation.also}]\n")
+                _answer(conversation, conversation.ask(line, model=conversation.also), write, rate=greet)
+                write(f"[{conversation.model}]\n")
+            _answer(conversation, conversation.ask(line), write, rate=greet)
 
 
-def _answer(conversation: Conversation, line: str, write: Callable[[str], None]) -> None:
-    pieces = conversation.ask(line)
+def _answer(
+    conversation: Conversation, pieces: Iterator[str], write: Callable[[str], None], *, rate: bool
+) -> None:
+    first: float | None = None
     try:
         for piece in pieces:
+            first = first or time.monotonic()
             write(piece)
     except KeyboardInterrupt:
         write(" [stopped]")
     except TransientError as failure:
         write(f"[{failure}]")
+    if rate and first is not None and conversation.new_tokens > 1:
+        seconds = max(time.monotonic() - first, 1e-6)
+        write(f"\n[{conversation.new_tokens} tokens, {(conversation.new_tokens - 1) / seconds:.1f}/s]")
     write("\n")
 
 
@@ -103,11 +157,16 @@ def _command(conversation: Conversation, line: str) -> str:
     rest = rest.strip()
     if name == "/models":
         return ", ".join(conversation.models)
-    if name == "/model" and rest in conversation.models:
+    if name in {"/model", "/also"} and rest not in (*conversation.models, "" if name == "/also" else None):
+        return f"'{rest}' is not served; {', '.join(conversation.models)} are"
+    if name == "/model":
         conversation.model = rest
         return f"now {rest}"
-    if name == "/model":
-        return f"'{rest}' is not served; {', '.join(conversation.models)} are"
+    if name == "/also":
+        conversation.also = rest or None
+        return f"and {rest} too" if rest else "one answer again"
+    if name == "/set":
+        return _set(conversation, *rest.partition(" ")[::2])
     if name == "/system":
         conversation.system = rest
         return "rules set" if rest else "no rules"
@@ -117,7 +176,22 @@ def _command(conversation: Conversation, line: str) -> str:
     return HELP
 
 
-def _pieces(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
+def _set(conversation: Conversation, name: str, value: str) -> str:
+    if name not in SETTINGS:
+        return f"no setting '{name}'; there are {', '.join(SETTINGS)}"
+    if not value:
+        conversation.settings.pop(name, None)
+        return f"{name} is the model's own"
+    try:
+        number = float(value)
+    except ValueError:
+        return f"{name} is a number, not '{value}'"
+    conversation.settings[name] = int(number) if number.is_integer() else number
+    return f"{name} is {conversation.settings[name]}"
+
+
+def _events(client: httpx.Client, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the chunks of a streamed chat completion; TransientError for whatever ends it early."""
     try:
         with client.stream("POST", "/v1/chat/completions", json=body) as reply:
             if reply.is_error:
@@ -130,8 +204,7 @@ def _pieces(client: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
                 event = json.loads(data)
                 if "error" in event:
                     raise TransientError(event["error"]["message"])
-                for choice in event["choices"]:
-                    yield choice["delta"].get("content") or ""
+                yield event
     except httpx.HTTPError as error:
         raise TransientError(f"the connection to {client.base_url} broke: {error}") from None
 

@@ -1,5 +1,8 @@
 """`runtime chat`, against a real server over the engine without a model."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,7 +50,27 @@ def test_commands_change_model_and_rules(client: httpx.Client) -> None:
     assert "now shop" in text
     assert "'nobody' is not served" in text
     assert "rules set" in text
-    assert text.count("/quit ends") == 2
+    assert text.count("forget what was said") == 2
+
+
+def test_settings_go_along_and_nonsense_is_said(client: httpx.Client) -> None:
+    text = session(client, "/set max_tokens 2", "a b c d", "/set max_tokens", "/set seed x", "/set beams 2")
+    assert "[2 tokens, " in text
+    assert "max_tokens is the model's own" in text
+    assert "seed is a number, not 'x'" in text
+    assert "no setting 'beams'" in text
+
+
+def test_two_models_answer_below_each_other_and_the_first_is_remembered(client: httpx.Client) -> None:
+    conversation = connect(client)
+    typed = iter(["/also nobody", "/also shop", "hello", "/also", "/quit"])
+    written: list[str] = []
+    talk(conversation, read=lambda: next(typed), write=written.append)
+    text = "".join(written)
+    assert "'nobody' is not served" in text
+    assert text.index("[shop]\n") < text.index("[base]\n")
+    assert [turn["role"] for turn in conversation.turns] == ["user", "assistant"]
+    assert "one answer again" in text
 
 
 def test_refused_question_is_said_and_the_conversation_goes_on(client: httpx.Client) -> None:
@@ -83,3 +106,28 @@ def test_unknown_model_wrong_key_and_no_server_are_one_line(client: httpx.Client
         pytest.raises(TransientError, match="does a server run"),
     ):
         connect(other)
+
+
+def test_a_pipe_asks_line_by_line_and_gets_the_answer_alone(start_server: Any) -> None:
+    server = start_server(config={"api_key": "sesame"}, engine={"context_tokens": 4096})
+    command = [sys.executable, "-m", "runtime.cli", "chat", server.url.removeprefix("http://")]
+    ran = subprocess.run(
+        command,
+        input="/set max_tokens 9\nhello\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PATH": os.environ["PATH"], "RUNTIME_API_KEY": "sesame"},
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[0] == "max_tokens is 9"
+    assert "user" in ran.stdout
+    assert "tokens," not in ran.stdout
+
+
+def test_no_server_is_one_line_and_worth_a_retry() -> None:
+    command = [sys.executable, "-m", "runtime.cli", "chat", "http://127.0.0.1:9"]
+    ran = subprocess.run(command, input="", capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 75
+    assert ran.stderr.startswith("error: no answer from http://127.0.0.1:9")
