@@ -1,19 +1,81 @@
 """Text generation: token ids in, token ids out. `protocol` says what an engine is; `create` makes one."""
 
+import logging
 from typing import TYPE_CHECKING
 
-from runtime import models
+from runtime import hardware, models
+from runtime.errors import CapacityError
 from runtime.serving.engine.protocol import Engine
 from runtime.serving.settings import ServeConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+log = logging.getLogger(__name__)
+
+CACHE_SHARE = 0.8
+"""Part of the memory left beside the weights that keys and values may take; the rest is for a step's work."""
+LEAST_CONTEXT_TOKENS = 2048
+"""Rather fewer rows at a time than a context below this."""
+
 
 def create(config: ServeConfig, model: "PreTrainedModel") -> Engine:
-    """Return a running engine over `model`, already on its device and in evaluation mode."""
+    """Return a running engine over `model`, already on its device and in evaluation mode.
+
+    The row engine where it can drive the architecture, else the plain one, one request at a time. Raises
+    CapacityError when not even one row's cache fits beside the weights.
+    """
+    from runtime.serving.engine.fuse import positions_limit, refusal
     from runtime.serving.engine.plain import PlainEngine
+    from runtime.serving.engine.rows import RowEngine
 
     stated = models.context_tokens(model.config)
     context_tokens = min(stated, config.limits.context_tokens or stated)
-    return PlainEngine(model, context_tokens=context_tokens, queue=config.limits.queue)
+    queue = config.limits.queue
+    reason = refusal(model)
+    if reason is not None:
+        log.warning("Serving one request at a time: %s", reason)
+        return PlainEngine(model, context_tokens=context_tokens, queue=queue)
+    context_tokens = min(context_tokens, positions_limit(model.config.get_text_config()) or context_tokens)
+    wanted = (config.limits.rows, context_tokens)
+    rows, context_tokens = fit(wanted, token_bytes=_token_bytes(model), free_bytes=_free_bytes(model))
+    if (rows, context_tokens) != wanted:
+        log.warning("Memory allows %d rows of %d tokens, not %d of %d", rows, context_tokens, *wanted)
+    return RowEngine(model, rows=rows, context_tokens=context_tokens, queue=queue)
+
+
+def fit(wanted: tuple[int, int], *, token_bytes: int, free_bytes: int) -> tuple[int, int]:
+    """Return (rows, context tokens) whose keys and values fit into CACHE_SHARE of `free_bytes`.
+
+    Context gives way first, down to LEAST_CONTEXT_TOKENS, then the number of rows, then context again.
+    """
+    rows, context = wanted
+    tokens = int(free_bytes * CACHE_SHARE) // token_bytes
+    context = min(context, max(tokens // rows, min(context, LEAST_CONTEXT_TOKENS)))
+    rows = max(1, min(rows, tokens // context))
+    context = min(context, tokens // rows)
+    if context < 16:
+        raise CapacityError(
+            f"{free_bytes >> 20} MiB are free beside the weights, and one row of 16 tokens needs "
+            f"{16 * token_bytes >> 20} MiB of keys and values; use a larger device or a quantised model"
+        )
+    return rows, context
+
+
+def _token_bytes(model: "PreTrainedModel") -> int:
+    """Return the bytes of keys and values of one position of one row."""
+    from runtime.serving.engine.runner import cache_shape
+
+    layers, heads, dim = cache_shape(model.config)
+    return 2 * layers * heads * dim * int(model.dtype.itemsize)
+
+
+def _free_bytes(model: "PreTrainedModel") -> int:
+    """Return the memory beside the weights, on the device of `model`."""
+    import torch
+
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(model.device)[0])
+    # half of it: the page cache, the process itself and its neighbours live there too
+    return max(0, hardware.detect().memory_bytes // 2 - int(model.get_memory_footprint()))

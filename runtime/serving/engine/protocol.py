@@ -51,6 +51,16 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """How a request began to be answered."""
+
+    queued_s: float
+    """Time it waited for a row."""
+    cached_tokens: int
+    """Prompt tokens whose keys and values were in the cache already."""
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """One generated token, or the end of the answer (`id` None, `finish_reason` set)."""
 
@@ -60,6 +70,8 @@ class Token:
     """Natural log of its probability under the model, before temperature and truncation."""
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest (token id, log probability) pairs at this place, likeliest first."""
+    start: Start | None = None
+    """With the first item of an answer that got a row, and only there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +87,10 @@ class Stats:
     alive: bool
     """False once the engine thread has died."""
     adapters: tuple[str, ...] = ()
+    prompt_tokens: int = 0
+    """Prompt tokens of all requests that got a row, since the start."""
+    cached_tokens: int = 0
+    """Those of them that were found in the cache."""
 
 
 class Engine(Protocol):

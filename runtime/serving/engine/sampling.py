@@ -24,6 +24,19 @@ class Sampler:
         else:
             self._random.manual_seed(sampling.seed & (1 << 63) - 1)
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the next token is the likeliest one and nothing else is asked for."""
+        s = self.sampling
+        early = bool(s.stop_ids) and len(self.generated) < s.min_new_tokens
+        penalties = s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty or s.logit_bias
+        return s.temperature == 0 and s.top_logprobs is None and not penalties and not early
+
+    def accept(self, token: int) -> Token:
+        """Remember a token that was chosen elsewhere, the likeliest one of an `is_greedy` row."""
+        self.generated.append(token)
+        return Token(token)
+
     def choose(self, logits: Tensor) -> Token:
         """Return the next token for `logits` (V,) float32 on the CPU, and remember it."""
         sampling = self.sampling

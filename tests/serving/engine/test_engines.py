@@ -1,110 +1,45 @@
-"""The plain engine: greedy equals generate, one row in turn, adapters by name, failures answered."""
+"""What both engines promise: greedy equals generate, adapters by name, failures answered, rows freed."""
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import PeftModel
 
-from runtime import adapters
 from runtime.errors import ConfigError, OverloadedError, UnavailableError, UnknownModelError
-from runtime.model_source import ModelSource
 from runtime.serving.engine.plain import PlainEngine
-from runtime.serving.engine.protocol import Request, Sampling, Token
+from runtime.serving.engine.rows import RowEngine
 
-PROMPT = (5, 17, 230, 41, 9)
-SOURCE = ModelSource(name="tiny", repository="someone/tiny")
-
-
-def load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(str(folder)).eval()
+from .asking import AnyEngine, ask, collect, generate, load, run
 
 
-@pytest.fixture
-def engine(tiny_llama_dir: Path) -> Iterator[PlainEngine]:
-    made = PlainEngine(load(tiny_llama_dir), context_tokens=256, queue=2)
+@pytest.fixture(params=["plain", "rows"])
+def engine(request: pytest.FixtureRequest, tiny_llama_dir: Path) -> Iterator[AnyEngine]:
+    """An engine with one row."""
+    model = load(tiny_llama_dir)
+    made: AnyEngine = (
+        PlainEngine(model, context_tokens=256, queue=2)
+        if request.param == "plain"
+        else RowEngine(model, rows=1, context_tokens=256, queue=2)
+    )
     yield made
     made.close()
 
 
-@pytest.fixture(scope="module")
-def adapter_dirs(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two adapters of different rank and targets, with weights that change every answer."""
-    made = {}
-    for seed, (name, rank, targets) in enumerate(
-        [("my.first-one", 4, ["q_proj", "v_proj"]), ("second", 8, ["gate_proj", "down_proj", "o_proj"])]
-    ):
-        torch.manual_seed(seed)
-        model = get_peft_model(
-            load(tiny_llama_dir), LoraConfig(r=rank, lora_alpha=32, target_modules=targets)
-        )
-        for parameter_name, parameter in model.named_parameters():
-            if "lora_B" in parameter_name:
-                torch.nn.init.normal_(parameter, std=0.3)
-        made[name] = tmp_path_factory.mktemp("adapters") / name
-        adapters.save(model, made[name], source=SOURCE)
-    return made
-
-
-def ask(
-    prompt: tuple[int, ...] = PROMPT,
-    *,
-    adapter: str | None = None,
-    id: str = "1",  # noqa: A002
-    **sampling: Any,
-) -> Request:
-    return Request(prompt, Sampling(**{"max_new_tokens": 16} | sampling), adapter=adapter, id=id)
-
-
-async def collect(tokens: AsyncIterator[Token]) -> tuple[list[int], str | None]:
-    ids: list[int] = []
-    async for token in tokens:
-        if token.id is None:
-            return ids, token.finish_reason
-        ids.append(token.id)
-    raise AssertionError("no end")
-
-
-def run(engine: PlainEngine, *requests: Request) -> list[tuple[list[int], str | None]]:
-    async def all_of_them() -> list[tuple[list[int], str | None]]:
-        return await asyncio.gather(*(collect(engine.submit(request)) for request in requests))
-
-    return asyncio.run(all_of_them())
-
-
-def generate(model: Any, **options: Any) -> list[int]:
-    ids = torch.tensor([PROMPT])
-    made = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16,
-        eos_token_id=None, pad_token_id=2, **options,
-    )  # fmt: skip
-    return list(made[0, len(PROMPT) :].tolist())
-
-
-def test_greedy_equals_generate(engine: PlainEngine, tiny_llama_dir: Path) -> None:
+def test_greedy_equals_generate(engine: AnyEngine, tiny_llama_dir: Path) -> None:
     ((ids, reason),) = run(engine, ask())
     assert (ids, reason) == (generate(load(tiny_llama_dir)), "length")
 
 
-def test_a_repetition_penalty_equals_that_of_generate(engine: PlainEngine, tiny_llama_dir: Path) -> None:
+def test_a_repetition_penalty_equals_that_of_generate(engine: AnyEngine, tiny_llama_dir: Path) -> None:
     ((ids, _),) = run(engine, ask(repetition_penalty=1.3))
     assert ids == generate(load(tiny_llama_dir), repetition_penalty=1.3)
 
 
-def test_a_long_prompt_goes_in_chunks_and_gives_the_same(
-    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, engine: PlainEngine
-) -> None:
-    whole = run(engine, ask())
-    monkeypatch.setattr("runtime.serving.engine.plain.PREFILL_TOKENS", 2)
-    assert run(engine, ask()) == whole
-
-
-def test_a_stop_id_ends_the_answer_and_is_not_part_of_it(engine: PlainEngine) -> None:
+def test_a_stop_id_ends_the_answer_and_is_not_part_of_it(engine: AnyEngine) -> None:
     varied = {"temperature": 1.5, "seed": 7}
     ((ids, _),) = run(engine, ask(**varied))
     stop = next(token for token in ids[2:] if token not in ids[:2])
@@ -112,14 +47,14 @@ def test_a_stop_id_ends_the_answer_and_is_not_part_of_it(engine: PlainEngine) ->
     assert (stopped, reason) == (ids[: ids.index(stop)], "stop")
 
 
-def test_min_new_tokens_keeps_stop_ids_away(engine: PlainEngine) -> None:
+def test_min_new_tokens_keeps_stop_ids_away(engine: AnyEngine) -> None:
     ((ids, _),) = run(engine, ask())
     ((kept, _),) = run(engine, ask(stop_ids=frozenset({ids[0]}), min_new_tokens=3))
     assert len(kept) >= 3
     assert ids[0] not in kept[:3]
 
 
-def test_the_same_seed_gives_the_same_text_and_another_another(engine: PlainEngine) -> None:
+def test_the_same_seed_gives_the_same_text_and_another_another(engine: AnyEngine) -> None:
     once, again, other = run(
         engine,
         ask(temperature=1.5, seed=7, id="a"),
@@ -130,12 +65,12 @@ def test_the_same_seed_gives_the_same_text_and_another_another(engine: PlainEngi
     assert once != other
 
 
-def test_the_context_is_never_exceeded(engine: PlainEngine) -> None:
+def test_the_context_is_never_exceeded(engine: AnyEngine) -> None:
     ((ids, reason),) = run(engine, ask(tuple(range(3, 253)), max_new_tokens=100))
     assert (len(ids), reason) == (256 - 250, "length")
 
 
-def test_a_full_queue_refuses_at_once(engine: PlainEngine) -> None:
+def test_a_full_queue_refuses_at_once(engine: AnyEngine) -> None:
     async def flood() -> None:
         tokens = [engine.submit(ask(id=str(number), max_new_tokens=200)) for number in range(3)]
         with pytest.raises(OverloadedError, match="2 requests are waiting"):
@@ -147,7 +82,7 @@ def test_a_full_queue_refuses_at_once(engine: PlainEngine) -> None:
     asyncio.run(flood())
 
 
-def test_leaving_the_iterator_frees_the_row(engine: PlainEngine) -> None:
+def test_leaving_the_iterator_frees_the_row(engine: AnyEngine) -> None:
     async def leave() -> None:
         tokens = engine.submit(ask(max_new_tokens=240))
         await anext(tokens)
@@ -160,7 +95,7 @@ def test_leaving_the_iterator_frees_the_row(engine: PlainEngine) -> None:
 
 
 def test_an_adapter_answers_as_plain_peft_does(
-    engine: PlainEngine, tiny_llama_dir: Path, adapter_dirs: dict[str, Path]
+    engine: AnyEngine, tiny_llama_dir: Path, adapter_dirs: dict[str, Path]
 ) -> None:
     base = run(engine, ask())
     for name, folder in adapter_dirs.items():
@@ -176,7 +111,7 @@ def test_an_adapter_answers_as_plain_peft_does(
 
 
 def test_strength_scales_the_update(
-    engine: PlainEngine, tiny_llama_dir: Path, adapter_dirs: dict[str, Path]
+    engine: AnyEngine, tiny_llama_dir: Path, adapter_dirs: dict[str, Path]
 ) -> None:
     engine.add_adapter("none", adapter_dirs["second"], strength=0.0)
     engine.add_adapter("half", adapter_dirs["second"], strength=0.5)
@@ -189,7 +124,7 @@ def test_strength_scales_the_update(
     assert answers[1] == generate(model)
 
 
-def test_an_unknown_or_removed_adapter_is_refused(engine: PlainEngine, adapter_dirs: dict[str, Path]) -> None:
+def test_an_unknown_or_removed_adapter_is_refused(engine: AnyEngine, adapter_dirs: dict[str, Path]) -> None:
     base = run(engine, ask())
     engine.add_adapter("x", adapter_dirs["second"])
     engine.remove_adapter("x")
@@ -199,7 +134,7 @@ def test_an_unknown_or_removed_adapter_is_refused(engine: PlainEngine, adapter_d
 
 
 def test_fault_50_removal_waits_for_the_answer_in_flight(
-    engine: PlainEngine, adapter_dirs: dict[str, Path]
+    engine: AnyEngine, adapter_dirs: dict[str, Path]
 ) -> None:
     engine.add_adapter("x", adapter_dirs["second"])
     expected = run(engine, ask(adapter="x", max_new_tokens=200))
@@ -217,7 +152,7 @@ def test_fault_50_removal_waits_for_the_answer_in_flight(
 
 
 def test_an_adapter_of_another_shape_is_refused_and_the_base_still_served(
-    engine: PlainEngine, adapter_dirs: dict[str, Path], tmp_path: Path
+    engine: AnyEngine, adapter_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -238,20 +173,23 @@ def test_an_adapter_of_another_shape_is_refused_and_the_base_still_served(
 
 
 def test_fault_48_a_failure_answers_its_request_and_the_next_is_served(
-    engine: PlainEngine, monkeypatch: pytest.MonkeyPatch
+    engine: AnyEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("kernel launch failed at 0x7f")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_forward", broken)
+        if isinstance(engine, PlainEngine):
+            patch.setattr(engine, "_forward", broken)
+        else:
+            patch.setattr(engine._runner, "run", broken)
         with pytest.raises(UnavailableError, match="failed on this request") as caught:
             run(engine, ask())
         assert "0x7f" not in str(caught.value)
     assert run(engine, ask())[0][1] == "length"
 
 
-def test_close_ends_what_is_in_flight_as_cancelled(engine: PlainEngine) -> None:
+def test_close_ends_what_is_in_flight_as_cancelled(engine: AnyEngine) -> None:
     async def close_meanwhile() -> list[tuple[list[int], str | None]]:
         tokens = [engine.submit(ask(id=str(n), max_new_tokens=240)) for n in range(2)]
         await anext(tokens[0])

@@ -1,0 +1,106 @@
+"""One step as tensors: the flat tokens of all rows, and where each belongs.
+
+Decoding rows come first, one token each, in slot order; then the prompt chunks, one after another. `N`
+flat tokens, `R` decoding rows, `L` positions. Does not know models or requests. Start at `assemble`.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from runtime.serving.engine.bank import Bank
+from runtime.serving.engine.lora import Groups
+from runtime.serving.engine.scheduler import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Decoding rows in neighbouring slots: flat tokens `offset` up, slots `first` up, `count` of both."""
+
+    offset: int
+    first: int
+    count: int
+    longest: int
+    """Positions of the longest of them, the new token included."""
+    lengths: Tensor
+    """(count,) positions of each, the new token included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A prompt chunk: flat tokens `offset` up are positions `start` up of `slot`."""
+
+    offset: int
+    slot: int
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one forward pass runs."""
+
+    ids: Tensor
+    """(1, N) token ids."""
+    positions: Tensor
+    """(1, N)"""
+    decodes: int
+    """R"""
+    slots: Tensor
+    """(R,) slot of each decoding row."""
+    places: Tensor
+    """(R,) position of each decoding row's token."""
+    runs: tuple[Run, ...]
+    chunks: tuple[Piece, ...]
+    chosen: Tensor
+    """Flat indices after which a token is chosen: the decoding rows, then the chunks that end a prompt."""
+    groups: Groups | None
+    """Which flat tokens use which adapter; None when all are the base's."""
+    masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
+    """Attention masks, made in the first layer that needs one and shared by the rest."""
+
+
+def assemble(plan: Plan, bank: Bank) -> Batch:
+    """Return the tensors of `plan`, on the device of `bank`."""
+    ids, positions = [], []
+    for row in plan.decode:
+        ids.append(row.ids[row.filled])
+        positions.append(row.filled)
+    places, pieces, chosen = list(positions), [], list(range(len(ids)))
+    for chunk in plan.chunks:
+        start = chunk.start
+        pieces.append(Piece(len(ids), chunk.row.slot, start, chunk.count))
+        ids.extend(chunk.row.ids[start : start + chunk.count])
+        positions.extend(range(start, start + chunk.count))
+        if chunk.completes:
+            chosen.append(len(ids) - 1)
+    owners = [(row.adapter, 1) for row in plan.decode]
+    owners += [(chunk.row.adapter, chunk.count) for chunk in plan.chunks]
+    slots = [row.slot for row in plan.decode]
+    # one transfer for all the numbers of a step
+    numbers = torch.tensor([*ids, *positions, *slots, *places, *chosen]).to(bank.device, non_blocking=True)
+    sizes = [len(ids), len(positions), len(slots), len(places), len(chosen)]
+    id_part, position_part, slot_part, place_part, chosen_part = torch.split(numbers, sizes)
+    return Batch(
+        ids=id_part[None],
+        positions=position_part[None],
+        decodes=len(slots),
+        slots=slot_part,
+        places=place_part,
+        runs=_runs(slots, places, place_part),
+        chunks=tuple(pieces),
+        chosen=chosen_part,
+        groups=bank.group(owners),
+    )
+
+
+def _runs(slots: list[int], places: list[int], place_part: Tensor) -> tuple[Run, ...]:
+    """Split the decoding rows where their slots are not neighbours."""
+    runs, begin = [], 0
+    for end in range(1, len(slots) + 1):
+        if end == len(slots) or slots[end] != slots[end - 1] + 1:
+            longest = max(places[begin:end]) + 1
+            runs.append(Run(begin, slots[begin], end - begin, longest, place_part[begin:end] + 1))
+            begin = end
+    return tuple(runs)

@@ -1,0 +1,172 @@
+"""Attention, MLP and norm modules over flat tokens, in place of transformers' own in the families alike.
+
+The same arithmetic in fewer, larger operations. Shapes: `N` flat tokens, `H` query heads, `K` key-value
+heads, `D` head dim. Does not know model classes (fuse.py picks) or requests. Start at `FusedAttention`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm
+
+from runtime.serving.engine.attention import Layer, attend
+from runtime.serving.engine.bank import Part
+from runtime.serving.engine.cache import SlotCache, store
+from runtime.serving.engine.linears import Layouts, is_plain, join
+from runtime.serving.engine.lora import RowLinear, Step
+
+
+class Adaptables:
+    """Makes the linear layers that take adapters, and keeps account of them by their module paths."""
+
+    def __init__(self, step: Step, layouts: Layouts) -> None:
+        self.parts: dict[str, Part] = {}
+        self._step, self._layouts = step, layouts
+
+    def one(self, name: str, module: nn.Module) -> RowLinear:
+        """Return `module`, found at `name`, as a layer that takes adapters."""
+        size = (int(module.in_features), (int(module.out_features),))  # type: ignore[arg-type]
+        layer = RowLinear(self._layouts.fast(module), size, self._step)
+        self.parts[name] = Part(layer, 0)
+        return layer
+
+    def plain(self, module: nn.Module) -> nn.Module:
+        """Return `module` as a fast layer that takes no adapter."""
+        return self._layouts.fast(module)
+
+    def joined(self, named: dict[str, nn.Module]) -> nn.Module:
+        """Return one layer for several with the same input: one product where their weights allow it."""
+        plain = [module for module in named.values() if isinstance(module, nn.Linear) and is_plain(module)]
+        if len(plain) < len(named):
+            return Side([self.one(name, module) for name, module in named.items()])
+        size = (plain[0].in_features, tuple(module.out_features for module in plain))
+        layer = RowLinear(self._layouts.fast(join(plain)), size, self._step)
+        for index, name in enumerate(named):
+            self.parts[name] = Part(layer, index)
+        return layer
+
+
+class Side(nn.Module):
+    """Several layers side by side: quantised weights are not joined."""
+
+    def __init__(self, layers: list[RowLinear]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., sum of outs) for x (..., in)."""
+        return torch.cat([layer(x) for layer in self.layers], dim=-1)
+
+
+class FusedAttention(nn.Module):
+    """Attention of the `FUSED` families over flat tokens: one product for q, k and v, one rotation."""
+
+    def __init__(self, name: str, source: Any, cache: SlotCache, layers: Adaptables) -> None:
+        super().__init__()
+        config = source.config
+        self._cache, self._layer = cache, int(source.layer_idx)
+        self._dim = int(source.head_dim)
+        self._heads, self._groups = config.num_attention_heads, config.num_key_value_heads
+        window = getattr(source, "sliding_window", getattr(config, "sliding_window", None))
+        self._rules = Layer(
+            cache.keys[self._layer], cache.values[self._layer], float(source.scaling), window, None
+        )
+        if hasattr(source, "qkv_proj"):
+            self.qkv: nn.Module = layers.one(f"{name}.qkv_proj", source.qkv_proj)
+        else:
+            names = [f"{each}_proj" for each in "qkv"]
+            self.qkv = layers.joined({f"{name}.{each}": getattr(source, each) for each in names})
+        self.out = layers.one(f"{name}.o_proj", source.o_proj)
+        self.q_norm, self.k_norm = getattr(source, "q_norm", None), getattr(source, "k_norm", None)
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: object
+    ) -> tuple[Tensor, None]:
+        """Return (1, N, hidden) for (1, N, hidden); cos and sin are (1, N, rotary dim)."""
+        batch = self._cache.running
+        tokens = hidden_states.shape[1]
+        mixed = self.qkv(hidden_states).view(tokens, -1, self._dim)  # (N, H + 2 K, D)
+        turned = mixed[:, : self._heads + self._groups]
+        if self.q_norm is not None and self.k_norm is not None:
+            turned = torch.cat(
+                (self.q_norm(turned[:, : self._heads]), self.k_norm(turned[:, self._heads :])), 1
+            )
+        turned = rotate(turned, *position_embeddings)
+        store(self._rules.keys, turned[:, self._heads :], batch)
+        store(self._rules.values, mixed[:, self._heads + self._groups :], batch)
+        seen = attend(turned[:, : self._heads], self._rules, batch)
+        return self.out(seen.view(1, tokens, -1)), None
+
+
+class FalconRows(nn.Module):
+    """Falcon's attention over flat tokens, for its three layouts of the joined projection."""
+
+    def __init__(self, source: Any, cache: SlotCache) -> None:
+        super().__init__()
+        self._cache, self._dim = cache, int(source.head_dim)
+        self._heads, self._groups = int(source.num_heads), int(source.num_kv_heads)
+        self._interleaved = bool(source.new_decoder_architecture) or not source.multi_query
+        layer = int(source.layer_idx)
+        self._rules = Layer(cache.keys[layer], cache.values[layer], self._dim**-0.5, None, None)
+        self.query_key_value, self.dense = source.query_key_value, source.dense
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: object
+    ) -> tuple[Tensor, None]:
+        """Return (1, N, hidden) for (1, N, hidden)."""
+        batch = self._cache.running
+        tokens = hidden_states.shape[1]
+        fused = self.query_key_value(hidden_states)
+        if self._interleaved:  # each group: its queries, its key, its value
+            grouped = fused.view(tokens, self._groups, -1, self._dim)
+            query, key, value = grouped[:, :, :-2].flatten(1, 2), grouped[:, :, -2], grouped[:, :, -1]
+        else:
+            flat = fused.view(tokens, -1, self._dim)
+            query, key, value = flat[:, :-2], flat[:, -2:-1], flat[:, -1:]
+        store(self._rules.keys, rotate(key, *position_embeddings), batch)
+        store(self._rules.values, value, batch)
+        seen = attend(rotate(query, *position_embeddings), self._rules, batch)
+        return self.dense(seen.view(1, tokens, -1)), None
+
+
+class FusedMlp(nn.Module):
+    """Gated MLP with one product for gate and up."""
+
+    def __init__(self, name: str, source: Any, layers: Adaptables) -> None:
+        super().__init__()
+        self.gate_up = layers.joined(
+            {f"{name}.gate_proj": source.gate_proj, f"{name}.up_proj": source.up_proj}
+        )
+        self.down = layers.one(f"{name}.down_proj", source.down_proj)
+        self.act = source.act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (1, N, hidden) for (1, N, hidden)."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        out: Tensor = self.down(self.act(gate).mul_(up))
+        return out
+
+
+class Norm(nn.Module):
+    """RMS norm in one call (arXiv:1910.07467), for the classes that multiply by the weight itself."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self._eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x (..., hidden) over its root mean square, times the weight."""
+        return rms_norm(x, self.weight.shape, self.weight, self._eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (N, heads, D) by cos and sin (1, N, d): the first d dims, halves paired (arXiv:2104.09864)."""
+    size, half = cos.shape[-1], cos.shape[-1] // 2
+    cos, sin = cos[0][:, None], sin[0][:, None]
+    turned = x.clone() if size < x.shape[-1] else torch.empty_like(x)
+    torch.mul(x[..., :size], cos, out=turned[..., :size])
+    turned[..., :half].addcmul_(x[..., half:size], sin[..., :half], value=-1)
+    turned[..., half:size].addcmul_(x[..., :half], sin[..., half:])
+    return turned

@@ -1,0 +1,87 @@
+"""Prepares a transformers model for rows: own attention, joined projections, layers that take adapters.
+
+The module tree stays transformers'; attention, MLP and norm modules of families alike are replaced
+by those of blocks.py. Does not know requests. Start at `prepare`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from runtime.serving.engine.attention import register, use_rows
+from runtime.serving.engine.blocks import Adaptables, FalconRows, FusedAttention, FusedMlp, Norm
+from runtime.serving.engine.cache import SlotCache
+from runtime.serving.engine.lora import RowLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma"})
+"""Model types whose attention is: project, optional norm per head, rotate, attend, project."""
+DRIVEN = FUSED | {"phi", "gemma2", "gemma3_text", "falcon"}
+"""Model types tested row by row against `generate`."""
+
+
+def refusal(model: "PreTrainedModel") -> str | None:
+    """Return why the row engine cannot drive `model`, or None when it can."""
+    config = model.config.get_text_config()
+    if model.config.model_type not in DRIVEN:
+        return f"architecture '{model.config.model_type}' is not one it knows"
+    if getattr(config, "alibi", False):
+        return "ALiBi positions"
+    return None
+
+
+def positions_limit(config: Any) -> int | None:
+    """Return the most positions whose rotary angles do not depend on the other rows of a step.
+
+    "longrope" and "dynamic" change all angles once the longest row passes the original context.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        original = rope.get("original_max_position_embeddings")
+        return original or getattr(config, "original_max_position_embeddings", None)
+    return None
+
+
+def prepare(model: "PreTrainedModel", cache: SlotCache, layers: Adaptables) -> None:
+    """Change `model` in place to run flat tokens over `cache`, its linear layers made by `layers`."""
+    kind = model.config.model_type
+    replaced = kind in FUSED or kind == "falcon"  # Falcon's class takes no other attention function
+    if not replaced:
+        use_rows(model)
+    for name, module in list(model.named_modules()):
+        if kind == "falcon" and hasattr(module, "query_key_value"):
+            _replace(model, name, FalconRows(module, cache))
+        elif kind in FUSED and hasattr(module, "o_proj"):
+            _replace(model, name, FusedAttention(name, module, cache, layers))
+        elif kind in FUSED and hasattr(module, "down_proj") and hasattr(module, "gate_proj"):
+            _replace(model, name, FusedMlp(name, module, layers))
+        elif kind in FUSED - {"gemma"} and hasattr(module, "variance_epsilon"):
+            _replace(model, name, Norm(module.weight, module.variance_epsilon))
+        elif not replaced and hasattr(module, "layer_idx") and hasattr(module, "config"):
+            register(module.config, cache)
+    for name, module in list(model.named_modules()):
+        if _is_linear(module) and module is not model.get_output_embeddings() and not _inside(model, name):
+            _replace(model, name, layers.one(name, module))
+    head = model.get_output_embeddings()
+    if head is not None:
+        model.set_output_embeddings(layers.plain(head))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return hasattr(module, "in_features") and hasattr(module, "weight") and not isinstance(module, RowLinear)
+
+
+def _inside(model: nn.Module, name: str) -> bool:
+    """Whether the module at `name` is already part of a row layer."""
+    ancestors = name.split(".")
+    return any(
+        isinstance(model.get_submodule(".".join(ancestors[:depth])), RowLinear)
+        for depth in range(1, len(ancestors))
+    )
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)

@@ -1,0 +1,140 @@
+"""Linear layers as fast as this hardware has them: weights joined, and on a CPU laid out for its products.
+
+Does not know models or adapters. Start at `Layouts.fast`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+FEW_ROWS = 2
+"""Up to this many rows the transposed layout is the faster one."""
+
+
+class Transposed(nn.Module):
+    """A linear layer whose weight lies as (in, out).
+
+    On a CPU a product of one or two rows with this layout reads the weight once, in order: as fast as
+    memory (tests/bench/RESULTS.md).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """`weight` (out, in), as nn.Linear has it."""
+        super().__init__()
+        self.register_buffer("weight", weight.detach().t().contiguous(), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., out) for x (..., in)."""
+        flat = x.reshape(-1, x.shape[-1])
+        out = torch.mm(flat, self.weight) if self.bias is None else torch.addmm(self.bias, flat, self.weight)
+        return out.view(*x.shape[:-1], -1)
+
+
+def join(layers: Sequence[nn.Linear]) -> nn.Linear:
+    """Return one linear layer whose output is theirs one after another; they are left without weights."""
+    with torch.device("meta"):
+        joined = nn.Linear(
+            layers[0].in_features,
+            sum(layer.out_features for layer in layers),
+            bias=any(layer.bias is not None for layer in layers),
+        )
+    joined.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]), requires_grad=False)
+    if joined.bias is not None:
+        parts = [
+            layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
+            for layer in layers
+        ]
+        joined.bias = nn.Parameter(torch.cat(parts), requires_grad=False)
+    for layer in layers:
+        layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+    return joined
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether `layer` computes x W + b with the weight as it stands: no quantised or hooked subclass."""
+    return type(layer) is nn.Linear or type(layer).__name__ == "FalconLinear"
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """oneDNN's own layout of a linear layer's weight, which torch has no public name for.
+
+    `torch.utils.mkldnn.to_mkldnn` is public, but converts every input and output. So the two operators
+    that torch.compile emits are looked up and tried once; without them, or should they ever compute
+    something else, `fast` does without.
+    """
+
+    pack: Callable[[Tensor], Tensor]
+    multiply: Callable[..., Tensor]
+
+    @classmethod
+    def find(cls) -> "Packing | None":
+        """Return the operators, or None where this build of torch or this CPU has none that work."""
+        pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+        multiply = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+        available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        if pack is None or multiply is None or not available:
+            return None
+        found = cls(pack, multiply)
+        weight, x = torch.arange(12.0).view(3, 4), torch.arange(8.0).view(2, 4)
+        try:
+            right = torch.allclose(Packed(weight, None, found)(x), x @ weight.T)
+        except (RuntimeError, NotImplementedError, TypeError):
+            return None
+        return found if right else None
+
+
+class Packed(nn.Module):
+    """A linear layer over a packed weight: twice as fast as `F.linear` from 4 rows on, slower at one."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, packing: Packing) -> None:
+        """`weight` (out, in), as nn.Linear has it."""
+        super().__init__()
+        self._multiply = packing.multiply
+        self.register_buffer("weight", packing.pack(weight.detach().contiguous()), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., out) for x (..., in)."""
+        return self._multiply(x, self.weight, self.bias, "none", [], "")
+
+
+class BySize(nn.Module):
+    """Two layouts of one weight, each for the number of rows it is faster at; takes twice the memory."""
+
+    def __init__(self, few: Transposed, many: Packed) -> None:
+        super().__init__()
+        self.few, self.many = few, many
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., out) for x (..., in)."""
+        rows = x.numel() // x.shape[-1]
+        out: Tensor = self.few(x) if rows <= FEW_ROWS else self.many(x)
+        return out
+
+
+class Layouts:
+    """Gives linear layers the layouts that suit their device."""
+
+    def __init__(self, *, twice: bool) -> None:
+        """`twice` allows two layouts of each weight."""
+        self._twice = twice
+        self._packing = Packing.find()
+
+    def fast(self, layer: nn.Module) -> nn.Module:
+        """Return what computes `layer` fastest on its device: itself, or its weights laid out anew."""
+        if not (isinstance(layer, nn.Linear) and is_plain(layer) and layer.weight.device.type == "cpu"):
+            return layer
+        if self._packing is None or layer.weight.dtype != torch.float32:
+            return Transposed(layer.weight, layer.bias)
+        packed = Packed(layer.weight, layer.bias, self._packing)
+        return BySize(Transposed(layer.weight, layer.bias), packed) if self._twice else packed

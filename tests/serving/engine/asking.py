@@ -1,0 +1,58 @@
+"""Asking an engine: requests, answers as lists, and what transformers' own generate says."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from runtime.serving.engine.plain import PlainEngine
+from runtime.serving.engine.protocol import Request, Sampling, Token
+from runtime.serving.engine.rows import RowEngine
+
+AnyEngine = PlainEngine | RowEngine
+
+PROMPT = (5, 17, 230, 41, 9)
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(str(folder)).eval()
+
+
+def ask(
+    prompt: tuple[int, ...] = PROMPT,
+    *,
+    adapter: str | None = None,
+    id: str = "1",  # noqa: A002
+    **sampling: Any,
+) -> Request:
+    return Request(prompt, Sampling(**{"max_new_tokens": 16} | sampling), adapter=adapter, id=id)
+
+
+async def collect(tokens: AsyncIterator[Token]) -> tuple[list[int], str | None]:
+    ids: list[int] = []
+    async for token in tokens:
+        if token.id is None:
+            return ids, token.finish_reason
+        ids.append(token.id)
+    raise AssertionError("no end")
+
+
+def run(engine: AnyEngine, *requests: Request) -> list[tuple[list[int], str | None]]:
+    async def all_of_them() -> list[tuple[list[int], str | None]]:
+        return await asyncio.gather(*(collect(engine.submit(request)) for request in requests))
+
+    return asyncio.run(all_of_them())
+
+
+def generate(
+    model: Any, prompt: tuple[int, ...] = PROMPT, *, max_new_tokens: int = 16, **options: Any
+) -> list[int]:
+    ids = torch.tensor([prompt])
+    made = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens,
+        eos_token_id=None, pad_token_id=2, **options,
+    )  # fmt: skip
+    return list(made[0, len(prompt) :].tolist())

@@ -1,0 +1,90 @@
+"""Which engine a model gets, and how many rows of which length fit beside it."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from transformers import AutoModelForCausalLM
+
+from runtime.errors import CapacityError
+from runtime.model_source import ModelSource
+from runtime.serving import engine
+from runtime.serving.engine.plain import PlainEngine
+from runtime.serving.engine.rows import RowEngine
+from runtime.serving.settings import Limits, ServeConfig
+
+from .asking import ask, generate, load, run
+
+
+def config(**limits: Any) -> ServeConfig:
+    return ServeConfig(model=ModelSource(name="tiny"), served_name="tiny", limits=Limits(**limits))
+
+
+def test_a_known_architecture_is_served_row_by_row(tiny_llama_dir: Path) -> None:
+    made = engine.create(config(rows=3, context_tokens=300), load(tiny_llama_dir))
+    assert isinstance(made, RowEngine)
+    assert made.context_tokens == 300
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("GPT2Config", {"n_embd": 64, "n_layer": 2, "vocab_size": 512}),
+        (
+            "FalconConfig",
+            {"alibi": True, "hidden_size": 64, "num_hidden_layers": 2},
+        ),
+    ],
+)
+def test_an_unknown_architecture_is_served_one_at_a_time_and_it_is_said(
+    kind: str, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = AutoModelForCausalLM.from_config(
+        getattr(transformers, kind)(**options, num_attention_heads=4, eos_token_id=2)
+    ).eval()
+    with caplog.at_level(logging.WARNING):
+        made = engine.create(config(), model)
+    assert isinstance(made, PlainEngine)
+    assert "Serving one request at a time" in caplog.text
+    assert run(made, ask())[0][0] == generate(model)
+    made.close()
+
+
+def test_angles_that_depend_on_the_longest_row_bound_the_context() -> None:
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 128,
+        "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+    }  # fmt: skip
+    phi = transformers.Phi3Config(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, original_max_position_embeddings=128,
+        pad_token_id=0, rope_parameters=rope,
+    )  # fmt: skip
+    made = engine.create(config(rows=2), AutoModelForCausalLM.from_config(phi).eval())
+    assert made.context_tokens == 128
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "free_tokens", "expected"),
+    [
+        ((32, 4096), 32 * 4096, (32, 4096)),
+        ((32, 4096), 32 * 3000, (32, 3000)),  # context gives way first
+        ((32, 4096), 10 * 2048, (10, 2048)),  # then rows
+        ((32, 1024), 10 * 1024, (10, 1024)),  # a context asked for below the floor is kept
+        ((32, 4096), 500, (1, 500)),  # then context again
+    ],
+)
+def test_rows_and_context_fit_the_memory(
+    wanted: tuple[int, int], free_tokens: int, expected: tuple[int, int]
+) -> None:
+    free = int(free_tokens * 1000 / engine.CACHE_SHARE) + 1
+    assert engine.fit(wanted, token_bytes=1000, free_bytes=free) == expected
+
+
+def test_no_room_for_a_single_row_is_a_capacity_error() -> None:
+    with pytest.raises(CapacityError, match="MiB are free beside the weights"):
+        engine.fit((1, 4096), token_bytes=1 << 20, free_bytes=10 << 20)

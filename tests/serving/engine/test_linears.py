@@ -1,0 +1,60 @@
+"""Weight layouts: whatever the layout, the product is that of nn.Linear."""
+
+import pytest
+import torch
+from torch import nn
+
+from runtime.serving.engine import linears
+from runtime.serving.engine.blocks import rotate
+from runtime.serving.engine.linears import BySize, Layouts, Packed, Packing, Transposed, join
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("twice", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 3, 40, 300])
+def test_every_layout_computes_the_same_product(bias: bool, twice: bool, rows: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(96, 160, bias=bias)
+    x = torch.randn(1, rows, 96)
+    with torch.inference_mode():
+        expected = layer(x)
+        fast = Layouts(twice=twice).fast(layer)
+        assert fast is not layer
+        torch.testing.assert_close(fast(x), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(Transposed(layer.weight, layer.bias)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_packing_is_found_on_this_build_of_torch() -> None:
+    """Fails when torch renames the operators, so that a loss of speed is not found by users."""
+    assert Packing.find() is not None
+    assert isinstance(Layouts(twice=False).fast(nn.Linear(8, 8)), Packed)
+    assert isinstance(Layouts(twice=True).fast(nn.Linear(8, 8)), BySize)
+
+
+def test_without_packing_or_with_a_wrong_one_the_plain_layout_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linears.Packed, "forward", lambda *_: torch.zeros(2, 3))
+    assert Packing.find() is None
+    layer = nn.Linear(8, 8)
+    assert isinstance(Layouts(twice=True).fast(layer), Transposed)
+    assert isinstance(Layouts(twice=False).fast(layer.to(torch.bfloat16)), Transposed)
+
+
+def test_joined_layers_give_their_outputs_side_by_side() -> None:
+    layers = [nn.Linear(16, 8), nn.Linear(16, 24, bias=False), nn.Linear(16, 4)]
+    x = torch.randn(3, 16)
+    expected = torch.cat([layer(x) for layer in layers], dim=-1)
+    torch.testing.assert_close(join(layers)(x), expected)
+    assert all(layer.weight.numel() == 0 for layer in layers), "one copy of the weights"
+
+
+@pytest.mark.parametrize("size", [16, 8])
+def test_rotation_is_that_of_transformers(size: int) -> None:
+    from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
+
+    q, k = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 5, 16)
+    angle = torch.randn(1, 5, size // 2).repeat(1, 1, 2)
+    expected, _ = apply_rotary_pos_emb(q, k, angle.cos(), angle.sin())
+    turned = rotate(q[0].transpose(0, 1), angle.cos(), angle.sin())
+    torch.testing.assert_close(turned.transpose(0, 1)[None], expected)
