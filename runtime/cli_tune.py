@@ -4,6 +4,7 @@ Knows flags. What they mean lies in runtime/workspace. Start at `tune`.
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 from runtime import cli_show
 from runtime.config import yaml_documents
 from runtime.errors import ConfigError
+from runtime.tuning.settings import TuningJob
 from runtime.workspace.settings import Resolved
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,10 @@ Target = Annotated[
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what would run, and where each setting is from.")
+]
+Preview = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Show N rows as the model sees them, and train nothing."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="With --dry-run: as JSON.")]
 Config = Annotated[Path | None, typer.Option(help="A training_config.yaml, or a ConfigMap that holds one.")]
@@ -48,6 +54,9 @@ Output = Annotated[
 Data = Annotated[
     list[str] | None,
     typer.Option(metavar="FILE|DIR|URL|IMAGE", help="Training rows, instead of the manifest's input."),
+]
+OnBadRow = Annotated[
+    str | None, typer.Option(metavar="fail|skip", help="What to do with a row that cannot be read.")
 ]
 Credentials = Annotated[Path | None, typer.Option(help="Docker config.json with the registry's credentials.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Speak plain HTTP to the registry.")]
@@ -69,10 +78,12 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     target: Target = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
+    preview: Preview = None,
     config: Config = None,
     settings: Set = None,
     output: Output = None,
     data: Data = None,
+    on_bad_row: OnBadRow = None,
     credentials: Credentials = None,
     insecure: Insecure = False,
     checkpoint_image: CheckpointImage = None,
@@ -85,6 +96,8 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
 
     overrides = set_flags(settings or [])
     overrides |= {name: value for name, value in (("--output", output), ("--data", data)) if value}
+    if on_bad_row is not None:
+        overrides["data.on_bad_row"] = on_bad_row
     if credentials is not None:
         overrides["output.credentials"] = credentials
     if insecure:
@@ -97,10 +110,21 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     if dry_run:
         cli_show.dry_run(resolved, cli_show.job, as_json=as_json)
         return
+    if preview is not None:
+        _preview(resolved.job, preview, environ=context.obj or {})
+        return
     job = ready(resolved)
     from runtime.tuning import launch, publish
 
     launch.run(job, processes=processes, access=publish.access_of(job, context.obj or {}))
+
+
+def _preview(job: TuningJob, count: int, *, environ: Mapping[str, str]) -> None:
+    from runtime import cli_preview
+    from runtime.tuning import publish
+    from runtime.tuning.preview import preview
+
+    cli_preview.draw(preview(job, count=count, access=publish.access_of(job, environ)))
 
 
 def ready(resolved: Resolved[Ready]) -> Ready:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NEEDED_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py")
+WEIGHTS = "*.safetensors"
+NEEDED_FILES = ("*.json", WEIGHTS, "*.model", "*.jinja", "*.txt", "*.py")
 """What is fetched of a repository. Pickled weights (.bin, .pt) are left out: loading them runs code."""
 
 FALLBACK_CONTEXT_TOKENS = 2048
@@ -40,27 +41,28 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else Path(base) / "workspace-runtime"
 
 
-def locate(source: ModelSource) -> Path:
+def locate(source: ModelSource, *, weights: bool = True) -> Path:
     """Return a local directory with the config, tokenizer and safetensors of `source`.
 
+    Without `weights` a directory may lack them, and the hub is not asked for them.
     In this order: its own `path` or `image`, the hub's cache, the hub, the package that ships it.
     Raises ConfigError when the model is gated, unknown or incomplete, TransientError when the hub cannot
     be reached and nothing local stands in for it.
     """
     if source.path is not None:
-        return _checked(source.path)
+        return _checked(source.path, weights=weights)
     if source.image is not None:
-        return _checked(_from_image(source.image))
+        return _checked(_from_image(source.image), weights=weights)
     if source.repository is None:
-        return _checked(Path(source.name))
-    cached = _from_hub(source, offline=True)
+        return _checked(Path(source.name), weights=weights)
+    cached = _from_hub(source, offline=True, weights=weights)
     if cached is not None:
         return cached
     converted = cache_folder() / "models" / source.name
     if source.package and (converted / "config.json").exists():
         return converted
     if not source.local_files_only:
-        fetched = _from_hub(source, offline=False)
+        fetched = _from_hub(source, offline=False, weights=weights)
         if fetched is not None:
             return fetched
     if source.package and find_spec(source.package):
@@ -123,7 +125,7 @@ def load_config(source: ModelSource) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
     config: PreTrainedConfig = AutoConfig.from_pretrained(
-        str(locate(source)), local_files_only=True, trust_remote_code=source.trust_remote_code
+        str(locate(source, weights=False)), local_files_only=True, trust_remote_code=source.trust_remote_code
     )
     return config
 
@@ -141,7 +143,7 @@ def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
-    folder = locate(source)
+    folder = locate(source, weights=False)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=source.trust_remote_code
@@ -186,14 +188,14 @@ def _bitsandbytes(quantization: Quantization, hardware: Hardware) -> Any:
     )
 
 
-def _checked(folder: Path) -> Path:
+def _checked(folder: Path, *, weights: bool) -> Path:
     if not folder.is_dir():
         raise ConfigError(f"model directory {folder}: no such directory")
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"model directory {folder}: no config.json; expected a Hugging Face model directory"
         )
-    if not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob("*.safetensors")):
         pickles = ", ".join(sorted(p.name for p in folder.glob("*.bin"))[:3])
         found = f"only pickled weights ({pickles}), which can run code" if pickles else "no weights"
         raise ConfigError(f"model directory {folder}: {found}; expected *.safetensors")
@@ -209,7 +211,7 @@ def _from_image(name: str) -> Path:
     return oci.pull(replace(reference, tag=None, digest=digest), folder, access=access)
 
 
-def _from_hub(source: ModelSource, *, offline: bool) -> Path | None:
+def _from_hub(source: ModelSource, *, offline: bool, weights: bool) -> Path | None:
     """Return the snapshot's directory; None when it is not cached (offline) or the hub is out of reach."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -224,11 +226,13 @@ def _from_hub(source: ModelSource, *, offline: bool) -> Path | None:
         folder = snapshot_download(
             source.repository or "",
             revision=source.revision,
-            allow_patterns=list(NEEDED_FILES),
+            allow_patterns=[name for name in NEEDED_FILES if weights or name != WEIGHTS],
             local_files_only=offline,
             etag_timeout=10,
         )
-        return _checked(Path(folder))
+        found = _checked(Path(folder), weights=weights)
+        # Of an interrupted download anything may be missing.
+        return found if weights or not offline or (found / "tokenizer_config.json").is_file() else None
     except GatedRepoError:
         raise ConfigError(
             f"model {source.name} is gated: accept its licence on {page}, then set HF_TOKEN"

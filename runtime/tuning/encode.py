@@ -5,9 +5,10 @@ itself. Does not know files, tensors or batches. Start at `encode`, then `_spans
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,7 @@ class Encoded:
     rows: tuple[Row, ...]
     truncated: int = 0
     too_long: int = 0
-    """Rows dropped (or pieces split off) because of their length."""
+    """Rows dropped because of their length."""
     unlabelled: int = 0
     """Rows dropped because no token of them would be learnt."""
 
@@ -58,34 +59,46 @@ class Encoded:
         return sum(row.targets for row in self.rows)
 
 
+Fate = Literal["whole", "truncated", "split", "too long", "unlabelled"]
+"""What became of one example; the last two have no rows."""
+
+
 def encode(
     examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", encoding: Encoding, *, max_tokens: int
 ) -> Encoded:
     """Encode `examples`, each to at most `max_tokens`; DataError when more than half teach nothing."""
     rows: list[Row] = []
-    truncated = too_long = unlabelled = 0
+    fates: Counter[Fate] = Counter()
     for example in examples:
-        row = encode_one(example, tokenizer, encoding)
-        pieces = [row]
-        if len(row) > max_tokens:
-            if encoding.too_long == "drop":
-                too_long += 1
-                continue
-            if encoding.too_long == "split":
-                pieces = _split(row, max_tokens)
-            else:
-                pieces = [_truncate(example, tokenizer, encoding, max_tokens=max_tokens)]
-            truncated += 1
-        kept = [piece for piece in pieces if piece.targets]
-        unlabelled += not kept
-        rows += kept
+        fate, pieces = fit(example, tokenizer, encoding, max_tokens=max_tokens)
+        fates[fate] += 1
+        rows += pieces
+    too_long, unlabelled = fates["too long"], fates["unlabelled"]
     lost = too_long + unlabelled
     if lost * 2 > len(examples) or not rows:
         raise DataError(
             f"{lost} of {len(examples)} rows teach nothing ({too_long} longer than {max_tokens} tokens, "
             f"{unlabelled} without an answer); raise max_length or check the answers"
         )
-    return Encoded(tuple(rows), truncated, too_long, unlabelled)
+    return Encoded(tuple(rows), fates["truncated"] + fates["split"], too_long, unlabelled)
+
+
+def fit(
+    example: Example, tokenizer: "PreTrainedTokenizerBase", encoding: Encoding, *, max_tokens: int
+) -> tuple[Fate, tuple[Row, ...]]:
+    """Encode `example` as rows of at most `max_tokens`, by the user's choice for longer ones."""
+    row = encode_one(example, tokenizer, encoding)
+    fate: Fate = "whole"
+    pieces = [row]
+    if len(row) > max_tokens:
+        if encoding.too_long == "drop":
+            return "too long", ()
+        if encoding.too_long == "split":
+            fate, pieces = "split", _split(row, max_tokens)
+        else:
+            fate, pieces = "truncated", [_truncate(example, tokenizer, encoding, max_tokens=max_tokens)]
+    kept = tuple(piece for piece in pieces if piece.targets)
+    return (fate if kept else "unlabelled"), kept
 
 
 def encode_one(example: Example, tokenizer: "PreTrainedTokenizerBase", encoding: Encoding) -> Row:

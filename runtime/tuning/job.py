@@ -20,7 +20,7 @@ from runtime.tuning.places import Places
 from runtime.tuning.precision import settle
 from runtime.tuning.progress import memory_bytes
 from runtime.tuning.ranks import Ranks
-from runtime.tuning.schedule import MAX_TOKENS
+from runtime.tuning.schedule import longest_row
 from runtime.tuning.settings import TuningJob
 from runtime.tuning.split import split
 from runtime.tuning.stop import StopSignal
@@ -98,7 +98,7 @@ def _encode(
     held_out: Sequence[Example],
 ) -> tuple[TuningJob, tuple[Encoded, Encoded | None]]:
     """Encode both parts, with the longest row settled from the model's context when the job names none."""
-    limit = job.encoding.max_tokens or min(models.context_tokens(models.load_config(job.model)), MAX_TOKENS)
+    limit = longest_row(job)
     job = job.model_copy(update={"encoding": job.encoding.model_copy(update={"max_tokens": limit})})
     encoded = encode.encode(train, tokenizer, job.encoding, max_tokens=limit)
     held = encode.encode(held_out, tokenizer, job.encoding, max_tokens=limit) if held_out else None

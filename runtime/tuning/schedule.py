@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime import models
 from runtime.hardware import Hardware
 from runtime.tuning import attention
 from runtime.tuning.arguments import DEFAULTS, EFFECTIVE_BATCH, REFUSED, STEPS_PER_EPOCH
@@ -30,6 +31,11 @@ BUDGET_TOKENS = {"cpu": 1024, "cuda": 2048}
 
 _OURS = {"output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "save_total_limit"}
 _OURS |= {"resume_from_checkpoint", "gradient_checkpointing", "gradient_checkpointing_kwargs", *REFUSED}
+
+
+def longest_row(job: TuningJob) -> int:
+    """Return the most tokens of a row: the user's word, else what the model takes, up to MAX_TOKENS."""
+    return job.encoding.max_tokens or min(models.context_tokens(models.load_config(job.model)), MAX_TOKENS)
 
 
 def choose_layout(wanted: str, model_type: str) -> Layout:
