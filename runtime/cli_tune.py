@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from runtime import cli_show
 from runtime.config import yaml_documents
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, Failure, StoppedError, exit_code
 from runtime.tuning.settings import TuningJob
 from runtime.workspace.settings import Resolved
 
@@ -70,6 +70,16 @@ KeepCheckpoints = Annotated[
 Processes = Annotated[
     int | None, typer.Option(min=1, help="Training processes on this machine; one per GPU by default.")
 ]
+NodeCount = Annotated[
+    int | None, typer.Option("--nnodes", min=1, help="Machines of this job; each runs this command.")
+]
+NodeRank = Annotated[
+    int | None, typer.Option(min=0, help="Which of them this is; 0 writes and pushes the adapter.")
+]
+Endpoint = Annotated[
+    str | None,
+    typer.Option("--rdzv-endpoint", metavar="HOST[:PORT]", help="Where they meet: node 0, port 29500."),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Log everything; show tracebacks.")]
 
 
@@ -89,6 +99,9 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     checkpoint_image: CheckpointImage = None,
     keep_checkpoint_image: KeepCheckpoints = False,
     processes: Processes = None,
+    nnodes: NodeCount = None,
+    node_rank: NodeRank = None,
+    rdzv_endpoint: Endpoint = None,
     debug: Debug = False,  # read by cli.run, before anything else
 ) -> None:
     """Tune a model and push the adapter: QLoRA from a Workspace manifest, or from flags alone."""
@@ -115,8 +128,15 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
         return
     job = ready(resolved)
     from runtime.tuning import launch, publish
+    from runtime.tuning.nodes import Nodes
 
-    launch.run(job, processes=processes, access=publish.access_of(job, context.obj or {}))
+    environ = context.obj or {}
+    nodes = Nodes.read(environ, count=nnodes, rank=node_rank, endpoint=rdzv_endpoint)
+    try:
+        launch.run(job, processes=processes, nodes=nodes, access=publish.access_of(job, environ))
+    except Failure as failure:  # the last line of a pod's log, in the form of all others
+        log.log(logging.WARNING if isinstance(failure, StoppedError) else logging.ERROR, "%s", failure)
+        raise typer.Exit(exit_code(failure)) from None
 
 
 def _preview(job: TuningJob, count: int, *, environ: Mapping[str, str]) -> None:

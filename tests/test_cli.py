@@ -220,7 +220,7 @@ def test_occupied_port_is_one_line(capsys: pytest.CaptureFixture[str], away: Pat
 
 
 def _run_ending_with(error: BaseException, monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
-    def fail(job: object, *, processes: int | None = None, access: object = None) -> None:
+    def fail(job: object, **_: object) -> None:
         raise error
 
     launch = types.ModuleType("runtime.tuning.launch")
@@ -243,7 +243,9 @@ def test_every_failure_has_its_status(
     away: Path,
 ) -> None:
     assert _run_ending_with(kind("what went wrong"), monkeypatch) == status
-    assert failure_line(capsys) == "error: what went wrong"
+    last = json.loads(capsys.readouterr().err.splitlines()[-1])  # fault 58: JSON to the last line
+    assert last["msg"] == "what went wrong"
+    assert last["level"] == ("warning" if kind is errors.StoppedError else "error")
 
 
 def test_our_own_bug_is_one_line_and_a_traceback_only_on_demand(

@@ -24,7 +24,7 @@ LAYERS = [
 """Lower first; a module imports from its own layer's modules and from lower ones."""
 
 TORCH = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"}
-EDGES = {"cli", "cli_images", "workspace", "logs", "hardware", "models", "__main__"}
+EDGES = {"cli", "cli_images", "workspace", "logs", "hardware", "models", "__main__", "agent"}
 """Parts of module paths that may read the environment or the arguments of the process."""
 
 

@@ -7,7 +7,6 @@ with the exit code of errors.py and leaves its reason in the output folder. Star
 import contextlib
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +15,13 @@ from pydantic import SecretStr
 
 from runtime import logs
 from runtime.config import parse, read_text
-from runtime.errors import ConfigError, Failure, exit_code
+from runtime.errors import ConfigError, Failure, StoppedError, exit_code
 from runtime.tuning import failure, job, publish
 from runtime.tuning.bench import Course
 from runtime.tuning.places import Places
 from runtime.tuning.ranks import Ranks
 from runtime.tuning.settings import TuningJob
-from runtime.tuning.stop import StopSignal
+from runtime.tuning.stop import StopSignal, end_with_parent
 
 log = logging.getLogger("runtime.tuning")
 
@@ -40,7 +39,7 @@ def work(read: Callable[[], TuningJob], *, termination_log: Path | None = None) 
     debug = os.environ.get("DEBUG_MODE", "").lower() == "true"
     ranks = Ranks.read(os.environ)
     logs.configure(debug=debug, rank=ranks.rank)
-    _end_with_parent()
+    end_with_parent()
     stop, course = StopSignal(), Course()
     stop.install()
     asked: TuningJob | None = None
@@ -55,9 +54,9 @@ def work(read: Callable[[], TuningJob], *, termination_log: Path | None = None) 
             failure.record(record, reason, course.phase, course.meter.step)
         if termination_log is not None and _is_empty(termination_log):
             failure.tell(failure.describe(reason, course.phase, course.meter.step), termination_log)
-        foreseen = isinstance(error, Failure)
+        foreseen, stopped = isinstance(error, Failure), isinstance(error, StoppedError)
         log.log(
-            logging.ERROR,
+            logging.INFO if stopped else logging.ERROR,
             "rank %d: %s",
             ranks.rank,
             reason,
@@ -97,14 +96,6 @@ def _is_empty(path: Path) -> bool:
     with contextlib.suppress(OSError):
         return path.stat().st_size == 0
     return False
-
-
-def _end_with_parent() -> None:
-    """Ask Linux for SIGTERM when the parent dies: a worker must not train on beside its successor."""
-    with contextlib.suppress(OSError, AttributeError):
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from runtime import models
 from runtime.errors import StoppedError
 from runtime.files import write_whole
 from runtime.hardware import Hardware
-from runtime.tuning import attention, checkpoints, qlora, samples
+from runtime.tuning import attention, checkpoints, qlora, samples, spread
 from runtime.tuning.dataset import Example
 from runtime.tuning.encode import Encoded
 from runtime.tuning.places import Places
@@ -188,7 +188,7 @@ def train_through(bench: Bench, *, folder: Path, mark: str) -> None:
         if bench.survival.remote is not None:
             bench.survival.remote.restore(folder, mark)
     ranks.wait()
-    resumed = checkpoints.newest(folder)
+    resumed = spread.agreed(folder, ranks)
     if resumed:
         log.info("going on from %s", resumed.name)
     with bench.setting.stop.deferred(), attending(bench):

@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 TERMINATION_LOG = Path("/dev/termination-log")
 """Kubernetes shows what stands here as the reason of a container's end, up to 4096 bytes."""
 
+NOT_MET = 75
+"""torchrun's exit status here when other nodes did not come, or went before the workers began."""
+
 KINDS = {kind.__name__: kind for kind in errors.EXIT_CODES}
 
 
@@ -85,6 +88,11 @@ def of_workers(recorded: Sequence[dict[str, Any]], *, asked: bool, status: int) 
             "stopped before training began or a checkpoint was due; run the same command again"
         )
         return describe(stopped, "start", 0)
+    if status == NOT_MET:
+        apart = errors.TransientError(
+            "the nodes of this job did not meet; run the same command on all of them"
+        )
+        return describe(apart, "start", 0)
     died = Failure(
         f"a training process died without a word (torchrun ended with {status}; killed, or out of memory?); "
         "run the same command again to go on from the last checkpoint"

@@ -40,13 +40,13 @@ def run(
     Raises the Failure that ended it; StoppedError after SIGTERM and a checkpoint.
     """
     began = time.monotonic()
-    if places.is_done(job):
-        if ranks.first:
-            publish.again(job, access)
-        return
     asked, machine = job, hardware.detect()
     device = hardware.device(machine, ranks.local_rank)
     ranks.join(device)
+    if ranks.told(places.is_done(job)):  # rank 0's word: other nodes may have disks of their own
+        if ranks.first:
+            publish.again(job, access)
+        return
     job, precision = settle(job, machine)
 
     course.enter("data")
@@ -75,11 +75,13 @@ def run(
         if bench.survival.remote is not None:
             bench.survival.remote.clear()
     ranks.wait()
+    if ranks.leads and not ranks.first:
+        places.mark_finished(asked)  # on a disk of its own: a rerun of this node has nothing to wait for
 
 
 def _read(job: TuningJob, ranks: Ranks, access: oci.Access) -> tuple[Dataset, list[Example], list[Example]]:
-    """Fetch (rank 0), read and split the data: every rank sees the same rows in the same order."""
-    if ranks.first:
+    """Fetch (once on each node), read and split the data: all ranks see the same rows in the same order."""
+    if ranks.leads:
         fetch.fetch(job.data, token=job.hub_token, access=access)
     ranks.wait()
     data = dataset.load(job.data, fetch.targets(job.data))

@@ -17,54 +17,60 @@ from pathlib import Path
 from types import FrameType
 
 from runtime import hardware, oci
-from runtime.errors import CapacityError, ConfigError, Failure
+from runtime.errors import CapacityError, ConfigError, Failure, StoppedError
 from runtime.files import write_whole
 from runtime.oci.access import DEFAULT
 from runtime.tuning import failure, fetch, places, publish
+from runtime.tuning.nodes import ALONE, Nodes
 from runtime.tuning.places import Places
 from runtime.tuning.settings import TuningJob
+from runtime.tuning.stop import StopSignal
 
 log = logging.getLogger(__name__)
 
 LEAST_FREE_BYTES = 512 * 2**20
 """Disk that checkpoints and an adapter of a few billion weights take; less than this is no place to start."""
 
-GRACE_S = 28
-"""Time for a checkpoint after SIGTERM: torchrun kills its workers 30 s after it, Kubernetes as well."""
+GRACE_S = 27
+"""Time for a checkpoint after SIGTERM, then torchrun kills its workers: Kubernetes gives 30 s to all."""
 
 
 def run(
     job: TuningJob,
     *,
     processes: int | None = None,
+    nodes: Nodes = ALONE,
     access: oci.Access = DEFAULT,
     termination_log: Path = failure.TERMINATION_LOG,
 ) -> None:
-    """Run `job` to the end under torchrun, one process per GPU (`processes` overrides), 1 on a CPU.
+    """Run this node's part of `job` to the end under torchrun.
 
-    A finished job is not trained again, only published, which is a no-op for an image that is there.
+    One process per GPU (`processes` overrides), 1 on a CPU; every node has as many. A finished job is not
+    trained again, only published, which is a no-op for an image that is there.
     Raises the Failure that ended it, with its reason also in `termination_log` where that is writable.
     """
     phase = "preflight"
     try:
-        _preflight(job, access)
-        if places.is_done(job):
-            phase = "publish"
-            publish.again(job, access)
-            return
-        phase = "data"
-        fetch.fetch(job.data, token=job.hub_token, access=access)
+        with StopSignal().installed():
+            _preflight(job, access if nodes.first else None)
+            if places.is_done(job, with_adapter=nodes.first):
+                phase = "publish"
+                if nodes.first:
+                    publish.again(job, access)
+                return
+            phase = "data"
+            fetch.fetch(job.data, token=job.hub_token, access=access)
     except Failure as error:
         failure.tell(failure.describe(error, phase, 0), termination_log)
         raise
-    entry = _train(job, processes or hardware.detect().count)
+    entry = _train(job, processes or hardware.detect().count, nodes)
     if entry is not None:
         failure.tell(entry, termination_log)
         raise failure.from_record(entry)
 
 
-def _preflight(job: TuningJob, access: oci.Access) -> None:
-    """Fail on what would fail at the end: an output that cannot be written or pushed to."""
+def _preflight(job: TuningJob, access: oci.Access | None) -> None:
+    """Fail on what would fail at the end: an output that cannot be written or (with `access`) pushed to."""
     folder = job.output.folder
     try:
         Places(folder).work.mkdir(parents=True, exist_ok=True)
@@ -82,30 +88,40 @@ def _preflight(job: TuningJob, access: oci.Access) -> None:
             f"output folder {folder} has {free >> 20} MiB free, expected {LEAST_FREE_BYTES >> 20} MiB or more"
         )
     for image in (job.output.image, job.output.checkpoint_image):
-        if image is not None:
+        if image is not None and access is not None:
             oci.check_push(oci.parse(image), access=access)
 
 
-def _train(job: TuningJob, processes: int) -> dict[str, object] | None:
+def _train(job: TuningJob, processes: int, nodes: Nodes) -> dict[str, object] | None:
     """Run torchrun to its end; return the record of the failure, None after success."""
-    here = Places(job.output.folder)
-    write_whole(here.job, job.model_dump_json(indent=1))
-    for old in here.work.glob("failure-*.json"):
-        old.unlink()
+    here, ranks = Places(job.output.folder), nodes.ranks(processes)
+    resolved = here.job if nodes.count == 1 else here.job.with_name(f"job-{nodes.rank}.json")
+    write_whole(resolved, job.model_dump_json(indent=1))
+    for rank in ranks:  # the folder may be shared by all nodes
+        here.failure(rank).unlink(missing_ok=True)
     command = [
-        sys.executable, "-m", "torch.distributed.run",
-        "--nproc-per-node", str(processes),
-        "--standalone",  # one node: a free port of torchrun's own choice
-        "-m", "runtime.tuning", str(here.job),
+        sys.executable, "-m", "runtime.tuning.agent",
+        "--nproc-per-node", str(processes), *nodes.torchrun(),
+        "--shutdown-timeout", str(GRACE_S),
+        "-m", "runtime.tuning", str(resolved),
     ]  # fmt: skip
-    log.info("training with %d process%s", processes, "" if processes == 1 else "es")
+    log.info(
+        "training with %d process%s%s",
+        processes,
+        "" if processes == 1 else "es",
+        f" on this node, {nodes.rank} of {nodes.count}; they meet at {nodes.host}:{nodes.port}"
+        if nodes.count > 1
+        else "",
+    )
     # Output that is no terminal stays whole lines; a session of its own lets one signal reach all of it.
     with subprocess.Popen(command, start_new_session=True) as torchrun, _forwarding(torchrun) as asked:  # noqa: S603
         status = torchrun.wait()
     if status == 0:
         return None
-    recorded = failure.read(sorted(here.work.glob("failure-*.json")))
-    return failure.of_workers(recorded, asked=bool(asked), status=status)
+    recorded = failure.read([here.failure(rank) for rank in ranks])
+    # Another node may have been asked: then every rank agreed to stop, and each of them says so.
+    agreed = [entry["kind"] for entry in recorded] == [StoppedError.__name__] * processes
+    return failure.of_workers(recorded, asked=bool(asked) or agreed, status=status)
 
 
 @contextlib.contextmanager

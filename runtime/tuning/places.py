@@ -66,17 +66,25 @@ def fingerprint(job: TuningJob, data: str = "") -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def is_done(job: TuningJob) -> bool:
-    """Return whether the output folder already holds this very job's adapter, whole."""
+def is_done(job: TuningJob, *, with_adapter: bool = True) -> bool:
+    """Return whether the output folder already holds this very job's adapter, whole.
+
+    Nodes other than the first have none: without `with_adapter` it is enough that the job was finished.
+    """
     places = Places(job.output.folder)
-    if not (places.sentinel.is_file() and places.finished.is_file()):
+    if not places.finished.is_file() or (with_adapter and not places.sentinel.is_file()):
         return False
     return places.finished.read_text(encoding="utf-8").strip() == fingerprint(job)
 
 
-def mark_done(job: TuningJob) -> None:
-    """Write, as the very last files, which job is finished and the sentinel that a pusher waits for."""
+def mark_finished(job: TuningJob) -> None:
+    """Write which job is finished."""
     places = Places(job.output.folder)
     write_whole(places.finished, fingerprint(job) + "\n")
+
+
+def mark_done(job: TuningJob) -> None:
+    """Write, as the very last files, which job is finished and the sentinel that a pusher waits for."""
+    mark_finished(job)
     stamp = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
-    write_whole(places.sentinel, f"Fine-Tuning completed at {stamp}\n")
+    write_whole(Places(job.output.folder).sentinel, f"Fine-Tuning completed at {stamp}\n")

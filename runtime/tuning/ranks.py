@@ -7,12 +7,14 @@ Does not know what is trained. Start at `Ranks`.
 import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 JOIN_TIMEOUT = datetime.timedelta(hours=3)
 """Longest wait of one rank for another: rank 0 may be fetching data or evaluating meanwhile."""
@@ -41,8 +43,13 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process fetches, writes and publishes for all."""
+        """Whether this process writes and publishes for all."""
         return self.rank == 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process fetches for the others of its node: no disk need be shared."""
+        return self.local_rank == 0
 
     def join(self, device: str) -> None:
         """Meet the other ranks; returns at once when there are none."""
@@ -84,3 +91,22 @@ class Ranks:
         if self.world == 1:
             return flag
         return bool(self.total(torch.tensor([int(flag)], device=device)).item())
+
+    def told(self, value: T) -> T:
+        """Return rank 0's `value` on every rank."""
+        from torch import distributed
+
+        box = [value]
+        if self.world > 1:
+            distributed.broadcast_object_list(box)
+        return box[0]
+
+    def gathered(self, value: T) -> list[T]:
+        """Return every rank's `value` on rank 0, nothing on the others."""
+        from torch import distributed
+
+        if self.world == 1:
+            return [value]
+        box: list[T] | None = [value] * self.world if self.first else None
+        distributed.gather_object(value, box)
+        return box or []

@@ -6,8 +6,9 @@ Does not know what a checkpoint is. Start at `StopSignal`.
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Self
 
 from runtime.errors import StoppedError
 
@@ -32,6 +33,17 @@ class StopSignal:
         signal.signal(signal.SIGINT, self._receive)
 
     @contextmanager
+    def installed(self) -> Iterator[Self]:
+        """Within: SIGTERM and SIGINT are ours; afterwards they are whose they were."""
+        previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.install()
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @contextmanager
     def deferred(self) -> Iterator[None]:
         """Within: remember a request instead of raising it."""
         self._deferring = True
@@ -48,3 +60,11 @@ class StopSignal:
             raise StoppedError(
                 f"stopped by {signal.Signals(number).name}; the same command goes on from here"
             )
+
+
+def end_with_parent() -> None:
+    """Ask Linux for SIGTERM when the parent dies: nobody must train on beside a successor."""
+    with suppress(OSError, AttributeError):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

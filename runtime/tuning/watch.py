@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from runtime.errors import DivergedError
-from runtime.tuning import checkpoints
+from runtime.tuning import checkpoints, spread
 from runtime.tuning.progress import Meter, Reporter
 from runtime.tuning.ranks import Ranks
 from runtime.tuning.remote import Remote
@@ -91,13 +91,15 @@ class Survival(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.ranks.wait()  # each rank writes its own random state
+        folder = Path(str(args.output_dir))
+        checkpoint = folder / f"checkpoint-{state.global_step}"
+        if self.ranks.world > 1:
+            spread.collect(checkpoint, self.ranks)
         if self.ranks.first:
-            folder = Path(str(args.output_dir))
-            checkpoints.seal(folder / f"checkpoint-{state.global_step}")
+            checkpoints.seal(checkpoint)
             checkpoints.prune(folder, self.keep)
             if self.remote is not None:
-                self.remote.save(folder / f"checkpoint-{state.global_step}")
+                self.remote.save(checkpoint)
         self.ranks.wait()
         self.saved_at = self.clock()
 
