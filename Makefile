@@ -1,6 +1,7 @@
 # make demo   from a manifest to a tuned model that answers /chat (see README)
 # make test   every test; make check: format, lint, types
-# TORCH_INDEX=URL installs torch from that wheel index (PyTorch's own CPU or CUDA one), a smaller download.
+# make image  the container image for ACCELERATOR=cu130 (Turing to Blackwell), cu126 (V100 to H200) or cpu
+# TORCH_INDEX=URL takes torch from that wheel index (PyTorch's own for a CPU or a CUDA release).
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,9 +9,9 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 TORCH_INDEX ?=
 SYSTEM_PACKAGES := curl docker-registry skopeo umoci apache2-utils openssl chromium chromium-driver \
-  podman runc catatonit containerd
+  podman runc catatonit containerd buildah mmdebstrap containernetworking-plugins iptables iproute2
 
-.PHONY: demo test check format bench system clean
+.PHONY: demo test check format image bench system clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo/demo.py
@@ -26,6 +27,9 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+image:
+	docker/build.sh
 
 # Tests that miss one of these skip and say so.
 system:

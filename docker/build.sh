@@ -21,10 +21,10 @@ began=$SECONDS
 if [ "$builder" = buildah ]; then
   runner=podman
   if [ -d "${PIP_FIND_LINKS:-}" ]; then
-    arguments+=(--build-arg PIP_FIND_LINKS=/mnt/wheels --volume "$PIP_FIND_LINKS:/mnt/wheels:ro")
+    arguments+=(--build-arg PIP_FIND_LINKS=/run/wheels --volume "$PIP_FIND_LINKS:/run/wheels:ro")
   fi
   if [ -f "${PIP_CERT:-}" ]; then
-    arguments+=(--build-arg PIP_CERT=/mnt/ca.crt --volume "$(realpath "$PIP_CERT"):/mnt/ca.crt:ro")
+    arguments+=(--build-arg PIP_CERT=/run/ca.crt --volume "$(realpath "$PIP_CERT"):/run/ca.crt:ro")
   fi
   # The docker format keeps HEALTHCHECK, which OCI's has no place for.
   buildah bud --quiet --layers --format docker ${ISOLATION:+--isolation "$ISOLATION"} "${arguments[@]}" .

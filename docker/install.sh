@@ -28,8 +28,7 @@ fi
 /opt/venv/bin/python - > requirements.txt <<'PYTHON'
 import tomllib
 with open("pyproject.toml", "rb") as stream:
-    project = tomllib.load(stream)["project"]
-print(*project["dependencies"], *project["optional-dependencies"]["azure"], sep="\n")
+    print(*tomllib.load(stream)["project"]["dependencies"], sep="\n")
 PYTHON
 "$pip" install -q -c constraints.txt -r requirements.txt
 

@@ -12,7 +12,16 @@ from collections.abc import Mapping, Sequence
 
 import typer
 
-from runtime import __version__, cli_chat, cli_images, cli_presets, cli_serve, cli_tune, logs
+from runtime import (
+    __version__,
+    cli_chat,
+    cli_images,
+    cli_manifest,
+    cli_presets,
+    cli_serve,
+    cli_tune,
+    logs,
+)
 from runtime.errors import Failure, exit_code
 
 log = logging.getLogger(__name__)
@@ -28,6 +37,7 @@ app = typer.Typer(
 app.command("tune")(cli_tune.tune)
 app.command("serve")(cli_serve.serve)
 app.command("chat")(cli_chat.chat)
+app.command("manifest")(cli_manifest.manifest)
 app.command("presets")(cli_presets.presets)
 cli_images.add_to(app)
 
