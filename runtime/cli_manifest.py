@@ -10,8 +10,6 @@ from typing import Annotated
 import typer
 import yaml
 
-from runtime.workspace import kubernetes
-
 log = logging.getLogger(__name__)
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A Workspace manifest, for tuning or inference.")]
@@ -28,6 +26,8 @@ ImageVolumes = Annotated[
 
 def manifest(file: File, image: Image, gpus: Gpus = 1, image_volumes: ImageVolumes = False) -> None:
     """Print a Workspace as a Job, or a Deployment and a Service, for clusters without the controller."""
+    from runtime.workspace import kubernetes
+
     choices = kubernetes.Choices(image=image, gpus=gpus, image_volumes=image_volumes)
     found, sentences = kubernetes.objects(file, choices)
     for sentence in sentences:
