@@ -69,16 +69,17 @@ def push(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     notes = _annotations(annotation or [])
     if base and modelpack:
         raise ConfigError("--base and --modelpack exclude each other: an artifact has no base image")
+    source = oci.parse(base) if base else None
+    mount = source.repository if source and source.registry == target.registry else None
     with scratch_folder() as scratch:
-        mount = None
-        if modelpack:
-            built = variants.modelpack(folder, files=file, annotations=notes)
-        else:
-            under = variants.load_base(oci.parse(base), scratch, access) if base else None
-            built = image.build(folder, scratch, files=file, annotations=notes, base=under)
-            source = oci.parse(base) if base else None
-            mount = source.repository if source and source.registry == target.registry else None
-        digest = oci.push_image(built, target, access=access, mount_from=mount or None)
+
+        def build() -> image.Image:
+            if modelpack:
+                return variants.modelpack(folder, files=file, annotations=notes)
+            under = variants.load_base(source, scratch, access) if source else None
+            return image.build(folder, scratch, files=file, annotations=notes, base=under)
+
+        digest = oci.push_image(build, target, access=access, mount_from=mount or None)
     typer.echo(digest)
 
 

@@ -1,13 +1,14 @@
 """Unpacks layers from strangers: nothing is written outside the target, and no bomb fills the disk.
 
 Refuses absolute names, `..`, links that lead out, devices and pipes, and archives that grow out of
-proportion. Knows tar and gzip, not manifests. Start at `Unpacker`.
+proportion. Knows tar, gzip and zstd, not manifests. Start at `Unpacker`.
 """
 
 import gzip
 import hashlib
 import os
 import shutil
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -17,6 +18,11 @@ from typing import Any, BinaryIO, cast
 
 from runtime.errors import CapacityError, RegistryError
 from runtime.oci.blobs import READ_BYTES, disk_errors
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 _RATIO = 100
 """Refuse an archive that unpacks to more than this many times its compressed size (weights: about 1.1)."""
@@ -40,7 +46,7 @@ class Unpacker:
         """Whether any entry under `root` was seen."""
 
     def unpack(self, archive: Path, *, diff_id: str | None = None) -> None:
-        """Unpack a tar archive, gzipped or plain; RegistryError when unsafe, damaged or not `diff_id`."""
+        """Unpack a tar archive, compressed or plain; RegistryError when unsafe, damaged or not `diff_id`."""
         limit = max(_SMALL_BYTES, _RATIO * archive.stat().st_size)
         try:
             with disk_errors(self._target), _plain(archive) as stream:
@@ -53,7 +59,7 @@ class Unpacker:
                         entries.members = []  # type: ignore[attr-defined]  # else it keeps every entry
                 while counted.read(READ_BYTES):
                     pass
-        except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, zstd.ZstdError) as error:
             raise RegistryError(f"layer {archive.name}: not a readable tar archive ({error})") from None
         if diff_id and counted.digest != diff_id:
             raise RegistryError(
@@ -183,8 +189,7 @@ def _plain(archive: Path) -> Iterator[Any]:
             with gzip.GzipFile(fileobj=file) as unpacked:
                 yield unpacked
         elif magic == b"\x28\xb5\x2f\xfd":
-            raise RegistryError(
-                f"layer {archive.name}: compressed with zstd, which is not read; use gzip or plain tar"
-            )
+            with zstd.ZstdFile(file) as unpacked:
+                yield unpacked
         else:
             yield file

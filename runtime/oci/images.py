@@ -11,10 +11,11 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from runtime.errors import CapacityError, ConfigError, RegistryError
@@ -55,20 +56,38 @@ def push(
     files: paths relative to `folder`; every file below it when None.
     """
     with scratch_folder() as scratch:
-        image = build(folder, scratch, files=files, annotations=annotations)
-        return push_image(image, reference, access=access)
+        return push_image(
+            partial(build, folder, scratch, files=files, annotations=annotations), reference, access=access
+        )
 
 
 def push_image(
-    image: Image, reference: Reference, *, access: Access = DEFAULT, mount_from: str | None = None
+    build_image: Callable[[], Image],
+    reference: Reference,
+    *,
+    access: Access = DEFAULT,
+    mount_from: str | None = None,
 ) -> str:
-    """Push a built image; return its digest. Nothing is sent when the reference already names it.
+    """Push the image that `build_image` makes; return its digest. Nothing is sent when it is there.
 
     mount_from: a repository of the same registry that may hold some of the blobs already.
     """
-    if reference.digest and reference.digest != image.digest:
-        raise ConfigError(f"{reference}: the image to push has digest {image.digest}; name it by a tag")
-    with closing(open_store(reference, access)) as store, store.writing():
+    # Getting in touch with a registry takes about as long as hashing half a gigabyte.
+    with ThreadPoolExecutor(1, thread_name_prefix="open") as pool:
+        opened = pool.submit(open_store, reference, access)
+        try:
+            image = build_image()
+        except BaseException:
+            opened.add_done_callback(_close_unused)
+            raise
+    with closing(opened.result()) as store:
+        if reference.digest and reference.digest != image.digest:
+            raise ConfigError(f"{reference}: the image to push has digest {image.digest}; name it by a tag")
+        return _send(image, reference, store, mount_from)
+
+
+def _send(image: Image, reference: Reference, store: Store, mount_from: str | None) -> str:
+    with store.writing():
         found = store.find(reference.selector)
         progress = Progress(f"push {reference}", image.size)
         if found is not None and found.digest == image.digest:
@@ -173,6 +192,11 @@ def open_store(reference: Reference, access: Access) -> Store:
     from runtime.oci.repository import Repository  # imports requests and oras: a fifth of a second
 
     return Repository(reference, access)
+
+
+def _close_unused(opened: Future[Store]) -> None:
+    if opened.exception() is None:
+        opened.result().close()
 
 
 def _inspect(store: Store, reference: Reference) -> ImageInfo:

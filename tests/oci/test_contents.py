@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from runtime import oci
 from runtime.errors import CapacityError, Failure, RegistryError
 from runtime.oci import variants
 from runtime.oci.blobs import Blob, Parts, from_bytes
-from runtime.oci.extract import Unpacker
+from runtime.oci.extract import Unpacker, zstd
 from runtime.oci.image import CONFIG, LAYER_GZIP, LAYER_TAR, assemble, build
 
 IMAGE_CONFIG = "application/vnd.oci.image.config.v1+json"
@@ -48,7 +49,7 @@ def store(tmp_path: Path, layers: list[Blob], config: dict[str, object] | None =
     """Put an image of these layers into a layout."""
     reference = oci.parse(f"oci:{tmp_path}/layout:v1")
     blob = from_bytes(json.dumps(config or {}).encode(), CONFIG)
-    oci.push_image(assemble(layers, blob, annotations={}), reference)
+    oci.push_image(lambda: assemble(layers, blob, annotations={}), reference)
     return reference
 
 
@@ -111,7 +112,7 @@ def test_image_without_data_is_an_error(tmp_path: Path) -> None:
 def artifact(tmp_path: Path, layers: list[Blob]) -> oci.Reference:
     reference = oci.parse(f"oci:{tmp_path}/layout:v1")
     config = from_bytes(b"{}", "application/vnd.unknown.config.v1+json")
-    oci.push_image(assemble(layers, config, annotations={}), reference)
+    oci.push_image(lambda: assemble(layers, config, annotations={}), reference)
     return reference
 
 
@@ -151,12 +152,12 @@ def test_artifact_title_that_leads_out_is_refused(tmp_path: Path, name: str) -> 
 def test_modelpack_artifact_is_read(tmp_path: Path, adapter: Path, form: str) -> None:
     reference = oci.parse(f"oci:{tmp_path}/layout:v1")
     if form == "raw":
-        oci.push_image(variants.modelpack(adapter), reference)
+        oci.push_image(lambda: variants.modelpack(adapter), reference)
     else:
         data = archive(*((name, data) for name, data in files(adapter).items()))
         layer = from_bytes(data, "application/vnd.cncf.model.weight.v1.tar")
         config = from_bytes(b"{}", "application/vnd.cncf.model.config.v1+json")
-        oci.push_image(assemble([layer], config, annotations={}), reference)
+        oci.push_image(lambda: assemble([layer], config, annotations={}), reference)
     assert oci.inspect(reference).contents.kind == "modelpack"
     assert files(oci.pull(reference, tmp_path / "back")) == files(adapter)
 
@@ -173,7 +174,7 @@ def test_index_gives_the_image_of_this_machine(tmp_path: Path) -> None:
     for machine in (other, here):
         layer = from_bytes(archive(("data/machine", machine.encode())), LAYER_TAR)
         image = assemble([layer], from_bytes(b"{}", CONFIG), annotations={})
-        oci.push_image(image, oci.parse(f"oci:{tmp_path}/layout:{machine}"))
+        oci.push_image(lambda image=image: image, oci.parse(f"oci:{tmp_path}/layout:{machine}"))
         entry = {"mediaType": image.media_type, "digest": image.digest, "size": len(image.manifest)}
         entries.append(entry | {"platform": {"os": "linux", "architecture": machine}})
     index = "application/vnd.oci.image.index.v1+json"
@@ -258,6 +259,21 @@ def test_whiteout_never_removes_what_is_outside(tmp_path: Path, name: str) -> No
     assert (tmp_path / "target").exists()
 
 
+@pytest.mark.system
+@needs("skopeo")
+def test_layers_that_a_tool_recompressed_with_zstd_are_read(adapter: Path, tmp_path: Path) -> None:
+    oci.push(adapter, oci.parse(f"oci:{tmp_path}/plain:v1"))
+    subprocess.run(
+        ["skopeo", "copy", "-q", "--dest-compress", "--dest-compress-format", "zstd",
+         f"oci:{tmp_path}/plain:v1", f"oci:{tmp_path}/packed:v1"], check=True,
+    )  # fmt: skip
+    packed = oci.parse(f"oci:{tmp_path}/packed:v1")
+    assert {layer.media_type.rpartition("+")[2] for layer in oci.inspect(packed).contents.layers} == {"zstd"}
+    pulled = oci.pull(packed, tmp_path / "pulled")
+    for file in (path for path in adapter.rglob("*") if path.is_file()):
+        assert (pulled / file.relative_to(adapter)).read_bytes() == file.read_bytes()
+
+
 def test_bomb_is_refused_before_it_fills_the_disk(tmp_path: Path) -> None:
     plain = io.BytesIO()
     info = tarfile.TarInfo("data/zeros")
@@ -278,12 +294,13 @@ def test_bomb_is_refused_before_it_fills_the_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", [b"not a tar" * 100, b"\x1f\x8b\x08rubbish", b"\x28\xb5\x2f\xfdrest"])
 def test_layer_that_is_no_archive_is_an_error(tmp_path: Path, data: bytes) -> None:
-    with pytest.raises(RegistryError, match=r"not a readable tar|zstd"):
+    with pytest.raises(RegistryError, match="not a readable tar"):
         unpack(tmp_path, data)
 
 
-def test_truncated_layer_is_an_error(tmp_path: Path) -> None:
-    whole = gzip.compress(archive(("data/a", os.urandom(100_000))))
+@pytest.mark.parametrize("compress", [gzip.compress, zstd.compress])
+def test_truncated_layer_is_an_error(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    whole = compress(archive(("data/a", os.urandom(100_000))))
     with pytest.raises(RegistryError, match="not a readable tar"):
         unpack(tmp_path, whole[: len(whole) // 2])
 
@@ -309,7 +326,7 @@ def test_files_on_a_base_image_serve_old_controllers(
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     image = build(adapter, scratch, base=variants.load_base(base, scratch, quick()))
-    oci.push_image(image, target, access=quick(), mount_from=base.repository)
+    oci.push_image(lambda: image, target, access=quick(), mount_from=base.repository)
 
     inspect = ["skopeo", "inspect", "--tls-verify=false", "--config", f"docker://{target}"]
     config = json.loads(subprocess.check_output(inspect))

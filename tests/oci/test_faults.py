@@ -385,7 +385,7 @@ def test_blob_is_mounted_from_another_repository(
     oci.push(adapter, first, access=quick())
     faulty.seen.clear()
     image = build(adapter, tmp_path)
-    oci.push_image(image, second, access=quick(), mount_from=first.repository)
+    oci.push_image(lambda: image, second, access=quick(), mount_from=first.repository)
     assert faulty.sent() == 0
     check(second, adapter, tmp_path, quick())
 
@@ -400,7 +400,7 @@ def test_refused_mount_becomes_an_upload(
     oci.push(adapter, first, access=quick())
     headers = {"WWW-Authenticate": 'Basic realm="x"'} if status == 401 else {}
     faulty.fault("POST", "mount=", "status", status=status, headers=headers, times=9)
-    oci.push_image(build(adapter, tmp_path), second, access=quick(), mount_from=first.repository)
+    oci.push_image(lambda: build(adapter, tmp_path), second, access=quick(), mount_from=first.repository)
     check(second, adapter, tmp_path, quick())
 
 
