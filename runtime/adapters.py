@@ -114,9 +114,12 @@ def save(
 
 def _move_all(scratch: Path, folder: Path) -> None:
     files = [path for path in scratch.rglob("*") if path.is_file()]
+    # safetensors makes files that only their owner can read; the config has the mode of the user's umask
+    mode = (scratch / CONFIG_FILE).stat().st_mode
     for path in sorted(files, key=lambda path: (path.name == WEIGHTS_FILE, str(path))):
         with path.open("rb") as written:
             os.fsync(written.fileno())
+        path.chmod(mode)
         target = folder / path.relative_to(scratch)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)

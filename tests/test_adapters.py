@@ -1,6 +1,7 @@
 """Adapter folders: whole or refused by name, loadable in plain peft, the same bytes for the same run."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,18 @@ def test_saving_twice_gives_the_same_bytes_and_leaves_nothing_else(
     names = sorted(path.name for path in first.iterdir())
     assert names == ["adapter_config.json", "adapter_model.safetensors"]
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+
+
+def test_every_user_may_read_the_weights_who_may_read_the_config(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """safetensors writes files of mode 0600; a server runs under another user id than the tuning did."""
+    folder = make(tiny_llama_dir, tmp_path / "a")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert len(set(modes.values())) == 1, modes
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert modes["adapter_model.safetensors"] == 0o666 & ~umask
 
 
 def test_a_failure_while_saving_leaves_no_adapter(tiny_llama_dir: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
 from runtime.serving.answers import Answers, Ask, Batch
+from runtime.serving.guided import form_of
 from runtime.serving.prompts import Extent
 from runtime.serving.replies import STREAMED, EventStream, unless_gone
 from runtime.serving.schema import ChatBody, GenerateFields, Message, PromptsBody
@@ -50,7 +51,7 @@ def router(answers: Answers) -> APIRouter:
             Ask(await prompts.text(text, param="prompts"), request_id=request_id, continues=True)
             for text in body.prompts
         ]
-        settled = [_settled(answers, ask, body.parameters) for ask in asks]
+        settled = [await _settled(answers, ask, body.parameters) for ask in asks]
         texts = await _texts(answers, settled, request)
         results = [
             {"prompt": prompt, "response": text} for prompt, text in zip(body.prompts, texts, strict=True)
@@ -86,10 +87,10 @@ async def _ask(answers: Answers, body: ChatBody, request_id: str) -> tuple[Ask, 
         ids = await prompts.chat([Message(role="user", content=before)], param="prompt")
         continues = False
     ask = Ask(ids, adapter=adapter, request_id=request_id, continues=continues)
-    return _settled(answers, ask, body.settings()), before
+    return await _settled(answers, ask, body.settings()), before
 
 
-def _settled(answers: Answers, ask: Ask, fields: GenerateFields) -> Ask:
+async def _settled(answers: Answers, ask: Ask, fields: GenerateFields) -> Ask:
     """Return `ask` with the sampling settings that `fields` ask for."""
     for name in ("num_beams", "num_return_sequences", "typical_p"):
         if getattr(fields, name) != 1:
@@ -98,9 +99,11 @@ def _settled(answers: Answers, ask: Ask, fields: GenerateFields) -> Ask:
         fields = fields.model_copy(update={"min_tokens": fields.min_new_tokens})
     if fields.stop is None and fields.stop_strings is not None:
         fields = fields.model_copy(update={"stop": fields.stop_strings})
-    sampling = answers.served().prompts.sampling(
+    prompts = answers.served().prompts
+    sampling = prompts.sampling(
         fields, prompt_tokens=len(ask.prompt_ids), extent=_extent(fields), sample=fields.do_sample
     )
+    sampling = await prompts.shaped(sampling, form_of(fields))
     return replace(ask, sampling=sampling, stops=fields.stops())
 
 
@@ -142,7 +145,9 @@ async def _dialogs(answers: Answers, body: ChatBody, request: Request) -> Respon
         raise RequestError("Input string is required", param="input_data.input_string")
     prompts, settings = answers.served().prompts, body.settings()
     asks = [
-        _settled(answers, Ask(await prompts.chat(dialog), request_id=request.state.request_id), settings)
+        await _settled(
+            answers, Ask(await prompts.chat(dialog), request_id=request.state.request_id), settings
+        )
         for dialog in dialogs
     ]
     texts = await _texts(answers, asks, request)

@@ -12,11 +12,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
+from runtime.serving import guided
 from runtime.serving.answers import Answers, Ask, Batch
 from runtime.serving.choices import Chat, Completion
 from runtime.serving.prompts import Extent
 from runtime.serving.replies import STREAMED, EventStream, unless_gone
-from runtime.serving.schema import ChatCompletionBody, CompletionBody, OpenAIFields
+from runtime.serving.schema import ChatCompletionBody, CompletionBody, OpenAIFields, ToolChoice
 
 
 def router(answers: Answers) -> APIRouter:
@@ -87,18 +88,28 @@ async def _ask_chat(answers: Answers, body: ChatCompletionBody, request_id: str)
         sample=_sample(body),
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    return Ask(ids, sampling, body.stops(), adapter, request_id)
+    form = guided.form_of(body) or _forced_call(body)
+    return Ask(ids, await prompts.shaped(sampling, form), body.stops(), adapter, request_id)
+
+
+def _forced_call(body: ChatCompletionBody) -> guided.Form | None:
+    """Return the form of an answer that must be a call: `tool_choice` "required" or a named function."""
+    choice = body.tool_choice
+    if not body.tools or choice is None or choice in {"auto", "none"}:
+        return None
+    tools = [tool.function for tool in body.tools]
+    if isinstance(choice, ToolChoice):
+        wanted = choice.function.name
+        tools = [tool for tool in tools if tool.name == wanted]
+        if not tools:
+            raise RequestError(f"'tool_choice' names '{wanted}', which is no tool here", param="tool_choice")
+    return guided.call_to(((tool.name, tool.parameters) for tool in tools), "tool_choice")
 
 
 def tool_names(body: ChatCompletionBody) -> frozenset[str]:
-    """Return the functions the model may call; none for `tool_choice` "none".
-
-    Nothing can make a model call one, so "required" and a named function are refused, not ignored.
-    """
+    """Return the functions the model may call; none for `tool_choice` "none"."""
     if not body.tools or body.tool_choice == "none":
         return frozenset()
-    if body.tool_choice is not None and body.tool_choice != "auto":
-        raise RequestError("'tool_choice' may be auto or none here", param="tool_choice")
     if (other := next((tool.type for tool in body.tools if tool.type != "function"), None)) is not None:
         raise RequestError(f"tools of type '{other}' are not supported here", param="tools")
     return frozenset(tool.function.name for tool in body.tools)
@@ -114,6 +125,7 @@ async def _ask_texts(answers: Answers, body: CompletionBody, request_id: str) ->
     if body.echo and body.logprobs is not None:
         raise RequestError("'logprobs' of the prompt ('echo') are not supported here", param="logprobs")
     adapter = answers.adapter(body.model)
+    form = guided.form_of(body)
     prompts = answers.served().prompts
     asks, echoes = [], []
     for prompt in _prompts(body.prompt):
@@ -122,6 +134,7 @@ async def _ask_texts(answers: Answers, body: CompletionBody, request_id: str) ->
             body, prompt_tokens=len(ids), extent=Extent(body.max_tokens), sample=_sample(body),
             top_logprobs=body.logprobs,
         )  # fmt: skip
+        sampling = await prompts.shaped(sampling, form)
         asks.append(Ask(ids, sampling, body.stops(), adapter, request_id, continues=True))
         echoes.append((prompt if isinstance(prompt, str) else prompts.decode(ids)) if body.echo else "")
     if len(asks) * body.n > 8:
@@ -140,10 +153,6 @@ def _prompts(prompt: str | Sequence[str] | Sequence[int] | Sequence[list[int]]) 
 
 
 def _check_common(body: OpenAIFields) -> None:
-    if body.response_format is not None and body.response_format.type != "text":
-        raise RequestError(
-            f"response_format '{body.response_format.type}' is not supported here", param="response_format"
-        )
     if body.stream_options is not None and not body.stream:
         raise RequestError("'stream_options' needs 'stream': true", param="stream_options")
 

@@ -8,11 +8,12 @@ state. Start at `Prompts.chat`.
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from runtime.errors import RequestError
 from runtime.serving.engine.protocol import Sampling
+from runtime.serving.guided import Form, Grammars
 from runtime.serving.schema import Message, SamplingFields
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Prompts:
         self._new_tokens = new_tokens
         self._defaults = defaults
         self._vocabulary = len(tokenizer)
+        self._grammars = Grammars(tokenizer, stop_ids)
         # One thread: long prompts do not block the event loop, and the tokenizer is never entered twice.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
@@ -188,6 +190,13 @@ class Prompts:
             min_new_tokens=min(_given(fields.min_tokens, 0), max_new_tokens),
             top_logprobs=top_logprobs,
         )
+
+    async def shaped(self, sampling: Sampling, form: Form | None) -> Sampling:
+        """Return `sampling` for an answer that must have `form`; it then ends where the form is complete."""
+        if form is None:
+            return sampling
+        mask = await self._threaded(lambda: self._grammars.compile(form))
+        return replace(sampling, mask=mask, min_new_tokens=0, stop_ids=sampling.stop_ids | self.stop_ids)
 
     def _check_known(self, ids: Sequence[int], param: str) -> None:
         wrong = next((i for i in ids if i >= self._vocabulary), None)

@@ -5,17 +5,18 @@ Knows that route's JSON and events; what generation is, answers.py knows. Start 
 
 import time
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
+from runtime.serving import guided
 from runtime.serving.answers import Answers, Ask, Batch
 from runtime.serving.prompts import Extent
 from runtime.serving.replies import STREAMED, EventStream, unless_gone
-from runtime.serving.schema import Message, Name, SamplingFields, Text, TextPart, TokenCount
+from runtime.serving.schema import Body, Message, Name, SamplingFields, Text, TextPart, TokenCount
 
 
 class Item(Message):
@@ -39,6 +40,20 @@ class Item(Message):
         return Message(role=role, content=content)
 
 
+class Format(Body):
+    """The form of the answer: text, json_object, or json_schema with its schema."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: Name = "answer"
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+
+
+class TextFormat(Body):
+    """How the text of the answer is to be."""
+
+    format: Format = Format()
+
+
 class ResponsesBody(SamplingFields):
     """POST /v1/responses."""
 
@@ -51,7 +66,8 @@ class ResponsesBody(SamplingFields):
     previous_response_id: Name | None = None
     """Refused: nothing is stored."""
     tools: list[Any] | None = None
-    text: dict[str, Any] | None = None
+    text: TextFormat | None = None
+    """The form the answer must have."""
     metadata: dict[Name, Text] | None = Field(None, max_length=16)
 
 
@@ -81,9 +97,6 @@ async def _ask(answers: Answers, body: ResponsesBody, request_id: str) -> Ask:
     for name in ("previous_response_id", "tools"):
         if getattr(body, name):
             raise RequestError(f"'{name}' is not supported here", param=name)
-    form = (body.text or {}).get("format") or {"type": "text"}
-    if not isinstance(form, dict) or form.get("type") != "text":
-        raise RequestError("'text.format' other than text is not supported here", param="text")
     adapter = answers.adapter(body.model)
     if isinstance(body.input, str):
         turns = [Message(role="user", content=body.input)]
@@ -94,9 +107,18 @@ async def _ask(answers: Answers, body: ResponsesBody, request_id: str) -> Ask:
     prompts = answers.served().prompts
     ids = await prompts.chat(turns, param="input")
     extent = Extent(body.max_output_tokens, param="max_output_tokens")
-    return Ask(
-        ids, prompts.sampling(body, prompt_tokens=len(ids), extent=extent), body.stops(), adapter, request_id
-    )
+    sampling = prompts.sampling(body, prompt_tokens=len(ids), extent=extent)
+    sampling = await prompts.shaped(sampling, _form(body))
+    return Ask(ids, sampling, body.stops(), adapter, request_id)
+
+
+def _form(body: ResponsesBody) -> guided.Form | None:
+    form = body.text.format if body.text else Format()
+    if form.type == "text":
+        return guided.form_of(body)
+    if form.type == "json_object" or form.schema_ is None:
+        return guided.json_object("text.format")
+    return guided.Form("schema", form.schema_, "text.format")
 
 
 class _Shape:
@@ -118,7 +140,7 @@ class _Shape:
             "previous_response_id": None,
             "store": False,
             "temperature": ask.sampling.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": (body.text or TextFormat()).model_dump(by_alias=True, exclude_none=True),
             "tool_choice": "none",
             "tools": [],
             "top_p": ask.sampling.top_p,

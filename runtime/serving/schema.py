@@ -13,6 +13,7 @@ MAX_CHOICES = 8
 """Answers to one request (`n`): each takes a row of the engine."""
 MAX_STOPS = 16
 MAX_BIASES = 1024
+MAX_CHOICE_TEXTS = 256
 MAX_LOGPROBS = 20
 
 SEED_LIMIT = 2**63
@@ -47,6 +48,21 @@ class Body(BaseModel):
     )
 
 
+class JsonSchema(Body):
+    """The schema of `response_format`."""
+
+    name: Name = "answer"
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    """None is any object."""
+
+
+class ResponseFormat(Body):
+    """The form the answer must have."""
+
+    type: Name = "text"
+    json_schema: JsonSchema | None = None
+
+
 class SamplingFields(Body):
     """How tokens are chosen; None takes the model's own generation_config."""
 
@@ -78,6 +94,14 @@ class SamplingFields(Body):
     """Do not stop at the model's end token."""
     min_tokens: int | None = Field(None, ge=0, lt=2**31)
     """Tokens before an end token may be chosen."""
+    response_format: ResponseFormat | None = None
+    """The form the answer must have: text, json_object or json_schema."""
+    guided_json: dict[str, Any] | None = None
+    """The same as a response_format json_schema with this schema."""
+    guided_regex: Annotated[Text, Field(max_length=4096)] | None = None
+    """A regular expression that the answer matches as a whole."""
+    guided_choice: Annotated[list[ShortText], Field(min_length=1, max_length=MAX_CHOICE_TEXTS)] | None = None
+    """Texts of which the answer is one."""
 
     def stops(self) -> tuple[str, ...]:
         """Return the stop strings as a tuple, however they were written."""
@@ -200,20 +224,6 @@ class StreamOptions(Body):
     """Send one more chunk with the token counts before [DONE]."""
 
 
-class JsonSchema(Body):
-    """The schema of `response_format`."""
-
-    name: Name = "answer"
-    schema_: dict[str, Any] = Field(default={}, alias="schema")
-
-
-class ResponseFormat(Body):
-    """The form the answer must have."""
-
-    type: Name = "text"
-    json_schema: JsonSchema | None = None
-
-
 class FunctionTool(Body):
     """A function the model may call; `parameters` is a JSON schema."""
 
@@ -229,6 +239,19 @@ class Tool(Body):
     function: FunctionTool
 
 
+class NamedFunction(Body):
+    """A function by its name."""
+
+    name: Name
+
+
+class ToolChoice(Body):
+    """The one function that must be called."""
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
 class OpenAIFields(SamplingFields):
     """What /v1/chat/completions and /v1/completions have in common."""
 
@@ -240,7 +263,6 @@ class OpenAIFields(SamplingFields):
     """Longest answer, in tokens."""
     stream: bool = False
     stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
     user: str | None = None
     """Ignored."""
 
@@ -259,7 +281,8 @@ class ChatCompletionBody(OpenAIFields):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[Tool] | None = Field(None, max_length=128)
-    tool_choice: Any = None
+    tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
+    """Whether the model may or must call a function; an object names the one."""
     functions: Any = None
     """Superseded by `tools`, refused."""
     modalities: Any = None

@@ -75,7 +75,7 @@ async def test_failure_in_a_stream_is_an_error_event(open_site: Any) -> None:
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
-        ({"text": {"format": {"type": "json_object"}}}, "text"),
+        ({"text": {"format": {"type": "grammar"}}}, "text.format.type"),
         ({"input": [{"type": "item_reference", "role": "x"}]}, "input[0]"),
     ],
 )

@@ -4,12 +4,24 @@ HTTP calls `submit`, `cancel` and `stats`, and nothing else; an engine knows tok
 chat templates. Start at `Engine`.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class Mask(Protocol):
+    """Says at each place of one answer which tokens may come; called from the engine's thread."""
+
+    def allowed(self) -> bytes:
+        """Return one byte a token, 0 where it may not come; tokens beyond its end may not either."""
+        ...
+
+    def take(self, token: int) -> None:
+        """Go on behind `token`, one of those allowed."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +47,8 @@ class Sampling:
     """Token ids that end the answer; they are not part of it."""
     min_new_tokens: int = 0
     """Stop ids are not chosen before this many tokens."""
+    mask: Callable[[], Mask] | None = None
+    """Makes the mask of one answer that must have a form; None lets every token come."""
     top_logprobs: int | None = None
     """Alternatives reported per token; None reports no log probabilities at all."""
 

@@ -18,6 +18,7 @@ class Sampler:
         self.sampling = sampling
         self.generated: list[int] = []
         self._prompt = torch.tensor(prompt_ids, dtype=torch.long)
+        self._mask = sampling.mask() if sampling.mask is not None else None
         self._random = torch.Generator()
         if sampling.seed is None:
             self._random.seed()
@@ -47,6 +48,8 @@ class Sampler:
             kept = truncate(scores / sampling.temperature, sampling)
             chosen = int(torch.multinomial(kept.softmax(-1), 1, generator=self._random))
         self.generated.append(chosen)
+        if self._mask is not None:
+            self._mask.take(chosen)
         if sampling.top_logprobs is None:
             return Token(chosen)
         return _with_logprobs(chosen, logits, sampling.top_logprobs)
@@ -69,7 +72,15 @@ class Sampler:
             )
         if len(self.generated) < sampling.min_new_tokens and sampling.stop_ids:
             scores = scores.index_fill(0, torch.tensor(sorted(sampling.stop_ids)), -torch.inf)
-        return scores
+        return scores if self._mask is None else forbid(scores, self._mask.allowed())
+
+
+def forbid(scores: Tensor, allowed: bytes) -> Tensor:
+    """Return `scores` (V,) with minus infinity where `allowed`, one byte a token, is 0 or has ended."""
+    may = torch.zeros(scores.shape[0], dtype=torch.bool)
+    known = torch.frombuffer(bytearray(allowed), dtype=torch.uint8)[: scores.shape[0]]
+    may[: known.shape[0]] = known != 0
+    return scores.masked_fill(~may, -torch.inf)
 
 
 def penalise_repetition(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
