@@ -12,13 +12,15 @@ from typing import Any, Literal
 import httpx
 import openai
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from runtime import hardware, models
+from runtime.errors import RequestError
 from runtime.metrics import ServingMetrics
 from runtime.model_source import ModelSource
 from runtime.serving import engine
 from runtime.serving.app import create_app
+from runtime.serving.engine.protocol import Request, Sampling
 from runtime.serving.lifecycle import Lifecycle, Served
 from runtime.serving.prompts import Prompts, SamplingDefaults
 from runtime.serving.settings import Limits, ServeConfig
@@ -32,7 +34,9 @@ HI: Any = [{"role": "user", "content": "hi"}]
 
 
 class Order(BaseModel):
-    """What a shop's bot would fill in."""
+    """What a shop's bot would fill in; nothing more, or a random model would write on and on."""
+
+    model_config = ConfigDict(extra="forbid")
 
     size: Literal["small", "large"]
     count: int = Field(ge=1, le=99)
@@ -206,6 +210,30 @@ async def test_form_ends_the_answer_whatever_else_was_asked(served: Served) -> N
         reply = await client.post("/v1/completions", json=body)
     assert reply.json()["choices"][0]["text"] == "yes"
     assert reply.json()["choices"][0]["finish_reason"] == "stop"
+
+
+class Endless:
+    """A mask that runs into its limits."""
+
+    def allowed(self) -> bytes:
+        raise RequestError("'guided_regex' is too complex", param="guided_regex")
+
+    def take(self, token: int) -> None:
+        raise AssertionError("nothing was allowed")
+
+
+async def test_form_beyond_its_limits_ends_that_answer_alone(served: Served) -> None:
+    prompt = served.prompts.warm_up()
+    other = served.engine.submit(Request(prompt, Sampling(max_new_tokens=30), id="other"))
+    first = await anext(other)
+    with pytest.raises(RequestError, match="too complex"):
+        async for _ in served.engine.submit(
+            Request(prompt, Sampling(max_new_tokens=5, mask=Endless), id="endless")
+        ):
+            pass
+    rest = [token async for token in other]
+    assert first.id is not None
+    assert rest[-1].finish_reason in {"length", "stop"}
 
 
 def test_serving_imports_without_the_library() -> None:

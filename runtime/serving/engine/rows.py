@@ -155,7 +155,16 @@ class RowEngine:
             elif answer.sampler.is_greedy:
                 self._give(answer, answer.sampler.accept(greedy[index]))
             else:
-                self._give(answer, answer.sampler.choose(logits[index].float().cpu()))
+                self._sample(answer, logits[index].float().cpu())
+
+    def _sample(self, answer: Answer, logits: Tensor) -> None:
+        """Choose one row's next token; a form that asks too much ends that row alone. logits (V,)."""
+        try:
+            token = answer.sampler.choose(logits)
+        except RequestError as failure:
+            self._end(answer, failure)
+            return
+        self._give(answer, token)
 
     def _give(self, answer: Answer, token: Token) -> None:
         """Post `token`, and end the answer where it must end."""

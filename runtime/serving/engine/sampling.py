@@ -29,6 +29,8 @@ class Sampler:
     def is_greedy(self) -> bool:
         """Whether the next token is the likeliest one and nothing else is asked for."""
         s = self.sampling
+        if s.mask is not None:
+            return False
         early = bool(s.stop_ids) and len(self.generated) < s.min_new_tokens
         penalties = s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty or s.logit_bias
         return s.temperature == 0 and s.top_logprobs is None and not penalties and not early
