@@ -7,7 +7,7 @@ registries, and needs torch only to save. Start at `check` and `save`.
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from runtime.errors import ConfigError
-from runtime.files import sync_directory
+from runtime.files import sync_directory, write_whole
 from runtime.model_source import ModelSource
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+
+_INSIDE = "base_model.model."
+"""Before the names of the base's own layers, in peft's files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,59 @@ def check(folder: Path, *, base: str | None = None, max_rank: int | None = None)
         alpha=float(config.get("lora_alpha", config["r"])),
         targets=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
     )
+
+
+def scaling(config: Mapping[str, Any], path: str, rank: int) -> float:
+    """Return alpha / r of the layer at `path`, or alpha / sqrt(r) (rank-stabilised, arXiv:2312.03732)."""
+    alpha = config.get("lora_alpha", rank)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if path == pattern or path.endswith(f".{pattern}"):
+            alpha = value
+    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def combine(parts: Sequence[tuple[Path, float]], folder: Path) -> None:
+    """Write to `folder` the one adapter that does what all of `parts`, given (folder, strength), do together.
+
+    Exact: the updates' factors stand side by side, so the rank is the sum of the ranks (KAITO's runtime
+    takes an SVD at one adapter's rank instead). The parts have been checked. ConfigError for weights
+    that are no LoRA pair of a linear layer.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    downs: dict[str, list[torch.Tensor]] = {}
+    ups: dict[str, list[torch.Tensor]] = {}
+    for part, strength in parts:
+        config, weights = _read_config(part), load_file(str(part / WEIGHTS_FILE))
+        for key, down in weights.items():
+            path, _, kind = key.rpartition(".lora_A.")
+            if not path:
+                continue
+            up = weights.get(f"{path}.lora_B.{kind}")
+            if up is None or down.dim() != 2:
+                raise ConfigError(f"adapter {part.name}: {path} holds no LoRA pair of a linear layer")
+            scale = strength * scaling(config, path.removeprefix(_INSIDE), down.shape[0])
+            downs.setdefault(path, []).append(down.float())
+            ups.setdefault(path, []).append(up.float() * scale)
+    rank = max(sum(down.shape[0] for down in found) for found in downs.values())
+    joined = {}
+    for path, found in downs.items():
+        down, up = torch.cat(found), torch.cat(ups[path], dim=1)
+        pad = rank - down.shape[0]  # one rank everywhere, and alpha equal to it: no scaling is left
+        joined[f"{path}.lora_A.weight"] = torch.nn.functional.pad(down, (0, 0, 0, pad)).contiguous()
+        joined[f"{path}.lora_B.weight"] = torch.nn.functional.pad(up, (0, pad)).contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(joined, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+    targets = sorted(path.removeprefix(_INSIDE) for path in downs)
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+    }
+    write_whole(folder / CONFIG_FILE, json.dumps(config))
 
 
 def save(

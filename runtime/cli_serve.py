@@ -3,7 +3,10 @@
 Knows flags. What they mean lies in runtime/workspace. Start at `serve`.
 """
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -12,7 +15,14 @@ from pydantic import SecretStr
 from runtime import cli_show, oci
 from runtime.cli_tune import AsJson, Debug, DryRun, Set, ready, set_flags
 from runtime.errors import ConfigError
+from runtime.serving.settings import ServeConfig
 
+QUANTIZE: dict[str | None, dict[str, Any]] = {
+    "nf4": {"quantization.bits": 4, "quantization.quant_type": "nf4"},
+    "int8": {"quantization.bits": 8},
+    "none": {"quantization": None},
+}
+"""The settings that `--quantize` stands for; "none" undoes what a manifest or a file asks for."""
 KEY_VARIABLE = "RUNTIME_API_KEY"
 
 Target = Annotated[
@@ -38,7 +48,19 @@ Port = Annotated[
 ]
 Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
 Quantize = Annotated[
-    Literal["4bit", "8bit"] | None, typer.Option(help="Quantise the base weights with bitsandbytes.")
+    Literal["nf4", "int8", "none"] | None,
+    typer.Option(help="Quantise the base weights with bitsandbytes: a quarter, or half, of 16 bit's memory."),
+]
+Combine = Annotated[
+    bool | None,
+    typer.Option("--combine-adapters", help="Answer every request with all adapters at once, by strength."),
+]
+AdapterRoot = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Let adapters be loaded from here while serving; needs an API key."),
+]
+Check = Annotated[
+    bool, typer.Option("--check", help="Load, generate one token, say what is served with, and end.")
 ]
 Rows = Annotated[int | None, typer.Option(min=1, help="Requests generated at the same time.")]
 ContextTokens = Annotated[int | None, typer.Option(min=16, help="Prompt and answer together, per request.")]
@@ -57,6 +79,8 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     context: typer.Context,
     target: Target = None,
     adapter: Adapters = None,
+    combine_adapters: Combine = None,
+    adapter_root: AdapterRoot = None,
     port: Port = None,
     host: Host = None,
     quantize: Quantize = None,
@@ -65,6 +89,7 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     served_name: ServedName = None,
     api_key_env: KeyFrom = None,
     settings: Set = None,
+    check: Check = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
     debug: Debug = False,  # read by cli.run, before anything else
@@ -78,11 +103,13 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
         "limits.rows": rows,
         "limits.context_tokens": context_tokens,
         "served_name": served_name,
-        "quantization.bits": int(quantize[0]) if quantize else None,
+        "combine_adapters": combine_adapters,
+        "adapter_root": adapter_root,
         "api_key": api_key(context.obj, api_key_env),
         "--adapter": adapter,
     }
     overrides = {name: value for name, value in named.items() if value is not None}
+    overrides |= QUANTIZE.get(quantize, {})
     resolved = load_serve(target, environ=context.obj, overrides=overrides | set_flags(settings or []))
     if dry_run:
         cli_show.dry_run(resolved, cli_show.server, as_json=as_json)
@@ -90,7 +117,26 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     config = ready(resolved)
     from runtime.serving import server
 
-    server.run(config, access=oci.from_environment(context.obj or {}))
+    access = oci.from_environment(context.obj or {})
+    if check:
+        _check(config, access, as_json=as_json)
+    else:
+        server.run(config, access=access)
+
+
+def _check(config: ServeConfig, access: oci.Access, *, as_json: bool) -> None:
+    """Load, generate one token and say what would serve; ConfigError when an adapter was refused."""
+    from runtime.serving.check import check
+
+    found = check(config, access=access)
+    facts = asdict(found)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        facts["peak_memory_bytes"] = f"{found.peak_memory_bytes / 2**30:.2f} GiB"
+        cli_show.table(("fact", "value"), [(name, cli_show.text(fact)) for name, fact in facts.items()])
+    if found.refused:
+        raise ConfigError(f"refused: {', '.join(found.refused)}; the log above says why")
 
 
 def port_variable(environ: Mapping[str, str]) -> int | None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -29,6 +29,10 @@ class EngineFigures(Protocol):
     def kv_cache_share(self) -> float: ...
     @property
     def adapters(self) -> tuple[str, ...]: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def cached_tokens(self) -> int: ...
 
 
 class _Gauges(Collector):
@@ -51,6 +55,9 @@ class _Gauges(Collector):
         yield self._gauge("vllm:num_requests_running", "Requests being generated", running)
         yield self._gauge("vllm:num_requests_waiting", "Requests waiting for a row", waiting)
         yield self._gauge("vllm:kv_cache_usage_perc", "Occupied part of the KV cache, 0 to 1", share)
+        asked, found = (figures.prompt_tokens, figures.cached_tokens) if figures else (0, 0)
+        yield self._total("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache", asked)
+        yield self._total("vllm:prefix_cache_hits", "Prompt tokens found in the cache", found)
         lora = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Adapters with requests; the value is the time of the scrape",
@@ -64,6 +71,11 @@ class _Gauges(Collector):
         gauge = GaugeMetricFamily(name, text, labels=["model_name"])
         gauge.add_metric([self._model], value)
         return gauge
+
+    def _total(self, name: str, text: str, value: float) -> CounterMetricFamily:
+        total = CounterMetricFamily(name, text, labels=["model_name"])
+        total.add_metric([self._model], value)
+        return total
 
 
 def _names(tally: Tally[str]) -> str:
@@ -82,6 +94,7 @@ class ServingMetrics:
         self._new_tokens = self._counter("vllm:generation_tokens", "Tokens generated")
         self._success = self._counter("vllm:request_success", "Answers finished", "finished_reason")
         self._refused = self._counter("runtime:requests_refused", "Requests answered with an error", "status")
+        self._queued = self._histogram("vllm:request_queue_time_seconds", "Arrival to a row of the engine")
         self._first = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token")
         self._between = self._histogram("vllm:inter_token_latency_seconds", "One token to the next")
         self._whole = self._histogram("vllm:e2e_request_latency_seconds", "Arrival to last token")
@@ -98,6 +111,10 @@ class ServingMetrics:
         """Count a request that the engine has taken."""
         self._prompt_tokens.labels(self._model).inc(prompt_tokens)
         self._prompt_size.labels(self._model).observe(prompt_tokens)
+
+    def got_row(self, queued_s: float) -> None:
+        """Record how long a request waited for the engine."""
+        self._queued.labels(self._model).observe(queued_s)
 
     def first_token(self, seconds: float) -> None:
         """Record the first token of an answer, `seconds` after the request arrived."""

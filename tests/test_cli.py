@@ -190,7 +190,7 @@ def test_quantize_and_limits_reach_the_server(capsys: pytest.CaptureFixture[str]
         "serve",
         "phi-4",
         "--quantize",
-        "8bit",
+        "int8",
         "--rows",
         "3",
         "--served-name",

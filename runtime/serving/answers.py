@@ -61,6 +61,8 @@ class Answer:
 
     def __init__(self, served: Served, ask: Ask, *, metrics: ServingMetrics, deadline: float) -> None:
         self.new_tokens = 0
+        self.cached_tokens = 0
+        """Prompt tokens that the engine found in its cache; known with the first token."""
         self._arrived = time.monotonic()
         self._ask = ask
         self._metrics = metrics
@@ -84,6 +86,10 @@ class Answer:
         waiting: list[Token] = []  # tokens whose text is not out yet
         at = self._arrived
         async for token in self._in_time():
+            if token.start is not None:
+                self.cached_tokens = token.start.cached_tokens
+                self._metrics.got_row(token.start.queued_s)
+                self._started()
             if token.id is None:
                 if token.finish_reason == "cancelled":
                     raise UnavailableError("the server is shutting down and gave this answer up")
@@ -133,7 +139,6 @@ class Answer:
         now = time.monotonic()
         if self.new_tokens == 0:
             self._metrics.first_token(now - self._arrived)
-            self._started()
         else:
             self._metrics.next_token(now - before)
         self.new_tokens += 1
@@ -175,6 +180,11 @@ class Batch:
     def new_tokens(self) -> int:
         """Tokens generated so far, over all answers."""
         return sum(answer.new_tokens for answer in self.answers)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were in the engine's cache, of the answer that found fewest."""
+        return min(answer.cached_tokens for answer in self.answers)
 
     async def whole(self) -> list[Whole]:
         """Return all answers once they are complete; the first failure cancels the rest."""
@@ -231,7 +241,7 @@ class Answers:
         """Return the adapter that `model` means, None for the base; UnknownModelError otherwise."""
         served = self.served()
         if model is None or model == served.name:
-            return None
+            return served.default
         if model not in served.engine.stats().adapters:
             raise UnknownModelError(
                 f"model '{model}' is not served here; GET /v1/models lists {', '.join(served.models())}",

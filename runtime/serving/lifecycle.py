@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from runtime.errors import OverloadedError, UnavailableError
-from runtime.serving.engine.protocol import Engine
+from runtime.serving.engine.protocol import Engine, Request, Sampling
 from runtime.serving.prompts import Prompts
 
 STALL_S = 60.0
@@ -40,6 +40,19 @@ class Served:
     prompts: Prompts
     created: int
     """Unix time of loading, for /v1/models."""
+    default: str | None = None
+    """The adapter that answers for the base model's name; None is the base itself."""
+
+    weights: str = ""
+    """Type, size and device of the base weights, for people."""
+
+    async def first_token(self) -> None:
+        """Generate one token, which proves that the engine works; UnavailableError when it gives up."""
+        sampling = Sampling(max_new_tokens=1)
+        request = Request(self.prompts.warm_up(), sampling, adapter=self.default, id="warm-up")
+        async for token in self.engine.submit(request):
+            if token.finish_reason == "cancelled":
+                raise UnavailableError("the engine gave up its first generation")
 
     def models(self) -> tuple[str, ...]:
         """Return the names a request may ask for: the base, then the adapters."""

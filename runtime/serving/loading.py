@@ -4,9 +4,12 @@ Runs in a thread of its own, once (server.py). A bad adapter is refused by name 
 a bad model ends the process. Does not know HTTP. Start at `load`.
 """
 
+import contextlib
 import logging
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+COMBINED = "combined_adapter"
+"""The name of all adapters in one; KAITO's runtime calls it so."""
 
 
 def load(config: ServeConfig, access: oci.Access) -> Served:
@@ -43,12 +49,16 @@ def load(config: ServeConfig, access: oci.Access) -> Served:
         engine=running,
         prompts=_prompts(config, model, tokenizer, running.context_tokens),
         created=int(time.time()),
+        weights=f"{_format(config, model)}, {model.get_memory_footprint() / 2**20:.1f} MiB on {devices.name}",
     )
-    for source in config.adapters:
-        try:
-            add_adapter(served, source, base=config.model.repository, access=access)
-        except Failure as failure:
-            log.warning("Adapter refused: %s: %s", source.name, failure)
+    if config.combine_adapters and config.adapters:
+        served = _combined(served, config, access)
+    else:
+        for source in config.adapters:
+            try:
+                add_adapter(served, source, base=config.model.repository, access=access)
+            except Failure as failure:
+                log.warning("Adapter refused: %s: %s", source.name, failure)
     log.info("Loaded %s on %s in %.1f s", config.model.name, devices.name, time.monotonic() - started)
     return served
 
@@ -61,21 +71,50 @@ def add_adapter(served: Served, source: AdapterSource, *, base: str | None, acce
     """
     if source.name in served.models():
         raise ConfigError(f"the name '{source.name}' is taken; served are {', '.join(served.models())}")
-    folder = Path(source.reference)
-    if folder.is_dir():
+    with _folder(source, access) as folder:
         _attach(served, source, folder, base)
-    elif source.reference.startswith(("/", "./", "../")):
-        raise ConfigError(f"adapter {source.name}: no directory {source.reference}")
-    else:
-        # Read into memory by the engine and not needed afterwards.
-        with tempfile.TemporaryDirectory(prefix="adapter-") as scratch:
-            _attach(served, source, _pull(source, Path(scratch), access), base)
     log.info("Adapter added: %s", source.name)
+
+
+def _combined(served: Served, config: ServeConfig, access: oci.Access) -> Served:
+    """Load all adapters as one, which then answers for the base; the bad ones are left out by name."""
+    with contextlib.ExitStack() as stack:
+        parts: list[tuple[Path, float]] = []
+        for source in config.adapters:
+            try:
+                folder = stack.enter_context(_folder(source, access))
+                adapters.check(folder, base=config.model.repository)
+            except Failure as failure:
+                log.warning("Adapter refused: %s: %s", source.name, failure)
+                continue
+            parts.append((folder, source.strength))
+            log.info("Adapter added: %s", source.name)
+        if not parts:
+            return served
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="combined-")))
+        adapters.combine(parts, scratch)
+        served.engine.add_adapter(COMBINED, scratch)
+    log.info("Combined %d adapters; they answer every request together", len(parts))
+    return replace(served, default=COMBINED)
 
 
 def _attach(served: Served, source: AdapterSource, folder: Path, base: str | None) -> None:
     adapters.check(folder, base=base)
     served.engine.add_adapter(source.name, folder, strength=source.strength)
+
+
+@contextlib.contextmanager
+def _folder(source: AdapterSource, access: oci.Access) -> Iterator[Path]:
+    """Give the directory that holds the adapter's files while the block runs, pulled where it is an image."""
+    folder = Path(source.reference)
+    if folder.is_dir():
+        yield folder
+    elif source.reference.startswith(("/", "./", "../")):
+        raise ConfigError(f"adapter {source.name}: no directory {source.reference}")
+    else:
+        # Read into memory by the engine and not needed afterwards.
+        with tempfile.TemporaryDirectory(prefix="adapter-") as scratch:
+            yield _pull(source, Path(scratch), access)
 
 
 def _pull(source: AdapterSource, scratch: Path, access: oci.Access) -> Path:
@@ -85,6 +124,13 @@ def _pull(source: AdapterSource, scratch: Path, access: oci.Access) -> Path:
     if not configs:
         raise ConfigError(f"adapter {source.name}: {source.reference} holds no {adapters.CONFIG_FILE}")
     return configs[0].parent
+
+
+def _format(config: ServeConfig, model: "PreTrainedModel") -> str:
+    if config.quantization is None:
+        return str(model.dtype).removeprefix("torch.")
+    kind = config.quantization.quant_type if config.quantization.bits == 4 else "int8"
+    return f"{kind} computed in {str(model.dtype).removeprefix('torch.')}"
 
 
 def _prompts(

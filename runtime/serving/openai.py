@@ -199,10 +199,11 @@ async def _events(
         yield {**head, "choices": [], "usage": usage(batch)}
 
 
-def usage(batch: Batch) -> dict[str, int]:
+def usage(batch: Batch) -> dict[str, Any]:
     """Return OpenAI's token counts."""
     return {
         "prompt_tokens": batch.prompt_tokens,
         "completion_tokens": batch.new_tokens,
         "total_tokens": batch.prompt_tokens + batch.new_tokens,
+        "prompt_tokens_details": {"cached_tokens": batch.cached_tokens},
     }

@@ -183,7 +183,7 @@ class _Shape:
             "output": [self.item(text, status)],
             "usage": {
                 "input_tokens": batch.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": 0},
+                "input_tokens_details": {"cached_tokens": batch.cached_tokens},
                 "output_tokens": batch.new_tokens,
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": batch.prompt_tokens + batch.new_tokens,

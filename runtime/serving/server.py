@@ -17,13 +17,13 @@ from functools import partial
 
 import uvicorn
 
-from runtime.errors import ConfigError, Failure, UnavailableError
+from runtime.errors import ConfigError, Failure
 from runtime.metrics import ServingMetrics
 from runtime.oci import Access
 from runtime.serving.admin import AdapterDoor
 from runtime.serving.app import create_app
 from runtime.serving.connections import protocol
-from runtime.serving.engine.protocol import Request, Sampling, Stats
+from runtime.serving.engine.protocol import Stats
 from runtime.serving.lifecycle import Lifecycle, Served
 from runtime.serving.settings import ServeConfig
 
@@ -166,10 +166,7 @@ class Serving:
 
     async def _open(self, served: Served) -> None:
         """Say "ready" once the engine has given a first token."""
-        request = Request(served.prompts.warm_up(), Sampling(max_new_tokens=1), id="warm-up")
-        async for token in served.engine.submit(request):
-            if token.finish_reason == "cancelled":
-                raise UnavailableError("the engine gave up its first generation")
+        await served.first_token()
         self._lifecycle.ready(served)
         log.info("Model loaded successfully")
         log.info("Serving %s", ", ".join(served.models()))

@@ -53,6 +53,8 @@ class ServeConfig(Strict):
     served_name: str
     """The base model's name in /v1/models and in answers."""
     adapters: tuple[AdapterSource, ...] = ()
+    combine_adapters: bool = False
+    """Answer every request with all adapters at once, each by its strength, as KAITO's runtime does."""
     quantization: Quantization | None = None
     """bitsandbytes quantisation of the base weights; None serves them as they are."""
     host: str = "0.0.0.0"  # noqa: S104 - a pod must be reachable

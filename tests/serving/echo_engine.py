@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from runtime.errors import OverloadedError, UnavailableError, UnknownModelError
-from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
+from runtime.serving.engine.protocol import FinishReason, Request, Start, Stats, Token
 
 Outbox: TypeAlias = "asyncio.Queue[Token | Exception]"
 
@@ -78,6 +78,8 @@ class EchoEngine:
             last_progress_s=self._progress,
             alive=not self._closed,
             adapters=tuple(self._adapters),
+            prompt_tokens=sum(len(request.prompt_ids) for request in self.requests),
+            cached_tokens=len(self.requests),
         )
 
     def close(self) -> None:
@@ -108,14 +110,15 @@ class EchoEngine:
         outbox.put_nowait(Token(None, "cancelled"))  # read only when nothing else ended the answer
 
     async def _generate(self, request: Request, outbox: Outbox) -> None:
+        submitted = time.monotonic()
         async with self._free:
             self._running.add(request.id)
             try:
-                await self._tokens(request, outbox)
+                await self._tokens(request, outbox, Start(time.monotonic() - submitted, cached_tokens=1))
             finally:
                 self._running.discard(request.id)
 
-    async def _tokens(self, request: Request, outbox: Outbox) -> None:
+    async def _tokens(self, request: Request, outbox: Outbox, start: Start) -> None:
         limit = request.sampling.max_new_tokens
         echo = [request.prompt_ids[i % len(request.prompt_ids)] for i in range(limit)]
         answer = self._script(request) if self._script else echo
@@ -131,9 +134,10 @@ class EchoEngine:
             if self.produced == self._dies_after:
                 self.close()
             self._progress = time.monotonic()
+            begun = start if count == 0 else None
             if request.sampling.top_logprobs is None:
-                outbox.put_nowait(Token(token))
+                outbox.put_nowait(Token(token, start=begun))
             else:
                 likeliest = ((token, -0.5), (0, -1.5))[: request.sampling.top_logprobs]
-                outbox.put_nowait(Token(token, logprob=-0.5, top=likeliest))
+                outbox.put_nowait(Token(token, logprob=-0.5, top=likeliest, start=begun))
         outbox.put_nowait(Token(None, finish))

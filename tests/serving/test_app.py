@@ -155,6 +155,10 @@ async def test_metrics_carry_the_names_that_scalers_read_and_move(open_site: Any
     assert figure(idle, "vllm:time_to_first_token_seconds_count") == 2
     assert figure(idle, "vllm:inter_token_latency_seconds_count") == 30
     assert figure(idle, "vllm:e2e_request_latency_seconds_count") == 2
+    assert figure(idle, "vllm:request_queue_time_seconds_count") == 2
+    assert figure(idle, "vllm:request_queue_time_seconds_sum") > 0.1, "the second waited for the first"
+    assert figure(idle, "vllm:prefix_cache_queries_total") == figure(idle, "vllm:prompt_tokens_total")
+    assert figure(idle, "vllm:prefix_cache_hits_total") == 2
 
 
 async def test_metrics_count_refusals_by_status(open_site: Any) -> None:

@@ -1,6 +1,7 @@
 """POST /chat: today's shape, and those of older clients."""
 
 import asyncio
+import dataclasses
 import json
 from typing import Any
 
@@ -277,3 +278,14 @@ async def test_answer_over_its_time_is_408(open_site: Any) -> None:
         assert reply.status_code == 408
         await asyncio.sleep(0.06)
         assert site.engine.stats().running == 0
+
+
+async def test_default_adapter_answers_for_the_base(open_site: Any) -> None:
+    """`--combine-adapters`: who names none, or the base, is answered by all of them."""
+    async with open_site(adapters=["combined_adapter"]) as site:
+        served = site.lifecycle.served()
+        site.lifecycle.ready(dataclasses.replace(served, default="combined_adapter"))
+        await site.chat()
+        await site.chat(model="base")
+        await site.complete()
+        assert [request.adapter for request in site.engine.requests] == ["combined_adapter"] * 3

@@ -9,13 +9,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from runtime.adapters import CONFIG_FILE, WEIGHTS_FILE
+from runtime.adapters import CONFIG_FILE, WEIGHTS_FILE, scaling
 from runtime.errors import ConfigError
 from runtime.serving.engine.lora import Groups, PartWeights, RowLinear, group
 
@@ -74,7 +73,7 @@ class Bank:
                     f"adapter {name}: does not fit this model: {path} maps {down.shape[1]} to {up.shape[0]} "
                     f"features, expected {expected[0]} to {expected[1]}"
                 )
-            scale = strength * _scale(config, path, down.shape[0])
+            scale = strength * scaling(config, path, down.shape[0])
             found.setdefault(part.layer, {})[part.index] = (
                 down.to(self.device, self._dtype),
                 (up.float() * scale).to(self.device, self._dtype),
@@ -118,12 +117,3 @@ def _pairs(name: str, weights: dict[str, Tensor]) -> dict[str, tuple[Tensor, Ten
         odd = strange[0] if strange else "lora_B without lora_A"
         raise ConfigError(f"adapter {name}: holds {odd}, expected lora_A and lora_B of linear layers only")
     return pairs
-
-
-def _scale(config: dict[str, Any], path: str, rank: int) -> float:
-    """Return alpha / r, or alpha / sqrt(r) (rank-stabilised, arXiv:2312.03732), of one layer."""
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if path == pattern or path.endswith(f".{pattern}"):
-            alpha = value
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)

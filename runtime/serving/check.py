@@ -1,0 +1,63 @@
+"""`runtime serve --check`: everything that serving needs, once, and what came of it.
+
+Loads as the server does and generates one token; opens no port. Start at `check`.
+"""
+
+import asyncio
+import resource
+import time
+from dataclasses import dataclass
+
+from runtime import oci
+from runtime.serving import loading
+from runtime.serving.settings import ServeConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a server of this configuration is, measured."""
+
+    model: str
+    weights: str
+    """Type, size and device of the weights."""
+    context_tokens: int
+    """Prompt and answer together, per request."""
+    rows: int
+    """Requests at the same time, at most."""
+    adapters: tuple[str, ...]
+    refused: tuple[str, ...]
+    """Adapters asked for that would not be served; the log says why."""
+    load_s: float
+    first_token_s: float
+    """From a short prompt to one token, the first time."""
+    peak_memory_bytes: int
+    """Most host memory that this process held."""
+
+
+def check(config: ServeConfig, *, access: oci.Access) -> Checked:
+    """Load what `config` names, generate one token, and return what a server of it would be.
+
+    Raises what serving would end with: ConfigError, CapacityError, TransientError, UnavailableError.
+    """
+    started = time.monotonic()
+    served = loading.load(config, access)
+    loaded = time.monotonic()
+    try:
+        asyncio.run(served.first_token())
+        answered = time.monotonic()
+        names = served.engine.stats().adapters
+        wanted = () if served.default else tuple(source.name for source in config.adapters)
+        return Checked(
+            model=served.name,
+            weights=served.weights,
+            context_tokens=served.prompts.context_tokens,
+            rows=config.limits.rows,
+            adapters=names,
+            refused=tuple(name for name in wanted if name not in names),
+            load_s=round(loaded - started, 2),
+            first_token_s=round(answered - loaded, 2),
+            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+        )
+    finally:
+        served.engine.close()
+        served.prompts.close()
