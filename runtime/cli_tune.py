@@ -80,6 +80,12 @@ Endpoint = Annotated[
     str | None,
     typer.Option("--rdzv-endpoint", metavar="HOST[:PORT]", help="Where they meet: node 0, port 29500."),
 ]
+Fit = Annotated[
+    bool, typer.Option("--fit", help="Adapt pass size and checkpointing to the memory instead of refusing.")
+]
+ShorterRows = Annotated[
+    bool, typer.Option("--shorter-rows", help="With --fit: cut rows shorter too where nothing else fits.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Log everything; show tracebacks.")]
 
 
@@ -102,6 +108,8 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     nnodes: NodeCount = None,
     node_rank: NodeRank = None,
     rdzv_endpoint: Endpoint = None,
+    fit: Fit = False,
+    shorter_rows: ShorterRows = False,
     debug: Debug = False,  # read by cli.run, before anything else
 ) -> None:
     """Tune a model and push the adapter: QLoRA from a Workspace manifest, or from flags alone."""
@@ -119,6 +127,8 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
         overrides["output.checkpoint_image"] = checkpoint_image
     if keep_checkpoint_image:
         overrides["output.keep_checkpoint_image"] = True
+    if fit or shorter_rows:
+        overrides["fit"] = "shorten" if shorter_rows else "adapt"
     resolved = load_job(target, environ=context.obj, config=config, overrides=overrides)
     if dry_run:
         cli_show.dry_run(resolved, cli_show.job, as_json=as_json)

@@ -4,6 +4,7 @@ Reads NVML and /proc, so that a plan or a launch needs no torch; falls back to t
 Does not know models. Start at `detect` and `compute_dtype`.
 """
 
+import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Literal
 
 import pynvml
 
+from runtime.config import nearest
 from runtime.errors import ConfigError
 from runtime.model_source import Dtype
 
@@ -27,6 +29,39 @@ class Hardware:
     """Memory of one device: of the GPU, or what the container may use of the host's."""
     count: int
     """Visible GPUs; 1 on a CPU."""
+
+
+_KNOWN: dict[str, tuple[tuple[int, int], int]] = {
+    "T4-16GB": ((7, 5), 15360),
+    "V100-16GB": ((7, 0), 16160),
+    "V100-32GB": ((7, 0), 32510),
+    "A10-24GB": ((8, 6), 23028),
+    "L4-24GB": ((8, 9), 23034),
+    "A100-40GB": ((8, 0), 40536),
+    "L40S-48GB": ((8, 9), 46068),
+    "A100-80GB": ((8, 0), 81920),
+    "H100-80GB": ((9, 0), 81559),
+    "H100-94GB": ((9, 0), 95830),
+    "H200-141GB": ((9, 0), 143771),
+}
+"""GPUs that a plan can be made for without having one: compute capability, and MiB as nvidia-smi reports."""
+
+
+def names() -> tuple[str, ...]:
+    """Return the GPUs that `named` knows, smallest first."""
+    return tuple(sorted(_KNOWN, key=lambda name: _KNOWN[name][1]))
+
+
+def named(name: str, *, count: int = 1) -> Hardware:
+    """Return the hardware with `count` GPUs of a kind known by name; ConfigError for another name."""
+    known = {each.lower(): each for each in _KNOWN}
+    if name.lower() not in known:
+        raise ConfigError(
+            f"no GPU {name!r}{nearest(name, known.values())}; known: {', '.join(names())}, or auto"
+        )
+    kind = known[name.lower()]
+    capability, mebibytes = _KNOWN[kind]
+    return Hardware("cuda", kind, capability, mebibytes << 20, count)
 
 
 def detect() -> Hardware:
@@ -74,6 +109,17 @@ def compute_dtype(hardware: Hardware, wanted: Dtype = "auto") -> Literal["float3
             "use float16 or auto"
         )
     return wanted
+
+
+def return_freed_memory() -> None:
+    """Make glibc give freed blocks of 1 MiB and more back at once; without effect on another libc.
+
+    By default it keeps blocks of up to 32 MiB for reuse, and a training step's many sizes then take up to
+    twice the memory that is in use.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD; setting it also ends its growing
 
 
 def device(hardware: Hardware, local_rank: int = 0) -> str:

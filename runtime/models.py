@@ -75,6 +75,23 @@ def locate(source: ModelSource, *, weights: bool = True) -> Path:
     raise TransientError(f"model {source.name}: the hub cannot be reached for {source.repository}{package}")
 
 
+def config_file(source: ModelSource) -> Path:
+    """Return the config.json of `source`, fetched alone where its weights are not here yet."""
+    if source.path is not None or source.image is not None or source.repository is None:
+        return locate(source) / "config.json"
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        offline = source.local_files_only
+        name, revision = source.repository, source.revision
+        return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=offline))
+    except LocalEntryNotFoundError:
+        raise TransientError(f"model {source.name}: no config.json in the cache, no way to the hub") from None
+    except HfHubHTTPError as error:
+        raise ConfigError(f"model {source.name}: {_one_line(error)}") from None
+
+
 def load(
     source: ModelSource,
     *,

@@ -22,7 +22,7 @@ from runtime.tuning.places import Places
 from runtime.tuning.precision import Precision
 from runtime.tuning.progress import Meter, Reporter
 from runtime.tuning.ranks import Ranks
-from runtime.tuning.schedule import choose_layout, make_plan, training_arguments, wants_checkpointing
+from runtime.tuning.schedule import asked_checkpointing, choose_layout, make_plan, training_arguments
 from runtime.tuning.settings import TuningJob
 from runtime.tuning.stop import StopSignal
 
@@ -118,7 +118,7 @@ def prepare(
         job.model, hardware=machine, device=setting.device, quantization=job.quantization, training=True
     )
     set_seed(args.seed)
-    model = qlora.attach(base, job.lora, checkpointing=wants_checkpointing(job, machine))
+    model = qlora.attach(base, job.lora, checkpointing=bool(asked_checkpointing(job)))
     layout = choose_layout(job.encoding.batching, base.config.model_type)
     plan = make_plan(job, train.rows, layout=layout, ranks=ranks, hardware=machine)
     log.info(

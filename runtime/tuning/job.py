@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from runtime import adapters, hardware, models, oci
 from runtime.files import sha256
 from runtime.oci.access import DEFAULT
-from runtime.tuning import dataset, encode, fetch, places, publish, remote, report, samples
+from runtime.tuning import dataset, encode, fetch, fit, places, publish, remote, report, samples
 from runtime.tuning.bench import Bench, Course, Measured, Setting, evaluate, prepare, train_through
 from runtime.tuning.dataset import Dataset, Example
 from runtime.tuning.encode import Encoded
@@ -48,12 +48,15 @@ def run(
             publish.again(job, access)
         return
     job, precision = settle(job, machine)
+    job = fit.shorten(job, machine, processes=ranks.local_world)
 
     course.enter("data")
     data, train, held_out = _read(job, ranks, access)
     course.enter("encode")
     tokenizer = models.load_tokenizer(job.model)
     job, encoded = _encode(job, tokenizer, train, held_out)
+    rows = (*encoded[0].rows, *(encoded[1].rows if encoded[1] else ()))
+    job = fit.settle(job, machine, processes=ranks.local_world, rows=rows)
     course.enter("model")
     bench = prepare(job, tokenizer, encoded, setting=Setting(machine, device, precision, ranks, stop, course))
     bench.survival.remote = remote.of(job, access) if ranks.first else None

@@ -20,7 +20,7 @@ from runtime import hardware, oci
 from runtime.errors import CapacityError, ConfigError, Failure, StoppedError
 from runtime.files import write_whole
 from runtime.oci.access import DEFAULT
-from runtime.tuning import failure, fetch, places, publish
+from runtime.tuning import failure, fetch, fit, places, publish
 from runtime.tuning.nodes import ALONE, Nodes
 from runtime.tuning.places import Places
 from runtime.tuning.settings import TuningJob
@@ -58,6 +58,7 @@ def run(
                 if nodes.first:
                     publish.again(job, access)
                 return
+            fit.check(job, hardware.detect(), processes=processes)
             phase = "data"
             fetch.fetch(job.data, token=job.hub_token, access=access)
     except Failure as error:

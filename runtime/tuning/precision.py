@@ -6,6 +6,7 @@ type that works and says so. Does not know models. Start at `settle`.
 
 import logging
 from dataclasses import dataclass
+from typing import Literal
 
 from runtime.hardware import Hardware, compute_dtype
 from runtime.model_source import Dtype
@@ -30,21 +31,27 @@ class Precision:
         return self.dtype == "float16"
 
 
+def choose_dtype(job: TuningJob, hardware: Hardware) -> Literal["float32", "float16", "bfloat16"]:
+    """Return the type that `job` is computed in on `hardware`, by the rule of `settle`."""
+    wanted = _wanted(job)
+    if wanted == "float32" or (wanted == "float16" and hardware.kind == "cuda"):
+        return wanted
+    return compute_dtype(hardware)
+
+
+def _wanted(job: TuningJob) -> Dtype:
+    if job.training.get("bf16"):
+        return "bfloat16"
+    return "float16" if job.training.get("fp16") else job.model.dtype
+
+
 def settle(job: TuningJob, hardware: Hardware) -> tuple[TuningJob, Precision]:
     """Return `job` with types that `hardware` computes natively, and that type.
 
     float32 stays when asked for; bfloat16 and float16 become the hardware's own choice where they would
     be emulated (bfloat16 on a CPU is about ten times slower than float32, on a V100 it fails).
     """
-    wanted = job.model.dtype
-    if job.training.get("bf16"):
-        wanted = "bfloat16"
-    elif job.training.get("fp16"):
-        wanted = "float16"
-    native = compute_dtype(hardware)
-    chosen = native
-    if wanted == "float32" or (wanted == "float16" and hardware.kind == "cuda"):
-        chosen = wanted
+    wanted, chosen = _wanted(job), choose_dtype(job, hardware)
     if wanted not in ("auto", chosen):
         log.warning("%s is not native to %s: computing in %s instead", wanted, hardware.name, chosen)
     model = job.model.model_copy(update={"dtype": chosen})

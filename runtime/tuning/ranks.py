@@ -19,6 +19,8 @@ T = TypeVar("T")
 JOIN_TIMEOUT = datetime.timedelta(hours=3)
 """Longest wait of one rank for another: rank 0 may be fetching data or evaluating meanwhile."""
 
+_VARIABLES = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
+
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
@@ -28,18 +30,17 @@ class Ranks:
     local_rank: int = 0
     """Place on this machine: the number of its GPU."""
     world: int = 1
+    local_world: int = 1
+    """Processes on this machine, which share its memory."""
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Self:
         """Read torchrun's (and accelerate's) variables; one process where they are absent."""
         try:
-            rank, local, world = (
-                int(environ.get(name) or default)
-                for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-            )
+            rank, local, world, here = (int(environ.get(name) or default) for name, default in _VARIABLES)
         except ValueError:
             raise ConfigError("RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers") from None
-        return cls(rank, local, world)
+        return cls(rank, local, world, here)
 
     @property
     def first(self) -> bool:

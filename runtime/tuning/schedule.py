@@ -58,13 +58,11 @@ def make_plan(
     training = {**DEFAULTS, **job.training}
     per_device = training.get("per_device_train_batch_size")
     accumulation = training.get("gradient_accumulation_steps", 1)
+    budget = pass_tokens(job, hardware)
     if per_device is None:
         step_rows = min(EFFECTIVE_BATCH, max(4, len(rows) // STEPS_PER_EPOCH)) * accumulation
-        budget = BUDGET_TOKENS[hardware.kind]
     else:
         step_rows = per_device * accumulation * ranks.world
-        budget = per_device * (job.encoding.max_tokens or MAX_TOKENS)
-        budget = min(budget, BUDGET_TOKENS["cpu"]) if hardware.kind == "cpu" else budget
     return Plan(
         lengths=tuple(len(row) for row in rows),
         targets=tuple(row.targets for row in rows),
@@ -77,10 +75,24 @@ def make_plan(
     )
 
 
-def wants_checkpointing(job: TuningJob, hardware: Hardware) -> bool:
-    """Return whether activations are recomputed in the backward pass: the user's word, else on GPUs."""
+def pass_tokens(job: TuningJob, hardware: Hardware) -> int:
+    """Return the most tokens of one forward pass on one rank; a longer row goes alone."""
+    if job.tokens_per_pass is not None:
+        return job.tokens_per_pass
+    per_device = job.training.get("per_device_train_batch_size")
+    if per_device is None:
+        return BUDGET_TOKENS[hardware.kind]
+    asked = int(per_device) * (job.encoding.max_tokens or MAX_TOKENS)
+    return min(asked, BUDGET_TOKENS["cpu"]) if hardware.kind == "cpu" else asked
+
+
+def asked_checkpointing(job: TuningJob) -> bool | None:
+    """Return the user's word on recomputing activations in the backward pass, None without one.
+
+    The memory plan (fit.py) puts its own decision in the same place.
+    """
     asked = job.training.get("gradient_checkpointing", job.training.get("activation_checkpointing"))
-    return hardware.kind == "cuda" if asked is None else bool(asked)
+    return None if asked is None else bool(asked)
 
 
 def training_arguments(
@@ -95,7 +107,7 @@ def training_arguments(
     if not held_out and given.get("eval_strategy", "no") != "no":
         log.warning("eval_strategy is without effect: no rows are held out (train_test_split)")
         given["eval_strategy"] = "no"
-    checkpointing = wants_checkpointing(job, hardware)
+    checkpointing = bool(asked_checkpointing(job))
     training = job.training
     chosen = training.get("activation_checkpointing_kwargs") or training.get("gradient_checkpointing_kwargs")
     kwargs = {"use_reentrant": False, **(chosen or {})}

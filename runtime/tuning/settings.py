@@ -105,6 +105,12 @@ class TuningJob(Strict):
     training: dict[str, Any] = {}
     """transformers.TrainingArguments, resolved: defaults of ours and of the preset under the user's."""
     output: Output = Output()
+    fit: Literal["refuse", "adapt", "shorten"] = "refuse"
+    """When the memory plan says no: stop; or take smaller passes and checkpointing whatever the training
+    arguments say (the same steps in more passes); or cut rows shorter too."""
+    tokens_per_pass: int | None = Field(None, ge=8)
+    """Most tokens of one forward pass on one rank; None is batch size times max_tokens, or a default where
+    no batch size is set, and less where the memory plan says so. A longer row goes alone."""
     checkpoint_minutes: float | None = Field(10.0, gt=0)
     """Minutes between checkpoints, whatever `save_strategy` says; None forbids them."""
     hub_token: SecretStr | None = Field(None, exclude=True)

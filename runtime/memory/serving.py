@@ -1,0 +1,114 @@
+"""How much memory a server takes: weights, and keys and values for as many rows as fit beside them.
+
+The same arithmetic before a GPU is rented (`forecast`) and in the server itself (`rows_that_fit`). Does not
+know engines or requests. Start at `forecast`.
+"""
+
+from dataclasses import dataclass
+
+from runtime import hardware
+from runtime.errors import CapacityError
+from runtime.hardware import Hardware
+from runtime.memory.shape import BYTES, Shape
+from runtime.memory.tuning import CONSTANTS_4BIT, CONTEXT_BYTES, Part
+
+CACHE_SHARE = 0.8
+"""Part of the memory left beside the weights that keys and values may take; the rest is for a step's work."""
+LEAST_CONTEXT_TOKENS = 2048
+"""Rather fewer rows at a time than a context below this."""
+GPU_SHARE = 0.97
+"""Part of a GPU's memory that a server finds free before CUDA's context; the driver has the rest."""
+HOST_SHARE = 0.5
+"""Part of a CPU's memory that a server plans with: the page cache and the process live there too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """What decides the memory of a server, beside the model."""
+
+    rows: int
+    """Requests generated at the same time."""
+    context_tokens: int
+    """Prompt and answer together, per request."""
+    dtype: str
+    bits: int | None = None
+    double_quant: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """The memory of a server against what there is."""
+
+    parts: tuple[Part, ...]
+    """Weights and process; and the cache, once rows fit."""
+    room_bytes: int
+    token_bytes: int
+    """Keys and values of one position of one row."""
+    rows: int
+    """That fit, at `context_tokens` each; 0 when not even one does."""
+    context_tokens: int
+
+    @property
+    def fits(self) -> bool:
+        return self.rows > 0
+
+
+def forecast(shape: Shape, server: Server, machine: Hardware) -> Capacity:
+    """Return what `server` takes on `machine`, and the rows and context that fit there."""
+    room = int(machine.memory_bytes * (GPU_SHARE if machine.kind == "cuda" else HOST_SHARE))
+    context = CONTEXT_BYTES["cuda"] if machine.kind == "cuda" else 0  # a CPU's other half has it
+    standing = (weights(shape, server), Part("CUDA context", context, "measured"))[: 2 if context else 1]
+    free = room - sum(part.size_bytes for part in standing)
+    token_bytes = shape.dimensions.kv_values_per_token * BYTES[server.dtype]
+    wanted = (server.rows, min(server.context_tokens, shape.context_tokens))
+    try:
+        rows, tokens = rows_that_fit(wanted, token_bytes=token_bytes, free_bytes=free)
+    except CapacityError:
+        return Capacity(standing, room, token_bytes, 0, 0)
+    how = f"{rows} rows x {tokens} tokens x {token_bytes} bytes"
+    cache = Part("keys and values", rows * tokens * token_bytes, how)
+    work = Part(
+        "room for a step's work", free - cache.size_bytes, f"at least {1 - CACHE_SHARE:.0%} of the rest"
+    )
+    return Capacity((*standing, cache, work), room, token_bytes, rows, tokens)
+
+
+def fits_on(shape: Shape, server: Server) -> tuple[str, ...]:
+    """Return the known GPUs on which at least one row of the asked context fits, smallest first."""
+    context = min(server.context_tokens, shape.context_tokens, LEAST_CONTEXT_TOKENS)
+    found = ((name, forecast(shape, server, hardware.named(name))) for name in hardware.names())
+    return tuple(name for name, capacity in found if capacity.context_tokens >= context)
+
+
+def weights(shape: Shape, server: Server) -> Part:
+    """Weights: parameters x b, or the files' own size where they are quantised; linear ones x bits / 8."""
+    width = BYTES[server.dtype]
+    if shape.quantized is not None:
+        return Part("weights", shape.stored_bytes, f"stored as {shape.quantized}")
+    if server.bits is None:
+        count = shape.linear_parameters + shape.other_parameters
+        return Part("weights", count * width, f"{count / 1e9:.2f}B x {width} bytes")
+    each = server.bits / 8 + (CONSTANTS_4BIT[server.double_quant] if server.bits == 4 else 0)
+    size = int(shape.linear_parameters * each + shape.other_parameters * width)
+    linear, other = f"{shape.linear_parameters / 1e9:.2f}B", f"{shape.other_parameters / 1e6:.0f}M"
+    how = f"{linear} x {each:.3f} + {other} x {width} bytes"
+    return Part("weights", size, how)
+
+
+def rows_that_fit(wanted: tuple[int, int], *, token_bytes: int, free_bytes: int) -> tuple[int, int]:
+    """Return (rows, context tokens) whose keys and values fit into CACHE_SHARE of `free_bytes`.
+
+    Context gives way first, down to LEAST_CONTEXT_TOKENS, then the number of rows, then context again.
+    Raises CapacityError when not even one short row fits.
+    """
+    rows, context = wanted
+    tokens = max(0, int(free_bytes * CACHE_SHARE)) // token_bytes
+    context = min(context, max(tokens // rows, min(context, LEAST_CONTEXT_TOKENS)))
+    rows = max(1, min(rows, tokens // context))
+    context = min(context, tokens // rows)
+    if context < 16:
+        raise CapacityError(
+            f"{free_bytes >> 20} MiB are free beside the weights, and one row of 16 tokens needs "
+            f"{16 * token_bytes >> 20} MiB of keys and values; use a larger device or a quantised model"
+        )
+    return rows, context

@@ -1,0 +1,213 @@
+"""The shape of a model, and what follows from it in numbers of weights: from a preset or a config.json.
+
+Reads JSON; needs neither torch nor the weights. Does not know bytes, jobs or
+devices. Start at `of`.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime import models, presets
+from runtime.config import read_text
+from runtime.errors import ConfigError
+from runtime.model_source import ModelSource
+from runtime.presets import Dimensions
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of one number, by type."""
+
+_TIED_UNLESS_SAID = ("falcon", "gemma")
+"""Model types whose configuration ties the embeddings when it does not say; the others do not."""
+_WITHOUT_GATE = ("phi", "falcon", "gpt_neox", "gpt2", "opt")
+"""Model types whose MLP has two matrices."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One linear module of a decoder layer, which bitsandbytes quantises and LoRA adapts."""
+
+    path: str
+    """Below the layer: "self_attn.q_proj"."""
+    inputs: int
+    outputs: int
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition(".")[2]
+
+    @property
+    def parameters(self) -> int:
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a memory plan needs to know of a model."""
+
+    name: str
+    model_type: str
+    """transformers' name of the configuration."""
+    dimensions: Dimensions
+    context_tokens: int
+    """Longest sequence the model was made for."""
+    stored_bytes: int
+    """Size of its weights' files."""
+    quantized: str | None = None
+    """Method by which the files are quantised already; None for whole weights."""
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The linear modules of one layer under the names that the architecture gives them."""
+        size = self.dimensions
+        attention = _ATTENTION.get(self.model_type, _attention_split)(size)
+        if size.experts > 1:  # experts are one tensor per layer, not linear modules
+            return attention
+        return attention + _MLP.get(self.model_type, _mlp_gated)(size)
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights that quantisation reaches: the linear modules of all layers, without the head."""
+        return self.dimensions.layers * sum(linear.parameters for linear in self.linears)
+
+    @property
+    def other_parameters(self) -> int:
+        """Weights that stay in the compute type: embedding, head, norms, experts."""
+        size = self.dimensions
+        norms = size.hidden * (2 * size.layers + 1)
+        return max(0, size.parameters + norms - self.linear_parameters)
+
+    def adapted(self, targets: str | tuple[str, ...]) -> tuple[Linear, ...]:
+        """Return the linear modules of a layer that LoRA `targets` reach, by peft's rules of matching."""
+        if targets == "all-linear":
+            return self.linears
+        if isinstance(targets, str):
+            pattern = re.compile(targets)
+            return tuple(it for it in self.linears if pattern.fullmatch(f"model.layers.0.{it.path}"))
+        return tuple(it for it in self.linears if it.name in {name.rpartition(".")[2] for name in targets})
+
+
+def of(source: ModelSource) -> Shape:
+    """Return the shape of `source`: of its preset, else what its config.json says.
+
+    Only where no preset knows the model is that file looked for, and fetched where it is not here.
+    """
+    preset = presets.matching(source)
+    if preset is not None:
+        stored = int(preset.download_gib * 2**30)
+        quantized = preset.stored_as if preset.stored_as not in BYTES else None
+        return Shape(
+            preset.name, preset.model_type, preset.dimensions, preset.context_tokens, stored, quantized
+        )
+    return read(models.config_file(source), name=source.name)
+
+
+def read(file: Path, *, name: str) -> Shape:
+    """Return the shape that the config.json in `file` states; ConfigError when it states none."""
+    try:
+        config = json.loads(read_text(file))
+        text = config.get("text_config") or config
+        size = _dimensions(text)
+        kind = str(text.get("model_type") or config.get("model_type"))
+        context = int(text.get("max_position_embeddings") or text.get("n_positions") or 2048)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{file}: no shape of a decoder-only model in it ({error!r})") from None
+    dtype = str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or "float32")
+    weights = sum(path.stat().st_size for path in file.parent.glob("*.safetensors"))
+    stored = weights or size.parameters * BYTES.get(dtype, 2)
+    quantized = (config.get("quantization_config") or {}).get("quant_method")
+    return Shape(name, kind, size, context, stored, quantized)
+
+
+def _dimensions(text: Mapping[str, Any]) -> Dimensions:
+    kind = str(text.get("model_type"))
+    hidden, heads = int(text["hidden_size"]), int(_first(text, "num_attention_heads", "n_head"))
+    window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
+    return Dimensions(
+        layers=int(_first(text, "num_hidden_layers", "n_layer")),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=_kv_heads(text, heads),
+        head_dim=int(text.get("head_dim") or hidden // heads),
+        intermediate=int(text.get("intermediate_size") or text.get("ffn_hidden_size") or 4 * hidden),
+        vocabulary=int(text["vocab_size"]),
+        tied_embeddings=bool(text.get("tie_word_embeddings", kind.startswith(_TIED_UNLESS_SAID))),
+        gated_mlp=kind not in _WITHOUT_GATE,
+        experts=int(text.get("num_local_experts") or text.get("num_experts") or 1),
+        active_experts=int(text.get("num_experts_per_tok") or 1),
+        sliding_window=int(window) if window else None,
+    )
+
+
+def _kv_heads(text: Mapping[str, Any], heads: int) -> int:
+    if text.get("model_type") != "falcon":
+        return int(text.get("num_key_value_heads") or heads)
+    if text.get("new_decoder_architecture"):
+        return int(text.get("num_kv_heads") or heads)
+    return 1 if text.get("multi_query", True) else heads
+
+
+def _first(text: Mapping[str, Any], *names: str) -> Any:
+    return next((text[name] for name in names if text.get(name) is not None), None) or text[names[0]]
+
+
+def _widths(size: Dimensions) -> tuple[int, int, int]:
+    return size.hidden, size.heads * size.head_dim, size.kv_heads * size.head_dim
+
+
+def _attention_split(size: Dimensions, out: str = "o_proj") -> tuple[Linear, ...]:
+    hidden, queries, keys = _widths(size)
+    return (
+        Linear("self_attn.q_proj", hidden, queries),
+        Linear("self_attn.k_proj", hidden, keys),
+        Linear("self_attn.v_proj", hidden, keys),
+        Linear(f"self_attn.{out}", queries, hidden),
+    )
+
+
+def _attention_phi(size: Dimensions) -> tuple[Linear, ...]:
+    return _attention_split(size, "dense")
+
+
+def _attention_phi3(size: Dimensions) -> tuple[Linear, ...]:
+    hidden, queries, keys = _widths(size)
+    return (
+        Linear("self_attn.qkv_proj", hidden, queries + 2 * keys),
+        Linear("self_attn.o_proj", queries, hidden),
+    )
+
+
+def _attention_falcon(size: Dimensions) -> tuple[Linear, ...]:
+    hidden, queries, keys = _widths(size)
+    return (
+        Linear("self_attention.query_key_value", hidden, queries + 2 * keys),
+        Linear("self_attention.dense", queries, hidden),
+    )
+
+
+def _mlp_gated(size: Dimensions) -> tuple[Linear, ...]:
+    hidden, wide = size.hidden, size.intermediate
+    gate, up = Linear("mlp.gate_proj", hidden, wide), Linear("mlp.up_proj", hidden, wide)
+    return gate, up, Linear("mlp.down_proj", wide, hidden)
+
+
+def _mlp_phi3(size: Dimensions) -> tuple[Linear, ...]:
+    hidden, wide = size.hidden, size.intermediate
+    return Linear("mlp.gate_up_proj", hidden, 2 * wide), Linear("mlp.down_proj", wide, hidden)
+
+
+def _mlp_phi(size: Dimensions) -> tuple[Linear, ...]:
+    hidden, wide = size.hidden, size.intermediate
+    return Linear("mlp.fc1", hidden, wide), Linear("mlp.fc2", wide, hidden)
+
+
+def _mlp_falcon(size: Dimensions) -> tuple[Linear, ...]:
+    hidden, wide = size.hidden, size.intermediate
+    return Linear("mlp.dense_h_to_4h", hidden, wide), Linear("mlp.dense_4h_to_h", wide, hidden)
+
+
+_ATTENTION = {"phi": _attention_phi, "phi3": _attention_phi3, "falcon": _attention_falcon}
+_MLP = {"phi": _mlp_phi, "phi3": _mlp_phi3, "falcon": _mlp_falcon}

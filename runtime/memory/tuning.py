@@ -1,0 +1,266 @@
+"""How much memory one training process takes at its peak: one function for each part, with its formula.
+
+Numbers only: does not know jobs, devices or what fits (fitting.py). The formulas count what autograd was
+seen to keep in transformers' layers with peft's adapters; tests hold them to that and to whole processes.
+Letters: T tokens of a pass, L layers, h hidden, q and k widths of all queries and of all keys, I MLP
+width, V vocabulary, r rank, b bytes of the compute type. Start at `parts`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from runtime.memory.shape import BYTES, Shape
+
+CONTEXT_BYTES = {"cuda": 590 << 20, "cpu": 480 << 20}
+"""What a process takes before the first weight: CUDA's context and cuBLAS's workspace, or Python with torch,
+transformers and datasets."""
+FRAGMENTATION = 0.06
+"""Part of what a pass allocates that lies between its blocks and cannot be used."""
+HEAP_FRAGMENTATION = 0.9
+"""The same on a CPU with glibc's own settings, which keep freed blocks up to 32 MiB: measured 0.5 to 1.2."""
+CONSTANTS_4BIT = {True: 1 / 64 + 4 / (64 * 256), False: 4 / 64}
+"""Bytes of quantisation constants per weight, by whether they are quantised too: a block of 64 weights has a
+constant of 4 bytes, or of 1 byte and 4 more per 256 of them (arXiv:2305.14314, section 3)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What decides the memory of a training process, beside the model."""
+
+    tokens: int
+    """T: most tokens of one forward pass, padding included."""
+    row_tokens: int
+    """Longest row of them."""
+    dtype: Literal["float32", "float16", "bfloat16"]
+    """Compute type, of everything that is neither quantised nor an adapter."""
+    device: Literal["cuda", "cpu"]
+    bits: Literal[4, 8] | None = 4
+    """Of the quantised base weights; None leaves them in the compute type."""
+    double_quant: bool = True
+    rank: int = 16
+    targets: str | tuple[str, ...] = "all-linear"
+    optimizer: str = "adamw_torch"
+    checkpointing: bool = False
+    """Activations inside a layer are computed again in the backward pass."""
+    packed: bool = True
+    """Documents end to end without a mask; else rows padded to a rectangle under a mask."""
+    labelled_share: float = 1.0
+    """Part of the tokens that count in the loss; unknown before the data is read, so all of them."""
+    compact: bool = False
+    """On a CPU, freed blocks go back to the system at once (hardware.return_freed_memory): 15 % slower."""
+    shards: int = 1
+    """Processes that the base weights are divided over (FSDP); 1 keeps all of them in each."""
+    processes: int = 1
+    """Processes that share gradients."""
+
+    @property
+    def width(self) -> int:
+        """b, bytes of one number of the compute type."""
+        return BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One line of a plan."""
+
+    name: str
+    size_bytes: int
+    how: str
+    """The formula with its numbers, for people."""
+    reclaimable: bool = False
+    """Resident, but given back by the kernel when memory is short."""
+
+
+def parts(shape: Shape, run: Run) -> tuple[Part, ...]:
+    """Return what stands in memory at the peak of a training step, largest causes told apart.
+
+    The peak is where the backward pass begins: everything it needs is kept, and the logits' gradients are
+    there. In a small vocabulary it comes one layer later, so the larger of the two counts.
+    """
+    standing = (
+        weights(shape, run),
+        constants(shape, run),
+        others(shape, run),
+        lora(shape, run),
+        gradients(shape, run),
+        optimizer(shape, run),
+    )
+    working = (
+        activations(shape, run), max(logits(shape, run), layer_work(shape, run), key=lambda it: it.size_bytes)
+    )  # fmt: skip
+    rest = (dequantized(shape, run), fragmentation(working, run), context(run))
+    return (*standing, *working, *rest, *((mapped(shape, run),) if run.device == "cpu" else ()))
+
+
+def total(parts: tuple[Part, ...]) -> int:
+    """Return the bytes that `parts` cannot do without."""
+    return sum(part.size_bytes for part in parts if not part.reclaimable)
+
+
+def resident(parts: tuple[Part, ...]) -> int:
+    """Return the bytes that `parts` are seen to take, mapped files too."""
+    return sum(part.size_bytes for part in parts)
+
+
+def weights(shape: Shape, run: Run) -> Part:
+    """Linear weights: parameters x (bits / 8, or b when they are not quantised) / shards."""
+    each = run.bits / 8 if run.bits else run.width
+    count = shape.linear_parameters
+    return Part("base weights", int(count * each / run.shards), f"{count / 1e9:.2f}B linear x {each:g} bytes")
+
+
+def constants(shape: Shape, run: Run) -> Part:
+    """Quantisation constants: 4-bit CONSTANTS_4BIT per weight, 8-bit 4 bytes per output of a linear."""
+    if run.bits is None:
+        return Part("quantisation constants", 0, "not quantised")
+    if run.bits == 8:
+        rows = shape.dimensions.layers * sum(linear.outputs for linear in shape.linears)
+        return Part("quantisation constants", int(4 * rows / run.shards), "4 bytes x outputs")
+    each = CONSTANTS_4BIT[run.double_quant]
+    size = int(shape.linear_parameters * each / run.shards)
+    return Part("quantisation constants", size, f"{shape.linear_parameters / 1e9:.2f}B x {each:.4f} bytes")
+
+
+def others(shape: Shape, run: Run) -> Part:
+    """Embedding, head and norms (and experts, which nothing quantises): parameters x b / shards."""
+    count = shape.other_parameters
+    how = f"{count / 1e6:.0f}M x {run.width} bytes"
+    return Part("embedding, head, norms", int(count * run.width / run.shards), how)
+
+
+def trained(shape: Shape, run: Run) -> int:
+    """Return the trained weights: layers x sum over adapted linears of r x (inputs + outputs)."""
+    one = sum(linear.inputs + linear.outputs for linear in shape.adapted(run.targets))
+    return shape.dimensions.layers * run.rank * one
+
+
+def lora(shape: Shape, run: Run) -> Part:
+    """Adapter weights: trained x 4 bytes, and x b for autocast's copy where the compute type is half."""
+    count = trained(shape, run)
+    each = 4 if run.width == 4 else 4 + run.width
+    return Part("LoRA weights", count * each, f"{count / 1e6:.1f}M x {each} bytes")
+
+
+def gradients(shape: Shape, run: Run) -> Part:
+    """Gradients of the adapter: trained x 4 bytes, twice where DDP has buckets of its own."""
+    each = 4 if run.processes == 1 else 8
+    count = trained(shape, run)
+    return Part("gradients", count * each, f"{count / 1e6:.1f}M x {each} bytes")
+
+
+def optimizer(shape: Shape, run: Run) -> Part:
+    """Optimizer state: trained x (8 for Adam, 4 for one moment, 2 for Adam in 8 bits, 0 for plain SGD)."""
+    each = state_bytes(run.optimizer)
+    count = trained(shape, run)
+    return Part("optimizer state", int(count * each), f"{run.optimizer}: {count / 1e6:.1f}M x {each:g} bytes")
+
+
+def state_bytes(optimizer: str) -> float:
+    """Return the bytes of optimizer state per trained weight."""
+    moments = 1 if any(word in optimizer for word in ("lion", "adagrad", "rmsprop")) else 2
+    if optimizer == "sgd":
+        return 0
+    if "adafactor" in optimizer or "lomo" in optimizer:
+        return 0.1  # one row and one column per matrix
+    if "8bit" in optimizer:
+        return moments * (1 + 4 / 256)  # bitsandbytes: a constant of 4 bytes per 256 numbers
+    if "4bit" in optimizer:
+        return moments * (0.5 + 4 / 128)
+    return 4 * moments
+
+
+def layer_bytes(shape: Shape, run: Run) -> int:
+    """Return what autograd keeps of one layer for the backward pass of T tokens.
+
+    norms    2·4h, their inputs in float32; b·h where attention and MLP share the input (phi, falcon)
+    inputs   b·h for each norm's output: 2, or 1 where they share one (phi, falcon-7b)
+    adapters r·b per adapted linear; without quantisation half types copy the input of each of them
+    q, k, v  packed b·(3q + 2k); under a mask b·4q (phi, phi3 b·5q), as keys are repeated; where one
+             matrix holds them all, the values keep that whole: b·(q + k) more; one key for all queries
+             (falcon-7b) finds no fused kernel: b·(3q + 2k) and 4·heads·row of attention weights
+    mask     b·row where rows are padded
+    MLP      b·4I gated, b·5I phi (its GELU is written out), b·2I falcon
+    statistics  4·heads of the attention, 8 of the norms
+    """
+    size, width, tokens = shape.dimensions, run.width, run.tokens
+    hidden, wide = size.hidden, size.intermediate * size.active_experts
+    queries, keys = size.heads * size.head_dim, size.kv_heads * size.head_dim
+    one_norm = shape.model_type in _ONE_NORM
+    norms = width * hidden if one_norm else 8 * hidden
+    shared = one_norm and not (shape.model_type == "falcon" and size.kv_heads > 1)
+    inputs = width * hidden * (1 if shared else 2)
+    adapted = shape.adapted(run.targets)
+    ranks = width * run.rank * len(adapted)
+    partial = shape.model_type in ("phi", "phi3")
+    if width < 4 and run.bits is None:  # peft casts each adapter's input on its own
+        ranks += width * sum(linear.inputs for linear in adapted) - inputs
+        ranks -= width * (wide + (queries if run.packed or partial else 0))
+    attention = width * (3 * queries + 2 * keys if run.packed else (5 if partial else 4) * queries)
+    fused = any(linear.name in ("qkv_proj", "query_key_value") for linear in shape.linears)
+    if fused and run.packed:
+        attention += width * (queries + keys)
+    row = min(run.row_tokens, tokens)
+    if shape.model_type == "falcon" and size.kv_heads == 1:
+        attention = width * (3 * queries + 2 * keys) + 4 * size.heads * row
+    mask = 0 if run.packed else width * row
+    mlp = width * wide * _MLP_KEEPS.get(shape.model_type, 4)
+    return tokens * (norms + inputs + ranks + attention + mask + mlp + 4 * size.heads + 8)
+
+
+_ONE_NORM = ("phi", "falcon")
+_MLP_KEEPS = {"phi": 5, "falcon": 2}
+
+
+def activations(shape: Shape, run: Run) -> Part:
+    """Kept activations: L x layer_bytes; with checkpointing L x T·h·b, only each layer's input."""
+    layers, hidden = shape.dimensions.layers, shape.dimensions.hidden
+    if run.checkpointing:
+        size = layers * run.tokens * hidden * run.width
+        how = f"{run.tokens} tokens x {layers} layers x {hidden * run.width} bytes"
+        return Part("layer inputs (checkpointing)", size, how)
+    one = layer_bytes(shape, run)
+    how = f"{run.tokens} tokens x {layers} layers x {one // max(run.tokens, 1)} bytes"
+    return Part("activations", layers * one, how)
+
+
+def logits(shape: Shape, run: Run) -> Part:
+    """Logits and loss: T x labelled share x V x 12 bytes (log-softmax, its gradient, the loss's gradient)."""
+    count = int(run.tokens * run.labelled_share)
+    vocabulary = shape.dimensions.vocabulary
+    return Part("logits", count * vocabulary * 12, f"{count} labels x {vocabulary} x 12 bytes")
+
+
+def layer_work(shape: Shape, run: Run) -> Part:
+    """One layer's backward pass: T·b·(3I + 4h) of gradients, and layer_bytes when it is computed again."""
+    size = shape.dimensions
+    wide = size.intermediate * size.active_experts
+    work = run.tokens * run.width * (3 * wide + 4 * size.hidden)
+    again = layer_bytes(shape, run) if run.checkpointing else 0
+    return Part("one layer's backward", work + again, f"{run.tokens} tokens")
+
+
+def dequantized(shape: Shape, run: Run) -> Part:
+    """Buffer of one dequantised weight: the largest linear's parameters x b, twice for its transpose."""
+    if run.bits is None:
+        return Part("dequantisation buffer", 0, "not quantised")
+    largest = max((linear.parameters for linear in shape.linears), default=0)
+    how = f"largest linear, {largest / 1e6:.1f}M x {run.width} bytes x 2"
+    return Part("dequantisation buffer", 2 * largest * run.width, how)
+
+
+def fragmentation(working: tuple[Part, ...], run: Run) -> Part:
+    """Memory between blocks: what comes and goes with every pass x FRAGMENTATION, or HEAP_FRAGMENTATION."""
+    share = HEAP_FRAGMENTATION if run.device == "cpu" and not run.compact else FRAGMENTATION
+    return Part("fragmentation", int(total(working) * share), f"{share:.0%} of what a pass allocates")
+
+
+def mapped(shape: Shape, run: Run) -> Part:
+    """The weights' files on a CPU, mapped while they are read: their size, less what is used in place."""
+    size = max(0, shape.stored_bytes - shape.other_parameters * run.width)
+    return Part("weights' files, mapped", size, "page cache, given back when needed", reclaimable=True)
+
+
+def context(run: Run) -> Part:
+    """CONTEXT_BYTES: the process and its libraries."""
+    name = "CUDA context" if run.device == "cuda" else "process and libraries"
+    return Part(name, CONTEXT_BYTES[run.device], "measured")

@@ -1,0 +1,68 @@
+"""What is chosen on which device, and what stays as the user wrote it."""
+
+from dataclasses import replace
+
+import pytest
+
+from runtime import hardware
+from runtime.errors import ConfigError
+from runtime.memory import fitting, shape
+from runtime.memory.fitting import Wish
+from runtime.memory.tuning import Run
+from runtime.presets import source
+
+LLAMA = shape.of(source("llama-3.1-8b-instruct"))
+RUN = Run(2048, 2048, "float16", "cuda")
+
+
+def chosen(gpu: str, wish: Wish, run: Run = RUN) -> fitting.Forecast:
+    return fitting.choose(LLAMA, run, wish, room=fitting.available(hardware.named(gpu)))
+
+
+def test_a_large_gpu_recomputes_nothing() -> None:
+    plan = chosen("A100-80GB", Wish(2048))
+    assert plan.fits
+    assert not plan.run.checkpointing
+    assert plan.run.tokens == 2048
+
+
+def test_checkpointing_comes_where_it_is_needed_and_the_user_is_silent() -> None:
+    assert chosen("V100-16GB", Wish(2048)).run.checkpointing
+    asked = chosen("V100-16GB", Wish(2048, checkpointing=False))
+    assert not asked.fits
+    assert not asked.run.checkpointing
+
+
+def test_passes_shrink_before_layers_are_computed_again() -> None:
+    plan = chosen("V100-16GB", Wish(512), replace(RUN, tokens=2048))
+    assert plan.fits
+    assert (plan.run.checkpointing, plan.run.tokens < 2048) in ((False, True), (True, False))
+    fixed = chosen("T4-16GB", Wish(512, smaller_passes=False), replace(RUN, tokens=40_000))
+    assert fixed.run.tokens == 40_000
+    assert not fixed.fits
+
+
+def test_rows_are_cut_only_where_that_is_allowed() -> None:
+    long = replace(RUN, tokens=32_768)
+    assert not chosen("T4-16GB", Wish(32_768), long).fits
+    cut = chosen("T4-16GB", Wish(32_768, shorter_rows=True), long)
+    assert cut.fits
+    assert cut.row_tokens == cut.run.tokens < 32_768
+
+
+def test_the_largest_pass_fits_and_one_larger_does_not() -> None:
+    room = fitting.available(hardware.named("A10-24GB"))
+    largest = fitting.largest_tokens(LLAMA, RUN, room=room)
+    assert fitting.forecast(LLAMA, replace(RUN, tokens=largest), room=room, row_tokens=1).fits
+    assert not fitting.forecast(LLAMA, replace(RUN, tokens=largest + 8), room=room, row_tokens=1).fits
+
+
+def test_processes_on_a_cpu_share_its_memory() -> None:
+    cpu = hardware.Hardware("cpu", "test", None, 8 << 30, 1)
+    assert fitting.available(cpu, processes=2) == fitting.available(cpu) // 2
+
+
+def test_unknown_gpus_are_named_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"no GPU 'A100' \(did you mean 'A100-"):
+        hardware.named("A100")
+    assert hardware.named("v100-16gb", count=4).capability == (7, 0)

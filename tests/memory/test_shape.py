@@ -1,0 +1,73 @@
+"""Shapes from presets and from config.json, held to the models that transformers builds from them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.errors import ConfigError
+from runtime.memory import shape
+from runtime.model_source import ModelSource
+from runtime.presets import all_presets, find, source
+
+SIZES = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 96, "num_key_value_heads": 2},
+    "mistral": {"intermediate_size": 96, "num_key_value_heads": 2},
+    "qwen2": {"intermediate_size": 96, "num_key_value_heads": 2},
+    "gemma": {"intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16},
+    "phi": {"intermediate_size": 96},
+    "phi3": {"intermediate_size": 96, "num_key_value_heads": 2, "pad_token_id": 0},
+    "falcon": {"ffn_hidden_size": 96, "multi_query": True, "new_decoder_architecture": False},
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_linear_modules_and_weights_are_those_of_the_model(kind: str, tmp_path: Path) -> None:
+    from torch import device, nn
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, **SIZES, **CONFIGS[kind])
+    config.save_pretrained(str(tmp_path))
+    with device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    found = shape.read(tmp_path / "config.json", name=kind)
+    linears = {
+        (name.rpartition(".")[2], module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".0." in name
+    }
+    assert {(it.name, it.inputs, it.outputs) for it in found.linears} == linears
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert found.linear_parameters + found.other_parameters == pytest.approx(weights, rel=0.03)
+
+
+@pytest.mark.parametrize("preset", [it for it in all_presets() if it.stored_as == "bfloat16"], ids=str)
+def test_presets_count_the_weights_of_their_files(preset: Any) -> None:
+    found = shape.of(source(preset.name))
+    count = found.linear_parameters + found.other_parameters
+    head = preset.dimensions.vocabulary * preset.dimensions.hidden if preset.stored_head else 0
+    assert (count + head) * 2 == pytest.approx(found.stored_bytes, rel=0.02)
+
+
+def test_targets_reach_what_peft_would_adapt() -> None:
+    phi = shape.of(source("phi-3-mini-4k-instruct"))
+    assert [it.name for it in phi.adapted("all-linear")] == [
+        "qkv_proj", "o_proj", "gate_up_proj", "down_proj",
+    ]  # fmt: skip
+    assert [it.name for it in phi.adapted(("qkv_proj", "o_proj"))] == ["qkv_proj", "o_proj"]
+    assert [it.name for it in phi.adapted(r".*\.mlp\.\w+")] == ["gate_up_proj", "down_proj"]
+
+
+def test_a_config_without_a_shape_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    with pytest.raises(ConfigError, match=r"config\.json: no shape of a decoder-only model"):
+        shape.read(tmp_path / "config.json", name="m")
+
+
+def test_a_directory_needs_no_preset(tiny_llama_dir: Path) -> None:
+    found = shape.of(ModelSource(name="tiny", path=tiny_llama_dir))
+    assert (found.model_type, found.context_tokens, found.dimensions.kv_heads) == ("llama", 2048, 2)
+    assert found.stored_bytes == (tiny_llama_dir / "model.safetensors").stat().st_size
+    assert find("phi-2").dimensions.layers == 32

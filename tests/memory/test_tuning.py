@@ -1,0 +1,122 @@
+"""The formulas, held to what autograd keeps in transformers' layers with peft's adapters."""
+
+from typing import Any
+
+import pytest
+
+from runtime.memory import shape, tuning
+from runtime.memory.shape import Shape
+from runtime.memory.tuning import Run
+from runtime.presets import Dimensions, source
+
+TOKENS, RANK = 256, 8
+SIZE = {"hidden": 96, "heads": 6, "kv_heads": 2, "head_dim": 16, "intermediate": 200, "vocabulary": 128}
+KINDS = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {"num_key_value_heads": 2}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"num_key_value_heads": 2}),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {"num_key_value_heads": 2, "pad_token_id": 0}),
+    "phi": ("PhiConfig", "PhiForCausalLM", {"num_key_value_heads": 2}),
+    "falcon": ("FalconConfig", "FalconForCausalLM", {"ffn_hidden_size": 200, "bias": False}),
+}
+NAMES = {"vocab_size": 128, "hidden_size": 96, "intermediate_size": 200, "num_attention_heads": 6}
+
+
+def kept(kind: str, layers: int, *, packed: bool, dtype: str) -> int:
+    """Return the bytes that autograd keeps for the backward pass of TOKENS tokens in two documents."""
+    import torch
+    import transformers
+
+    from runtime.tuning import attention, qlora
+    from runtime.tuning.settings import Lora
+
+    config, model, extra = KINDS[kind]
+    names = {key: value for key, value in NAMES.items() if kind != "falcon" or key != "intermediate_size"}
+    given = getattr(transformers, config)(**names, **extra, num_hidden_layers=layers)
+    adapted = qlora.attach(getattr(transformers, model)(given).to(getattr(torch, dtype)), Lora(r=RANK))
+    adapted.train()
+    ids = torch.zeros(2, TOKENS // 2, dtype=torch.int64)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if packed:
+        attention.register()
+        adapted.get_base_model().set_attn_implementation(attention.NAME)
+        borders = torch.tensor([0, TOKENS // 2, TOKENS], dtype=torch.int32)
+        places = torch.arange(TOKENS // 2).repeat(2)[None]
+        inputs = {"input_ids": ids.view(1, -1), "position_ids": places, "cu_seq_lens_q": borders}
+        inputs["cu_seq_lens_k"] = borders
+    else:
+        inputs["attention_mask"][0, -3:] = 0
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in adapted.parameters()}
+    seen: dict[int, int] = {}
+    alive = []
+
+    def keep(tensor: Any) -> Any:
+        alive.append(tensor)  # so that no address is used twice
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    half = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), half:
+        adapted(**inputs, use_cache=False, logits_to_keep=torch.tensor([0]))
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "sorted"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_are_what_autograd_keeps(kind: str, dtype: Any, packed: bool) -> None:
+    if kind == "falcon" and packed:
+        pytest.skip("falcon is never packed")
+    size = Dimensions(**(SIZE | {"kv_heads": 1} if kind == "falcon" else SIZE), layers=1)
+    run = Run(TOKENS, TOKENS // 2, dtype, "cpu", bits=None, rank=RANK, packed=packed)
+    one = tuning.layer_bytes(Shape(kind, kind, size, 2048, 0), run)
+    measured = kept(kind, 2, packed=packed, dtype=dtype) - kept(kind, 1, packed=packed, dtype=dtype)
+    if dtype == "bfloat16":  # autocast's copies of the adapter's weights are counted with them
+        measured -= 2 * tuning.trained(Shape(kind, kind, size, 2048, 0), run)
+    assert one == pytest.approx(measured, rel=0.12 if kind == "falcon" else 0.03)
+
+
+def part(parts: tuple[tuning.Part, ...], name: str) -> int:
+    return next(part.size_bytes for part in parts if part.name == name)
+
+
+def test_phi_3_mini_in_four_bits_is_as_its_formulas_say() -> None:
+    """The figures of an independent estimate: 0.516 bytes a weight, 16 bytes a trained one."""
+    phi = shape.of(source("phi-3-mini-128k-instruct"))
+    run = Run(2048, 2048, "float16", "cuda", checkpointing=True)
+    parts = tuning.parts(phi, run)
+    base = part(parts, "base weights") + part(parts, "quantisation constants")
+    assert base == pytest.approx(0.516 * 3.62e9, rel=0.005)
+    assert tuning.trained(phi, run) == 32 * 16 * (3072 * 3 + 9216 + 3072 + 16384 + 8192 + 3072)
+    states = part(parts, "LoRA weights") + part(parts, "gradients") + part(parts, "optimizer state")
+    assert states == tuning.trained(phi, run) * (16 + 2)
+    assert part(parts, "layer inputs (checkpointing)") == 2048 * 32 * 3072 * 2
+    assert 3.9 < tuning.total(parts) / 2**30 < 5.0
+
+
+@pytest.mark.parametrize(
+    ("change", "smaller"),
+    [
+        ({"optimizer": "paged_adamw_8bit"}, "optimizer state"),
+        ({"rank": 4}, "gradients"),
+        ({"labelled_share": 0.25}, "logits"),
+        ({"shards": 2}, "base weights"),
+        ({"targets": ("qkv_proj",)}, "LoRA weights"),
+    ],
+)
+def test_each_setting_lowers_its_part(change: dict[str, Any], smaller: str) -> None:
+    from dataclasses import replace
+
+    phi, run = shape.of(source("phi-3-mini-128k-instruct")), Run(2048, 2048, "float16", "cuda")
+    before, after = tuning.parts(phi, run), tuning.parts(phi, replace(run, **change))
+    assert part(after, smaller) < part(before, smaller)
+    assert tuning.total(after) < tuning.total(before)
+
+
+def test_every_optimizer_of_the_arguments_has_a_state_size() -> None:
+    assert tuning.state_bytes("adamw_torch") == 8
+    assert tuning.state_bytes("adamw_8bit") == pytest.approx(2, rel=0.02)
+    assert tuning.state_bytes("paged_lion_8bit") == pytest.approx(1, rel=0.02)
+    assert tuning.state_bytes("lion_32bit") == 4
+    assert tuning.state_bytes("sgd") == 0
