@@ -81,10 +81,10 @@ Endpoint = Annotated[
     typer.Option("--rdzv-endpoint", metavar="HOST[:PORT]", help="Where they meet: node 0, port 29500."),
 ]
 Fit = Annotated[
-    bool, typer.Option("--fit", help="Adapt pass size and checkpointing to the memory instead of refusing.")
-]
-ShorterRows = Annotated[
-    bool, typer.Option("--shorter-rows", help="With --fit: cut rows shorter too where nothing else fits.")
+    bool,
+    typer.Option(
+        "--fit", help="Adapt pass size and checkpointing to the memory; --set fit=shorten: rows too."
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Log everything; show tracebacks.")]
 
@@ -109,16 +109,14 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     node_rank: NodeRank = None,
     rdzv_endpoint: Endpoint = None,
     fit: Fit = False,
-    shorter_rows: ShorterRows = False,
     debug: Debug = False,  # read by cli.run, before anything else
 ) -> None:
     """Tune a model and push the adapter: QLoRA from a Workspace manifest, or from flags alone."""
     from runtime.workspace import load_job
 
     overrides = set_flags(settings or [])
-    overrides |= {name: value for name, value in (("--output", output), ("--data", data)) if value}
-    if on_bad_row is not None:
-        overrides["data.on_bad_row"] = on_bad_row
+    named = {"--output": output, "--data": data, "data.on_bad_row": on_bad_row, "fit": fit and "adapt"}
+    overrides |= {name: value for name, value in named.items() if value}
     if credentials is not None:
         overrides["output.credentials"] = credentials
     if insecure:
@@ -127,8 +125,6 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
         overrides["output.checkpoint_image"] = checkpoint_image
     if keep_checkpoint_image:
         overrides["output.keep_checkpoint_image"] = True
-    if fit or shorter_rows:
-        overrides["fit"] = "shorten" if shorter_rows else "adapt"
     resolved = load_job(target, environ=context.obj, config=config, overrides=overrides)
     if dry_run:
         cli_show.dry_run(resolved, cli_show.job, as_json=as_json)

@@ -174,7 +174,7 @@ def _advice(job: TuningJob, fit: Fit) -> tuple[str, ...]:
         found.append("--fit adapts checkpointing and pass size to the memory")
     length = fitting.largest_tokens(shape, thrifty, room=room)
     if fitting.LEAST_ROW <= length < fit.wish.row_tokens:
-        found.append(f"max_length {length} would fit (with --fit)")
+        found.append(f"max_length {length} with --fit would fit")
     if fit.asked.bits != 4:
         four = replace(thrifty, bits=4, double_quant=True)
         if fitting.choose(shape, four, free, room=room).fits:
