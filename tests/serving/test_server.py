@@ -237,6 +237,18 @@ def test_idle_connection_is_kept_between_requests(start_server: Any) -> None:
     assert addresses[0] == addresses[1]
 
 
+def test_small_writes_are_sent_at_once(start_server: Any) -> None:
+    """Without TCP_NODELAY each reply, two small writes, waits for the client's acknowledgement: 40 ms."""
+    server = start_server()
+    took = []
+    with httpx.Client(base_url=server.url) as client:
+        for _ in range(40):
+            started = time.monotonic()
+            assert client.get("/livez").status_code == 200
+            took.append(time.monotonic() - started)
+    assert min(took[20:]) < 0.03, took
+
+
 def test_engine_that_dies_ends_the_process(start_server: Any) -> None:
     server = start_server(engine={"dies_after": 3})
     httpx.post(server.url + "/chat", json={"prompt": "hi"}, timeout=5)
