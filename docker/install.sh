@@ -34,5 +34,9 @@ PYTHON
 
 found=$(/opt/venv/bin/python -c 'import torch; print(torch.version.cuda)')
 [ "$found" = "$wanted" ] || { echo "torch was built for CUDA $found, ACCELERATOR=$ACCELERATOR needs $wanted" >&2; exit 2; }
-# Not needed to run anything, and large: test suites and headers of compilers that are not in the image.
-rm -rf /opt/venv/lib/python3*/site-packages/{torch/include,torch/test,pandas/tests,pyarrow/tests,pyarrow/include,numpy/*/tests}
+# Not needed to run anything, and large: test suites, headers for compilers that are not in the image, and
+# bitsandbytes' kernels for other releases than torch's own, by which it chooses.
+cd /opt/venv/lib/python3*/site-packages
+rm -rf torch/include torch/test pandas/tests pyarrow/tests pyarrow/include
+find numpy sympy networkx -type d -name tests -prune -exec rm -rf {} +
+find bitsandbytes -name 'libbitsandbytes_*.so' ! -name libbitsandbytes_cpu.so ! -name "libbitsandbytes_cuda${ACCELERATOR#cu}.so" -delete

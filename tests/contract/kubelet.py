@@ -12,9 +12,10 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -47,6 +48,8 @@ class Node:
     environ: Mapping[str, str]
     images: dict[str, str] = field(default_factory=dict)
     """What stands in for images that cannot be pulled here."""
+    claims: dict[str, Path] = field(default_factory=dict)
+    """Directories behind persistent volume claims."""
 
     def podman(
         self, *words: str, check: bool = True, timeout_s: float = 300
@@ -64,16 +67,24 @@ class Node:
 
 
 class Pod:
-    """One pod. `objects` are the ConfigMaps and Secrets of its namespace."""
+    """One pod. `objects` are the ConfigMaps and Secrets of its namespace, `hosts` the names it knows."""
 
-    def __init__(self, node: Node, document: Document, objects: list[Document] | None = None) -> None:
+    def __init__(
+        self,
+        node: Node,
+        document: Document,
+        objects: Sequence[Document] = (),
+        *,
+        hosts: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.node, self.spec = node, pod_spec(document)
         self.name = f"{document['metadata']['name']}-{secrets.token_hex(3)}"
         self.folder = node.folder / self.name
-        self.objects = {(o["kind"], o["metadata"]["name"]): o for o in objects or []}
+        self.objects = {(o["kind"], o["metadata"]["name"]): o for o in objects}
         self.grace_s = self.spec.get("terminationGracePeriodSeconds", 30)
         share = "net,ipc,uts" + (",pid" if self.spec.get("shareProcessNamespace") else "")
-        node.podman("pod", "create", "--name", self.name, "--share", share, "--hostname", self.name)
+        node.podman("pod", "create", "--name", self.name, "--share", share, "--hostname", self.name,
+                    *(f"--add-host={host}:{address}" for host, address in hosts.items()))  # fmt: skip
         self.volumes = {volume["name"]: volume for volume in self.spec.get("volumes", [])}
 
     def __enter__(self) -> "Pod":
@@ -158,14 +169,17 @@ class Pod:
         except httpx.TransportError:
             return False
 
-    def stop(self) -> dict[str, int]:
-        """Ask every container to end, as deleting the pod does; return the exit codes (137: killed)."""
-        names = [container["name"] for container in self.spec["containers"]]
-        for name in names:
-            self.node.podman(
-                "stop", "-t", str(self.grace_s), self.container(name), timeout_s=self.grace_s + 60
-            )
-        return {name: self.state(name)[1] for name in names}
+    def stop(self, *only: str) -> dict[str, int]:
+        """Ask containers to end, as deleting the pod asks all; return the exit codes (137: killed)."""
+        asked = [c for c in self.spec["containers"] if not only or c["name"] in only]
+        for container in asked:
+            before = container.get("lifecycle", {}).get("preStop")
+            if before:
+                self.node.podman("exec", self.container(container["name"]), *before["exec"]["command"])
+        for container in asked:
+            name = self.container(container["name"])
+            self.node.podman("stop", "-t", str(self.grace_s), name, timeout_s=self.grace_s + 60)
+        return {container["name"]: self.state(container["name"])[1] for container in asked}
 
     def _port(self, name: str, port: int | str) -> int:
         spec = next(c for c in self.spec["containers"] if c["name"] == name)
@@ -186,8 +200,8 @@ class Pod:
         words = ["--pod", self.name, "--name", self.container(container["name"]), "--pull", "never",
                  "-v", f"{last_words}:/dev/termination-log"]  # fmt: skip
         words += ["-e", "KUBERNETES_SERVICE_HOST=10.96.0.1", "-e", "KUBERNETES_SERVICE_PORT=443"]
-        for variable in container.get("env", []):
-            words += ["-e", f"{variable['name']}={self._value(variable)}"]
+        environ = self._environ(container)
+        words += [word for name, value in environ.items() for word in ("-e", f"{name}={value}")]
         words += [word for mount in container.get("volumeMounts", []) for word in self._mount(mount)]
         words += _security({**self.spec.get("securityContext", {}), **container.get("securityContext", {})})
         if "workingDir" in container:
@@ -195,24 +209,35 @@ class Pod:
         entry, *command = container.get("command", [""])
         if entry:
             words += ["--entrypoint", json.dumps([entry, *command])]
-        environ = {v["name"]: self._value(v) for v in container.get("env", [])}
         given = [_expand(word, environ) for word in container.get("args", [])]
         return [*words, self.node.image(container["image"]), *given]
 
-    def _value(self, variable: Document) -> str:
+    def _environ(self, container: Document) -> dict[str, str]:
+        values = {variable["name"]: self._value(variable) for variable in container.get("env", [])}
+        return {name: _expand(value, values) for name, value in values.items() if value is not None}
+
+    def _value(self, variable: Document) -> str | None:
+        """Return a variable's value, None where an optional secret is not there."""
         if "value" in variable:
             return str(variable["value"])
-        source = variable.get("valueFrom", {})
+        source = variable["valueFrom"]
         if "fieldRef" in source:
-            return self.name
+            return {"metadata.name": self.name}[source["fieldRef"]["fieldPath"]]
         reference = source["secretKeyRef"]
-        found = self.objects[("Secret", reference["name"])]
+        found = self.objects.get(("Secret", reference["name"]))
+        if found is None and reference.get("optional"):
+            return None
+        assert found is not None, f"no Secret {reference['name']}"
         return _contents(found)[reference["key"]].decode()
 
     def _mount(self, mount: Document) -> Iterator[str]:
         volume, target = self.volumes[mount["name"]], mount["mountPath"]
         if "image" in volume:
             source = self.node.image(volume["image"]["reference"])
+            if "subPath" in mount:
+                inside = Path(self.node.podman("image", "mount", source).stdout.strip()) / mount["subPath"]
+                yield from ("-v", f"{inside}:{target}:ro")
+                return
             yield from ("--mount", f"type=image,source={source},destination={target}")
             return
         if volume.get("emptyDir", {}).get("medium") == "Memory":
@@ -226,6 +251,8 @@ class Pod:
 
     def _folder(self, volume: Document) -> Path:
         """Return the directory behind a volume, made and filled when it is first asked for."""
+        if "persistentVolumeClaim" in volume:
+            return self.node.claims[volume["persistentVolumeClaim"]["claimName"]]
         if "hostPath" in volume:
             return Path(volume["hostPath"]["path"])
         folder = self.volume(volume["name"])
