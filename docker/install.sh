@@ -28,7 +28,8 @@ fi
 /opt/venv/bin/python - > requirements.txt <<'PYTHON'
 import tomllib
 with open("pyproject.toml", "rb") as stream:
-    print(*tomllib.load(stream)["project"]["dependencies"], sep="\n")
+    project = tomllib.load(stream)["project"]
+print(*project["dependencies"], *project["optional-dependencies"]["guided"], sep="\n")
 PYTHON
 "$pip" install -q -c constraints.txt -r requirements.txt
 
