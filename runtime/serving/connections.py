@@ -7,10 +7,10 @@ nothing of what is served. Start at `protocol`.
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 
-class DeadlineProtocol(H11Protocol):
+class DeadlineProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 protocol, closing connections whose headers do not arrive in time."""
 
     header_timeout_s: float

@@ -7,6 +7,7 @@ no probe ever sees "not ready", and waits for streams for ever. Does not know ro
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -170,6 +171,8 @@ class Serving:
     async def _open(self, served: Served) -> None:
         """Say "ready" once the engine has given a first token."""
         await served.first_token()
+        gc.collect()
+        gc.freeze()  # what loading made stays: a full collection over it would stop every answer for 60 ms
         self._lifecycle.ready(served)
         log.info("Model loaded successfully")
         log.info("Serving %s", ", ".join(served.models()))
