@@ -17,6 +17,7 @@ from runtime import (
     cli_chat,
     cli_images,
     cli_manifest,
+    cli_merge,
     cli_plan,
     cli_presets,
     cli_serve,
@@ -40,6 +41,7 @@ app.command("serve")(cli_serve.serve)
 app.command("chat")(cli_chat.chat)
 app.command("manifest")(cli_manifest.manifest)
 app.command("plan")(cli_plan.plan)
+app.command("merge")(cli_merge.merge)
 app.command("presets")(cli_presets.presets)
 cli_images.add_to(app)
 

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "logs", "files"},
     {"config"},
     {"model_source", "presets", "hardware", "oci"},
-    {"models", "adapters", "memory", "metrics"},
+    {"models", "adapters", "memory", "merge", "metrics"},
     {"serving", "tuning"},
     {"workspace"},
     {"pod"},

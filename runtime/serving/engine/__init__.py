@@ -4,7 +4,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from runtime import hardware, models
-from runtime.errors import CapacityError
+from runtime.memory.serving import HOST_SHARE, rows_that_fit
 from runtime.serving.engine.protocol import Engine
 from runtime.serving.settings import ServeConfig
 
@@ -12,11 +12,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
-
-CACHE_SHARE = 0.8
-"""Part of the memory left beside the weights that keys and values may take; the rest is for a step's work."""
-LEAST_CONTEXT_TOKENS = 2048
-"""Rather fewer rows at a time than a context below this."""
 
 
 def create(config: ServeConfig, model: "PreTrainedModel") -> Engine:
@@ -38,28 +33,12 @@ def create(config: ServeConfig, model: "PreTrainedModel") -> Engine:
         return PlainEngine(model, context_tokens=context_tokens, queue=queue)
     context_tokens = min(context_tokens, positions_limit(model.config.get_text_config()) or context_tokens)
     wanted = (config.limits.rows, context_tokens)
-    rows, context_tokens = fit(wanted, token_bytes=_token_bytes(model), free_bytes=_free_bytes(model))
+    rows, context_tokens = rows_that_fit(
+        wanted, token_bytes=_token_bytes(model), free_bytes=_free_bytes(model)
+    )
     if (rows, context_tokens) != wanted:
         log.warning("Memory allows %d rows of %d tokens, not %d of %d", rows, context_tokens, *wanted)
     return RowEngine(model, rows=rows, context_tokens=context_tokens, queue=queue)
-
-
-def fit(wanted: tuple[int, int], *, token_bytes: int, free_bytes: int) -> tuple[int, int]:
-    """Return (rows, context tokens) whose keys and values fit into CACHE_SHARE of `free_bytes`.
-
-    Context gives way first, down to LEAST_CONTEXT_TOKENS, then the number of rows, then context again.
-    """
-    rows, context = wanted
-    tokens = int(free_bytes * CACHE_SHARE) // token_bytes
-    context = min(context, max(tokens // rows, min(context, LEAST_CONTEXT_TOKENS)))
-    rows = max(1, min(rows, tokens // context))
-    context = min(context, tokens // rows)
-    if context < 16:
-        raise CapacityError(
-            f"{free_bytes >> 20} MiB are free beside the weights, and one row of 16 tokens needs "
-            f"{16 * token_bytes >> 20} MiB of keys and values; use a larger device or a quantised model"
-        )
-    return rows, context
 
 
 def _token_bytes(model: "PreTrainedModel") -> int:
@@ -77,5 +56,4 @@ def _free_bytes(model: "PreTrainedModel") -> int:
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(model.device)[0])
-    # half of it: the page cache, the process itself and its neighbours live there too
-    return max(0, hardware.detect().memory_bytes // 2 - int(model.get_memory_footprint()))
+    return max(0, int(hardware.detect().memory_bytes * HOST_SHARE) - int(model.get_memory_footprint()))

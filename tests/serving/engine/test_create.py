@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from runtime.errors import CapacityError
+from runtime.memory import serving
 from runtime.model_source import ModelSource
 from runtime.serving import engine
 from runtime.serving.engine.plain import PlainEngine
@@ -81,10 +82,10 @@ def test_angles_that_depend_on_the_longest_row_bound_the_context() -> None:
 def test_rows_and_context_fit_the_memory(
     wanted: tuple[int, int], free_tokens: int, expected: tuple[int, int]
 ) -> None:
-    free = int(free_tokens * 1000 / engine.CACHE_SHARE) + 1
-    assert engine.fit(wanted, token_bytes=1000, free_bytes=free) == expected
+    free = int(free_tokens * 1000 / serving.CACHE_SHARE) + 1
+    assert serving.rows_that_fit(wanted, token_bytes=1000, free_bytes=free) == expected
 
 
 def test_no_room_for_a_single_row_is_a_capacity_error() -> None:
     with pytest.raises(CapacityError, match="MiB are free beside the weights"):
-        engine.fit((1, 4096), token_bytes=1 << 20, free_bytes=10 << 20)
+        serving.rows_that_fit((1, 4096), token_bytes=1 << 20, free_bytes=10 << 20)

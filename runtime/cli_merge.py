@@ -1,0 +1,47 @@
+"""`runtime merge`: an adapter and its base as one model directory.
+
+Knows flags. The work lies in runtime/merge.py. Start at `merge`.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from runtime import adapters, hardware, oci
+from runtime.errors import ConfigError
+from runtime.model_source import Dtype
+
+Adapter = Annotated[
+    str,
+    typer.Argument(metavar="ADAPTER", help="A directory, oci:DIRECTORY[:tag], or registry/repository:tag."),
+]
+Target = Annotated[Path, typer.Argument(metavar="DIR", help="The new model directory.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="The base: a preset, repository id or directory; the adapter's own by default."
+    ),
+]
+As = Annotated[Dtype, typer.Option("--dtype", help="Type of the written weights; auto keeps the base's own.")]
+
+
+def merge(
+    context: typer.Context, adapter: Adapter, target: Target, model: Model = None, dtype: As = "auto"
+) -> None:
+    """Add an adapter to its 16-bit base: the result is a plain model that transformers loads."""
+    from runtime import merge as merging
+
+    with tempfile.TemporaryDirectory(prefix="adapter-") as scratch:
+        folder = Path(adapter)
+        if not folder.is_dir():
+            image = oci.pull(
+                oci.parse(adapter), Path(scratch) / "image", access=oci.from_environment(context.obj or {})
+            )
+            found = sorted(image.rglob(adapters.CONFIG_FILE), key=lambda path: len(path.parts))
+            if not found:
+                raise ConfigError(f"{adapter} holds no {adapters.CONFIG_FILE}")
+            folder = found[0].parent
+        base = merging.base_of(folder, model)
+        typer.echo(merging.merge(folder, target, base=base, machine=hardware.detect(), dtype=dtype))

@@ -1,0 +1,118 @@
+"""Merged models answer as base and adapter do, and plain transformers loads them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime import adapters, merge
+from runtime.cli import run
+from runtime.errors import CapacityError, ConfigError
+from runtime.hardware import Hardware
+from runtime.model_source import ModelSource
+
+CPU = Hardware("cpu", "test", None, 8 << 30, 1)
+
+
+@pytest.fixture
+def adapter_dir(tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    """A LoRA adapter of the tiny Llama whose update is far from zero."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir))
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path / "adapter"
+    adapters.save(model, folder, source=ModelSource(name=str(tiny_llama_dir)))
+    return folder
+
+
+def logits(model: Any) -> Any:
+    import torch
+
+    with torch.inference_mode():
+        return model(torch.arange(40)[None] + 3).logits
+
+
+def test_merged_logits_equal_base_and_adapter(
+    tiny_llama_dir: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target = tmp_path / "out" / "merged"
+    assert run(["merge", str(adapter_dir), str(target)], {}) == 0
+    base = AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir))
+    plain = logits(base)
+    expected = logits(PeftModel.from_pretrained(base, str(adapter_dir)))
+    merged = logits(AutoModelForCausalLM.from_pretrained(str(target), dtype=torch.float32))
+    assert (merged - expected).abs().max() < 1e-5
+    assert (merged - plain).abs().max() > 1e-2
+    assert list(target.glob("*.safetensors"))
+    assert not [path for path in target.parent.iterdir() if path != target]
+    tokenizer = AutoTokenizer.from_pretrained(str(target))
+    assert "assistant" in tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def test_a_16_bit_base_stays_16_bit(tiny_llama_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir), dtype=torch.bfloat16).save_pretrained(str(half))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (half / name).write_bytes((tiny_llama_dir / name).read_bytes())
+    base = merge.base_of(adapter_dir, str(half))
+    merge.merge(adapter_dir, tmp_path / "merged", base=base, machine=CPU)
+    loaded = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    merge.merge(adapter_dir, tmp_path / "whole", base=base, machine=CPU, dtype="float32")
+    whole = AutoModelForCausalLM.from_pretrained(str(tmp_path / "whole"))
+    assert {parameter.dtype for parameter in whole.parameters()} == {torch.float32}
+
+
+def test_a_quantised_base_is_refused(tiny_llama_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
+    four = tmp_path / "four"
+    four.mkdir()
+    for path in tiny_llama_dir.iterdir():
+        (four / path.name).write_bytes(path.read_bytes())
+    config = json.loads((four / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (four / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"quantised \(bitsandbytes\): give its 16-bit original"):
+        merge.merge(adapter_dir, tmp_path / "m", base=merge.base_of(adapter_dir, str(four)), machine=CPU)
+    assert not (tmp_path / "m").exists()
+
+
+def test_nothing_is_overwritten_and_little_memory_is_said_first(
+    tiny_llama_dir: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
+    base = ModelSource(name="tiny", path=tiny_llama_dir)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(ConfigError, match="exists already"):
+        merge.merge(adapter_dir, tmp_path / "taken", base=base, machine=CPU)
+    small = Hardware("cpu", "test", None, 1 << 16, 1)
+    with pytest.raises(CapacityError, match=r"takes .* GiB of memory"):
+        merge.merge(adapter_dir, tmp_path / "new", base=base, machine=small)
+
+
+def test_an_adapter_of_another_shape_is_refused_by_name(adapter_dir: Path, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    other = tmp_path / "other"
+    config = LlamaConfig(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                         num_attention_heads=2)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(str(other))
+    with pytest.raises(ConfigError, match="adapter adapter does not fit"):
+        merge.merge(adapter_dir, tmp_path / "m", base=ModelSource(name="o", path=other), machine=CPU)
+    assert not (tmp_path / "m").exists()
