@@ -135,10 +135,9 @@ def trained(shape: Shape, run: Run) -> int:
 
 
 def lora(shape: Shape, run: Run) -> Part:
-    """Adapter weights: trained x 4 bytes, and x b for autocast's copy where the compute type is half."""
+    """Adapter weights: trained x 4 bytes, float32 whatever the compute type."""
     count = trained(shape, run)
-    each = 4 if run.width == 4 else 4 + run.width
-    return Part("LoRA weights", count * each, f"{count / 1e6:.1f}M x {each} bytes")
+    return Part("LoRA weights", count * 4, f"{count / 1e6:.1f}M x 4 bytes")
 
 
 def gradients(shape: Shape, run: Run) -> Part:
@@ -174,7 +173,7 @@ def layer_bytes(shape: Shape, run: Run) -> int:
 
     norms    2·4h, their inputs in float32; b·h where attention and MLP share the input (phi, falcon)
     inputs   b·h for each norm's output: 2, or 1 where they share one (phi, falcon-7b)
-    adapters r·b per adapted linear; without quantisation half types copy the input of each of them
+    adapters r·b per adapted linear; their inputs are those above and below
     q, k, v  packed b·(3q + 2k); under a mask b·4q (phi, phi3 b·5q), as keys are repeated; where one
              matrix holds them all, the values keep that whole: b·(q + k) more; one key for all queries
              (falcon-7b) finds no fused kernel: b·(3q + 2k) and 4·heads·row of attention weights
@@ -192,9 +191,6 @@ def layer_bytes(shape: Shape, run: Run) -> int:
     adapted = shape.adapted(run.targets)
     ranks = width * run.rank * len(adapted)
     partial = shape.model_type in ("phi", "phi3")
-    if width < 4 and run.bits is None:  # peft casts each adapter's input on its own
-        ranks += width * sum(linear.inputs for linear in adapted) - inputs
-        ranks -= width * (wide + (queries if run.packed or partial else 0))
     attention = width * (3 * queries + 2 * keys if run.packed else (5 if partial else 4) * queries)
     fused = any(linear.name in ("qkv_proj", "query_key_value") for linear in shape.linears)
     if fused and run.packed:

@@ -72,8 +72,6 @@ def test_activations_are_what_autograd_keeps(kind: str, dtype: Any, packed: bool
     run = Run(TOKENS, TOKENS // 2, dtype, "cpu", bits=None, rank=RANK, packed=packed)
     one = tuning.layer_bytes(Shape(kind, kind, size, 2048, 0), run)
     measured = kept(kind, 2, packed=packed, dtype=dtype) - kept(kind, 1, packed=packed, dtype=dtype)
-    if dtype == "bfloat16":  # autocast's copies of the adapter's weights are counted with them
-        measured -= 2 * tuning.trained(Shape(kind, kind, size, 2048, 0), run)
     assert one == pytest.approx(measured, rel=0.12 if kind == "falcon" else 0.03)
 
 
@@ -90,7 +88,7 @@ def test_phi_3_mini_in_four_bits_is_as_its_formulas_say() -> None:
     assert base == pytest.approx(0.516 * 3.62e9, rel=0.005)
     assert tuning.trained(phi, run) == 32 * 16 * (3072 * 3 + 9216 + 3072 + 16384 + 8192 + 3072)
     states = part(parts, "LoRA weights") + part(parts, "gradients") + part(parts, "optimizer state")
-    assert states == tuning.trained(phi, run) * (16 + 2)
+    assert states == tuning.trained(phi, run) * 16
     assert part(parts, "layer inputs (checkpointing)") == 2048 * 32 * 3072 * 2
     assert 3.9 < tuning.total(parts) / 2**30 < 5.0
 
