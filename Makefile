@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 SYSTEM_PACKAGES := curl docker-registry skopeo umoci apache2-utils openssl chromium chromium-driver \
   podman runc catatonit containerd buildah mmdebstrap containernetworking-plugins iptables iproute2
 
-.PHONY: demo test check format image bench system clean
+.PHONY: demo test check format image bench gpu system clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo/demo.py
@@ -30,6 +30,10 @@ format: $(VENV)/.installed-dev
 
 image:
 	docker/build.sh
+
+# QLoRA and decoding on this machine's GPU against the memory plan and the roofline; at most 8 minutes.
+gpu: $(VENV)/.installed-dev
+	$(BIN)/python tests/bench/gpu.py
 
 # Tests that miss one of these skip and say so.
 system:

@@ -114,8 +114,8 @@ def compute_dtype(hardware: Hardware, wanted: Dtype = "auto") -> Literal["float3
 def return_freed_memory() -> None:
     """Make glibc give freed blocks of 1 MiB and more back at once; without effect on another libc.
 
-    By default it keeps blocks of up to 32 MiB for reuse, and a training step's many sizes then take up to
-    twice the memory that is in use.
+    By default it keeps blocks of up to 32 MiB for reuse, and a training step's many sizes then take well
+    more memory than is in use.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

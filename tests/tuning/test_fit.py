@@ -1,0 +1,167 @@
+"""Jobs are refused or adapted by the memory plan, and the plan is what a process really takes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.errors import CapacityError
+from runtime.hardware import Hardware
+from runtime.memory import tuning
+from runtime.model_source import ModelSource
+from runtime.tuning import fit
+from runtime.tuning.encode import Row
+from runtime.tuning.settings import DataSource, Encoding, Output, TuningJob
+
+V100 = Hardware("cuda", "V100", (7, 0), 16160 << 20, 1)
+
+
+def job(training: dict[str, Any] | None = None, **settings: Any) -> TuningJob:
+    model = ModelSource(name="phi-3-mini-128k-instruct", repository="microsoft/Phi-3-mini-128k-instruct")
+    return TuningJob(**{"name": "j", "model": model, "training": training or {}, **settings})
+
+
+def cpu(gib: float) -> Hardware:
+    return Hardware("cpu", "CPU", None, int(gib * 2**30), 1)
+
+
+def test_layers_are_computed_again_only_where_that_is_needed() -> None:
+    a100 = Hardware("cuda", "A100", (8, 0), 80 << 30, 1)
+    long = job(encoding=Encoding(max_tokens=4096))
+    assert not fit.plan(long, a100).chosen.run.checkpointing
+    assert fit.plan(long, V100).chosen.run.checkpointing
+
+
+def test_the_users_word_stands_unless_fit_is_asked_for() -> None:
+    stubborn = {"gradient_checkpointing": False, "per_device_train_batch_size": 8}
+    with pytest.raises(CapacityError, match=r"needs [\d.]+ GiB .*--fit adapts") as refused:
+        fit.check(job(stubborn), V100)
+    assert "\n" not in str(refused.value)
+    fit.check(job(stubborn, fit="adapt"), V100)
+    rows = [Row(np.ones(2048, dtype=np.int32), np.ones(2048, dtype=np.bool_))]
+    settled = fit.settle(job(stubborn, fit="adapt"), V100, processes=1, rows=rows)
+    assert settled.tokens_per_pass is not None
+    assert 2048 <= settled.tokens_per_pass <= 8 * 2048
+    assert fit.plan(settled, V100, rows=rows).chosen.fits
+
+
+def test_rows_are_cut_only_on_request(caplog: pytest.LogCaptureFixture) -> None:
+    long = Encoding(max_tokens=100_000)
+    with pytest.raises(CapacityError, match=r"max_length \d+ with --fit would fit|larger GPU"):
+        fit.check(job(encoding=long, fit="adapt"), V100)
+    cut = fit.shorten(job(encoding=long, fit="shorten"), V100, processes=1)
+    assert cut.encoding.max_tokens is not None
+    assert 1000 < cut.encoding.max_tokens < 100_000
+    assert "rows are cut at" in caplog.text
+    assert fit.shorten(job(encoding=long), V100, processes=1).encoding.max_tokens == 100_000
+
+
+def test_a_cpus_memory_is_planned_with_too() -> None:
+    with pytest.raises(CapacityError, match=r"on CPU \(1\.9 GiB usable\).*GiB of memory would do"):
+        fit.check(job(), cpu(2))
+    assert fit.plan(job(), cpu(64)).chosen.fits
+
+
+def test_rows_known_to_be_short_and_mostly_prompt_need_less() -> None:
+    learnt = np.arange(100) >= 90
+    rows = [Row(np.ones(100, dtype=np.int32), learnt)] * 4
+    known, unknown = fit.plan(job(), V100, rows=rows), fit.plan(job(), V100)
+    assert known.asked.row_tokens == 100
+    assert known.asked.labelled_share == pytest.approx(0.1)
+    assert known.chosen.total_bytes < unknown.chosen.total_bytes
+
+
+def write_small_model(folder: Path) -> None:
+    """Save a random Llama whose activations outweigh the process: 6 layers, hidden 256."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.conftest import write_tiny_tokenizer
+
+    write_tiny_tokenizer(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2000, hidden_size=256, intermediate_size=1024, num_hidden_layers=6,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=8192, pad_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(str(folder))
+
+
+def measured(job: TuningJob, script: str) -> tuple[int, fit.Fit]:
+    """Return the peak resident bytes of a worker after two steps, and its plan."""
+    path = job.output.folder / "job.json"
+    job.output.folder.mkdir(parents=True)
+    path.write_text(job.model_dump_json())
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", script, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((job.output.folder / "tuning_report.json").read_text())
+    limit = job.encoding.max_tokens or 0
+    rows = [Row(np.ones(limit, dtype=np.int32), np.ones(limit, dtype=np.bool_))]
+    return int(report["result"]["peak_memory_bytes"]), fit.plan(job, cpu(64), rows=rows)
+
+
+WORKER = "import sys; from runtime.tuning.__main__ import main; sys.exit(main(sys.argv[1:]))"
+COMPACT = f"from runtime import hardware; hardware.return_freed_memory(); {WORKER}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["as it comes", "compact", "checkpointing"])
+def test_the_plan_is_the_measured_peak_of_a_small_model(
+    how: str, tmp_path: Path, make_long_job: Callable[..., TuningJob]
+) -> None:
+    write_small_model(tmp_path / "model")
+    again = how == "checkpointing"
+    training = {"gradient_checkpointing": again}
+    made = make_long_job(ModelSource(name="small", path=tmp_path / "model"), 4096, training)
+    _hold(made, how)
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.parametrize("how", ["as it comes", "compact"])
+def test_the_plan_is_the_measured_peak_of_the_demo_model(
+    how: str, demo_model_dir: Path, make_long_job: Callable[..., TuningJob]
+) -> None:
+    _hold(make_long_job(ModelSource(name="demo", path=demo_model_dir), 512, {}), how)
+
+
+def _hold(made: TuningJob, how: str) -> None:
+    from dataclasses import replace
+
+    compact = how != "as it comes"
+    peak, plan = measured(made, COMPACT if compact else WORKER)
+    run = replace(plan.asked, compact=compact)
+    planned = tuning.resident(tuning.parts(plan.shape, run))
+    assert planned == pytest.approx(peak, rel=0.2), f"planned {planned >> 20} MiB, measured {peak >> 20} MiB"
+
+
+@pytest.fixture
+def make_long_job(tmp_path: Path) -> Callable[..., TuningJob]:
+    """Return a maker of jobs whose rows are all cut at the same length, one to a pass, all of it learnt."""
+
+    def make(model: ModelSource, tokens: int, training: dict[str, Any]) -> TuningJob:
+        lines = [
+            json.dumps({"text": f"word{number} the quick brown fox answers " * 2000}) for number in range(3)
+        ]
+        (tmp_path / "rows").mkdir()
+        (tmp_path / "rows" / "rows.jsonl").write_text("\n".join(lines))
+        return TuningJob(
+            name="long",
+            model=model,
+            data=DataSource(folder=tmp_path / "rows", train_share=1.0),
+            encoding=Encoding(max_tokens=tokens, loss_on="all"),
+            training={"max_steps": 2, "per_device_train_batch_size": 1, **training},
+            tokens_per_pass=tokens,
+            output=Output(folder=tmp_path / "out"),
+            checkpoint_minutes=None,
+        )
+
+    return make
