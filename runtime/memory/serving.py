@@ -57,7 +57,7 @@ def forecast(shape: Shape, server: Server, machine: Hardware) -> Capacity:
     """Return what `server` takes on `machine`, and the rows and context that fit there."""
     room = int(machine.memory_bytes * (GPU_SHARE if machine.kind == "cuda" else HOST_SHARE))
     context = CONTEXT_BYTES["cuda"] if machine.kind == "cuda" else 0  # a CPU's other half has it
-    standing = (weights(shape, server), Part("CUDA context", context, "measured"))[: 2 if context else 1]
+    standing = (weights(shape, server), Part("CUDA context", context, "estimate"))[: 2 if context else 1]
     free = room - sum(part.size_bytes for part in standing)
     token_bytes = shape.dimensions.kv_values_per_token * BYTES[server.dtype]
     wanted = (server.rows, min(server.context_tokens, shape.context_tokens))

@@ -1,7 +1,6 @@
 """Which GPUs a Workspace's resource.instanceType has, for the sizes that controllers of this kind rent.
 
-Facts of Azure's sizes (learn.microsoft.com, "Sizes for virtual machines", GPU accelerated). Start at
-`gpus_of`.
+Azure's names of sizes; one that is not here is planned for with --gpu. Start at `gpus_of`.
 """
 
 from pathlib import Path
