@@ -44,9 +44,9 @@ _KNOWN: dict[str, tuple[tuple[int, int], int]] = {
     "H100-94GB": ((9, 0), 95830),
     "H200-141GB": ((9, 0), 143771),
 }
-"""GPUs that a plan can be made for without having one: compute capability, and about the MiB that its driver reports.
+"""GPUs that a plan can be made for without having one: compute capability, and about the MiB it reports.
 
-On a machine with the GPU, "auto" asks the driver instead."""
+On a machine with the GPU, "auto" asks its driver instead."""
 
 
 def names() -> tuple[str, ...]:
