@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
@@ -67,7 +69,9 @@ def fetch(
     if source.image is not None:
         oci.pull(oci.parse(source.image), source.folder / "image", access=access)
         return
-    jobs = dict(zip(source.urls, targets(source), strict=True))
+    if not source.urls:
+        return
+    jobs = dict(zip(dict.fromkeys(source.urls), targets(source), strict=True))
     stop = threading.Event()
     pool = ThreadPoolExecutor(policy.parallel, thread_name_prefix="fetch")
     try:
@@ -87,16 +91,20 @@ def fetch(
 
 
 def targets(source: DataSource) -> list[Path]:
-    """Return the file of each URL, in their order: its base name, made different where two are alike."""
-    names = [_base_name(url) for url in source.urls]
+    """Return the file of each URL, in their order: its base name, made different where two are alike.
+
+    An address that is listed twice is one file.
+    """
+    urls = tuple(dict.fromkeys(source.urls))
+    names = [_base_name(url) for url in urls]
     lowered = [name.lower() for name in names]  # some file systems do not tell a.parquet from A.parquet
     paths: list[Path] = []
-    for url, name in zip(source.urls, names, strict=True):
+    for url, name in zip(urls, names, strict=True):
         if lowered.count(name.lower()) > 1:
             path = Path(name)
             name = f"{path.stem}-{hashlib.sha256(url.encode()).hexdigest()[:12]}{path.suffix}"  # noqa: PLW2901
         paths.append(source.folder / name)
-    return list(dict.fromkeys(paths)) if len(set(source.urls)) < len(source.urls) else paths
+    return paths
 
 
 def _base_name(url: str) -> str:
@@ -290,5 +298,11 @@ class _Again(Exception):
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    value = response.headers.get("Retry-After", "")
-    return float(value) if value.isdigit() else None
+    """Return the wait that the server asks for, in seconds or until a date (RFC 9110, 10.2.3)."""
+    value = response.headers.get("Retry-After", "").strip()
+    if value.isdigit():
+        return float(value)
+    try:
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (TypeError, ValueError):  # no date, or one without its zone
+        return None

@@ -5,6 +5,8 @@ import hashlib
 import io
 import logging
 import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,21 @@ def test_fault_16_server_errors_are_tried_again_and_retry_after_is_kept(tmp_path
         assert len(server.requests["/c.parquet"]) == 1
 
 
+def test_fault_16_retry_after_may_be_a_date(tmp_path: Path) -> None:
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=2.9), usegmt=True)
+    past = {"Retry-After": "Mon, 01 Jan 2024 00:00:00 GMT"}
+    slow = Policy(attempts=3, backoff_s=30, stall_s=1, deadline_s=60)  # what is kept to is the date
+    replies = [Reply(status=429, headers={"Retry-After": later}), Reply(status=503, headers=past)]
+    began = time.monotonic()
+    with DatasetServer({"/a.parquet": [*replies, Reply(BODY)]}) as server:
+        assert get(tmp_path, server.url("/a.parquet"), policy=slow).read_bytes() == BODY
+    assert 1 <= time.monotonic() - began < 10
+    with DatasetServer(
+        {"/b.parquet": [Reply(status=429, headers={"Retry-After": "soon"}), Reply(BODY)]}
+    ) as server:
+        assert get(tmp_path, server.url("/b.parquet")).read_bytes() == BODY
+
+
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
 def test_fault_17_refusals_are_final_and_show_no_query(tmp_path: Path, status: int) -> None:
     with DatasetServer({"/a.parquet": [Reply(status=status)]}) as server:
@@ -230,6 +247,20 @@ def test_fault_22_files_of_one_name_are_kept_apart(tmp_path: Path) -> None:
     assert targets(many) == targets(many)
     nasty = DataSource(urls=("http://h/..%2f..%2fetc%2fpasswd", "http://h/", "http://h/.."), folder=tmp_path)
     assert [path.parent for path in targets(nasty)] == [tmp_path] * 3
+
+
+def test_address_listed_twice_is_one_file(tmp_path: Path) -> None:
+    with DatasetServer({"/a.parquet": [Reply(BODY)], "/b/a.parquet": [Reply(parquet(3))]}) as server:
+        urls = tuple(server.url(path) for path in ("/a.parquet", "/b/a.parquet", "/a.parquet"))
+        source = DataSource(urls=urls, folder=tmp_path)
+        fetch(source, policy=QUICK)
+        assert len(server.requests["/a.parquet"]) == 1
+    assert [path.read_bytes() for path in targets(source)] == [BODY, parquet(3)]
+
+
+def test_folder_of_local_data_is_not_made(tmp_path: Path) -> None:
+    fetch(DataSource(folder=tmp_path / "mistyped"))
+    assert not (tmp_path / "mistyped").exists()
 
 
 def test_fault_23_wrong_digest_is_refused_and_removed(tmp_path: Path) -> None:
