@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from runtime import cli_show
+from runtime.config import flatten
 from runtime.presets import Preset, all_presets, find
 
 Name = Annotated[str | None, typer.Argument(metavar="NAME", help="Show everything about this one.")]
@@ -24,7 +25,7 @@ def presets(name: Name = None, as_json: AsJson = False) -> None:
         else:
             cli_show.table(
                 ("fact", "value"),
-                [(key, cli_show.text(value)) for key, value in cli_show.flatten(facts).items()],
+                [(key, cli_show.text(value)) for key, value in flatten(facts).items()],
             )
     elif as_json:
         typer.echo(json.dumps([_facts(preset) for preset in all_presets()], indent=2))

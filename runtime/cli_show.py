@@ -13,13 +13,14 @@ import typer
 from pydantic import BaseModel
 
 from runtime import presets
+from runtime.config import flatten
 from runtime.logs import redact
 from runtime.model_source import ModelSource
 from runtime.serving.settings import ServeConfig
 from runtime.tuning.settings import DataSource, Output, TuningJob
-from runtime.workspace.settings import Resolved, flatten
+from runtime.workspace.settings import Resolved
 
-__all__ = ["count", "dry_run", "flatten", "job", "server", "table", "text", "values"]
+__all__ = ["count", "dry_run", "job", "server", "table", "text", "values"]
 
 Shown = TypeVar("Shown", bound=BaseModel)
 
@@ -127,7 +128,7 @@ def _settings(resolved: Resolved[Any]) -> None:
 
 
 def _values(value: BaseModel) -> dict[str, Any]:
-    return flatten(value.model_dump(mode="json"))
+    return flatten(value.model_dump(mode="json", exclude={"sources"}))
 
 
 def _clean(value: Any) -> Any:

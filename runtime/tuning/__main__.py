@@ -5,6 +5,7 @@ with the exit code of errors.py and leaves its reason in the output folder. Star
 """
 
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -16,7 +17,7 @@ from pydantic import SecretStr
 from runtime import logs
 from runtime.config import parse, read_text
 from runtime.errors import ConfigError, Failure, StoppedError, exit_code
-from runtime.tuning import failure, job, publish
+from runtime.tuning import failure, job, live, publish
 from runtime.tuning.bench import Course
 from runtime.tuning.places import Places
 from runtime.tuning.ranks import Ranks
@@ -46,7 +47,9 @@ def work(read: Callable[[], TuningJob], *, termination_log: Path | None = None) 
     try:
         asked = read()
         access = publish.access_of(asked, os.environ)
-        job.run(asked, ranks=ranks, stop=stop, course=course, access=access)
+        port = asked.metrics_port and asked.metrics_port + ranks.local_rank
+        with live.serving(port if ranks.first else None, functools.partial(course.state, asked)):
+            job.run(asked, ranks=ranks, stop=stop, course=course, access=access)
     except Exception as error:  # the process's edge: whatever ended the rank is recorded
         reason = failure.as_failure(error)
         if asked is not None:

@@ -6,6 +6,7 @@ Does not know data files, reports or registries. Start at `prepare`.
 import contextlib
 import logging
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,11 @@ from runtime import models
 from runtime.errors import StoppedError
 from runtime.files import write_whole
 from runtime.hardware import Hardware
-from runtime.tuning import attention, checkpoints, qlora, samples, spread
+from runtime.tuning import attention, checkpoints, live, qlora, samples, spread
+from runtime.tuning.bar import Bar
 from runtime.tuning.dataset import Example
 from runtime.tuning.encode import Encoded
+from runtime.tuning.history import History
 from runtime.tuning.places import Places
 from runtime.tuning.precision import Precision
 from runtime.tuning.progress import Meter, Reporter
@@ -38,10 +41,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Course:
-    """Where a job is, for the record of a failure."""
+    """Where a job is, for the record of a failure and for who watches."""
 
     meter: Meter = field(default_factory=Meter)
     phase: str = "start"
+
+    def state(self, job: TuningJob) -> live.State:
+        """Return what can be told about `job` now."""
+        stalled = self.phase == "train" and self.meter.stalled
+        return live.State(job.name, job.model.name, self.phase, stalled, self.meter.figures())
 
     def enter(self, phase: str) -> None:
         """Begin `phase`."""
@@ -69,6 +77,7 @@ class Bench:
     tokenizer: "PreTrainedTokenizerBase"
     trainer: "Tuner"
     survival: "Survival"
+    reporter: Reporter
     setting: Setting
 
     @property
@@ -76,11 +85,24 @@ class Bench:
         return self.setting.course.meter
 
     @property
-    def recent_loss(self) -> float:
+    def recent_loss(self) -> float | None:
         """Mean of the losses logged in the last epoch."""
-        losses = [entry["loss"] for entry in self.trainer.state.log_history if "loss" in entry]
-        recent = losses[-self.trainer.plan.steps_per_epoch :]
-        return sum(recent) / len(recent) if recent else float("nan")
+        recent = [loss for _, loss in self.logged("loss")][-self.trainer.plan.steps_per_epoch :]
+        return sum(recent) / len(recent) if recent else None
+
+    def logged(self, name: str) -> tuple[tuple[float, float], ...]:
+        """Return (step, value) of every time that the trainer logged `name`, before a resume too."""
+        return tuple(
+            (entry["step"], entry[name]) for entry in self.trainer.state.log_history if name in entry
+        )
+
+    def held_out_curve(self, before: float | None, after: float | None) -> tuple[tuple[float, float], ...]:
+        """Return (step, loss) of the held-out rows from `before` training to `after` it."""
+        if before is None or after is None:
+            return ()
+        last = self.trainer.state.global_step
+        between = [point for point in self.logged("eval_loss") if 0 < point[0] < last]
+        return ((0, before), *between, (last, after))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,25 +147,28 @@ def prepare(
         "%d steps an epoch of %d rows, %s in passes of at most %d tokens",
         plan.steps_per_epoch, plan.rows_per_step, layout, plan.budget_tokens,
     )  # fmt: skip
-    survival, watchers = _watchers(job, setting)
+    survival, reporter, watchers = _watchers(job, setting)
     work = Workload(train.rows, held.rows if held else (), plan, ranks, tokenizer.pad_token_id or 0)
     trainer = Tuner(model, args, work=work, meter=setting.course.meter, watchers=watchers)
-    return Bench(model, tokenizer, trainer, survival, setting)
+    return Bench(model, tokenizer, trainer, survival, reporter, setting)
 
 
-def _watchers(job: TuningJob, setting: Setting) -> "tuple[Survival, list[TrainerCallback]]":
+def _watchers(job: TuningJob, setting: Setting) -> "tuple[Survival, Reporter, list[TrainerCallback]]":
     from runtime.tuning.watch import FiniteGradients, Sight, Survival
 
     ranks, meter = setting.ranks, setting.course.meter
     meter.world = ranks.world
     keep = job.training.get("save_total_limit", 2)
     survival = Survival(ranks, setting.stop, minutes=job.checkpoint_minutes, keep=keep)
+    reporter = Reporter(meter)
     watchers: list[TrainerCallback] = [FiniteGradients(), survival]
     if ranks.first:
         here = Places(job.output.folder)
         here.work.mkdir(parents=True, exist_ok=True)
-        watchers.append(Sight(meter, Reporter(meter, here.history)))
-    return survival, watchers
+        reporter.history = History(here.history)
+        reporter.display = Bar() if sys.stderr.isatty() else None
+        watchers.append(Sight(meter, reporter))
+    return survival, reporter, watchers
 
 
 def evaluate(bench: Bench, questions: Sequence[Example]) -> Measured:
@@ -154,6 +179,7 @@ def evaluate(bench: Bench, questions: Sequence[Example]) -> Measured:
     said = samples.answers(bench.model, bench.tokenizer, questions) if ranks.first else [""] * len(questions)
     ranks.wait()
     if loss is not None:
+        bench.meter.held_out_loss = loss
         log.info("held-out loss %.4f", loss)
     return Measured(loss, tuple(said))
 
@@ -191,7 +217,7 @@ def train_through(bench: Bench, *, folder: Path, mark: str) -> None:
     resumed = spread.agreed(folder, ranks)
     if resumed:
         log.info("going on from %s", resumed.name)
-    with bench.setting.stop.deferred(), attending(bench):
+    with bench.setting.stop.deferred(), attending(bench), contextlib.closing(bench.reporter):
         bench.trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     if bench.survival.stopped:
         step = bench.trainer.state.global_step

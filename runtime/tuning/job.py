@@ -118,12 +118,12 @@ def _outcome(
     bench: Bench, questions: Sequence[Example], measured: tuple[Measured, Measured], *, seconds: float
 ) -> report.Outcome:
     """Gather what training changed."""
-    before, after = measured
+    (before, after), setting = measured, bench.setting
     return report.Outcome(
         steps=bench.trainer.state.global_step,
         train_loss=bench.recent_loss,
-        held_out_loss_before=before.loss,
-        held_out_loss_after=after.loss,
+        losses=bench.logged("loss"),
+        held_out_losses=bench.held_out_curve(before.loss, after.loss),
         samples=tuple(
             samples.Sample(question.messages[-2]["content"], question.messages[-1]["content"], old, new)
             for question, old, new in zip(questions, before.answers, after.answers, strict=True)
@@ -131,6 +131,7 @@ def _outcome(
         seconds=seconds,
         tokens_per_s=bench.meter.tokens_per_s,
         peak_memory_bytes=memory_bytes(),
+        machine=report.Machine(setting.machine, setting.ranks.world, setting.precision.dtype),
     )
 
 
@@ -141,7 +142,7 @@ def _save(asked: TuningJob, job: TuningJob, bench: Bench, summary: dict[str, obj
     here.finished.unlink(missing_ok=True)
     adapters.save(bench.model, here.folder, source=job.model, beside=bench.tokenizer.save_pretrained)
     summary["adapter_sha256"] = sha256(here.folder / adapters.WEIGHTS_FILE)
-    report.save(summary, here.report)
+    report.save(summary, here.folder)
     places.mark_done(asked)
     shutil.rmtree(here.checkpoints, ignore_errors=True)
     log.info("adapter and report are in %s", here.folder)

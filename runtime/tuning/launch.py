@@ -20,7 +20,7 @@ from runtime import hardware, oci
 from runtime.errors import CapacityError, ConfigError, Failure, StoppedError
 from runtime.files import write_whole
 from runtime.oci.access import DEFAULT
-from runtime.tuning import failure, fetch, fit, places, publish
+from runtime.tuning import failure, fetch, fit, live, places, publish
 from runtime.tuning.nodes import ALONE, Nodes
 from runtime.tuning.places import Places
 from runtime.tuning.settings import TuningJob
@@ -51,7 +51,9 @@ def run(
     """
     phase = "preflight"
     try:
-        with StopSignal().installed():
+        # Rank 0 answers on this port as soon as it runs.
+        answering = live.serving(job.metrics_port, lambda: live.State(job.name, job.model.name, phase))
+        with StopSignal().installed(), answering:
             _preflight(job, access if nodes.first else None)
             if places.is_done(job, with_adapter=nodes.first):
                 phase = "publish"

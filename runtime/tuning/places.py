@@ -16,6 +16,9 @@ from runtime.tuning.settings import TuningJob
 SENTINEL = "fine_tuning_completed.txt"
 """KAITO's pusher waits for this file, then uploads what is beside it."""
 
+WITHOUT_EFFECT = {"name", "output", "checkpoint_minutes", "metrics_port", "sources"}
+"""Settings that do not change the adapter's bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Places:
@@ -30,6 +33,11 @@ class Places:
     @property
     def report(self) -> Path:
         return self.folder / "tuning_report.json"
+
+    @property
+    def page(self) -> Path:
+        """The report as people open it."""
+        return self.folder / "report.html"
 
     @property
     def work(self) -> Path:
@@ -61,7 +69,7 @@ class Places:
 
 def fingerprint(job: TuningJob, data: str = "") -> str:
     """Return the sha256 of all that decides the adapter's bytes; `data` adds the digests of its files."""
-    decisive = job.model_dump(mode="json", exclude={"name", "output", "checkpoint_minutes"})
+    decisive = job.model_dump(mode="json", exclude=WITHOUT_EFFECT)
     text = json.dumps([decisive, data], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

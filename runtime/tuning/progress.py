@@ -1,19 +1,27 @@
-"""How far a run is: the figures, and the line that says them every few seconds.
+"""How far a run is: the figures, and who is told them.
 
-Does not know torch; the trainer counts into a `Meter`. Start at `Meter.line`.
+Does not know torch; the trainer counts into a `Meter`. Start at `Meter.figures` and `Reporter`.
 """
 
-import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Protocol
+
+from runtime.tuning.history import History
 
 log = logging.getLogger(__name__)
 
 LINE_SECONDS = 5.0
 """Least time between two progress lines in a log."""
+
+PATIENCE_S = 600.0
+"""A run without a step for this long (or 20 times its usual step) is called stalled."""
+
+Figures = Mapping[str, float | int | None]
+"""Named figures with their unit in the name; None for what is not known yet, or is no finite number."""
 
 
 @dataclass(slots=True)
@@ -26,7 +34,8 @@ class Meter:
     step: int = 0
     epoch: float = 0.0
     loss: float = float("nan")
-    learning_rate: float = 0.0
+    held_out_loss: float = float("nan")
+    learning_rate: float = float("nan")
     gradient_norm: float = float("nan")
     tokens: int = 0
     """Real tokens this rank has trained on, padding not counted."""
@@ -35,21 +44,29 @@ class Meter:
     first_step: int = 0
     """Step that this process began at: more than 0 after a resume."""
     started: float = field(default=0.0)
+    stepped: float = field(default=0.0)
+    """When the last step ended."""
 
     def start(self, step: int, total_steps: int) -> None:
         """Begin to count time, at `step` of `total_steps`."""
-        self.started, self.step, self.first_step, self.total_steps = self.clock(), step, step, total_steps
+        self.started = self.stepped = self.clock()
+        self.step, self.first_step, self.total_steps = step, step, total_steps
 
     def count(self, tokens: int, targets: int) -> None:
         """Add one step's tokens (of this rank) and learnt tokens (of all)."""
         self.tokens += tokens
         self.targets += targets
 
+    def advance(self, step: int, epoch: float) -> None:
+        """Take over that `step` is done."""
+        self.step, self.epoch, self.stepped = step, epoch, self.clock()
+
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Take over what the trainer logs."""
         self.step = step
         self.epoch = figures.get("epoch", self.epoch)
         self.loss = figures.get("loss", self.loss)
+        self.held_out_loss = figures.get("eval_loss", self.held_out_loss)
         self.learning_rate = figures.get("learning_rate", self.learning_rate)
         self.gradient_norm = figures.get("grad_norm", self.gradient_norm)
 
@@ -69,57 +86,101 @@ class Meter:
 
     @property
     def remaining_s(self) -> float:
-        """Expected time to the last step; -1 before the first."""
+        """Expected time to the last step; NaN before the first."""
         done = self.step - self.first_step
-        return self.seconds / done * (self.total_steps - self.step) if done else -1.0
+        return self.seconds / done * (self.total_steps - self.step) if done else float("nan")
 
-    def figures(self) -> dict[str, float | int]:
+    @property
+    def stalled(self) -> bool:
+        """Whether no step has ended for far longer than steps take here; never before the first."""
+        done = self.step - self.first_step
+        usual = (self.stepped - self.started) / done if done else float("inf")
+        return self.clock() - self.stepped > max(PATIENCE_S, 20 * usual)
+
+    def figures(self) -> Figures:
         """Return everything by name and unit, for a log line's fields, metrics and the history."""
         return {
             "step": self.step,
             "total_steps": self.total_steps,
             "epoch": round(self.epoch, 3),
-            "loss": self.loss,
-            "learning_rate": self.learning_rate,
-            "gradient_norm": self.gradient_norm,
+            "loss": _finite(self.loss),
+            "held_out_loss": _finite(self.held_out_loss),
+            "learning_rate": _finite(self.learning_rate),
+            "gradient_norm": _finite(self.gradient_norm),
+            "tokens": self.tokens * self.world,
+            "trained_tokens": self.targets,
             "tokens_per_s": round(self.tokens_per_s, 1),
             "trained_share": round(self.trained_share, 4),
             "memory_bytes": memory_bytes(),
-            "remaining_s": round(self.remaining_s, 1),
+            "remaining_s": _finite(round(self.remaining_s, 1)),
         }
 
-    def line(self) -> str:
-        """Return the figures for people, in one line."""
-        left = (
-            time.strftime("%H:%M:%S", time.gmtime(self.remaining_s)) if self.step > self.first_step else "?"
-        )
+    def place(self) -> str:
+        """Return how far the run is, for people."""
+        left = "?" if math.isnan(self.remaining_s) else duration(self.remaining_s)
+        return f"step {self.step}/{self.total_steps} epoch {self.epoch:.2f} left {left}"
+
+    def state(self) -> str:
+        """Return how the run does, for people."""
+        held_out = "" if math.isnan(self.held_out_loss) else f" held-out {self.held_out_loss:.4f}"
         return (
-            f"step {self.step}/{self.total_steps} epoch {self.epoch:.2f} loss {self.loss:.4f} "
-            f"lr {self.learning_rate:.2e} grad {self.gradient_norm:.3f} {self.tokens_per_s:.0f} tokens/s "
-            f"({self.trained_share:.0%} trained) memory {memory_bytes() / 2**30:.1f} GiB left {left}"
+            f"loss {self.loss:.4f}{held_out} lr {self.learning_rate:.2e} grad {self.gradient_norm:.3f} "
+            f"{self.tokens_per_s:.0f} tokens/s ({self.trained_share:.0%} trained) "
+            f"memory {memory_bytes() / 2**30:.1f} GiB"
         )
+
+
+class Display(Protocol):
+    """Something on a screen that shows a `Meter` while it moves."""
+
+    def show(self, meter: Meter) -> None: ...
+    def close(self) -> None: ...
 
 
 @dataclass(slots=True)
 class Reporter:
-    """Says a `Meter`'s figures: to the log now and then, to the history file every time."""
+    """Says a `Meter`'s figures: on a display, or in the log now and then; to the history at every entry."""
 
     meter: Meter
-    history: Path | None = None
+    history: History | None = None
+    display: Display | None = None
     clock: Callable[[], float] = time.monotonic
     said: float = float("-inf")
 
-    def report(self, *, last: bool = False) -> None:
-        """Write a history entry, and a log line when the last one is `LINE_SECONDS` ago.
+    def begin(self) -> None:
+        """Start with the history up to the meter's step: a resumed run does the later ones again."""
+        if self.history is not None:
+            self.history.keep(self.meter.step)
 
-        `last` says the last figures once more and writes no entry.
-        """
-        if self.history is not None and not last:
-            with self.history.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(self.meter.figures()) + "\n")
-        if last or self.clock() - self.said >= LINE_SECONDS:
+    def enter(self) -> None:
+        """Write a history entry, and tell."""
+        if self.history is not None:
+            self.history.add(self.meter.figures())
+        self.tell()
+
+    def tell(self, *, last: bool = False) -> None:
+        """Show the figures; in the log when the last line is `LINE_SECONDS` ago, or when it is the `last`."""
+        if self.display is not None:
+            self.display.show(self.meter)
+        elif last or self.clock() - self.said >= LINE_SECONDS:
             self.said = self.clock()
-            log.info("%s", self.meter.line(), extra={"fields": self.meter.figures()})
+            line = f"{self.meter.place()} {self.meter.state()}"
+            log.info("%s", line, extra={"fields": self.meter.figures()})
+
+    def close(self) -> None:
+        """Leave the screen as it should be, however training ended."""
+        if self.display is not None:
+            self.display.close()
+
+
+def duration(seconds: float) -> str:
+    """Return a time span as people write it: 0:07, 1:02:03, 2d 03:04:05."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d {hour:02}:{minute:02}:{second:02}"
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
 
 
 def memory_bytes() -> int:
@@ -131,3 +192,8 @@ def memory_bytes() -> int:
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_reserved())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _finite(value: float) -> float | None:
+    """Return `value`, None where JSON and Prometheus have no word for it."""
+    return value if math.isfinite(value) else None

@@ -1,23 +1,43 @@
-"""What a run was and what came of it, as one JSON file beside the adapter.
+"""What a run was and what came of it, as one JSON file beside the adapter, and as a page.
 
-Does not know how the figures were made. Start at `Report`.
+Does not know how the figures were made, nor what the page looks like (page.py). Start at `build`.
 """
 
 import json
 import math
 import platform
+import statistics
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from runtime import __version__
+from runtime.config import flatten
 from runtime.files import write_whole
+from runtime.hardware import Hardware
+from runtime.logs import redact
+from runtime.tuning import chart, page
 from runtime.tuning.dataset import Dataset
 from runtime.tuning.encode import Encoded
+from runtime.tuning.places import Places
 from runtime.tuning.samples import Sample
-from runtime.tuning.settings import TuningJob
+from runtime.tuning.settings import DataSource, TuningJob
+
+CURVE_POINTS = 500
+"""Most points of the training curve that are kept."""
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where the run ran."""
+
+    hardware: Hardware
+    processes: int
+    dtype: str
+    """Type of the matrix products."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +45,27 @@ class Outcome:
     """What training changed."""
 
     steps: int
-    train_loss: float
+    train_loss: float | None
     """Mean loss per learnt token over the last epoch's worth of steps."""
-    held_out_loss_before: float | None
-    held_out_loss_after: float | None
+    losses: tuple[chart.Point, ...]
+    """(step, training loss) of every logged step."""
+    held_out_losses: tuple[chart.Point, ...]
+    """(step, held-out loss), measured before, during and after training; empty when nothing is held out."""
     samples: tuple[Sample, ...]
     seconds: float
     tokens_per_s: float
     peak_memory_bytes: int
+    machine: Machine
+
+    @property
+    def before(self) -> float | None:
+        """Held-out loss of the untrained adapter."""
+        return self.held_out_losses[0][1] if self.held_out_losses else None
+
+    @property
+    def after(self) -> float | None:
+        """Held-out loss of the trained adapter."""
+        return self.held_out_losses[-1][1] if self.held_out_losses else None
 
 
 def build(
@@ -40,7 +73,9 @@ def build(
 ) -> dict[str, Any]:
     """Return the report: settings, data, figures, samples and provenance; no secrets, no paths of keys."""
     train, held_out = encoded
+    settings = _settings(job)
     return {
+        "job": job.name,
         "model": {"name": job.model.name, "repository": job.model.repository, "revision": job.model.revision},
         "method": job.method,
         "data": {
@@ -54,31 +89,63 @@ def build(
             "truncated_rows": train.truncated,
             "too_long_rows": train.too_long,
             "unlabelled_rows": train.unlabelled,
+            "row_tokens": _spread([len(row) for row in train.rows]),
         },
-        "settings": job.model_dump(mode="json", include={"encoding", "quantization", "lora", "training"}),
+        "settings": settings,
+        "sources": {name: job.sources.get(name, "default") for name in flatten(settings)},
         "result": {
             "steps": outcome.steps,
             "train_loss": outcome.train_loss,
-            "held_out_loss": {"before": outcome.held_out_loss_before, "after": outcome.held_out_loss_after},
+            "held_out_loss": {"before": outcome.before, "after": outcome.after},
             "held_out_perplexity": {
-                "before": _perplexity(outcome.held_out_loss_before),
-                "after": _perplexity(outcome.held_out_loss_after),
+                "before": _perplexity(outcome.before),
+                "after": _perplexity(outcome.after),
+            },
+            "curve": {
+                "train": chart.thin(outcome.losses, CURVE_POINTS),
+                "held_out": outcome.held_out_losses,
             },
             "samples": [asdict(sample) for sample in outcome.samples],
             "seconds": round(outcome.seconds, 1),
             "tokens_per_s": round(outcome.tokens_per_s, 1),
             "peak_memory_bytes": outcome.peak_memory_bytes,
         },
+        "machine": {
+            "kind": outcome.machine.hardware.kind,
+            "name": outcome.machine.hardware.name,
+            "memory_bytes": outcome.machine.hardware.memory_bytes,
+            "processes": outcome.machine.processes,
+            "dtype": outcome.machine.dtype,
+        },
         "versions": {
+            "workspace-runtime": __version__,
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in LIBRARIES},
         },
     }
 
 
-def save(report: dict[str, Any], path: Path) -> None:
-    """Write the report, whole or not at all."""
-    write_whole(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+def save(report: dict[str, Any], folder: Path) -> None:
+    """Write the report and its page, each whole or not at all."""
+    here = Places(folder)
+    write_whole(here.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_whole(here.page, page.render(report))
+
+
+def _settings(job: TuningJob) -> dict[str, Any]:
+    """Return what the user may have set, without paths and without what addresses keep secret."""
+    shown = {"method": True, "encoding": True, "quantization": True, "lora": True, "training": True}
+    here = {"folder", "file", "urls", "image"}
+    settings = job.model_dump(mode="json", include=shown | {"data": set(DataSource.model_fields) - here})
+    if job.data.urls:
+        settings["data"]["urls"] = [redact(url) for url in job.data.urls]
+    if job.data.image:
+        settings["data"]["image"] = redact(job.data.image)
+    return settings
+
+
+def _spread(lengths: list[int]) -> dict[str, float]:
+    return {"shortest": min(lengths), "median": statistics.median(lengths), "longest": max(lengths)}
 
 
 def _perplexity(loss: float | None) -> float | None:

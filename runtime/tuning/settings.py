@@ -113,5 +113,9 @@ class TuningJob(Strict):
     no batch size is set, and less where the memory plan says so. A longer row goes alone."""
     checkpoint_minutes: float | None = Field(10.0, gt=0)
     """Minutes between checkpoints, whatever `save_strategy` says; None forbids them."""
+    sources: dict[str, str] = Field({}, repr=False)
+    """Where each setting came from, by its dotted name; told in the report, decides nothing."""
+    metrics_port: int | None = Field(5000, ge=0, le=65535)
+    """Port of /metrics and /health while the job runs (plus LOCAL_RANK); None answers nobody."""
     hub_token: SecretStr | None = Field(None, exclude=True)
     """Hugging Face token; never written to a file, so workers read it from their environment."""

@@ -30,6 +30,14 @@ class Sight(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.meter.start(state.global_step, state.max_steps)
+        self.reporter.begin()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.meter.advance(state.global_step, state.epoch or 0.0)
+        if not control.should_log:  # else `on_log` tells, with this step's loss
+            self.reporter.tell()
 
     def on_log(
         self,
@@ -39,14 +47,14 @@ class Sight(TrainerCallback):
         logs: Any = None,
         **_: Any,
     ) -> None:
-        if logs and "loss" in logs:
+        if logs and ("loss" in logs or "eval_loss" in logs):
             self.meter.log(state.global_step, logs)
-            self.reporter.report()
+            self.reporter.enter()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.reporter.report(last=True)
+        self.reporter.tell(last=True)
 
 
 class Survival(TrainerCallback):

@@ -68,7 +68,9 @@ def load_job(
     flags.apply(settings, overrides, where)
     _finish(settings, mounts, manifest)
     job = settings.build(TuningJob, "--set" if flags.dotted(overrides) else where)
-    return Resolved(job, settings.origins(job), tuple(settings.warnings), _placeholders(settings, manifest))
+    sources = settings.origins(job)
+    job = job.model_copy(update={"sources": sources})
+    return Resolved(job, sources, tuple(settings.warnings), _placeholders(settings, manifest))
 
 
 def is_manifest(target: Path | str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
-from runtime.config import Model, parse
+from runtime.config import Model, flatten, parse
 from runtime.errors import ConfigError
 
 T = TypeVar("T", bound=BaseModel)
@@ -90,7 +90,9 @@ class Settings:
 
     def origins(self, job: BaseModel) -> dict[str, str]:
         """Return where each setting of `job` came from, "default" for those nobody set."""
-        return {name: self._origin(name) for name in flatten(job.model_dump(mode="json"))}
+        return {
+            name: self._origin(name) for name in flatten(job.model_dump(mode="json", exclude={"sources"}))
+        }
 
     def _origin(self, name: str) -> str:
         while name:
@@ -98,17 +100,6 @@ class Settings:
                 return self.sources[name]
             name = name.rpartition(".")[0]
         return "default"
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested `values` under dotted names; an empty mapping stays a value."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def placeholder(value: str) -> str:

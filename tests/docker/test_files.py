@@ -171,26 +171,11 @@ def test_benchmark_counts_what_streams_took() -> None:
     }
 
 
-def test_metrics_server_answers_in_the_peers_shape_and_stops(tmp_path: Path) -> None:
-    port, log = free_port(), tmp_path / "log"
-    command = [sys.executable, str(FILES / "tfs/metrics_server.py")]
-    with started(command, log, LOCAL_RANK=str(port - 5000)) as process:
-        found = answer(f"http://127.0.0.1:{port}/metrics", process, log).json()
-        assert set(found) == {"gpu_info", "cpu_info"}
-        cpu = found["cpu_info"]
-        assert found["gpu_info"] is None
-        assert cpu["total_cores"] == os.cpu_count()
-        assert (
-            0
-            < float(cpu["memory"]["used"].removesuffix(" GB"))
-            < float(cpu["memory"]["total"].removesuffix(" GB"))
-        )
-        assert httpx.get(f"http://127.0.0.1:{port}/other").status_code == 404
-        with started(command, tmp_path / "second.log", LOCAL_RANK=str(port - 5000)) as second:
-            assert second.wait(20) == 0  # the port is taken: training goes on without metrics
-        assert "no metrics: port" in (tmp_path / "second.log").read_text()
-        process.terminate()
-        assert process.wait(10) == 0
+def test_metrics_server_leaves_its_port_to_the_training_process(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with started([sys.executable, str(FILES / "tfs/metrics_server.py")], log) as process:
+        assert process.wait(20) == 0
+    assert "the training process itself answers" in log.read_text()
 
 
 def test_multi_node_serving_is_refused_with_what_to_do() -> None:

@@ -54,6 +54,7 @@ def make_job(tiny_llama_dir: Path, rows_dir: Path, tmp_path: Path) -> Callable[.
             "lora": Lora(r=4, alpha=8, dropout=0.1),
             "training": {**STEPS, **(training or {})},
             "output": Output(folder=tmp_path / out),
+            "metrics_port": None,
         }
         return TuningJob(**{**given, **settings})
 

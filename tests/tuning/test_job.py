@@ -13,6 +13,7 @@ from runtime import adapters, oci
 from runtime.errors import CapacityError, ConfigError, DivergedError, Failure
 from runtime.tuning import launch
 from runtime.tuning.checkpoints import MANIFEST, listed
+from runtime.tuning.history import History
 from runtime.tuning.places import SENTINEL, Places
 from runtime.tuning.settings import DataSource, Lora, Output, TuningJob
 from tests.tuning.conftest import Worker
@@ -40,6 +41,11 @@ def test_job_leaves_adapter_report_and_sentinel_and_is_pushed(make_job: Maker, t
     assert result["held_out_loss"]["after"] < result["held_out_loss"]["before"] - 0.1
     assert len(result["samples"]) == 5
     assert report["data"]["train_rows"] == 59
+    page = (folder / "report.html").read_text()
+    assert f"{result['held_out_loss']['after']:,.3f}" in page
+    assert report["adapter_sha256"] in page
+    steps = [entry["step"] for entry in History(Places(folder).history).entries()]
+    assert sorted(set(steps)) == list(range(1, 13))
     assert not listed(Places(folder).checkpoints)
     # fault 9: a rerun trains nothing and pushes nothing new
     digest = oci.inspect(oci.parse(image)).digest
@@ -50,7 +56,8 @@ def test_job_leaves_adapter_report_and_sentinel_and_is_pushed(make_job: Maker, t
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()} == before
     assert oci.inspect(oci.parse(image)).digest == digest
     pulled = oci.pull(oci.parse(image), tmp_path / "pulled")
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in pulled.rglob("*")}
+    inside = {path.name for path in pulled.rglob("*")}
+    assert {"adapter_config.json", "adapter_model.safetensors", "report.html"} <= inside
 
 
 def test_adapter_loads_in_plain_peft_and_names_no_local_path_for_a_public_base(

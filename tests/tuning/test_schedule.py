@@ -12,7 +12,6 @@ from runtime.tuning.arguments import DEFAULTS
 from runtime.tuning.batches import Plan
 from runtime.tuning.encode import Row
 from runtime.tuning.precision import Precision
-from runtime.tuning.progress import Meter, Reporter
 from runtime.tuning.ranks import Ranks
 from runtime.tuning.schedule import choose_layout, make_plan, training_arguments
 from runtime.tuning.settings import Encoding, TuningJob
@@ -94,23 +93,3 @@ def test_evaluation_without_held_out_rows_is_switched_off(
     )
     assert args.eval_strategy == "no"
     assert "no rows are held out" in caplog.text
-
-
-def test_progress_says_rate_share_and_time_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    now = [100.0]
-    meter = Meter(world=2, clock=lambda: now[0])
-    reporter = Reporter(meter, tmp_path / "history.jsonl", clock=lambda: now[0])
-    meter.start(10, 50)
-    for step in (11, 12, 13):
-        now[0] += 2.0
-        meter.count(tokens=100, targets=50)
-        meter.log(step, {"loss": 2.0, "learning_rate": 1e-4, "grad_norm": 0.5, "epoch": 0.1})
-        reporter.report()
-    assert meter.tokens_per_s == pytest.approx(100)  # two ranks, 300 tokens each in 6 s
-    assert meter.trained_share == pytest.approx(0.25)
-    assert meter.remaining_s == pytest.approx(74)
-    lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 1  # 4 s after the first, nothing more is said
-    assert "step 11/50" in lines[0]
-    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 3
