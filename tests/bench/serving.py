@@ -2,10 +2,11 @@
 
     python tests/bench/serving.py [--at 1 4 16 32] [--peers rows http batching llama] [--rounds 1]
 
-A workload is `4 * at` requests (at least 8) of 20 to 400 prompt tokens and 64 new tokens, greedy, `at` of
+A workload is `2 * at` requests (at least 4) of 20 to 400 prompt tokens and 64 new tokens, greedy, `at` of
 them in flight at any time. Each peer is a process of its own: peak memory and time to ready are the
-process's. "llama" is llama.cpp's library with F32 weights under a loop of our own (llama-server is not on
-PyPI): what its kernels give, without HTTP. "http" is the whole server, streamed over /v1/completions.
+process's. "http" is our whole server, streamed over /v1/completions; "url" a server that runs already, vLLM
+for one. "llama" is llama.cpp's library with F32 weights under a loop of our own (llama-server is not on
+PyPI): what its kernels give, without HTTP.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def workload(at: int) -> list[tuple[int, ...]]:
     draw = random.Random(at)
     return [
         tuple(draw.randrange(1000, 40000) for _ in range(draw.randint(20, 400)))
-        for _ in range(max(8, 4 * at))
+        for _ in range(max(4, 2 * at))
     ]
 
 
@@ -96,6 +97,33 @@ def run_rows(at: int, begun: float) -> dict[str, float]:
     return {"ready_s": ready, **asyncio.run(measure(ask, at))}
 
 
+async def measure_over_http(base: str, name: str, at: int) -> dict[str, float]:
+    import httpx
+
+    limits = httpx.Limits(max_connections=at)
+    async with httpx.AsyncClient(base_url=base, timeout=600, limits=limits) as client:
+
+        async def ask(_: int, prompt: tuple[int, ...], times: list[float]) -> None:
+            body = {
+                "model": name, "prompt": list(prompt), "max_tokens": NEW_TOKENS, "temperature": 0,
+                "stream": True, "ignore_eos": True,
+            }  # fmt: skip
+            async with client.stream("POST", "/v1/completions", json=body) as reply:
+                if reply.status_code != 200:
+                    sys.exit(f"{reply.status_code}: {await reply.aread()!r}")
+                async for line in reply.aiter_lines():
+                    if line.startswith("data: {"):
+                        times.append(time.monotonic())  # noqa: PERF401 - as they come
+
+        return await measure(ask, at)
+
+
+def run_url(at: int, _: float) -> dict[str, float]:
+    """A server that runs already: BENCH_URL and BENCH_MODEL say which; its memory is not seen from here."""
+    base, name = os.environ["BENCH_URL"], os.environ["BENCH_MODEL"]
+    return {"ready_s": 0.0, **asyncio.run(measure_over_http(base, name, at))}
+
+
 def run_http(at: int, begun: float) -> dict[str, float]:
     import httpx
 
@@ -118,25 +146,7 @@ def run_http(at: int, begun: float) -> dict[str, float]:
             time.sleep(0.1)
         ready = time.monotonic() - begun
 
-        async def all_of_it() -> dict[str, float]:
-            limits = httpx.Limits(max_connections=at)
-            async with httpx.AsyncClient(base_url=base, timeout=600, limits=limits) as client:
-
-                async def ask(_: int, prompt: tuple[int, ...], times: list[float]) -> None:
-                    body = {
-                        "model": PRESET, "prompt": list(prompt), "max_tokens": NEW_TOKENS, "temperature": 0,
-                        "stream": True, "ignore_eos": True,
-                    }  # fmt: skip
-                    async with client.stream("POST", "/v1/completions", json=body) as reply:
-                        if reply.status_code != 200:
-                            sys.exit(f"{reply.status_code}: {await reply.aread()!r}")
-                        async for line in reply.aiter_lines():
-                            if line.startswith("data: {"):
-                                times.append(time.monotonic())  # noqa: PERF401 - as they come
-
-                return await measure(ask, at)
-
-        return {"ready_s": ready, **asyncio.run(all_of_it())}
+        return {"ready_s": ready, **asyncio.run(measure_over_http(base, PRESET, at))}
     finally:
         server.terminate()
         server.wait()
@@ -282,14 +292,14 @@ def run_llama(at: int, begun: float) -> dict[str, float]:
     }
 
 
-PEERS = {"rows": run_rows, "http": run_http, "batching": run_batching, "llama": run_llama}
+PEERS = {"rows": run_rows, "http": run_http, "url": run_url, "batching": run_batching, "llama": run_llama}
 
 
 def main() -> None:
     """Measure in child processes and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--at", type=int, nargs="+", default=[1, 4, 16, 32])
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=["rows", "http", "batching", "llama"])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--child", choices=PEERS, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -5,6 +5,9 @@ where transformers' models expect their cache and stores what they hand to `upda
 requests. Start at `SlotCache.update`.
 """
 
+import math
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -19,12 +22,9 @@ class SlotCache:
     def __init__(
         self, layers: int, *, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Reserve the memory; on a CPU pages are taken only as they are written.
-
-        Zeroed, because a hidden position still takes part as 0 times its value, and 0 times NaN is NaN.
-        """
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        """Reserve zeros: a hidden position still counts 0 times its value, and 0 times NaN is NaN."""
+        self.keys = [_zeros(shape, dtype, device) for _ in range(layers)]
+        self.values = [_zeros(shape, dtype, device) for _ in range(layers)]
         self.batch: Batch | None = None
         """The step under way; set by the runner."""
 
@@ -54,6 +54,14 @@ class SlotCache:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0: positions come with every step, none is derived from the cache's length."""
         return 0
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros; on a CPU they take memory only page by page, as they are written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)  # torch.zeros would write them all
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def store(layer: Tensor, new: Tensor, batch: Batch) -> None:

@@ -67,6 +67,9 @@ def prepare(model: "PreTrainedModel", cache: SlotCache, layers: Adaptables) -> N
     head = model.get_output_embeddings()
     if head is not None:
         model.set_output_embeddings(layers.plain(head))
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":  # may be a view of the weights' file, and the last one keeps it
+            parameter.data = parameter.data.clone()
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -144,6 +144,8 @@ class RowEngine:
             return
         highest, likeliest = logits.max(dim=-1)  # a row with NaN or Inf anywhere shows it here
         sane, greedy = highest.isfinite().tolist(), likeliest.tolist()
+        drawing = any(not self._answers[row].sampler.is_greedy for row in due)
+        host = logits.float().cpu() if drawing else logits
         for index, row in enumerate(due):
             answer = self._answers[row]
             if len(row.ids) == row.prompt_tokens:
@@ -155,7 +157,7 @@ class RowEngine:
             elif answer.sampler.is_greedy:
                 self._give(answer, answer.sampler.accept(greedy[index]))
             else:
-                self._sample(answer, logits[index].float().cpu())
+                self._sample(answer, host[index])
 
     def _sample(self, answer: Answer, logits: Tensor) -> None:
         """Choose one row's next token; a form that asks too much ends that row alone. logits (V,)."""

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from runtime.serving.engine.protocol import Sampling, Token
 
+SHORTLIST = 256
+"""Truncation looks at this many of the likeliest tokens first: sorting a vocabulary takes milliseconds."""
+
 
 class Sampler:
     """The past of one request: what was seen, what was generated, and its random numbers."""
@@ -47,14 +50,23 @@ class Sampler:
         if sampling.temperature == 0:
             chosen = int(scores.argmax())
         else:
-            kept = truncate(scores / sampling.temperature, sampling)
-            chosen = int(torch.multinomial(kept.softmax(-1), 1, generator=self._random))
+            chosen = self._draw(scores / sampling.temperature)
         self.generated.append(chosen)
         if self._mask is not None:
             self._mask.take(chosen)
         if sampling.top_logprobs is None:
             return Token(chosen)
         return _with_logprobs(chosen, logits, sampling.top_logprobs)
+
+    def _draw(self, scores: Tensor) -> int:
+        """Return a token of `scores` (V,) by its probability among those that are kept."""
+        short = shortlist(scores, self.sampling)
+        ids, kept = short if short is not None else (None, truncate(scores, self.sampling))
+        reached = kept.softmax(-1).cumsum(-1, dtype=torch.float64)
+        point = torch.rand(1, generator=self._random, dtype=torch.float64) * reached[-1]
+        # right: a token of no probability reaches no further than the one before, and is passed over
+        place = min(int(torch.searchsorted(reached, point, right=True)), len(kept) - 1)
+        return place if ids is None else int(ids[place])
 
     def _adjusted(self, logits: Tensor) -> Tensor:
         """Return a copy of `logits` (V,) with penalties and bias; the same tensor when there are none."""
@@ -107,6 +119,29 @@ def truncate(scores: Tensor, sampling: Sampling) -> Tensor:
         shares = scores.softmax(-1)
         scores = scores.masked_fill(shares < sampling.min_p * shares.max(), -torch.inf)
     return scores
+
+
+def shortlist(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor] | None:
+    """Return ids and scores (C,) that `truncate` keeps, likeliest first; None if SHORTLIST may not do."""
+    values, ids = scores.topk(min(SHORTLIST, scores.shape[0]))
+    whole = len(values) == len(scores)
+    total = scores.logsumexp(-1)
+    if 0 < sampling.top_k < scores.shape[0]:
+        if not whole and (sampling.top_k > len(values) or values[sampling.top_k - 1] == values[-1]):
+            return None
+        values = values[values >= values[sampling.top_k - 1]]
+        whole, total = True, values.logsumexp(-1)
+    if sampling.top_p < 1.0:
+        shares = (values - total).exp()
+        inside = shares.cumsum(-1) - shares < sampling.top_p
+        inside[0] = True
+        whole = whole or not bool(inside[-1])
+        values = values[inside]
+    if sampling.min_p > 0.0:
+        inside = (values - values[0]).exp() >= sampling.min_p
+        whole = whole or not bool(inside[-1])
+        values = values[inside]
+    return (ids[: len(values)], values) if whole else None
 
 
 def _with_logprobs(chosen: int, logits: Tensor, alternatives: int) -> Token:

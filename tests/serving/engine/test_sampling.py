@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.serving.engine.protocol import Sampling
-from runtime.serving.engine.sampling import Sampler, penalise_repetition, truncate
+from runtime.serving.engine.sampling import SHORTLIST, Sampler, penalise_repetition, shortlist, truncate
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, 0.0])
 
@@ -76,3 +76,33 @@ def test_whatever_is_asked_a_likely_token_is_chosen(
     chosen = Sampler(sampling, (0,)).choose(torch.tensor(values)).id
     assert chosen is not None
     assert 0 <= chosen < len(values)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 1000),
+    st.sampled_from([0.0, 0.3, 0.9, 0.999, 1.0]),
+    st.sampled_from([0.0, 1e-6, 0.05, 1.0]),
+    st.sampled_from([0, 1, 20, SHORTLIST - 1, SHORTLIST, SHORTLIST + 1, 900]),
+    st.sampled_from([0.1, 1.0, 8.0]),
+    st.booleans(),
+)
+def test_the_shortlist_is_what_truncation_keeps_or_says_it_is_too_short(
+    seed: int, top_p: float, min_p: float, top_k: int, spread: float, ties: bool
+) -> None:
+    torch.manual_seed(seed)
+    scores = torch.randn(1000) * spread
+    if ties:
+        scores = scores.round()
+    sampling = Sampling(1, temperature=1.0, top_p=top_p, min_p=min_p, top_k=top_k)
+    kept = truncate(scores, sampling)
+    expected = [index for index, value in enumerate(kept.tolist()) if value != -torch.inf]
+    short = shortlist(scores, sampling)
+    if short is None:
+        assert max(len(expected), top_k) >= SHORTLIST or ties
+        return
+    ids, values = short
+    assert torch.equal(values, scores[ids])
+    if not ties:  # among equals at the border of top_p either may stay
+        assert sorted(ids.tolist()) == expected
+    assert len(ids) == len(expected)
