@@ -78,7 +78,25 @@ def load() -> Any:
     return AutoModelForCausalLM.from_pretrained(str(model_folder()), dtype=torch.float32).eval()
 
 
-def run_rows(at: int, begun: float) -> dict[str, float]:
+def write_adapter(model: Any, folder: Path, *, seed: int, rank: int = 8) -> None:
+    """Save a LoRA adapter over every linear layer of `model`, with random weights."""
+    import torch
+    from safetensors.torch import save_file
+
+    draw, weights = torch.Generator().manual_seed(seed), {}
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            path = f"base_model.model.{name}"
+            down = torch.randn(rank, module.in_features, generator=draw)
+            weights[f"{path}.lora_A.weight"] = down / module.in_features**0.5
+            weights[f"{path}.lora_B.weight"] = torch.randn(module.out_features, rank, generator=draw) / 100
+    folder.mkdir()
+    save_file(weights, str(folder / "adapter_model.safetensors"))
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def run_rows(at: int, begun: float, *, adapters: int = 0) -> dict[str, float]:
     from runtime.model_source import ModelSource
     from runtime.serving import engine
     from runtime.serving.engine.protocol import Request, Sampling
@@ -86,15 +104,29 @@ def run_rows(at: int, begun: float) -> dict[str, float]:
 
     limits = Limits(rows=at, context_tokens=1024)
     config = ServeConfig(model=ModelSource(name=PRESET), served_name=PRESET, limits=limits)
-    made = engine.create(config, load())
+    model = load()
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch) / str(number) for number in range(adapters)]
+        for seed, folder in enumerate(folders):
+            write_adapter(model, folder, seed=seed)
+        made = engine.create(config, model)
+        for folder in folders:
+            made.add_adapter(folder.name, folder)
 
     async def ask(number: int, prompt: tuple[int, ...], times: list[float]) -> None:
-        async for token in made.submit(Request(prompt, Sampling(NEW_TOKENS), id=str(number))):
+        adapter = str(number % adapters) if adapters else None
+        request = Request(prompt, Sampling(NEW_TOKENS), adapter=adapter, id=str(number))
+        async for token in made.submit(request):
             if token.id is not None:
                 times.append(time.monotonic())  # noqa: PERF401 - as they come
 
     ready = time.monotonic() - begun
     return {"ready_s": ready, **asyncio.run(measure(ask, at))}
+
+
+def run_adapters(at: int, begun: float) -> dict[str, float]:
+    """Ours with 16 adapters resident, neighbouring requests each with another."""
+    return run_rows(at, begun, adapters=16)
 
 
 async def measure_over_http(base: str, name: str, at: int) -> dict[str, float]:
@@ -292,7 +324,14 @@ def run_llama(at: int, begun: float) -> dict[str, float]:
     }
 
 
-PEERS = {"rows": run_rows, "http": run_http, "url": run_url, "batching": run_batching, "llama": run_llama}
+PEERS = {
+    "rows": run_rows,
+    "adapters": run_adapters,
+    "http": run_http,
+    "url": run_url,
+    "batching": run_batching,
+    "llama": run_llama,
+}
 
 
 def main() -> None:

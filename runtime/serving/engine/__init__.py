@@ -31,7 +31,14 @@ def create(config: ServeConfig, model: "PreTrainedModel") -> Engine:
     if reason is not None:
         log.warning("Serving one request at a time: %s", reason)
         return PlainEngine(model, context_tokens=context_tokens, queue=queue)
-    context_tokens = min(context_tokens, positions_limit(model.config.get_text_config()) or context_tokens)
+    steady = positions_limit(model.config.get_text_config())
+    if steady is not None and steady < context_tokens:
+        log.warning(
+            "Serving %d of %d context tokens: beyond, a row's positions would depend on the other rows",
+            steady,
+            context_tokens,
+        )
+        context_tokens = steady
     wanted = (config.limits.rows, context_tokens)
     rows, context_tokens = rows_that_fit(
         wanted, token_bytes=_token_bytes(model), free_bytes=_free_bytes(model)

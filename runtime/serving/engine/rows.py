@@ -7,6 +7,7 @@ Knows token ids and rows. Does not know HTTP, chat templates or files (bank.py r
 import logging
 import threading
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,10 @@ class RowEngine:
         self._prompt_tokens = self._cached_tokens = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
-        self._desk.errand(lambda: self._prepare(model))
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self._desk.errand(lambda: self._prepare(model))
+            undo.pop_all()
 
     def _prepare(self, model: "PreTrainedModel") -> None:
         self._runner = Runner(model, rows=self._rows, positions=self.context_tokens)
@@ -77,10 +81,13 @@ class RowEngine:
 
     def add_adapter(self, name: str, folder: Path, *, strength: float = 1.0) -> None:
         """Read an adapter; see `Engine.add_adapter`."""
-        if name in self._runner.bank.names:
-            raise ConfigError(f"adapter {name}: is resident already; remove it first")
+        self._desk.errand(lambda: self._add(name, folder, strength))
+
+    def _add(self, name: str, folder: Path, strength: float) -> None:
         bank = self._runner.bank
-        self._desk.errand(lambda: bank.add(name, bank.read(name, folder, strength=strength)))
+        if name in bank.names:
+            raise ConfigError(f"adapter {name}: is resident already; remove it first")
+        bank.add(name, bank.read(name, folder, strength=strength))
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter once nobody uses it; see `Engine.remove_adapter`."""

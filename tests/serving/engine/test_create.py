@@ -54,7 +54,7 @@ def test_an_unknown_architecture_is_served_one_at_a_time_and_it_is_said(
     made.close()
 
 
-def test_angles_that_depend_on_the_longest_row_bound_the_context() -> None:
+def test_angles_that_depend_on_the_longest_row_bound_the_context(caplog: pytest.LogCaptureFixture) -> None:
     rope = {
         "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 128,
         "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
@@ -66,6 +66,7 @@ def test_angles_that_depend_on_the_longest_row_bound_the_context() -> None:
     )  # fmt: skip
     made = engine.create(config(rows=2), AutoModelForCausalLM.from_config(phi).eval())
     assert made.context_tokens == 128
+    assert "Serving 128 of 512 context tokens" in caplog.text
     made.close()
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"attention_bias": True}),
     "mistral, sliding window": ("MistralConfig", {"sliding_window": 16}),
     "qwen2": ("Qwen2Config", {}),
+    "qwen2, window in the upper layer": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    ),
     "qwen3": ("Qwen3Config", {"head_dim": 32}),
     "phi-3, sliding window": ("Phi3Config", {"sliding_window": 16}),
     "phi-4-mini, partial rotation": ("Phi3Config", {"partial_rotary_factor": 0.5}),
@@ -306,6 +311,31 @@ def test_fault_48_an_engine_that_only_fails_stops_and_says_so(
     assert not engine.stats().alive
     with pytest.raises(UnavailableError, match="has stopped"):
         run(engine, ask())
+
+
+def test_a_name_that_is_resident_is_refused_and_the_first_adapter_stays(
+    engine: RowEngine, adapter_dirs: dict[str, Path]
+) -> None:
+    engine.add_adapter("x", adapter_dirs["second"])
+    before = run(engine, ask(adapter="x"))
+    with pytest.raises(ConfigError, match="adapter x: is resident already"):
+        engine.add_adapter("x", adapter_dirs["my.first-one"])
+    assert run(engine, ask(adapter="x")) == before
+
+
+def test_a_model_that_cannot_be_prepared_leaves_no_thread(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no memory for the cache")
+
+    monkeypatch.setattr("runtime.serving.engine.rows.Runner", broken)
+    with pytest.raises(RuntimeError, match="no memory for the cache"):
+        RowEngine(load(tiny_llama_dir), rows=1, context_tokens=32, queue=1)
+    for thread in threading.enumerate():
+        if thread.name == "engine":
+            thread.join(5)
+            assert not thread.is_alive()
 
 
 def test_an_adapter_for_a_layer_the_engine_cannot_adapt_is_refused_by_name(
