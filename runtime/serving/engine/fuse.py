@@ -16,7 +16,9 @@ from runtime.serving.engine.lora import RowLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma"})
+UNSCALED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3"})
+"""Model types whose layers follow one another from the embedding on, with plain RMS norms."""
+FUSED = UNSCALED | {"gemma"}
 """Model types whose attention is: project, optional norm per head, rotate, attend, project."""
 DRIVEN = FUSED | {"phi", "gemma2", "gemma3_text", "falcon"}
 """Model types tested row by row against `generate`."""
@@ -57,7 +59,7 @@ def prepare(model: "PreTrainedModel", cache: SlotCache, layers: Adaptables) -> N
             _replace(model, name, FusedAttention(name, module, cache, layers))
         elif kind in FUSED and hasattr(module, "down_proj") and hasattr(module, "gate_proj"):
             _replace(model, name, FusedMlp(name, module, layers))
-        elif kind in FUSED - {"gemma"} and hasattr(module, "variance_epsilon"):
+        elif kind in UNSCALED and hasattr(module, "variance_epsilon"):
             _replace(model, name, Norm(module.weight, module.variance_epsilon))
         elif not replaced and hasattr(module, "layer_idx") and hasattr(module, "config"):
             register(module.config, cache)

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from runtime import hardware
 from runtime.serving.engine.bank import Bank
-from runtime.serving.engine.batch import assemble
+from runtime.serving.engine.batch import Batch, assemble
 from runtime.serving.engine.blocks import Adaptables
 from runtime.serving.engine.cache import SlotCache
-from runtime.serving.engine.fuse import prepare
+from runtime.serving.engine.fuse import UNSCALED, prepare
 from runtime.serving.engine.linears import Layouts
 from runtime.serving.engine.lora import Step
 from runtime.serving.engine.scheduler import Plan
+from runtime.serving.engine.trunk import Trunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +42,7 @@ class Runner:
         )
         linears = Adaptables(self._step, Layouts(twice=_is_small(model)))
         prepare(model, self.cache, linears)
+        self._trunk = Trunk(model) if model.config.model_type in UNSCALED else None
         self.bank = Bank(linears.parts, dtype=model.dtype, device=model.device)
         # a ready-made mask, so that no model builds one: the attention of rows makes its own
         self._no_mask = torch.zeros(1, 1, 1, 1, device=model.device, dtype=model.dtype)
@@ -52,18 +54,22 @@ class Runner:
             self.cache.copy(copy.source, copy.row.slot, copy.count)
         batch = assemble(plan, self.bank)
         self.cache.batch, self._step.groups = batch, batch.groups
-        chosen = batch.chosen if batch.chosen.numel() else batch.ids.new_zeros(1)
         try:
-            output = self._model(
-                input_ids=batch.ids,
-                position_ids=batch.positions,
-                attention_mask=self._no_mask,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=chosen,
-            )
+            return self._trunk.run(batch) if self._trunk is not None else self._whole(batch)
         finally:
             self.cache.batch = self._step.groups = None
+
+    def _whole(self, batch: Batch) -> Tensor:
+        """Run a model through its own `forward`."""
+        chosen = batch.chosen if batch.chosen.numel() else batch.ids.new_zeros(1)
+        output = self._model(
+            input_ids=batch.ids,
+            position_ids=batch.positions,
+            attention_mask=self._no_mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=chosen,
+        )
         logits: Tensor = output.logits[0]
         return logits[: batch.chosen.numel()]
 
