@@ -9,14 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-FEW_ROWS = 2
-"""Up to this many rows the transposed layout is the faster one."""
+FEW_PRODUCTS = 8192
+"""Up to this many outputs, rows times features, or at one row, the transposed layout is the faster one.
+
+oneDNN's kernel costs some 20 us more a call and is faster on what is large (tests/bench/RESULTS.md).
+"""
 
 
 class Transposed(nn.Module):
     """A linear layer whose weight lies as (in, out).
 
-    On a CPU a product of one or two rows with this layout reads the weight once, in order: as fast as
+    On a CPU a product of a few rows with this layout reads the weight once, in order: as fast as
     memory (tests/bench/RESULTS.md).
     """
 
@@ -114,11 +117,13 @@ class BySize(nn.Module):
     def __init__(self, few: Transposed, many: Packed) -> None:
         super().__init__()
         self.few, self.many = few, many
+        self._outs = few.weight.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out) for x (..., in)."""
         rows = x.numel() // x.shape[-1]
-        out: Tensor = self.few(x) if rows <= FEW_ROWS else self.many(x)
+        few = rows == 1 or rows * self._outs <= FEW_PRODUCTS
+        out: Tensor = self.few(x) if few else self.many(x)
         return out
 
 
