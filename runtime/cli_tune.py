@@ -70,6 +70,12 @@ KeepCheckpoints = Annotated[
 Processes = Annotated[
     int | None, typer.Option(min=1, help="Training processes on this machine; one per GPU by default.")
 ]
+Parallel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ddp|fsdp", help="Several GPUs: each holds the base model, or a slice of it (FSDP2)."
+    ),
+]
 NodeCount = Annotated[
     int | None, typer.Option("--nnodes", min=1, help="Machines of this job; each runs this command.")
 ]
@@ -105,6 +111,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     checkpoint_image: CheckpointImage = None,
     keep_checkpoint_image: KeepCheckpoints = False,
     processes: Processes = None,
+    parallel: Parallel = None,
     nnodes: NodeCount = None,
     node_rank: NodeRank = None,
     rdzv_endpoint: Endpoint = None,
@@ -123,6 +130,8 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
         overrides["output.insecure"] = True
     if checkpoint_image is not None:
         overrides["output.checkpoint_image"] = checkpoint_image
+    if parallel is not None:
+        overrides["parallel"] = parallel
     if keep_checkpoint_image:
         overrides["output.keep_checkpoint_image"] = True
     resolved = load_job(target, environ=context.obj, config=config, overrides=overrides)

@@ -679,3 +679,18 @@ def test_no_manifest_fails_otherwise_than_readably(
         load(write(folder, document), folder)
     except ConfigError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("written", "parallel"),
+    [("full_shard auto_wrap", "fsdp"), ("true", "fsdp"), ('""', "ddp"), ("false", "ddp"), ("null", "ddp")],
+)
+def test_trainers_fsdp_shards_the_base(tmp_path: Path, written: str, parallel: str) -> None:
+    text = (
+        "training_config:\n  QuantizationConfig: {load_in_4bit: true}\n"
+        f"  TrainingArguments:\n    fsdp: {written}\n    fsdp_config: {{min_num_params: 1}}\n"
+    )
+    resolved = load(SEED, tmp_path, config=write(tmp_path, config_map(text)))
+    assert resolved.job.parallel == parallel
+    assert not {"fsdp", "fsdp_config"} & resolved.job.training.keys()
+    assert any("fsdp_config has no effect here" in warning for warning in resolved.warnings)

@@ -16,7 +16,7 @@ from runtime import models
 from runtime.errors import StoppedError
 from runtime.files import write_whole
 from runtime.hardware import Hardware
-from runtime.tuning import attention, checkpoints, live, qlora, samples, spread
+from runtime.tuning import attention, checkpoints, live, qlora, samples, shard, spread
 from runtime.tuning.bar import Bar
 from runtime.tuning.dataset import Example
 from runtime.tuning.encode import Encoded
@@ -136,11 +136,16 @@ def prepare(
         hardware=machine,
         held_out=held is not None,
     )
+    sharded = job.parallel == "fsdp" and ranks.world > 1
+    # What is sharded because it is too large for one GPU is read beside it, and moves a layer at a time.
+    place = "cpu" if sharded else setting.device
     base = models.load(
-        job.model, hardware=machine, device=setting.device, quantization=job.quantization, training=True
+        job.model, hardware=machine, device=place, quantization=job.quantization, training=True
     )
     set_seed(args.seed)
     model = qlora.attach(base, job.lora, checkpointing=bool(asked_checkpointing(job)))
+    if sharded:
+        shard.shard(model, world=ranks.world, device=setting.device)
     layout = choose_layout(job.encoding.batching, base.config.model_type)
     plan = make_plan(job, train.rows, layout=layout, ranks=ranks, hardware=machine)
     log.info(
@@ -176,7 +181,8 @@ def evaluate(bench: Bench, questions: Sequence[Example]) -> Measured:
     ranks = bench.setting.ranks
     with attending(bench):
         loss = bench.trainer.held_out_loss() if bench.trainer.work.held_out else None
-    said = samples.answers(bench.model, bench.tokenizer, questions) if ranks.first else [""] * len(questions)
+    asked = ranks.first or shard.is_sharded(bench.model)
+    said = samples.answers(bench.model, bench.tokenizer, questions) if asked else [""] * len(questions)
     ranks.wait()
     if loss is not None:
         bench.meter.held_out_loss = loss

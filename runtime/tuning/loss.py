@@ -11,6 +11,7 @@ from runtime.tuning.batches import IGNORE, Layout, MicroBatch, collate, group, p
 from runtime.tuning.encode import Row
 from runtime.tuning.qlora import evaluating
 from runtime.tuning.ranks import Ranks
+from runtime.tuning.shard import is_sharded
 
 if TYPE_CHECKING:
     import torch
@@ -52,9 +53,14 @@ def mean_loss(
     lengths = [len(row) for row in rows]
     mine = list(range(ranks.rank, len(rows), ranks.world))
     sums = torch.zeros(2, dtype=torch.float64)
+    passes = [*(pack if layout == "packed" else group)(mine, lengths, budget_tokens)]
+    if is_sharded(model):  # each pass is a collective: a rank with fewer goes through one row more often
+        idle = ranks.most(len(passes), str(device)) - len(passes)
+        passes += [()] * idle
     with evaluating(model):
-        for numbers in (pack if layout == "packed" else group)(mine, lengths, budget_tokens):
-            batch = collate([rows[number] for number in numbers], layout, pad_id=0)
+        for numbers in passes:
+            chosen = [rows[number] for number in numbers or (lengths.index(min(lengths)),)]
+            batch = collate(chosen, layout, pad_id=0, counts=bool(numbers))
             sums[0] += batch_loss(model, batch, str(device)).double().cpu()
             sums[1] += int((batch.labels != IGNORE).sum())
     total = ranks.total(sums.to(device if device.type == "cuda" else "cpu"))

@@ -16,7 +16,7 @@ from runtime.tuning.settings import TuningJob
 SENTINEL = "fine_tuning_completed.txt"
 """KAITO's pusher waits for this file, then uploads what is beside it."""
 
-WITHOUT_EFFECT = {"name", "output", "checkpoint_minutes", "metrics_port", "sources"}
+WITHOUT_EFFECT = {"name", "output", "checkpoint_minutes", "metrics_port", "parallel", "sources"}
 """Settings that do not change the adapter's bytes."""
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.config import nearest
 from runtime.errors import ConfigError
 from runtime.tuning.settings import Lora
+from runtime.tuning.shard import is_sharded
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -79,13 +80,15 @@ def evaluating(model: "nn.Module") -> Iterator[None]:
     import torch
     from bitsandbytes.nn.modules import Linear4bit
 
+    # Inference tensors cannot be gathered into again for a backward pass.
+    without_gradients = torch.no_grad() if is_sharded(model) else torch.inference_mode()
     was_training = model.training
     model.train(mode=False)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.training = True
     try:
-        with torch.inference_mode():
+        with without_gradients:
             yield
     finally:
         model.train(mode=was_training)

@@ -93,6 +93,16 @@ class Ranks:
             return flag
         return bool(self.total(torch.tensor([int(flag)], device=device)).item())
 
+    def most(self, count: int, device: str) -> int:
+        """Return the largest `count` of any rank."""
+        import torch
+        from torch import distributed
+
+        found = torch.tensor(count, device=device)
+        if self.world > 1:
+            distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+        return int(found)
+
     def told(self, value: T) -> T:
         """Return rank 0's `value` on every rank."""
         from torch import distributed

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.tuning.dataset import Example
 from runtime.tuning.qlora import evaluating
+from runtime.tuning.shard import is_sharded
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,6 +57,7 @@ def answers(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", asked: Seq
         out: Any = model.generate(
             input_ids=batch["input_ids"].to(model.device),
             attention_mask=batch["attention_mask"].to(model.device),
+            synced_gpus=is_sharded(model),
             max_new_tokens=NEW_TOKENS, do_sample=False, temperature=None, top_p=None, top_k=None,
             pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip

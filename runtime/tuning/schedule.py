@@ -30,7 +30,14 @@ BUDGET_TOKENS = {"cpu": 1024, "cuda": 2048}
 """Tokens of a forward pass when the user sets no batch size: on a CPU more tokens are not faster."""
 
 _OURS = {"output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "save_total_limit"}
-_OURS |= {"resume_from_checkpoint", "gradient_checkpointing", "gradient_checkpointing_kwargs", *REFUSED}
+_OURS |= {
+    "resume_from_checkpoint",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "fsdp",
+    "fsdp_config",
+    *REFUSED,
+}
 
 
 def longest_row(job: TuningJob) -> int:

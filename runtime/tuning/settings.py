@@ -104,6 +104,8 @@ class TuningJob(Strict):
     lora: Lora = Lora()
     training: dict[str, Any] = {}
     """transformers.TrainingArguments, resolved: defaults of ours and of the preset under the user's."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """On several GPUs: each holds the base model whole, or (FSDP2) a slice of it. The adapter is the same."""
     output: Output = Output()
     fit: Literal["refuse", "adapt", "shorten"] = "refuse"
     """When the memory plan says no: stop; or take smaller passes and checkpointing whatever the training

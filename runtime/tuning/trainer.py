@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from runtime.tuning.encode import Row
 from runtime.tuning.loss import batch_loss, mean_loss
 from runtime.tuning.progress import Meter
 from runtime.tuning.ranks import Ranks
+from runtime.tuning.shard import average_gradients, is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +101,9 @@ class Tuner(Trainer):
         self.remove_callback(ProgressCallback)
         self.work, self.meter = work, meter
         self.plan = work.plan
+        self.sharded = is_sharded(model)
+        if self.sharded:  # no DDP around it: its gradients are averaged in `_step`
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def get_train_dataloader(self) -> DataLoader[Share]:
         """Return the steps; not sharded by accelerate, each rank's `Shares` are its own already."""
@@ -132,14 +137,17 @@ class Tuner(Trainer):
         device, scale = str(self.args.device), self.work.ranks.world / share.targets
         total = torch.zeros((), device=self.args.device)
         tokens = 0
-        for number, rows in enumerate(share.micro_batches):
+        passes = [(rows, not share.idle) for rows in share.micro_batches]
+        if self.sharded:  # each pass is a collective: a rank with fewer repeats one that counts nothing
+            passes += [(passes[-1][0][:1], False)] * (self.work.ranks.most(len(passes), device) - len(passes))
+        for number, (rows, counts) in enumerate(passes, 1):
             batch = collate(
                 [self.work.rows[row] for row in rows],
                 self.plan.layout,
                 pad_id=self.work.pad_id,
-                counts=not share.idle,
+                counts=counts,
             )
-            final = number == len(share.micro_batches) - 1
+            final = number == len(passes)
             with contextlib.nullcontext() if final else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     loss = batch_loss(model, batch, device) * scale
@@ -150,7 +158,9 @@ class Tuner(Trainer):
                     )
                 self.accelerator.backward(loss)
             total += loss.detach()
-            tokens += 0 if share.idle else batch.tokens
+            tokens += batch.tokens if counts else 0
+        if self.sharded:
+            average_gradients(model.parameters(), self.work.ranks.world)
         self.meter.count(tokens, share.targets)
         return total
 

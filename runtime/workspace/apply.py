@@ -75,6 +75,12 @@ def _apply_training(settings: Settings, config: TrainingConfig, found: ConfigFil
     folder = checked.pop("output_dir", None)
     if folder:
         settings.put("output.folder", folder, label("TrainingArguments.output_dir"))
+    if str(checked.pop("fsdp", None) or "false").lower() != "false":
+        settings.put("parallel", "fsdp", label("TrainingArguments.fsdp"))
+    if checked.pop("fsdp_config", None):
+        settings.warn(
+            f"{label('TrainingArguments.fsdp_config')} has no effect here: layers are sharded whole"
+        )
     for key, value in checked.items():
         settings.put(f"training.{key}", value, label(f"TrainingArguments.{key}"))
     for group, values in arguments.elsewhere(config.training, where).items():

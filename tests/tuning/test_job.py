@@ -74,12 +74,13 @@ def test_adapter_loads_in_plain_peft_and_names_no_local_path_for_a_public_base(
     assert len(moved) == 14
 
 
-def test_two_processes_give_the_loss_curve_of_one(make_job: Maker) -> None:
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_give_the_loss_curve_of_one(make_job: Maker, parallel: str) -> None:
     shape = {"lora": Lora(r=4, alpha=8)}  # dropout draws differ between one and two processes
     alone = Worker(make_job("one", training={"max_steps": 12}, **shape))
     assert alone.wait() == 0, alone.said()
     half = {"max_steps": 12, "per_device_train_batch_size": 2}
-    both = Worker(make_job("two", training=half, **shape), processes=2)
+    both = Worker(make_job("two", training=half, parallel=parallel, **shape), processes=2)
     assert both.wait() == 0, both.said()
     one, two = ([step["loss"] for step in worker.steps()] for worker in (alone, both))
     assert len(one) == 12
