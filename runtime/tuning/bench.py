@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from safetensors import SafetensorError
+
 from runtime import models
 from runtime.errors import StoppedError
 from runtime.files import write_whole
@@ -223,8 +225,13 @@ def train_through(bench: Bench, *, folder: Path, mark: str) -> None:
     resumed = spread.agreed(folder, ranks)
     if resumed:
         log.info("going on from %s", resumed.name)
-    with bench.setting.stop.deferred(), attending(bench), contextlib.closing(bench.reporter):
-        bench.trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    try:
+        with bench.setting.stop.deferred(), attending(bench), contextlib.closing(bench.reporter):
+            bench.trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    except (OSError, RuntimeError, SafetensorError):  # a full disk, among others: its reason needs some room
+        if ranks.first:
+            checkpoints.clear_unfinished(folder)
+        raise
     if bench.survival.stopped:
         step = bench.trainer.state.global_step
         raise StoppedError(f"stopped after step {step} with a checkpoint; the same command goes on from it")

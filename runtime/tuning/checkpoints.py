@@ -85,3 +85,10 @@ def prune(folder: Path, keep: int | None) -> None:
     for path in listed(folder)[: -max(keep, 1)]:
         (path / MANIFEST).unlink(missing_ok=True)  # so that a removal cut short leaves no half checkpoint
         shutil.rmtree(path, ignore_errors=True)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what lies below `folder` under a checkpoint's name and was never sealed: it only takes space."""
+    for path in listed(folder):
+        if not (path / MANIFEST).exists():
+            shutil.rmtree(path, ignore_errors=True)

@@ -4,6 +4,7 @@ torchrun answers 1 whatever its workers died of; each worker leaves a file, and 
 failure of them. Knows the error tree and files, not processes. Start at `record` and `of_workers`.
 """
 
+import errno
 import json
 import logging
 import time
@@ -24,6 +25,9 @@ TERMINATION_LOG = Path("/dev/termination-log")
 NOT_MET = 75
 """torchrun's exit status here when other nodes did not come, or went before the workers began."""
 
+_DISK_FULL = ("os error 28", "PytorchStreamWriter failed", "inline_container.cc")
+"""In the texts of safetensors' and torch's errors, which are no OSError."""
+
 KINDS = {kind.__name__: kind for kind in errors.EXIT_CODES}
 
 
@@ -31,8 +35,13 @@ def as_failure(error: BaseException) -> Failure:
     """Return `error` as a Failure: itself, what a full disk or memory means, or one nobody foresaw."""
     if isinstance(error, Failure):
         return error
-    if isinstance(error, OSError) and error.errno == 28:  # ENOSPC
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return errors.CapacityError(f"no space left on the disk of {error.filename or 'the output folder'}")
+    if any(sign in str(error) for sign in _DISK_FULL):
+        return errors.CapacityError(
+            "no space left on the disk of the output folder while a checkpoint or the adapter was written; "
+            "free some, or lower save_total_limit; the same command goes on from the last checkpoint"
+        )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return errors.CapacityError(
             "out of memory; lower max_length or per_device_train_batch_size, or quantise to 4 bits"

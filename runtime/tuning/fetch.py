@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
 
 import httpx
@@ -71,15 +73,15 @@ def fetch(
         return
     if not source.urls:
         return
-    jobs = dict(zip(dict.fromkeys(source.urls), targets(source), strict=True))
     stop = threading.Event()
+    downloads = [
+        _Download(url, path, token=token, source=source, policy=policy, stop=stop)
+        for url, path in zip(dict.fromkeys(source.urls), targets(source), strict=True)
+    ]
     pool = ThreadPoolExecutor(policy.parallel, thread_name_prefix="fetch")
     try:
         source.folder.mkdir(parents=True, exist_ok=True)
-        running = [
-            pool.submit(_Download(url, path, token=token, source=source, policy=policy, stop=stop).run)
-            for url, path in jobs.items()
-        ]
+        running = [pool.submit(download.run) for download in downloads]
         done, _ = wait(running, return_when=FIRST_EXCEPTION)
         stop.set()  # one failed, or all are done
         failed = [job for job in running if job in done and job.exception() is not None]
@@ -87,6 +89,8 @@ def fetch(
             job.result()
     finally:
         stop.set()
+        for download in downloads:
+            download.hang_up()
         pool.shutdown(cancel_futures=True)
 
 
@@ -133,6 +137,7 @@ class _Download:
         self.token, self.policy, self.stop = token, policy, stop
         self.allow_private = source.allow_private_addresses
         self.deadline = time.monotonic() + policy.deadline_s
+        self.connection: Any = None
 
     @property
     def identity(self) -> str:
@@ -219,13 +224,26 @@ class _Download:
             secret = {}
             if self.token is not None and parts.scheme == "https" and parts.hostname in HUB_HOSTS:
                 secret = {"Authorization": f"Bearer {self.token.get_secret_value()}"}
-            with client.stream("GET", url, headers={**headers, **secret}) as response:
+            watched = {"trace": self._watch}
+            with client.stream("GET", url, headers={**headers, **secret}, extensions=watched) as response:
                 self._check_peer(response, url)
                 if not response.is_redirect:
                     yield response
                     return
                 url = urljoin(url, response.headers["Location"])
         raise DataError(f"{shown(self.url)}: more than {self.policy.redirects} redirects")
+
+    def _watch(self, event: str, info: dict[str, Any]) -> None:
+        """Remember the connection that httpx opened, for `hang_up`."""
+        if event == "connection.connect_tcp.complete":
+            self.connection = info["return_value"]
+
+    def hang_up(self) -> None:
+        """End a download that waits for a silent server: called when all is over, from another thread."""
+        opened = self.connection and self.connection.get_extra_info("socket")
+        if opened:
+            with contextlib.suppress(OSError):
+                opened.shutdown(socket.SHUT_RDWR)
 
     def _check_peer(self, response: httpx.Response, url: str) -> None:
         """Check whom we are really connected to: a name may resolve differently the second time."""

@@ -127,11 +127,13 @@ class Tuner(Trainer):
         over ranks is the loss per learnt token of the whole step.
         """
         model.train()
+        share: Share = inputs if self.plan is self.work.plan else self._arranged(inputs)
         while True:
             try:
-                return self._step(model, inputs)
+                return self._step(model, share)
             except torch.OutOfMemoryError:
-                inputs = self._smaller(model, inputs)
+                self._shrink(model, share)
+                share = self._arranged(share)
 
     def _step(self, model: Any, share: Share) -> torch.Tensor:
         device, scale = str(self.args.device), self.work.ranks.world / share.targets
@@ -164,23 +166,22 @@ class Tuner(Trainer):
         self.meter.count(tokens, share.targets)
         return total
 
-    def _smaller(self, model: Any, share: Share) -> Share:
-        """Return `share` for half the token budget after CUDA ran out of memory, or raise CapacityError."""
+    def _shrink(self, model: Any, share: Share) -> None:
+        """Halve the token budget of a pass after CUDA ran out of memory, or raise CapacityError."""
+        budget = self.plan.budget_tokens
         longest = max(len(self.work.rows[row]) for rows in share.micro_batches for row in rows)
-        advice = (
-            f"out of GPU memory with {self.plan.budget_tokens} tokens in a pass, longest row {longest}; "
-            "lower max_length or per_device_train_batch_size, or set gradient_checkpointing: true"
-        )
-        if (
-            not self.args.auto_find_batch_size
-            or self.work.ranks.world > 1
-            or len(share.micro_batches[0]) == 1
-        ):
-            raise CapacityError(advice) from None
+        if not self.args.auto_find_batch_size or self.work.ranks.world > 1 or budget <= longest:
+            raise CapacityError(
+                f"out of GPU memory with {budget} tokens in a pass, longest row {longest}; lower max_length "
+                "or per_device_train_batch_size, or set gradient_checkpointing: true"
+            ) from None
         model.zero_grad()
         torch.cuda.empty_cache()
-        self.plan = replace(self.plan, budget_tokens=max(longest, self.plan.budget_tokens // 2))
+        self.plan = replace(self.plan, budget_tokens=max(longest, budget // 2))
         log.warning("out of GPU memory: going on with %d tokens a pass", self.plan.budget_tokens)
+
+    def _arranged(self, share: Share) -> Share:
+        """Return the same step in passes of the present budget: shares are dealt one ahead of the steps."""
         return self.plan.share([row for rows in share.micro_batches for row in rows], 0)
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
