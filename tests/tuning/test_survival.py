@@ -71,7 +71,7 @@ def test_fault_1_and_2_killed_wherever_it_is_the_job_ends_with_the_same_bytes(ma
             ),
         )
         assert fault(listed(here.checkpoints)[-1]) == "it was not finished"
-    chance = random.Random(7)  # noqa: S311
+    chance = random.Random(7)
     for _ in range(2):
         worker = Worker(job)
         worker.wait_for_step(newest_step(here.checkpoints) + 2)
