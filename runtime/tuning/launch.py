@@ -52,8 +52,9 @@ def run(
     phase = "preflight"
     try:
         # Rank 0 answers on this port as soon as it runs.
-        answering = live.serving(job.metrics_port, lambda: live.State(job.name, job.model.name, phase))
-        with StopSignal().installed(), answering:
+        port = job.metrics_port if nodes.first else None
+        watched = live.serving(port, lambda: live.State(job.name, job.model.name, phase))
+        with StopSignal().installed(), watched:
             _preflight(job, access if nodes.first else None)
             if places.is_done(job, with_adapter=nodes.first):
                 phase = "publish"
