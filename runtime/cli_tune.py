@@ -6,7 +6,7 @@ Knows flags. What they mean lies in runtime/workspace. Start at `tune`.
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from pydantic import BaseModel
@@ -16,6 +16,9 @@ from runtime.config import yaml_documents
 from runtime.errors import ConfigError, Failure, StoppedError, exit_code
 from runtime.tuning.settings import TuningJob
 from runtime.workspace.settings import Resolved
+
+if TYPE_CHECKING:
+    from runtime.tuning.nodes import Nodes
 
 log = logging.getLogger(__name__)
 
@@ -142,11 +145,16 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
         _preview(resolved.job, preview, environ=context.obj or {})
         return
     job = ready(resolved)
-    from runtime.tuning import launch, publish
     from runtime.tuning.nodes import Nodes
 
     environ = context.obj or {}
     nodes = Nodes.read(environ, count=nnodes, rank=node_rank, endpoint=rdzv_endpoint)
+    _launch(job, nodes, processes=processes, environ=environ)
+
+
+def _launch(job: TuningJob, nodes: "Nodes", *, processes: int | None, environ: Mapping[str, str]) -> None:
+    from runtime.tuning import launch, publish
+
     try:
         launch.run(job, processes=processes, nodes=nodes, access=publish.access_of(job, environ))
     except Failure as failure:  # the last line of a pod's log, in the form of all others
