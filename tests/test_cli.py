@@ -269,7 +269,8 @@ def test_failure_line_holds_no_secret(
 ) -> None:
     error = errors.DataError("https://x.example/rows.parquet?sig=SECRET answered 403")
     assert _run_ending_with(error, monkeypatch) == 3
-    assert failure_line(capsys) == "error: https://x.example/rows.parquet answered 403"
+    last = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert (last["level"], last["msg"]) == ("error", "https://x.example/rows.parquet answered 403")
 
 
 def test_wheel_installs_with_its_presets(tmp_path: Path) -> None:
