@@ -29,12 +29,14 @@ class Trunk:
         self._head = model.get_output_embeddings()
 
     def run(self, batch: Batch) -> Tensor:
-        """Return logits (C, V) of the batch's chosen tokens."""
+        """Return logits (C, V) of the batch's chosen tokens; (0, 1) when there are none."""
         hidden = self._embed(batch.ids)  # (1, N, hidden)
         angles = self._angles(hidden, batch.positions)
         for before, attention, after, mlp in self._layers:
             hidden = hidden + attention(before(hidden), angles)[0]
             hidden = hidden + mlp(after(hidden))
+        if not batch.chosen.numel():  # all tokens are the middle of prompts
+            return hidden.new_empty(0, 1)
         # every step runs its last norm on the chosen tokens alone
         logits: Tensor = self._head(self._norm(hidden[0, batch.chosen]))
         return logits

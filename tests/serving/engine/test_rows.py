@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from runtime.errors import ConfigError, RequestError, UnavailableError
 from runtime.serving.engine.protocol import Start
-from runtime.serving.engine.rows import CHUNK_TOKENS, RowEngine
+from runtime.serving.engine.rows import ALONE_TOKENS, CHUNK_TOKENS, RowEngine
 
 from .asking import ask, collect, generate, load, run
 
@@ -212,6 +212,17 @@ def test_others_get_tokens_while_a_long_prompt_is_read(
     reading = [(rows, tokens) for rows, tokens in plans[1:] if tokens]
     assert len(reading) == 3
     assert all(rows == 1 and tokens <= CHUNK_TOKENS for rows, tokens in reading)
+
+
+def test_a_prompt_of_several_steps_is_read_when_no_other_row_runs(
+    engine: RowEngine, tiny_llama_dir: Path
+) -> None:
+    """The first of its steps chooses no token at all."""
+    prompt = some_prompts(590, vocabulary=512)[0]
+    assert len(prompt) > ALONE_TOKENS
+    assert run(engine, ask(prompt, max_new_tokens=4))[0][0] == generate(
+        load(tiny_llama_dir), prompt, max_new_tokens=4
+    )
 
 
 def test_a_prompt_longer_than_the_context_is_refused_before_the_queue(engine: RowEngine) -> None:
