@@ -30,7 +30,7 @@ class Trunk:
 
     def run(self, batch: Batch) -> Tensor:
         """Return logits (C, V) of the batch's chosen tokens; (0, 1) when there are none."""
-        hidden = self._embed(batch.ids)  # (1, N, hidden)
+        hidden: Tensor = self._embed(batch.ids)  # (1, N, hidden)
         angles = self._angles(hidden, batch.positions)
         for before, attention, after, mlp in self._layers:
             hidden = hidden + attention(before(hidden), angles)[0]
