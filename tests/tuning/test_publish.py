@@ -5,28 +5,42 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-from runtime.tuning import job as jobs
-from runtime.tuning import places, publish
-from runtime.tuning.bench import Course
-from runtime.tuning.ranks import Ranks
+from runtime.tuning import places
 from runtime.tuning.settings import TuningJob
-from runtime.tuning.stop import StopSignal
 
 SEED = Path(__file__).parents[2] / "examples/fine-tuning/kaito_workspace_tuning_phi_3.yaml"
 
 
+RANK = """
+import os
+import sys
+from pathlib import Path
+from runtime.tuning import job, publish
+from runtime.tuning.bench import Course
+from runtime.tuning.ranks import Ranks
+from runtime.tuning.settings import TuningJob
+from runtime.tuning.stop import StopSignal
+made, out = Path(sys.argv[1]), Path(sys.argv[2])
+ranks = Ranks.read(os.environ)
+publish.publish = lambda *_: (out / f"published-{ranks.rank}").touch()
+job.run(TuningJob.model_validate_json(made.read_text()), ranks=ranks, stop=StopSignal(), course=Course())
+(out / f"ended-{ranks.rank}").touch()
+ranks.leave()
+"""
+
+
 def test_a_finished_job_is_published_again_by_the_first_rank_alone(
-    make_job: Callable[..., TuningJob], monkeypatch: pytest.MonkeyPatch
+    make_job: Callable[..., TuningJob], tmp_path: Path
 ) -> None:
     job = make_job()
     places.mark_done(job)
-    published: list[int] = []
-    for rank in (0, 1):
-        monkeypatch.setattr(publish, "publish", lambda *_, rank=rank: published.append(rank))
-        jobs.run(job, ranks=Ranks(rank=rank, local_rank=rank, world=2), stop=StopSignal(), course=Course())
-    assert published == [0]
+    script, made, out = tmp_path / "rank.py", tmp_path / "job.json", tmp_path / "said"
+    script.write_text(RANK)
+    made.write_text(job.model_dump_json())
+    out.mkdir()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, script, made, out], check=True, timeout=120, capture_output=True)
+    assert sorted(path.name for path in out.iterdir()) == ["ended-0", "ended-1", "published-0"]
 
 
 def test_a_worker_started_by_hand_refuses_a_manifest_with_placeholders() -> None:
