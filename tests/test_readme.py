@@ -30,7 +30,9 @@ def test_every_file_of_its_tree_exists() -> None:
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("line", re.findall(r"^runtime (?:presets|tune --dry-run).*", README, re.MULTILINE))
+@pytest.mark.parametrize(
+    "line", re.findall(r"^runtime (?:presets|plan|tune --dry-run).*", README, re.MULTILINE)
+)
 def test_its_light_commands_answer_at_once(line: str) -> None:
     command = [str(Path(sys.executable).with_name("runtime")), *line.split()[1:]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)

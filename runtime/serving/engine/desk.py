@@ -14,6 +14,9 @@ from runtime.errors import OverloadedError, UnavailableError, UnknownModelError
 from runtime.serving.engine.protocol import FinishReason, Request, Token
 from runtime.serving.engine.ticket import Ticket
 
+LAST_STEP_S = 10.0
+"""How long a closed engine is waited for; a step of a large model on a CPU takes seconds."""
+
 
 class Desk:
     """Takes requests in order of arrival; at most `queue` wait while `rows` are being answered."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.errors import RequestError, UnavailableError
-from runtime.serving.engine.desk import Desk
+from runtime.serving.engine.desk import LAST_STEP_S, Desk
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
 from runtime.serving.engine.residents import Residents
 from runtime.serving.engine.sampling import Sampler
@@ -74,6 +74,8 @@ class PlainEngine:
     def close(self) -> None:
         """Stop the thread after the step it is at; everything in flight ends as cancelled."""
         self._desk.close("cancelled")
+        # an interpreter that ends while the thread is inside torch aborts the process
+        self._thread.join(LAST_STEP_S)
 
     def _run(self) -> None:
         while self._desk.is_open:

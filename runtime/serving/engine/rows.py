@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import ConfigError, RequestError, UnavailableError
-from runtime.serving.engine.desk import Desk
+from runtime.serving.engine.desk import LAST_STEP_S, Desk
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
 from runtime.serving.engine.runner import Runner
 from runtime.serving.engine.sampling import Sampler
@@ -111,6 +111,8 @@ class RowEngine:
     def close(self) -> None:
         """Stop the thread after the step it is at; everything in flight ends as cancelled."""
         self._desk.close("cancelled")
+        # an interpreter that ends while the thread is inside torch aborts the process
+        self._thread.join(LAST_STEP_S)
 
     def _run(self) -> None:
         while self._desk.is_open:

@@ -103,6 +103,8 @@ def test_the_shortlist_is_what_truncation_keeps_or_says_it_is_too_short(
         return
     ids, values = short
     assert torch.equal(values, scores[ids])
-    if not ties:  # among equals at the border of top_p either may stay
-        assert sorted(ids.tolist()) == expected
-    assert len(ids) == len(expected)
+    # sums in another order: the token on the border of top_p or min_p may fall on either side
+    border = int(top_p < 1.0 or min_p > 0.0)
+    if not ties:  # among equals at the border either may stay
+        assert len(set(ids.tolist()) ^ set(expected)) <= border
+    assert abs(len(ids) - len(expected)) <= border
