@@ -113,6 +113,17 @@ def compute_dtype(hardware: Hardware, wanted: Dtype = "auto") -> Literal["float3
     return wanted
 
 
+def peak_resident_bytes() -> int:
+    """Return the most host memory that this process held.
+
+    Not getrusage's ru_maxrss: a process starts with the peak of the one that spawned it.
+    """
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 def return_freed_memory() -> None:
     """Make glibc give freed blocks of 1 MiB and more back at once; without effect on another libc.
 

@@ -1,5 +1,8 @@
 """The compute type follows the GPU: bfloat16 only where it is native, never on a CPU by itself."""
 
+import subprocess
+import sys
+
 import pytest
 
 from runtime.errors import ConfigError
@@ -40,3 +43,10 @@ def test_without_a_driver_the_cpu_is_found_with_its_memory() -> None:
     if found.kind == "cuda":
         pytest.skip("a GPU is here")
     assert found.memory_bytes > 1 << 30
+
+
+def test_peak_memory_is_the_process_s_own_and_not_that_of_who_spawned_it() -> None:
+    held = b"x" * (400 << 20)
+    code = "from runtime import hardware; print(hardware.peak_resident_bytes())"
+    peak = int(subprocess.check_output([sys.executable, "-c", code]))
+    assert 10 << 20 < peak < len(held)

@@ -4,11 +4,10 @@ Loads as the server does and generates one token; opens no port. Start at `check
 """
 
 import asyncio
-import resource
 import time
 from dataclasses import dataclass
 
-from runtime import oci
+from runtime import hardware, oci
 from runtime.serving import loading
 from runtime.serving.settings import ServeConfig
 
@@ -56,7 +55,7 @@ def check(config: ServeConfig, *, access: oci.Access) -> Checked:
             refused=tuple(name for name in wanted if name not in names),
             load_s=round(loaded - started, 2),
             first_token_s=round(answered - loaded, 2),
-            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+            peak_memory_bytes=hardware.peak_resident_bytes(),
         )
     finally:
         served.engine.close()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from runtime import hardware
 from runtime.tuning.history import History
 
 log = logging.getLogger(__name__)
@@ -185,13 +186,12 @@ def duration(seconds: float) -> str:
 
 def memory_bytes() -> int:
     """Return the peak memory of this process: of its GPU when it uses one, else resident."""
-    import resource
     import sys
 
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_reserved())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return hardware.peak_resident_bytes()
 
 
 def _finite(value: float) -> float | None:
