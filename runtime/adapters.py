@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from runtime.errors import ConfigError
-from runtime.files import sync_directory, write_whole
+from runtime.files import finish, sync_directory, write_whole
 from runtime.model_source import ModelSource
 
 if TYPE_CHECKING:
@@ -170,12 +170,9 @@ def save(
 
 def _move_all(scratch: Path, folder: Path) -> None:
     files = [path for path in scratch.rglob("*") if path.is_file()]
-    # safetensors makes files that only their owner can read; the config has the mode of the user's umask
-    mode = (scratch / CONFIG_FILE).stat().st_mode
+    mode = (scratch / CONFIG_FILE).stat().st_mode  # that of the user's umask
     for path in sorted(files, key=lambda path: (path.name == WEIGHTS_FILE, str(path))):
-        with path.open("rb") as written:
-            os.fsync(written.fileno())
-        path.chmod(mode)
+        finish(path, mode=mode)
         target = folder / path.relative_to(scratch)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)

@@ -19,6 +19,16 @@ def write_whole(path: Path, text: str) -> None:
     aside.replace(path)
 
 
+def finish(path: Path, *, mode: int) -> None:
+    """Bring a file that a library has written to the disk, readable to whom `mode` says.
+
+    safetensors makes files that only their owner can read, whatever the user's umask.
+    """
+    with path.open("rb") as written:
+        os.fsync(written.fileno())
+    path.chmod(mode)
+
+
 def sync_directory(folder: Path) -> None:
     """Bring a directory's own entries (names made or moved in it) to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from runtime import adapters, models, presets
 from runtime.config import read_text
 from runtime.errors import CapacityError, ConfigError
-from runtime.files import sync_directory
+from runtime.files import finish, sync_directory
 from runtime.hardware import Hardware
 from runtime.memory.shape import BYTES
 from runtime.model_source import Dtype, ModelSource
@@ -53,13 +53,14 @@ def merge(folder: Path, target: Path, *, base: ModelSource, machine: Hardware, d
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists already; give a new directory")
     weights = models.locate(base)
-    stored = _stored_dtype(base, weights) if dtype == "auto" else dtype
-    _check_memory(base, weights, stored, machine)
-    merged = _merged(base.model_copy(update={"path": weights, "dtype": stored}), folder, machine)
+    stored = _stored_dtype(base, weights)
+    written = stored if dtype == "auto" else dtype
+    _check_memory(base, weights, BYTES[written] / BYTES[stored], machine)
+    merged = _merged(base.model_copy(update={"path": weights, "dtype": written}), folder, machine)
     with _aside(target) as scratch, models.quiet_progress():
         merged.save_pretrained(str(scratch))
         _save_tokenizer(base, folder, scratch)
-    log.info("merged %s into %s, %s", folder.name, target, stored)
+    log.info("merged %s into %s, %s", folder.name, target, written)
     return target
 
 
@@ -87,12 +88,12 @@ def _stored_dtype(base: ModelSource, weights: Path) -> Dtype:
     return cast("Dtype", dtype) if dtype in BYTES else "float32"
 
 
-def _check_memory(base: ModelSource, weights: Path, dtype: Dtype, machine: Hardware) -> None:
-    """Refuse before half an hour of reading when the weights cannot stand in the host's memory."""
+def _check_memory(base: ModelSource, weights: Path, growth: float, machine: Hardware) -> None:
+    """Refuse before half an hour of reading when the weights, times `growth`, exceed the memory."""
     if machine.kind != "cpu":
         return
     size = sum(path.stat().st_size for path in weights.glob("*.safetensors"))
-    needed = size * BYTES[dtype] // BYTES.get(_stored_dtype(base, weights), 2)
+    needed = int(size * growth)
     if needed > machine.memory_bytes:
         raise CapacityError(
             f"merging {base.name} takes {needed / 2**30:.1f} GiB of memory and "
@@ -116,9 +117,9 @@ def _aside(target: Path) -> Iterator[Path]:
     scratch.mkdir()
     try:
         yield scratch
+        mode = (scratch / "config.json").stat().st_mode  # that of the user's umask
         for path in scratch.iterdir():
-            with path.open("rb") as written:
-                os.fsync(written.fileno())
+            finish(path, mode=mode)
         scratch.replace(target)
         sync_directory(target.parent)
     finally:

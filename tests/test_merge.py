@@ -1,6 +1,7 @@
 """Merged models answer as base and adapter do, and plain transformers loads them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def test_merged_logits_equal_base_and_adapter(
     merged = logits(AutoModelForCausalLM.from_pretrained(str(target), dtype=torch.float32))
     assert (merged - expected).abs().max() < 1e-5
     assert (merged - plain).abs().max() > 1e-2
-    assert list(target.glob("*.safetensors"))
+    (weights,) = target.glob("*.safetensors")
+    assert weights.stat().st_mode == (target / "config.json").stat().st_mode, "others may read them too"
     assert not [path for path in target.parent.iterdir() if path != target]
     tokenizer = AutoTokenizer.from_pretrained(str(target))
     assert "assistant" in tokenizer.apply_chat_template(
@@ -116,3 +118,16 @@ def test_an_adapter_of_another_shape_is_refused_by_name(adapter_dir: Path, tmp_p
     with pytest.raises(ConfigError, match="adapter adapter does not fit"):
         merge.merge(adapter_dir, tmp_path / "m", base=ModelSource(name="o", path=other), machine=CPU)
     assert not (tmp_path / "m").exists()
+
+
+def test_quantised_base_is_refused_whatever_type_is_asked_for(
+    tiny_llama_dir: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama_dir, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    gpu = Hardware("cuda", "test", (7, 0), 16 << 30, 1)
+    source = ModelSource(name="base", path=base)
+    with pytest.raises(ConfigError, match=r"quantised \(awq\)"):
+        merge.merge(adapter_dir, tmp_path / "merged", base=source, machine=gpu, dtype="float16")
