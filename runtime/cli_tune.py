@@ -173,8 +173,7 @@ def _preview(job: TuningJob, count: int, *, environ: Mapping[str, str]) -> None:
 def ready(resolved: Resolved[Ready]) -> Ready:
     """Return what is to run, with its warnings in the log; ConfigError while a placeholder is left."""
     settled = resolved.ready()
-    for warning in resolved.warnings:
-        log.warning("%s", warning)
+    resolved.warn()
     return settled
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "runtime").rglob("*.py"))
 
 LAYERS = [
-    {"errors", "logs", "files"},
+    {"errors", "logs", "files", "retry_after"},
     {"config"},
     {"model_source", "presets", "hardware", "oci"},
     {"models", "adapters", "memory", "merge", "metrics"},

@@ -110,7 +110,7 @@ def read(file: Path, *, name: str) -> Shape:
     try:
         config = json.loads(read_text(file))
         text = config.get("text_config") or config
-        size = _dimensions(text)
+        size = dimensions(text)
         kind = str(text.get("model_type") or config.get("model_type"))
         context = int(text.get("max_position_embeddings") or text.get("n_positions") or 2048)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -122,7 +122,8 @@ def read(file: Path, *, name: str) -> Shape:
     return Shape(name, kind, size, context, stored, quantized)
 
 
-def _dimensions(text: Mapping[str, Any]) -> Dimensions:
+def dimensions(text: Mapping[str, Any]) -> Dimensions:
+    """Return what the configuration of a text model states; KeyError or TypeError for what it lacks."""
     kind = str(text.get("model_type"))
     hidden, heads = int(text["hidden_size"]), int(_first(text, "num_attention_heads", "n_head"))
     window = text.get("sliding_window") if text.get("use_sliding_window", True) else None

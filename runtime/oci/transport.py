@@ -4,12 +4,10 @@
 500 (and everything else for 131 s), and sends an expired token again. Start at `Transport.send`.
 """
 
-import email.utils
 import logging
 import random
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit, urlunsplit
 
@@ -17,6 +15,7 @@ import oras.provider
 import requests
 from requests.adapters import HTTPAdapter
 
+from runtime import retry_after
 from runtime.errors import RegistryError, TransientError
 from runtime.logs import redact
 from runtime.oci.access import Access
@@ -223,7 +222,7 @@ def raise_if_busy(response: requests.Response) -> None:
     """Raise LostError for a status that asks to try again."""
     if response.status_code in RETRIED:
         text = f"{response.status_code} {response.reason}{explain(response)}"
-        raise LostError(text, _retry_after(response.headers.get("Retry-After")))
+        raise LostError(text, retry_after.seconds(response.headers.get("Retry-After")))
 
 
 def unexpected(response: requests.Response, what: str) -> RegistryError:
@@ -245,17 +244,6 @@ def explain(response: requests.Response) -> str:
 
 def _raise_refused(response: requests.Response, header: str | None) -> None:
     raise unexpected(response, _short(response.url))
-
-
-def _retry_after(value: str | None) -> float | None:
-    if not value:
-        return None
-    if value.strip().isdigit():
-        return float(value)
-    try:
-        return max(0.0, (email.utils.parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
-        return None
 
 
 def _is_loopback(host: str) -> bool:

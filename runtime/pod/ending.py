@@ -23,7 +23,6 @@ def status_of(work: Callable[[], None], *, phase: str, termination_log: Path) ->
         work()
     except Failure as reason:
         log.error("%s", reason)  # noqa: TRY400 - one line: the failure's text says it all
-        if termination_log.is_file() and termination_log.stat().st_size == 0:
-            failure.tell(failure.describe(reason, phase, 0), termination_log)
+        failure.tell_first(failure.describe(reason, phase, 0), termination_log)
         return exit_code(reason)
     return 0

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], *, root: Path = P
 
     `arguments` have no meaning: some controllers send those of the inference server along.
     """
-    termination_log = root / failure.TERMINATION_LOG.relative_to("/")
+    termination_log = failure.termination_log(root)
     ranks = Ranks.read(environ)
     if ranks.world > 1:
         from runtime.tuning import __main__ as worker
@@ -39,7 +39,7 @@ def _launch(arguments: Sequence[str], environ: Mapping[str, str], root: Path) ->
     from runtime.tuning import launch, publish
 
     job = _job(arguments, environ, root)
-    place = root / failure.TERMINATION_LOG.relative_to("/")
+    place = failure.termination_log(root)
     # accelerate asked for one process: torchrun would take every GPU it sees.
     launch.run(job, processes=1, access=publish.access_of(job, environ), termination_log=place)
 
@@ -48,6 +48,5 @@ def _job(arguments: Sequence[str], environ: Mapping[str, str], root: Path) -> Tu
     if arguments:
         log.info("flags without meaning here: %s", " ".join(arguments))
     resolved = load_job(None, environ=environ, root=root)
-    for warning in resolved.warnings:
-        log.warning("%s", warning)
+    resolved.warn()
     return resolved.ready()

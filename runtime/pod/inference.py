@@ -52,11 +52,10 @@ def main(
         from runtime.serving import server
 
         resolved = resolve(arguments, environ, root)
-        for warning in resolved.warnings:
-            log.warning("%s", warning)
+        resolved.warn()
         server.run(resolved.ready(), access=oci.from_environment(environ))
 
-    place = root / failure.TERMINATION_LOG.relative_to("/")
+    place = failure.termination_log(root)
     return status_of(serve, phase="serve", termination_log=place)
 
 

@@ -4,7 +4,6 @@ FILE is a resolved job (JSON, written by the parent process) or a Workspace mani
 with the exit code of errors.py and leaves its reason in the output folder. Start at `main`.
 """
 
-import contextlib
 import functools
 import logging
 import os
@@ -55,8 +54,8 @@ def work(read: Callable[[], TuningJob], *, termination_log: Path | None = None) 
         if asked is not None:
             record = Places(asked.output.folder).failure(ranks.rank)
             failure.record(record, reason, course.phase, course.meter.step)
-        if termination_log is not None and _is_empty(termination_log):
-            failure.tell(failure.describe(reason, course.phase, course.meter.step), termination_log)
+        if termination_log is not None:
+            failure.tell_first(failure.describe(reason, course.phase, course.meter.step), termination_log)
         foreseen, stopped = isinstance(error, Failure), isinstance(error, StoppedError)
         log.log(
             logging.INFO if stopped else logging.ERROR,
@@ -93,12 +92,6 @@ def parse_job(path: Path) -> TuningJob:
         return parse(TuningJob, json.loads(read_text(path)), str(path))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not valid JSON: {error.msg} (line {error.lineno})") from None
-
-
-def _is_empty(path: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return path.stat().st_size == 0
-    return False
 
 
 if __name__ == "__main__":

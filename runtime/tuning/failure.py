@@ -120,6 +120,17 @@ def from_record(entry: dict[str, Any]) -> Failure:
     return KINDS.get(str(entry["kind"]), Failure)(entry["message"])
 
 
+def termination_log(root: Path) -> Path:
+    """Return the termination log of a pod whose files lie below `root`."""
+    return root / TERMINATION_LOG.relative_to("/")
+
+
+def tell_first(entry: dict[str, Any], path: Path) -> None:
+    """Write `entry` as `tell` does, unless something stands there: who came first knows better."""
+    if path.is_file() and path.stat().st_size == 0:
+        tell(entry, path)
+
+
 def tell(entry: dict[str, Any], path: Path = TERMINATION_LOG) -> None:
     """Write `entry` where Kubernetes shows it, when that file is there and writable."""
     shown = {key: entry[key] for key in ("phase", "code", "message", "step", "retriable")}

@@ -14,8 +14,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
@@ -23,7 +21,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 import httpx
 from pydantic import SecretStr
 
-from runtime import oci
+from runtime import oci, retry_after
 from runtime.errors import CapacityError, DataError, StoppedError, TransientError
 from runtime.files import write_whole
 from runtime.oci.access import DEFAULT
@@ -267,7 +265,7 @@ class _Download:
             self.part.unlink(missing_ok=True)
             raise _Again("has no bytes after what was fetched: starting over")
         if status in _RETRIED:
-            raise _Again(f"answered {status}", _retry_after(response))
+            raise _Again(f"answered {status}", retry_after.seconds(response.headers.get("Retry-After")))
         hint = "; is HF_TOKEN set, or the signature expired?" if status in (401, 403) else ""
         raise DataError(f"{shown(self.url)}: answered {status}, expected the file{hint}")
 
@@ -313,14 +311,3 @@ class _Again(Exception):
     def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
         super().__init__(reason)
         self.retry_after_s = retry_after_s
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    """Return the wait that the server asks for, in seconds or until a date (RFC 9110, 10.2.3)."""
-    value = response.headers.get("Retry-After", "").strip()
-    if value.isdigit():
-        return float(value)
-    try:
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (TypeError, ValueError):  # no date, or one without its zone
-        return None

@@ -77,14 +77,13 @@ def plan(job: TuningJob, machine: Hardware, *, processes: int | None = None, row
     asked = _run(job, shape, machine, processes=count, row_tokens=row_tokens)
     if rows:
         asked = replace(asked, labelled_share=max(row.targets / len(row) for row in rows))
+    word = asked_checkpointing(job)
     wish = Wish(
         row_tokens,
-        checkpointing=None if job.fit != "refuse" else asked_checkpointing(job),
+        checkpointing=word if word or job.fit == "refuse" else None,
         smaller_passes=job.fit != "refuse" or "per_device_train_batch_size" not in job.training,
         shorter_rows=job.fit == "shorten" and not rows,
     )
-    if asked_checkpointing(job) and wish.checkpointing is None:
-        wish = replace(wish, checkpointing=True)
     room = fitting.available(machine, processes=count)
     chosen = fitting.choose(shape, asked, wish, room=room)
     advice = () if chosen.fits else _advice(job, Fit(shape, machine, asked, wish, chosen, ()))
@@ -118,10 +117,8 @@ def settle(job: TuningJob, machine: Hardware, *, processes: int, rows: Sequence[
     """
     fit = _plan_if_known(job, machine, processes, rows)
     if fit is None:  # the thrifty way where memory is dear
-        checkpointing = (
-            machine.kind == "cuda" if asked_checkpointing(job) is None else asked_checkpointing(job)
-        )
-        return _with_checkpointing(job, bool(checkpointing))
+        word = asked_checkpointing(job)
+        return _with_checkpointing(job, machine.kind == "cuda" if word is None else word)
     if not fit.chosen.fits:
         raise CapacityError(fit.line)
     log.info("memory: %s", fit.line)

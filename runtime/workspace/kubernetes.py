@@ -15,6 +15,7 @@ from runtime.config import read_text
 from runtime.errors import EXIT_CODES, RETRIABLE, Failure, StoppedError
 from runtime.serving.settings import ServeConfig
 from runtime.tuning.launch import GRACE_S
+from runtime.tuning.nodes import PORT as MEETING_PORT
 from runtime.tuning.settings import TuningJob
 from runtime.workspace.jobs import load_job
 from runtime.workspace.manifest import PresetSpec, TuningSpec, Workspace, read
@@ -30,8 +31,6 @@ USER = 10001
 """The image's own user."""
 PORT = 8080
 """Where the server listens: not every node lets this user have port 80, which is the Service's."""
-MEETING_PORT = 29500
-"""Where the pods of a job on several nodes find each other."""
 FILE = Path("/etc/workspace/workspace.yaml")
 PRE_STOP_S = 5
 """Until a node's proxy has forgotten a pod that ends; requests that still arrive are served."""

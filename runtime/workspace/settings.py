@@ -3,6 +3,7 @@
 Knows dotted names and sources, not what they mean. Start at `Settings.put`.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from runtime.config import Model, flatten, parse
 from runtime.errors import ConfigError
 
 T = TypeVar("T", bound=BaseModel)
+
+log = logging.getLogger(__name__)
 
 PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)*_HERE\b|<[A-Z][A-Z0-9_ -]+>|\bYOUR_[A-Z0-9_]+\b")
 """What the examples of this field leave for the user to fill in."""
@@ -35,6 +38,11 @@ class Resolved(Generic[T]):
         if self.placeholders:
             raise ConfigError(f"{self.placeholders[0]}; put the real value there, or look with --dry-run")
         return self.job
+
+    def warn(self) -> None:
+        """Write the warnings to the log."""
+        for warning in self.warnings:
+            log.warning("%s", warning)
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from runtime import hardware
+from runtime.memory.shape import dimensions
 from runtime.serving.engine.bank import Bank
 from runtime.serving.engine.batch import Batch, assemble
 from runtime.serving.engine.blocks import Adaptables
@@ -81,9 +82,5 @@ def _is_small(model: "PreTrainedModel") -> bool:
 
 def cache_shape(config: Any) -> tuple[int, int, int]:
     """Return (layers, key-value heads, head dim) of a model with this configuration."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    if text.model_type == "falcon":
-        heads = text.num_kv_heads if text.new_decoder_architecture or not text.multi_query else 1
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return text.num_hidden_layers, heads, dim
+    size = dimensions(config.get_text_config().to_dict())
+    return size.layers, size.kv_heads, size.head_dim
