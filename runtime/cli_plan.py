@@ -137,6 +137,7 @@ def _server(
     wanted = serving.Server(
         rows=config.limits.rows,
         context_tokens=config.limits.context_tokens or model.context_tokens,
+        least_context_tokens=config.limits.context_tokens or serving.LEAST_CONTEXT_TOKENS,
         dtype=hardware.compute_dtype(machine, config.model.dtype),
         bits=quantization.bits if quantization else None,
         double_quant=bool(quantization and quantization.double_quant),

@@ -31,6 +31,8 @@ class Server:
     context_tokens: int
     """Prompt and answer together, per request."""
     dtype: str
+    least_context_tokens: int = LEAST_CONTEXT_TOKENS
+    """Rather fewer rows than a context below this: what was asked for in words, where it was."""
     bits: int | None = None
     double_quant: bool = False
 
@@ -62,7 +64,8 @@ def forecast(shape: Shape, server: Server, machine: Hardware) -> Capacity:
     token_bytes = shape.dimensions.kv_values_per_token * BYTES[server.dtype]
     wanted = (server.rows, min(server.context_tokens, shape.context_tokens))
     try:
-        rows, tokens = rows_that_fit(wanted, token_bytes=token_bytes, free_bytes=free)
+        least = server.least_context_tokens
+        rows, tokens = rows_that_fit(wanted, token_bytes=token_bytes, free_bytes=free, least_context=least)
     except CapacityError:
         return Capacity(standing, room, token_bytes, 0, 0)
     how = f"{rows} rows x {tokens} tokens x {token_bytes} bytes"
@@ -75,7 +78,7 @@ def forecast(shape: Shape, server: Server, machine: Hardware) -> Capacity:
 
 def fits_on(shape: Shape, server: Server) -> tuple[str, ...]:
     """Return the known GPUs on which at least one row of the asked context fits, smallest first."""
-    context = min(server.context_tokens, shape.context_tokens, LEAST_CONTEXT_TOKENS)
+    context = min(server.context_tokens, shape.context_tokens, server.least_context_tokens)
     found = ((name, forecast(shape, server, hardware.named(name))) for name in hardware.names())
     return tuple(name for name, capacity in found if capacity.context_tokens >= context)
 
@@ -95,15 +98,17 @@ def weights(shape: Shape, server: Server) -> Part:
     return Part("weights", size, how)
 
 
-def rows_that_fit(wanted: tuple[int, int], *, token_bytes: int, free_bytes: int) -> tuple[int, int]:
+def rows_that_fit(
+    wanted: tuple[int, int], *, token_bytes: int, free_bytes: int, least_context: int = LEAST_CONTEXT_TOKENS
+) -> tuple[int, int]:
     """Return (rows, context tokens) whose keys and values fit into CACHE_SHARE of `free_bytes`.
 
-    Context gives way first, down to LEAST_CONTEXT_TOKENS, then the number of rows, then context again.
+    Context gives way first, down to `least_context`, then the number of rows, then context again.
     Raises CapacityError when not even one short row fits.
     """
     rows, context = wanted
     tokens = max(0, int(free_bytes * CACHE_SHARE)) // token_bytes
-    context = min(context, max(tokens // rows, min(context, LEAST_CONTEXT_TOKENS)))
+    context = min(context, max(tokens // rows, min(context, least_context)))
     rows = max(1, min(rows, tokens // context))
     context = min(context, tokens // rows)
     if context < 16:

@@ -4,7 +4,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from runtime import hardware, models
-from runtime.memory.serving import HOST_SHARE, rows_that_fit
+from runtime.memory.serving import HOST_SHARE, LEAST_CONTEXT_TOKENS, rows_that_fit
 from runtime.serving.engine.protocol import Engine
 from runtime.serving.settings import ServeConfig
 
@@ -20,7 +20,8 @@ def create(config: ServeConfig, model: "PreTrainedModel") -> Engine:
     The row engine where it can drive the architecture, else the plain one, one request at a time. Raises
     CapacityError when not even one row's cache fits beside the weights.
     """
-    from runtime.serving.engine.fuse import positions_limit, refusal
+    from runtime.serving.engine.angles import short_tokens
+    from runtime.serving.engine.fuse import refusal
     from runtime.serving.engine.plain import PlainEngine
     from runtime.serving.engine.rows import RowEngine
 
@@ -30,18 +31,18 @@ def create(config: ServeConfig, model: "PreTrainedModel") -> Engine:
     reason = refusal(model)
     if reason is not None:
         log.warning("Serving one request at a time: %s", reason)
-        return PlainEngine(model, context_tokens=context_tokens, queue=queue)
-    steady = positions_limit(model.config.get_text_config())
-    if steady is not None and steady < context_tokens:
-        log.warning(
-            "Serving %d of %d context tokens: beyond, a row's positions would depend on the other rows",
-            steady,
-            context_tokens,
-        )
-        context_tokens = steady
+        short = short_tokens(model.config.get_text_config()) or context_tokens
+        if short < context_tokens:
+            log.warning(
+                "Serving %d of %d context tokens: longrope needs the row engine", short, context_tokens
+            )
+        return PlainEngine(model, context_tokens=min(short, context_tokens), queue=queue)
     wanted = (config.limits.rows, context_tokens)
     rows, context_tokens = rows_that_fit(
-        wanted, token_bytes=_token_bytes(model), free_bytes=_free_bytes(model)
+        wanted,
+        token_bytes=_token_bytes(model),
+        free_bytes=_free_bytes(model),
+        least_context=config.limits.context_tokens or LEAST_CONTEXT_TOKENS,
     )
     if (rows, context_tokens) != wanted:
         log.warning("Memory allows %d rows of %d tokens, not %d of %d", rows, context_tokens, *wanted)

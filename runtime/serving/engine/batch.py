@@ -57,6 +57,8 @@ class Batch:
     """Flat indices after which a token is chosen: the decoding rows, then the chunks that end a prompt."""
     groups: Groups | None
     """Which flat tokens use which adapter; None when all are the base's."""
+    long: Tensor | None
+    """(N,) which flat tokens have rotary factors for long contexts; None when none has."""
     masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
     """Attention masks, made in the first layer that needs one and shared by the rest."""
 
@@ -77,6 +79,9 @@ def assemble(plan: Plan, bank: Bank) -> Batch:
             chosen.append(len(ids) - 1)
     owners = [(row.adapter, 1) for row in plan.decode]
     owners += [(chunk.row.adapter, chunk.count) for chunk in plan.chunks]
+    long = [row.long for row in plan.decode]
+    for chunk in plan.chunks:
+        long += [chunk.row.long] * chunk.count
     slots = [row.slot for row in plan.decode]
     # one transfer for all the numbers of a step
     numbers = torch.tensor([*ids, *positions, *slots, *places, *chosen]).to(bank.device, non_blocking=True)
@@ -92,6 +97,7 @@ def assemble(plan: Plan, bank: Bank) -> Batch:
         chunks=tuple(pieces),
         chosen=chosen_part,
         groups=bank.group(owners),
+        long=torch.tensor(long).to(bank.device, non_blocking=True) if any(long) else None,
     )
 
 

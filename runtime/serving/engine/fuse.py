@@ -4,10 +4,11 @@ The module tree stays transformers'; attention, MLP and norm modules of families
 by those of blocks.py. Does not know requests. Start at `prepare`.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
+from runtime.serving.engine import angles
 from runtime.serving.engine.attention import register, use_rows
 from runtime.serving.engine.blocks import Adaptables, FalconRows, FusedAttention, FusedMlp, Norm
 from runtime.serving.engine.cache import SlotCache
@@ -31,19 +32,7 @@ def refusal(model: "PreTrainedModel") -> str | None:
         return f"architecture '{model.config.model_type}' is not one it knows"
     if getattr(config, "alibi", False):
         return "ALiBi positions"
-    return None
-
-
-def positions_limit(config: Any) -> int | None:
-    """Return the most positions whose rotary angles do not depend on the other rows of a step.
-
-    "longrope" and "dynamic" change all angles once the longest row passes the original context.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("longrope", "dynamic"):
-        original = rope.get("original_max_position_embeddings")
-        return original or getattr(config, "original_max_position_embeddings", None)
-    return None
+    return angles.refusal(config)
 
 
 def prepare(model: "PreTrainedModel", cache: SlotCache, layers: Adaptables) -> None:
@@ -66,12 +55,19 @@ def prepare(model: "PreTrainedModel", cache: SlotCache, layers: Adaptables) -> N
     for name, module in list(model.named_modules()):
         if _is_linear(module) and module is not model.get_output_embeddings() and not _inside(model, name):
             _replace(model, name, layers.one(name, module))
+    _choose_angles_by_row(model, cache)
     head = model.get_output_embeddings()
     if head is not None:
         model.set_output_embeddings(layers.plain(head))
     for parameter in model.parameters():
         if parameter.device.type == "cpu":  # may be a view of the weights' file, and the last one keeps it
             parameter.data = parameter.data.clone()
+
+
+def _choose_angles_by_row(model: "PreTrainedModel", cache: SlotCache) -> None:
+    for name, module in list(model.named_modules()):
+        if getattr(module, "rope_type", None) == "longrope":
+            _replace(model, name, angles.LongRope(module, cache))
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -138,8 +138,11 @@ class RowEngine:
 
     def _admit(self, tickets: list[Ticket]) -> None:
         for ticket in tickets:
-            version = self._runner.bank.version(ticket.request.adapter)
-            row = self._scheduler.admit(ticket.request.prompt_ids, adapter=version)
+            request = ticket.request
+            version = self._runner.bank.version(request.adapter)
+            # decided once, so that no answer changes midway; the last token is chosen and never run
+            most = min(len(request.prompt_ids) + request.sampling.max_new_tokens, self.context_tokens) - 1
+            row = self._scheduler.admit(request.prompt_ids, adapter=version, long=self._runner.is_long(most))
             self._answers[row] = Answer(ticket, row)
 
     def _drop_cancelled(self) -> None:

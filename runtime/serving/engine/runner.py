@@ -10,6 +10,7 @@ from torch import Tensor
 
 from runtime import hardware
 from runtime.memory.shape import dimensions
+from runtime.serving.engine.angles import short_tokens
 from runtime.serving.engine.bank import Bank
 from runtime.serving.engine.batch import Batch, assemble
 from runtime.serving.engine.blocks import Adaptables
@@ -34,6 +35,7 @@ class Runner:
     def __init__(self, model: "PreTrainedModel", *, rows: int, positions: int) -> None:
         layers, heads, dim = cache_shape(model.config)
         self._model = model
+        self._short_tokens = short_tokens(model.config.get_text_config())
         self._step = Step()
         self.cache = SlotCache(
             layers,
@@ -47,6 +49,10 @@ class Runner:
         self.bank = Bank(linears.parts, dtype=model.dtype, device=model.device)
         # a ready-made mask, so that no model builds one: the attention of rows makes its own
         self._no_mask = torch.zeros(1, 1, 1, 1, device=model.device, dtype=model.dtype)
+
+    def is_long(self, positions: int) -> bool:
+        """Whether a row that will fill so many `positions` needs rotary factors for long contexts."""
+        return self._short_tokens is not None and positions > self._short_tokens
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Tensor:

@@ -27,6 +27,8 @@ class Row:
     """How many of `ids` have their keys and values in the slot."""
     reused: int = 0
     """How many of these were found in the cache, not computed."""
+    long: bool = False
+    """Whether its positions are turned by the factors for long contexts, which make other keys."""
 
     @property
     def decodes(self) -> bool:
@@ -40,6 +42,7 @@ class Slot:
 
     ids: list[int] = field(default_factory=list)
     adapter: int | None = None
+    long: bool = False
     row: Row | None = None
     used: int = 0
     """Clock of the last retirement, to reuse the slot that was idle longest."""
@@ -98,7 +101,7 @@ class Scheduler:
         """Positions of the cache that belong to rows in flight."""
         return sum(row.filled for row in self.rows)
 
-    def admit(self, prompt_ids: tuple[int, ...], *, adapter: int | None) -> Row:
+    def admit(self, prompt_ids: tuple[int, ...], *, adapter: int | None, long: bool = False) -> Row:
         """Give a free slot to a request: one that the prompt continues, else the stalest.
 
         What a slot holds is lost with it. So a slot is continued when the prompt shares at least half of
@@ -106,15 +109,16 @@ class Scheduler:
         """
         ids = list(prompt_ids)
         free = [index for index, slot in enumerate(self.slots) if slot.row is None]
-        shared = {index: self._shared(index, ids, adapter) for index in free}
+        row = Row(adapter, -1, ids, len(ids), long=long)
+        shared = {index: self._shared(index, row) for index in free}
         best = max(free, key=lambda index: shared[index])
         if shared[best] < max(LEAST_SHARED, len(self.slots[best].ids) / 2):
             # low slots first: rows stay close together
             best = min(free, key=lambda index: (bool(self.slots[index].ids), self.slots[index].used, index))
         kept = shared[best] if shared[best] >= LEAST_SHARED else 0
-        row = Row(adapter, best, ids, len(ids), filled=kept, reused=kept)
+        row.slot, row.filled, row.reused = best, kept, kept
         slot = self.slots[best]
-        slot.row, slot.adapter, slot.ids = row, adapter, ids
+        slot.row, slot.adapter, slot.long, slot.ids = row, adapter, long, ids
         self._prompts.append(row)
         return row
 
@@ -174,23 +178,19 @@ class Scheduler:
 
     def _best_copy(self, row: Row) -> Copy | None:
         """Return the copy that saves this row most, if another slot holds enough more of its prompt."""
-        shared = {
-            index: self._shared(index, row.ids, row.adapter)
-            for index in range(len(self.slots))
-            if index != row.slot
-        }
+        shared = {index: self._shared(index, row) for index in range(len(self.slots)) if index != row.slot}
         best = max(shared, key=lambda index: shared[index], default=None)
         if best is None or shared[best] < row.filled + LEAST_SHARED:
             return None
         return Copy(best, row, shared[best])
 
-    def _shared(self, index: int, ids: list[int], adapter: int | None) -> int:
-        """Return how many tokens at the beginning of `ids` slot `index` holds; never all of them."""
+    def _shared(self, index: int, row: Row) -> int:
+        """Return how many tokens at the beginning of `row` slot `index` holds; never all of them."""
         slot = self.slots[index]
-        if slot.adapter != adapter:
+        if (slot.adapter, slot.long) != (row.adapter, row.long):
             return 0
         held = len(slot.ids) if slot.row is None else slot.row.filled
-        return _equal(slot.ids, ids, most=min(held, len(ids) - 1))
+        return _equal(slot.ids, row.ids, most=min(held, len(row.ids) - 1))
 
 
 def _computed(chunks: list[Chunk], row: Row) -> int:
@@ -199,7 +199,7 @@ def _computed(chunks: list[Chunk], row: Row) -> int:
         (
             _equal(chunk.row.ids, row.ids, most=min(chunk.start + chunk.count, len(row.ids) - 1))
             for chunk in chunks
-            if chunk.row.adapter == row.adapter
+            if (chunk.row.adapter, chunk.row.long) == (row.adapter, row.long)
         ),
         default=0,
     )

@@ -12,6 +12,7 @@ from runtime.errors import CapacityError
 from runtime.memory import serving
 from runtime.model_source import ModelSource
 from runtime.serving import engine
+from runtime.serving.engine.fuse import refusal
 from runtime.serving.engine.plain import PlainEngine
 from runtime.serving.engine.rows import RowEngine
 from runtime.serving.settings import Limits, ServeConfig
@@ -54,20 +55,40 @@ def test_an_unknown_architecture_is_served_one_at_a_time_and_it_is_said(
     made.close()
 
 
-def test_angles_that_depend_on_the_longest_row_bound_the_context(caplog: pytest.LogCaptureFixture) -> None:
-    rope = {
-        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 128,
-        "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
-    }  # fmt: skip
-    phi = transformers.Phi3Config(
-        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, original_max_position_embeddings=128,
-        pad_token_id=0, rope_parameters=rope,
-    )  # fmt: skip
+SHAPE: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0,
+}  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 128,
+    "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+}  # fmt: skip
+
+
+def test_a_longrope_model_has_its_whole_context() -> None:
+    phi = transformers.Phi3Config(**SHAPE, original_max_position_embeddings=128, rope_parameters=LONGROPE)
     made = engine.create(config(rows=2), AutoModelForCausalLM.from_config(phi).eval())
-    assert made.context_tokens == 128
-    assert "Serving 128 of 512 context tokens" in caplog.text
+    assert isinstance(made, RowEngine)
+    assert made.context_tokens == 512
     made.close()
+
+
+def test_a_longrope_model_served_one_at_a_time_has_its_original_context(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.serving.engine.fuse.DRIVEN", frozenset())
+    phi = transformers.Phi3Config(**SHAPE, original_max_position_embeddings=128, rope_parameters=LONGROPE)
+    made = engine.create(config(), AutoModelForCausalLM.from_config(phi).eval())
+    assert made.context_tokens == 128
+    assert "Serving 128 of 512 context tokens: longrope needs the row engine" in caplog.text
+    made.close()
+
+
+def test_a_rope_type_that_was_never_tested_is_refused_by_name() -> None:
+    model = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SHAPE))
+    assert refusal(model) is None
+    model.config.rope_parameters["rope_type"] = "proportional"
+    assert refusal(model) == "rope type 'proportional' is not one it knows"
 
 
 @pytest.mark.parametrize(
@@ -85,6 +106,20 @@ def test_rows_and_context_fit_the_memory(
 ) -> None:
     free = int(free_tokens * 1000 / serving.CACHE_SHARE) + 1
     assert serving.rows_that_fit(wanted, token_bytes=1000, free_bytes=free) == expected
+
+
+def test_a_context_that_was_asked_for_outlasts_the_number_of_rows(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token_bytes = 2 * 2 * 2 * 16 * 4  # keys and values, 2 layers, 2 heads of 16, float32
+    free = int(3.5 * 512 * token_bytes / serving.CACHE_SHARE)
+    monkeypatch.setattr("runtime.serving.engine._free_bytes", lambda _: free)
+    monkeypatch.setattr("runtime.serving.engine.LEAST_CONTEXT_TOKENS", 64)
+    for asked, expected in [(512, (3, 512)), (None, (8, 224))]:
+        made = engine.create(config(rows=8, context_tokens=asked), load(tiny_llama_dir))
+        assert isinstance(made, RowEngine)
+        assert (made._rows, made.context_tokens) == expected
+        made.close()
 
 
 def test_no_room_for_a_single_row_is_a_capacity_error() -> None:

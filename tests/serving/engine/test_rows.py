@@ -1,6 +1,7 @@
 """The row engine: answers do not depend on who is answered beside, in any architecture it drives."""
 
 import asyncio
+import copy
 import random
 import threading
 from collections.abc import Iterator
@@ -41,6 +42,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon, all heads": ("FalconConfig", {"multi_query": False}),
     "gemma": ("GemmaConfig", {"head_dim": 32}),
     "gemma 2, soft caps and windows": ("Gemma2Config", {"head_dim": 32, "sliding_window": 16}),
+    "llama, linear": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
+    "llama, dynamic": ("LlamaConfig", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}),
+    "llama 3": (
+        "LlamaConfig",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "qwen2, yarn": (
+        "Qwen2Config",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}},
+    ),
     "gemma 3, windows": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 16}),
 }
 
@@ -68,6 +87,50 @@ def test_greedy_equals_generate_alone_and_among_others(family: str) -> None:
     assert alone == expected
     assert together == expected
     assert len({token for ids in expected for token in ids}) > 8, "the model repeats itself: proves nothing"
+
+
+@pytest.fixture(scope="module")
+def longrope() -> Any:
+    """Phi-4-mini's shape, 64 positions in its youth and 512 now; both sets of factors change its answers."""
+    torch.manual_seed(0)
+    draw = torch.rand(2, 4).tolist()
+    rope = {
+        "rope_type": "longrope", "partial_rotary_factor": 0.5, "original_max_position_embeddings": 64,
+        "short_factor": [1 + x for x in draw[0]], "long_factor": [2 + 6 * x for x in draw[1]],
+    }  # fmt: skip
+    config = transformers.Phi3Config(**SIZES, original_max_position_embeddings=64, rope_parameters=rope)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+def test_each_row_of_a_longrope_model_has_its_own_factors(longrope: Any) -> None:
+    prompts = some_prompts(5, 65, 48, 300, 20)  # of 16 new tokens the last is never run: 48 stays short
+    expected = [generate(longrope, prompt) for prompt in prompts]
+    engine = RowEngine(copy.deepcopy(longrope), rows=5, context_tokens=400, queue=8)
+    asked = [ask(prompt, id=str(number)) for number, prompt in enumerate(prompts)]
+    alone = [run(engine, request)[0][0] for request in asked]
+    together = [ids for ids, _ in run(engine, *asked)]
+    engine.close()
+    assert alone == expected
+    assert together == expected
+
+
+def test_an_answer_that_may_become_long_has_the_long_factors_from_its_first_token(longrope: Any) -> None:
+    (prompt,) = some_prompts(60)
+    engine = RowEngine(copy.deepcopy(longrope), rows=2, context_tokens=400, queue=8)
+    short, long, again = (
+        run(engine, ask(prompt, max_new_tokens=count, id=str(count)))[0][0] for count in (5, 40, 5)
+    )
+    engine.close()
+    forced = copy.deepcopy(longrope)
+    forced.config.rope_parameters["short_factor"] = forced.config.rope_parameters["long_factor"]
+    forced.model.rotary_emb = type(forced.model.rotary_emb)(forced.config)
+    assert short == again == generate(longrope, prompt, max_new_tokens=5)
+    assert long == generate(forced, prompt, max_new_tokens=40)
+    assert long[:5] != short, "the factors change nothing: proves nothing"
 
 
 @pytest.fixture

@@ -74,6 +74,20 @@ def test_a_freed_slot_is_taken_by_the_prompt_that_begins_alike() -> None:
     assert scheduler.admit(prompt(40), adapter=9).filled == 0, "another adapter's keys are other keys"
 
 
+def test_short_and_long_rows_share_nothing() -> None:
+    scheduler = Scheduler(3, chunk_tokens=100)
+    first = scheduler.admit(prompt(40), adapter=None)
+    beside = scheduler.admit(prompt(40), adapter=None, long=True)
+    plan = step(scheduler)
+    assert [chunk.start for chunk in plan.chunks] == [0, 0]
+    assert not plan.copies
+    scheduler.retire(first)
+    scheduler.retire(beside)
+    again = scheduler.admit((*prompt(40), 1), adapter=None, long=True)
+    assert (again.slot, again.filled) == (beside.slot, 40)
+    assert scheduler.admit((*prompt(40), 1), adapter=None).slot == first.slot
+
+
 def test_a_whole_prompt_in_the_cache_still_runs_its_last_token() -> None:
     scheduler = Scheduler(1, chunk_tokens=100)
     row = scheduler.admit(prompt(40), adapter=None)
@@ -128,14 +142,15 @@ def test_a_conversation_in_the_cache_outlives_another_with_the_same_system_promp
 def test_whatever_comes_and_goes_the_cache_holds_what_the_rows_say(data: st.DataObject) -> None:
     """Keeps a copy of the cache as lists, fills it as the plans say, and compares before every use."""
     scheduler = Scheduler(3, chunk_tokens=7, alone_tokens=11)
-    cache: list[dict[int, tuple[int, int | None]]] = [{} for _ in range(3)]
+    cache: list[dict[int, tuple[int, int | None, bool]]] = [{} for _ in range(3)]
     asked: dict[Row, int] = {}
     for _ in range(40):
         if len(scheduler.rows) < 3 and data.draw(st.booleans()):
             length = data.draw(st.integers(1, 30))
             ids = tuple(data.draw(st.sampled_from([prompt(40), prompt(40, 1)]))[:length])
             tail = data.draw(st.lists(st.integers(0, 2), max_size=3))
-            row = scheduler.admit((*ids, *tail), adapter=data.draw(st.sampled_from([None, 1])))
+            adapter, long = data.draw(st.sampled_from([None, 1])), data.draw(st.booleans())
+            row = scheduler.admit((*ids, *tail), adapter=adapter, long=long)
             asked[row] = 0
         plan = scheduler.plan()
         assert sum(chunk.count for chunk in plan.chunks) <= (7 if plan.decode else 11)
@@ -149,9 +164,9 @@ def test_whatever_comes_and_goes_the_cache_holds_what_the_rows_say(data: st.Data
         assert len({row.slot for row, _, _ in work}) == len(work)
         for row, start, count in work:
             held = [cache[row.slot].get(place) for place in range(start)]
-            assert held == [(token, row.adapter) for token in row.ids[:start]]
+            assert held == [(token, row.adapter, row.long) for token in row.ids[:start]]
             for place in range(start, start + count):
-                cache[row.slot][place] = (row.ids[place], row.adapter)
+                cache[row.slot][place] = (row.ids[place], row.adapter, row.long)
         finishing = [chunk.row for chunk in plan.chunks if chunk.completes]
         scheduler.ran(plan)
         for row in (*plan.decode, *finishing):
