@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the image and prints what it weighs and how long it takes to start. `make image` calls this.
 #
-#   ACCELERATOR=cpu TORCH_INDEX=URL TAG=workspace-runtime:cpu docker/build.sh
+#   ACCELERATOR=cpu TORCH_INDEX=URL TAG=workspace-runtime:cpu docker/build.sh [the builder's own options]
 #
 # BUILDER is docker or buildah; every build argument of docker/Dockerfile may be set in the environment.
 # buildah mounts local paths of PIP_FIND_LINKS and PIP_CERT into the build; docker cannot, and leaves them out.
@@ -12,7 +12,7 @@ builder=${BUILDER:-$(command -v docker >/dev/null && echo docker || echo buildah
 
 arguments=(-f docker/Dockerfile -t "$tag"
   --build-arg "VERSION=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' runtime/__init__.py)"
-  --build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)")
+  --build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)" "$@")
 for name in ACCELERATOR BASE_IMAGE TORCH_INDEX PIP_INDEX_URL PIP_EXTRA_INDEX_URL SOURCE; do
   [ -z "${!name:-}" ] || arguments+=(--build-arg "$name=${!name}")
 done

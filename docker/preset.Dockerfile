@@ -1,4 +1,3 @@
-# syntax=docker/dockerfile:1
 # The image with one preset's weights in it: it serves with no download, and old controllers find the weights
 # where they expect them.
 #
