@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 TORCH_INDEX ?=
 SYSTEM_PACKAGES := curl docker-registry skopeo umoci apache2-utils openssl chromium chromium-driver \
-  podman runc catatonit containerd buildah mmdebstrap containernetworking-plugins iptables iproute2
+  podman runc catatonit containerd docker.io buildah mmdebstrap containernetworking-plugins iptables iproute2
 
 .PHONY: demo test check format image bench gpu system clean
 

@@ -24,7 +24,7 @@ from runtime import (
     cli_tune,
     logs,
 )
-from runtime.errors import Failure, exit_code
+from runtime.errors import ConfigError, Failure, exit_code
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +69,21 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         return 128 + signal.SIGINT
     except Failure as failure:
         return _explain(failure, str(failure), exit_code(failure), debug=debug)
+    except PermissionError as error:
+        denied = ConfigError(_denied(error))
+        return _explain(error, str(denied), exit_code(denied), debug=debug)
     except Exception as error:
         what = f"internal error: {type(error).__name__}: {error}"
         hint = "" if debug else "; rerun with --debug for the traceback"
         return _explain(error, f"{what}{hint}", 1, debug=debug)
     return status if isinstance(status, int) else 0
+
+
+def _denied(error: PermissionError) -> str:
+    """Return what to do about a file that this process may not use: in a container, most often a mount."""
+    whom = f"user {os.geteuid()} with group {os.getegid()}"
+    remedy = "open it and the folders above it, or run as its owner"
+    return f"{error.filename}: permission denied for {whom}; {remedy}"
 
 
 def _explain(error: BaseException, message: str, status: int, *, debug: bool) -> int:

@@ -260,6 +260,14 @@ def test_our_own_bug_is_one_line_and_a_traceback_only_on_demand(
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_a_file_closed_to_this_user_is_one_line_and_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], away: Path
+) -> None:
+    assert _run_ending_with(PermissionError(13, "Permission denied", "/job/workspace.yaml"), monkeypatch) == 2
+    whom = f"user {os.geteuid()} with group {os.getegid()}"
+    assert failure_line(capsys).startswith(f"error: /job/workspace.yaml: permission denied for {whom}; open")
+
+
 def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, away: Path) -> None:
     assert _run_ending_with(KeyboardInterrupt(), monkeypatch) == 130
 

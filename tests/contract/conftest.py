@@ -125,8 +125,9 @@ def weights_image(containers: dict[str, str], image: str, tiny_llama_dir: Path) 
 
 
 @pytest.fixture(scope="session")
-def gateway(containers: dict[str, str]) -> str:
-    """The address under which containers reach this machine."""
+def gateway(containers: dict[str, str], image: str) -> str:
+    """The address under which containers reach this machine; podman brings it up with a first container."""
+    _run(["podman", "run", "--rm", "--entrypoint", "true", image], containers)
     found = json.loads(_run(["podman", "network", "inspect", "podman"], containers).stdout)[0]
     address: str = found["subnets"][0]["gateway"]
     return address
@@ -137,14 +138,14 @@ class Registry:
 
     def __init__(self, program: str, address: str, folder: Path) -> None:
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((address, 0))
             port = probe.getsockname()[1]
         self.address = f"{address}:{port}"
         config = {
             "version": 0.1,
             "log": {"level": "error", "accesslog": {"disabled": True}},
             "storage": {"filesystem": {"rootdirectory": str(folder / "data")}},
-            "http": {"addr": f"0.0.0.0:{port}", "secret": "x"},
+            "http": {"addr": self.address, "secret": "x"},
         }
         (folder / "config.yml").write_text(json.dumps(config))
         self.process = subprocess.Popen(
@@ -152,12 +153,12 @@ class Registry:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        self._wait(port)
+        self._wait(address, port)
 
-    def _wait(self, port: int) -> None:
+    def _wait(self, address: str, port: int) -> None:
         deadline = time.monotonic() + 15
         while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            with contextlib.suppress(OSError), socket.create_connection((address, port), 1):
                 return
             time.sleep(0.05)
         raise AssertionError("docker-registry did not start")
