@@ -124,6 +124,17 @@ def peak_resident_bytes() -> int:
     return 0
 
 
+def usable_cores(sysfs: Path = Path("/sys")) -> int:
+    """Return how many physical cores this process may use, by its affinity and its container's CPU limit.
+
+    A CPU limit hides no cores: in a pod with 4 of a node's 64, a thread on each would mostly be throttled.
+    """
+    mine = os.sched_getaffinity(0)
+    siblings = {core: sysfs / f"devices/system/cpu/cpu{core}/topology/thread_siblings_list" for core in mine}
+    physical = len({_text(path) or str(core) for core, path in siblings.items()})
+    return max(1, min(physical, int(_cpu_limit(sysfs / "fs/cgroup"))))
+
+
 def return_freed_memory() -> None:
     """Make glibc give freed blocks of 1 MiB and more back at once; without effect on another libc.
 
@@ -174,10 +185,23 @@ def _cpu_name() -> str:
 def _host_memory_bytes() -> int:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(limit).read_text(encoding="utf-8").strip()
-        except OSError:
-            continue
+        text = _text(Path(limit))
         if text.isdecimal():
             total = min(total, int(text))
     return total
+
+
+def _cpu_limit(cgroup: Path) -> float:
+    """Return the cores' worth of time that the control group allows (its second version, or the first)."""
+    quota, _, period = _text(cgroup / "cpu.max").partition(" ")
+    if not quota:
+        quota, period = _text(cgroup / "cpu/cpu.cfs_quota_us"), _text(cgroup / "cpu/cpu.cfs_period_us")
+    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else float(1 << 20)
+
+
+def _text(path: Path) -> str:
+    """Return what a kernel file says, "" where it is not there."""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""

@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from runtime.errors import ConfigError
-from runtime.hardware import Hardware, compute_dtype, detect, device
+from runtime.hardware import Hardware, compute_dtype, detect, device, usable_cores
 
 V100 = Hardware("cuda", "Tesla V100", (7, 0), 16 << 30, 1)
 T4 = Hardware("cuda", "Tesla T4", (7, 5), 16 << 30, 1)
@@ -50,3 +51,28 @@ def test_peak_memory_is_the_process_s_own_and_not_that_of_who_spawned_it() -> No
     code = "from runtime import hardware; print(hardware.peak_resident_bytes())"
     peak = int(subprocess.check_output([sys.executable, "-c", code]))
     assert 10 << 20 < peak < len(held)
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 4),
+        ({"fs/cgroup/cpu.max": "max 100000"}, 4),
+        ({"fs/cgroup/cpu.max": "250000 100000"}, 2),
+        ({"fs/cgroup/cpu.max": "50000 100000"}, 1),
+        ({"fs/cgroup/cpu/cpu.cfs_quota_us": "-1", "fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, 4),
+        ({"fs/cgroup/cpu/cpu.cfs_quota_us": "300000", "fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, 3),
+    ],
+)
+def test_cores_are_physical_ones_and_within_the_containers_limit(
+    files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    siblings = {
+        f"devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n % 4},{n % 4 + 4}" for n in range(8)
+    }
+    for name, text in {**siblings, **files}.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert usable_cores(tmp_path) == cores

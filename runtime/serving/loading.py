@@ -34,8 +34,11 @@ def load(config: ServeConfig, access: oci.Access) -> Served:
 
     Raises ConfigError, CapacityError or TransientError when the base model cannot be served.
     """
+    import torch
+
     started = time.monotonic()
     devices = hardware.detect()
+    torch.set_num_threads(min(torch.get_num_threads(), hardware.usable_cores()))
     tokenizer = models.load_tokenizer(config.model)
     model = models.load(
         config.model,

@@ -11,6 +11,7 @@ import signal
 import sys
 
 from runtime import logs
+from runtime.hardware import usable_cores
 from runtime.tuning.failure import NOT_MET
 from runtime.tuning.stop import end_with_parent
 
@@ -31,8 +32,11 @@ def main(arguments: list[str]) -> int:
         if name.startswith("torch.distributed.elastic"):
             # Announces each signal and each worker it ends, not in JSON; the workers speak for themselves.
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    options = run.parse_args(arguments)  # type: ignore[no-untyped-call]
+    # torchrun would give each of several workers one thread, and a single one as many as the node has.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // int(options.nproc_per_node))))
     try:
-        run.run(run.parse_args(arguments))  # type: ignore[no-untyped-call]
+        run.run(options)  # type: ignore[no-untyped-call]
     except SignalException as stopped:
         return 128 + int(stopped.sigval)
     except (DistError, TimeoutError, RendezvousError) as error:

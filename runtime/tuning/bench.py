@@ -181,6 +181,8 @@ def _watchers(job: TuningJob, setting: Setting) -> "tuple[Survival, Reporter, li
 def evaluate(bench: Bench, questions: Sequence[Example]) -> Measured:
     """Return the held-out loss of all ranks and (rank 0) the answers to the sample questions."""
     ranks = bench.setting.ranks
+    rows = len(bench.trainer.work.held_out)
+    log.info("evaluating: the loss of %d held-out rows, the answers to %d questions", rows, len(questions))
     with attending(bench):
         loss = bench.trainer.held_out_loss() if bench.trainer.work.held_out else None
     asked = ranks.first or shard.is_sharded(bench.model)

@@ -160,6 +160,17 @@ def test_a_shell_keeps_names_that_adapters_have(node: Node, image: str) -> None:
     assert "Python 3" in done.stdout
 
 
+def test_a_cpu_limit_is_the_number_of_threads(node: Node, image: str) -> None:
+    command = [
+        "--entrypoint",
+        "python3",
+        image,
+        "-c",
+        "from runtime import hardware as h; print(h.usable_cores())",
+    ]
+    assert node.podman("run", "--rm", "--cpus", "1.5", *command).stdout == "1\n"
+
+
 def test_what_controllers_name_is_there(node: Node, image: str) -> None:
     script = (
         "set -e; pwd; command -v accelerate torchrun python3 curl bash apt-get; ! command -v gcc; "
