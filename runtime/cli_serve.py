@@ -62,6 +62,13 @@ AdapterRoot = Annotated[
 Check = Annotated[
     bool, typer.Option("--check", help="Load, generate one token, say what is served with, and end.")
 ]
+Parallel = Annotated[
+    Literal["tp"] | None,
+    typer.Option(help="Divide the model among processes, one per GPU (tensor parallelism)."),
+]
+Processes = Annotated[
+    int | None, typer.Option(min=1, help="With --parallel: how many; one per GPU by default.")
+]
 Rows = Annotated[int | None, typer.Option(min=1, help="Requests generated at the same time.")]
 ContextTokens = Annotated[int | None, typer.Option(min=16, help="Prompt and answer together, per request.")]
 ServedName = Annotated[str | None, typer.Option(help="The base model's name for clients.")]
@@ -84,6 +91,8 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     port: Port = None,
     host: Host = None,
     quantize: Quantize = None,
+    parallel: Parallel = None,
+    processes: Processes = None,
     rows: Rows = None,
     context_tokens: ContextTokens = None,
     served_name: ServedName = None,
@@ -100,6 +109,8 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     named = {
         "host": host,
         "port": port if port is not None else port_variable(context.obj),
+        "parallel": parallel,
+        "processes": processes,
         "limits.rows": rows,
         "limits.context_tokens": context_tokens,
         "served_name": served_name,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime import adapters, hardware, models, oci
 from runtime.errors import ConfigError, Failure
+from runtime.hardware import Hardware
 from runtime.serving import engine
 from runtime.serving.lifecycle import Served
 from runtime.serving.prompts import Prompts, sampling_defaults
@@ -22,6 +23,9 @@ from runtime.serving.settings import AdapterSource, ServeConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from runtime.serving.engine.runner import Membership
+    from runtime.serving.parallel import Crew
 
 log = logging.getLogger(__name__)
 
@@ -40,19 +44,19 @@ def load(config: ServeConfig, access: oci.Access) -> Served:
     devices = hardware.detect()
     torch.set_num_threads(min(torch.get_num_threads(), hardware.usable_cores()))
     tokenizer = models.load_tokenizer(config.model)
-    model = models.load(
-        config.model,
-        hardware=devices,
-        device=hardware.device(devices),
-        quantization=config.quantization,
-    )
-    running = engine.create(config, model)
+    with contextlib.ExitStack() as undo:
+        model, crew, membership = _model(config, devices, undo)
+        running = engine.create(config, model, membership=membership)
+        if crew is not None:
+            crew.watch(running.lose)
+        undo.pop_all()
     served = Served(
         name=config.served_name,
         engine=running,
         prompts=_prompts(config, model, tokenizer, running.context_tokens),
         created=int(time.time()),
-        weights=f"{_format(config, model)}, {model.get_memory_footprint() / 2**20:.1f} MiB on {devices.name}",
+        weights=f"{_format(config, model)}, {model.get_memory_footprint() / 2**20:.1f} MiB on {devices.name}"
+        + (f", on each of {membership.team.world}" if membership is not None else ""),
     )
     if config.combine_adapters and config.adapters:
         served = _combined(served, config, access)
@@ -64,6 +68,38 @@ def load(config: ServeConfig, access: oci.Access) -> Served:
                 log.warning("Adapter refused: %s: %s", source.name, failure)
     log.info("Loaded %s on %s in %.1f s", config.model.name, devices.name, time.monotonic() - started)
     return served
+
+
+def _model(
+    config: ServeConfig, devices: Hardware, undo: contextlib.ExitStack
+) -> "tuple[PreTrainedModel, Crew | None, Membership | None]":
+    """Return the model, or rank 0's share of it with the others' processes; `undo` ends those."""
+    processes = (config.processes or devices.count) if config.parallel == "tp" else 1
+    device = hardware.device(devices)
+    if processes == 1:
+        if config.parallel is not None:
+            log.warning("--parallel %s: one process, so the model is not divided", config.parallel)
+        model = models.load(config.model, hardware=devices, device=device, quantization=config.quantization)
+        return model, None, None
+    if config.quantization is not None:
+        raise ConfigError("--parallel tp divides whole weights: leave the quantisation out, or one GPU")
+    import torch
+
+    from runtime.serving.engine import shares
+    from runtime.serving.engine.runner import Membership
+    from runtime.serving.parallel import Crew
+
+    source = config.model.model_copy(update={"path": models.locate(config.model)})
+    whole = models.load_config(source)
+    share = shares.Share.of(whole, 0, processes)
+    threads = max(1, torch.get_num_threads() // processes)
+    if devices.kind == "cpu":
+        torch.set_num_threads(threads)
+    crew = Crew(source, devices, world=processes, threads=threads)
+    undo.callback(crew.end)
+    dtype = getattr(torch, hardware.compute_dtype(devices, source.dtype))
+    model = shares.load(models.locate(source), whole, share, dtype=dtype, device=device)
+    return model, crew, Membership(crew.meet(device), share, crew.dismiss)
 
 
 def add_adapter(served: Served, source: AdapterSource, *, base: str | None, access: oci.Access) -> None:

@@ -5,6 +5,7 @@ torch.
 """
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, SecretStr
 
@@ -57,6 +58,10 @@ class ServeConfig(Strict):
     """Answer every request with all adapters at once, each by its strength, as KAITO's runtime does."""
     quantization: Quantization | None = None
     """bitsandbytes quantisation of the base weights; None serves them as they are."""
+    parallel: Literal["tp"] | None = None
+    """Divide the model among processes, one per GPU: "tp" is tensor parallelism."""
+    processes: int | None = Field(None, ge=1)
+    """Processes that share the model, on this machine; None is one per visible GPU."""
     host: str = "0.0.0.0"  # noqa: S104 - a pod must be reachable
     port: int = Field(80, ge=0, le=65535)
     """TCP port; 0 takes a free one and logs it."""

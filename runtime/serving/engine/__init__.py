@@ -5,20 +5,26 @@ from typing import TYPE_CHECKING
 
 from runtime import hardware, models
 from runtime.memory.serving import HOST_SHARE, LEAST_CONTEXT_TOKENS, rows_that_fit
-from runtime.serving.engine.protocol import Engine
 from runtime.serving.settings import ServeConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from runtime.serving.engine.plain import PlainEngine
+    from runtime.serving.engine.rows import RowEngine
+    from runtime.serving.engine.runner import Membership
+
 log = logging.getLogger(__name__)
 
 
-def create(config: ServeConfig, model: "PreTrainedModel") -> Engine:
+def create(
+    config: ServeConfig, model: "PreTrainedModel", *, membership: "Membership | None" = None
+) -> "PlainEngine | RowEngine":
     """Return a running engine over `model`, already on its device and in evaluation mode.
 
-    The row engine where it can drive the architecture, else the plain one, one request at a time. Raises
-    CapacityError when not even one row's cache fits beside the weights.
+    The row engine where it can drive the architecture, else the plain one, one request at a time. With a
+    `membership` the model is rank 0's share of one that several processes serve. Raises CapacityError when
+    not even one row's cache fits beside the weights.
     """
     from runtime.serving.engine.angles import short_tokens
     from runtime.serving.engine.fuse import refusal
@@ -37,16 +43,19 @@ def create(config: ServeConfig, model: "PreTrainedModel") -> Engine:
                 "Serving %d of %d context tokens: longrope needs the row engine", short, context_tokens
             )
         return PlainEngine(model, context_tokens=min(short, context_tokens), queue=queue)
+    free = free_bytes(model)
+    if membership is not None:
+        free = membership.team.least(free_bytes(model, processes=membership.team.world))
     wanted = (config.limits.rows, context_tokens)
     rows, context_tokens = rows_that_fit(
         wanted,
         token_bytes=_token_bytes(model),
-        free_bytes=_free_bytes(model),
+        free_bytes=free,
         least_context=config.limits.context_tokens or LEAST_CONTEXT_TOKENS,
     )
     if (rows, context_tokens) != wanted:
         log.warning("Memory allows %d rows of %d tokens, not %d of %d", rows, context_tokens, *wanted)
-    return RowEngine(model, rows=rows, context_tokens=context_tokens, queue=queue)
+    return RowEngine(model, rows=rows, context_tokens=context_tokens, queue=queue, membership=membership)
 
 
 def _token_bytes(model: "PreTrainedModel") -> int:
@@ -57,11 +66,12 @@ def _token_bytes(model: "PreTrainedModel") -> int:
     return 2 * layers * heads * dim * int(model.dtype.itemsize)
 
 
-def _free_bytes(model: "PreTrainedModel") -> int:
-    """Return the memory beside the weights, on the device of `model`."""
+def free_bytes(model: "PreTrainedModel", *, processes: int = 1) -> int:
+    """Return the memory beside the weights, on the device of `model`; `processes` share a host's memory."""
     import torch
 
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(model.device)[0])
-    return max(0, int(hardware.detect().memory_bytes * HOST_SHARE) - int(model.get_memory_footprint()))
+    host = int(hardware.detect().memory_bytes * HOST_SHARE / processes)
+    return max(0, host - int(model.get_memory_footprint()))

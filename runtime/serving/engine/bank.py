@@ -6,7 +6,7 @@ requests. Start at `Bank.add`.
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,9 @@ from runtime.serving.engine.lora import Groups, PartWeights, RowLinear, group
 
 _PREFIX = "base_model.model."
 
+Cut = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From a layer's path and its LoRA weights (r, in) and (out, r) to the parts of them that belong here."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -32,9 +35,12 @@ class Part:
 class Bank:
     """Adapters by name; each has a version (never used twice) and a lane (its place in the stacks)."""
 
-    def __init__(self, parts: dict[str, Part], *, dtype: torch.dtype, device: torch.device) -> None:
-        """`parts` by the module paths that adapters name."""
+    def __init__(
+        self, parts: dict[str, Part], *, dtype: torch.dtype, device: torch.device, cut: "Cut | None" = None
+    ) -> None:
+        """`parts` by the module paths that adapters name; `cut` where layers are parts of the model's."""
         self._parts = parts
+        self._cut = cut
         self._layers = list({id(part.layer): part.layer for part in parts.values()}.values())
         self.device, self._dtype = device, dtype
         self._versions: dict[str, int] = {}
@@ -63,10 +69,11 @@ class Bank:
             raise ConfigError(f"adapter {name}: has DoRA or trained biases, expected plain LoRA weights")
         found: dict[RowLinear, PartWeights] = {}
         pairs = _pairs(name, load_file(str(folder / WEIGHTS_FILE)))
-        for path, (down, up) in pairs.items():
+        for path, pair in pairs.items():
             part = self._parts.get(path)
             if part is None:
                 raise ConfigError(f"adapter {name}: does not fit this model: no layer '{path}' to adapt here")
+            down, up = pair if self._cut is None else self._cut(path, *pair)
             expected = (part.layer.in_features, part.layer.outs[part.index])
             if (down.shape[1], up.shape[0]) != expected or down.shape[0] != up.shape[1]:
                 raise ConfigError(

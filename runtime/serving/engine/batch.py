@@ -1,7 +1,8 @@
 """One step as tensors: the flat tokens of all rows, and where each belongs.
 
 Decoding rows come first, one token each, in slot order; then the prompt chunks, one after another. `N`
-flat tokens, `R` decoding rows, `L` positions. Does not know models or requests. Start at `assemble`.
+flat tokens, `R` decoding rows, `L` positions. Does not know models or requests. Start at `describe`
+and `assemble`.
 """
 
 from dataclasses import dataclass, field
@@ -63,13 +64,30 @@ class Batch:
     """Attention masks, made in the first layer that needs one and shared by the rest."""
 
 
-def assemble(plan: Plan, bank: Bank) -> Batch:
-    """Return the tensors of `plan`, on the device of `bank`."""
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One step as plain numbers, which every process that shares the model can be told."""
+
+    ids: list[int]
+    positions: list[int]
+    slots: list[int]
+    """Of the decoding rows, whose tokens come first."""
+    pieces: tuple[Piece, ...]
+    chosen: list[int]
+    owners: list[tuple[int | None, int]]
+    """(adapter version or None, tokens) in flat order."""
+    long: list[bool]
+    copies: list[tuple[int, int, int]]
+    """(source slot, target slot, positions) to make first."""
+
+
+def describe(plan: Plan) -> Work:
+    """Return the numbers of `plan`."""
     ids, positions = [], []
     for row in plan.decode:
         ids.append(row.ids[row.filled])
         positions.append(row.filled)
-    places, pieces, chosen = list(positions), [], list(range(len(ids)))
+    pieces, chosen = [], list(range(len(ids)))
     for chunk in plan.chunks:
         start = chunk.start
         pieces.append(Piece(len(ids), chunk.row.slot, start, chunk.count))
@@ -83,6 +101,14 @@ def assemble(plan: Plan, bank: Bank) -> Batch:
     for chunk in plan.chunks:
         long += [chunk.row.long] * chunk.count
     slots = [row.slot for row in plan.decode]
+    copies = [(copy.source, copy.row.slot, copy.count) for copy in plan.copies]
+    return Work(ids, positions, slots, tuple(pieces), chosen, owners, long, copies)
+
+
+def assemble(work: Work, bank: Bank) -> Batch:
+    """Return the tensors of `work`, on the device of `bank`."""
+    ids, positions, slots, chosen, long = work.ids, work.positions, work.slots, work.chosen, work.long
+    places = positions[: len(slots)]
     # one transfer for all the numbers of a step
     numbers = torch.tensor([*ids, *positions, *slots, *places, *chosen]).to(bank.device, non_blocking=True)
     sizes = [len(ids), len(positions), len(slots), len(places), len(chosen)]
@@ -94,9 +120,9 @@ def assemble(plan: Plan, bank: Bank) -> Batch:
         slots=slot_part,
         places=place_part,
         runs=_runs(slots, places, place_part),
-        chunks=tuple(pieces),
+        chunks=work.pieces,
         chosen=chosen_part,
-        groups=bank.group(owners),
+        groups=bank.group(work.owners),
         long=torch.tensor(long).to(bank.device, non_blocking=True) if any(long) else None,
     )
 

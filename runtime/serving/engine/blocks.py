@@ -15,31 +15,46 @@ from runtime.serving.engine.bank import Part
 from runtime.serving.engine.cache import SlotCache, store
 from runtime.serving.engine.linears import Layouts, is_plain, join
 from runtime.serving.engine.lora import RowLinear, Step
+from runtime.serving.engine.team import PARTIAL, Joined, Summed, Team
 
 
 class Adaptables:
     """Makes the linear layers that take adapters, and keeps account of them by their module paths."""
 
-    def __init__(self, step: Step, layouts: Layouts) -> None:
+    def __init__(self, step: Step, layouts: Layouts, *, team: Team | None = None) -> None:
         self.parts: dict[str, Part] = {}
-        self._step, self._layouts = step, layouts
+        self._step, self._layouts, self._team = step, layouts, team
 
-    def one(self, name: str, module: nn.Module) -> RowLinear:
-        """Return `module`, found at `name`, as a layer that takes adapters."""
+    def one(self, name: str, module: nn.Module) -> nn.Module:
+        """Return `module`, found at `name`, as a layer that takes adapters, its parts summed by the team."""
+        layer = self._alone(name, module)
+        partial = self._team is not None and name.endswith(PARTIAL)
+        return Summed(layer, self._team) if partial and self._team is not None else layer
+
+    def _alone(self, name: str, module: nn.Module) -> RowLinear:
         size = (int(module.in_features), (int(module.out_features),))  # type: ignore[arg-type]
         layer = RowLinear(self._layouts.fast(module), size, self._step)
         self.parts[name] = Part(layer, 0)
         return layer
 
-    def plain(self, module: nn.Module) -> nn.Module:
-        """Return `module` as a fast layer that takes no adapter."""
-        return self._layouts.fast(module)
+    def head(self, module: nn.Module) -> nn.Module:
+        """Return the output embedding as a fast layer; each rank of a team has its part of the vocabulary."""
+        if self._team is None or not isinstance(module, nn.Linear) or module.out_features % self._team.world:
+            return self._layouts.fast(module)
+        width = module.out_features // self._team.world
+        part = slice(self._team.rank * width, (self._team.rank + 1) * width)
+        with torch.device("meta"):
+            own = nn.Linear(module.in_features, width, bias=module.bias is not None)
+        own.weight = nn.Parameter(module.weight[part].clone(), requires_grad=False)
+        if module.bias is not None:
+            own.bias = nn.Parameter(module.bias[part].clone(), requires_grad=False)
+        return Joined(self._layouts.fast(own), self._team)
 
     def joined(self, named: dict[str, nn.Module]) -> nn.Module:
         """Return one layer for several with the same input: one product where their weights allow it."""
         plain = [module for module in named.values() if isinstance(module, nn.Linear) and is_plain(module)]
         if len(plain) < len(named):
-            return Side([self.one(name, module) for name, module in named.items()])
+            return Side([self._alone(name, module) for name, module in named.items()])
         size = (plain[0].in_features, tuple(module.out_features for module in plain))
         layer = RowLinear(self._layouts.fast(join(plain)), size, self._step)
         for index, name in enumerate(named):

@@ -58,7 +58,7 @@ def prepare(model: "PreTrainedModel", cache: SlotCache, layers: Adaptables) -> N
     _choose_angles_by_row(model, cache)
     head = model.get_output_embeddings()
     if head is not None:
-        model.set_output_embeddings(layers.plain(head))
+        model.set_output_embeddings(layers.head(head))
     for parameter in model.parameters():
         if parameter.device.type == "cpu":  # may be a view of the weights' file, and the last one keeps it
             parameter.data = parameter.data.clone()

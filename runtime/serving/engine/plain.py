@@ -71,6 +71,9 @@ class PlainEngine:
             prompt_tokens=self._prompt_tokens,
         )
 
+    def lose(self) -> None:
+        """Nothing: this engine has no other processes."""
+
     def close(self) -> None:
         """Stop the thread after the step it is at; everything in flight ends as cancelled."""
         self._desk.close("cancelled")

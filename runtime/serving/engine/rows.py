@@ -17,9 +17,10 @@ from torch import Tensor
 from runtime.errors import ConfigError, RequestError, UnavailableError
 from runtime.serving.engine.desk import LAST_STEP_S, Desk
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
-from runtime.serving.engine.runner import Runner
+from runtime.serving.engine.runner import Membership, Runner
 from runtime.serving.engine.sampling import Sampler
 from runtime.serving.engine.scheduler import Plan, Row, Scheduler
+from runtime.serving.engine.team import End
 from runtime.serving.engine.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -48,8 +49,19 @@ class Answer:
 class RowEngine:
     """Serves `rows` requests at a time in one thread; more wait in order of arrival."""
 
-    def __init__(self, model: "PreTrainedModel", *, rows: int, context_tokens: int, queue: int) -> None:
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        *,
+        rows: int,
+        context_tokens: int,
+        queue: int,
+        membership: Membership | None = None,
+    ) -> None:
+        """`membership` where `model` is rank 0's share of one that several processes serve."""
         self.context_tokens = context_tokens
+        self._membership = membership
+        self._lost = False
         self._rows = rows
         self._scheduler = Scheduler(rows, chunk_tokens=CHUNK_TOKENS, alone_tokens=ALONE_TOKENS)
         self._desk = Desk(rows=rows, queue=queue, adapters=lambda: self._runner.bank.names)
@@ -64,7 +76,9 @@ class RowEngine:
             undo.pop_all()
 
     def _prepare(self, model: "PreTrainedModel") -> None:
-        self._runner = Runner(model, rows=self._rows, positions=self.context_tokens)
+        self._runner = Runner(
+            model, rows=self._rows, positions=self.context_tokens, membership=self._membership
+        )
 
     def submit(self, request: Request) -> AsyncIterator[Token]:
         """Queue `request`; see `Engine.submit`."""
@@ -84,15 +98,14 @@ class RowEngine:
         self._desk.errand(lambda: self._add(name, folder, strength))
 
     def _add(self, name: str, folder: Path, strength: float) -> None:
-        bank = self._runner.bank
-        if name in bank.names:
+        if name in self._runner.bank.names:
             raise ConfigError(f"adapter {name}: is resident already; remove it first")
-        bank.add(name, bank.read(name, folder, strength=strength))
+        self._runner.add_adapter(name, folder, strength)
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter once nobody uses it; see `Engine.remove_adapter`."""
         self._desk.let_go(name)
-        self._desk.errand(lambda: self._scheduler.forget(self._runner.bank.remove(name)))
+        self._desk.errand(lambda: self._scheduler.forget(self._runner.remove_adapter(name)))
         self._desk.forgotten(name)
 
     def stats(self) -> Stats:
@@ -102,7 +115,7 @@ class RowEngine:
             waiting=self._desk.waiting,
             kv_cache_share=self._scheduler.used_tokens / (self._rows * self.context_tokens),
             last_progress_s=self._desk.last_progress_s,
-            alive=self._thread.is_alive(),
+            alive=self._thread.is_alive() and not self._lost,
             adapters=self._desk.adapters(),
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
@@ -113,6 +126,8 @@ class RowEngine:
         self._desk.close("cancelled")
         # an interpreter that ends while the thread is inside torch aborts the process
         self._thread.join(LAST_STEP_S)
+        if self._membership is not None:
+            self._membership.dismiss()
 
     def _run(self) -> None:
         while self._desk.is_open:
@@ -122,6 +137,13 @@ class RowEngine:
                 self._fail(error)
         for answer in tuple(self._answers.values()):
             self._end(answer, "cancelled")
+        if self._membership is not None and not self._lost:
+            self._membership.team.tell(End())
+
+    def lose(self) -> None:
+        """Another process of the team is gone: answer what is in flight, and give up."""
+        self._lost = True
+        self._desk.abandon(UnavailableError("the engine has stopped"))
 
     def step(self) -> None:
         """Admit who waits, run one step of all rows, and give each its next token; waits when idle."""
@@ -202,7 +224,7 @@ class RowEngine:
         slot = answer.row.slot
         answer.row.filled = 0
         self._end(answer, UnavailableError("the model's output is not a number for this prompt"))
-        self._runner.cache.clear(slot)
+        self._runner.clear(slot)
 
     def _fail(self, error: Exception) -> None:
         """Answer the requests that a failed step cost: the newest when memory ran out, else all of them."""
@@ -220,6 +242,8 @@ class RowEngine:
         for answer in answers:
             answer.row.filled = 0  # what the step left in the cache is not to be trusted
             self._end(answer, reason)
-        if self._failures >= FAILURES_IN_A_ROW:
+        if self._membership is not None:  # the others are at another place by now
+            self.lose()
+        elif self._failures >= FAILURES_IN_A_ROW:
             log.critical("%d steps failed one after another; the engine stops", self._failures)
             self._desk.abandon(UnavailableError("the engine has stopped"))

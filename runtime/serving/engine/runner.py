@@ -3,22 +3,29 @@
 Knows the model and its cache, not requests or sampling. Start at `Runner.run`.
 """
 
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from runtime import hardware
+from runtime.errors import ConfigError
 from runtime.memory.shape import dimensions
 from runtime.serving.engine.angles import short_tokens
 from runtime.serving.engine.bank import Bank
-from runtime.serving.engine.batch import Batch, assemble
+from runtime.serving.engine.batch import Batch, Work, assemble, describe
 from runtime.serving.engine.blocks import Adaptables
 from runtime.serving.engine.cache import SlotCache
 from runtime.serving.engine.fuse import UNSCALED, prepare
 from runtime.serving.engine.linears import Layouts
 from runtime.serving.engine.lora import Step
 from runtime.serving.engine.scheduler import Plan
+from runtime.serving.engine.shares import Share
+from runtime.serving.engine.team import Add, Begin, Clear, End, Remove, Team
 from runtime.serving.engine.trunk import Trunk
 
 if TYPE_CHECKING:
@@ -29,11 +36,28 @@ SPARE = 10
 """A model this many times smaller than the host's memory is laid out twice on a CPU."""
 
 
-class Runner:
-    """A model prepared for rows; it belongs to this runner from then on."""
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """A process's place among those that serve one model together."""
 
-    def __init__(self, model: "PreTrainedModel", *, rows: int, positions: int) -> None:
+    team: Team
+    share: Share
+    dismiss: Callable[[], None] = lambda: None
+    """Waits for the other processes to end; rank 0's."""
+
+
+class Runner:
+    """A model prepared for rows; it belongs to this runner from then on.
+
+    With a `membership` the model is a share: what rank 0's runner does, those of the others do too.
+    """
+
+    def __init__(
+        self, model: "PreTrainedModel", *, rows: int, positions: int, membership: Membership | None = None
+    ) -> None:
         layers, heads, dim = cache_shape(model.config)
+        self._team = membership.team if membership is not None else None
+        self._tell(Begin(rows, positions))
         self._model = model
         self._short_tokens = short_tokens(model.config.get_text_config())
         self._step = Step()
@@ -43,10 +67,11 @@ class Runner:
             dtype=model.dtype,
             device=model.device,
         )
-        linears = Adaptables(self._step, Layouts(twice=_is_small(model)))
+        linears = Adaptables(self._step, Layouts(twice=_is_small(model)), team=self._team)
         prepare(model, self.cache, linears)
         self._trunk = Trunk(model) if model.config.model_type in UNSCALED else None
-        self.bank = Bank(linears.parts, dtype=model.dtype, device=model.device)
+        cut = membership.share.cut_adapter if membership is not None else None
+        self.bank = Bank(linears.parts, dtype=model.dtype, device=model.device, cut=cut)
         # a ready-made mask, so that no model builds one: the attention of rows makes its own
         self._no_mask = torch.zeros(1, 1, 1, 1, device=model.device, dtype=model.dtype)
 
@@ -54,12 +79,60 @@ class Runner:
         """Whether a row that will fill so many `positions` needs rotary factors for long contexts."""
         return self._short_tokens is not None and positions > self._short_tokens
 
-    @torch.inference_mode()
     def run(self, plan: Plan) -> Tensor:
         """Run `plan` and return logits (R + C, V): its decoding rows, then its chunks that end a prompt."""
-        for copy in plan.copies:
-            self.cache.copy(copy.source, copy.row.slot, copy.count)
-        batch = assemble(plan, self.bank)
+        work = describe(plan)
+        self._tell(work)
+        return self._execute(work)
+
+    def add_adapter(self, name: str, folder: Path, strength: float) -> None:
+        """Read an adapter on every rank, or on none; ConfigError when it does not fit."""
+        self._tell(Add(name, str(folder), strength))
+        self._add(name, folder, strength)
+
+    def remove_adapter(self, name: str) -> int:
+        """Forget an adapter, and return the version it had."""
+        self._tell(Remove(name))
+        return self.bank.remove(name)
+
+    def clear(self, slot: int) -> None:
+        """Zero a slot of the cache."""
+        self._tell(Clear(slot))
+        self.cache.clear(slot)
+
+    def follow(self) -> None:
+        """Do what rank 0 does until it ends."""
+        assert self._team is not None, "nobody to follow"  # noqa: S101
+        while not isinstance(order := self._team.hear(), End):
+            if isinstance(order, Work):
+                self._execute(order)
+            elif isinstance(order, Add):
+                with contextlib.suppress(ConfigError):  # rank 0 reads the same file and says so
+                    self._add(order.name, Path(order.folder), order.strength)
+            elif isinstance(order, Remove):
+                self.bank.remove(order.name)
+            elif isinstance(order, Clear):
+                self.cache.clear(order.slot)
+
+    def _tell(self, order: Any) -> None:
+        if self._team is not None and self._team.rank == 0:
+            self._team.tell(order)
+
+    def _add(self, name: str, folder: Path, strength: float) -> None:
+        weights = None
+        try:
+            weights = self.bank.read(name, folder, strength=strength)
+        finally:
+            everywhere = self._team is None or self._team.least(int(weights is not None))
+        if not everywhere or weights is None:
+            raise ConfigError(f"adapter {name}: another process of this server could not read it")
+        self.bank.add(name, weights)
+
+    @torch.inference_mode()
+    def _execute(self, work: Work) -> Tensor:
+        for source, target, count in work.copies:
+            self.cache.copy(source, target, count)
+        batch = assemble(work, self.bank)
         self.cache.batch, self._step.groups = batch, batch.groups
         try:
             return self._trunk.run(batch) if self._trunk is not None else self._whole(batch)

@@ -113,7 +113,7 @@ def test_a_context_that_was_asked_for_outlasts_the_number_of_rows(
 ) -> None:
     token_bytes = 2 * 2 * 2 * 16 * 4  # keys and values, 2 layers, 2 heads of 16, float32
     free = int(3.5 * 512 * token_bytes / serving.CACHE_SHARE)
-    monkeypatch.setattr("runtime.serving.engine._free_bytes", lambda _: free)
+    monkeypatch.setattr("runtime.serving.engine.free_bytes", lambda _: free)
     monkeypatch.setattr("runtime.serving.engine.LEAST_CONTEXT_TOKENS", 64)
     for asked, expected in [(512, (3, 512)), (None, (8, 224))]:
         made = engine.create(config(rows=8, context_tokens=asked), load(tiny_llama_dir))
