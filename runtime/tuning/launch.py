@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from runtime import hardware, oci
 from runtime.errors import CapacityError, ConfigError, Failure, StoppedError
 from runtime.files import write_whole
@@ -130,15 +132,14 @@ def _train(job: TuningJob, processes: int, nodes: Nodes) -> dict[str, object] | 
 
 @contextlib.contextmanager
 def _forwarding(child: "subprocess.Popen[bytes]") -> Iterator[list[float]]:
-    """Pass SIGTERM and SIGINT on to `child`; yields the times they came. A second one kills its session."""
+    """Pass SIGTERM and SIGINT on to `child`; yields the times they came. A second one kills all below it."""
     asked: list[float] = []
 
     def forward(number: int, _: FrameType | None) -> None:
         asked.append(time.monotonic())
         if len(asked) > 1:
             log.warning("asked to stop again: ending at once, the last checkpoint stays")
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+            _kill(child.pid)
             return
         log.info("asked to stop: a checkpoint is written first (at most %d s)", GRACE_S)
         child.send_signal(signal.SIGTERM)
@@ -149,3 +150,12 @@ def _forwarding(child: "subprocess.Popen[bytes]") -> Iterator[list[float]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _kill(process: int) -> None:
+    """Kill a process and all below it: torchrun's workers lead sessions of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process)
+        for each in (parent, *parent.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
