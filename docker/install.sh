@@ -29,7 +29,8 @@ fi
 import tomllib
 with open("pyproject.toml", "rb") as stream:
     project = tomllib.load(stream)["project"]
-print(*project["dependencies"], *project["optional-dependencies"]["guided"], sep="\n")
+extras = project["optional-dependencies"]
+print(*project["dependencies"], *extras["guided"], *extras["tensorboard"], sep="\n")
 PYTHON
 "$pip" install -q -c constraints.txt -r requirements.txt
 

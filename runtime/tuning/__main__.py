@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from runtime import logs
 from runtime.config import parse, read_text
 from runtime.errors import ConfigError, Failure, StoppedError, exit_code
-from runtime.tuning import failure, job, live, publish
+from runtime.tuning import failure, job, live, loggers, publish
 from runtime.tuning.bench import Course
 from runtime.tuning.places import Places
 from runtime.tuning.ranks import Ranks
@@ -45,6 +45,9 @@ def work(read: Callable[[], TuningJob], *, termination_log: Path | None = None) 
     asked: TuningJob | None = None
     try:
         asked = read()
+        loggers.check(asked.training)
+        for name, value in loggers.places(asked.output.folder).items():
+            os.environ.setdefault(name, value)
         access = publish.access_of(asked, os.environ)
         port = asked.metrics_port and asked.metrics_port + ranks.local_rank
         with live.serving(port if ranks.first else None, functools.partial(course.state, asked)):

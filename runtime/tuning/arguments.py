@@ -11,6 +11,7 @@ from typing import Any
 
 from runtime.config import describe, nearest
 from runtime.errors import ConfigError
+from runtime.tuning import loggers
 
 DEFAULTS: dict[str, Any] = {
     # QLoRA's step size up to 13B (arXiv:2305.14314, appendix B.2, table 9).
@@ -319,5 +320,6 @@ def _ranges(checked: Mapping[str, Any], where: str) -> None:
             raise ConfigError(f"{where}: '{name}' is {checked[name]}, expected a number above 0")
     if checked.get("fp16") and checked.get("bf16"):
         raise ConfigError(f"{where}: 'fp16' and 'bf16' are both true, expected at most one of them")
+    loggers.known(checked.get("report_to") or (), where)
     if checked.get("save_strategy") == "best":
         raise ConfigError(f"{where}: 'save_strategy' is 'best', expected 'no', 'steps' or 'epoch'")

@@ -22,7 +22,7 @@ from runtime import hardware, oci
 from runtime.errors import CapacityError, ConfigError, Failure, StoppedError
 from runtime.files import write_whole
 from runtime.oci.access import DEFAULT
-from runtime.tuning import failure, fetch, fit, live, places, publish
+from runtime.tuning import failure, fetch, fit, live, loggers, places, publish
 from runtime.tuning.nodes import ALONE, Nodes
 from runtime.tuning.places import Places
 from runtime.tuning.settings import TuningJob
@@ -76,7 +76,8 @@ def run(
 
 
 def _preflight(job: TuningJob, access: oci.Access | None) -> None:
-    """Fail on what would fail at the end: an output that cannot be written or (with `access`) pushed to."""
+    """Fail on what would fail late: a logger, an output that cannot be written or (with `access`) pushed to."""
+    loggers.check(job.training)
     folder = job.output.folder
     try:
         Places(folder).work.mkdir(parents=True, exist_ok=True)

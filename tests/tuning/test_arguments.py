@@ -63,6 +63,11 @@ def test_values_get_their_types() -> None:
     assert isinstance(checked["num_train_epochs"], float)
 
 
+def test_a_logger_that_nobody_knows_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"'report_to' holds 'tensorbord' \(did you mean 'tensorboard'\?\)"):
+        arguments.check({"report_to": ["tensorbord"]}, WHERE)
+
+
 def test_unquoted_no_is_the_save_strategy_no() -> None:
     assert arguments.check({"save_strategy": False}, WHERE) == {"save_strategy": "no"}
 

@@ -1,11 +1,14 @@
 """Whole jobs in real processes: results, resume, signals, divergence, several ranks."""
 
+import http.server
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Self
 
 import pytest
 
@@ -58,6 +61,76 @@ def test_job_leaves_adapter_report_and_sentinel_and_is_pushed(make_job: Maker, t
     pulled = oci.pull(oci.parse(image), tmp_path / "pulled")
     inside = {path.name for path in pulled.rglob("*")}
     assert {"adapter_config.json", "adapter_model.safetensors", "report.html"} <= inside
+
+
+def test_tensorboard_and_kubeflow_hear_of_every_step(
+    make_job: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    token = tmp_path / "token"
+    token.write_text("a-service-account")
+    with Heard() as kubeflow:
+        monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", kubeflow.url)
+        monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_TOKEN", str(token))
+        job = make_job(training={"max_steps": 6, "report_to": ["tensorboard"]})
+        launch.run(job, processes=1, termination_log=tmp_path / "absent")
+    (written,) = (job.output.folder / "runs").glob("events.*")
+    values = [value for event in _records(written.read_bytes(), Event) for value in event.summary.value]
+    assert sum(value.tag == "train/loss" for value in values) == 6
+    percents = [status["progressPercentage"] for status in kubeflow.statuses]
+    assert (percents[0], percents[-1]) == (0, 100)
+    assert {metric["name"] for metric in kubeflow.statuses[-1]["metrics"]} >= {"loss", "learning_rate"}
+
+
+def _records(written: bytes, kind: Callable[[], Any]) -> Iterator[Any]:
+    """Yield the messages of a TFRecord file: length (8 bytes), its checksum (4), message, checksum (4)."""
+    while written:
+        size = int.from_bytes(written[:8], "little")
+        message = kind()
+        message.ParseFromString(written[12 : 12 + size])
+        yield message
+        written = written[16 + size :]
+
+
+class Heard(http.server.ThreadingHTTPServer):
+    """Kubeflow's status endpoint."""
+
+    def __init__(self) -> None:
+        self.statuses: list[dict[str, Any]] = []
+        super().__init__(("127.0.0.1", 0), _Listening)
+        self.url = f"http://127.0.0.1:{self.server_port}/status"
+
+    def __enter__(self) -> Self:
+        self.thread = threading.Thread(target=self.serve_forever)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.thread.join()
+        self.server_close()
+
+
+class _Listening(http.server.BaseHTTPRequestHandler):
+    server: Heard
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.headers["Authorization"] == "Bearer a-service-account"
+        self.server.statuses.append(body["trainerStatus"])
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_logger_that_is_not_installed_ends_the_job_before_data_is_fetched(make_job: Maker) -> None:
+    job = make_job(training={"report_to": ["tensorboard", "mlflow"]})
+    with pytest.raises(ConfigError, match="report_to is 'mlflow', but the package mlflow is not installed"):
+        launch.run(job, processes=1)
+    assert not Places(job.output.folder).job.exists()
 
 
 def test_adapter_loads_in_plain_peft_and_names_no_local_path_for_a_public_base(
