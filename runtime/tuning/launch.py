@@ -76,7 +76,7 @@ def run(
 
 
 def _preflight(job: TuningJob, access: oci.Access | None) -> None:
-    """Fail on what would fail late: a logger, an output that cannot be written or (with `access`) pushed to."""
+    """Fail on what would fail late: loggers, an output not to be written or (with `access`) pushed to."""
     loggers.check(job.training)
     folder = job.output.folder
     try:

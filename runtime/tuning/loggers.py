@@ -52,7 +52,7 @@ def check(training: Mapping[str, Any]) -> None:
 
 
 def places(folder: Path) -> dict[str, str]:
-    """Return the variables by which loggers on disk write beside the adapter, not where the process stands."""
+    """Return the variables by which loggers on disk write beside the adapter, not to where they started."""
     return {
         "TENSORBOARD_LOGGING_DIR": str(folder / "runs"),
         "WANDB_DIR": str(folder),
