@@ -23,7 +23,7 @@ from runtime.tuning.checkpoints import MANIFEST, fault, listed, step_of
 from runtime.tuning.places import SENTINEL, Places
 from runtime.tuning.settings import Output, TuningJob
 from tests.faults.dataset_server import DatasetServer, Reply
-from tests.tuning.conftest import Worker
+from tests.tuning.conftest import Worker, write_rows
 
 Maker = Callable[..., TuningJob]
 
@@ -164,6 +164,35 @@ def test_fault_5_stop_does_not_wait_for_a_server_that_stalls(tmp_path: Path, tin
         stopped_while_it_waits(
             tmp_path / "out", tiny_llama_dir, url, lambda data: (data / ".a.parquet.validator").exists()
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sign", "split"),
+    [("rows from 1 files", "0.95"), ("evaluating: ", "0.1")],
+    ids=["encoding", "evaluation"],
+)
+def test_fault_5_stop_ends_encoding_and_evaluation_at_once(
+    tmp_path: Path, tiny_llama_dir: Path, sign: str, split: str
+) -> None:
+    write_rows(tmp_path / "data/rows.parquet", 20_000)
+    folder = tmp_path / "out"
+    held_out = ("--set", f"data.train_share={split}")
+    process = tune(folder, str(tiny_llama_dir), "--data", str(tmp_path / "data"), *held_out)
+    log = folder.with_suffix(".log")
+    deadline = time.monotonic() + 120
+    while sign not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.3)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(25) == 143, log.read_text()
+    assert time.monotonic() - began < 10
+    last = json.loads(log.read_text().splitlines()[-1])
+    assert last["msg"] == "stopped by SIGTERM; the same command goes on from here"
+    assert {path.name for path in folder.iterdir()} == {".work"}
 
 
 def workers_below(process: psutil.Process) -> list[psutil.Process]:
