@@ -27,7 +27,13 @@ from runtime.tuning.places import Places
 from runtime.tuning.precision import Precision
 from runtime.tuning.progress import Meter, Reporter
 from runtime.tuning.ranks import Ranks
-from runtime.tuning.schedule import asked_checkpointing, choose_layout, make_plan, training_arguments
+from runtime.tuning.schedule import (
+    asked_checkpointing,
+    choose_layout,
+    evaluate_on_the_way,
+    make_plan,
+    training_arguments,
+)
 from runtime.tuning.settings import TuningJob
 from runtime.tuning.stop import StopSignal
 
@@ -154,6 +160,8 @@ def prepare(
         "%d steps an epoch of %d rows, %s in passes of at most %d tokens",
         plan.steps_per_epoch, plan.rows_per_step, layout, plan.budget_tokens,
     )  # fmt: skip
+    if held is not None and "eval_strategy" not in job.training:
+        evaluate_on_the_way(args, plan, held_out_tokens=held.tokens)
     survival, reporter, watchers = _watchers(job, setting)
     work = Workload(train.rows, held.rows if held else (), plan, ranks, tokenizer.pad_token_id or 0)
     trainer = Tuner(model, args, work=work, meter=setting.course.meter, watchers=watchers)

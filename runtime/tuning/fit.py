@@ -109,16 +109,18 @@ def shorten(job: TuningJob, machine: Hardware, *, processes: int) -> TuningJob:
     return job.model_copy(update={"encoding": encoding})
 
 
-def settle(job: TuningJob, machine: Hardware, *, processes: int, rows: Sequence[Row]) -> TuningJob:
-    """Return `job` with the pass size and the checkpointing that fit for these `rows`.
+def settle(
+    job: TuningJob, machine: Hardware, *, processes: int, rows: Sequence[Row]
+) -> tuple[TuningJob, int | None]:
+    """Return `job` with the pass size and the checkpointing that fit for these `rows`, and the bytes planned.
 
-    The same on every rank: it depends on lengths and on the kind of device alone. Raises CapacityError
-    when nothing fits.
+    The same on every rank: it depends on lengths and on the kind of device alone. None bytes without a
+    plan. Raises CapacityError when nothing fits.
     """
     fit = _plan_if_known(job, machine, processes, rows)
     if fit is None:  # the thrifty way where memory is dear
         word = asked_checkpointing(job)
-        return _with_checkpointing(job, machine.kind == "cuda" if word is None else word)
+        return _with_checkpointing(job, machine.kind == "cuda" if word is None else word), None
     if not fit.chosen.fits:
         raise CapacityError(fit.line)
     log.info("memory: %s", fit.line)
@@ -126,7 +128,7 @@ def settle(job: TuningJob, machine: Hardware, *, processes: int, rows: Sequence[
     if run.compact:
         hardware.return_freed_memory()
     job = _with_checkpointing(job, run.checkpointing)
-    return job.model_copy(update={"tokens_per_pass": run.tokens})
+    return job.model_copy(update={"tokens_per_pass": run.tokens}), fit.chosen.total_bytes
 
 
 def _plan_if_known(job: TuningJob, machine: Hardware, processes: int, rows: Sequence[Row] = ()) -> Fit | None:

@@ -56,7 +56,7 @@ def run(
     tokenizer = models.load_tokenizer(job.model)
     job, encoded = _encode(job, tokenizer, train, held_out)
     rows = (*encoded[0].rows, *(encoded[1].rows if encoded[1] else ()))
-    job = fit.settle(job, machine, processes=ranks.local_world, rows=rows)
+    job, planned = fit.settle(job, machine, processes=ranks.local_world, rows=rows)
     course.enter("model")
     bench = prepare(job, tokenizer, encoded, setting=Setting(machine, device, precision, ranks, stop, course))
     bench.survival.remote = remote.of(job, access) if ranks.first else None
@@ -71,7 +71,8 @@ def run(
     after = evaluate(bench, questions)
     course.enter("save")
     if ranks.first:
-        outcome = _outcome(bench, questions, (before, after), seconds=time.monotonic() - began)
+        took = time.monotonic() - began
+        outcome = _outcome(bench, questions, (before, after), seconds=took, planned_memory_bytes=planned)
         _save(asked, job, bench, report.build(job, data, encoded, outcome))
         course.enter("publish")
         publish.publish(asked, access)
@@ -115,7 +116,12 @@ def _encode(
 
 
 def _outcome(
-    bench: Bench, questions: Sequence[Example], measured: tuple[Measured, Measured], *, seconds: float
+    bench: Bench,
+    questions: Sequence[Example],
+    measured: tuple[Measured, Measured],
+    *,
+    seconds: float,
+    planned_memory_bytes: int | None,
 ) -> report.Outcome:
     """Gather what training changed."""
     (before, after), setting = measured, bench.setting
@@ -131,6 +137,7 @@ def _outcome(
         seconds=seconds,
         tokens_per_s=bench.meter.tokens_per_s,
         peak_memory_bytes=memory_bytes(),
+        planned_memory_bytes=planned_memory_bytes,
         machine=report.Machine(setting.machine, setting.ranks.world, setting.precision.dtype),
     )
 

@@ -55,6 +55,8 @@ class Outcome:
     seconds: float
     tokens_per_s: float
     peak_memory_bytes: int
+    planned_memory_bytes: int | None
+    """What the memory plan said; None when the model's shape was not known."""
     machine: Machine
 
     @property
@@ -109,6 +111,7 @@ def build(
             "seconds": round(outcome.seconds, 1),
             "tokens_per_s": round(outcome.tokens_per_s, 1),
             "peak_memory_bytes": outcome.peak_memory_bytes,
+            "planned_memory_bytes": outcome.planned_memory_bytes,
         },
         "machine": {
             "kind": outcome.machine.hardware.kind,

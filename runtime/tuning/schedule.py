@@ -4,6 +4,7 @@ Knows both our settings and transformers'. Start at `make_plan` and `training_ar
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,11 @@ MAX_TOKENS = 2048
 
 BUDGET_TOKENS = {"cpu": 1024, "cuda": 2048}
 """Tokens of a forward pass when the user sets no batch size: on a CPU more tokens are not faster."""
+
+EVALUATIONS = 8
+"""Held-out losses measured while training, where the user names no eval_strategy and the cost is small."""
+EVALUATION_COST = 0.05
+"""Most of a run's arithmetic that they may take."""
 
 _OURS = {"output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "save_total_limit"}
 _OURS |= {
@@ -138,3 +144,19 @@ def training_arguments(
         "dataloader_num_workers": 0,
     }
     return TrainingArguments(**{**given, **fixed})
+
+
+def evaluate_on_the_way(args: "TrainingArguments", plan: Plan, *, held_out_tokens: int) -> None:
+    """Have the held-out loss measured at even distances, as often as is cheap: a curve shows when it rises.
+
+    A step costs a forward and a backward pass, which is twice the forward one; an evaluation a forward pass.
+    """
+    from transformers import IntervalStrategy
+
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * plan.steps_per_epoch)
+    trained = steps * plan.rows_per_step * sum(plan.lengths) / len(plan.lengths)
+    affordable = int(EVALUATION_COST * 3 * trained / max(held_out_tokens, 1))
+    count = min(EVALUATIONS, affordable, steps - 1)
+    if count > 0:
+        args.eval_strategy = IntervalStrategy.STEPS
+        args.eval_steps = steps // (count + 1) + 1  # mostly not the last step, which is measured anyway

@@ -96,7 +96,13 @@ class Tuner(Trainer):
         meter: Meter,
         watchers: list[TrainerCallback],
     ) -> None:
-        super().__init__(model=model, args=args, train_dataset=_Identity(len(work.rows)), callbacks=watchers)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=_Identity(len(work.rows)),
+            eval_dataset=_Identity(len(work.held_out)) if work.held_out else None,
+            callbacks=watchers,
+        )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.work, self.meter = work, meter

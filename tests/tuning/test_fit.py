@@ -45,7 +45,8 @@ def test_the_users_word_stands_unless_fit_is_asked_for() -> None:
     assert "\n" not in str(refused.value)
     fit.check(job(stubborn, fit="adapt"), V100)
     rows = [Row(np.ones(2048, dtype=np.int32), np.ones(2048, dtype=np.bool_))]
-    settled = fit.settle(job(stubborn, fit="adapt"), V100, processes=1, rows=rows)
+    settled, planned = fit.settle(job(stubborn, fit="adapt"), V100, processes=1, rows=rows)
+    assert planned == fit.plan(settled, V100, rows=rows).chosen.total_bytes
     assert settled.tokens_per_pass is not None
     assert 2048 <= settled.tokens_per_pass <= 8 * 2048
     assert fit.plan(settled, V100, rows=rows).chosen.fits

@@ -44,6 +44,8 @@ def test_job_leaves_adapter_report_and_sentinel_and_is_pushed(make_job: Maker, t
     assert result["held_out_loss"]["after"] < result["held_out_loss"]["before"] - 0.1
     assert len(result["samples"]) == 5
     assert report["data"]["train_rows"] == 59
+    assert [step for step, _ in result["curve"]["held_out"]] == [0, 7, 12]
+    assert result["planned_memory_bytes"] > 0
     page = (folder / "report.html").read_text()
     assert f"{result['held_out_loss']['after']:,.3f}" in page
     assert report["adapter_sha256"] in page
@@ -155,7 +157,9 @@ def test_two_processes_give_the_loss_curve_of_one(make_job: Maker, parallel: str
     half = {"max_steps": 12, "per_device_train_batch_size": 2}
     both = Worker(make_job("two", training=half, parallel=parallel, **shape), processes=2)
     assert both.wait() == 0, both.said()
-    one, two = ([step["loss"] for step in worker.steps()] for worker in (alone, both))
+    one, two = (
+        list({step["step"]: step["loss"] for step in worker.steps()}.values()) for worker in (alone, both)
+    )
     assert len(one) == 12
     assert two == pytest.approx(one, abs=1e-4)
     reports = [json.loads(worker.places.report.read_text())["result"] for worker in (alone, both)]

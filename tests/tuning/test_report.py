@@ -55,6 +55,7 @@ def build(*, held_out: bool = True, **given: Any) -> dict[str, Any]:
         seconds=3725,
         tokens_per_s=1843.2,
         peak_memory_bytes=9 * 2**30,
+        planned_memory_bytes=10 * 2**30,
         machine=report.Machine(Hardware("cuda", "Tesla V100-PCIE-16GB", (7, 0), 16 * 2**30, 1), 1, "float16"),
     )
     files = (DataFile("train-00000-of-00001.parquet", 5048, "5" * 64), DataFile(NASTY, 12, "6" * 64))
@@ -101,7 +102,8 @@ def test_page_shows_what_the_report_holds() -> None:
     text = read(page.render(build())).text
     for part in (
         "workspace-tuning-phi-3", "QLoRA on phi-3-mini-4k-instruct", "360 steps in 1:02:05",
-        "1 × Tesla V100-PCIE-16GB", "2.610 → 1.190", "−54 %", "13.60 → 3.29", "9.0 GiB", "1,843",
+        "1 × Tesla V100-PCIE-16GB", "2.610 → 1.190", "−54 %", "13.60 → 3.29", "1,843",
+        "9.0 GiB 10.0 GiB planned, of 16.0 GiB",
         "5,060 read: 100 trained on, 100 held out, 3 skipped as bad",
         "4,000 an epoch, 900 of them trained (22 %)",
         "4 cut at", "2 dropped as too long, 1 dropped without a trained token", "a" * 40, "5" * 64, "7" * 64,
@@ -120,6 +122,14 @@ def test_report_and_page_hold_no_secret_and_no_path() -> None:
     assert "/root" not in text
     assert "/mnt/data" not in text
     assert json.loads(json.dumps(found, allow_nan=False)) is not None
+
+
+def test_a_held_out_loss_that_rose_again_is_told() -> None:
+    assert "lowest after" not in page.render(build())
+    found = build()
+    found["result"]["curve"]["held_out"] = ((0, 2.61), (120, 1.34), (240, 1.212), (360, 1.31))
+    text = read(page.render(found)).text
+    assert "held-out loss was lowest after step 240 (1.212) and rose again" in text
 
 
 def test_run_without_held_out_rows_says_what_is_missing() -> None:

@@ -13,7 +13,7 @@ from runtime.tuning.batches import Plan
 from runtime.tuning.encode import Row
 from runtime.tuning.precision import Precision
 from runtime.tuning.ranks import Ranks
-from runtime.tuning.schedule import choose_layout, make_plan, training_arguments
+from runtime.tuning.schedule import choose_layout, evaluate_on_the_way, make_plan, training_arguments
 from runtime.tuning.settings import Encoding, TuningJob
 
 CPU = Hardware("cpu", "test", None, 8 << 30, 1)
@@ -79,6 +79,23 @@ def test_user_arguments_stand_over_ours_and_the_loops_over_both(tmp_path: Path) 
     assert not args.logging_nan_inf_filter
     assert args.gradient_accumulation_steps == 1
     assert args.report_to in ([], ["none"])
+
+
+@pytest.mark.parametrize(
+    ("held_out_tokens", "max_steps", "expected"),
+    [(100, -1, 8), (4000, -1, 4), (20_000, -1, 0), (100, 5, 2), (100, 1, 0)],
+    ids=["cheap", "costly", "too costly", "few steps", "one step"],
+)
+def test_the_held_out_loss_is_measured_on_the_way_as_often_as_is_cheap(
+    held_out_tokens: int, max_steps: int, expected: int, tmp_path: Path
+) -> None:
+    given = job({"max_steps": max_steps})
+    made = plan(given, 400, length=100)  # three epochs: 120,000 tokens, forward and twice as much backward
+    args = training_arguments(given, tmp_path, precision=Precision("float32"), hardware=CPU, held_out=True)
+    evaluate_on_the_way(args, made, held_out_tokens=held_out_tokens)
+    steps = max_steps if max_steps > 0 else 3 * made.steps_per_epoch
+    at = range(int(args.eval_steps), steps, int(args.eval_steps)) if args.eval_strategy == "steps" else ()
+    assert len(at) == expected
 
 
 def test_evaluation_without_held_out_rows_is_switched_off(
