@@ -95,24 +95,7 @@ def build(
         },
         "settings": settings,
         "sources": {name: job.sources.get(name, "default") for name in flatten(settings)},
-        "result": {
-            "steps": outcome.steps,
-            "train_loss": outcome.train_loss,
-            "held_out_loss": {"before": outcome.before, "after": outcome.after},
-            "held_out_perplexity": {
-                "before": _perplexity(outcome.before),
-                "after": _perplexity(outcome.after),
-            },
-            "curve": {
-                "train": chart.thin(outcome.losses, CURVE_POINTS),
-                "held_out": outcome.held_out_losses,
-            },
-            "samples": [asdict(sample) for sample in outcome.samples],
-            "seconds": round(outcome.seconds, 1),
-            "tokens_per_s": round(outcome.tokens_per_s, 1),
-            "peak_memory_bytes": outcome.peak_memory_bytes,
-            "planned_memory_bytes": outcome.planned_memory_bytes,
-        },
+        "result": _result(outcome),
         "machine": {
             "kind": outcome.machine.hardware.kind,
             "name": outcome.machine.hardware.name,
@@ -133,6 +116,27 @@ def save(report: dict[str, Any], folder: Path) -> None:
     here = Places(folder)
     write_whole(here.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     write_whole(here.page, page.render(report))
+
+
+def _result(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "steps": outcome.steps,
+        "train_loss": outcome.train_loss,
+        "held_out_loss": {"before": outcome.before, "after": outcome.after},
+        "held_out_perplexity": {
+            "before": _perplexity(outcome.before),
+            "after": _perplexity(outcome.after),
+        },
+        "curve": {
+            "train": chart.thin(outcome.losses, CURVE_POINTS),
+            "held_out": outcome.held_out_losses,
+        },
+        "samples": [asdict(sample) for sample in outcome.samples],
+        "seconds": round(outcome.seconds, 1),
+        "tokens_per_s": round(outcome.tokens_per_s, 1),
+        "peak_memory_bytes": outcome.peak_memory_bytes,
+        "planned_memory_bytes": outcome.planned_memory_bytes,
+    }
 
 
 def _settings(job: TuningJob) -> dict[str, Any]:
