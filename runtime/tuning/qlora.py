@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.config import nearest
 from runtime.errors import ConfigError
 from runtime.tuning.settings import Lora
-from runtime.tuning.shard import is_sharded
+from runtime.tuning.shard import is_sharded, reslice
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -92,6 +92,7 @@ def evaluating(model: "nn.Module") -> Iterator[None]:
             yield
     finally:
         model.train(mode=was_training)
+        reslice(model)
 
 
 def linears(model: "nn.Module") -> set[str]:

@@ -58,6 +58,19 @@ def is_sharded(model: "nn.Module") -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def reslice(model: "nn.Module") -> None:
+    """Return every module to its slice after forward passes that no backward pass followed.
+
+    FSDP2 leaves the outermost module whole until a backward pass. Rank 0 alone writes checkpoints, and
+    reading a state_dict slices that module again there only: the next forward passes would not match.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def average_gradients(parameters: "Iterable[nn.Parameter]", world: int) -> None:
     """Replace each gradient by its mean over all ranks, as DDP does for a model that it wraps."""
     import torch
