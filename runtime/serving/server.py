@@ -18,6 +18,7 @@ from functools import partial
 
 import uvicorn
 
+from runtime import hardware
 from runtime.errors import ConfigError, Failure
 from runtime.metrics import ServingMetrics
 from runtime.oci import Access
@@ -25,7 +26,9 @@ from runtime.serving.admin import AdapterDoor
 from runtime.serving.app import create_app
 from runtime.serving.connections import protocol
 from runtime.serving.engine.protocol import Stats
+from runtime.serving.gates import OPEN_PATHS
 from runtime.serving.lifecycle import Lifecycle, Served
+from runtime.serving.selector import ProbesFirst
 from runtime.serving.settings import ServeConfig
 
 log = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ KEEP_ALIVE_S = 75.0
 WATCH_S = 1.0
 """How often a dead engine is looked for."""
 WAITING_CONNECTIONS = 2048
-ACCEPTED_AT_ONCE = 16
+ACCEPTED_AT_ONCE = 64
 CLOSE_TIMEOUT_S = 5
 """For connections to close after the last answer was cut off."""
 
@@ -48,6 +51,7 @@ def run(config: ServeConfig, *, access: Access | None = None, load: Load | None 
     `access` holds the credentials for adapters in registries. Raises ConfigError when the port cannot be
     bound, and whatever Failure loading ended with.
     """
+    hardware.keep_few_kernels()
     from runtime.serving import loading  # torch comes with it: not before somebody serves
 
     access = access or Access()
@@ -59,7 +63,12 @@ def run(config: ServeConfig, *, access: Access | None = None, load: Load | None 
         door = AdapterDoor(config.adapter_root, add)
     with bind(config.host, config.port) as listener:
         load = load or partial(loading.load, access=access)
-        asyncio.run(Serving(config, load, door).run(listener))
+        with asyncio.Runner(loop_factory=partial(_event_loop, listener)) as runner:
+            runner.run(Serving(config, load, door).run(listener))
+
+
+def _event_loop(listener: socket.socket) -> asyncio.AbstractEventLoop:
+    return asyncio.SelectorEventLoop(ProbesFirst([listener], OPEN_PATHS))
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -109,7 +109,10 @@ def main() -> None:
     parser.add_argument("--key", default="none")
     given = parser.parse_args()
     report = soak(given.url, given.pid, seconds=given.seconds, clients=given.clients, key=given.key)
-    kept = asdict(report) | {"memory_kb": report.memory_kb[:: max(1, len(report.memory_kb) // 20)]}
+    kept = asdict(report) | {
+        "statuses": dict(report.statuses),
+        "memory_kb": report.memory_kb[:: max(1, len(report.memory_kb) // 20)],
+    }
     print(json.dumps(kept | {"slope_kb_per_min": round(report.slope_kb_per_min)}, indent=2))
 
 

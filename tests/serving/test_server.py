@@ -263,15 +263,17 @@ def test_thousand_requests_at_once(start_server: Any) -> None:
         config={"limits": {"new_tokens": 16, "rows": 8, "queue": 64}},
     )
     before = resident_kb(server)
-    slowest, stop = [0.0], threading.Event()
+    took: list[float] = []
+    stop = threading.Event()
 
     def probe() -> None:
-        with httpx.Client() as client:
-            while not stop.is_set():
-                started = time.monotonic()
-                assert client.get(server.url + "/livez").status_code == 200
-                slowest[0] = max(slowest[0], time.monotonic() - started)
-                time.sleep(0.02)
+        while not stop.is_set():
+            with httpx.Client(base_url=server.url) as client:  # as a kubelet: a connection of its own
+                for _ in range(5):
+                    started = time.monotonic()
+                    assert client.get("/livez").status_code == 200
+                    took.append(time.monotonic() - started)
+                    time.sleep(0.005)
 
     prober = threading.Thread(target=probe)
     prober.start()
@@ -289,8 +291,10 @@ def test_thousand_requests_at_once(start_server: Any) -> None:
     assert set(counts) == {"200", "429"}
     assert sum(counts.values()) == 1000
     assert counts["200"] >= 72
-    # Under 0.1 s was not held on 2 cores that carry the 1,000 clients and other tests too: 0.4 to 0.7.
-    assert slowest[0] < 2.0
+    # Three processes share two cores here, and other tests may run: so not the worst, but nearly all.
+    took.sort()
+    assert took[int(len(took) * 0.95)] < 0.1, took[-20:]
+    assert took[-1] < 0.5, took[-20:]
     assert resident_kb(server) - before < 60_000
     assert server.running() == 0
 
