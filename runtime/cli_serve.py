@@ -53,7 +53,9 @@ Quantize = Annotated[
 ]
 Combine = Annotated[
     bool | None,
-    typer.Option("--combine-adapters", help="Answer every request with all adapters at once, by strength."),
+    typer.Option(
+        "--combine-adapters", help="Answer requests that name no adapter with all at once, by strength."
+    ),
 ]
 AdapterRoot = Annotated[
     Path | None,

@@ -69,6 +69,7 @@ def transformers_server(
     if pipeline not in ("text-generation", "conversational"):
         raise ConfigError(f"--pipeline is {pipeline!r}, expected text-generation or conversational")
     settings = _common(given, environ, root)
+    settings["combine_adapters"] = True  # what this runtime's users know: /chat answers with them
     settings |= _dtype(given.get("torch_dtype"), "--torch_dtype")
     for bits in (4, 8):
         if f"load_in_{bits}bit" in given and flags.truth(given[f"load_in_{bits}bit"]):

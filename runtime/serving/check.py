@@ -45,14 +45,13 @@ def check(config: ServeConfig, *, access: oci.Access) -> Checked:
         asyncio.run(served.first_token())
         answered = time.monotonic()
         names = served.engine.stats().adapters
-        wanted = () if served.default else tuple(source.name for source in config.adapters)
         return Checked(
             model=served.name,
             weights=served.weights,
             context_tokens=served.prompts.context_tokens,
             rows=config.limits.rows,
             adapters=names,
-            refused=tuple(name for name in wanted if name not in names),
+            refused=tuple(source.name for source in config.adapters if source.name not in names),
             load_s=round(loaded - started, 2),
             first_token_s=round(answered - loaded, 2),
             peak_memory_bytes=hardware.peak_resident_bytes(),

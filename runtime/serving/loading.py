@@ -116,13 +116,13 @@ def add_adapter(served: Served, source: AdapterSource, *, base: str | None, acce
 
 
 def _combined(served: Served, config: ServeConfig, access: oci.Access) -> Served:
-    """Load all adapters as one, which then answers for the base; the bad ones are left out by name."""
+    """Load all adapters, and all as one, which then answers for the base; bad ones are left out by name."""
     with contextlib.ExitStack() as stack:
         parts: list[tuple[Path, float]] = []
         for source in config.adapters:
             try:
                 folder = stack.enter_context(_folder(source, access))
-                adapters.check(folder, base=config.model.repository)
+                _attach(served, source, folder, config.model.repository)
             except Failure as failure:
                 log.warning("Adapter refused: %s: %s", source.name, failure)
                 continue
@@ -133,7 +133,7 @@ def _combined(served: Served, config: ServeConfig, access: oci.Access) -> Served
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="combined-")))
         adapters.combine(parts, scratch)
         served.engine.add_adapter(COMBINED, scratch)
-    log.info("Combined %d adapters; they answer every request together", len(parts))
+    log.info("Combined %d adapters: they answer requests that name none", len(parts))
     return replace(served, default=COMBINED)
 
 

@@ -55,7 +55,7 @@ class ServeConfig(Strict):
     """The base model's name in /v1/models and in answers."""
     adapters: tuple[AdapterSource, ...] = ()
     combine_adapters: bool = False
-    """Answer every request with all adapters at once, each by its strength, as KAITO's runtime does."""
+    """Answer who names no adapter with all at once, by their strengths, as KAITO's runtime does."""
     quantization: Quantization | None = None
     """bitsandbytes quantisation of the base weights; None serves them as they are."""
     parallel: Literal["tp"] | None = None

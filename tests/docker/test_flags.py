@@ -152,6 +152,12 @@ def test_strength_is_the_variable_named_like_the_adapter(pod: Path) -> None:
     assert [(a.name, a.strength) for a in config.adapters] == [("my-lora.v2", 0.25)]
 
 
+def test_requests_without_a_name_are_answered_as_each_runtime_did(pod: Path) -> None:
+    """transformers': by all adapters together; vLLM's: by the base."""
+    assert transformers_server([], {}, pod).job.combine_adapters
+    assert not vllm_server([], {}, pod).job.combine_adapters
+
+
 def test_strength_that_a_shell_dropped_is_found_with_its_ancestors(tmp_path: Path) -> None:
     proc = tmp_path
     for pid, parent, block in (

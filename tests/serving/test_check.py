@@ -109,7 +109,7 @@ def test_combined_adapters_answer_for_the_base_as_merged_weights_would(
 ) -> None:
     """What KAITO's runtime does at each start, but exact: greedy tokens equal those of merged weights."""
     assert combined.default == "combined_adapter"
-    assert combined.models() == ("tiny", "combined_adapter")
+    assert combined.models() == ("tiny", "red", "blue", "combined_adapter")
     added = [record.getMessage() for record in caplog.get_records("setup")]
     assert "Adapter added: red" in added
     assert "Adapter added: blue" in added
