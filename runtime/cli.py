@@ -23,6 +23,7 @@ from runtime import (
     cli_serve,
     cli_tune,
     logs,
+    process,
 )
 from runtime.errors import ConfigError, Failure, exit_code
 
@@ -54,7 +55,7 @@ def version() -> None:
 
 def main() -> None:
     """Run the command line of this process and leave with its exit status."""
-    sys.exit(run(sys.argv[1:], os.environ))
+    process.leave(run(sys.argv[1:], os.environ))
 
 
 def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:

@@ -18,7 +18,7 @@ from functools import partial
 
 import uvicorn
 
-from runtime import hardware
+from runtime import hardware, process
 from runtime.errors import ConfigError, Failure
 from runtime.metrics import ServingMetrics
 from runtime.oci import Access
@@ -52,7 +52,8 @@ def run(config: ServeConfig, *, access: Access | None = None, load: Load | None 
     bound, and whatever Failure loading ended with.
     """
     hardware.keep_few_kernels()
-    from runtime.serving import loading  # torch comes with it: not before somebody serves
+    with process.importing():
+        from runtime.serving import loading  # torch comes with it: not before somebody serves
 
     access = access or Access()
     door = None
@@ -171,7 +172,8 @@ class Serving:
         """Load in this thread and hand the outcome, whichever it is, to the event loop."""
         outcome: Served | BaseException
         try:
-            outcome = self._load(self._config)
+            with process.importing():
+                outcome = self._load(self._config)
         except BaseException as failure:  # raised again where it is awaited
             outcome = failure
         with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from runtime import logs
+from runtime import logs, process
 from runtime.config import parse, read_text
 from runtime.errors import ConfigError, Failure, StoppedError, exit_code
 from runtime.tuning import failure, job, live, loggers, publish
@@ -98,4 +98,4 @@ def parse_job(path: Path) -> TuningJob:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    process.leave(main(sys.argv[1:]))

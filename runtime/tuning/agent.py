@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-from runtime import logs
+from runtime import logs, process
 from runtime.hardware import usable_cores
 from runtime.tuning.failure import NOT_MET
 from runtime.tuning.stop import end_with_parent
@@ -23,10 +23,11 @@ def main(arguments: list[str]) -> int:
     logs.configure()
     end_with_parent()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of peers that are not there yet
-    from torch.distributed import DistError, run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
+    with process.importing():
+        from torch.distributed import DistError, run
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.elastic.rendezvous import RendezvousError
 
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
@@ -53,4 +54,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    process.leave(main(sys.argv[1:]))

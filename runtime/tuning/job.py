@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from runtime import adapters, hardware, models, oci
+from runtime import adapters, hardware, models, oci, process
 from runtime.files import sha256
 from runtime.oci.access import DEFAULT
 from runtime.tuning import dataset, encode, fetch, fit, places, publish, remote, report, samples
@@ -53,12 +53,15 @@ def run(
     course.enter("data")
     data, train, held_out = _read(job, ranks, access)
     course.enter("encode")
-    tokenizer = models.load_tokenizer(job.model)
+    with process.importing():
+        tokenizer = models.load_tokenizer(job.model)
     job, encoded = _encode(job, tokenizer, train, held_out)
     rows = (*encoded[0].rows, *(encoded[1].rows if encoded[1] else ()))
     job, planned = fit.settle(job, machine, processes=ranks.local_world, rows=rows)
     course.enter("model")
-    bench = prepare(job, tokenizer, encoded, setting=Setting(machine, device, precision, ranks, stop, course))
+    with process.importing():
+        setting = Setting(machine, device, precision, ranks, stop, course)
+        bench = prepare(job, tokenizer, encoded, setting=setting)
     bench.survival.remote = remote.of(job, access) if ranks.first else None
     course.enter("evaluate")
     questions = samples.questions(held_out or train)

@@ -3,7 +3,8 @@
 import os
 import sys
 
+from runtime import process
 from runtime.pod import fine_tuning
 
 if __name__ == "__main__":
-    sys.exit(fine_tuning.main(sys.argv[1:], os.environ))
+    process.leave(fine_tuning.main(sys.argv[1:], os.environ))

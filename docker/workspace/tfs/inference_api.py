@@ -3,7 +3,8 @@
 import os
 import sys
 
+from runtime import process
 from runtime.pod import inference
 
 if __name__ == "__main__":
-    sys.exit(inference.main(inference.transformers_server, sys.argv[1:], os.environ))
+    process.leave(inference.main(inference.transformers_server, sys.argv[1:], os.environ))
