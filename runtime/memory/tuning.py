@@ -40,6 +40,8 @@ class Run:
     double_quant: bool = True
     rank: int = 16
     targets: str | tuple[str, ...] = "all-linear"
+    dropout: bool = False
+    """Of the adapters' inputs."""
     optimizer: str = "adamw_torch"
     checkpointing: bool = False
     """Activations inside a layer are computed again in the backward pass."""
@@ -172,14 +174,16 @@ def state_bytes(optimizer: str) -> float:
 def layer_bytes(shape: Shape, run: Run) -> int:
     """Return what autograd keeps of one layer for the backward pass of T tokens.
 
-    norms    2·4h, their inputs in float32; b·h where attention and MLP share the input (phi, falcon)
+    norms    2·b·h, their inputs, where they are written out; 2·4h in float32 elsewhere, and b·h where
+             attention and MLP share the input (phi, falcon)
     inputs   b·h for each norm's output: 2, or 1 where they share one (phi, falcon-7b)
     adapters r·b per adapted linear; their inputs are those above and below
     q, k, v  packed b·(3q + 2k); under a mask b·4q (phi, phi3 b·5q), as keys are repeated; where one
              matrix holds them all, the values keep that whole: b·(q + k) more; one key for all queries
              (falcon-7b) finds no fused kernel: b·(3q + 2k) and 4·heads·row of attention weights
     mask     b·row where rows are padded
-    MLP      b·4I gated, b·5I phi (its GELU is written out), b·2I falcon
+    MLP      b·2I where it is one operation, which needs adapters without dropout in all of it; else b·4I
+             gated, b·5I phi (its GELU is spelled out), b·2I falcon
     statistics  4·heads of the attention, 8 of the norms
     """
     size, width, tokens = shape.dimensions, run.width, run.tokens
@@ -187,6 +191,8 @@ def layer_bytes(shape: Shape, run: Run) -> int:
     queries, keys = size.heads * size.head_dim, size.kv_heads * size.head_dim
     one_norm = shape.model_type in _ONE_NORM
     norms = width * hidden if one_norm else 8 * hidden
+    if shape.model_type in _WRITTEN_OUT:
+        norms = 2 * width * hidden
     shared = one_norm and not (shape.model_type == "falcon" and size.kv_heads > 1)
     inputs = width * hidden * (1 if shared else 2)
     adapted = shape.adapted(run.targets)
@@ -200,10 +206,22 @@ def layer_bytes(shape: Shape, run: Run) -> int:
     if shape.model_type == "falcon" and size.kv_heads == 1:
         attention = width * (3 * queries + 2 * keys) + 4 * size.heads * row
     mask = 0 if run.packed else width * row
-    mlp = width * wide * _MLP_KEEPS.get(shape.model_type, 4)
+    mlp = width * wide * (2 if _mlp_is_one(shape, run) else _MLP_KEEPS.get(shape.model_type, 4))
     return tokens * (norms + inputs + ranks + attention + mask + mlp + 4 * size.heads + 8)
 
 
+def _mlp_is_one(shape: Shape, run: Run) -> bool:
+    """Whether tuning/projections.py writes the MLP out."""
+    inner = {linear.name for linear in shape.linears} & {"gate_proj", "up_proj", "gate_up_proj", "down_proj"}
+    adapted = {linear.name for linear in shape.adapted(run.targets)}
+    return shape.model_type in _WRITTEN_OUT and not run.dropout and run.bits != 8 and inner <= adapted
+
+
+_WRITTEN_OUT = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3")
+"""Model types whose norms and MLPs tuning/rewrite.py recognises."""
+_LOSS_IN_HEAD = (*_WRITTEN_OUT, "phi", "gemma")
+"""Model types whose output layer computes the loss: head.FAMILIES in tuning."""
+_LOSS_CHUNK_BYTES = 128 << 20
 _ONE_NORM = ("phi", "falcon")
 _MLP_KEEPS = {"phi": 5, "falcon": 2}
 
@@ -221,17 +239,25 @@ def activations(shape: Shape, run: Run) -> Part:
 
 
 def logits(shape: Shape, run: Run) -> Part:
-    """Logits and loss: T x labelled share x V x 12 bytes (log-softmax, its gradient, the loss's gradient)."""
+    """Logits and loss: one float32 buffer of V columns and 128 MiB at most, and two of b where b is not 4.
+
+    Where the output layer does not compute the loss: T x labelled share x V x 12 bytes (log-softmax, its
+    gradient, the loss's gradient).
+    """
     count = int(run.tokens * run.labelled_share)
     vocabulary = shape.dimensions.vocabulary
-    return Part("logits", count * vocabulary * 12, f"{count} labels x {vocabulary} x 12 bytes")
+    if shape.model_type not in _LOSS_IN_HEAD:
+        return Part("logits", count * vocabulary * 12, f"{count} labels x {vocabulary} x 12 bytes")
+    rows = min(count, max(1, _LOSS_CHUNK_BYTES // 4 // vocabulary))
+    each = 4 if run.width == 4 else 4 + 2 * run.width
+    return Part("logits", rows * vocabulary * each, f"{rows} labels at a time x {vocabulary} x {each} bytes")
 
 
 def layer_work(shape: Shape, run: Run) -> Part:
-    """One layer's backward pass: T·b·(3I + 4h) of gradients, and layer_bytes when it is computed again."""
+    """One layer's backward pass: T·b·(4I + 4h) of gradients, and layer_bytes when it is computed again."""
     size = shape.dimensions
     wide = size.intermediate * size.active_experts
-    work = run.tokens * run.width * (3 * wide + 4 * size.hidden)
+    work = run.tokens * run.width * (4 * wide + 4 * size.hidden)
     again = layer_bytes(shape, run) if run.checkpointing else 0
     return Part("one layer's backward", work + again, f"{run.tokens} tokens")
 

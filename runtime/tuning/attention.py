@@ -67,6 +67,7 @@ def documents(  # noqa: PLR0913 (transformers' signature)
     if softcap is not None:
         raise NotImplementedError("logit soft-capping inside packed attention")
     lengths = cu_seq_lens_q.diff().tolist()
+    key, value = _repeated(key, query), _repeated(value, query)
     grouped = query.shape[1] != key.shape[1]
     parts = [
         scaled_dot_product_attention(
@@ -80,6 +81,21 @@ def documents(  # noqa: PLR0913 (transformers' signature)
         )
     ]  # fmt: skip
     return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _repeated(states: "torch.Tensor", query: "torch.Tensor") -> "torch.Tensor":
+    """Return keys or values (1, Hkv, T, D), one head for each of `query`'s where SDPA's kernels want it.
+
+    On a CPU they do not. On a GPU only flash attention, from compute capability 8.0 on, takes fewer: with
+    enable_gqa any other ends in the kernel that writes all T x T weights out.
+    """
+    import torch
+
+    heads = query.shape[1] // states.shape[1]
+    if heads == 1 or states.device.type == "cpu":
+        return states
+    flash = query.dtype != torch.float32 and torch.cuda.get_device_capability(states.device) >= (8, 0)
+    return states if flash else states.repeat_interleave(heads, dim=1)
 
 
 def _window(length: int, window: int | None, device: "torch.device") -> "torch.Tensor | None":

@@ -18,7 +18,7 @@ from runtime import models
 from runtime.errors import StoppedError
 from runtime.files import write_whole
 from runtime.hardware import Hardware
-from runtime.tuning import attention, checkpoints, live, qlora, samples, shard, spread
+from runtime.tuning import attention, checkpoints, live, qlora, rotary, samples, shard, spread
 from runtime.tuning.bar import Bar
 from runtime.tuning.dataset import Example
 from runtime.tuning.encode import Encoded
@@ -236,7 +236,13 @@ def train_through(bench: Bench, *, folder: Path, mark: str) -> None:
     if resumed:
         log.info("going on from %s", resumed.name)
     try:
-        with bench.setting.stop.deferred(), attending(bench), contextlib.closing(bench.reporter):
+        tuned = bench.model
+        with (
+            bench.setting.stop.deferred(),
+            attending(bench),
+            rotary.rotating(tuned),
+            contextlib.closing(bench.reporter),
+        ):
             bench.trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     except (OSError, RuntimeError, SafetensorError):  # a full disk, among others: its reason needs some room
         if ranks.first:

@@ -156,6 +156,7 @@ def _run(job: TuningJob, shape: Shape, machine: Hardware, *, processes: int, row
         double_quant=quantization.double_quant if quantization else False,
         rank=job.lora.r,
         targets=job.lora.targets,
+        dropout=bool(job.lora.dropout),
         optimizer=str(job.training.get("optim", DEFAULTS["optim"])),
         checkpointing=bool(asked_checkpointing(job)),
         packed=packed,

@@ -18,22 +18,28 @@ def fuse(model: nn.Module) -> int:
 
     Variants (DoRA), biased updates and layers that are no linear ones stay as peft has them.
     """
-    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _plain(layer)]
+    layers: list[Any] = [layer for layer in model.modules() if is_plain(layer)]
     for layer in layers:
-        layer.forward = functools.partial(_forward, layer)
+        layer.forward = functools.partial(forward, layer)
     return len(layers)
 
 
-def _plain(layer: Any) -> bool:
+def is_plain(layer: Any) -> bool:
+    """Whether `layer` is a linear one with one adapter, whose update is scale · B · A and nothing more."""
+    if not isinstance(layer, LoraLayer) or len(layer.active_adapters) != 1:
+        return False
     (name,) = layer.active_adapters
-    return (
-        isinstance(layer.get_base_layer(), nn.Linear)
-        and not layer.lora_variant
-        and layer.lora_B[name].bias is None
-    )
+    linear: bool = isinstance(layer.get_base_layer(), nn.Linear) and name in layer.lora_B
+    return linear and not layer.lora_variant and layer.lora_B[name].bias is None
 
 
-def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def compute_type(x: Tensor, adapter: Tensor) -> torch.dtype:
+    """Return the type of an update: autocast's, or the adapter's where there is none."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else adapter.dtype
+
+
+def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Return the layer's output for x (…, features); peft's own way without gradients or without adapter."""
     if layer.disable_adapters or layer.merged or not torch.is_grad_enabled():
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
@@ -50,8 +56,7 @@ class _AddUpdate(torch.autograd.Function):
     def forward(ctx: Any, base: Tensor, x: Tensor, *update: Any) -> Tensor:
         """base (…, out), x (…, in); update: down (r, in), up (out, r), scale."""
         down, up, scale = update
-        kind = base.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else down.dtype
+        dtype = compute_type(base, down)
         rows = x.flatten(0, -2).to(dtype)
         low = rows @ down.to(dtype).t()  # (B·T, r)
         ctx.save_for_backward(rows, low, down, up)

@@ -33,14 +33,21 @@ def token_loss(logits: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor"
 
 def batch_loss(model: "torch.nn.Module", batch: MicroBatch, device: str) -> "torch.Tensor":
     """Run `model` over `batch` and return its summed loss, a scalar with gradients."""
+    from runtime.tuning.head import find
+
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-    places = batch.places.to(device)
+    places, labels = batch.places.to(device), batch.labels.to(device)
+    head = find(model)
+    if head is not None and len(places):
+        with head.expecting(labels):
+            loss: torch.Tensor = model(**inputs, logits_to_keep=places, use_cache=False).logits
+        return loss
     if not len(places):  # an idle rank: take part in every collective, add nothing
         places = places.new_zeros(1)
     logits: torch.Tensor = model(**inputs, logits_to_keep=places, use_cache=False).logits  # (B, N, V)
     if not len(batch.places):
         return 0.0 * logits.float().sum()
-    return token_loss(logits, batch.labels.to(device))
+    return token_loss(logits, labels)
 
 
 def mean_loss(

@@ -42,7 +42,7 @@ def attach(model: "PreTrainedModel", lora: Lora, *, checkpointing: bool = False)
     """Freeze `model` and return it with a fresh adapter; ConfigError when `lora` does not fit it."""
     from peft import LoraConfig, get_peft_model
 
-    from runtime.tuning.fused import fuse
+    from runtime.tuning.rewrite import rewrite
 
     targets = lora.targets if isinstance(lora.targets, str) else resolve_targets(lora.targets, linears(model))
     settings: dict[str, Any] = {
@@ -63,7 +63,7 @@ def attach(model: "PreTrainedModel", lora: Lora, *, checkpointing: bool = False)
             adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"LoraConfig does not fit this model: {' '.join(str(error).split())}") from None
-    fuse(adapted)
+    rewrite(adapted)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     log.info("LoRA r=%d alpha=%d on %s: %d trained weights", lora.r, lora.alpha, targets, trained)
     return adapted

@@ -1,6 +1,7 @@
 """QLoRA on the demo model: ours, TRL's SFTTrainer at its best and the KAITO recipe, in one run.
 
-    python tests/bench/tuning.py [--rows 48] [--step-rows 8] [--only ours,trl,kaito] [--rounds 1]
+    python tests/bench/tuning.py [--rows 48] [--step-rows 8] [--short]
+        [--only ours,trl,kaito] [--rounds 1]
 
 Needs trl (pip install trl==1.16.0). Each contender is a process of its own that trains on the same rows
 of Python's own documentation, with the same adapter shape, step size and number of optimizer steps
@@ -36,8 +37,11 @@ MAX_TOKENS = 1024
 LEARNING_RATE = 2e-4
 
 
-def pairs() -> list[tuple[str, str]]:
-    """Return (question, documentation) of functions of the standard library, in one fixed order."""
+def pairs(*, short: bool = False) -> list[tuple[str, str]]:
+    """Return (question, documentation) of functions of the standard library, in one fixed order.
+
+    With `short` the questions are of the signature only: rows of some 140 tokens.
+    """
     found: dict[Any, tuple[str, str]] = {}
     for module in map(import_module, MODULES.split()):
         for name, function in inspect.getmembers(module, inspect.isfunction):
@@ -47,8 +51,8 @@ def pairs() -> list[tuple[str, str]]:
             if not text or not written or function in found or name.startswith("_"):
                 continue
             source = textwrap.dedent(inspect.getsource(function)).replace(text, "")[:1200]
-            short = len(found) % 2
-            question = f"What does {where} do?" if short else f"Describe this function.\n{source}"
+            brief = short or len(found) % 2
+            question = f"What does {where} do?" if brief else f"Describe this function.\n{source}"
             found[function] = (question, text[:900])
     rows = list(found.values())
     random.Random(0).shuffle(rows)
@@ -204,7 +208,7 @@ def contend(options: argparse.Namespace) -> None:
     from runtime.tuning.ranks import Ranks
 
     logging.disable(logging.WARNING)
-    rows = pairs()
+    rows = pairs(short=options.short)
     held, rows = rows[: options.held_out], rows[options.held_out :][: options.rows]
     model, train = CONTENDERS[options.contender](rows, options)
     kept = encoded(rows, tokenizer_of())
@@ -236,6 +240,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--held-out", type=int, default=24, help="0: no held-out loss, only speed")
     parser.add_argument("--step-rows", type=int, default=8, help="rows of one optimizer step")
+    parser.add_argument("--short", action="store_true", help="short rows only")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", default=",".join(CONTENDERS))
     parser.add_argument("--batching", default="auto", help="of ours: auto, packed or sorted")

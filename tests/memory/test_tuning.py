@@ -98,9 +98,9 @@ def test_phi_3_mini_in_four_bits_is_as_its_formulas_say() -> None:
     [
         ({"optimizer": "paged_adamw_8bit"}, "optimizer state"),
         ({"rank": 4}, "gradients"),
-        ({"labelled_share": 0.25}, "logits"),
+        ({"labelled_share": 0.4}, "logits"),
         ({"shards": 2}, "base weights"),
-        ({"targets": ("qkv_proj",)}, "LoRA weights"),
+        ({"targets": ("o_proj", "gate_up_proj", "down_proj")}, "LoRA weights"),
     ],
 )
 def test_each_setting_lowers_its_part(change: dict[str, Any], smaller: str) -> None:

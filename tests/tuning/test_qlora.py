@@ -94,6 +94,8 @@ def test_one_step_equals_plain_peft_and_transformers(tiny_llama_dir: Path) -> No
     rows = some_rows(3)
     attention.register()
     ours.get_base_model().set_attn_implementation(attention.NAME)
+    ours.train()
+    theirs.train()
     batch = collate(rows, "packed", pad_id=0)
     mine = float(batch_loss(ours, batch, "cpu").detach()) / int((batch.labels != IGNORE).sum())
     padded = collate(rows, "sorted", pad_id=0)
