@@ -1,11 +1,19 @@
-"""Files that are whole or absent, and on the disk when that is said.
+"""Files that are whole or absent, on the disk when that is said, and in one job's hands.
 
 Plain files: does not know what is in them. Start at `write_whole`.
 """
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
+
+LOOK_S = 0.1
+"""How often a lock that another holds is tried again."""
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -42,3 +50,29 @@ def sha256(path: Path) -> str:
     """Return the digest of a file's bytes, 64 hex digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def held(path: Path, *, wait_s: float) -> Iterator[int]:
+    """Hold the lock file `path` while the block runs, and yield its descriptor.
+
+    A child process that is given the descriptor holds it too: the lock is free when all of them have ended,
+    however they ended. Raises BlockingIOError when another still holds it after `wait_s`. On a file system
+    without locks nothing is held.
+    """
+    until = time.monotonic() + wait_s
+    with path.open("ab") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(LOOK_S)
+            except OSError as error:
+                if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}:
+                    raise
+                break
+            else:
+                break
+        yield lock.fileno()

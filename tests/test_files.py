@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,16 @@ def test_the_digest_is_that_of_the_bytes(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"abc")
     assert files.sha256(path) == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_a_lock_is_free_when_the_last_process_that_shares_it_ends(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with files.held(path, wait_s=0) as lock:
+        child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[lock])
+        with pytest.raises(BlockingIOError), files.held(path, wait_s=0):
+            pass
+    with pytest.raises(BlockingIOError), files.held(path, wait_s=0.15):
+        pass
+    child.communicate()
+    with files.held(path, wait_s=0):
+        pass

@@ -20,7 +20,7 @@ import psutil
 
 from runtime import hardware, oci
 from runtime.errors import CapacityError, ConfigError, Failure, StoppedError
-from runtime.files import write_whole
+from runtime.files import held, write_whole
 from runtime.oci.access import DEFAULT
 from runtime.tuning import failure, fetch, fit, live, loggers, places, publish
 from runtime.tuning.nodes import ALONE, Nodes
@@ -52,27 +52,46 @@ def run(
     Raises the Failure that ended it, with its reason also in `termination_log` where that is writable.
     """
     phase = "preflight"
-    try:
-        # Rank 0 answers on this port as soon as it runs.
-        port = job.metrics_port if nodes.first else None
-        watched = live.serving(port, lambda: live.State(job.name, job.model.name, phase))
-        with StopSignal().installed(), watched:
-            _preflight(job, access if nodes.first else None)
-            if places.is_done(job, with_adapter=nodes.first):
-                phase = "publish"
-                if nodes.first:
-                    publish.again(job, access)
-                return
-            fit.check(job, hardware.detect(), processes=processes)
-            phase = "data"
-            fetch.fetch(job.data, token=job.hub_token, access=access)
-    except Failure as error:
-        failure.tell(failure.describe(error, phase, 0), termination_log)
-        raise
-    entry = _train(job, processes or hardware.detect().count, nodes)
+    with contextlib.ExitStack() as stack:
+        try:
+            # Rank 0 answers on this port as soon as it runs.
+            port = job.metrics_port if nodes.first else None
+            watched = live.serving(port, lambda: live.State(job.name, job.model.name, phase))
+            with StopSignal().installed(), watched:
+                _preflight(job, access if nodes.first else None)
+                lock = stack.enter_context(_alone(job, nodes))
+                if places.is_done(job, with_adapter=nodes.first):
+                    phase = "publish"
+                    if nodes.first:
+                        publish.again(job, access)
+                    return
+                fit.check(job, hardware.detect(), processes=processes)
+                phase = "data"
+                fetch.fetch(job.data, token=job.hub_token, access=access)
+        except Failure as error:
+            failure.tell(failure.describe(error, phase, 0), termination_log)
+            raise
+        entry = _train(job, processes or hardware.detect().count, nodes, lock)
     if entry is not None:
         failure.tell(entry, termination_log)
         raise failure.from_record(entry)
+
+
+@contextlib.contextmanager
+def _alone(job: TuningJob, nodes: Nodes) -> Iterator[int]:
+    """Have this node's part of the output folder to itself; yields the lock's descriptor.
+
+    The workers of a run that was killed may be writing their last checkpoint: they are waited for.
+    """
+    folder = job.output.folder
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context(held(Places(folder).lock(nodes.rank), wait_s=GRACE_S + 3))
+        except BlockingIOError:
+            raise ConfigError(
+                f"output folder {folder} is in use by another run; let it end, or set another output_dir"
+            ) from None
+        yield lock
 
 
 def _preflight(job: TuningJob, access: oci.Access | None) -> None:
@@ -99,8 +118,8 @@ def _preflight(job: TuningJob, access: oci.Access | None) -> None:
             oci.check_push(oci.parse(image), access=access)
 
 
-def _train(job: TuningJob, processes: int, nodes: Nodes) -> dict[str, object] | None:
-    """Run torchrun to its end; return the record of the failure, None after success."""
+def _train(job: TuningJob, processes: int, nodes: Nodes, lock: int) -> dict[str, object] | None:
+    """Run torchrun, which shares `lock`, to its end; return the record of the failure, None after success."""
     here, ranks = Places(job.output.folder), nodes.ranks(processes)
     resolved = here.job if nodes.count == 1 else here.job.with_name(f"job-{nodes.rank}.json")
     write_whole(resolved, job.model_dump_json(indent=1))
@@ -121,7 +140,8 @@ def _train(job: TuningJob, processes: int, nodes: Nodes) -> dict[str, object] | 
         else "",
     )
     # Output that is no terminal stays whole lines; a session of its own lets one signal reach all of it.
-    with subprocess.Popen(command, start_new_session=True) as torchrun, _forwarding(torchrun) as asked:  # noqa: S603
+    started = subprocess.Popen(command, start_new_session=True, pass_fds=[lock])  # noqa: S603
+    with started as torchrun, _forwarding(torchrun) as asked:
         status = torchrun.wait()
     if status == 0:
         return None

@@ -62,6 +62,10 @@ class Places:
         """One JSON object for every logged step."""
         return self.work / "history.jsonl"
 
+    def lock(self, node: int) -> Path:
+        """Held by the processes of a node while they work here; a folder may be shared by several nodes."""
+        return self.work / f"lock-{node}"
+
     def failure(self, rank: int) -> Path:
         """Why `rank` ended, for the parent process: torchrun itself only says 1."""
         return self.work / f"failure-{rank}.json"

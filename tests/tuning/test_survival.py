@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runtime.errors import StoppedError
+from runtime.errors import ConfigError, StoppedError
 from runtime.tuning import launch
 from runtime.tuning.checkpoints import MANIFEST, fault, listed, step_of
 from runtime.tuning.places import SENTINEL, Places
@@ -207,14 +207,16 @@ def workers_below(process: psutil.Process) -> list[psutil.Process]:
     return found
 
 
-def freeze_after(step: int, job: TuningJob, then: Callable[[psutil.Process], None]) -> threading.Thread:
-    """In a thread: stop this process's trainer at `step` as a hung disk would, and do `then`."""
+def freeze_after(
+    step: int, job: TuningJob, then: Callable[[psutil.Process], None], *, below: int | None = None
+) -> threading.Thread:
+    """In a thread: stop a process's (this one's) trainer at `step` as a hung disk would, and do `then`."""
 
     def watch() -> None:
         history = Places(job.output.folder).history
         while not (history.exists() and len(history.read_text().splitlines()) >= step):
             time.sleep(0.02)
-        (worker,) = workers_below(psutil.Process())
+        (worker,) = workers_below(psutil.Process(below))
         worker.suspend()
         then(worker)
 
@@ -291,3 +293,33 @@ def test_faults_56_57_58_offline_run_logs_json_and_holds_no_secret(
     for path in (path for path in out.rglob("*") if path.is_file()):
         assert b"CANARY" not in path.read_bytes(), path
     assert "CANARY" not in said
+
+
+@pytest.mark.slow
+def test_a_run_started_right_after_a_kill_waits_for_the_old_workers(
+    make_job: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have SIGTERM and write a checkpoint: two trainers in one folder would spoil it."""
+    job = make_job(training={**EVERY_STEP, "max_steps": 4000})
+    (tmp_path / "job.json").write_text(job.model_dump_json())
+    code = (
+        "import sys; from pathlib import Path; from runtime.tuning import launch;"
+        "from runtime.tuning.settings import TuningJob;"
+        "launch.run(TuningJob.model_validate_json(Path(sys.argv[1]).read_text()), processes=1)"
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "job.json")], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    old: list[psutil.Process] = []
+    freeze_after(5, job, old.append, below=first.pid).join()
+    first.kill()
+    first.wait()
+    monkeypatch.setattr(launch, "GRACE_S", -3)
+    with pytest.raises(ConfigError, match=r"output folder .*/out is in use by another run"):
+        launch.run(job, processes=1, termination_log=tmp_path / "absent")
+    monkeypatch.setattr(launch, "GRACE_S", 60)
+    running: list[bool] = []
+    monkeypatch.setattr(launch, "_train", lambda *_: running.append(old[0].is_running()))
+    old[0].resume()
+    launch.run(job, processes=1, termination_log=tmp_path / "absent")
+    assert running == [False]
