@@ -102,7 +102,7 @@ def combine(parts: Sequence[tuple[Path, float]], folder: Path) -> None:
 
     Exact: the updates' factors stand side by side, so the rank is the sum of the ranks (KAITO's runtime
     takes an SVD at one adapter's rank instead). The parts have been checked. ConfigError for weights
-    that are no LoRA pair of a linear layer.
+    other than LoRA pairs of linear layers: DoRA's magnitudes, biases and embeddings do not add up so.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -113,11 +113,11 @@ def combine(parts: Sequence[tuple[Path, float]], folder: Path) -> None:
         config, weights = _read_config(part), load_file(str(part / WEIGHTS_FILE))
         for key, down in weights.items():
             path, _, kind = key.rpartition(".lora_A.")
-            if not path:
+            if not path and ".lora_B." in key:
                 continue
             up = weights.get(f"{path}.lora_B.{kind}")
             if up is None or down.dim() != 2:
-                raise ConfigError(f"adapter {part.name}: {path} holds no LoRA pair of a linear layer")
+                raise ConfigError(f"adapter {part.name}: {key} is no part of a LoRA pair of a linear layer")
             scale = strength * scaling(config, path.removeprefix(_INSIDE), down.shape[0])
             downs.setdefault(path, []).append(down.float())
             ups.setdefault(path, []).append(up.float() * scale)

@@ -68,6 +68,10 @@ Parallel = Annotated[
     Literal["tp"] | None,
     typer.Option(help="Divide the model among processes, one per GPU (tensor parallelism)."),
 ]
+Engine = Annotated[
+    Literal["own", "vllm"] | None,
+    typer.Option(help="What generates: this project's own engine, or vLLM where that is installed."),
+]
 Processes = Annotated[
     int | None, typer.Option(min=1, help="With --parallel: how many; one per GPU by default.")
 ]
@@ -93,6 +97,7 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     port: Port = None,
     host: Host = None,
     quantize: Quantize = None,
+    engine: Engine = None,
     parallel: Parallel = None,
     processes: Processes = None,
     rows: Rows = None,
@@ -111,6 +116,7 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     named = {
         "host": host,
         "port": port if port is not None else port_variable(context.obj),
+        "engine": engine,
         "parallel": parallel,
         "processes": processes,
         "limits.rows": rows,

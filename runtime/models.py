@@ -147,6 +147,16 @@ def load_config(source: ModelSource) -> "PreTrainedConfig":
     return config
 
 
+def load_generation(folder: Path) -> dict[str, Any]:
+    """Return what the generation_config.json of a model directory states; {} where there is none."""
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return {}
+    settings: dict[str, Any] = GenerationConfig.from_pretrained(str(folder)).to_diff_dict()
+    return settings
+
+
 def context_tokens(config: "PreTrainedConfig") -> int:
     """Return the longest sequence that a model states; FALLBACK_CONTEXT_TOKENS where it states none."""
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or FALLBACK_CONTEXT_TOKENS)
@@ -304,8 +314,11 @@ def _convert_package(package: str, folder: Path) -> Path:
 
 
 def _write_float32(model: "PreTrainedModel", folder: Path) -> None:
-    """Save a model that was read from GGUF; transformers refuses to while it calls itself quantised."""
-    from safetensors.torch import save_model
+    """Save a model that was read from GGUF; transformers refuses to while it calls itself quantised.
+
+    A matrix that input and output share is written under its input's name, where every reader looks first.
+    """
+    from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
     config = model.config.to_dict()
@@ -313,7 +326,8 @@ def _write_float32(model: "PreTrainedModel", folder: Path) -> None:
     type(model.config)(**config).save_pretrained(str(folder))
     if model.generation_config is not None:
         model.generation_config.save_pretrained(str(folder))
-    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    tensors = {name: weights.detach().contiguous() for name, weights in model.named_parameters()}
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
 def _one_line(error: Exception) -> str:

@@ -63,7 +63,7 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_tiny_llama(folder: Path, *, seed: int = 0) -> None:
+def write_tiny_llama(folder: Path, *, seed: int = 0, head_dim: int = 16) -> None:
     """Save a random Llama (2 layers, 4 heads, 2 kv heads, hidden 64) and its tokenizer to `folder`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -77,6 +77,7 @@ def write_tiny_llama(folder: Path, *, seed: int = 0) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=1,

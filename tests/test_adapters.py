@@ -167,3 +167,13 @@ def test_combined_adapter_does_what_its_parts_do_together(tiny_llama_dir: Path, 
     PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir)), str(tmp_path / "both")
     )
+
+
+def test_adapters_that_do_not_add_up_are_not_combined(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    whole = make(tiny_llama_dir, tmp_path / "whole")
+    dora = make(tiny_llama_dir, tmp_path / "dora", use_dora=True)
+    with pytest.raises(
+        ConfigError, match=r"adapter dora: .*lora_magnitude_vector.* is no part of a LoRA pair"
+    ):
+        adapters.combine([(whole, 1.0), (dora, 1.0)], tmp_path / "both")
+    assert not (tmp_path / "both").exists()

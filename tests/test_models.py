@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from runtime import models
 from runtime.errors import ConfigError, TransientError
@@ -72,6 +73,14 @@ def test_a_padding_token_is_set_where_the_model_has_none(tiny_llama_dir: Path, t
     loaded = models.load_tokenizer(ModelSource(name=str(tmp_path), chat_template="{{ 'x' }}"))
     assert loaded.pad_token == loaded.eos_token
     assert loaded.chat_template == "{{ 'x' }}"
+
+
+@pytest.mark.model
+def test_the_packaged_demo_model_has_its_shared_matrix_where_every_reader_looks(demo_model_dir: Path) -> None:
+    with safe_open(str(demo_model_dir / "model.safetensors"), framework="np") as weights:
+        names = set(weights.keys())
+    assert "model.embed_tokens.weight" in names  # vLLM skips lm_head of a model that ties the two
+    assert "lm_head.weight" not in names
 
 
 @pytest.mark.model

@@ -582,6 +582,11 @@ def test_engine_settings_of_inference_config_are_taken_or_named(tmp_path: Path) 
     resolved = load_serve("phi-4", environ={}, root=tmp_path)
     assert resolved.job.limits.context_tokens == 4096
     assert any("vllm.swap-space" in w and "max_probe_steps" in w for w in resolved.warnings)
+    by_vllm = load_serve("phi-4", environ={}, overrides={"engine": "vllm"}, root=tmp_path)
+    assert by_vllm.job.limits.context_tokens == 4096
+    assert by_vllm.job.vllm.flags == {"swap-space": 4}
+    assert by_vllm.sources["vllm.flags.swap-space"].endswith("inference_config.yaml")
+    assert not any("swap-space" in w for w in by_vllm.warnings)
 
 
 @pytest.mark.parametrize(

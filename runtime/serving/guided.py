@@ -6,12 +6,12 @@ llguidance (extra `guided`) and token ids; does not know routes or engines. Star
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from runtime.errors import RequestError
-from runtime.serving.engine.protocol import Mask
+from runtime.serving.engine.protocol import Grammar
 from runtime.serving.schema import SamplingFields
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ class Grammars:
         self._stop_ids = stop_ids
         self._vocabulary: LLTokenizer | None = None
 
-    def compile(self, form: Form) -> Callable[[], Mask]:
-        """Return what makes a mask for one answer; blocks while the grammar is built.
+    def compile(self, form: Form) -> Grammar:
+        """Return the grammar of `form`; blocks while it is built.
 
         Raises RequestError: a form that is not well-formed, too complex, or no library for it here.
         """
@@ -115,7 +115,7 @@ class Grammars:
         matcher = LLMatcher(self._words(), grammar, log_level=0)
         if matcher.is_error():
             raise RequestError(f"'{form.param}': {_reason(matcher.get_error())}", param=form.param)
-        return lambda: _Matched(matcher.deep_copy(), form.param)
+        return Grammar(form.kind, form.value, lambda: _Matched(matcher.deep_copy(), form.param))
 
     def _words(self) -> "LLTokenizer":
         from llguidance.hf import from_tokenizer

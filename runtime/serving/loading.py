@@ -38,26 +38,9 @@ def load(config: ServeConfig, access: oci.Access) -> Served:
 
     Raises ConfigError, CapacityError or TransientError when the base model cannot be served.
     """
-    import torch
-
     started = time.monotonic()
     devices = hardware.detect()
-    torch.set_num_threads(min(torch.get_num_threads(), hardware.usable_cores()))
-    tokenizer = models.load_tokenizer(config.model)
-    with contextlib.ExitStack() as undo:
-        model, crew, membership = _model(config, devices, undo)
-        running = engine.create(config, model, membership=membership)
-        if crew is not None:
-            crew.watch(running.lose)
-        undo.pop_all()
-    served = Served(
-        name=config.served_name,
-        engine=running,
-        prompts=_prompts(config, model, tokenizer, running.context_tokens),
-        created=int(time.time()),
-        weights=f"{_format(config, model)}, {model.get_memory_footprint() / 2**20:.1f} MiB on {devices.name}"
-        + (f", on each of {membership.team.world}" if membership is not None else ""),
-    )
+    served = _by_vllm(config, devices) if config.engine == "vllm" else _by_rows(config, devices)
     if config.combine_adapters and config.adapters:
         served = _combined(served, config, access)
     else:
@@ -68,6 +51,46 @@ def load(config: ServeConfig, access: oci.Access) -> Served:
                 log.warning("Adapter refused: %s: %s", source.name, failure)
     log.info("Loaded %s on %s in %.1f s", config.model.name, devices.name, time.monotonic() - started)
     return served
+
+
+def _by_rows(config: ServeConfig, devices: Hardware) -> Served:
+    """Return the model behind this project's own engine."""
+    import torch
+
+    torch.set_num_threads(min(torch.get_num_threads(), hardware.usable_cores()))
+    tokenizer = models.load_tokenizer(config.model)
+    with contextlib.ExitStack() as undo:
+        model, crew, membership = _model(config, devices, undo)
+        running = engine.create(config, model, membership=membership)
+        if crew is not None:
+            crew.watch(running.lose)
+        undo.pop_all()
+    stated = model.generation_config.to_diff_dict() if model.generation_config else {}
+    return Served(
+        name=config.served_name,
+        engine=running,
+        prompts=_prompts(config, stated, tokenizer, running.context_tokens),
+        created=int(time.time()),
+        weights=f"{_format(config, model)}, {model.get_memory_footprint() / 2**20:.1f} MiB on {devices.name}"
+        + (f", on each of {membership.team.world}" if membership is not None else ""),
+    )
+
+
+def _by_vllm(config: ServeConfig, devices: Hardware) -> Served:
+    """Return the model behind a vLLM that reads the weights itself."""
+    from runtime.serving.engine import vllm
+
+    folder = models.locate(config.model)
+    source = config.model.model_copy(update={"path": folder})
+    tokenizer, stated = models.load_tokenizer(source), models.load_generation(folder)
+    running = vllm.start(config, folder, devices)
+    return Served(
+        name=config.served_name,
+        engine=running,
+        prompts=_prompts(config, stated, tokenizer, running.context_tokens),
+        created=int(time.time()),
+        weights=f"by vLLM on {devices.name}",
+    )
 
 
 def _model(
@@ -173,15 +196,15 @@ def _format(config: ServeConfig, model: "PreTrainedModel") -> str:
 
 
 def _prompts(
-    config: ServeConfig, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context_tokens: int
+    config: ServeConfig, stated: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", context_tokens: int
 ) -> Prompts:
-    settings: dict[str, Any] = model.generation_config.to_diff_dict() if model.generation_config else {}
+    """Return the model's tokenizer and limits; `stated` is its generation_config."""
     return Prompts(
         tokenizer,
         context_tokens=context_tokens,
         new_tokens=config.limits.new_tokens,
-        stop_ids=end_ids(settings.get("eos_token_id"), tokenizer.eos_token_id),
-        defaults=sampling_defaults(settings),
+        stop_ids=end_ids(stated.get("eos_token_id"), tokenizer.eos_token_id),
+        defaults=sampling_defaults(stated),
     )
 
 

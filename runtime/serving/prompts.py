@@ -195,8 +195,10 @@ class Prompts:
         """Return `sampling` for an answer that must have `form`; it then ends where the form is complete."""
         if form is None:
             return sampling
-        mask = await self._threaded(lambda: self._grammars.compile(form))
-        return replace(sampling, mask=mask, min_new_tokens=0, stop_ids=sampling.stop_ids | self.stop_ids)
+        grammar = await self._threaded(lambda: self._grammars.compile(form))
+        return replace(
+            sampling, grammar=grammar, min_new_tokens=0, stop_ids=sampling.stop_ids | self.stop_ids
+        )
 
     def _check_known(self, ids: Sequence[int], param: str) -> None:
         wrong = next((i for i in ids if i >= self._vocabulary), None)

@@ -5,7 +5,7 @@ torch.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, SecretStr
 
@@ -47,6 +47,17 @@ class Limits(Strict):
     """Longest time from the request's arrival to its last token."""
 
 
+class Vllm(Strict):
+    """How vLLM is run where it is the engine."""
+
+    program: str = "vllm"
+    """Its command, on PATH or a path: usually that of a virtual environment of its own."""
+    max_adapter_rank: int = Field(64, ge=1)
+    """Largest rank of an adapter; vLLM reserves memory for it."""
+    flags: dict[str, Any] = {}
+    """More of its flags, by their names without dashes; they win over those that are set here."""
+
+
 class ServeConfig(Strict):
     """One server, whole."""
 
@@ -58,6 +69,9 @@ class ServeConfig(Strict):
     """Answer who names no adapter with all at once, by their strengths, as KAITO's runtime does."""
     quantization: Quantization | None = None
     """bitsandbytes quantisation of the base weights; None serves them as they are."""
+    engine: Literal["own", "vllm"] = "own"
+    """What generates: this project's engine, or a vLLM that it starts and stops."""
+    vllm: Vllm = Vllm()
     parallel: Literal["tp"] | None = None
     """Divide the model among processes, one per GPU: "tp" is tensor parallelism."""
     processes: int | None = Field(None, ge=1)

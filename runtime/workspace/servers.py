@@ -22,7 +22,7 @@ from runtime.workspace.settings import Resolved, Settings, placeholder
 INFERENCE_KEY = "inference_config.yaml"
 
 ENGINE_KEYS = {"max-model-len": "limits.context_tokens", "max-num-seqs": "limits.rows"}
-"""Keys of the `vllm` section that mean something here."""
+"""Keys of the `vllm` section that mean something whatever the engine; the rest are for vLLM."""
 
 
 def load_serve(
@@ -44,6 +44,8 @@ def load_serve(
     """
     settings, mounts, manifest = Settings(), Mounts(root, environ), None
     adapters: dict[str, AdapterSource] = {}
+    if overrides.get("engine") is not None:  # it says what of the file below has an effect
+        settings.put("engine", overrides["engine"], "flag")
     if target is not None and is_manifest(target):
         manifest = Manifest(Path(target), *read(Path(target)))
         adapters = _apply_manifest(settings, manifest, mounts)
@@ -93,8 +95,12 @@ def _apply_manifest(settings: Settings, manifest: Manifest, mounts: Mounts) -> d
             f"{file}: 'inference.preset' is missing; a Workspace with a pod template runs the image it names"
         )
     _choose_model(settings, inference.preset.name, f"{file.name} inference.preset.name")
-    if manifest.workspace.metadata.annotations.get("kaito.sh/runtime") == "vllm":
-        settings.warn(f"{file.name} asks for the vllm runtime; it is served by this image's own engine")
+    asks_vllm = manifest.workspace.metadata.annotations.get("kaito.sh/runtime") == "vllm"
+    if asks_vllm and settings.get("engine") != "vllm":
+        settings.warn(
+            f"{file.name} asks for the vllm runtime; it is served by this project's own engine, "
+            "which --engine vllm replaces where vLLM is installed"
+        )
     settings.sources["adapters"] = f"{file.name} inference.adapters"
     found = (_from_manifest(adapter, manifest, mounts) for adapter in inference.adapters)
     return {adapter.name: adapter for adapter in found}
@@ -164,8 +170,12 @@ def _apply_config(settings: Settings, manifest: Manifest | None, mounts: Mounts)
             ours = ENGINE_KEYS.get(str(key).replace("_", "-"))
             if ours and value != "auto":
                 settings.put(ours, value, f"{where} vllm.{key}")
-        ignored = [f"vllm.{key}" for key in engine if str(key).replace("_", "-") not in ENGINE_KEYS]
-        ignored += [str(key) for key in document if key != "vllm"]
+        ignored = [str(key) for key in document if key != "vllm"]
+        rest = {key: engine[key] for key in engine if str(key).replace("_", "-") not in ENGINE_KEYS}
+        if settings.get("engine") == "vllm":
+            settings.put_all("vllm.flags", rest, where)
+        else:
+            ignored = [f"vllm.{key}" for key in rest] + ignored
         if ignored:
             settings.warn(f"{where}: without effect here: {', '.join(ignored)}")
 

@@ -56,7 +56,7 @@ class Desk:
         """
         with self._changed:
             if wait:
-                self._changed.wait_for(lambda: self._waiting or self._errands or not self._open)
+                self._changed.wait_for(self._due)
                 self._progress = time.monotonic()
         self.run_errands()
         with self._changed:
@@ -66,6 +66,11 @@ class Desk:
                 started[-1].begin()
                 self._running.append(started[-1])
             return started
+
+    def _due(self) -> bool:
+        """Whether there is something to do: an errand, or a request for which there is a row."""
+        free = len(self._running) < self._rows
+        return bool(self._errands) or (bool(self._waiting) and free) or not self._open
 
     def errand(self, work: Callable[[], None]) -> None:
         """Have the engine's thread do `work` between two steps, and wait; raises what `work` raises.

@@ -7,7 +7,7 @@ chat templates. Start at `Engine`.
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -22,6 +22,17 @@ class Mask(Protocol):
     def take(self, token: int) -> None:
         """Go on behind `token`, one of those allowed."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """The form one answer must have: said in words for engines that compile it, and compiled."""
+
+    kind: Literal["schema", "regex"]
+    value: Any
+    """A JSON schema as a mapping, or a regular expression."""
+    begin: Callable[[], Mask]
+    """Makes the mask of one answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +58,8 @@ class Sampling:
     """Token ids that end the answer; they are not part of it."""
     min_new_tokens: int = 0
     """Stop ids are not chosen before this many tokens."""
-    mask: Callable[[], Mask] | None = None
-    """Makes the mask of one answer that must have a form; None lets every token come."""
+    grammar: Grammar | None = None
+    """The form of the answer; None lets every token come."""
     top_logprobs: int | None = None
     """Alternatives reported per token; None reports no log probabilities at all."""
 

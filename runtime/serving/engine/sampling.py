@@ -21,7 +21,7 @@ class Sampler:
         self.sampling = sampling
         self.generated: list[int] = []
         self._prompt = torch.tensor(prompt_ids, dtype=torch.long)
-        self._mask = sampling.mask() if sampling.mask is not None else None
+        self._mask = sampling.grammar.begin() if sampling.grammar is not None else None
         self._random = torch.Generator()
         if sampling.seed is None:
             self._random.seed()
@@ -32,7 +32,7 @@ class Sampler:
     def is_greedy(self) -> bool:
         """Whether the next token is the likeliest one and nothing else is asked for."""
         s = self.sampling
-        if s.mask is not None:
+        if s.grammar is not None:
             return False
         early = bool(s.stop_ids) and len(self.generated) < s.min_new_tokens
         penalties = s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty or s.logit_bias

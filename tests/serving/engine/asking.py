@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from runtime.serving.engine.plain import PlainEngine
 from runtime.serving.engine.protocol import Request, Sampling, Token
 from runtime.serving.engine.rows import RowEngine
+from runtime.serving.engine.vllm import VllmEngine
 
-AnyEngine = PlainEngine | RowEngine
+AnyEngine = PlainEngine | RowEngine | VllmEngine
 
 PROMPT = (5, 17, 230, 41, 9)
 

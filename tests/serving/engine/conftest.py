@@ -1,17 +1,53 @@
-"""Adapters that change every answer, made once."""
+"""A model and adapters that change every answer, made once; a vLLM over that model, where there is one."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from runtime import adapters
+from runtime import adapters, hardware
 from runtime.model_source import ModelSource
+from runtime.serving.engine import vllm
+from runtime.serving.engine.vllm_server import VllmServer
+from runtime.serving.settings import ServeConfig
+from tests.conftest import write_tiny_llama
 
 from .asking import load
 
 SOURCE = ModelSource(name="tiny", repository="someone/tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with heads of 32, the least that vLLM's attention takes."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    write_tiny_llama(folder, head_dim=32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vllm_server(tiny_llama_dir: Path) -> Iterator[VllmServer]:
+    """A real vLLM, which takes minutes to start: RUNTIME_TEST_VLLM names its command."""
+    program = os.environ.get("RUNTIME_TEST_VLLM")
+    if not program:
+        pytest.skip("RUNTIME_TEST_VLLM=DIRECTORY/bin/vllm asks a real vLLM (it takes minutes to start)")
+    flags = {"enforce-eager": True, "max-loras": 3}
+    config = ServeConfig.model_validate(
+        {
+            "model": {"name": "tiny"},
+            "served_name": "base",
+            "adapter_root": "/",
+            "limits": {"context_tokens": 256},
+            "vllm": {"program": program, "flags": flags},
+        }
+    )
+    server = VllmServer(program, [str(tiny_llama_dir), *vllm.flags(config, hardware.detect())])
+    server.wait_ready()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

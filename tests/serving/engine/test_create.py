@@ -111,7 +111,7 @@ def test_rows_and_context_fit_the_memory(
 def test_a_context_that_was_asked_for_outlasts_the_number_of_rows(
     tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    token_bytes = 2 * 2 * 2 * 16 * 4  # keys and values, 2 layers, 2 heads of 16, float32
+    token_bytes = 2 * 2 * 2 * 32 * 4  # keys and values, 2 layers, 2 heads of 32, float32
     free = int(3.5 * 512 * token_bytes / serving.CACHE_SHARE)
     monkeypatch.setattr("runtime.serving.engine.free_bytes", lambda _: free)
     monkeypatch.setattr("runtime.serving.engine.LEAST_CONTEXT_TOKENS", 64)

@@ -1,4 +1,4 @@
-"""What both engines promise: greedy equals generate, adapters by name, failures answered, rows freed."""
+"""What every engine promises: greedy equals generate, adapters by name, failures answered, rows freed."""
 
 import asyncio
 import threading
@@ -12,13 +12,18 @@ from peft import PeftModel
 from runtime.errors import ConfigError, OverloadedError, UnavailableError, UnknownModelError
 from runtime.serving.engine.plain import PlainEngine
 from runtime.serving.engine.rows import RowEngine
+from runtime.serving.engine.vllm import VllmEngine
+from runtime.serving.engine.vllm_server import VllmServer
 
 from .asking import AnyEngine, ask, collect, generate, load, run
 
 
-@pytest.fixture(params=["plain", "rows"])
+@pytest.fixture(params=["plain", "rows", "vllm"])
 def engine(request: pytest.FixtureRequest, tiny_llama_dir: Path) -> Iterator[AnyEngine]:
     """An engine with one row."""
+    if request.param == "vllm":
+        yield from over_vllm(request.getfixturevalue("vllm_server"))
+        return
     model = load(tiny_llama_dir)
     made: AnyEngine = (
         PlainEngine(model, context_tokens=256, queue=2)
@@ -27,6 +32,18 @@ def engine(request: pytest.FixtureRequest, tiny_llama_dir: Path) -> Iterator[Any
     )
     yield made
     made.close()
+
+
+def over_vllm(server: VllmServer) -> Iterator[VllmEngine]:
+    """An engine over a vLLM that outlives it, and that has no adapters before and after."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "close", lambda: None)
+        made = VllmEngine(server, name="base", context_tokens=256, rows=1, queue=2)
+        yield made
+        if made.stats().alive:
+            for name in made.stats().adapters:
+                made.remove_adapter(name)
+        made.close()
 
 
 def test_greedy_equals_generate(engine: AnyEngine, tiny_llama_dir: Path) -> None:
@@ -181,6 +198,8 @@ def test_fault_48_a_failure_answers_its_request_and_the_next_is_served(
     with monkeypatch.context() as patch:
         if isinstance(engine, PlainEngine):
             patch.setattr(engine, "_forward", broken)
+        elif isinstance(engine, VllmEngine):
+            patch.setattr(engine, "_stream", broken)
         else:
             patch.setattr(engine._runner, "run", broken)
         with pytest.raises(UnavailableError, match="failed on this request") as caught:
