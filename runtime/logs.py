@@ -4,11 +4,13 @@
 Does not know what is logged. Start at `redact`: it is also used for text that is not a log line.
 """
 
+import contextlib
 import json
 import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import TextIO
 
@@ -75,3 +77,18 @@ def configure(*, debug: bool = False, rank: int = 0, stream: TextIO | None = Non
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of optional kernels at every load
     if not stream.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; a bar tears log lines
+
+
+@contextlib.contextmanager
+def quiet_progress() -> Iterator[None]:
+    """Silence transformers' progress bars where standard error is no terminal: they tear log lines."""
+    from transformers.utils import logging as transformers_logging
+
+    if sys.stderr.isatty():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from runtime import adapters, models, presets
+from runtime import adapters, logs, models, presets
 from runtime.config import read_text
 from runtime.errors import CapacityError, ConfigError
 from runtime.files import finish, sync_directory
@@ -57,7 +57,7 @@ def merge(folder: Path, target: Path, *, base: ModelSource, machine: Hardware, d
     written = stored if dtype == "auto" else dtype
     _check_memory(base, weights, BYTES[written] / BYTES[stored], machine)
     merged = _merged(base.model_copy(update={"path": weights, "dtype": written}), folder, machine)
-    with _aside(target) as scratch, models.quiet_progress():
+    with _aside(target) as scratch, logs.quiet_progress():
         merged.save_pretrained(str(scratch))
         _save_tokenizer(base, folder, scratch)
     log.info("merged %s into %s, %s", folder.name, target, written)

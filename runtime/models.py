@@ -4,19 +4,14 @@
 adapters or what the model is for. torch and transformers are imported when something is loaded.
 """
 
-import contextlib
-import fcntl
 import logging
 import os
-import shutil
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime import oci
+from runtime import logs, oci, packaged
 from runtime.errors import CapacityError, ConfigError, TransientError
 from runtime.hardware import Hardware, compute_dtype
 from runtime.model_source import ModelSource, Quantization
@@ -66,7 +61,7 @@ def locate(source: ModelSource, *, weights: bool = True) -> Path:
         if fetched is not None:
             return fetched
     if source.package and find_spec(source.package):
-        return _convert_package(source.package, converted)
+        return packaged.convert(source.package, converted)
     if source.local_files_only:
         raise ConfigError(
             f"model {source.name}: {source.repository} is not in the local cache and local_files_only is set"
@@ -122,7 +117,7 @@ def load(
     if quantization is not None:
         options["quantization_config"] = _bitsandbytes(quantization, hardware)
     try:
-        with quiet_progress():
+        with logs.quiet_progress():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), **options)
     except torch.OutOfMemoryError:
         raise CapacityError(
@@ -182,21 +177,6 @@ def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-@contextlib.contextmanager
-def quiet_progress() -> Iterator[None]:
-    """Silence transformers' progress bars where standard error is no terminal: they tear log lines."""
-    from transformers.utils import logging as transformers_logging
-
-    if sys.stderr.isatty():
-        yield
-        return
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.enable_progress_bar()
 
 
 def _bitsandbytes(quantization: Quantization, hardware: Hardware) -> Any:
@@ -279,55 +259,6 @@ def _from_hub(source: ModelSource, *, offline: bool, weights: bool) -> Path | No
         if offline:  # an interrupted download left part of a snapshot
             return None
         raise
-
-
-def _convert_package(package: str, folder: Path) -> Path:
-    """Write the GGUF model that `package` ships to `folder`, as float32 safetensors, once and atomically.
-
-    One process converts while others of the same job wait for it.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if (folder / "config.json").exists():
-            return folder
-        spec = find_spec(package)
-        home = Path(spec.origin).parent if spec and spec.origin else Path()
-        weights = next(iter(sorted(home.rglob("*.gguf"))), None)
-        if weights is None:
-            raise ConfigError(f"package {package} in {home}: no .gguf file; expected the model's weights")
-        log.info("Converting %s of the package %s to %s", weights.name, package, folder)
-        with quiet_progress():
-            model = AutoModelForCausalLM.from_pretrained(
-                str(weights.parent), gguf_file=weights.name, dtype=torch.float32
-            )
-            tokenizer = AutoTokenizer.from_pretrained(str(weights.parent), gguf_file=weights.name)
-        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-        shutil.rmtree(aside, ignore_errors=True)
-        _write_float32(model, aside)
-        tokenizer.save_pretrained(str(aside))
-        aside.rename(folder)
-    return folder
-
-
-def _write_float32(model: "PreTrainedModel", folder: Path) -> None:
-    """Save a model that was read from GGUF; transformers refuses to while it calls itself quantised.
-
-    A matrix that input and output share is written under its input's name, where every reader looks first.
-    """
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True)
-    config = model.config.to_dict()
-    config.pop("quantization_config", None)
-    type(model.config)(**config).save_pretrained(str(folder))
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(str(folder))
-    tensors = {name: weights.detach().contiguous() for name, weights in model.named_parameters()}
-    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
 def _one_line(error: Exception) -> str:

@@ -414,7 +414,11 @@ def test_05_interrupt_ends_a_transfer_at_once(faulty: FaultyRegistry, tmp_path: 
         oci.push(folder, reference, access=quick())
         folder = tmp_path / "back"
     faulty.slow_bytes_s = 4e6
-    program = "import sys; from runtime.cli import run; sys.exit(run(sys.argv[1:], {}))"
+    program = (
+        "import signal, sys; from runtime.cli import run\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it\n"
+        "sys.exit(run(sys.argv[1:], {}))"
+    )
     places = [str(folder), str(reference)] if way == "push" else [str(reference), str(folder)]
     process = subprocess.Popen([sys.executable, "-c", program, way, *places])
     wanted = "PATCH" if way == "push" else "GET"
