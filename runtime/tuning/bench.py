@@ -18,7 +18,7 @@ from runtime import models
 from runtime.errors import StoppedError
 from runtime.files import write_whole
 from runtime.hardware import Hardware
-from runtime.tuning import attention, checkpoints, live, qlora, rotary, samples, shard, spread
+from runtime.tuning import attention, checkpoints, live, qlora, rotary, samples, shard, spread, starts
 from runtime.tuning.bar import Bar
 from runtime.tuning.dataset import Example
 from runtime.tuning.encode import Encoded
@@ -38,6 +38,7 @@ from runtime.tuning.settings import TuningJob
 from runtime.tuning.stop import StopSignal
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
@@ -87,6 +88,8 @@ class Bench:
     survival: "Survival"
     reporter: Reporter
     setting: Setting
+    first_weights: "dict[str, torch.Tensor] | None"
+    """The adapter's, where the base has lost them to it (starts.py)."""
 
     @property
     def meter(self) -> Meter:
@@ -152,6 +155,7 @@ def prepare(
     )
     set_seed(args.seed)
     model = qlora.attach(base, job.lora, checkpointing=bool(asked_checkpointing(job)))
+    first_weights = starts.begin(model, job.lora, models.locate(job.model))
     if sharded:
         shard.shard(model, world=ranks.world, device=setting.device)
     layout = choose_layout(job.encoding.batching, base.config.model_type)
@@ -165,7 +169,7 @@ def prepare(
     survival, reporter, watchers = _watchers(job, setting)
     work = Workload(train.rows, held.rows if held else (), plan, ranks, tokenizer.pad_token_id or 0)
     trainer = Tuner(model, args, work=work, meter=setting.course.meter, watchers=watchers)
-    return Bench(model, tokenizer, trainer, survival, reporter, setting)
+    return Bench(model, tokenizer, trainer, survival, reporter, setting, first_weights)
 
 
 def _watchers(job: TuningJob, setting: Setting) -> "tuple[Survival, Reporter, list[TrainerCallback]]":

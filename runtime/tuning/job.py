@@ -150,7 +150,13 @@ def _save(asked: TuningJob, job: TuningJob, bench: Bench, summary: dict[str, obj
     here = Places(job.output.folder)
     here.sentinel.unlink(missing_ok=True)
     here.finished.unlink(missing_ok=True)
-    adapters.save(bench.model, here.folder, source=job.model, beside=bench.tokenizer.save_pretrained)
+    adapters.save(
+        bench.model,
+        here.folder,
+        source=job.model,
+        first_weights=bench.first_weights,
+        beside=bench.tokenizer.save_pretrained,
+    )
     summary["adapter_sha256"] = sha256(here.folder / adapters.WEIGHTS_FILE)
     report.save(summary, here.folder)
     places.mark_done(asked)

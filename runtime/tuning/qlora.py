@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.config import nearest
 from runtime.errors import ConfigError
+from runtime.tuning import starts
 from runtime.tuning.settings import Lora
 from runtime.tuning.shard import is_sharded, reslice
 
@@ -51,7 +52,7 @@ def attach(model: "PreTrainedModel", lora: Lora, *, checkpointing: bool = False)
         "lora_dropout": lora.dropout,
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "task_type": "CAUSAL_LM",
-        **lora.options,
+        **starts.options(lora),
     }
     model.requires_grad_(False)
     if checkpointing:
@@ -61,7 +62,7 @@ def attach(model: "PreTrainedModel", lora: Lora, *, checkpointing: bool = False)
         with warnings.catch_warnings():  # peft 0.21 still reads a property that transformers 5.23 renamed
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"LoraConfig does not fit this model: {' '.join(str(error).split())}") from None
     rewrite(adapted)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)

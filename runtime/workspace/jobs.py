@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from runtime.errors import ConfigError
-from runtime.tuning import arguments
+from runtime.tuning import arguments, starts
 from runtime.tuning.settings import TuningJob
 from runtime.workspace import config_file, flags, sections
 from runtime.workspace.apply import apply
@@ -68,6 +68,7 @@ def load_job(
     flags.apply(settings, overrides, where)
     _finish(settings, mounts, manifest)
     job = settings.build(TuningJob, "--set" if flags.dotted(overrides) else where)
+    starts.check(job.lora, bits=job.quantization.bits if job.quantization else None)
     sources = settings.origins(job)
     job = job.model_copy(update={"sources": sources})
     return Resolved(job, sources, tuple(settings.warnings), _placeholders(settings, manifest))

@@ -9,6 +9,7 @@ import torch
 from runtime import models
 from runtime.errors import CapacityError, exit_code
 from runtime.hardware import Hardware
+from runtime.model_source import Quantization
 from runtime.tuning import dataset, encode
 from runtime.tuning.bench import Bench, Course, Setting, attending, prepare
 from runtime.tuning.precision import settle
@@ -82,12 +83,14 @@ def test_auto_find_batch_size_gives_up_at_the_longest_row(make_job: Maker) -> No
         {"use_dora": True},
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "olora"},
+        {"quantization": Quantization(bits=8)},
     ],
-    ids=["rslora", "dora", "pissa", "olora"],
+    ids=["rslora", "dora", "pissa", "olora", "int8"],
 )
 def test_variants_of_lora_learn(make_job: Maker, options: dict[str, Any]) -> None:
-    quantised = "init_lora_weights" not in options  # these factorise the weights, so they need them whole
-    method = {} if quantised else {"method": "lora", "quantization": None}
+    method = {"method": "lora", "quantization": None} if "init_lora_weights" in options else {}
+    if "quantization" in options:
+        method, options = options, {}
     job = make_job(training={"max_steps": 12}, lora=Lora(r=4, alpha=8, options=options), **method)
     bench = bench_of(job)
     with attending(bench):

@@ -1,0 +1,115 @@
+"""Where an adapter begins: at nothing, or at a part of the base model's weights.
+
+PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) move the largest part of each weight into the adapter
+and train that; `initial` remembers it, so that what is saved is an update of the whole base again. LoftQ
+(arXiv:2310.08659) begins with what 4-bit quantisation took from each weight. Does not know training. Start
+at `begin`.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+
+from runtime.errors import ConfigError
+from runtime.models import WEIGHTS
+from runtime.tuning.settings import Lora
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor
+
+NAMES = ("gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "loftq")
+"""`init_lora_weights` beside true and false; peft's others want a pass over data before training."""
+
+MOVED = ("pissa", "olora")
+"""Those that take their weights out of the base."""
+
+
+def check(lora: Lora, *, bits: int | None) -> None:
+    """Raise ConfigError when the start that `lora` asks for cannot be had on a base of `bits`."""
+    options = lora.options
+    start: str | bool = options.get("init_lora_weights", True)
+    kind = start.partition("_niter_")[0] if isinstance(start, str) else start
+    if isinstance(kind, str) and kind not in NAMES:
+        raise ConfigError(
+            f"LoraConfig.init_lora_weights is {start!r}, expected true, false, {', '.join(NAMES)}"
+        )
+    moved = kind in MOVED
+    if options.get("use_dora") and (moved or kind == "loftq"):
+        raise ConfigError(f"LoraConfig has both use_dora and init_lora_weights {start!r}: choose one")
+    if options.get("use_dora") and bits == 8:
+        raise ConfigError("LoraConfig.use_dora does not go with load_in_8bit: use load_in_4bit")
+    if moved and bits is not None:
+        raise ConfigError(
+            f"init_lora_weights {start!r} changes the base weights, which are quantised: use method lora, or "
+            "'loftq' with load_in_4bit"
+        )
+    if kind == "loftq" and (bits != 4 or (options.get("loftq_config") or {}).get("loftq_bits", 4) != 4):
+        raise ConfigError("init_lora_weights 'loftq' makes up for 4 bits: use it with load_in_4bit")
+
+
+def options(lora: Lora) -> dict[str, Any]:
+    """Return the options of `lora` for peft, which attaches what LoftQ then fills."""
+    if lora.options.get("init_lora_weights") != "loftq":
+        return lora.options
+    return {k: v for k, v in lora.options.items() if k not in {"init_lora_weights", "loftq_config"}}
+
+
+def begin(model: "PeftModel", lora: Lora, folder: Path) -> "dict[str, Tensor] | None":
+    """Fill a fresh adapter by LoftQ where asked, from the base's weights in `folder`.
+
+    Returns the adapter's first weights, by their names in its file, where the base has lost them to it; else
+    None. `adapters.save` takes them away again.
+    """
+    from peft import get_peft_model_state_dict
+
+    start = str(lora.options.get("init_lora_weights"))
+    if start == "loftq":
+        _fill(model, folder)
+    if not start.startswith(MOVED):
+        return None
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: weights.detach().cpu().clone() for name, weights in state.items()}
+
+
+def _fill(model: "PeftModel", folder: Path) -> None:
+    """Give every 4-bit layer's adapter what quantisation took from it; `folder` holds the base's weights.
+
+    The best update of its rank: a truncated singular value decomposition of W - dequantised(W). The base
+    stays as it is, so the adapter belongs to the base quantised the same way.
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
+    with torch.no_grad(), ExitStack() as stack:
+        stored = {
+            name: file
+            for path in sorted(folder.glob(WEIGHTS))
+            for file in [stack.enter_context(safe_open(str(path), framework="pt"))]
+            for name in file.keys()  # noqa: SIM118 - no mapping
+        }
+        for name, layer in _quantised(model):
+            if name not in stored:
+                raise ConfigError(f"init_lora_weights 'loftq': {folder} has no {name}; leave it out")
+            packed = layer.get_base_layer().weight
+            whole = stored[name].get_tensor(name).to(packed.device, torch.float32)
+            lost = whole - dequantize_4bit(packed.data, packed.quant_state).float()
+            rank, scaling = layer.r["default"], layer.scaling["default"]
+            u, s, v = torch.svd_lowrank(lost, q=min(2 * rank, *lost.shape), niter=8)
+            root = s[:rank].sqrt()
+            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            down.data.copy_(root[:, None] * v[:, :rank].T)
+            up.data.copy_(u[:, :rank] * root / scaling)
+
+
+def _quantised(model: "PeftModel") -> Iterator[tuple[str, Any]]:
+    """Yield the adapted 4-bit layers with the names of their weights in the base's files."""
+    from bitsandbytes.nn.modules import Linear4bit
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), Linear4bit):
+            yield f"{name}.weight", module
