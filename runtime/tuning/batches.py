@@ -64,12 +64,16 @@ class Plan:
     def share(self, rows: Sequence[int], rank: int) -> Share:
         """Return what `rank` computes of the step with `rows`."""
         mine = partition(rows, self.lengths, self.world)[rank]
-        arrange = pack if self.layout == "packed" else group
         targets = sum(self.targets[row] for row in rows)
         if not mine:
             shortest = min(rows, key=lambda row: self.lengths[row])
             return Share(((shortest,),), targets, idle=True)
-        return Share(arrange(mine, self.lengths, self.budget_tokens), targets)
+        return Share(self.passes(mine), targets)
+
+    def passes(self, rows: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """Return `rows` as the forward passes of one rank."""
+        arrange = pack if self.layout == "packed" else group
+        return arrange(rows, self.lengths, self.budget_tokens)
 
 
 def partition(rows: Sequence[int], lengths: Sequence[int], world: int) -> list[list[int]]:

@@ -108,6 +108,9 @@ class Tuner(Trainer):
         self.work, self.meter = work, meter
         self.plan = work.plan
         self.sharded = is_sharded(model)
+        # Not DDP's to average, which does so within the backward pass: a rank that ran out of memory in it
+        # repeats its own step while the others wait.
+        self.averages = self.sharded or (args.auto_find_batch_size and work.ranks.world > 1)
         if self.sharded:  # no DDP around it: its gradients are averaged in `_step`
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
@@ -155,7 +158,7 @@ class Tuner(Trainer):
                 pad_id=self.work.pad_id,
                 counts=counts,
             )
-            final = number == len(passes)
+            final = number == len(passes) and not self.averages
             with contextlib.nullcontext() if final else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     loss = batch_loss(model, batch, device) * scale
@@ -167,7 +170,7 @@ class Tuner(Trainer):
                 self.accelerator.backward(loss)
             total += loss.detach()
             tokens += batch.tokens if counts else 0
-        if self.sharded:
+        if self.averages:
             average_gradients(model.parameters(), self.work.ranks.world)
         self.meter.count(tokens, share.targets)
         return total
@@ -176,7 +179,7 @@ class Tuner(Trainer):
         """Halve the token budget of a pass after CUDA ran out of memory, or raise CapacityError."""
         budget = self.plan.budget_tokens
         longest = max(len(self.work.rows[row]) for rows in share.micro_batches for row in rows)
-        if not self.args.auto_find_batch_size or self.work.ranks.world > 1 or budget <= longest:
+        if not self.args.auto_find_batch_size or self.sharded or budget <= longest:
             raise CapacityError(
                 f"out of GPU memory with {budget} tokens in a pass, longest row {longest}; lower max_length "
                 "or per_device_train_batch_size, or set gradient_checkpointing: true"
@@ -187,8 +190,9 @@ class Tuner(Trainer):
         log.warning("out of GPU memory: going on with %d tokens a pass", self.plan.budget_tokens)
 
     def _arranged(self, share: Share) -> Share:
-        """Return the same step in passes of the present budget: shares are dealt one ahead of the steps."""
-        return self.plan.share([row for rows in share.micro_batches for row in rows], 0)
+        """Return the same share in passes of the present budget: shares are dealt one ahead of the steps."""
+        rows = [row for rows in share.micro_batches for row in rows]
+        return replace(share, micro_batches=self.plan.passes(rows))
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Return the held-out loss per learnt token, and the perplexity, of all ranks together."""

