@@ -3,25 +3,27 @@
 Does not know models or adapters. Start at `Layouts.fast`.
 """
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-FEW_PRODUCTS = 8192
-"""Up to this many outputs, rows times features, or at one row, the transposed layout is the faster one.
-
-oneDNN's kernel costs some 20 us more a call and is faster on what is large (tests/bench/RESULTS.md).
-"""
+FEW = (1, 2, 4, 8, 16)
+"""Numbers of rows at which two layouts are compared, until the transposed one is no longer the faster."""
+TRIALS = 3
+GAIN = 1.1
+"""How much faster a second copy of a weight has to make a product."""
+COLD_BYTES = 64 << 20
+"""A comparison runs over so many bytes of weights in turn: a step finds none of them in a cache."""
+MOST_COPIES = 32
+"""Of a small weight, whose layout hardly matters."""
 
 
 class Transposed(nn.Module):
-    """A linear layer whose weight lies as (in, out).
-
-    On a CPU a product of a few rows with this layout reads the weight once, in order: as fast as
-    memory (tests/bench/RESULTS.md).
-    """
+    """A linear layer whose weight lies as (in, out): on Intel's CPUs the fastest layout for one row."""
 
     weight: Tensor
     bias: Tensor | None
@@ -94,7 +96,7 @@ class Packing:
 
 
 class Packed(nn.Module):
-    """A linear layer over a packed weight: twice as fast as `F.linear` from 4 rows on, slower at one."""
+    """A linear layer over a packed weight: twice as fast as `F.linear` from 4 rows on."""
 
     weight: Tensor
     bias: Tensor | None
@@ -114,17 +116,38 @@ class Packed(nn.Module):
 class BySize(nn.Module):
     """Two layouts of one weight, each for the number of rows it is faster at; takes twice the memory."""
 
-    def __init__(self, few: Transposed, many: Packed) -> None:
+    def __init__(self, few: Transposed, many: Packed, *, most_few: int) -> None:
+        """`few` runs up to `most_few` rows."""
         super().__init__()
-        self.few, self.many = few, many
-        self._outs = few.weight.shape[1]
+        self.few, self.many, self._most_few = few, many, most_few
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out) for x (..., in)."""
         rows = x.numel() // x.shape[-1]
-        few = rows == 1 or rows * self._outs <= FEW_PRODUCTS
-        out: Tensor = self.few(x) if few else self.many(x)
+        out: Tensor = self.few(x) if rows <= self._most_few else self.many(x)
         return out
+
+
+def most_few(few: Sequence[nn.Module], many: Sequence[nn.Module], features: int) -> int:
+    """Return up to how many rows (rows, features) `few` are clearly the faster layers here, 0 for none.
+
+    Measured, because the CPU and its libraries decide: at one row MKL reads a transposed weight faster than
+    oneDNN a packed one on an Intel CPU, half as fast on an AMD one (tests/bench/RESULTS.md).
+    """
+    most = 0
+    for rows in FEW:
+        x = torch.zeros(rows, features)
+        seconds = [math.inf, math.inf]
+        for _ in range(TRIALS):
+            for index, layers in enumerate((few, many)):
+                begun = time.perf_counter()
+                for layer in layers:
+                    layer(x)
+                seconds[index] = min(seconds[index], time.perf_counter() - begun)
+        if seconds[0] * GAIN > seconds[1]:
+            break
+        most = rows
+    return most
 
 
 class Layouts:
@@ -134,6 +157,8 @@ class Layouts:
         """`twice` allows two layouts of each weight."""
         self._twice = twice
         self._packing = Packing.find()
+        self._most_few: dict[tuple[int, int], int] = {}
+        """By (in, out)."""
 
     def fast(self, layer: nn.Module) -> nn.Module:
         """Return what computes `layer` fastest on its device: itself, or its weights laid out anew."""
@@ -141,5 +166,15 @@ class Layouts:
             return layer
         if self._packing is None or layer.weight.dtype != torch.float32:
             return Transposed(layer.weight, layer.bias)
+        size = (layer.in_features, layer.out_features)
+        if self._twice and size not in self._most_few:
+            self._most_few[size] = self._compare(layer.weight, self._packing)
         packed = Packed(layer.weight, layer.bias, self._packing)
-        return BySize(Transposed(layer.weight, layer.bias), packed) if self._twice else packed
+        few = self._most_few.get(size, 0)
+        return BySize(Transposed(layer.weight, layer.bias), packed, most_few=few) if few else packed
+
+    def _compare(self, weight: Tensor, packing: Packing) -> int:
+        """Return up to how many rows a transposed layout of weights like this one (out, in) is faster."""
+        copies = range(min(1 + COLD_BYTES // weight.nbytes, MOST_COPIES))
+        transposed = [Transposed(weight, None) for _ in copies]
+        return most_few(transposed, [Packed(weight, None, packing) for _ in copies], weight.shape[1])

@@ -12,8 +12,11 @@ from runtime.serving.engine.linears import BySize, Layouts, Packed, Packing, Tra
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("twice", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 51, 52, 300])
-def test_every_layout_computes_the_same_product(bias: bool, twice: bool, rows: int) -> None:
+def test_every_layout_computes_the_same_product(
+    monkeypatch: pytest.MonkeyPatch, bias: bool, twice: bool, rows: int
+) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(linears, "most_few", lambda *_: 51)
     layer = nn.Linear(96, 160, bias=bias)
     x = torch.randn(1, rows, 96)
     with torch.inference_mode():
@@ -28,7 +31,40 @@ def test_packing_is_found_on_this_build_of_torch() -> None:
     """Fails when torch renames the operators, so that a loss of speed is not found by users."""
     assert Packing.find() is not None
     assert isinstance(Layouts(twice=False).fast(nn.Linear(8, 8)), Packed)
-    assert isinstance(Layouts(twice=True).fast(nn.Linear(8, 8)), BySize)
+
+
+class Timed(nn.Module):
+    """Takes `seconds[rows]` by a clock that stands still otherwise."""
+
+    now = 0.0
+
+    def __init__(self, seconds: dict[int, float]) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x: torch.Tensor) -> None:
+        Timed.now += self.seconds.get(x.shape[0], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("transposed", "most"),
+    [({}, 0), ({1: 0.95}, 0), ({1: 0.8}, 1), ({1: 0.8, 2: 0.8, 4: 0.8, 16: 0.8}, 4), ({2: 0.5}, 0)],
+)
+def test_a_second_layout_serves_up_to_the_rows_at_which_it_is_measured_to_be_clearly_faster(
+    monkeypatch: pytest.MonkeyPatch, transposed: dict[int, float], most: int
+) -> None:
+    monkeypatch.setattr(linears.time, "perf_counter", lambda: Timed.now)
+    assert linears.most_few([Timed(transposed)], [Timed({})], 8) == most
+
+
+@pytest.mark.parametrize("most", [0, 2])
+def test_a_second_layout_that_is_no_faster_is_not_kept(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    measured = []
+    monkeypatch.setattr(linears, "most_few", lambda *_: measured.append(1) or most)
+    layouts = Layouts(twice=True)
+    for _ in range(2):
+        assert isinstance(layouts.fast(nn.Linear(8, 8)), BySize if most else Packed)
+    assert len(measured) == 1, "once for each size"
 
 
 def test_without_packing_or_with_a_wrong_one_the_plain_layout_is_used(
