@@ -77,6 +77,10 @@ Processes = Annotated[
 ]
 Rows = Annotated[int | None, typer.Option(min=1, help="Requests generated at the same time.")]
 ContextTokens = Annotated[int | None, typer.Option(min=16, help="Prompt and answer together, per request.")]
+SpeculativeTokens = Annotated[
+    int | None,
+    typer.Option(min=0, help="Most tokens guessed ahead of a lone answer, from the text so far; 0: none."),
+]
 ServedName = Annotated[str | None, typer.Option(help="The base model's name for clients.")]
 KeyFrom = Annotated[
     str | None,
@@ -102,6 +106,7 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     processes: Processes = None,
     rows: Rows = None,
     context_tokens: ContextTokens = None,
+    speculative_tokens: SpeculativeTokens = None,
     served_name: ServedName = None,
     api_key_env: KeyFrom = None,
     settings: Set = None,
@@ -121,6 +126,7 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
         "processes": processes,
         "limits.rows": rows,
         "limits.context_tokens": context_tokens,
+        "speculative_tokens": speculative_tokens,
         "served_name": served_name,
         "combine_adapters": combine_adapters,
         "adapter_root": adapter_root,

@@ -69,6 +69,8 @@ class ServeConfig(Strict):
     """Answer who names no adapter with all at once, by their strengths, as KAITO's runtime does."""
     quantization: Quantization | None = None
     """bitsandbytes quantisation of the base weights; None serves them as they are."""
+    speculative_tokens: int = Field(16, ge=0)
+    """Most tokens guessed ahead of a lone answer, from its prompt and itself (own engine); 0 guesses none."""
     engine: Literal["own", "vllm"] = "own"
     """What generates: this project's engine, or a vLLM that it starts and stops."""
     vllm: Vllm = Vllm()

@@ -1,12 +1,16 @@
 """Output tokens per second of the demo model in fp32: ours beside transformers and llama.cpp, in one run.
 
     python tests/bench/serving.py [--at 1 4 16 32] [--peers rows http batching llama] [--rounds 1]
+        [--questions] [--speculative-tokens 0]
 
 A workload is `2 * at` requests (at least 4) of 20 to 400 prompt tokens and 64 new tokens, greedy, `at` of
 them in flight at any time. Each peer is a process of its own: peak memory and time to ready are the
 process's. "http" is our whole server, streamed over /v1/completions; "url" a server that runs already, vLLM
 for one. "llama" is llama.cpp's library with F32 weights under a loop of our own (llama-server is not on
 PyPI): what its kernels give, without HTTP.
+
+After prompts of random tokens a model repeats itself, so ours guesses nothing ahead unless told to; with
+`--questions` the prompts are questions in words, half of them about a text.
 """
 
 import argparse
@@ -28,15 +32,48 @@ from typing import Any
 
 NEW_TOKENS = 64
 PRESET = "smollm2-135m-instruct"
+FLAGS = argparse.ArgumentParser(add_help=False)
+FLAGS.add_argument("--questions", action="store_true")
+FLAGS.add_argument("--speculative-tokens", type=int, default=0)
+TEXT = (
+    "The Workspace controller reads a manifest and starts a pod on a node with a GPU. The pod downloads the "
+    "data, checks every row, trains an adapter and pushes it to the registry. Then a second pod pulls the "
+    "adapter and answers questions on port 80. When a node is taken away, the job goes on from its last "
+    "checkpoint."
+)
+QUESTIONS = (
+    "Why is the sky blue?",
+    "Write a short story about a dog who learns to swim.",
+    "Give me five tips for saving money.",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    f"Summarise this text in two sentences.\n\n{TEXT}",
+    f"Repeat this text and correct its mistakes.\n\n{TEXT}",
+    f"Return a JSON list of the steps in this text, each with the fields number, step and who.\n\n{TEXT}",
+    f"Which port does the second pod answer on?\n\n{TEXT}",
+)
 Ask = Callable[[int, tuple[int, ...], list[float]], Awaitable[None]]
 """Runs one request (number, prompt) and appends time.monotonic() of each token."""
 
 
 def workload(at: int) -> list[tuple[int, ...]]:
+    if FLAGS.parse_known_args()[0].questions:
+        return questions(at)
     draw = random.Random(at)
     return [
         tuple(draw.randrange(1000, 40000) for _ in range(draw.randint(20, 400)))
         for _ in range(max(4, 2 * at))
+    ]
+
+
+def questions(at: int) -> list[tuple[int, ...]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(model_folder()))
+    asked = itertools.islice(itertools.cycle(QUESTIONS), max(len(QUESTIONS), 2 * at))
+    talks = [[{"role": "user", "content": question}] for question in asked]
+    return [
+        tuple(tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False))
+        for talk in talks
     ]
 
 
@@ -105,7 +142,10 @@ def run_rows(at: int, begun: float, *, adapters: int = 0) -> dict[str, float]:
     from runtime.serving.settings import Limits, ServeConfig
 
     limits = Limits(rows=at, context_tokens=1024)
-    config = ServeConfig(model=ModelSource(name=PRESET), served_name=PRESET, limits=limits)
+    ahead = FLAGS.parse_known_args()[0].speculative_tokens
+    config = ServeConfig(
+        model=ModelSource(name=PRESET), served_name=PRESET, limits=limits, speculative_tokens=ahead
+    )
     model = load()
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch) / str(number) for number in range(adapters)]
@@ -163,10 +203,10 @@ def run_http(at: int, begun: float) -> dict[str, float]:
 
     port = 18000 + os.getpid() % 2000
     command = [sys.executable, "-c", "from runtime.cli import main; main()", "serve", PRESET]
-    server = subprocess.Popen(
-        [*command, "--port", str(port), "--host", "127.0.0.1", "--rows", str(at), "--context-tokens", "1024"],
-        stderr=subprocess.DEVNULL,
-    )
+    ahead = FLAGS.parse_known_args()[0].speculative_tokens
+    command += ["--port", str(port), "--host", "127.0.0.1", "--rows", str(at), "--context-tokens", "1024"]
+    command += ["--speculative-tokens", str(ahead)]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     base = f"http://127.0.0.1:{port}"
     try:
         while True:
@@ -344,7 +384,7 @@ PEERS = {
 
 def main() -> None:
     """Measure in child processes and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[FLAGS])
     parser.add_argument("--at", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=["rows", "http", "batching", "llama"])
     parser.add_argument("--rounds", type=int, default=1)
@@ -361,7 +401,7 @@ def main() -> None:
     for at in options.at:
         for _ in range(options.rounds):
             for peer in options.peers:
-                command = [sys.executable, __file__, "--child", peer, "--at", str(at)]
+                command = [sys.executable, __file__, "--child", peer, *sys.argv[1:], "--at", str(at)]
                 done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=900)
                 if done.returncode:
                     print(f"{peer:10s} {at:3d} failed: {done.stderr.strip().splitlines()[-1:]}")

@@ -20,7 +20,7 @@ from runtime.metrics import ServingMetrics
 from runtime.model_source import ModelSource
 from runtime.serving import engine
 from runtime.serving.app import create_app
-from runtime.serving.engine.protocol import Request, Sampling
+from runtime.serving.engine.protocol import Grammar, Request, Sampling
 from runtime.serving.lifecycle import Lifecycle, Served
 from runtime.serving.prompts import Prompts, SamplingDefaults
 from runtime.serving.settings import Limits, ServeConfig
@@ -228,7 +228,9 @@ async def test_form_beyond_its_limits_ends_that_answer_alone(served: Served) -> 
     first = await anext(other)
     with pytest.raises(RequestError, match="too complex"):
         async for _ in served.engine.submit(
-            Request(prompt, Sampling(max_new_tokens=5, mask=Endless), id="endless")
+            Request(
+                prompt, Sampling(max_new_tokens=5, grammar=Grammar("regex", "endless", Endless)), id="endless"
+            )
         ):
             pass
     rest = [token async for token in other]

@@ -55,7 +55,15 @@ def create(
     )
     if (rows, context_tokens) != wanted:
         log.warning("Memory allows %d rows of %d tokens, not %d of %d", rows, context_tokens, *wanted)
-    return RowEngine(model, rows=rows, context_tokens=context_tokens, queue=queue, membership=membership)
+    return RowEngine(
+        model,
+        rows=rows,
+        context_tokens=context_tokens,
+        queue=queue,
+        # a product of 4-bit weights with more than one row dequantises them first
+        guess_tokens=0 if config.quantization else config.speculative_tokens,
+        membership=membership,
+    )
 
 
 def _token_bytes(model: "PreTrainedModel") -> int:

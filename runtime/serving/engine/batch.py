@@ -1,8 +1,8 @@
 """One step as tensors: the flat tokens of all rows, and where each belongs.
 
-Decoding rows come first, one token each, in slot order; then the prompt chunks, one after another. `N`
-flat tokens, `R` decoding rows, `L` positions. Does not know models or requests. Start at `describe`
-and `assemble`.
+Decoding rows come first, one token each, in slot order; then rows with guesses, then prompt chunks, one
+after another. `N` flat tokens, `R` decoding rows, `L` positions. Does not know models or requests. Start
+at `describe` and `assemble`.
 """
 
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A prompt chunk: flat tokens `offset` up are positions `start` up of `slot`."""
+    """A chunk of one row: flat tokens `offset` up are positions `start` up of `slot`."""
 
     offset: int
     slot: int
@@ -55,7 +55,7 @@ class Batch:
     runs: tuple[Run, ...]
     chunks: tuple[Piece, ...]
     chosen: Tensor
-    """Flat indices after which a token is chosen: the decoding rows, then the chunks that end a prompt."""
+    """Flat indices after which a token is chosen: decoding rows, all of those ahead, ends of prompts."""
     groups: Groups | None
     """Which flat tokens use which adapter; None when all are the base's."""
     long: Tensor | None
@@ -87,7 +87,13 @@ def describe(plan: Plan) -> Work:
     for row in plan.decode:
         ids.append(row.ids[row.filled])
         positions.append(row.filled)
-    pieces, chosen = [], list(range(len(ids)))
+    pieces = []
+    for guess in plan.ahead:
+        row, count = guess.row, 1 + len(guess.guesses)
+        pieces.append(Piece(len(ids), row.slot, row.filled, count))
+        ids += [row.ids[row.filled], *guess.guesses]
+        positions.extend(range(row.filled, row.filled + count))
+    chosen = list(range(len(ids)))
     for chunk in plan.chunks:
         start = chunk.start
         pieces.append(Piece(len(ids), chunk.row.slot, start, chunk.count))
@@ -95,11 +101,11 @@ def describe(plan: Plan) -> Work:
         positions.extend(range(start, start + chunk.count))
         if chunk.completes:
             chosen.append(len(ids) - 1)
-    owners = [(row.adapter, 1) for row in plan.decode]
-    owners += [(chunk.row.adapter, chunk.count) for chunk in plan.chunks]
-    long = [row.long for row in plan.decode]
-    for chunk in plan.chunks:
-        long += [chunk.row.long] * chunk.count
+    counts = [(row, 1) for row in plan.decode]
+    counts += [(guess.row, 1 + len(guess.guesses)) for guess in plan.ahead]
+    counts += [(chunk.row, chunk.count) for chunk in plan.chunks]
+    owners = [(row.adapter, count) for row, count in counts]
+    long = [row.long for row, count in counts for _ in range(count)]
     slots = [row.slot for row in plan.decode]
     copies = [(copy.source, copy.row.slot, copy.count) for copy in plan.copies]
     return Work(ids, positions, slots, tuple(pieces), chosen, owners, long, copies)

@@ -116,6 +116,10 @@ class Stats:
     """Prompt tokens of all requests that got a row, since the start."""
     cached_tokens: int = 0
     """Those of them that were found in the cache."""
+    guessed_tokens: int = 0
+    """Tokens guessed ahead of answers."""
+    right_tokens: int = 0
+    """Those of them that the model chose."""
 
 
 class Engine(Protocol):

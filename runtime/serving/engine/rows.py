@@ -4,6 +4,7 @@ Knows token ids and rows. Does not know HTTP, chat templates or files (bank.py r
 `RowEngine.step` first: admit, run, choose, answer.
 """
 
+import itertools
 import logging
 import threading
 from collections.abc import AsyncIterator
@@ -49,25 +50,31 @@ class Answer:
 class RowEngine:
     """Serves `rows` requests at a time in one thread; more wait in order of arrival."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - numbers of one server
         self,
         model: "PreTrainedModel",
         *,
         rows: int,
         context_tokens: int,
         queue: int,
+        guess_tokens: int = 0,
         membership: Membership | None = None,
     ) -> None:
-        """`membership` where `model` is rank 0's share of one that several processes serve."""
+        """Guesses up to `guess_tokens` of a row's next tokens (guess.py).
+
+        `membership` where `model` is rank 0's share of one that several processes serve.
+        """
         self.context_tokens = context_tokens
         self._membership = membership
         self._lost = False
         self._rows = rows
-        self._scheduler = Scheduler(rows, chunk_tokens=CHUNK_TOKENS, alone_tokens=ALONE_TOKENS)
+        self._scheduler = Scheduler(
+            rows, chunk_tokens=CHUNK_TOKENS, alone_tokens=ALONE_TOKENS, guess_tokens=guess_tokens
+        )
         self._desk = Desk(rows=rows, queue=queue, adapters=lambda: self._runner.bank.names)
         self._answers: dict[Row, Answer] = {}
         self._failures = 0
-        self._prompt_tokens = self._cached_tokens = 0
+        self._prompt_tokens = self._cached_tokens = self._guessed_tokens = self._right_tokens = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
         with ExitStack() as undo:
@@ -119,6 +126,8 @@ class RowEngine:
             adapters=self._desk.adapters(),
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
+            guessed_tokens=self._guessed_tokens,
+            right_tokens=self._right_tokens,
         )
 
     def close(self) -> None:
@@ -163,8 +172,15 @@ class RowEngine:
             request = ticket.request
             version = self._runner.bank.version(request.adapter)
             # decided once, so that no answer changes midway; the last token is chosen and never run
-            most = min(len(request.prompt_ids) + request.sampling.max_new_tokens, self.context_tokens) - 1
-            row = self._scheduler.admit(request.prompt_ids, adapter=version, long=self._runner.is_long(most))
+            most = min(len(request.prompt_ids) + request.sampling.max_new_tokens, self.context_tokens)
+            # a pass over several tokens rounds otherwise, and a draw near an edge shows it; a seed promises
+            repeatable = request.sampling.seed is not None and request.sampling.temperature > 0
+            row = self._scheduler.admit(
+                request.prompt_ids,
+                adapter=version,
+                guess_until=0 if repeatable else most,
+                long=self._runner.is_long(most - 1),
+            )
             self._answers[row] = Answer(ticket, row)
 
     def _drop_cancelled(self) -> None:
@@ -172,26 +188,42 @@ class RowEngine:
             self._end(answer, "cancelled")
 
     def _choose(self, plan: Plan, logits: Tensor) -> None:
-        """Give every row of `plan` that is due a token; logits (R + C, V) in the plan's order."""
-        due = [*plan.decode, *(chunk.row for chunk in plan.chunks if chunk.completes)]
+        """Give every row of `plan` that is due its tokens; logits (C, V) in the plan's order."""
+        due: list[tuple[Row, tuple[int, ...]]] = [(row, ()) for row in plan.decode]
+        due += [(guess.row, guess.guesses) for guess in plan.ahead]
+        due += [(chunk.row, ()) for chunk in plan.chunks if chunk.completes]
         if not due:
             return
         highest, likeliest = logits.max(dim=-1)  # a row with NaN or Inf anywhere shows it here
-        sane, greedy = highest.isfinite().tolist(), likeliest.tolist()
-        drawing = any(not self._answers[row].sampler.is_greedy for row in due)
+        drawing = any(not self._answers[row].sampler.is_greedy for row, _ in due)
         host = logits.float().cpu() if drawing else logits
-        for index, row in enumerate(due):
+        places = zip(highest.isfinite().tolist(), likeliest.tolist(), host, strict=True)
+        for row, guesses in due:
             answer = self._answers[row]
             if len(row.ids) == row.prompt_tokens:
                 self._prompt_tokens += row.prompt_tokens
                 self._cached_tokens += row.reused
                 answer.ticket.found(row.reused)
-            if not sane[index]:
-                self._discard(answer)
-            elif answer.sampler.is_greedy:
-                self._give(answer, answer.sampler.accept(greedy[index]))
-            else:
-                self._sample(answer, host[index])
+            own = list(itertools.islice(places, 1 + len(guesses)))
+            self._advance(answer, own[0])
+            right = 0
+            while row in self._answers and right < len(guesses) and row.ids[-1] == guesses[right]:
+                right, row.filled = right + 1, row.filled + 1  # the guess was run, so it is in the cache
+                self._advance(answer, own[right])
+            if guesses:
+                row.guesser.learn(guessed=len(guesses), right=right, length=len(row.ids))
+                self._guessed_tokens += len(guesses)
+                self._right_tokens += right
+
+    def _advance(self, answer: Answer, place: tuple[bool, int, Tensor]) -> None:
+        """Give one row its next token; `place`: are its logits numbers, which is likeliest, logits (V,)."""
+        sane, likeliest, logits = place
+        if not sane:
+            self._discard(answer)
+        elif answer.sampler.is_greedy:
+            self._give(answer, answer.sampler.accept(likeliest))
+        else:
+            self._sample(answer, logits)
 
     def _sample(self, answer: Answer, logits: Tensor) -> None:
         """Choose one row's next token; a form that asks too much ends that row alone. logits (V,)."""
