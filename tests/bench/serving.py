@@ -163,7 +163,10 @@ def run_rows(at: int, begun: float, *, adapters: int = 0) -> dict[str, float]:
                 times.append(time.monotonic())  # noqa: PERF401 - as they come
 
     ready = time.monotonic() - begun
-    return {"ready_s": ready, **asyncio.run(measure(ask, at))}
+    try:
+        return {"ready_s": ready, **asyncio.run(measure(ask, at))}
+    finally:
+        made.close()
 
 
 def run_adapters(at: int, begun: float) -> dict[str, float]:
