@@ -7,7 +7,7 @@ Start at `Survival.on_step_end`.
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -18,6 +18,9 @@ from runtime.tuning.progress import Meter, Reporter
 from runtime.tuning.ranks import Ranks
 from runtime.tuning.remote import Remote
 from runtime.tuning.stop import StopSignal
+
+SKIPPED = 25
+"""Steps in a row that float16's loss scaler may skip: its scale begins at 2**16 and is 2**-9 by then."""
 
 
 class Sight(TrainerCallback):
@@ -115,8 +118,13 @@ class Survival(TrainerCallback):
 class FiniteGradients(TrainerCallback):
     """Ends the run before a NaN or infinite gradient reaches a weight.
 
-    With float16's loss scaler an infinity is no failure: the scaler skips that step.
+    With float16's loss scaler an infinity is no failure: the scaler skips that step, and halves the scale.
+    What no scale helps is one: such a run would go on for hours and save the weights it began with.
     """
+
+    def __init__(self) -> None:
+        self.skipped = self.taken = 0
+        """Steps in a row that the loss scaler skipped, and all that it took."""
 
     def on_pre_optimizer_step(
         self,
@@ -134,3 +142,32 @@ class FiniteGradients(TrainerCallback):
                 f"a gradient became NaN or infinite at step {state.global_step + 1}; lower learning_rate "
                 f"(now {args.learning_rate:g}); the last checkpoint stays"
             )
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        if not args.fp16:
+            return
+        taken = not optimizer.step_was_skipped
+        self.taken += taken
+        self.skipped = 0 if taken else self.skipped + 1
+        if self.skipped >= SKIPPED:
+            self._give_up(args, state.global_step + 1)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.skipped and not self.taken:  # a job shorter than the patience above
+            self._give_up(args, state.global_step)
+
+    def _give_up(self, args: TrainingArguments, step: int) -> NoReturn:
+        raise DivergedError(
+            f"{self.skipped} steps in a row, up to step {step}, had NaN or infinite gradients in float16; "
+            f"lower learning_rate (now {args.learning_rate:g}) or use a GPU with bfloat16; "
+            "the last checkpoint stays"
+        )

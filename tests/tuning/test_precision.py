@@ -1,0 +1,135 @@
+"""float16 with a loss scaler, as on a V100: the real scaler, autocast and Trainer, on a CPU."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from runtime import models
+from runtime.errors import DivergedError, exit_code
+from runtime.hardware import Hardware
+from runtime.tuning import dataset, encode
+from runtime.tuning.bench import Bench, Course, Setting, prepare, train_through
+from runtime.tuning.places import Places
+from runtime.tuning.precision import settle
+from runtime.tuning.ranks import Ranks
+from runtime.tuning.settings import Lora, TuningJob
+from runtime.tuning.stop import StopSignal
+from runtime.tuning.watch import SKIPPED
+from tests.tuning.test_trainer import bench_of
+
+Maker = Callable[..., TuningJob]
+
+V100 = Hardware("cuda", "Tesla V100", (7, 0), 16 << 30, 1)
+
+
+class Types(TorchDispatchMode):
+    """Notes the type of every tensor that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(each, torch.Tensor):
+                self.seen.add(each.dtype)
+        return out
+
+
+def bench_in_float16(job: TuningJob, *, scale: float = 2.0**16) -> Bench:
+    """Set `job` up as a V100 would compute it; accelerate has its scaler on a CPU only when handed one."""
+    tokenizer = models.load_tokenizer(job.model)
+    rows = encode.encode(dataset.load(job.data, []).examples, tokenizer, job.encoding, max_tokens=256)
+    settled, precision = settle(job, V100)
+    setting = Setting(V100, "cpu", precision, Ranks(), StopSignal(), Course())
+    bench = prepare(settled, tokenizer, (rows, None), setting=setting)
+    accelerator = bench.trainer.accelerator
+    accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)
+    return bench
+
+
+@pytest.fixture
+def types() -> Iterator[set[torch.dtype]]:
+    with Types() as mode:
+        yield mode.seen
+
+
+def train(bench: Bench) -> None:
+    train_through(bench, folder=Path(bench.trainer.args.output_dir or ""), mark="same")
+
+
+def losses(bench: Bench) -> list[float]:
+    return [entry["loss"] for entry in bench.trainer.state.log_history if "loss" in entry]
+
+
+def scaler_of(bench: Bench) -> torch.amp.GradScaler:
+    scaler = bench.trainer.accelerator.scaler
+    assert isinstance(scaler, torch.amp.GradScaler)
+    return scaler
+
+
+def adapter(bench: Bench) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in bench.model.named_parameters() if p.requires_grad}
+
+
+def test_fault_28_a_v100_learns_in_float16_with_float32_adapters_and_no_bfloat16(
+    make_job: Maker, types: set[torch.dtype]
+) -> None:
+    bench = bench_in_float16(make_job(training={"max_steps": 12, "bf16": True}))
+    train(bench)
+    assert torch.float16 in types
+    assert torch.bfloat16 not in types
+    assert {weight.dtype for weight in adapter(bench).values()} == {torch.float32}
+    assert scaler_of(bench).state_dict()["_growth_tracker"] == 12, "steps that were scaled and taken"
+    assert losses(bench)[-1] < losses(bench)[0] - 0.1
+
+
+def test_losses_in_float16_are_those_in_float32(make_job: Maker) -> None:
+    same = {"training": {"max_steps": 6, "learning_rate": 1e-3}, "lora": Lora(r=4, alpha=8, dropout=0.0)}
+    half = bench_in_float16(make_job("half", **same))
+    whole = bench_of(make_job("whole", **same))
+    for bench in (half, whole):
+        train(bench)
+    assert losses(half) == pytest.approx(losses(whole), rel=2e-3)
+
+
+def test_a_scale_that_is_too_large_costs_steps_and_no_weights(make_job: Maker) -> None:
+    bench = bench_in_float16(make_job(training={"max_steps": 30}), scale=2.0**30)
+    train(bench)
+    assert 1 < scaler_of(bench).get_scale() < 2.0**28
+    assert all(weight.isfinite().all() for weight in adapter(bench).values())
+    assert losses(bench)[-1] < losses(bench)[0] - 0.1
+
+
+@pytest.mark.parametrize(("steps", "endured"), [(60, SKIPPED), (5, 5)])
+def test_fault_25_gradients_that_no_scale_helps_end_the_job(
+    make_job: Maker, steps: int, endured: int
+) -> None:
+    bench = bench_in_float16(make_job(training={"max_steps": steps}))
+    first = adapter(bench)
+    broken = next(p for p in bench.model.parameters() if p.requires_grad)
+    broken.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(DivergedError, match=f"{endured} steps in a row") as caught:
+        train(bench)
+    assert exit_code(caught.value) == 4
+    assert bench.trainer.state.global_step in {endured - 1, endured}
+    torch.testing.assert_close(adapter(bench), first, rtol=0, atol=0)
+
+
+def test_a_resumed_job_goes_on_with_the_scale_it_had(make_job: Maker) -> None:
+    training = {"max_steps": 12, "save_strategy": "steps", "save_steps": 8}
+    job = make_job(training=training)
+    whole = bench_in_float16(job, scale=2.0**24)
+    train(whole)
+    shutil.rmtree(Places(job.output.folder).checkpoints / "checkpoint-12")
+    resumed = bench_in_float16(job)
+    train(resumed)
+    assert resumed.trainer.state.global_step == 12
+    assert scaler_of(resumed).get_scale() == scaler_of(whole).get_scale() != 2.0**16
+    torch.testing.assert_close(adapter(resumed), adapter(whole), rtol=0, atol=0)
