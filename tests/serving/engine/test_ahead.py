@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
-from transformers import AutoModelForCausalLM
 
 from runtime.serving.engine import scheduler
 from runtime.serving.engine.guess import Guesser
@@ -16,7 +13,7 @@ from runtime.serving.engine.protocol import Request, Token
 from runtime.serving.engine.rows import RowEngine
 
 from .asking import PROMPT, ask, generate, load, run
-from .test_rows import FAMILIES, SIZES, some_prompts
+from .test_rows import FAMILIES, model_of, some_prompts
 
 WRONG = 3
 """A token that no expected answer holds where the oracle says it."""
@@ -43,12 +40,7 @@ def test_right_and_wrong_guesses_leave_the_text_and_the_cache_as_they_would_be(
     family: str, answers: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduler, "GUESSING_ROWS", 2)
-    kind, options = FAMILIES[family]
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**SIZES, **options)).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
+    model = model_of(family)
     prompts = some_prompts(3, 40)
     wholes = [(*prompt, *generate(model, prompt, max_new_tokens=40)) for prompt in prompts]
     engine = RowEngine(model, rows=2, context_tokens=400, queue=8, guess_tokens=8)

@@ -69,14 +69,23 @@ def some_prompts(*lengths: int, vocabulary: int = 128) -> list[tuple[int, ...]]:
     return [tuple(draw.randrange(3, vocabulary) for _ in range(length)) for length in lengths]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_equals_generate_alone_and_among_others(family: str) -> None:
+def model_of(family: str) -> Any:
+    """Return a small model of `family` with random weights, large enough that its answers vary."""
     kind, options = FAMILIES[family]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**SIZES, **options)).eval()
+    return vary(AutoModelForCausalLM.from_config(getattr(transformers, kind)(**SIZES, **options)).eval())
+
+
+def vary(model: Any) -> Any:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_generate_alone_and_among_others(family: str) -> None:
+    model = model_of(family)
     prompts = some_prompts(3, 40, 1, 70, 17, 300)
     expected = [generate(model, prompt) for prompt in prompts]
     engine = RowEngine(model, rows=4, context_tokens=400, queue=8)
@@ -99,11 +108,7 @@ def longrope() -> Any:
         "short_factor": [1 + x for x in draw[0]], "long_factor": [2 + 6 * x for x in draw[1]],
     }  # fmt: skip
     config = transformers.Phi3Config(**SIZES, original_max_position_embeddings=64, rope_parameters=rope)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-    return model
+    return vary(AutoModelForCausalLM.from_config(config).eval())
 
 
 def test_each_row_of_a_longrope_model_has_its_own_factors(longrope: Any) -> None:
