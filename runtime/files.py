@@ -7,10 +7,13 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 LOOK_S = 0.1
 """How often a lock that another holds is tried again."""
@@ -53,8 +56,10 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def held(path: Path, *, wait_s: float) -> Iterator[int]:
+def held(path: Path, *, wait_s: float, waiting: str = "") -> Iterator[int]:
     """Hold the lock file `path` while the block runs, and yield its descriptor.
+
+    `waiting` is logged when another holds it.
 
     A child process that is given the descriptor holds it too: the lock is free when all of them have ended,
     however they ended. Raises BlockingIOError when another still holds it after `wait_s`. On a file system
@@ -68,6 +73,9 @@ def held(path: Path, *, wait_s: float) -> Iterator[int]:
             except BlockingIOError:
                 if time.monotonic() >= until:
                     raise
+                if waiting:
+                    log.info(waiting)
+                    waiting = ""
                 time.sleep(LOOK_S)
             except OSError as error:
                 if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}:

@@ -1,13 +1,15 @@
 """The data files of a folder, and their rows as mappings: parquet, JSON, JSONL, CSV, Arrow.
 
-Knows formats, not columns. Start at `find` and `read`.
+Knows formats, not columns. Start at `find` and `read`; `targets` names the files of addresses.
 """
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -26,6 +28,29 @@ SUFFIXES = {
     ".arrow": "arrow",
 }
 """Format by file suffix."""
+
+
+def targets(source: DataSource) -> list[Path]:
+    """Return the file of each URL, in their order: its base name, made different where two are alike.
+
+    An address that is listed twice is one file.
+    """
+    urls = tuple(dict.fromkeys(source.urls))
+    names = [_base_name(url) for url in urls]
+    lowered = [name.lower() for name in names]  # some file systems do not tell a.parquet from A.parquet
+    paths: list[Path] = []
+    for url, name in zip(urls, names, strict=True):
+        if lowered.count(name.lower()) > 1:
+            path = Path(name)
+            name = f"{path.stem}-{hashlib.sha256(url.encode()).hexdigest()[:12]}{path.suffix}"  # noqa: PLW2901
+        paths.append(source.folder / name)
+    return paths
+
+
+def _base_name(url: str) -> str:
+    name = unquote(urlsplit(url).path).replace("\\", "/").rpartition("/")[2]
+    kept = "".join(c if c.isalnum() or c in "._-+ " else "_" for c in name).strip(". ")
+    return kept[-120:] or "data"
 
 
 def find(source: DataSource) -> list[Path]:

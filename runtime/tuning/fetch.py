@@ -16,16 +16,17 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import httpx
 from pydantic import SecretStr
 
 from runtime import oci, retry_after
 from runtime.errors import CapacityError, DataError, StoppedError, TransientError
-from runtime.files import write_whole
+from runtime.files import held, write_whole
 from runtime.oci.access import DEFAULT
 from runtime.tuning.addresses import check_address, check_url, shown
+from runtime.tuning.datafiles import targets
 from runtime.tuning.settings import DataSource
 from runtime.tuning.verify import verify
 
@@ -33,6 +34,9 @@ log = logging.getLogger(__name__)
 
 HUB_HOSTS = frozenset({"huggingface.co", "hf.co"})
 """Hosts that the Hugging Face token is sent to; a redirect elsewhere goes without it."""
+
+LOCK = ".fetching"
+"""Held in the data folder by who fetches into it."""
 
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -76,9 +80,16 @@ def fetch(
         _Download(url, path, token=token, source=source, policy=policy, stop=stop)
         for url, path in zip(dict.fromkeys(source.urls), targets(source), strict=True)
     ]
+    source.folder.mkdir(parents=True, exist_ok=True)
+    if all(download.is_there for download in downloads):
+        return
+    with _turn(source.folder, policy):
+        _run(downloads, policy, stop)
+
+
+def _run(downloads: "list[_Download]", policy: Policy, stop: threading.Event) -> None:
     pool = ThreadPoolExecutor(policy.parallel, thread_name_prefix="fetch")
     try:
-        source.folder.mkdir(parents=True, exist_ok=True)
         running = [pool.submit(download.run) for download in downloads]
         done, _ = wait(running, return_when=FIRST_EXCEPTION)
         stop.set()  # one failed, or all are done
@@ -92,27 +103,18 @@ def fetch(
         pool.shutdown(cancel_futures=True)
 
 
-def targets(source: DataSource) -> list[Path]:
-    """Return the file of each URL, in their order: its base name, made different where two are alike.
-
-    An address that is listed twice is one file.
-    """
-    urls = tuple(dict.fromkeys(source.urls))
-    names = [_base_name(url) for url in urls]
-    lowered = [name.lower() for name in names]  # some file systems do not tell a.parquet from A.parquet
-    paths: list[Path] = []
-    for url, name in zip(urls, names, strict=True):
-        if lowered.count(name.lower()) > 1:
-            path = Path(name)
-            name = f"{path.stem}-{hashlib.sha256(url.encode()).hexdigest()[:12]}{path.suffix}"  # noqa: PLW2901
-        paths.append(source.folder / name)
-    return paths
-
-
-def _base_name(url: str) -> str:
-    name = unquote(urlsplit(url).path).replace("\\", "/").rpartition("/")[2]
-    kept = "".join(c if c.isalnum() or c in "._-+ " else "_" for c in name).strip(". ")
-    return kept[-120:] or "data"
+@contextlib.contextmanager
+def _turn(folder: Path, policy: Policy) -> Iterator[None]:
+    """Let those who fetch into one folder take turns: nodes may share it."""
+    with contextlib.ExitStack() as turn:
+        waiting = f"another process fetches into {folder}: waiting for it"
+        try:
+            turn.enter_context(held(folder / LOCK, wait_s=policy.deadline_s, waiting=waiting))
+        except BlockingIOError:
+            raise TransientError(
+                f"another process has been fetching into {folder} for {policy.deadline_s:.0f} s"
+            ) from None
+        yield
 
 
 class _Download:
@@ -144,7 +146,7 @@ class _Download:
 
     def run(self) -> None:
         """Download, verify and rename; or find that this was done before."""
-        if self._is_there():
+        if self.is_there:
             log.info("%s is there already", self.path.name)
             return
         began = time.monotonic()
@@ -159,7 +161,9 @@ class _Download:
         write_whole(self.record, json.dumps({"identity": self.identity, "size": size}))
         log.info("fetched %s: %d bytes in %.1f s", self.path.name, size, time.monotonic() - began)
 
-    def _is_there(self) -> bool:
+    @property
+    def is_there(self) -> bool:
+        """Whether an earlier run has fetched the whole file."""
         try:
             known = json.loads(self.record.read_text(encoding="utf-8"))
             return bool(known["identity"] == self.identity and known["size"] == self.path.stat().st_size)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from runtime import adapters, hardware, models, oci, process
 from runtime.files import sha256
 from runtime.oci.access import DEFAULT
-from runtime.tuning import dataset, encode, fetch, fit, places, publish, remote, report, samples
+from runtime.tuning import datafiles, dataset, encode, fetch, fit, places, publish, remote, report, samples
 from runtime.tuning.bench import Bench, Course, Measured, Setting, evaluate, prepare, train_through
 from runtime.tuning.dataset import Dataset, Example
 from runtime.tuning.encode import Encoded
@@ -91,7 +91,7 @@ def _read(job: TuningJob, ranks: Ranks, access: oci.Access) -> tuple[Dataset, li
     if ranks.leads:
         fetch.fetch(job.data, token=job.hub_token, access=access)
     ranks.wait()
-    data = dataset.load(job.data, fetch.targets(job.data))
+    data = dataset.load(job.data, datafiles.targets(job.data))
     train, held_out = split(data.examples, job.data)
     log.info(
         "%d rows from %d files: %d to train on, %d held out, %d skipped",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime import models, oci
 from runtime.oci.access import DEFAULT
-from runtime.tuning import dataset, encode, fetch
+from runtime.tuning import datafiles, dataset, encode, fetch
 from runtime.tuning.dataset import Dataset, Example
 from runtime.tuning.encode import Fate, Row
 from runtime.tuning.schedule import longest_row
@@ -73,7 +73,7 @@ class Preview:
 def preview(job: TuningJob, *, count: int, access: oci.Access = DEFAULT) -> Preview:
     """Return the first `count` training rows of `job` as they are encoded, and counts over many."""
     fetch.fetch(job.data, token=job.hub_token, access=access)
-    data = dataset.load(job.data, fetch.targets(job.data))
+    data = dataset.load(job.data, datafiles.targets(job.data))
     train, held_out = split(data.examples, job.data)
     tokenizer, limit = models.load_tokenizer(job.model), longest_row(job)
     examined = train[: max(count, COUNTED_ROWS)]

@@ -5,6 +5,8 @@ import hashlib
 import io
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -15,10 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import SecretStr
 
+from runtime import files
 from runtime.errors import CapacityError, DataError, TransientError
 from runtime.tuning import fetch as fetching
 from runtime.tuning.addresses import check_address, check_url
-from runtime.tuning.fetch import Policy, fetch, targets
+from runtime.tuning.datafiles import targets
+from runtime.tuning.fetch import Policy, fetch
 from runtime.tuning.settings import DataSource
 from tests.faults.dataset_server import DatasetServer, Reply
 
@@ -247,6 +251,32 @@ def test_fault_22_files_of_one_name_are_kept_apart(tmp_path: Path) -> None:
     assert targets(many) == targets(many)
     nasty = DataSource(urls=("http://h/..%2f..%2fetc%2fpasswd", "http://h/", "http://h/.."), folder=tmp_path)
     assert [path.parent for path in targets(nasty)] == [tmp_path] * 3
+
+
+def test_two_nodes_that_share_the_folder_fetch_each_file_once(tmp_path: Path) -> None:
+    with DatasetServer({"/a.parquet": [Reply(BODY, silent_s=0.2)], "/b.parquet": [Reply(BODY)]}) as server:
+        urls = (server.url("/a.parquet"), server.url("/b.parquet"))
+        with ThreadPoolExecutor() as nodes:
+            for path in nodes.map(lambda _: get(tmp_path, *urls), range(2)):
+                assert path.read_bytes() == BODY
+        assert [len(server.requests[path]) for path in ("/a.parquet", "/b.parquet")] == [1, 1]
+    assert sorted(leftovers(tmp_path)) == ["a.parquet", "b.parquet"]
+
+
+def test_a_folder_that_another_fetches_into_for_too_long_is_worth_a_retry(tmp_path: Path) -> None:
+    patience = replace(QUICK, deadline_s=0.2)
+    with (
+        files.held(tmp_path / fetching.LOCK, wait_s=0),
+        pytest.raises(TransientError, match="another process has been fetching into"),
+    ):
+        get(tmp_path, "http://127.0.0.1:1/a.parquet", policy=patience)
+
+
+def test_files_that_are_there_need_no_lock(tmp_path: Path) -> None:
+    with DatasetServer({"/a.parquet": [Reply(BODY)]}) as server:
+        get(tmp_path, server.url("/a.parquet"))
+        with files.held(tmp_path / fetching.LOCK, wait_s=0):
+            assert get(tmp_path, server.url("/a.parquet")).read_bytes() == BODY
 
 
 def test_address_listed_twice_is_one_file(tmp_path: Path) -> None:
