@@ -14,7 +14,7 @@ SOURCES = sorted((ROOT / "runtime").rglob("*.py"))
 LAYERS = [
     {"errors", "logs", "files", "retry_after"},
     {"config"},
-    {"model_source", "presets", "hardware", "oci", "packaged"},
+    {"model_source", "presets", "hardware", "machine", "oci", "packaged"},
     {"models", "adapters", "memory", "merge", "metrics"},
     {"serving", "tuning"},
     {"workspace"},

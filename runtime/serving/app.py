@@ -9,11 +9,12 @@ from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
-from runtime import __version__
+from runtime import __version__, machine
 from runtime.errors import Failure
 from runtime.metrics import ServingMetrics
 from runtime.serving import admin, chat, openai, responses
@@ -24,6 +25,7 @@ from runtime.serving.replies import error_object, failure_reply, reply
 from runtime.serving.schema import ErrorBody
 from runtime.serving.settings import Limits
 
+EITHER: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}, "application/json": {}}}}
 HTML: dict[int | str, dict[str, Any]] = {200: {"content": {"text/html": {}, "application/json": {}}}}
 
 
@@ -97,8 +99,16 @@ def _add_pages(app: FastAPI, metrics: ServingMetrics) -> None:
     async def docs() -> Response:
         return page("docs.html")
 
-    @app.get("/metrics", tags=["health"], summary="Prometheus figures", response_class=PlainTextResponse)
-    async def prometheus() -> Response:
+    @app.get(
+        "/metrics",
+        tags=["health"],
+        summary="Prometheus figures; the machine's load for who accepts JSON",
+        response_class=PlainTextResponse,
+        responses=EITHER,
+    )
+    async def prometheus(request: Request) -> Response:
+        if "application/json" in request.headers.get("accept", ""):  # as KAITO's own server answers
+            return JSONResponse(await run_in_threadpool(machine.peers_json))
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/version", tags=["health"], summary="This server's version")

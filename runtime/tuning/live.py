@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCol
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from runtime.tuning import machine
+from runtime import machine
 from runtime.tuning.progress import Figures
 
 log = logging.getLogger(__name__)

@@ -14,6 +14,8 @@ from runtime.serving.settings import Limits
 
 pytestmark = pytest.mark.anyio
 
+SCRAPER = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1"
+"""What Prometheus says it accepts."""
 HEALTH = ["/livez", "/readyz", "/health", "/healthz", "/ping", "/v2/health/live", "/v2/health/ready"]
 
 
@@ -166,6 +168,14 @@ async def test_metrics_count_refusals_by_status(open_site: Any) -> None:
         await site.client.post("/chat", json={})
         text = (await site.client.get("/metrics")).text
     assert figure(text, "runtime:requests_refused_total", status="400") == 1
+
+
+async def test_clients_of_metrics_that_want_json_get_the_peers_object(open_site: Any) -> None:
+    async with open_site(ready=False) as site:
+        found = (await site.client.get("/metrics", headers={"Accept": "application/json"})).json()
+        scraped = await site.client.get("/metrics", headers={"Accept": SCRAPER})
+    assert set(found) == {"gpu_info", "cpu_info"}
+    assert scraped.headers["content-type"].startswith("text/plain")
 
 
 async def test_metrics_are_there_before_the_model(open_site: Any) -> None:
