@@ -46,10 +46,10 @@ class SlotCache:
         for layer in (*self.keys, *self.values):
             layer[target, :, :count] = layer[source, :, :count]
 
-    def clear(self, slot: int) -> None:
-        """Zero a slot, after a row whose numbers were not finite."""
+    def clear(self, slot: int, start: int) -> None:
+        """Zero a slot from position `start` on, after numbers that were not finite."""
         for layer in (*self.keys, *self.values):
-            layer[slot].zero_()
+            layer[slot, :, start:].zero_()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0: positions come with every step, none is derived from the cache's length."""

@@ -205,6 +205,9 @@ class RowEngine:
                 self._cached_tokens += row.reused
                 answer.ticket.found(row.reused)
             own = list(itertools.islice(places, 1 + len(guesses)))
+            if guesses and not all(sane for sane, *_ in own):
+                self._retract(row)
+                continue
             self._advance(answer, own[0])
             right = 0
             while row in self._answers and right < len(guesses) and row.ids[-1] == guesses[right]:
@@ -214,6 +217,15 @@ class RowEngine:
                 row.guesser.learn(guessed=len(guesses), right=right, length=len(row.ids))
                 self._guessed_tokens += len(guesses)
                 self._right_tokens += right
+
+    def _retract(self, row: Row) -> None:
+        """Undo a step with guesses after NaN or Inf: without any it shows whose fault that was.
+
+        A wrong guess can do that to the tokens before it: hidden from them, it still counts 0 times NaN.
+        """
+        row.guess_until = 0
+        row.filled -= 1
+        self._runner.clear(row.slot, row.filled)
 
     def _advance(self, answer: Answer, place: tuple[bool, int, Tensor]) -> None:
         """Give one row its next token; `place`: are its logits numbers, which is likeliest, logits (V,)."""
@@ -256,7 +268,7 @@ class RowEngine:
         slot = answer.row.slot
         answer.row.filled = 0
         self._end(answer, UnavailableError("the model's output is not a number for this prompt"))
-        self._runner.clear(slot)
+        self._runner.clear(slot, 0)
 
     def _fail(self, error: Exception) -> None:
         """Answer the requests that a failed step cost: the newest when memory ran out, else all of them."""

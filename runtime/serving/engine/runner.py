@@ -95,10 +95,10 @@ class Runner:
         self._tell(Remove(name))
         return self.bank.remove(name)
 
-    def clear(self, slot: int) -> None:
-        """Zero a slot of the cache."""
-        self._tell(Clear(slot))
-        self.cache.clear(slot)
+    def clear(self, slot: int, start: int) -> None:
+        """Zero a slot of the cache from position `start` on."""
+        self._tell(Clear(slot, start))
+        self.cache.clear(slot, start)
 
     def follow(self) -> None:
         """Do what rank 0 does until it ends."""
@@ -112,7 +112,7 @@ class Runner:
             elif isinstance(order, Remove):
                 self.bank.remove(order.name)
             elif isinstance(order, Clear):
-                self.cache.clear(order.slot)
+                self.cache.clear(order.slot, order.start)
 
     def _tell(self, order: Any) -> None:
         if self._team is not None and self._team.rank == 0:

@@ -47,9 +47,10 @@ class Remove:
 
 @dataclass(frozen=True, slots=True)
 class Clear:
-    """Zero a slot of the cache."""
+    """Zero a slot of the cache, from a position on."""
 
     slot: int
+    start: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,13 @@
 """Answers that are guessed ahead: whatever the guesses are, the text is that of one token a step."""
 
 import asyncio
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from runtime.serving.engine import scheduler
 from runtime.serving.engine.guess import Guesser
@@ -25,11 +27,13 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     known: list[tuple[int, ...]] = []
 
     def guess(_: Guesser, ids: list[int], *, most: int) -> tuple[int, ...]:
+        if most <= 0:
+            return ()
         for whole in known:
             if whole[: len(ids)] == tuple(ids):
                 right = whole[len(ids) : len(ids) + most]
                 return tuple(WRONG if (len(ids) + n) % 5 == 0 else token for n, token in enumerate(right))
-        return (WRONG, WRONG)[: max(0, most)]
+        return (WRONG, WRONG)[:most]
 
     monkeypatch.setattr(Guesser, "guess", guess)
     return known
@@ -56,6 +60,27 @@ def test_right_and_wrong_guesses_leave_the_text_and_the_cache_as_they_would_be(
     assert later == [list(whole[-15:]) for whole in wholes], "wrong guesses were left in the cache"
     assert figures.guessed_tokens > figures.right_tokens > 60
     assert figures.cached_tokens > 60
+
+
+def test_a_wrong_guess_that_becomes_nan_is_not_left_where_others_look(
+    answers: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of("llama")
+    prompts = some_prompts(3, 40)
+    wholes = [(*prompt, *generate(model, prompt, max_new_tokens=30)) for prompt in prompts]
+    unused = next(token for token in range(3, 128) if not any(token in whole for whole in wholes))
+    monkeypatch.setattr(sys.modules[__name__], "WRONG", unused)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[unused] = torch.nan
+    engine = RowEngine(model, rows=2, context_tokens=400, queue=8, guess_tokens=8)
+    answers += wholes
+    asked = [ask(prompt, max_new_tokens=30, id=str(number)) for number, prompt in enumerate(prompts)]
+    alone = [run(engine, request)[0][0] for request in asked]
+    together = [ids for ids, _ in run(engine, *asked)]
+    figures = engine.stats()
+    engine.close()
+    assert alone == together == [list(whole[-30:]) for whole in wholes]
+    assert figures.guessed_tokens > figures.right_tokens > 20
 
 
 @pytest.fixture
