@@ -205,6 +205,7 @@ class RowEngine:
                 self._cached_tokens += row.reused
                 answer.ticket.found(row.reused)
             own = list(itertools.islice(places, 1 + len(guesses)))
+            self._guessed_tokens += len(guesses)
             if guesses and not all(sane for sane, *_ in own):
                 self._retract(row)
                 continue
@@ -215,7 +216,6 @@ class RowEngine:
                 self._advance(answer, own[right])
             if guesses:
                 row.guesser.learn(guessed=len(guesses), right=right, length=len(row.ids))
-                self._guessed_tokens += len(guesses)
                 self._right_tokens += right
 
     def _retract(self, row: Row) -> None:
