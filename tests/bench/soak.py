@@ -26,7 +26,7 @@ class Report:
 
     seconds: float
     statuses: Counter[str] = field(default_factory=Counter)
-    """Answers by status; "left" are streams that the client gave up."""
+    """Answers by status; "left" are streams that the client gave up, "failed" what got no answer."""
     memory_kb: list[int] = field(default_factory=list)
     """Resident memory of the server, every SAMPLE_S seconds."""
     files: list[int] = field(default_factory=list)
@@ -69,7 +69,10 @@ def _client(url: str, key: str, seed: int, end: float, statuses: Counter[str]) -
     while time.monotonic() < end:
         with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
             for _ in range(dice.randint(1, 10)):
-                statuses[_request(client, dice)] += 1
+                try:
+                    statuses[_request(client, dice)] += 1
+                except httpx.TransportError:
+                    statuses["failed"] += 1
 
 
 def _request(client: httpx.Client, dice: random.Random) -> str:
