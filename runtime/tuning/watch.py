@@ -123,8 +123,8 @@ class FiniteGradients(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.skipped = self.taken = 0
-        """Steps in a row that the loss scaler skipped, and all that it took."""
+        self.skipped = 0
+        """Steps in a row that the loss scaler skipped."""
 
     def on_pre_optimizer_step(
         self,
@@ -153,16 +153,14 @@ class FiniteGradients(TrainerCallback):
     ) -> None:
         if not args.fp16:
             return
-        taken = not optimizer.step_was_skipped
-        self.taken += taken
-        self.skipped = 0 if taken else self.skipped + 1
+        self.skipped = self.skipped + 1 if optimizer.step_was_skipped else 0
         if self.skipped >= SKIPPED:
             self._give_up(args, state.global_step + 1)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self.skipped and not self.taken:  # a job shorter than the patience above
+        if 0 < self.skipped == state.global_step:  # none was taken: a job shorter than the patience above
             self._give_up(args, state.global_step)
 
     def _give_up(self, args: TrainingArguments, step: int) -> NoReturn:

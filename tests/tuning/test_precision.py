@@ -9,16 +9,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runtime import models
 from runtime.errors import DivergedError, exit_code
 from runtime.hardware import Hardware
-from runtime.tuning import dataset, encode
-from runtime.tuning.bench import Bench, Course, Setting, prepare, train_through
+from runtime.tuning.bench import Bench, train_through
 from runtime.tuning.places import Places
-from runtime.tuning.precision import settle
-from runtime.tuning.ranks import Ranks
 from runtime.tuning.settings import Lora, TuningJob
-from runtime.tuning.stop import StopSignal
 from runtime.tuning.watch import SKIPPED
 from tests.tuning.test_trainer import bench_of
 
@@ -44,11 +39,7 @@ class Types(TorchDispatchMode):
 
 def bench_in_float16(job: TuningJob, *, scale: float = 2.0**16) -> Bench:
     """Set `job` up as a V100 would compute it; accelerate has its scaler on a CPU only when handed one."""
-    tokenizer = models.load_tokenizer(job.model)
-    rows = encode.encode(dataset.load(job.data, []).examples, tokenizer, job.encoding, max_tokens=256)
-    settled, precision = settle(job, V100)
-    setting = Setting(V100, "cpu", precision, Ranks(), StopSignal(), Course())
-    bench = prepare(settled, tokenizer, (rows, None), setting=setting)
+    bench = bench_of(job, V100)
     accelerator = bench.trainer.accelerator
     accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)
     return bench
@@ -76,6 +67,11 @@ def scaler_of(bench: Bench) -> torch.amp.GradScaler:
 
 def adapter(bench: Bench) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in bench.model.named_parameters() if p.requires_grad}
+
+
+def break_gradients(bench: Bench) -> None:
+    broken = next(p for p in bench.model.parameters() if p.requires_grad)
+    broken.register_hook(lambda gradient: gradient * torch.nan)
 
 
 def test_fault_28_a_v100_learns_in_float16_with_float32_adapters_and_no_bfloat16(
@@ -113,13 +109,23 @@ def test_fault_25_gradients_that_no_scale_helps_end_the_job(
 ) -> None:
     bench = bench_in_float16(make_job(training={"max_steps": steps}))
     first = adapter(bench)
-    broken = next(p for p in bench.model.parameters() if p.requires_grad)
-    broken.register_hook(lambda gradient: gradient * torch.nan)
+    break_gradients(bench)
     with pytest.raises(DivergedError, match=f"{endured} steps in a row") as caught:
         train(bench)
     assert exit_code(caught.value) == 4
     assert bench.trainer.state.global_step in {endured - 1, endured}
     torch.testing.assert_close(adapter(bench), first, rtol=0, atol=0)
+
+
+def test_a_resumed_job_whose_last_steps_are_skipped_ends_as_one_without_a_break(make_job: Maker) -> None:
+    job = make_job(training={"max_steps": 12, "save_strategy": "steps", "save_steps": 8})
+    train(bench_in_float16(job))
+    shutil.rmtree(Places(job.output.folder).checkpoints / "checkpoint-12")
+    resumed = bench_in_float16(job)
+    break_gradients(resumed)
+    train(resumed)
+    assert resumed.trainer.state.global_step == 12
+    assert scaler_of(resumed).get_scale() == 2.0**12, "four steps were skipped"
 
 
 def test_a_resumed_job_goes_on_with_the_scale_it_had(make_job: Maker) -> None:

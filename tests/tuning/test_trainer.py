@@ -26,12 +26,12 @@ WIDE = {"per_device_train_batch_size": 16, "max_steps": 6}
 """Some 1,400 tokens a step, in passes of at most 1,024."""
 
 
-def bench_of(job: TuningJob) -> Bench:
-    """Set a job's model and trainer up in this process."""
+def bench_of(job: TuningJob, machine: Hardware = CPU) -> Bench:
+    """Set a job's model and trainer up in this process, on its CPU, as for `machine`."""
     tokenizer = models.load_tokenizer(job.model)
     rows = encode.encode(dataset.load(job.data, []).examples, tokenizer, job.encoding, max_tokens=256)
-    settled, precision = settle(job, CPU)
-    setting = Setting(CPU, "cpu", precision, Ranks(), StopSignal(), Course())
+    settled, precision = settle(job, machine)
+    setting = Setting(machine, "cpu", precision, Ranks(), StopSignal(), Course())
     return prepare(settled, tokenizer, (rows, None), setting=setting)
 
 

@@ -18,7 +18,7 @@ from .asking import PROMPT, ask, generate, load, run
 from .test_rows import FAMILIES, model_of, some_prompts
 
 WRONG = 3
-"""A token that no expected answer holds where the oracle says it."""
+"""What a wrong guess says."""
 
 
 @pytest.fixture
