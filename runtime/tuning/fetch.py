@@ -81,9 +81,8 @@ def fetch(
         for url, path in zip(dict.fromkeys(source.urls), targets(source), strict=True)
     ]
     source.folder.mkdir(parents=True, exist_ok=True)
-    if all(download.is_there for download in downloads):
-        return
-    with _turn(source.folder, policy):
+    complete = all(download.is_there for download in downloads)
+    with contextlib.nullcontext() if complete else _turn(source.folder, policy):
         _run(downloads, policy, stop)
 
 

@@ -89,10 +89,10 @@ def describe(plan: Plan) -> Work:
         positions.append(row.filled)
     pieces = []
     for guess in plan.ahead:
-        row, count = guess.row, 1 + len(guess.guesses)
-        pieces.append(Piece(len(ids), row.slot, row.filled, count))
+        row = guess.row
+        pieces.append(Piece(len(ids), row.slot, row.filled, guess.count))
         ids += [row.ids[row.filled], *guess.guesses]
-        positions.extend(range(row.filled, row.filled + count))
+        positions.extend(range(row.filled, row.filled + guess.count))
     chosen = list(range(len(ids)))
     for chunk in plan.chunks:
         start = chunk.start
@@ -102,7 +102,7 @@ def describe(plan: Plan) -> Work:
         if chunk.completes:
             chosen.append(len(ids) - 1)
     counts = [(row, 1) for row in plan.decode]
-    counts += [(guess.row, 1 + len(guess.guesses)) for guess in plan.ahead]
+    counts += [(guess.row, guess.count) for guess in plan.ahead]
     counts += [(chunk.row, chunk.count) for chunk in plan.chunks]
     owners = [(row.adapter, count) for row, count in counts]
     long = [row.long for row, count in counts for _ in range(count)]

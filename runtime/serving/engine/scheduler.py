@@ -78,6 +78,11 @@ class Ahead:
     row: Row
     guesses: tuple[int, ...]
 
+    @property
+    def count(self) -> int:
+        """Tokens to run."""
+        return 1 + len(self.guesses)
+
 
 @dataclass(frozen=True, slots=True)
 class Copy:
