@@ -27,6 +27,6 @@ def test_every_measurement_runs_on_a_tiny_shape() -> None:
     tuned = [line for line in figures if line[1] == "yes"]
     assert len(tuned) == 1
     assert all(float(cell) > 0 for cell in tuned[0][2:])
-    decoded = [line for line in figures if len(line) == 6 and line[1] != "yes"]
+    decoded = [line for line in figures if len(line) == 7 and line[1] != "yes"]
     assert [line[0] for line in decoded] == ["1", "4"]
     assert all(float(cell) > 0 for line in decoded for cell in line[1:])

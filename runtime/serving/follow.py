@@ -78,8 +78,8 @@ def follow(task: Task) -> None:
     team.least(engine.free_bytes(model, processes=task.world))
     first = team.hear()
     if isinstance(first, Begin):  # else rank 0 has failed in between
-        size = {"rows": first.rows, "positions": first.positions}
-        Runner(model, **size, membership=Membership(team, share)).follow()
+        membership = Membership(team, share)
+        Runner(model, rows=first.rows, positions=first.positions, membership=membership).follow()
     team.leave()
 
 

@@ -71,6 +71,8 @@ class ServeConfig(Strict):
     """bitsandbytes quantisation of the base weights; None serves them as they are."""
     speculative_tokens: int = Field(16, ge=0)
     """Most tokens guessed ahead of a lone answer, from its prompt and itself (own engine); 0 guesses none."""
+    cuda_graphs: bool = True
+    """Record decode steps on a GPU and replay them (own engine); false launches each operation by itself."""
     engine: Literal["own", "vllm"] = "own"
     """What generates: this project's engine, or a vLLM that it starts and stops."""
     vllm: Vllm = Vllm()

@@ -9,14 +9,16 @@ code in a minute and proves nothing but that it runs.
 
 QLoRA: a pass of T tokens in four documents, half of each learnt, the trainer's own steps; tokens/s without
 the first step; the peak beside what the plan said. Decode: prompts of 128 tokens, 64 new ones, greedy, N at
-a time; tokens/s once all have begun. The roofline is one read of the weights and of the rows' keys and values
-per token, at the bandwidth that a copy on this device reaches. "batching" is transformers' own continuous
-batching of the same requests, prefill included, and "whole" is ours measured that way.
+a time; tokens/s once all have begun, with CUDA graphs and ("launched") without. The roofline is one read of
+the weights and of the rows' keys and values per token, at the bandwidth that a copy on this device reaches.
+"batching" is transformers' own continuous batching of such requests, prefill included, and "whole" is ours
+measured that way.
 """
 
 import argparse
 import asyncio
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -138,8 +140,10 @@ def peak_bytes(device: str) -> int:
     return int(torch.cuda.max_memory_reserved() + total - free - torch.cuda.memory_reserved())
 
 
-def prompts(count: int) -> list[list[int]]:
-    return [[3 + (7 * row + place) % 500 for place in range(PROMPT_TOKENS)] for row in range(count)]
+def prompts(count: int, *, seed: int = 0) -> list[list[int]]:
+    """Return `count` prompts that no other count or seed has: nothing of them is in a cache."""
+    draw = random.Random(1000 * count + seed)
+    return [[draw.randrange(3, 500) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
 
 def load(folder: Path, device: str) -> Any:
@@ -151,8 +155,8 @@ def load(folder: Path, device: str) -> Any:
     return models.load(source, hardware=here, device=hardware.device(here))
 
 
-def decode(folder: Path, device: str, counts: Iterable[int]) -> dict[str, Any]:
-    """Return tokens/s of our engine at each number of rows, and the roofline's."""
+def decode(folder: Path, device: str, counts: Iterable[int], graphs: bool) -> dict[str, Any]:
+    """Return tokens/s of our engine at each number of rows, CUDA graphs or none, and the roofline's."""
     from runtime.model_source import ModelSource
     from runtime.serving import engine
     from runtime.serving.engine.protocol import Request, Sampling
@@ -160,13 +164,16 @@ def decode(folder: Path, device: str, counts: Iterable[int]) -> dict[str, Any]:
 
     model = load(folder, device)
     weights = sum(each.numel() * each.element_size() for each in model.parameters())
-    config = model.config
-    head = config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * model.dtype.itemsize
+    size = model.config
+    head = size.hidden_size // size.num_attention_heads
+    token = 2 * size.num_hidden_layers * size.num_key_value_heads * head * model.dtype.itemsize
     speed = bandwidth(device)
     limits = Limits(rows=max(counts), context_tokens=PROMPT_TOKENS + NEW_TOKENS, queue=max(counts))
     source = ModelSource(name=str(folder), path=folder)
-    running = engine.create(ServeConfig(model=source, served_name="m", limits=limits), model)
+    config = ServeConfig(
+        model=source, served_name="m", limits=limits, speculative_tokens=0, cuda_graphs=graphs
+    )
+    running = engine.create(config, model)
 
     async def ask(prompt: list[int], times: list[float]) -> None:
         sampling = Sampling(max_new_tokens=NEW_TOKENS)
@@ -174,10 +181,10 @@ def decode(folder: Path, device: str, counts: Iterable[int]) -> dict[str, Any]:
             if piece.id is not None:
                 times.append(time.monotonic())  # noqa: PERF401 - as they come
 
-    async def all_at_once(count: int) -> dict[str, float]:
+    async def all_at_once(count: int, seed: int) -> dict[str, float]:
         times: list[list[float]] = [[] for _ in range(count)]
         begun = time.monotonic()
-        await asyncio.gather(*(ask(*pair) for pair in zip(prompts(count), times, strict=True)))
+        await asyncio.gather(*(ask(*pair) for pair in zip(prompts(count, seed=seed), times, strict=True)))
         ended, started = max(each[-1] for each in times), max(each[0] for each in times)
         after = sum(stamp > started for each in times for stamp in each)
         needed = weights + count * token * (PROMPT_TOKENS + NEW_TOKENS // 2)
@@ -188,8 +195,9 @@ def decode(folder: Path, device: str, counts: Iterable[int]) -> dict[str, Any]:
         }
 
     try:
-        asyncio.run(all_at_once(1))  # compiles, allocates
-        return {"bandwidth": speed} | {str(count): asyncio.run(all_at_once(count)) for count in counts}
+        for count in counts:
+            asyncio.run(all_at_once(count, 1))  # allocates, records
+        return {"bandwidth": speed} | {str(count): asyncio.run(all_at_once(count, 0)) for count in counts}
     finally:
         running.close()
 
@@ -284,16 +292,18 @@ def measure(shape: str, device: str, minutes: float) -> bool:
                  got["planned_bytes"] / got["peak_bytes"])
             )  # fmt: skip
         show(("QLoRA tokens", "recomputed", "tokens/s", "peak GiB", "plan GiB", "plan/peak"), rows)
-        ours = child({"work": "decode", "counts": ROWS[shape], **common}, left())
+        ours = child({"work": "decode", "counts": ROWS[shape], "graphs": True, **common}, left())
+        bare = child({"work": "decode", "counts": ROWS[shape], "graphs": False, **common}, left())
         theirs = child({"work": "batching", "counts": ROWS[shape], **common}, left())
         whole &= "error" not in ours
-        for name, got in (("ours", ours), ("batching", theirs)):
+        for name, got in (("ours", ours), ("launched", bare), ("batching", theirs)):
             if "error" in got:
                 print(f"{name}: {got['error']}")
         show(
-            ("decode rows", "tokens/s", "roofline", "share", "whole", "batching"),
+            ("decode rows", "tokens/s", "launched", "roofline", "share", "whole", "batching"),
             [
-                (count, here["tokens_per_s"], here["roofline_tokens_per_s"],
+                (count, here["tokens_per_s"], bare.get(str(count), {}).get("tokens_per_s", "-"),
+                 here["roofline_tokens_per_s"],
                  here["tokens_per_s"] / here["roofline_tokens_per_s"], here["whole_tokens_per_s"],
                  theirs.get(str(count), {}).get("whole_tokens_per_s", "-"))
                 for count in ROWS[shape] if (here := ours.get(str(count)))

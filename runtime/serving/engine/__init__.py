@@ -10,6 +10,7 @@ from runtime.serving.settings import ServeConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from runtime.serving.engine.graphs import Recorder
     from runtime.serving.engine.plain import PlainEngine
     from runtime.serving.engine.rows import RowEngine
     from runtime.serving.engine.runner import Membership
@@ -63,7 +64,16 @@ def create(
         # a product of 4-bit weights with more than one row dequantises them first
         guess_tokens=0 if config.quantization else config.speculative_tokens,
         membership=membership,
+        recorder=_recorder(config, model) if membership is None else None,
     )
+
+
+def _recorder(config: ServeConfig, model: "PreTrainedModel") -> "Recorder | None":
+    from runtime.serving.engine.graphs import CudaGraphs
+
+    # a product of 8-bit weights asks on the host which columns are outliers
+    waits = config.quantization is not None and config.quantization.bits == 8
+    return CudaGraphs() if model.device.type == "cuda" and config.cuda_graphs and not waits else None
 
 
 def _token_bytes(model: "PreTrainedModel") -> int:

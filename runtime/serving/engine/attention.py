@@ -80,7 +80,7 @@ def attend(query: Tensor, layer: Layer, batch: Batch) -> Tensor:
     """Return the attention output (N, H, D) of query (N, H, D)."""
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     for run in batch.runs:
-        here = slice(run.offset, run.offset + run.count)
+        here = slice(run.offset, run.offset + run.count * run.queries)
         out[here] = _decode(query[here], layer, run, batch)
     for piece in batch.chunks:
         here = slice(piece.offset, piece.offset + piece.count)
@@ -89,22 +89,24 @@ def attend(query: Tensor, layer: Layer, batch: Batch) -> Tensor:
 
 
 def _decode(query: Tensor, layer: Layer, run: Run, batch: Batch) -> Tensor:
-    """One query per row, (R, H, D): all heads of all rows of the run in two batched products."""
-    rows, heads, dim = query.shape
+    """The newest tokens of each row, (T, H, D): all heads of all rows of the run in two batched products."""
+    tokens, heads, dim = query.shape
     groups = layer.keys.shape[1]
     here = slice(run.first, run.first + run.count)
     # slots and heads lie at one stride, so these are views of the cache, not copies
     keys = layer.keys[here, :, : run.longest].flatten(0, 1)
     values = layer.values[here, :, : run.longest].flatten(0, 1)
-    scores = torch.bmm(
-        query.reshape(rows * groups, heads // groups, dim) * layer.scaling, keys.transpose(1, 2)
-    )
+    # beside one another: all tokens and query heads that see the same keys
+    beside = (query * layer.scaling).view(run.count, run.queries, groups, -1, dim).transpose(1, 2)
+    scores = torch.bmm(beside.reshape(run.count * groups, -1, dim), keys.transpose(1, 2))
     if layer.softcap is not None:
         scores = torch.tanh(scores / layer.softcap) * layer.softcap
     hidden = _decode_mask(run, batch, layer.window)
     if hidden is not None:
-        scores.view(rows, heads, run.longest).masked_fill_(hidden[:, None], -torch.inf)
-    return torch.bmm(_softmax(scores), values).view(rows, heads, dim)
+        own = scores.view(run.count, groups, run.queries, -1, run.longest)
+        own.masked_fill_(hidden.view(run.count, 1, run.queries, 1, -1), -torch.inf)
+    out = torch.bmm(_softmax(scores), values).view(run.count, groups, run.queries, -1, dim)
+    return out.transpose(1, 2).reshape(tokens, heads, dim)
 
 
 def _prefill(query: Tensor, layer: Layer, piece: Piece, batch: Batch) -> Tensor:
@@ -138,16 +140,18 @@ def _softmax(scores: Tensor) -> Tensor:
 
 
 def _decode_mask(run: Run, batch: Batch, window: int | None) -> Tensor | None:
-    """Return (R, L), true outside each row's view; None when all rows see all positions."""
+    """Return (T, L), true outside each token's view; None when all see all positions."""
     name = (run.offset, window)
     if name not in batch.masks:
-        place = torch.arange(run.longest, device=run.lengths.device)
-        hidden = place >= run.lengths[:, None]
-        needed = run.count > 1
-        if window is not None and run.longest > window:
-            hidden |= place < run.lengths[:, None] - window
-            needed = True
-        batch.masks[name] = hidden if needed else None
+        cut = window is not None and run.longest > window
+        if not run.ragged and not cut:
+            batch.masks[name] = None
+        else:
+            place = torch.arange(run.longest, device=run.lengths.device)
+            hidden = place >= run.lengths[:, None]
+            if window is not None and cut:
+                hidden |= place < run.lengths[:, None] - window
+            batch.masks[name] = hidden
     return batch.masks[name]
 
 

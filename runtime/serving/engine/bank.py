@@ -16,7 +16,7 @@ from torch import Tensor
 
 from runtime.adapters import CONFIG_FILE, WEIGHTS_FILE, scaling
 from runtime.errors import ConfigError
-from runtime.serving.engine.lora import Groups, PartWeights, RowLinear, group
+from runtime.serving.engine.lora import MASKED, Groups, PartWeights, RowLinear, group, mask
 
 _PREFIX = "base_model.model."
 
@@ -61,6 +61,16 @@ class Bank:
         """Sort a batch's flat tokens by adapter, given (version or None, count) in flat order."""
         lanes = [(None if version is None else self._lanes[version], count) for version, count in owners]
         return group(lanes, resident=self._width, device=self.device, dtype=self._dtype)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether so few adapters are resident that one product over all of them is the cheapest form."""
+        return self._width <= MASKED
+
+    def mask(self, owners: Sequence[int | None]) -> Tensor:
+        """Return (T, 1, A, 1), one where each of T tokens has its adapter, given by version."""
+        lanes = [None if version is None else self._lanes[version] for version in owners]
+        return mask(lanes, resident=self._width, device=self.device, dtype=self._dtype)
 
     def read(self, name: str, folder: Path, *, strength: float) -> dict[RowLinear, PartWeights]:
         """Return the adapter's (r, in) and scaled (out, r) by layer and part; ConfigError if unfit."""

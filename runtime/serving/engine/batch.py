@@ -17,7 +17,7 @@ from runtime.serving.engine.scheduler import Plan
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Decoding rows in neighbouring slots: flat tokens `offset` up, slots `first` up, `count` of both."""
+    """Decoding rows in `count` neighbouring slots, `first` up: flat tokens `offset` up, `queries` of each."""
 
     offset: int
     first: int
@@ -25,7 +25,10 @@ class Run:
     longest: int
     """Positions of the longest of them, the new token included."""
     lengths: Tensor
-    """(count,) positions of each, the new token included."""
+    """(count * queries,) positions that each token sees, itself included."""
+    ragged: bool
+    """Whether some of them see fewer than `longest`."""
+    queries: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +141,10 @@ def _runs(slots: list[int], places: list[int], place_part: Tensor) -> tuple[Run,
     runs, begin = [], 0
     for end in range(1, len(slots) + 1):
         if end == len(slots) or slots[end] != slots[end - 1] + 1:
-            longest = max(places[begin:end]) + 1
-            runs.append(Run(begin, slots[begin], end - begin, longest, place_part[begin:end] + 1))
+            own = places[begin:end]
+            longest, ragged = max(own) + 1, min(own) < max(own)
+            runs.append(
+                Run(begin, slots[begin], end - begin, longest, place_part[begin:end] + 1, ragged=ragged)
+            )
             begin = end
     return tuple(runs)

@@ -68,6 +68,8 @@ def _choose_angles_by_row(model: "PreTrainedModel", cache: SlotCache) -> None:
     for name, module in list(model.named_modules()):
         if getattr(module, "rope_type", None) == "longrope":
             _replace(model, name, angles.LongRope(module, cache))
+        elif getattr(module, "rope_type", None) == "dynamic":
+            module.rope_type = "default"  # else the longest position goes to the host in each step; see KNOWN
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -68,10 +68,16 @@ def group(
     # decoding rows come first, so the scattered tokens are a beginning, unless a long prompt ends shortly
     if resident > MASKED or any(begin < count for _, begin, _ in large):
         return Groups(large, _batched(small, device))
-    mask = torch.zeros(count, 1, resident, 1)
+    lanes: list[int | None] = [None] * count
     for adapter, begin, end in small:
-        mask[begin:end, :, adapter] = 1
-    return Groups(large, Masked(count, mask.to(device, dtype)))
+        lanes[begin:end] = [adapter] * (end - begin)
+    return Groups(large, Masked(count, mask(lanes, resident=resident, device=device, dtype=dtype)))
+
+
+def mask(lanes: Sequence[int | None], *, resident: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return (T, 1, A, 1), one where each of T tokens has its adapter."""
+    chosen = torch.tensor([-1 if lane is None else lane for lane in lanes])
+    return (chosen[:, None] == torch.arange(resident)).to(device, dtype)[:, None, :, None]
 
 
 def _batched(spans: list[tuple[int, int, int]], device: torch.device) -> Batched:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from runtime.errors import ConfigError, RequestError, UnavailableError
 from runtime.serving.engine.desk import LAST_STEP_S, Desk
+from runtime.serving.engine.graphs import Recorder
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
 from runtime.serving.engine.runner import Membership, Runner
 from runtime.serving.engine.sampling import Sampler
@@ -59,8 +60,9 @@ class RowEngine:
         queue: int,
         guess_tokens: int = 0,
         membership: Membership | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
-        """Guesses up to `guess_tokens` of a row's next tokens (guess.py).
+        """Guesses up to `guess_tokens` of a row's next tokens (guess.py); records steps with `recorder`.
 
         `membership` where `model` is rank 0's share of one that several processes serve.
         """
@@ -79,12 +81,16 @@ class RowEngine:
         self._thread.start()
         with ExitStack() as undo:
             undo.callback(self.close)
-            self._desk.errand(lambda: self._prepare(model))
+            self._desk.errand(lambda: self._prepare(model, recorder))
             undo.pop_all()
 
-    def _prepare(self, model: "PreTrainedModel") -> None:
+    def _prepare(self, model: "PreTrainedModel", recorder: Recorder | None) -> None:
         self._runner = Runner(
-            model, rows=self._rows, positions=self.context_tokens, membership=self._membership
+            model,
+            rows=self._rows,
+            positions=self.context_tokens,
+            membership=self._membership,
+            recorder=recorder,
         )
 
     def submit(self, request: Request) -> AsyncIterator[Token]:

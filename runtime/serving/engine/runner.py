@@ -21,8 +21,10 @@ from runtime.serving.engine.batch import Batch, Work, assemble, describe
 from runtime.serving.engine.blocks import Adaptables
 from runtime.serving.engine.cache import SlotCache
 from runtime.serving.engine.fuse import UNSCALED, prepare
+from runtime.serving.engine.graphs import Recorder
 from runtime.serving.engine.linears import Layouts
 from runtime.serving.engine.lora import Step
+from runtime.serving.engine.recordings import Recordings
 from runtime.serving.engine.scheduler import Plan
 from runtime.serving.engine.shares import Share
 from runtime.serving.engine.team import Add, Begin, Clear, End, Remove, Team
@@ -53,8 +55,15 @@ class Runner:
     """
 
     def __init__(
-        self, model: "PreTrainedModel", *, rows: int, positions: int, membership: Membership | None = None
+        self,
+        model: "PreTrainedModel",
+        *,
+        rows: int,
+        positions: int,
+        membership: Membership | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
+        """Record steps with `recorder` where there is one."""
         layers, heads, dim = cache_shape(model.config)
         self._team = membership.team if membership is not None else None
         self._tell(Begin(rows, positions))
@@ -72,6 +81,11 @@ class Runner:
         self._trunk = Trunk(model) if model.config.model_type in UNSCALED else None
         cut = membership.share.cut_adapter if membership is not None else None
         self.bank = Bank(linears.parts, dtype=model.dtype, device=model.device, cut=cut)
+        self._recordings = None
+        if recorder is not None:
+            self._recordings = Recordings(
+                self._forward, self.bank, slots=rows, positions=positions, recorder=recorder
+            )
         # a ready-made mask, so that no model builds one: the attention of rows makes its own
         self._no_mask = torch.zeros(1, 1, 1, 1, device=model.device, dtype=model.dtype)
 
@@ -93,7 +107,7 @@ class Runner:
     def remove_adapter(self, name: str) -> int:
         """Forget an adapter, and return the version it had."""
         self._tell(Remove(name))
-        return self.bank.remove(name)
+        return self._remove(name)
 
     def clear(self, slot: int, start: int) -> None:
         """Zero a slot of the cache from position `start` on."""
@@ -110,7 +124,7 @@ class Runner:
                 with contextlib.suppress(ConfigError):  # rank 0 reads the same file and says so
                     self._add(order.name, Path(order.folder), order.strength)
             elif isinstance(order, Remove):
-                self.bank.remove(order.name)
+                self._remove(order.name)
             elif isinstance(order, Clear):
                 self.cache.clear(order.slot, order.start)
 
@@ -127,12 +141,22 @@ class Runner:
         if not everywhere or weights is None:
             raise ConfigError(f"adapter {name}: another process of this server could not read it")
         self.bank.add(name, weights)
+        if self._recordings is not None:
+            self._recordings.forget()
+
+    def _remove(self, name: str) -> int:
+        if self._recordings is not None:
+            self._recordings.forget()
+        return self.bank.remove(name)
 
     @torch.inference_mode()
     def _execute(self, work: Work) -> Tensor:
         for source, target, count in work.copies:
             self.cache.copy(source, target, count)
-        batch = assemble(work, self.bank)
+        logits = self._recordings.run(work) if self._recordings is not None else None
+        return self._forward(assemble(work, self.bank)) if logits is None else logits
+
+    def _forward(self, batch: Batch) -> Tensor:
         self.cache.batch, self._step.groups = batch, batch.groups
         try:
             return self._trunk.run(batch) if self._trunk is not None else self._whole(batch)

@@ -13,6 +13,9 @@ from runtime.serving.engine.protocol import Request, Sampling, Token
 from runtime.serving.engine.rows import RowEngine
 from runtime.serving.engine.vllm import VllmEngine
 
+WRONG = 3
+"""What a wrong guess says, unless a test has another."""
+
 AnyEngine = PlainEngine | RowEngine | VllmEngine
 
 PROMPT = (5, 17, 230, 41, 9)
@@ -57,3 +60,22 @@ def generate(
         eos_token_id=None, pad_token_id=2, **options,
     )  # fmt: skip
     return list(made[0, len(prompt) :].tolist())
+
+
+class Oracle:
+    """Guesses from answers that are known, every fifth token wrong, and wrong ones where none is known."""
+
+    def __init__(self) -> None:
+        self.known: list[tuple[int, ...]] = []
+        """Prompts with their answers."""
+        self.wrong = WRONG
+
+    def guess(self, ids: list[int], *, most: int) -> tuple[int, ...]:
+        """Stand in for `Guesser.guess`."""
+        if most <= 0:
+            return ()
+        for whole in self.known:
+            if whole[: len(ids)] == tuple(ids):
+                right = whole[len(ids) : len(ids) + most]
+                return tuple(self.wrong if (len(ids) + n) % 5 == 0 else id_ for n, id_ in enumerate(right))
+        return (self.wrong, self.wrong)[:most]

@@ -11,11 +11,12 @@ from peft import LoraConfig, get_peft_model
 from runtime import adapters, hardware
 from runtime.model_source import ModelSource
 from runtime.serving.engine import vllm
+from runtime.serving.engine.guess import Guesser
 from runtime.serving.engine.vllm_server import VllmServer
 from runtime.serving.settings import ServeConfig
 from tests.conftest import write_tiny_llama
 
-from .asking import load
+from .asking import Oracle, load
 
 SOURCE = ModelSource(name="tiny", repository="someone/tiny")
 
@@ -66,4 +67,16 @@ def adapter_dirs(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory)
                 torch.nn.init.normal_(parameter, std=0.3)
         made[name] = tmp_path_factory.mktemp("adapters") / name
         adapters.save(model, made[name], source=SOURCE)
+    return made
+
+
+@pytest.fixture
+def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
+    """What all guesses are taken from."""
+    made = Oracle()
+
+    def guess(_: Guesser, ids: list[int], *, most: int) -> tuple[int, ...]:
+        return made.guess(ids, most=most)
+
+    monkeypatch.setattr(Guesser, "guess", guess)
     return made

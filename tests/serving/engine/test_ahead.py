@@ -1,7 +1,6 @@
 """Answers that are guessed ahead: whatever the guesses are, the text is that of one token a step."""
 
 import asyncio
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,45 +9,23 @@ import pytest
 import torch
 
 from runtime.serving.engine import scheduler
-from runtime.serving.engine.guess import Guesser
 from runtime.serving.engine.protocol import Request, Token
 from runtime.serving.engine.rows import RowEngine
 
-from .asking import PROMPT, ask, generate, load, run
+from .asking import PROMPT, Oracle, ask, generate, load, run
 from .test_rows import FAMILIES, model_of, some_prompts
-
-WRONG = 3
-"""What a wrong guess says."""
-
-
-@pytest.fixture
-def answers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Prompts with their answers, which guesses are taken from: every fifth token of them is wrong."""
-    known: list[tuple[int, ...]] = []
-
-    def guess(_: Guesser, ids: list[int], *, most: int) -> tuple[int, ...]:
-        if most <= 0:
-            return ()
-        for whole in known:
-            if whole[: len(ids)] == tuple(ids):
-                right = whole[len(ids) : len(ids) + most]
-                return tuple(WRONG if (len(ids) + n) % 5 == 0 else token for n, token in enumerate(right))
-        return (WRONG, WRONG)[:most]
-
-    monkeypatch.setattr(Guesser, "guess", guess)
-    return known
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_right_and_wrong_guesses_leave_the_text_and_the_cache_as_they_would_be(
-    family: str, answers: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+    family: str, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduler, "GUESSING_ROWS", 2)
     model = model_of(family)
     prompts = some_prompts(3, 40)
     wholes = [(*prompt, *generate(model, prompt, max_new_tokens=40)) for prompt in prompts]
     engine = RowEngine(model, rows=2, context_tokens=400, queue=8, guess_tokens=8)
-    answers += wholes
+    oracle.known = wholes
     asked = [ask(prompt, max_new_tokens=25, id=str(number)) for number, prompt in enumerate(prompts)]
     alone = [run(engine, request)[0][0] for request in asked]
     together = [ids for ids, _ in run(engine, *asked)]
@@ -62,18 +39,16 @@ def test_right_and_wrong_guesses_leave_the_text_and_the_cache_as_they_would_be(
     assert figures.cached_tokens > 60
 
 
-def test_a_wrong_guess_that_becomes_nan_is_not_left_where_others_look(
-    answers: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_guess_that_becomes_nan_is_not_left_where_others_look(oracle: Oracle) -> None:
     model = model_of("llama")
     prompts = some_prompts(3, 40)
     wholes = [(*prompt, *generate(model, prompt, max_new_tokens=30)) for prompt in prompts]
     unused = next(token for token in range(3, 128) if not any(token in whole for whole in wholes))
-    monkeypatch.setattr(sys.modules[__name__], "WRONG", unused)
+    oracle.wrong = unused
     with torch.no_grad():
         model.get_input_embeddings().weight[unused] = torch.nan
     engine = RowEngine(model, rows=2, context_tokens=400, queue=8, guess_tokens=8)
-    answers += wholes
+    oracle.known = wholes
     asked = [ask(prompt, max_new_tokens=30, id=str(number)) for number, prompt in enumerate(prompts)]
     alone = [run(engine, request)[0][0] for request in asked]
     together = [ids for ids, _ in run(engine, *asked)]
@@ -84,9 +59,9 @@ def test_a_wrong_guess_that_becomes_nan_is_not_left_where_others_look(
 
 
 @pytest.fixture
-def engine(tiny_llama_dir: Path, answers: list[tuple[int, ...]]) -> Iterator[RowEngine]:
+def engine(tiny_llama_dir: Path, oracle: Oracle) -> Iterator[RowEngine]:
     made = RowEngine(load(tiny_llama_dir), rows=2, context_tokens=100, queue=8, guess_tokens=8)
-    answers[:] = [(*PROMPT, *generate(load(tiny_llama_dir), max_new_tokens=95))]
+    oracle.known = [(*PROMPT, *generate(load(tiny_llama_dir), max_new_tokens=95))]
     yield made
     made.close()
 
@@ -113,13 +88,13 @@ def test_an_answer_ends_where_it_would_without_guesses(engine: RowEngine, tiny_l
     ids=lambda sampling: next(iter(sampling)),
 )
 def test_penalties_and_logprobs_count_the_tokens_that_were_guessed(
-    tiny_llama_dir: Path, answers: list[tuple[int, ...]], sampling: dict[str, Any]
+    tiny_llama_dir: Path, oracle: Oracle, sampling: dict[str, Any]
 ) -> None:
     request = ask(max_new_tokens=40, **sampling)
     plain = RowEngine(load(tiny_llama_dir), rows=1, context_tokens=100, queue=8)
     expected = tokens(plain, request)
     plain.close()
-    answers[:] = [(*PROMPT, *(token.id for token in expected if token.id is not None))]
+    oracle.known = [(*PROMPT, *(token.id for token in expected if token.id is not None))]
     guessing = RowEngine(load(tiny_llama_dir), rows=1, context_tokens=100, queue=8, guess_tokens=8)
     found = tokens(guessing, request)
     right = guessing.stats().right_tokens

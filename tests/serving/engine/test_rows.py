@@ -76,6 +76,18 @@ def model_of(family: str) -> Any:
     return vary(AutoModelForCausalLM.from_config(getattr(transformers, kind)(**SIZES, **options)).eval())
 
 
+def longrope_model() -> Any:
+    """Phi-4-mini's shape, 64 positions in its youth and 512 now; both sets of factors change its answers."""
+    torch.manual_seed(0)
+    draw = torch.rand(2, 4).tolist()
+    rope = {
+        "rope_type": "longrope", "partial_rotary_factor": 0.5, "original_max_position_embeddings": 64,
+        "short_factor": [1 + x for x in draw[0]], "long_factor": [2 + 6 * x for x in draw[1]],
+    }  # fmt: skip
+    config = transformers.Phi3Config(**SIZES, original_max_position_embeddings=64, rope_parameters=rope)
+    return vary(AutoModelForCausalLM.from_config(config).eval())
+
+
 def vary(model: Any) -> Any:
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -100,15 +112,7 @@ def test_greedy_equals_generate_alone_and_among_others(family: str) -> None:
 
 @pytest.fixture(scope="module")
 def longrope() -> Any:
-    """Phi-4-mini's shape, 64 positions in its youth and 512 now; both sets of factors change its answers."""
-    torch.manual_seed(0)
-    draw = torch.rand(2, 4).tolist()
-    rope = {
-        "rope_type": "longrope", "partial_rotary_factor": 0.5, "original_max_position_embeddings": 64,
-        "short_factor": [1 + x for x in draw[0]], "long_factor": [2 + 6 * x for x in draw[1]],
-    }  # fmt: skip
-    config = transformers.Phi3Config(**SIZES, original_max_position_embeddings=64, rope_parameters=rope)
-    return vary(AutoModelForCausalLM.from_config(config).eval())
+    return longrope_model()
 
 
 def test_each_row_of_a_longrope_model_has_its_own_factors(longrope: Any) -> None:
