@@ -180,7 +180,7 @@ class Recordings:
             replay()
             error = float((_pick(result, at) - right).abs().max() / right.abs().max())
             reason = f"a replay differs by {error:.2g} of the largest logit" if error > TOLERANCE else ""
-        except RuntimeError as failure:  # CUDA's own are among them
+        except Exception as failure:  # the step has its result already, and goes on without
             reason = str(failure).partition("\n")[0]
         if reason:
             log.warning("Decoding without CUDA graphs, which is slower: %s", reason)
