@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 
 from runtime.serving.engine.batch import Batch, Piece, Run
 from runtime.serving.engine.cache import SlotCache
+from runtime.serving.engine.kernels import Kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +39,8 @@ class Layer:
     """A token sees this many positions, itself included; None sees all."""
     softcap: float | None
     """Gemma 2: scores are squeezed into plus and minus this."""
+    kernels: Kernels | None
+    """What attends on a CPU."""
 
 
 def use_rows(model: "PreTrainedModel") -> None:
@@ -71,7 +74,8 @@ def attention(  # noqa: PLR0913 - the signature is transformers'
     """Return (1, N, H, D) for query (1, H, N, D); key and value were stored by `SlotCache.update` before."""
     cache = _caches[id(module.config)]
     index = int(module.layer_idx)  # type: ignore[arg-type]
-    layer = Layer(cache.keys[index], cache.values[index], scaling, sliding_window, softcap)
+    keys, values = cache.keys[index], cache.values[index]
+    layer = Layer(keys, values, scaling, sliding_window, softcap, cache.kernels)
     out = attend(query[0].transpose(0, 1), layer, cache.running)
     return out[None], None
 
@@ -79,7 +83,10 @@ def attention(  # noqa: PLR0913 - the signature is transformers'
 def attend(query: Tensor, layer: Layer, batch: Batch) -> Tensor:
     """Return the attention output (N, H, D) of query (N, H, D)."""
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    for run in batch.runs:
+    native = layer.kernels is not None and layer.softcap is None
+    if layer.kernels is not None and native and batch.decodes:
+        layer.kernels.attend(query, layer, batch, out)
+    for run in () if native else batch.runs:
         here = slice(run.offset, run.offset + run.count * run.queries)
         out[here] = _decode(query[here], layer, run, batch)
     for piece in batch.chunks:

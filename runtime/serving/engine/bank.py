@@ -36,11 +36,20 @@ class Bank:
     """Adapters by name; each has a version (never used twice) and a lane (its place in the stacks)."""
 
     def __init__(
-        self, parts: dict[str, Part], *, dtype: torch.dtype, device: torch.device, cut: "Cut | None" = None
+        self,
+        parts: dict[str, Part],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        cut: "Cut | None" = None,
+        own: bool = False,
     ) -> None:
-        """`parts` by the module paths that adapters name; `cut` where layers are parts of the model's."""
+        """`parts` by the module paths that adapters name; `cut` where layers are parts of the model's.
+
+        `own` where kernels give scattered tokens their own adapters.
+        """
         self._parts = parts
-        self._cut = cut
+        self._cut, self._own = cut, own
         self._layers = list({id(part.layer): part.layer for part in parts.values()}.values())
         self.device, self._dtype = device, dtype
         self._versions: dict[str, int] = {}
@@ -60,7 +69,7 @@ class Bank:
     def group(self, owners: Sequence[tuple[int | None, int]]) -> Groups | None:
         """Sort a batch's flat tokens by adapter, given (version or None, count) in flat order."""
         lanes = [(None if version is None else self._lanes[version], count) for version, count in owners]
-        return group(lanes, resident=self._width, device=self.device, dtype=self._dtype)
+        return group(lanes, resident=self._width, device=self.device, dtype=self._dtype, own=self._own)
 
     @property
     def is_masked(self) -> bool:

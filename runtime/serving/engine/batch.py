@@ -52,7 +52,7 @@ class Batch:
     decodes: int
     """R"""
     slots: Tensor
-    """(R,) slot of each decoding row."""
+    """(N,) slot of each token."""
     places: Tensor
     """(R,) position of each decoding row's token."""
     runs: tuple[Run, ...]
@@ -119,8 +119,9 @@ def assemble(work: Work, bank: Bank) -> Batch:
     ids, positions, slots, chosen, long = work.ids, work.positions, work.slots, work.chosen, work.long
     places = positions[: len(slots)]
     # one transfer for all the numbers of a step
-    numbers = torch.tensor([*ids, *positions, *slots, *places, *chosen]).to(bank.device, non_blocking=True)
-    sizes = [len(ids), len(positions), len(slots), len(places), len(chosen)]
+    owners = [*slots, *(piece.slot for piece in work.pieces for _ in range(piece.count))]
+    numbers = torch.tensor([*ids, *positions, *owners, *places, *chosen]).to(bank.device, non_blocking=True)
+    sizes = [len(ids), len(positions), len(owners), len(places), len(chosen)]
     id_part, position_part, slot_part, place_part, chosen_part = torch.split(numbers, sizes)
     return Batch(
         ids=id_part[None],

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
+from torch.nn.functional import rms_norm, silu
 
 from runtime.serving.engine.attention import Layer, attend
 from runtime.serving.engine.bank import Part
+from runtime.serving.engine.batch import Batch
 from runtime.serving.engine.cache import SlotCache, store
+from runtime.serving.engine.kernels import Kernels
 from runtime.serving.engine.linears import Layouts, is_plain, join
 from runtime.serving.engine.lora import RowLinear, Step
 from runtime.serving.engine.team import PARTIAL, Joined, Summed, Team
@@ -85,7 +87,12 @@ class FusedAttention(nn.Module):
         self._heads, self._groups = config.num_attention_heads, config.num_key_value_heads
         window = getattr(source, "sliding_window", getattr(config, "sliding_window", None))
         self._rules = Layer(
-            cache.keys[self._layer], cache.values[self._layer], float(source.scaling), window, None
+            cache.keys[self._layer],
+            cache.values[self._layer],
+            float(source.scaling),
+            window,
+            softcap=None,
+            kernels=cache.kernels,
         )
         if hasattr(source, "qkv_proj"):
             self.qkv: nn.Module = layers.one(f"{name}.qkv_proj", source.qkv_proj)
@@ -102,16 +109,22 @@ class FusedAttention(nn.Module):
         batch = self._cache.running
         tokens = hidden_states.shape[1]
         mixed = self.qkv(hidden_states).view(tokens, -1, self._dim)  # (N, H + 2 K, D)
-        turned = mixed[:, : self._heads + self._groups]
         if self.q_norm is not None and self.k_norm is not None:
-            turned = torch.cat(
-                (self.q_norm(turned[:, : self._heads]), self.k_norm(turned[:, self._heads :])), 1
-            )
-        turned = rotate(turned, *position_embeddings)
+            query, key, value = mixed.split((self._heads, self._groups, self._groups), 1)
+            mixed = torch.cat((self.q_norm(query), self.k_norm(key), value), 1)
+        query = self._turn(mixed, position_embeddings, batch)
+        seen = attend(query, self._rules, batch)
+        return self.out(seen.view(1, tokens, -1)), None
+
+    def _turn(self, mixed: Tensor, angles: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        """Store keys and values of mixed (N, H + 2 K, D), and return the queries (N, H, D), all rotated."""
+        if self._rules.kernels is not None:
+            self._rules.kernels.turn(mixed, angles, self._rules, batch)
+            return mixed[:, : self._heads]
+        turned = rotate(mixed[:, : self._heads + self._groups], *angles)
         store(self._rules.keys, turned[:, self._heads :], batch)
         store(self._rules.values, mixed[:, self._heads + self._groups :], batch)
-        seen = attend(turned[:, : self._heads], self._rules, batch)
-        return self.out(seen.view(1, tokens, -1)), None
+        return turned[:, : self._heads]
 
 
 class FalconRows(nn.Module):
@@ -123,7 +136,8 @@ class FalconRows(nn.Module):
         self._heads, self._groups = int(source.num_heads), int(source.num_kv_heads)
         self._interleaved = bool(source.new_decoder_architecture) or not source.multi_query
         layer = int(source.layer_idx)
-        self._rules = Layer(cache.keys[layer], cache.values[layer], self._dim**-0.5, None, None)
+        keys, values = cache.keys[layer], cache.values[layer]
+        self._rules = Layer(keys, values, self._dim**-0.5, None, None, cache.kernels)
         self.query_key_value, self.dense = source.query_key_value, source.dense
 
     def forward(
@@ -148,32 +162,46 @@ class FalconRows(nn.Module):
 class FusedMlp(nn.Module):
     """Gated MLP with one product for gate and up."""
 
-    def __init__(self, name: str, source: Any, layers: Adaptables) -> None:
+    def __init__(self, name: str, source: Any, layers: Adaptables, kernels: Kernels | None) -> None:
         super().__init__()
         self.gate_up = layers.joined(
             {f"{name}.gate_proj": source.gate_proj, f"{name}.up_proj": source.up_proj}
         )
         self.down = layers.one(f"{name}.down_proj", source.down_proj)
         self.act = source.act_fn
+        sample = torch.linspace(-4, 4, 9)
+        self._kernels = kernels if torch.allclose(self.act(sample), silu(sample)) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (1, N, hidden) for (1, N, hidden)."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.down(self.act(gate).mul_(up))
+        mixed = self.gate_up(x)
+        if self._kernels is not None:
+            inner = self._kernels.gate(mixed)
+        else:
+            gate, up = mixed.chunk(2, dim=-1)
+            inner = self.act(gate).mul_(up)
+        out: Tensor = self.down(inner)
         return out
 
 
 class Norm(nn.Module):
     """RMS norm in one call (arXiv:1910.07467), for the classes that multiply by the weight itself."""
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    def __init__(self, weight: Tensor, eps: float, kernels: Kernels | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        self._eps = eps
+        self._eps, self._kernels = eps, kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x (..., hidden) over its root mean square, times the weight."""
         return rms_norm(x, self.weight.shape, self.weight, self._eps)
+
+    def after(self, hidden: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return hidden plus `update`, and the norm of that; hidden may be changed in place."""
+        if self._kernels is not None:
+            return hidden, self._kernels.norm(hidden, update, self.weight, self._eps)
+        hidden = hidden if update is None else hidden + update
+        return hidden, self(hidden)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

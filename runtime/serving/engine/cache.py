@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from runtime.serving.engine.batch import Batch
+from runtime.serving.engine.kernels import Kernels
 
 
 class SlotCache:
@@ -20,9 +21,19 @@ class SlotCache:
     is_compileable = False
 
     def __init__(
-        self, layers: int, *, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        *,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: Kernels | None = None,
     ) -> None:
-        """Reserve zeros: a hidden position still counts 0 times its value, and 0 times NaN is NaN."""
+        """Reserve zeros: a hidden position still counts 0 times its value, and 0 times NaN is NaN.
+
+        `kernels` read and write it on a CPU.
+        """
+        self.kernels = kernels
         self.keys = [_zeros(shape, dtype, device) for _ in range(layers)]
         self.values = [_zeros(shape, dtype, device) for _ in range(layers)]
         self.batch: Batch | None = None
@@ -67,7 +78,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 def store(layer: Tensor, new: Tensor, batch: Batch) -> None:
     """Write `new` (N, K, D) into `layer` (S, K, L, D) at the batch's slots and positions."""
     if batch.decodes:
-        layer[batch.slots, :, batch.places] = new[: batch.decodes]
+        layer[batch.slots[: batch.decodes], :, batch.places] = new[: batch.decodes]
     for chunk in batch.chunks:
         target = layer[chunk.slot, :, chunk.start : chunk.start + chunk.count]
         target.copy_(new[chunk.offset : chunk.offset + chunk.count].transpose(0, 1))

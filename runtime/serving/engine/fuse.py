@@ -47,9 +47,9 @@ def prepare(model: "PreTrainedModel", cache: SlotCache, layers: Adaptables) -> N
         elif kind in FUSED and hasattr(module, "o_proj"):
             _replace(model, name, FusedAttention(name, module, cache, layers))
         elif kind in FUSED and hasattr(module, "down_proj") and hasattr(module, "gate_proj"):
-            _replace(model, name, FusedMlp(name, module, layers))
+            _replace(model, name, FusedMlp(name, module, layers, cache.kernels))
         elif kind in UNSCALED and hasattr(module, "variance_epsilon"):
-            _replace(model, name, Norm(module.weight, module.variance_epsilon))
+            _replace(model, name, Norm(module.weight, module.variance_epsilon, cache.kernels))
         elif not replaced and hasattr(module, "layer_idx") and hasattr(module, "config"):
             register(module.config, cache)
     for name, module in list(model.named_modules()):

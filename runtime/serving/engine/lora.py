@@ -1,9 +1,9 @@
 """LoRA adapters that live beside the base weights, one per row of a batch, never merged.
 
 Every linear layer that may be adapted becomes a `RowLinear`: the base product, plus for the flat tokens
-that ask for it their own adapter's update. Shapes: `A` resident adapters, `N` flat tokens, `r` the
-largest rank, `S` scattered tokens, `P` adapters they have, `c` tokens of the busiest. Does not know requests.
-Start at `RowLinear.forward`; `group` says which tokens are whose.
+that ask for it their own adapter's update. Shapes: `A` resident adapters, `N` flat tokens, `r` the largest
+rank, `n` parts of a layer, `S` scattered tokens, `P` adapters they have, `c` tokens of the busiest. Does not
+know requests. Start at `RowLinear.forward`; `group` says which tokens are whose.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from runtime.serving.engine.kernels import Kernels
 
 LOOPED = 2
 """Up to this many spans, products of their own each."""
@@ -27,6 +29,14 @@ class Masked:
     count: int
     mask: Tensor
     """(count, 1, A, 1), one where the token has the adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """The first tokens, each with its own adapter in one call (kernels.py)."""
+
+    lanes: Tensor
+    """(T,) adapter of each, -1 for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +59,29 @@ class Groups:
 
     spans: tuple[tuple[int, int, int], ...]
     """(adapter, begin, end) of tokens that lie together: prompt chunks, neighbouring rows."""
-    scattered: Masked | Batched | None
+    scattered: Own | Masked | Batched | None
     """The other tokens that have an adapter."""
 
 
 def group(
-    owners: Sequence[tuple[int | None, int]], *, resident: int, device: torch.device, dtype: torch.dtype
+    owners: Sequence[tuple[int | None, int]],
+    *,
+    resident: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    own: bool = False,
 ) -> Groups | None:
-    """Sort the flat tokens by adapter, given (adapter or None, count) in flat order; None if all are None."""
+    """Sort the flat tokens by adapter, given (adapter or None, count) in flat order; None if all are None.
+
+    With `own` there are kernels for scattered tokens.
+    """
     spans = _spans(owners)
     if not spans:
         return None
     small = [span for span in spans if span[2] - span[1] < SPAN_TOKENS]
+    if own and small:
+        large = tuple(span for span in spans if span not in small)
+        return Groups(large, Own(torch.tensor([-1 if lane is None else lane for lane in _lanes(small)])))
     if len(small) <= LOOPED:
         return Groups(tuple(spans), None)
     large = tuple(span for span in spans if span not in small)
@@ -68,10 +89,16 @@ def group(
     # decoding rows come first, so the scattered tokens are a beginning, unless a long prompt ends shortly
     if resident > MASKED or any(begin < count for _, begin, _ in large):
         return Groups(large, _batched(small, device))
-    lanes: list[int | None] = [None] * count
-    for adapter, begin, end in small:
+    found = mask(_lanes(small), resident=resident, device=device, dtype=dtype)
+    return Groups(large, Masked(count, found))
+
+
+def _lanes(spans: list[tuple[int, int, int]]) -> list[int | None]:
+    """Return the adapter of each token up to the end of the last span."""
+    lanes: list[int | None] = [None] * spans[-1][2]
+    for adapter, begin, end in spans:
         lanes[begin:end] = [adapter] * (end - begin)
-    return Groups(large, Masked(count, mask(lanes, resident=resident, device=device, dtype=dtype)))
+    return lanes
 
 
 def mask(lanes: Sequence[int | None], *, resident: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -118,7 +145,7 @@ class RowLinear(nn.Module):
         self.in_features, self.outs = size
         self._step = step
         self.down: Tensor | None = None
-        """(in, n, A, r) of all resident adapters."""
+        """(n, A, r, in) of all resident adapters."""
         self.ups: list[Tensor] = []
         """(A, r, out) of each part, scaled."""
 
@@ -130,14 +157,16 @@ class RowLinear(nn.Module):
             return out
         flat, result = x.view(-1, self.in_features), out.view(-1, sum(self.outs))
         for adapter, begin, end in groups.spans:
-            inner = flat[begin:end] @ self.down[:, :, adapter].flatten(1)
+            inner = flat[begin:end] @ self.down[:, adapter].flatten(0, 1).T
             self._add(result[begin:end], inner, [up[adapter] for up in self.ups])
-        if isinstance(groups.scattered, Masked):
+        if isinstance(groups.scattered, Own) and self._step.kernels is not None:
+            self._step.kernels.adapt(flat, result, groups.scattered.lanes, self.down, self.ups)
+        elif isinstance(groups.scattered, Masked):
             count = groups.scattered.count
-            inner = flat[:count] @ self.down.flatten(1)
-            inner.view(count, *self.down.shape[1:]).mul_(groups.scattered.mask)
+            inner = flat[:count] @ self.down.flatten(0, 2).T
+            inner.view(count, *self.down.shape[:3]).mul_(groups.scattered.mask)
             self._add(result[:count], inner, [up.flatten(0, 1) for up in self.ups])
-        elif groups.scattered is not None:
+        elif isinstance(groups.scattered, Batched):
             result.index_add_(0, groups.scattered.tokens, self._batched(flat, self.down, groups.scattered))
         return out
 
@@ -151,7 +180,7 @@ class RowLinear(nn.Module):
     def _batched(self, flat: Tensor, down: Tensor, batched: Batched) -> Tensor:
         """Return (S, outs) for flat (N, in): products of all adapters present at once."""
         x = flat.index_select(0, batched.read).view(len(batched.present), -1, self.in_features)
-        chosen = down[:, :, batched.present].permute(1, 2, 0, 3)  # (n, P, in, r)
+        chosen = down[:, batched.present].transpose(2, 3)  # (n, P, in, r)
         updates = [
             torch.bmm(torch.bmm(x, part), up[batched.present])
             for part, up in zip(chosen, self.ups, strict=True)
@@ -164,19 +193,19 @@ class RowLinear(nn.Module):
             return
         ranks = [down.shape[0] for down, _ in weights.values()]
         like = self.down if self.down is not None else next(iter(weights.values()))[0]
-        rank = max([*ranks, self.down.shape[3] if self.down is not None else 1])
-        new_down = like.new_zeros(self.in_features, len(self.outs), lanes, rank)
+        rank = max([*ranks, self.down.shape[2] if self.down is not None else 1])
+        new_down = like.new_zeros(len(self.outs), lanes, rank, self.in_features)
         new_ups = [like.new_zeros(lanes, rank, out) for out in self.outs]
         if self.down is not None:
-            kept, old = min(lanes, self.down.shape[2]), self.down.shape[3]
-            new_down[:, :, :kept, :old] = self.down[:, :, :kept]
+            kept, old = min(lanes, self.down.shape[1]), self.down.shape[2]
+            new_down[:, :kept, :old] = self.down[:, :kept]
             for new, up in zip(new_ups, self.ups, strict=True):
                 new[:kept, :old] = up[:kept]
         for part, new in enumerate(new_ups):
-            new_down[:, part, lane], new[lane] = 0, 0
+            new_down[part, lane], new[lane] = 0, 0
             if part in weights:
                 down, up = weights[part]
-                new_down[:, part, lane, : down.shape[0]] = down.T
+                new_down[part, lane, : down.shape[0]] = down
                 new[lane, : up.shape[1]] = up.T
         self.down, self.ups = new_down, new_ups
 
@@ -193,4 +222,6 @@ PartWeights = dict[int, tuple[Tensor, Tensor]]
 class Step:
     """What every layer of one model shares: whose tokens are running."""
 
+    kernels: Kernels | None = None
+    """What gives scattered tokens their own adapters, on a CPU."""
     groups: Groups | None = None

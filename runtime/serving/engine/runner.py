@@ -22,6 +22,7 @@ from runtime.serving.engine.blocks import Adaptables
 from runtime.serving.engine.cache import SlotCache
 from runtime.serving.engine.fuse import UNSCALED, prepare
 from runtime.serving.engine.graphs import Recorder
+from runtime.serving.engine.kernels import WIDTH, Kernels
 from runtime.serving.engine.linears import Layouts
 from runtime.serving.engine.lora import Step
 from runtime.serving.engine.recordings import Recordings
@@ -69,18 +70,22 @@ class Runner:
         self._tell(Begin(rows, positions))
         self._model = model
         self._short_tokens = short_tokens(model.config.get_text_config())
-        self._step = Step()
+        kernels = Kernels.find() if _suits_kernels(model) else None
+        self._step = Step(kernels)
         self.cache = SlotCache(
             layers,
             shape=(rows, heads, positions, dim),
             dtype=model.dtype,
             device=model.device,
+            kernels=kernels,
         )
         linears = Adaptables(self._step, Layouts(twice=_is_small(model)), team=self._team)
         prepare(model, self.cache, linears)
         self._trunk = Trunk(model) if model.config.model_type in UNSCALED else None
         cut = membership.share.cut_adapter if membership is not None else None
-        self.bank = Bank(linears.parts, dtype=model.dtype, device=model.device, cut=cut)
+        self.bank = Bank(
+            linears.parts, dtype=model.dtype, device=model.device, cut=cut, own=kernels is not None
+        )
         self._recordings = None
         if recorder is not None:
             self._recordings = Recordings(
@@ -176,6 +181,15 @@ class Runner:
         )
         logits: Tensor = output.logits[0]
         return logits[: batch.chosen.numel()]
+
+
+def _suits_kernels(model: "PreTrainedModel") -> bool:
+    """Whether all sizes are what kernels.c takes."""
+    config = model.config.get_text_config()
+    _, _, dim = cache_shape(model.config)
+    sizes = (config.hidden_size, getattr(config, "intermediate_size", WIDTH), dim)
+    is_plain = model.device.type == "cpu" and model.dtype == torch.float32
+    return is_plain and not any(size % WIDTH for size in sizes)
 
 
 def _is_small(model: "PreTrainedModel") -> bool:

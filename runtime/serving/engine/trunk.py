@@ -32,11 +32,16 @@ class Trunk:
         """Return logits (C, V) of the batch's chosen tokens; (0, 1) when there are none."""
         hidden: Tensor = self._embed(batch.ids)  # (1, N, hidden)
         angles = self._angles(hidden, batch.positions)
+        update = None
         for before, attention, after, mlp in self._layers:
-            hidden = hidden + attention(before(hidden), angles)[0]
-            hidden = hidden + mlp(after(hidden))
+            hidden, normed = before.after(hidden, update)
+            hidden, normed = after.after(hidden, attention(normed, angles)[0])
+            update = mlp(normed)
         if not batch.chosen.numel():  # all tokens are the middle of prompts
             return hidden.new_empty(0, 1)
         # every step runs its last norm on the chosen tokens alone
-        logits: Tensor = self._head(self._norm(hidden[0, batch.chosen]))
+        last = hidden[0, batch.chosen]
+        if update is not None:
+            last += update[0, batch.chosen]
+        logits: Tensor = self._head(self._norm(last))
         return logits

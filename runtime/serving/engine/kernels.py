@@ -1,0 +1,166 @@
+"""What a decode step on a CPU does between its matrix products: kernels.c, called in torch's own threads.
+
+A second team of threads would fight torch's, which spins between two operations, for the cores. So these
+run in torch's, through `GOMP_parallel`, which libgomp and libiomp5 both export. Without the library (no C
+compiler where this was installed) torch's operations compute the same. Shapes: `N` flat tokens, `R` decoding
+ones, `H` query heads, `K` key-value heads, `D` head dim. Does not know models. Start at `Kernels.find`.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from ctypes import Structure, c_float, c_int64, c_void_p
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from runtime.serving.engine.attention import Layer
+    from runtime.serving.engine.batch import Batch
+
+LIBRARY = Path(__file__).with_name("libkernels.so")
+"""Built when the project is installed (hatch_build.py)."""
+WIDTH = 16
+"""Sizes have to be multiples of this."""
+SMALL = 1 << 14
+"""Numbers that one thread handles sooner than a team of them begins."""
+
+
+class _Attend(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("query", "keys", "values", "out", "slots", "places")),
+        *((name, c_int64) for name in ("tokens", "groups", "queries", "dim", "query_stride")),
+        *((name, c_int64) for name in ("slot_stride", "head_stride", "window")),
+        ("scaling", c_float),
+        ("next", c_int64),
+    )
+
+
+class _Turn(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("mixed", "cosines", "sines", "keys", "values", "slots", "places")),
+        *((name, c_int64) for name in ("tokens", "heads", "groups", "dim", "turned")),
+        *((name, c_int64) for name in ("slot_stride", "head_stride", "next")),
+    )
+
+
+class _Norm(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("hidden", "update", "weight", "out")),
+        ("tokens", c_int64),
+        ("size", c_int64),
+        ("epsilon", c_float),
+        ("next", c_int64),
+    )
+
+
+class _Gate(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("mixed", "out")),
+        *((name, c_int64) for name in ("tokens", "size", "next")),
+    )
+
+
+class _Adapt(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "out", "lanes", "down", "ups", "outs")),
+        *((name, c_int64) for name in ("tokens", "parts", "resident", "rank", "in", "next")),
+    )
+
+
+class Kernels:
+    """The compiled kernels, for float32 in a CPU's memory."""
+
+    def __init__(self, library: Path, team: Callable[..., None]) -> None:
+        """`team` is `GOMP_parallel` of the library that torch computes with."""
+        functions = ctypes.PyDLL(str(library))  # keeps the interpreter's lock: what one thread does is short
+        self._functions = {
+            name: getattr(functions, name) for name in ("attend", "turn", "norm", "gate", "adapt")
+        }
+        self._addresses = {name: ctypes.cast(each, c_void_p).value for name, each in self._functions.items()}
+        self._team, self._threads = team, torch.get_num_threads()
+
+    @classmethod
+    def find(cls) -> "Kernels | None":
+        """Return the kernels, or None where they were not built or torch has another kind of threads."""
+        torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+        try:
+            team = ctypes.CDLL(str(torch_library)).GOMP_parallel  # looked up in what torch itself links to
+            team.argtypes, team.restype = (c_void_p, c_void_p, ctypes.c_uint, ctypes.c_uint), None
+            return cls(LIBRARY, team)
+        except (OSError, AttributeError):
+            return None
+
+    def _run(self, name: str, job: Any, *, tasks: int, size: int) -> None:
+        """Run a kernel over `job`, whose `tasks` handle `size` numbers together."""
+        if tasks == 1 or size < SMALL:
+            self._functions[name](ctypes.byref(job))
+        else:
+            self._team(self._addresses[name], ctypes.addressof(job), min(self._threads, tasks), 0)
+
+    def attend(self, query: Tensor, layer: "Layer", batch: "Batch", out: Tensor) -> None:
+        """Write the attention of the first R tokens of query (N, H, D) over their slots into out, alike."""
+        rows, heads, dim = batch.decodes, query.shape[1], query.shape[2]
+        if query.stride()[1:] != (dim, 1):
+            query = query.contiguous()
+        keys, groups = layer.keys, layer.keys.shape[1]
+        job = _Attend(
+            query.data_ptr(), keys.data_ptr(), layer.values.data_ptr(), out.data_ptr(),
+            batch.slots.data_ptr(), batch.places.data_ptr(),
+            rows, groups, heads // groups, dim, query.stride(0),
+            keys.stride(0), keys.stride(1), layer.window or 0, layer.scaling, 0,
+        )  # fmt: skip
+        self._run(
+            "attend",
+            job,
+            tasks=rows * groups,
+            size=2 * dim * groups * sum(r.count * r.longest for r in batch.runs),
+        )
+
+    def turn(self, mixed: Tensor, angles: tuple[Tensor, Tensor], layer: "Layer", batch: "Batch") -> None:
+        """Rotate the queries in mixed (N, H + 2 K, D) in place, the keys into their slots; values follow.
+
+        `angles`: cos and sin (1, N, d), the first d dims, halves paired (arXiv:2104.09864).
+        """
+        tokens, heads, dim = mixed.shape
+        cosines, sines = (angle.contiguous() for angle in angles)
+        keys, groups = layer.keys, layer.keys.shape[1]
+        job = _Turn(
+            mixed.data_ptr(), cosines.data_ptr(), sines.data_ptr(), keys.data_ptr(), layer.values.data_ptr(),
+            batch.slots.data_ptr(), batch.positions.data_ptr(),
+            tokens, heads - 2 * groups, groups, dim, cosines.shape[-1], keys.stride(0), keys.stride(1), 0,
+        )  # fmt: skip
+        self._run("turn", job, tasks=tokens, size=mixed.numel())
+
+    def norm(self, hidden: Tensor, update: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
+        """Add `update` to `hidden` (…, size) in place, and return its RMS norm times weight."""
+        out, size = torch.empty_like(hidden), hidden.shape[-1]
+        tokens = hidden.numel() // size
+        added = update.data_ptr() if update is not None else None
+        job = _Norm(hidden.data_ptr(), added, weight.data_ptr(), out.data_ptr(), tokens, size, epsilon, 0)
+        self._run("norm", job, tasks=tokens, size=hidden.numel())
+        return out
+
+    def gate(self, mixed: Tensor) -> Tensor:
+        """Return silu(a) * b (…, size) for a and b side by side in mixed (…, 2 size)."""
+        size = mixed.shape[-1] // 2
+        out, tokens = mixed.new_empty(*mixed.shape[:-1], size), mixed.numel() // size // 2
+        job = _Gate(mixed.data_ptr(), out.data_ptr(), tokens, size, 0)
+        self._run("gate", job, tasks=tokens, size=mixed.numel())
+        return out
+
+    def adapt(self, x: Tensor, out: Tensor, lanes: Tensor, down: Tensor, ups: Sequence[Tensor]) -> None:
+        """Add to the first T rows of `out` (N, sum of outs) the LoRA updates of those of x (N, in).
+
+        lanes (T,): each token's adapter, -1 for none; down (n, A, r, in) and ups (A, r, out) by part.
+        """
+        parts, resident, rank, size = down.shape
+        pointers = (c_void_p * parts)(*(up.data_ptr() for up in ups))
+        outs = (c_int64 * parts)(*(up.shape[-1] for up in ups))
+        tokens = lanes.numel()
+        job = _Adapt(
+            x.data_ptr(), out.data_ptr(), lanes.data_ptr(), down.data_ptr(),
+            ctypes.addressof(pointers), ctypes.addressof(outs), tokens, parts, resident, rank, size, 0,
+        )  # fmt: skip
+        self._run("adapt", job, tasks=tokens, size=tokens * rank * (parts * size + out.shape[-1]))
