@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 TORCH_INDEX ?=
-SYSTEM_PACKAGES := curl docker-registry skopeo umoci apache2-utils openssl chromium chromium-driver \
+SYSTEM_PACKAGES := gcc libc6-dev curl docker-registry skopeo umoci apache2-utils openssl chromium chromium-driver \
   podman runc catatonit containerd docker.io buildah mmdebstrap containernetworking-plugins iptables iproute2
 
 .PHONY: demo test check format image bench gpu system clean
@@ -16,7 +16,7 @@ SYSTEM_PACKAGES := curl docker-registry skopeo umoci apache2-utils openssl chrom
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo/demo.py
 
-test: $(VENV)/.installed-dev system
+test: system $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.installed-dev
@@ -49,7 +49,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade -c constraints.txt pip
 
-$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt hatch_build.py runtime/serving/engine/kernels.c
 ifneq ($(TORCH_INDEX),)
 	$(BIN)/pip install -q $(TORCH) --index-url $(TORCH_INDEX)
 else

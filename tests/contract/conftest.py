@@ -26,6 +26,7 @@ TOOLS = ("buildah", "podman", "runc", "catatonit", "mmdebstrap", "iptables")
 INPUTS = (
     ".dockerignore",
     "pyproject.toml",
+    "hatch_build.py",
     "constraints.txt",
     "README.md",
     "LICENSE",
@@ -205,7 +206,7 @@ def _digest(base_image: str) -> str:
     for name in INPUTS:
         top = ROOT / name
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
-            if path.is_file() and "__pycache__" not in path.parts:
+            if path.is_file() and path.suffix != ".so" and "__pycache__" not in path.parts:
                 seen.update(f"{path.relative_to(ROOT)} {path.stat().st_mode}".encode() + path.read_bytes())
     return seen.hexdigest()[:16]
 

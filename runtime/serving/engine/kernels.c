@@ -9,7 +9,8 @@
 #include <stdint.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#if defined(__x86_64__)
+#if defined(KERNEL) /* -DKERNEL=void: for the one kind of processor that the compiler is told */
+#elif defined(__x86_64__)
 #define KERNEL __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"))) void
 #else
 #define KERNEL void
@@ -20,6 +21,9 @@ typedef float floats __attribute__((vector_size(4 * WIDTH), aligned(4), may_alia
 typedef int32_t ints __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef float half __attribute__((vector_size(32)));
 typedef float quarter __attribute__((vector_size(16)));
+
+/* Before loops whose bounds a caller knows: what they run over stays in registers. */
+#define UNROLL _Pragma("GCC unroll 16")
 
 INLINE floats load(const float *from) { return *(const floats *)from; }
 INLINE void store(float *to, floats x) { *(floats *)to = x; }
@@ -76,9 +80,9 @@ INLINE void see(const int G, const int D, const float *query, const float *keys,
 {
     float weight[TOGETHER][BLOCK];
     for (int j = 0; j < count; j++)
-        for (int g = 0; g < G; g++) {
+        UNROLL for (int g = 0; g < G; g++) {
             floats product = load(keys + j * D) * load(query + g * D);
-            for (int d = WIDTH; d < D; d += WIDTH) product += load(keys + j * D + d) * load(query + g * D + d);
+            UNROLL for (int d = WIDTH; d < D; d += WIDTH) product += load(keys + j * D + d) * load(query + g * D + d);
             weight[g][j] = sum(product);
         }
     const int padded = (count + WIDTH - 1) / WIDTH * WIDTH;
@@ -98,13 +102,13 @@ INLINE void see(const int G, const int D, const float *query, const float *keys,
         for (int d = 0; d < D; d += WIDTH) store(seen + g * D + d, load(seen + g * D + d) * shrink);
     }
     floats sums[G][D / WIDTH];
-    for (int g = 0; g < G; g++)
-        for (int d = 0; d < D / WIDTH; d++) sums[g][d] = load(seen + g * D + d * WIDTH);
+    UNROLL for (int g = 0; g < G; g++)
+        UNROLL for (int d = 0; d < D / WIDTH; d++) sums[g][d] = load(seen + g * D + d * WIDTH);
     for (int j = 0; j < count; j++)
-        for (int g = 0; g < G; g++)
-            for (int d = 0; d < D / WIDTH; d++) sums[g][d] += weight[g][j] * load(values + j * D + d * WIDTH);
-    for (int g = 0; g < G; g++)
-        for (int d = 0; d < D / WIDTH; d++) store(seen + g * D + d * WIDTH, sums[g][d]);
+        UNROLL for (int g = 0; g < G; g++)
+            UNROLL for (int d = 0; d < D / WIDTH; d++) sums[g][d] += weight[g][j] * load(values + j * D + d * WIDTH);
+    UNROLL for (int g = 0; g < G; g++)
+        UNROLL for (int d = 0; d < D / WIDTH; d++) store(seen + g * D + d * WIDTH, sums[g][d]);
 }
 
 #define SEE(G, D) see(G, D, query, keys, values, count, most, total, seen)
@@ -258,6 +262,7 @@ KERNEL gate(void *given)
 
 /* ---- LoRA: each token's own adapter -------------------------------------------------------------------------- */
 
+#define ROWS 4 /* of a matrix, read side by side */
 struct adapt {
     const float *x;       /* (tokens, in) */
     float *out;           /* (tokens, sum of outs) */
@@ -269,16 +274,24 @@ struct adapt {
     int64_t next;
 };
 
-INLINE float dot(const float *one, const float *other, int64_t size)
+/* to (count) = rows (count, size) x (size). */
+INLINE void dots(const int count, float *to, const float *rows, const float *x, int64_t size)
 {
-    floats even = {}, odd = {};
-    int64_t i = 0;
-    for (; i + 2 * WIDTH <= size; i += 2 * WIDTH) {
-        even += load(one + i) * load(other + i);
-        odd += load(one + i + WIDTH) * load(other + i + WIDTH);
-    }
-    if (i < size) even += load(one + i) * load(other + i);
-    return sum(even + odd);
+    floats sums[count];
+    UNROLL for (int r = 0; r < count; r++) sums[r] = (floats){};
+    for (int64_t i = 0; i < size; i += WIDTH)
+        UNROLL for (int r = 0; r < count; r++) sums[r] += load(rows + r * size + i) * load(x + i);
+    UNROLL for (int r = 0; r < count; r++) to[r] = sum(sums[r]);
+}
+
+/* out (16 count) += inner (rank) x up (rank, 16 count), whose rows lie `stride` apart. */
+INLINE void add(const int count, float *out, const float *inner, const float *up, int64_t rank, int64_t stride)
+{
+    floats sums[count];
+    UNROLL for (int i = 0; i < count; i++) sums[i] = load(out + i * WIDTH);
+    for (int64_t r = 0; r < rank; r++)
+        UNROLL for (int i = 0; i < count; i++) sums[i] += inner[r] * load(up + r * stride + i * WIDTH);
+    UNROLL for (int i = 0; i < count; i++) store(out + i * WIDTH, sums[i]);
 }
 
 KERNEL adapt(void *given)
@@ -294,14 +307,14 @@ KERNEL adapt(void *given)
         float *out = job->out + token * outs;
         for (int64_t part = 0; part < job->parts; out += job->outs[part++]) {
             const float *down = job->down + (part * job->resident + lane) * rank * in;
-            for (int64_t r = 0; r < rank; r++) inner[r] = dot(down + r * in, job->x + token * in, in);
+            int64_t r = 0;
+            for (; r + ROWS <= rank; r += ROWS) dots(ROWS, inner + r, down + r * in, job->x + token * in, in);
+            for (; r < rank; r++) dots(1, inner + r, down + r * in, job->x + token * in, in);
             const int64_t size = job->outs[part];
             const float *up = job->ups[part] + lane * rank * size;
-            for (int64_t o = 0; o < size; o += WIDTH) {
-                floats all = load(out + o);
-                for (int64_t r = 0; r < rank; r++) all += inner[r] * load(up + r * size + o);
-                store(out + o, all);
-            }
+            int64_t o = 0;
+            for (; o + 4 * WIDTH <= size; o += 4 * WIDTH) add(4, out + o, inner, up + o, rank, size);
+            for (; o < size; o += WIDTH) add(1, out + o, inner, up + o, rank, size);
         }
     }
 }

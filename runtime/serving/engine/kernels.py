@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 LIBRARY = Path(__file__).with_name("libkernels.so")
 """Built when the project is installed (hatch_build.py)."""
+TEAM = "GOMP_parallel"
+"""(function, argument, threads, flags): what a compiler makes of `#pragma omp parallel`."""
 WIDTH = 16
 """Sizes have to be multiples of this."""
 SMALL = 1 << 14
@@ -65,7 +67,7 @@ class _Gate(Structure):
 class _Adapt(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("x", "out", "lanes", "down", "ups", "outs")),
-        *((name, c_int64) for name in ("tokens", "parts", "resident", "rank", "in", "next")),
+        *((name, c_int64) for name in ("tokens", "parts", "resident", "rank", "size", "next")),
     )
 
 
@@ -86,7 +88,7 @@ class Kernels:
         """Return the kernels, or None where they were not built or torch has another kind of threads."""
         torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
         try:
-            team = ctypes.CDLL(str(torch_library)).GOMP_parallel  # looked up in what torch itself links to
+            team = getattr(ctypes.CDLL(str(torch_library)), TEAM)  # looked up in what torch itself links to
             team.argtypes, team.restype = (c_void_p, c_void_p, ctypes.c_uint, ctypes.c_uint), None
             return cls(LIBRARY, team)
         except (OSError, AttributeError):
@@ -150,17 +152,26 @@ class Kernels:
         self._run("gate", job, tasks=tokens, size=mixed.numel())
         return out
 
-    def adapt(self, x: Tensor, out: Tensor, lanes: Tensor, down: Tensor, ups: Sequence[Tensor]) -> None:
-        """Add to the first T rows of `out` (N, sum of outs) the LoRA updates of those of x (N, in).
+    def adapt(self, down: Tensor, ups: Sequence[Tensor]) -> Callable[[Tensor, Tensor, Tensor], None]:
+        """Return what adds LoRA updates of n parts by `down` (n, A, r, in) and an up (A, r, out) of each.
 
-        lanes (T,): each token's adapter, -1 for none; down (n, A, r, in) and ups (A, r, out) by part.
+        It is called with x (N, in), what to add to (N, sum of outs), and lanes (T,): the adapters of the
+        first T tokens, -1 for none.
         """
         parts, resident, rank, size = down.shape
         pointers = (c_void_p * parts)(*(up.data_ptr() for up in ups))
         outs = (c_int64 * parts)(*(up.shape[-1] for up in ups))
-        tokens = lanes.numel()
         job = _Adapt(
-            x.data_ptr(), out.data_ptr(), lanes.data_ptr(), down.data_ptr(),
-            ctypes.addressof(pointers), ctypes.addressof(outs), tokens, parts, resident, rank, size, 0,
+            down=down.data_ptr(), ups=ctypes.addressof(pointers), outs=ctypes.addressof(outs),
+            parts=parts, resident=resident, rank=rank, size=size,
         )  # fmt: skip
-        self._run("adapt", job, tasks=tokens, size=tokens * rank * (parts * size + out.shape[-1]))
+        numbers = rank * (parts * size + sum(outs))
+        kept = (down, tuple(ups), pointers, outs)  # what the job points to
+
+        def add(x: Tensor, out: Tensor, lanes: Tensor) -> None:
+            assert kept  # noqa: S101 - lives as long as this does
+            job.x, job.out, job.lanes, job.next = x.data_ptr(), out.data_ptr(), lanes.data_ptr(), 0
+            job.tokens = tokens = lanes.numel()
+            self._run("adapt", job, tasks=tokens, size=tokens * numbers)
+
+        return add

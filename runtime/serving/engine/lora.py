@@ -6,7 +6,7 @@ rank, `n` parts of a layer, `S` scattered tokens, `P` adapters they have, `c` to
 know requests. Start at `RowLinear.forward`; `group` says which tokens are whose.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,6 +148,8 @@ class RowLinear(nn.Module):
         """(n, A, r, in) of all resident adapters."""
         self.ups: list[Tensor] = []
         """(A, r, out) of each part, scaled."""
+        self._adapt: Callable[[Tensor, Tensor, Tensor], None] | None = None
+        """Where there are kernels, adds each token's own update."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return base(x) plus the updates, for x (1, N, in)."""
@@ -159,8 +161,8 @@ class RowLinear(nn.Module):
         for adapter, begin, end in groups.spans:
             inner = flat[begin:end] @ self.down[:, adapter].flatten(0, 1).T
             self._add(result[begin:end], inner, [up[adapter] for up in self.ups])
-        if isinstance(groups.scattered, Own) and self._step.kernels is not None:
-            self._step.kernels.adapt(flat, result, groups.scattered.lanes, self.down, self.ups)
+        if isinstance(groups.scattered, Own) and self._adapt is not None:
+            self._adapt(flat, result, groups.scattered.lanes)
         elif isinstance(groups.scattered, Masked):
             count = groups.scattered.count
             inner = flat[:count] @ self.down.flatten(0, 2).T
@@ -208,10 +210,12 @@ class RowLinear(nn.Module):
                 new_down[part, lane, : down.shape[0]] = down
                 new[lane, : up.shape[1]] = up.T
         self.down, self.ups = new_down, new_ups
+        if self._step.kernels is not None:
+            self._adapt = self._step.kernels.adapt(new_down, new_ups)
 
     def clear(self) -> None:
         """Forget all adapters."""
-        self.down, self.ups = None, []
+        self.down, self.ups, self._adapt = None, [], None
 
 
 PartWeights = dict[int, tuple[Tensor, Tensor]]

@@ -1,0 +1,244 @@
+"""The compiled kernels compute what torch's operations do, on each kind of processor they are built for."""
+
+import math
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm, silu
+
+from runtime.serving.engine import kernels
+from runtime.serving.engine.attention import Layer, attend
+from runtime.serving.engine.batch import Batch, Piece, Work, assemble
+from runtime.serving.engine.blocks import rotate
+from runtime.serving.engine.cache import SlotCache, store
+from runtime.serving.engine.kernels import LIBRARY, Kernels
+from runtime.serving.engine.lora import Groups, Own, RowLinear, Step
+
+from .asking import ask, generate, run
+from .test_rows import FAMILIES, model_of, some_prompts
+
+SOURCE = LIBRARY.with_name("kernels.c")
+PROCESSORS = {"x86-64-v4": ["avx512f", "avx512bw", "avx512vl"], "x86-64-v3": ["avx2", "fma"], "x86-64": []}
+"""What -march calls them, and what /proc/cpuinfo says of one that can run it."""
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+
+
+@pytest.fixture(scope="module", params=["as built", *PROCESSORS])
+def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """The library as it is installed, and one for each kind of processor that this one can be."""
+    library = LIBRARY
+    if request.param in PROCESSORS:
+        if platform.machine() != "x86_64":
+            pytest.skip("one kind of processor only")
+        flags = Path("/proc/cpuinfo").read_text().split()
+        if any(flag not in flags for flag in PROCESSORS[request.param]):
+            pytest.skip(f"this processor is no {request.param}")
+        library = tmp_path_factory.mktemp("kernels") / "libkernels.so"
+        command = [
+            "cc",
+            "-O2",
+            "-ftree-vectorize",
+            "-fPIC",
+            "-shared",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-Wno-psabi",
+        ]
+        command += ["-DKERNEL=void", f"-march={request.param}", "-o", str(library), str(SOURCE), "-lm"]
+        subprocess.run(command, check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "LIBRARY", library)
+        patch.setattr(kernels, "SMALL", 1 << 10)  # so that some run in a team, and some do not
+        found = Kernels.find()
+        assert found is not None, "was built when the project was installed"
+        yield found
+
+
+class Rows:
+    """A cache of five slots with random contents, and a step: three rows, one of them far, and a chunk."""
+
+    positions = (0, 200, 63)
+    slots = (0, 1, 4)
+
+    def __init__(self, native: Kernels | None, *, groups: int = 2, dim: int = 64) -> None:
+        torch.manual_seed(0)
+        self.cache = SlotCache(
+            1, shape=(5, groups, 256, dim), dtype=torch.float32, device=torch.device("cpu"), kernels=native
+        )
+        for layer in (*self.cache.keys, *self.cache.values):
+            layer.normal_()
+        work = Work(
+            ids=[1] * 8, positions=[*self.positions, *range(7, 12)], slots=list(self.slots),
+            pieces=(Piece(3, 3, 7, 5),), chosen=[0], owners=[(None, 8)], long=[False] * 8, copies=[],
+        )  # fmt: skip
+
+        class Nobody:
+            device = torch.device("cpu")
+
+            @staticmethod
+            def group(_: Any) -> None:
+                return None
+
+        self.batch: Batch = assemble(work, Nobody())  # type: ignore[arg-type]
+
+    def layer(self, *, window: int | None = None) -> Layer:
+        return Layer(self.cache.keys[0], self.cache.values[0], 0.2, window, None, self.cache.kernels)
+
+
+def both(native: Kernels, compute: Callable[[Rows], Tensor], **sizes: int) -> tuple[Tensor, Tensor]:
+    return compute(Rows(native, **sizes)), compute(Rows(None, **sizes))
+
+
+@pytest.mark.parametrize("window", [None, 16, 64])
+@pytest.mark.parametrize(
+    ("queries", "groups", "dim"),
+    [
+        (3, 3, 64),
+        (1, 4, 96),
+        (4, 2, 128),
+        (8, 1, 128),
+        (7, 2, 64),
+        (71, 1, 64),
+        (2, 2, 16),
+        (5, 1, 256),
+        (1, 1, 80),
+    ],
+)
+def test_attention_sees_what_torchs_sees(
+    native: Kernels, queries: int, groups: int, dim: int, window: int | None
+) -> None:
+    query = torch.randn(8, 2 * queries * groups, dim)[
+        :, : queries * groups
+    ]  # as it lies beside keys and values
+    found, expected = both(
+        native, lambda rows: attend(query, rows.layer(window=window), rows.batch), groups=groups, dim=dim
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_of_large_scores_and_of_an_infinite_one(native: Kernels) -> None:
+    query = 1000 * torch.randn(8, 4, 64)
+    found, expected = both(native, lambda rows: attend(query, rows.layer(), rows.batch))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    query[1, 2, 5] = torch.inf
+    found, expected = both(native, lambda rows: attend(query, rows.layer(), rows.batch))
+    assert found[1, 2].isnan().all()
+    assert torch.equal(found.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("place", [0, 100, 200])
+def test_a_row_with_nan_in_its_slot_shows_it_and_the_others_do_not(native: Kernels, place: int) -> None:
+    def compute(rows: Rows) -> Tensor:
+        rows.cache.keys[0][1, 1, place, 3] = torch.nan
+        return attend(torch.ones(8, 4, 64), rows.layer(), rows.batch)
+
+    found, expected = both(native, compute)
+    assert found[1, 2:].isnan().all()
+    assert torch.equal(found.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("turned", [64, 32, 20])
+def test_queries_are_rotated_and_keys_and_values_stored(native: Kernels, turned: int) -> None:
+    mixed = torch.randn(8, 4 + 2 + 2, 64)
+    angles = torch.randn(1, 8, turned), torch.randn(1, 8, turned)
+    new, old = Rows(native), Rows(None)
+    own = mixed.clone()
+    native.turn(own, angles, new.layer(), new.batch)
+    expected = rotate(mixed[:, :6], *angles)
+    store(old.cache.keys[0], expected[:, 4:], old.batch)
+    store(old.cache.values[0], mixed[:, 6:], old.batch)
+    torch.testing.assert_close(own[:, :4], expected[:, :4])
+    torch.testing.assert_close(new.cache.keys[0], old.cache.keys[0])
+    assert torch.equal(new.cache.values[0], old.cache.values[0])
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("size", [16, 576, 1000 // 16 * 16])
+def test_norm_adds_the_update_and_scales(native: Kernels, tokens: int, size: int) -> None:
+    hidden, update, weight = torch.randn(1, tokens, size), torch.randn(1, tokens, size), torch.randn(size)
+    changed = hidden.clone()
+    alone, added = native.norm(hidden, None, weight, 1e-5), native.norm(changed, update, weight, 1e-5)
+    torch.testing.assert_close(alone, rms_norm(hidden, (size,), weight, 1e-5))
+    torch.testing.assert_close(changed, hidden + update)
+    torch.testing.assert_close(added, rms_norm(hidden + update, (size,), weight, 1e-5))
+    hidden[0, 0, 7] = torch.nan
+    out = native.norm(hidden, None, weight, 1e-5)
+    assert out[0, 0].isnan().all()
+    assert not out[0, 1:].isnan().any()
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_gate_is_silu_of_one_half_times_the_other(native: Kernels, tokens: int) -> None:
+    mixed = torch.randn(1, tokens, 2 * 160) * 8
+    mixed[0, 0, :8] = torch.tensor([0.0, -0.0, 88, -88, 200, -200, 1e30, -1e30])
+    out = native.gate(mixed)
+    torch.testing.assert_close(out, silu(mixed[..., :160]) * mixed[..., 160:])
+    mixed[0, 0, 3], mixed[0, 0, 4] = torch.nan, torch.inf
+    out, expected = native.gate(mixed), silu(mixed[..., :160]) * mixed[..., 160:]
+    assert torch.equal(out.isfinite(), expected.isfinite())
+
+
+@pytest.mark.parametrize("rank", [1, 4, 11])
+@pytest.mark.parametrize("outs", [(48,), (64, 16, 80)])
+def test_each_token_gets_its_own_adapter(native: Kernels, rank: int, outs: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    base = torch.nn.Linear(96, sum(outs), bias=False)
+    step = Step(native)
+    layer = RowLinear(base, (96, outs), step)
+    parts = {n: (torch.randn(rank, 96), torch.randn(out, rank)) for n, out in enumerate(outs)}
+    layer.place(1, parts, lanes=3)
+    layer.place(2, {0: (2 * parts[0][0], parts[0][1])}, lanes=3)
+    x = torch.randn(1, 9, 96)
+    lanes = torch.tensor([-1, 1, 2, 1, 0, 2, 2, -1])
+    step.groups = Groups((), Own(lanes))
+    with torch.inference_mode():
+        found, expected = layer(x), base(x)
+        for token, lane in enumerate(lanes.tolist()):
+            updates = [x[0, token] @ down.T @ up.T for down, up in parts.values()]
+            if lane == 1:
+                expected[0, token] += torch.cat(updates)
+            elif lane == 2:
+                expected[0, token, : outs[0]] += 2 * updates[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_kernels_the_answers_are_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With them test_rows.py asks; here torch's operations answer, as where there was no compiler."""
+    from runtime.serving.engine.rows import RowEngine
+
+    monkeypatch.setattr(Kernels, "find", lambda: None)
+    model = model_of(family)
+    prompts = some_prompts(3, 40, 1, 70)
+    expected = [generate(model, prompt) for prompt in prompts]
+    engine = RowEngine(model, rows=4, context_tokens=200, queue=8)
+    answers = [ids for ids, _ in run(engine, *(ask(prompt, id=str(n)) for n, prompt in enumerate(prompts)))]
+    engine.close()
+    assert answers == expected
+
+
+@pytest.mark.parametrize("broken", ["no library", "no team"])
+def test_what_is_missing_is_no_failure(broken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if broken == "no library":
+        monkeypatch.setattr(kernels, "LIBRARY", tmp_path / "libkernels.so")
+    else:
+        monkeypatch.setattr(kernels, "TEAM", "GOMP_nobody")
+    assert Kernels.find() is None
+
+
+def test_exponentials_are_right_to_two_units_of_the_last_place(native: Kernels) -> None:
+    """silu(x) * 1 is x / (1 + e^-x): what is left of it near the ends shows the exponential itself."""
+    gates = torch.linspace(-86, 86, 16 * 4000, dtype=torch.float64)
+    mixed = torch.cat((gates.float(), torch.ones(len(gates))))[None]
+    exact = gates.float().double() * torch.sigmoid(gates.float().double())
+    error = (native.gate(mixed)[0].double() - exact).abs() / exact.abs().clamp(min=1e-300)
+    assert error[gates != 0].max() < 4 * math.ldexp(1, -23)
