@@ -49,7 +49,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade -c constraints.txt pip
 
-$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt hatch_build.py runtime/serving/engine/kernels.c
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt hatch_build.py $(wildcard runtime/serving/engine/kernels/*.[ch])
 ifneq ($(TORCH_INDEX),)
 	$(BIN)/pip install -q $(TORCH) --index-url $(TORCH_INDEX)
 else

@@ -13,27 +13,28 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCE = "runtime/serving/engine/kernels.c"
-LIBRARY = "runtime/serving/engine/libkernels.so"
+FOLDER = "runtime/serving/engine/kernels"
+LIBRARY = f"{FOLDER}/libkernels.so"
 FLAGS = ("-O2", "-ftree-vectorize", "-fPIC", "-shared", "-Wno-psabi")  # psabi: no vector crosses a call
 
 
 class Kernels(BuildHookInterface):  # type: ignore[type-arg]
-    """Compiles kernels.c."""
+    """Compiles them."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile, and make the wheel one for this platform; leave it one for any where that fails."""
         root = Path(self.root)
         compiler = shlex.split(os.environ.get("CC", "cc"))
         made = root / f"{LIBRARY}.part"
-        command = [*compiler, *FLAGS, "-o", str(made), str(root / SOURCE), "-lm"]
+        sources = sorted(map(str, (root / FOLDER).glob("*.c")))
+        command = [*compiler, *FLAGS, "-o", str(made), *sources, "-lm"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 - who builds says
             made.replace(root / LIBRARY)  # who has the old one loaded keeps it
         except (OSError, subprocess.CalledProcessError) as failure:
             (root / LIBRARY).unlink(missing_ok=True)
             said = getattr(failure, "stderr", None) or str(failure)
-            self.app.display_warning(f"{SOURCE} was not compiled, serving on a CPU is slower: {said.strip()}")
+            self.app.display_warning(f"{FOLDER} was not compiled, serving on a CPU is slower: {said.strip()}")
             return
         build_data["artifacts"].append(LIBRARY)
         build_data["pure_python"] = False

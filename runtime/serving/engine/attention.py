@@ -83,15 +83,18 @@ def attention(  # noqa: PLR0913 - the signature is transformers'
 def attend(query: Tensor, layer: Layer, batch: Batch) -> Tensor:
     """Return the attention output (N, H, D) of query (N, H, D)."""
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    native = layer.kernels is not None and layer.softcap is None
-    if layer.kernels is not None and native and batch.decodes:
-        layer.kernels.attend(query, layer, batch, out)
-    for run in () if native else batch.runs:
+    native = layer.kernels if layer.softcap is None else None
+    if native is not None and batch.decodes:
+        native.attend(query, layer, batch, out)
+    for run in batch.runs if native is None else ():
         here = slice(run.offset, run.offset + run.count * run.queries)
         out[here] = _decode(query[here], layer, run, batch)
     for piece in batch.chunks:
         here = slice(piece.offset, piece.offset + piece.count)
-        out[here] = _prefill(query[here], layer, piece, batch)
+        if native is not None:
+            native.attend_chunk(query[here], layer, piece, out[here])
+        else:
+            out[here] = _prefill(query[here], layer, piece, batch)
     return out
 
 

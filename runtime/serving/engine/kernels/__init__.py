@@ -1,4 +1,4 @@
-"""What a decode step on a CPU does between its matrix products: kernels.c, called in torch's own threads.
+"""What a step on a CPU does between its matrix products: the C beside this, called in torch's own threads.
 
 A second team of threads would fight torch's, which spins between two operations, for the cores. So these
 run in torch's, through `GOMP_parallel`, which libgomp and libiomp5 both export. Without the library (no C
@@ -17,7 +17,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from runtime.serving.engine.attention import Layer
-    from runtime.serving.engine.batch import Batch
+    from runtime.serving.engine.batch import Batch, Piece
 
 LIBRARY = Path(__file__).with_name("libkernels.so")
 """Built when the project is installed (hatch_build.py)."""
@@ -34,6 +34,16 @@ class _Attend(Structure):
         *((name, c_void_p) for name in ("query", "keys", "values", "out", "slots", "places")),
         *((name, c_int64) for name in ("tokens", "groups", "queries", "dim", "query_stride")),
         *((name, c_int64) for name in ("slot_stride", "head_stride", "window")),
+        ("scaling", c_float),
+        ("next", c_int64),
+    )
+
+
+class _AttendChunk(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("query", "keys", "values", "out")),
+        *((name, c_int64) for name in ("tokens", "start", "heads", "groups", "dim", "query_stride")),
+        *((name, c_int64) for name in ("head_stride", "window")),
         ("scaling", c_float),
         ("next", c_int64),
     )
@@ -78,7 +88,8 @@ class Kernels:
         """`team` is `GOMP_parallel` of the library that torch computes with."""
         functions = ctypes.PyDLL(str(library))  # keeps the interpreter's lock: what one thread does is short
         self._functions = {
-            name: getattr(functions, name) for name in ("attend", "turn", "norm", "gate", "adapt")
+            name: getattr(functions, name)
+            for name in ("attend", "attend_chunk", "turn", "norm", "gate", "adapt")
         }
         self._addresses = {name: ctypes.cast(each, c_void_p).value for name, each in self._functions.items()}
         self._team, self._threads = team, torch.get_num_threads()
@@ -119,6 +130,20 @@ class Kernels:
             tasks=rows * groups,
             size=2 * dim * groups * sum(r.count * r.longest for r in batch.runs),
         )
+
+    def attend_chunk(self, query: Tensor, layer: "Layer", piece: "Piece", out: Tensor) -> None:
+        """Write the attention of a chunk's query (T, H, D), each token up to itself, into out, alike."""
+        tokens, heads, dim = query.shape
+        if query.stride()[1:] != (dim, 1):
+            query = query.contiguous()
+        keys, values = layer.keys[piece.slot], layer.values[piece.slot]
+        job = _AttendChunk(
+            query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
+            tokens, piece.start, heads, keys.shape[0], dim, query.stride(0), keys.stride(0),
+            layer.window or 0, layer.scaling, 0,
+        )  # fmt: skip
+        tasks = heads * (-(-tokens // WIDTH))
+        self._run("attend_chunk", job, tasks=tasks, size=2 * dim * heads * tokens * (piece.start + tokens))
 
     def turn(self, mixed: Tensor, angles: tuple[Tensor, Tensor], layer: "Layer", batch: "Batch") -> None:
         """Rotate the queries in mixed (N, H + 2 K, D) in place, the keys into their slots; values follow.
