@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from runtime.serving.engine.kernels import MOST_TOKENS, WIDTH, Kernels
+
 FEW = (1, 2, 4, 8, 16)
 """Numbers of rows at which two layouts are compared, until the transposed one is no longer the faster."""
-TRIALS = 3
-GAIN = 1.1
+TRIALS = 7
+GAIN = 1.04
 """How much faster a second copy of a weight has to make a product."""
 COLD_BYTES = 64 << 20
 """A comparison runs over so many bytes of weights in turn: a step finds none of them in a cache."""
@@ -113,10 +115,29 @@ class Packed(nn.Module):
         return self._multiply(x, self.weight, self.bias, "none", [], "")
 
 
+class Streamed(nn.Module):
+    """A linear layer over a weight as it lies, which kernels read once for all of a few rows."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> None:
+        """`weight` (out, in), as nn.Linear has it."""
+        super().__init__()
+        self._kernels = kernels
+        own = weight.detach().clone(memory_format=torch.contiguous_format)  # aligned, and no view of a file
+        self.register_buffer("weight", own, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., out) for x (..., in), of MOST_TOKENS rows at most."""
+        return self._kernels.multiply(x.contiguous(), self.weight, self.bias)
+
+
 class BySize(nn.Module):
     """Two layouts of one weight, each for the number of rows it is faster at; takes twice the memory."""
 
-    def __init__(self, few: Transposed, many: Packed, *, most_few: int) -> None:
+    def __init__(self, few: Transposed | Streamed, many: Packed, *, most_few: int) -> None:
         """`few` runs up to `most_few` rows."""
         super().__init__()
         self.few, self.many, self._most_few = few, many, most_few
@@ -124,18 +145,21 @@ class BySize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out) for x (..., in)."""
         rows = x.numel() // x.shape[-1]
-        out: Tensor = self.few(x) if rows <= self._most_few else self.many(x)
-        return out
+        return self.few.forward(x) if rows <= self._most_few else self.many.forward(x)
 
 
-def most_few(few: Sequence[nn.Module], many: Sequence[nn.Module], features: int) -> int:
+def most_few(
+    few: Sequence[nn.Module], many: Sequence[nn.Module], features: int, *, limit: int = FEW[-1]
+) -> int:
     """Return up to how many rows (rows, features) `few` are clearly the faster layers here, 0 for none.
+
+    They take `limit` rows at most.
 
     Measured, because the CPU and its libraries decide: at one row MKL reads a transposed weight faster than
     oneDNN a packed one on an Intel CPU, half as fast on an AMD one (tests/bench/RESULTS.md).
     """
     most = 0
-    for rows in FEW:
+    for rows in (each for each in FEW if each <= limit):
         x = torch.zeros(rows, features)
         seconds = [math.inf, math.inf]
         for _ in range(TRIALS):
@@ -153,9 +177,9 @@ def most_few(few: Sequence[nn.Module], many: Sequence[nn.Module], features: int)
 class Layouts:
     """Gives linear layers the layouts that suit their device."""
 
-    def __init__(self, *, twice: bool) -> None:
+    def __init__(self, *, twice: bool, kernels: Kernels | None = None) -> None:
         """`twice` allows two layouts of each weight."""
-        self._twice = twice
+        self._twice, self._kernels = twice, kernels
         self._packing = Packing.find()
         self._most_few: dict[tuple[int, int], int] = {}
         """By (in, out)."""
@@ -171,10 +195,18 @@ class Layouts:
             self._most_few[size] = self._compare(layer.weight, self._packing)
         packed = Packed(layer.weight, layer.bias, self._packing)
         few = self._most_few.get(size, 0)
-        return BySize(Transposed(layer.weight, layer.bias), packed, most_few=few) if few else packed
+        return BySize(self._few(layer.weight, layer.bias), packed, most_few=few) if few else packed
+
+    def _few(self, weight: Tensor, bias: Tensor | None) -> Transposed | Streamed:
+        """Return the layout for few rows."""
+        if self._kernels is None or weight.shape[1] % WIDTH:
+            return Transposed(weight, bias)
+        return Streamed(weight, bias, self._kernels)
 
     def _compare(self, weight: Tensor, packing: Packing) -> int:
-        """Return up to how many rows a transposed layout of weights like this one (out, in) is faster."""
+        """Return up to how many rows the layout for few is faster, of weights like this one (out, in)."""
         copies = range(min(1 + COLD_BYTES // weight.nbytes, MOST_COPIES))
-        transposed = [Transposed(weight, None) for _ in copies]
-        return most_few(transposed, [Packed(weight, None, packing) for _ in copies], weight.shape[1])
+        few = [self._few(weight.clone(), None) for _ in copies]
+        packed = [Packed(weight, None, packing) for _ in copies]
+        limit = MOST_TOKENS if isinstance(few[0], Streamed) else FEW[-1]
+        return most_few(few, packed, weight.shape[1], limit=limit)

@@ -79,7 +79,7 @@ class Runner:
             device=model.device,
             kernels=kernels,
         )
-        linears = Adaptables(self._step, Layouts(twice=_is_small(model)), team=self._team)
+        linears = Adaptables(self._step, Layouts(twice=_is_small(model), kernels=kernels), team=self._team)
         prepare(model, self.cache, linears)
         self._trunk = Trunk(model) if model.config.model_type in UNSCALED else None
         cut = membership.share.cut_adapter if membership is not None else None

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import linear, rms_norm, silu
 
 from runtime.serving.engine import kernels
 from runtime.serving.engine.attention import Layer, attend
@@ -176,6 +176,18 @@ def test_queries_are_rotated_and_keys_and_values_stored(native: Kernels, turned:
     torch.testing.assert_close(own[:, :4], expected[:, :4])
     torch.testing.assert_close(new.cache.keys[0], old.cache.keys[0])
     assert torch.equal(new.cache.values[0], old.cache.values[0])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("size", "outs"), [(16, 5), (48, 960), (576, 33), (1536, 64)])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+def test_a_product_with_few_rows(native: Kernels, tokens: int, size: int, outs: int, bias: bool) -> None:
+    x, weight = torch.randn(1, tokens, size), torch.randn(outs, size) / size**0.5
+    added = torch.randn(outs) if bias else None
+    found = native.multiply(x, weight, added)
+    torch.testing.assert_close(found, linear(x, weight, added), rtol=1e-5, atol=1e-5)
+    x[0, 0, 3] = torch.nan
+    assert native.multiply(x, weight, added).isnan().sum() == outs
 
 
 @pytest.mark.parametrize("tokens", [1, 9])

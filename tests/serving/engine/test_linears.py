@@ -6,7 +6,8 @@ from torch import nn
 
 from runtime.serving.engine import linears
 from runtime.serving.engine.blocks import rotate
-from runtime.serving.engine.linears import BySize, Layouts, Packed, Packing, Transposed, join
+from runtime.serving.engine.kernels import MOST_TOKENS, Kernels
+from runtime.serving.engine.linears import BySize, Layouts, Packed, Packing, Streamed, Transposed, join
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -16,7 +17,7 @@ def test_every_layout_computes_the_same_product(
     monkeypatch: pytest.MonkeyPatch, bias: bool, twice: bool, rows: int
 ) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(linears, "most_few", lambda *_: 51)
+    monkeypatch.setattr(linears, "most_few", lambda *_, **__: 51)
     layer = nn.Linear(96, 160, bias=bias)
     x = torch.randn(1, rows, 96)
     with torch.inference_mode():
@@ -31,6 +32,30 @@ def test_packing_is_found_on_this_build_of_torch() -> None:
     """Fails when torch renames the operators, so that a loss of speed is not found by users."""
     assert Packing.find() is not None
     assert isinstance(Layouts(twice=False).fast(nn.Linear(8, 8)), Packed)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_with_kernels_a_few_rows_are_streamed_and_more_are_packed(
+    monkeypatch: pytest.MonkeyPatch, bias: bool
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(linears, "most_few", lambda *_, limit: asked.append(limit) or limit)
+    kernels = Kernels.find()
+    if kernels is None:
+        pytest.skip("built without kernels")
+    layer = nn.Linear(96, 160, bias=bias)
+    with torch.inference_mode():
+        fast = Layouts(twice=True, kernels=kernels).fast(layer)
+        assert isinstance(fast, BySize)
+        assert isinstance(fast.few, Streamed)
+        assert asked == [MOST_TOKENS]
+        assert fast.few.weight.data_ptr() != layer.weight.data_ptr(), "is no view of a file that others keep"
+        for rows in range(1, MOST_TOKENS + 2):
+            x = torch.randn(1, rows, 96)
+            torch.testing.assert_close(fast(x), layer(x), rtol=1e-5, atol=1e-5)
+    odd = Layouts(twice=True, kernels=kernels).fast(nn.Linear(40, 8))
+    assert isinstance(odd, BySize)
+    assert isinstance(odd.few, Transposed), "kernels take multiples of 16"
 
 
 class Timed(nn.Module):
@@ -48,7 +73,7 @@ class Timed(nn.Module):
 
 @pytest.mark.parametrize(
     ("transposed", "most"),
-    [({}, 0), ({1: 0.95}, 0), ({1: 0.8}, 1), ({1: 0.8, 2: 0.8, 4: 0.8, 16: 0.8}, 4), ({2: 0.5}, 0)],
+    [({}, 0), ({1: 0.97}, 0), ({1: 0.8}, 1), ({1: 0.8, 2: 0.8, 4: 0.8, 16: 0.8}, 4), ({2: 0.5}, 0)],
 )
 def test_a_second_layout_serves_up_to_the_rows_at_which_it_is_measured_to_be_clearly_faster(
     monkeypatch: pytest.MonkeyPatch, transposed: dict[int, float], most: int
@@ -60,7 +85,7 @@ def test_a_second_layout_serves_up_to_the_rows_at_which_it_is_measured_to_be_cle
 @pytest.mark.parametrize("most", [0, 2])
 def test_a_second_layout_that_is_no_faster_is_not_kept(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     measured = []
-    monkeypatch.setattr(linears, "most_few", lambda *_: measured.append(1) or most)
+    monkeypatch.setattr(linears, "most_few", lambda *_, **__: measured.append(1) or most)
     layouts = Layouts(twice=True)
     for _ in range(2):
         assert isinstance(layouts.fast(nn.Linear(8, 8)), BySize if most else Packed)

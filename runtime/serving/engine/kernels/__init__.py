@@ -25,6 +25,10 @@ TEAM = "GOMP_parallel"
 """(function, argument, threads, flags): what a compiler makes of `#pragma omp parallel`."""
 WIDTH = 16
 """Sizes have to be multiples of this."""
+MOST_TOKENS = 4
+"""That `multiply` takes."""
+PARTS = 2
+"""Parts of a weight for each thread: long, to be streamed, and one more in case a core is busy."""
 SMALL = 1 << 14
 """Numbers that one thread handles sooner than a team of them begins."""
 
@@ -46,6 +50,13 @@ class _AttendChunk(Structure):
         *((name, c_int64) for name in ("head_stride", "window")),
         ("scaling", c_float),
         ("next", c_int64),
+    )
+
+
+class _Multiply(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "weight", "bias", "out")),
+        *((name, c_int64) for name in ("tokens", "in", "outs", "part", "next")),
     )
 
 
@@ -89,7 +100,7 @@ class Kernels:
         functions = ctypes.PyDLL(str(library))  # keeps the interpreter's lock: what one thread does is short
         self._functions = {
             name: getattr(functions, name)
-            for name in ("attend", "attend_chunk", "turn", "norm", "gate", "adapt")
+            for name in ("multiply", "attend", "attend_chunk", "turn", "norm", "gate", "adapt")
         }
         self._addresses = {name: ctypes.cast(each, c_void_p).value for name, each in self._functions.items()}
         self._team, self._threads = team, torch.get_num_threads()
@@ -111,6 +122,16 @@ class Kernels:
             self._functions[name](ctypes.byref(job))
         else:
             self._team(self._addresses[name], ctypes.addressof(job), min(self._threads, tasks), 0)
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x (…, in) times weight (out, in), plus bias, for at most MOST_TOKENS tokens."""
+        outs, size = weight.shape
+        out, tokens = x.new_empty(*x.shape[:-1], outs), x.numel() // size
+        part = -(-outs // (PARTS * self._threads))
+        added = bias.data_ptr() if bias is not None else None
+        job = _Multiply(x.data_ptr(), weight.data_ptr(), added, out.data_ptr(), tokens, size, outs, part, 0)
+        self._run("multiply", job, tasks=outs, size=outs * size)
+        return out
 
     def attend(self, query: Tensor, layer: "Layer", batch: "Batch", out: Tensor) -> None:
         """Write the attention of the first R tokens of query (N, H, D) over their slots into out, alike."""
