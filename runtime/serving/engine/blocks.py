@@ -15,7 +15,7 @@ from runtime.serving.engine.bank import Part
 from runtime.serving.engine.batch import Batch
 from runtime.serving.engine.cache import SlotCache, store
 from runtime.serving.engine.kernels import Kernels
-from runtime.serving.engine.linears import Layouts, is_plain, join
+from runtime.serving.engine.linears import Bare, Layouts, is_plain, join
 from runtime.serving.engine.lora import RowLinear, Step
 from runtime.serving.engine.team import PARTIAL, Joined, Summed, Team
 
@@ -64,7 +64,7 @@ class Adaptables:
         return layer
 
 
-class Side(nn.Module):
+class Side(Bare):
     """Several layers side by side: quantised weights are not joined."""
 
     def __init__(self, layers: list[RowLinear]) -> None:
@@ -76,7 +76,7 @@ class Side(nn.Module):
         return torch.cat([layer(x) for layer in self.layers], dim=-1)
 
 
-class FusedAttention(nn.Module):
+class FusedAttention(Bare):
     """Attention of the `FUSED` families over flat tokens: one product for q, k and v, one rotation."""
 
     def __init__(self, name: str, source: Any, cache: SlotCache, layers: Adaptables) -> None:
@@ -127,7 +127,7 @@ class FusedAttention(nn.Module):
         return turned[:, : self._heads]
 
 
-class FalconRows(nn.Module):
+class FalconRows(Bare):
     """Falcon's attention over flat tokens, for its three layouts of the joined projection."""
 
     def __init__(self, source: Any, cache: SlotCache) -> None:
@@ -159,7 +159,7 @@ class FalconRows(nn.Module):
         return self.dense(seen.view(1, tokens, -1)), None
 
 
-class FusedMlp(nn.Module):
+class FusedMlp(Bare):
     """Gated MLP with one product for gate and up."""
 
     def __init__(self, name: str, source: Any, layers: Adaptables, kernels: Kernels | None) -> None:
@@ -184,7 +184,7 @@ class FusedMlp(nn.Module):
         return out
 
 
-class Norm(nn.Module):
+class Norm(Bare):
     """RMS norm in one call (arXiv:1910.07467), for the classes that multiply by the weight itself."""
 
     def __init__(self, weight: Tensor, eps: float, kernels: Kernels | None) -> None:

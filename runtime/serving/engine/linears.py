@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,16 @@ MOST_COPIES = 32
 """Of a small weight, whose layout hardly matters."""
 
 
-class Transposed(nn.Module):
+class Bare(nn.Module):
+    """A module whose call is its `forward`: to look for hooks, which none has, takes as long as a kernel."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Make every class of them so."""
+        super().__init_subclass__(**options)
+        cls.__call__ = cls.forward  # type: ignore[method-assign]
+
+
+class Transposed(Bare):
     """A linear layer whose weight lies as (in, out): on Intel's CPUs the fastest layout for one row."""
 
     weight: Tensor
@@ -97,7 +107,7 @@ class Packing:
         return found if right else None
 
 
-class Packed(nn.Module):
+class Packed(Bare):
     """A linear layer over a packed weight: twice as fast as `F.linear` from 4 rows on."""
 
     weight: Tensor
@@ -115,7 +125,7 @@ class Packed(nn.Module):
         return self._multiply(x, self.weight, self.bias, "none", [], "")
 
 
-class Streamed(nn.Module):
+class Streamed(Bare):
     """A linear layer over a weight as it lies, which kernels read once for all of a few rows."""
 
     weight: Tensor
@@ -134,7 +144,7 @@ class Streamed(nn.Module):
         return self._kernels.multiply(x.contiguous(), self.weight, self.bias)
 
 
-class BySize(nn.Module):
+class BySize(Bare):
     """Two layouts of one weight, each for the number of rows it is faster at; takes twice the memory."""
 
     def __init__(self, few: Transposed | Streamed, many: Packed, *, most_few: int) -> None:
@@ -145,7 +155,8 @@ class BySize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out) for x (..., in)."""
         rows = x.numel() // x.shape[-1]
-        return self.few.forward(x) if rows <= self._most_few else self.many.forward(x)
+        out: Tensor = self.few(x) if rows <= self._most_few else self.many(x)
+        return out
 
 
 def most_few(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.serving.engine.kernels import Kernels
+from runtime.serving.engine.linears import Bare
 
 LOOPED = 2
 """Up to this many spans, products of their own each."""
@@ -131,7 +132,7 @@ def _spans(owners: Sequence[tuple[int | None, int]]) -> list[tuple[int, int, int
     return spans
 
 
-class RowLinear(nn.Module):
+class RowLinear(Bare):
     """A linear layer with any number of adapters; the step under way says which token has which.
 
     It may stand for several layers with the same input, its outputs theirs one after another: each of

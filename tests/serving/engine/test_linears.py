@@ -95,7 +95,7 @@ def test_a_second_layout_that_is_no_faster_is_not_kept(monkeypatch: pytest.Monke
 def test_without_packing_or_with_a_wrong_one_the_plain_layout_is_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(linears.Packed, "forward", lambda *_: torch.zeros(2, 3))
+    monkeypatch.setattr(linears.Packed, "__call__", lambda *_: torch.zeros(2, 3))
     assert Packing.find() is None
     layer = nn.Linear(8, 8)
     assert isinstance(Layouts(twice=True).fast(layer), Transposed)
