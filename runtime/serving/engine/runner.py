@@ -4,6 +4,7 @@ Knows the model and its cache, not requests or sampling. Start at `Runner.run`.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from runtime.serving.engine.trunk import Trunk
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
+log = logging.getLogger(__name__)
 
 SPARE = 10
 """A model this many times smaller than the host's memory is laid out twice on a CPU."""
@@ -70,7 +73,7 @@ class Runner:
         self._tell(Begin(rows, positions))
         self._model = model
         self._short_tokens = short_tokens(model.config.get_text_config())
-        kernels = Kernels.find() if _suits_kernels(model) else None
+        kernels = _find_kernels(model)
         self._step = Step(kernels)
         self.cache = SlotCache(
             layers,
@@ -183,13 +186,20 @@ class Runner:
         return logits[: batch.chosen.numel()]
 
 
-def _suits_kernels(model: "PreTrainedModel") -> bool:
-    """Whether all sizes are what kernels.c takes."""
+def _find_kernels(model: "PreTrainedModel") -> Kernels | None:
+    """Return the compiled kernels for `model`, or None: on a GPU, for other types and sizes, or not built."""
     config = model.config.get_text_config()
     _, _, dim = cache_shape(model.config)
     sizes = (config.hidden_size, getattr(config, "intermediate_size", WIDTH), dim)
     is_plain = model.device.type == "cpu" and model.dtype == torch.float32
-    return is_plain and not any(size % WIDTH for size in sizes)
+    if not is_plain or any(size % WIDTH for size in sizes):
+        return None
+    found = Kernels.find()
+    if found is None:
+        log.warning(
+            "Without compiled kernels, serving on a CPU is slower: install a C compiler, then this again"
+        )
+    return found
 
 
 def _is_small(model: "PreTrainedModel") -> bool:

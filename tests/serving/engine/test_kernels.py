@@ -241,7 +241,9 @@ def test_each_token_gets_its_own_adapter(native: Kernels, rank: int, outs: tuple
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_kernels_the_answers_are_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_kernels_the_answers_are_the_same(
+    family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """With them test_rows.py asks; here torch's operations answer, as where there was no compiler."""
     from runtime.serving.engine.rows import RowEngine
 
@@ -253,6 +255,7 @@ def test_without_kernels_the_answers_are_the_same(family: str, monkeypatch: pyte
     answers = [ids for ids, _ in run(engine, *(ask(prompt, id=str(n)) for n, prompt in enumerate(prompts)))]
     engine.close()
     assert answers == expected
+    assert "Without compiled kernels, serving on a CPU is slower" in caplog.text
 
 
 @pytest.mark.parametrize("broken", ["no library", "no team"])
