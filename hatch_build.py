@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sysconfig
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,12 @@ class Kernels(BuildHookInterface):  # type: ignore[type-arg]
         root = Path(self.root)
         compiler = shlex.split(os.environ.get("CC", "cc"))
         made = root / f"{LIBRARY}.part"
-        sources = sorted(map(str, (root / FOLDER).glob("*.c")))
-        command = [*compiler, *FLAGS, "-o", str(made), *sources, "-lm"]
+        sources = sorted((root / FOLDER).glob("*.[ch]"))
+        checksum = zlib.crc32(
+            b"".join(path.read_bytes() for path in sources)
+        )  # as kernels/__init__.py has it
+        command = [*compiler, *FLAGS, f"-DBUILT_FROM={checksum}", "-o", str(made)]
+        command += [*(str(path) for path in sources if path.suffix == ".c"), "-lm"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 - who builds says
             made.replace(root / LIBRARY)  # who has the old one loaded keeps it

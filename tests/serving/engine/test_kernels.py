@@ -19,7 +19,7 @@ from runtime.serving.engine.attention import Layer, attend
 from runtime.serving.engine.batch import Batch, Piece, Work, assemble
 from runtime.serving.engine.blocks import rotate
 from runtime.serving.engine.cache import SlotCache, store
-from runtime.serving.engine.kernels import LIBRARY, Kernels
+from runtime.serving.engine.kernels import LIBRARY, Kernels, checksum
 from runtime.serving.engine.lora import Groups, Own, RowLinear, Step
 
 from .asking import ask, generate, run
@@ -54,7 +54,15 @@ def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             "-Werror",
             "-Wno-psabi",
         ]
-        command += ["-DKERNEL=void", f"-march={request.param}", "-o", str(library), *map(str, SOURCES), "-lm"]
+        command += [
+            "-DKERNEL=void",
+            f"-DBUILT_FROM={checksum()}",
+            f"-march={request.param}",
+            "-o",
+            str(library),
+            *map(str, SOURCES),
+            "-lm",
+        ]
         subprocess.run(command, check=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "LIBRARY", library)
@@ -258,12 +266,14 @@ def test_without_kernels_the_answers_are_the_same(
     assert "Without compiled kernels, serving on a CPU is slower" in caplog.text
 
 
-@pytest.mark.parametrize("broken", ["no library", "no team"])
+@pytest.mark.parametrize("broken", ["no library", "no team", "older than its sources"])
 def test_what_is_missing_is_no_failure(broken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if broken == "no library":
         monkeypatch.setattr(kernels, "LIBRARY", tmp_path / "libkernels.so")
-    else:
+    elif broken == "no team":
         monkeypatch.setattr(kernels, "TEAM", "GOMP_nobody")
+    else:
+        monkeypatch.setattr(kernels, "checksum", lambda: 1)
     assert Kernels.find() is None
 
 

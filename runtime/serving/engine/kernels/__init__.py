@@ -7,6 +7,7 @@ ones, `H` query heads, `K` key-value heads, `D` head dim. Does not know models. 
 """
 
 import ctypes
+import zlib
 from collections.abc import Callable, Sequence
 from ctypes import Structure, c_float, c_int64, c_void_p
 from pathlib import Path
@@ -31,6 +32,11 @@ PARTS = 2
 """Parts of a weight for each thread: long, to be streamed, and one more in case a core is busy."""
 SMALL = 1 << 14
 """Numbers that one thread handles sooner than a team of them begins."""
+
+
+def checksum() -> int:
+    """Return what a library built from the sources beside this has as `built_from` (hatch_build.py)."""
+    return zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.[ch]"))))
 
 
 class _Attend(Structure):
@@ -98,6 +104,8 @@ class Kernels:
     def __init__(self, library: Path, team: Callable[..., None]) -> None:
         """`team` is `GOMP_parallel` of the library that torch computes with."""
         functions = ctypes.PyDLL(str(library))  # keeps the interpreter's lock: what one thread does is short
+        if ctypes.c_uint32.in_dll(functions, "built_from").value != checksum():
+            raise OSError(f"{library} was built from other sources")
         self._functions = {
             name: getattr(functions, name)
             for name in ("multiply", "attend", "attend_chunk", "turn", "norm", "gate", "adapt")
@@ -107,13 +115,13 @@ class Kernels:
 
     @classmethod
     def find(cls) -> "Kernels | None":
-        """Return the kernels, or None where they were not built or torch has another kind of threads."""
+        """Return the kernels, or None: not built from these sources, or torch has another kind of threads."""
         torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
         try:
             team = getattr(ctypes.CDLL(str(torch_library)), TEAM)  # looked up in what torch itself links to
             team.argtypes, team.restype = (c_void_p, c_void_p, ctypes.c_uint, ctypes.c_uint), None
             return cls(LIBRARY, team)
-        except (OSError, AttributeError):
+        except (OSError, AttributeError, ValueError):  # no library, no function, no `built_from`
             return None
 
     def _run(self, name: str, job: Any, *, tasks: int, size: int) -> None:

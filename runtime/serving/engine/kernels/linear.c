@@ -1,6 +1,11 @@
 /* A product with a few rows is one reading of the weights: each thread streams its part of them. */
 #include "vectors.h"
 
+/* A library that is older than the sources beside it has other structures, and is left alone. */
+#ifdef BUILT_FROM
+const uint32_t built_from = BUILT_FROM;
+#endif
+
 struct multiply {
     const float *x, *weight, *bias; /* (tokens, in), (outs, in), (outs,) or NULL */
     float *out;                     /* (tokens, outs) */
