@@ -28,9 +28,8 @@ class Kernels(BuildHookInterface):  # type: ignore[type-arg]
         compiler = shlex.split(os.environ.get("CC", "cc"))
         made = root / f"{LIBRARY}.part"
         sources = sorted((root / FOLDER).glob("*.[ch]"))
-        checksum = zlib.crc32(
-            b"".join(path.read_bytes() for path in sources)
-        )  # as kernels/__init__.py has it
+        # as kernels/__init__.py has it, which cannot be imported here: torch is not there
+        checksum = zlib.crc32(b"".join(path.read_bytes() for path in sources))
         command = [*compiler, *FLAGS, f"-DBUILT_FROM={checksum}", "-o", str(made)]
         command += [*(str(path) for path in sources if path.suffix == ".c"), "-lm"]
         try:

@@ -217,7 +217,7 @@ class Layouts:
     def _compare(self, weight: Tensor, packing: Packing) -> int:
         """Return up to how many rows the layout for few is faster, of weights like this one (out, in)."""
         copies = range(min(1 + COLD_BYTES // weight.nbytes, MOST_COPIES))
-        few = [self._few(weight.clone(), None) for _ in copies]
+        few = [self._few(weight, None) for _ in copies]
         packed = [Packed(weight, None, packing) for _ in copies]
         limit = MOST_TOKENS if isinstance(few[0], Streamed) else FEW[-1]
         return most_few(few, packed, weight.shape[1], limit=limit)

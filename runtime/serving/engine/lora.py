@@ -34,7 +34,7 @@ class Masked:
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """The first tokens, each with its own adapter in one call (kernels.py)."""
+    """The first tokens, each with its own adapter in one call (kernels/)."""
 
     lanes: Tensor
     """(T,) adapter of each, -1 for none."""
@@ -80,12 +80,11 @@ def group(
     if not spans:
         return None
     small = [span for span in spans if span[2] - span[1] < SPAN_TOKENS]
+    large = tuple(span for span in spans if span not in small)
     if own and small:
-        large = tuple(span for span in spans if span not in small)
-        return Groups(large, Own(torch.tensor([-1 if lane is None else lane for lane in _lanes(small)])))
+        return Groups(large, Own(_numbers(_lanes(small))))
     if len(small) <= LOOPED:
         return Groups(tuple(spans), None)
-    large = tuple(span for span in spans if span not in small)
     count = small[-1][2]
     # decoding rows come first, so the scattered tokens are a beginning, unless a long prompt ends shortly
     if resident > MASKED or any(begin < count for _, begin, _ in large):
@@ -104,8 +103,12 @@ def _lanes(spans: list[tuple[int, int, int]]) -> list[int | None]:
 
 def mask(lanes: Sequence[int | None], *, resident: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return (T, 1, A, 1), one where each of T tokens has its adapter."""
-    chosen = torch.tensor([-1 if lane is None else lane for lane in lanes])
-    return (chosen[:, None] == torch.arange(resident)).to(device, dtype)[:, None, :, None]
+    return (_numbers(lanes)[:, None] == torch.arange(resident)).to(device, dtype)[:, None, :, None]
+
+
+def _numbers(lanes: Sequence[int | None]) -> Tensor:
+    """Return (T,) the adapters, -1 for none."""
+    return torch.tensor([-1 if lane is None else lane for lane in lanes])
 
 
 def _batched(spans: list[tuple[int, int, int]], device: torch.device) -> Batched:

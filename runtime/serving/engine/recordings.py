@@ -99,8 +99,7 @@ class Recordings:
 
     def run(self, work: Work) -> Tensor | None:
         """Return the logits of the tokens of `work`, or None where it is to run as it comes."""
-        form = self._form(work)
-        if form is None or self._recorder is None:
+        if self._recorder is None or (form := self._form(work)) is None:
             return None
         self._seen[form] += 1
         # where each token of the work is among those of the recording

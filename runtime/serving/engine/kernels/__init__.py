@@ -39,63 +39,51 @@ def checksum() -> int:
     return zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.[ch]"))))
 
 
+def _layout(pointers: str, sizes: str, *, real: str | None = None) -> list[tuple[str, type]]:
+    """Return the members of a job in the order that all of them have in C."""
+    members: list[tuple[str, type]] = [(name, c_void_p) for name in pointers.split()]
+    members += [(name, c_int64) for name in sizes.split()]
+    members += [(real, c_float)] if real else []
+    return [*members, ("next", c_int64)]
+
+
+class _Multiply(Structure):
+    _fields_ = _layout("x weight bias out", "tokens size outs part")
+
+
 class _Attend(Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("query", "keys", "values", "out", "slots", "places")),
-        *((name, c_int64) for name in ("tokens", "groups", "queries", "dim", "query_stride")),
-        *((name, c_int64) for name in ("slot_stride", "head_stride", "window")),
-        ("scaling", c_float),
-        ("next", c_int64),
+    _fields_ = _layout(
+        "query keys values out slots places",
+        "tokens groups queries dim query_stride slot_stride head_stride window",
+        real="scaling",
     )
 
 
 class _AttendChunk(Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("query", "keys", "values", "out")),
-        *((name, c_int64) for name in ("tokens", "start", "heads", "groups", "dim", "query_stride")),
-        *((name, c_int64) for name in ("head_stride", "window")),
-        ("scaling", c_float),
-        ("next", c_int64),
-    )
-
-
-class _Multiply(Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("x", "weight", "bias", "out")),
-        *((name, c_int64) for name in ("tokens", "in", "outs", "part", "next")),
+    _fields_ = _layout(
+        "query keys values out",
+        "tokens start heads groups dim query_stride head_stride window",
+        real="scaling",
     )
 
 
 class _Turn(Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("mixed", "cosines", "sines", "keys", "values", "slots", "places")),
-        *((name, c_int64) for name in ("tokens", "heads", "groups", "dim", "turned")),
-        *((name, c_int64) for name in ("slot_stride", "head_stride", "next")),
+    _fields_ = _layout(
+        "mixed cosines sines keys values slots places",
+        "tokens heads groups dim turned slot_stride head_stride",
     )
 
 
 class _Norm(Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("hidden", "update", "weight", "out")),
-        ("tokens", c_int64),
-        ("size", c_int64),
-        ("epsilon", c_float),
-        ("next", c_int64),
-    )
+    _fields_ = _layout("hidden update weight out", "tokens size", real="epsilon")
 
 
 class _Gate(Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("mixed", "out")),
-        *((name, c_int64) for name in ("tokens", "size", "next")),
-    )
+    _fields_ = _layout("mixed out", "tokens size")
 
 
 class _Adapt(Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("x", "out", "lanes", "down", "ups", "outs")),
-        *((name, c_int64) for name in ("tokens", "parts", "resident", "rank", "size", "next")),
-    )
+    _fields_ = _layout("x out lanes down ups outs", "tokens parts resident rank size")
 
 
 class Kernels:
@@ -220,10 +208,9 @@ class Kernels:
             parts=parts, resident=resident, rank=rank, size=size,
         )  # fmt: skip
         numbers = rank * (parts * size + sum(outs))
-        kept = (down, tuple(ups), pointers, outs)  # what the job points to
+        job.kept = (down, tuple(ups), pointers, outs)  # what it points to
 
         def add(x: Tensor, out: Tensor, lanes: Tensor) -> None:
-            assert kept  # noqa: S101 - lives as long as this does
             job.x, job.out, job.lanes, job.next = x.data_ptr(), out.data_ptr(), lanes.data_ptr(), 0
             job.tokens = tokens = lanes.numel()
             self._run("adapt", job, tasks=tokens, size=tokens * numbers)
