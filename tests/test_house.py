@@ -12,19 +12,19 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "runtime").rglob("*.py"))
 
 LAYERS = [
-    {"errors", "logs", "files", "retry_after"},
+    {"errors", "logs", "files", "net"},
     {"config"},
-    {"model_source", "presets", "hardware", "machine", "oci", "packaged"},
+    {"model_source", "presets", "hardware", "oci", "packaged"},
     {"models", "adapters", "memory", "merge", "metrics"},
     {"serving", "tuning"},
     {"workspace"},
     {"pod"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 """Lower first; a module imports from its own layer's modules and from lower ones."""
 
 TORCH = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"}
-EDGES = {"cli", "cli_images", "workspace", "logs", "hardware", "models", "__main__", "agent"}
+EDGES = {"cli", "workspace", "logs", "hardware", "models", "__main__", "torchrun", "worker"}
 """Parts of module paths that may read the environment or the arguments of the process."""
 
 
@@ -45,8 +45,7 @@ def layer(module: str) -> int | None:
     parts = module.split(".")
     if parts[0] != "runtime" or len(parts) < 2:
         return None
-    part = "cli" if parts[1].startswith("cli") else parts[1]
-    return next((number for number, names in enumerate(LAYERS) if part in names), None)
+    return next((number for number, names in enumerate(LAYERS) if parts[1] in names), None)
 
 
 def parse(path: Path) -> ast.Module:
@@ -96,7 +95,7 @@ def test_every_module_says_what_it_is(source: Path) -> None:
 
 def test_files_and_functions_stay_small(source: Path) -> None:
     lines = source.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 330, f"{name_of(source)} has {len(lines)} lines"
+    assert len(lines) <= 500, f"{name_of(source)} has {len(lines)} lines"
     for node in ast.walk(parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
@@ -115,7 +114,14 @@ def test_no_attic() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["runtime.cli", "runtime.workspace", "runtime.oci", "runtime.serving.schema", "runtime.presets"]
+    "module",
+    [
+        "runtime.cli.main",
+        "runtime.workspace",
+        "runtime.oci",
+        "runtime.serving.http.schema",
+        "runtime.presets",
+    ],
 )
 def test_light_modules_import_without_torch(module: str) -> None:
     code = f"import {module}, sys; print(sorted({TORCH!r} & set(sys.modules)))"

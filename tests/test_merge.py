@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from runtime import adapters, merge
-from runtime.cli import run
+from runtime.cli.main import run
 from runtime.errors import CapacityError, ConfigError
 from runtime.hardware import Hardware
 from runtime.model_source import ModelSource

@@ -211,14 +211,14 @@ def layer_bytes(shape: Shape, run: Run) -> int:
 
 
 def _mlp_is_one(shape: Shape, run: Run) -> bool:
-    """Whether tuning/projections.py writes the MLP out."""
+    """Whether tuning/model/fused_lora.py writes the MLP out."""
     inner = {linear.name for linear in shape.linears} & {"gate_proj", "up_proj", "gate_up_proj", "down_proj"}
     adapted = {linear.name for linear in shape.adapted(run.targets)}
     return shape.model_type in _WRITTEN_OUT and not run.dropout and run.bits != 8 and inner <= adapted
 
 
 _WRITTEN_OUT = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3")
-"""Model types whose norms and MLPs tuning/rewrite.py recognises."""
+"""Model types whose norms and MLPs tuning/model/fused_ops.py recognises."""
 _LOSS_IN_HEAD = (*_WRITTEN_OUT, "phi", "gemma")
 """Model types whose output layer computes the loss: head.FAMILIES in tuning."""
 _LOSS_CHUNK_BYTES = 128 << 20

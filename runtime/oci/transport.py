@@ -15,7 +15,7 @@ import oras.provider
 import requests
 from requests.adapters import HTTPAdapter
 
-from runtime import retry_after
+from runtime import net
 from runtime.errors import RegistryError, TransientError
 from runtime.logs import redact
 from runtime.oci.access import Access
@@ -222,7 +222,7 @@ def raise_if_busy(response: requests.Response) -> None:
     """Raise LostError for a status that asks to try again."""
     if response.status_code in RETRIED:
         text = f"{response.status_code} {response.reason}{explain(response)}"
-        raise LostError(text, retry_after.seconds(response.headers.get("Retry-After")))
+        raise LostError(text, net.seconds(response.headers.get("Retry-After")))
 
 
 def unexpected(response: requests.Response, what: str) -> RegistryError:

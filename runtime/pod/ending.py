@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from runtime.errors import Failure, exit_code
-from runtime.tuning import failure
+from runtime.tuning.process import failure
 
 log = logging.getLogger(__name__)
 

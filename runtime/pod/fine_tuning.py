@@ -10,8 +10,8 @@ from pathlib import Path
 
 from runtime import logs
 from runtime.pod.ending import status_of
-from runtime.tuning import failure
-from runtime.tuning.ranks import Ranks
+from runtime.tuning.process import failure
+from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.settings import TuningJob
 from runtime.workspace import load_job
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], *, root: Path = P
     termination_log = failure.termination_log(root)
     ranks = Ranks.read(environ)
     if ranks.world > 1:
-        from runtime.tuning import __main__ as worker
+        from runtime.tuning.process import worker
 
         return worker.work(lambda: _job(arguments, environ, root), termination_log=termination_log)
     logs.configure(debug=environ.get("DEBUG_MODE", "").lower() == "true")
@@ -36,12 +36,13 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], *, root: Path = P
 
 
 def _launch(arguments: Sequence[str], environ: Mapping[str, str], root: Path) -> None:
-    from runtime.tuning import launch, publish
+    from runtime.tuning import publish
+    from runtime.tuning.process import launcher
 
     job = _job(arguments, environ, root)
     place = failure.termination_log(root)
     # accelerate asked for one process: torchrun would take every GPU it sees.
-    launch.run(job, processes=1, access=publish.access_of(job, environ), termination_log=place)
+    launcher.run(job, processes=1, access=publish.access_of(job, environ), termination_log=place)
 
 
 def _job(arguments: Sequence[str], environ: Mapping[str, str], root: Path) -> TuningJob:

@@ -16,7 +16,7 @@ from runtime.errors import ConfigError
 from runtime.pod import ancestors, flags
 from runtime.pod.ending import status_of
 from runtime.serving.settings import ServeConfig
-from runtime.tuning import failure
+from runtime.tuning.process import failure
 from runtime.workspace import Resolved, load_serve
 from runtime.workspace.base_model import chat_template
 from runtime.workspace.mounts import WEIGHTS, Mounts
@@ -49,7 +49,7 @@ def main(
 
     def serve() -> None:
         from runtime import oci
-        from runtime.serving import server
+        from runtime.serving.http import server
 
         resolved = resolve(arguments, environ, root)
         resolved.warn()

@@ -1,7 +1,7 @@
 """`metrics_server.py`: started by controllers beside training, and leaves the port to the job itself.
 
-The job answers GET /metrics and /health there (runtime/tuning/live.py), with the figures of this server's
-JSON among its own; two processes cannot share a port. Start at `main`.
+The job answers GET /metrics and /health there (runtime/tuning/report/metrics_server.py), with the figures of
+this server's JSON among its own; two processes cannot share a port. Start at `main`.
 """
 
 import logging

@@ -16,7 +16,7 @@ from enum import Enum
 
 from runtime.errors import OverloadedError, UnavailableError
 from runtime.serving.engine.protocol import Engine, Request, Sampling
-from runtime.serving.prompts import Prompts
+from runtime.serving.tokenizer import Prompts
 
 STALL_S = 60.0
 """Requests running and no token for this long: the engine hangs, and a restart is the cure."""

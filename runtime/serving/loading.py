@@ -18,14 +18,14 @@ from runtime.errors import ConfigError, Failure
 from runtime.hardware import Hardware
 from runtime.serving import engine
 from runtime.serving.lifecycle import Served
-from runtime.serving.prompts import Prompts, sampling_defaults
 from runtime.serving.settings import AdapterSource, ServeConfig
+from runtime.serving.tokenizer import Prompts, sampling_defaults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from runtime.serving.engine.runner import Membership
-    from runtime.serving.parallel import Crew
+    from runtime.serving.engine.model_runner import Membership
+    from runtime.serving.engine.parallel.workers import Crew
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def _by_rows(config: ServeConfig, devices: Hardware) -> Served:
 
 def _by_vllm(config: ServeConfig, devices: Hardware) -> Served:
     """Return the model behind a vLLM that reads the weights itself."""
-    from runtime.serving.engine import vllm
+    from runtime.serving.engine.backends import vllm
 
     folder = models.locate(config.model)
     source = config.model.model_copy(update={"path": folder})
@@ -108,20 +108,20 @@ def _model(
         raise ConfigError("--parallel tp divides whole weights: leave the quantisation out, or one GPU")
     import torch
 
-    from runtime.serving.engine import shares
-    from runtime.serving.engine.runner import Membership
-    from runtime.serving.parallel import Crew
+    from runtime.serving.engine.model_runner import Membership
+    from runtime.serving.engine.parallel import shard
+    from runtime.serving.engine.parallel.workers import Crew
 
     source = config.model.model_copy(update={"path": models.locate(config.model)})
     whole = models.load_config(source)
-    share = shares.Share.of(whole, 0, processes)
+    share = shard.Share.of(whole, 0, processes)
     threads = max(1, torch.get_num_threads() // processes)
     if devices.kind == "cpu":
         torch.set_num_threads(threads)
     crew = Crew(source, devices, world=processes, threads=threads)
     undo.callback(crew.end)
     dtype = getattr(torch, hardware.compute_dtype(devices, source.dtype))
-    model = shares.load(models.locate(source), whole, share, dtype=dtype, device=device)
+    model = shard.load(models.locate(source), whole, share, dtype=dtype, device=device)
     return model, crew, Membership(crew.meet(device), share, crew.dismiss)
 
 

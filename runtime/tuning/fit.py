@@ -15,12 +15,12 @@ from runtime.memory import fitting
 from runtime.memory.fitting import Forecast, Wish
 from runtime.memory.shape import Shape, of
 from runtime.memory.tuning import Run
-from runtime.tuning import attention
-from runtime.tuning.arguments import DEFAULTS
-from runtime.tuning.encode import Row
+from runtime.tuning.data.tokenize import Row
+from runtime.tuning.model import packed_attention
 from runtime.tuning.precision import choose_dtype
-from runtime.tuning.schedule import MAX_TOKENS, asked_checkpointing, pass_tokens
 from runtime.tuning.settings import TuningJob
+from runtime.tuning.train.arguments import MAX_TOKENS, asked_checkpointing, pass_tokens
+from runtime.tuning.training_arguments import DEFAULTS
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def _with_checkpointing(job: TuningJob, checkpointing: bool) -> TuningJob:
 
 
 def _run(job: TuningJob, shape: Shape, machine: Hardware, *, processes: int, row_tokens: int) -> Run:
-    packed = shape.model_type in attention.FAMILIES and job.encoding.batching != "sorted"
+    packed = shape.model_type in packed_attention.FAMILIES and job.encoding.batching != "sorted"
     quantization = job.quantization
     return Run(
         tokens=max(row_tokens, pass_tokens(job, machine)),

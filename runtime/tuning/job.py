@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING
 from runtime import adapters, hardware, models, oci, process
 from runtime.files import sha256
 from runtime.oci.access import DEFAULT
-from runtime.tuning import datafiles, dataset, encode, fetch, fit, places, publish, remote, report, samples
-from runtime.tuning.bench import Bench, Course, Measured, Setting, evaluate, prepare, train_through
-from runtime.tuning.dataset import Dataset, Example
-from runtime.tuning.encode import Encoded
-from runtime.tuning.places import Places
+from runtime.tuning import fit, output, publish
+from runtime.tuning.data import dataset, download, formats, tokenize
+from runtime.tuning.data.dataset import Dataset, Example, split
+from runtime.tuning.data.tokenize import Encoded
+from runtime.tuning.output import Places
 from runtime.tuning.precision import settle
-from runtime.tuning.progress import memory_bytes
-from runtime.tuning.ranks import Ranks
-from runtime.tuning.schedule import longest_row
+from runtime.tuning.process.ranks import Ranks
+from runtime.tuning.process.signals import StopSignal
+from runtime.tuning.report import report, samples
+from runtime.tuning.report.progress import memory_bytes
 from runtime.tuning.settings import TuningJob
-from runtime.tuning.split import split
-from runtime.tuning.stop import StopSignal
+from runtime.tuning.train import checkpoints
+from runtime.tuning.train.arguments import longest_row
+from runtime.tuning.train.setup import Bench, Course, Measured, Setting, evaluate, prepare, train_through
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +45,7 @@ def run(
     asked, machine = job, hardware.detect()
     device = hardware.device(machine, ranks.local_rank)
     ranks.join(device)
-    if ranks.told(places.is_done(job)):  # rank 0's word: other nodes may have disks of their own
+    if ranks.told(output.is_done(job)):  # rank 0's word: other nodes may have disks of their own
         if ranks.first:
             publish.again(job, access)
         return
@@ -62,13 +64,13 @@ def run(
     with process.importing():
         setting = Setting(machine, device, precision, ranks, stop, course)
         bench = prepare(job, tokenizer, encoded, setting=setting)
-    bench.survival.remote = remote.of(job, access) if ranks.first else None
+    bench.survival.remote = checkpoints.of(job, access) if ranks.first else None
     course.enter("evaluate")
     questions = samples.questions(held_out or train)
     before = evaluate(bench, questions)
     course.enter("train")
     train_through(
-        bench, folder=Places(job.output.folder).checkpoints, mark=places.fingerprint(asked, data.digest)
+        bench, folder=Places(job.output.folder).checkpoints, mark=output.fingerprint(asked, data.digest)
     )
     course.enter("evaluate")
     after = evaluate(bench, questions)
@@ -83,15 +85,15 @@ def run(
             bench.survival.remote.clear()
     ranks.wait()
     if ranks.leads and not ranks.first:
-        places.mark_finished(asked)  # on a disk of its own: a rerun of this node has nothing to wait for
+        output.mark_finished(asked)  # on a disk of its own: a rerun of this node has nothing to wait for
 
 
 def _read(job: TuningJob, ranks: Ranks, access: oci.Access) -> tuple[Dataset, list[Example], list[Example]]:
     """Fetch (once on each node), read and split the data: all ranks see the same rows in the same order."""
     if ranks.leads:
-        fetch.fetch(job.data, token=job.hub_token, access=access)
+        download.fetch(job.data, token=job.hub_token, access=access)
     ranks.wait()
-    data = dataset.load(job.data, datafiles.targets(job.data))
+    data = dataset.load(job.data, formats.targets(job.data))
     train, held_out = split(data.examples, job.data)
     log.info(
         "%d rows from %d files: %d to train on, %d held out, %d skipped",
@@ -109,8 +111,8 @@ def _encode(
     """Encode both parts, with the longest row settled from the model's context when the job names none."""
     limit = longest_row(job)
     job = job.model_copy(update={"encoding": job.encoding.model_copy(update={"max_tokens": limit})})
-    encoded = encode.encode(train, tokenizer, job.encoding, max_tokens=limit)
-    held = encode.encode(held_out, tokenizer, job.encoding, max_tokens=limit) if held_out else None
+    encoded = tokenize.encode(train, tokenizer, job.encoding, max_tokens=limit)
+    held = tokenize.encode(held_out, tokenizer, job.encoding, max_tokens=limit) if held_out else None
     log.info(
         "%d tokens, %d of them learnt; %d rows cut at %d tokens, %d dropped as too long, %d without a label",
         encoded.tokens, encoded.targets, encoded.truncated, limit, encoded.too_long, encoded.unlabelled,
@@ -159,6 +161,6 @@ def _save(asked: TuningJob, job: TuningJob, bench: Bench, summary: dict[str, obj
     )
     summary["adapter_sha256"] = sha256(here.folder / adapters.WEIGHTS_FILE)
     report.save(summary, here.folder)
-    places.mark_done(asked)
+    output.mark_done(asked)
     shutil.rmtree(here.checkpoints, ignore_errors=True)
     log.info("adapter and report are in %s", here.folder)

@@ -7,11 +7,11 @@ most tokens of a row are prompt. B rows, T tokens, N learnt places, V vocabulary
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from runtime.tuning.batches import IGNORE, Layout, MicroBatch, collate, group, pack
-from runtime.tuning.encode import Row
-from runtime.tuning.qlora import evaluating
-from runtime.tuning.ranks import Ranks
-from runtime.tuning.shard import is_sharded
+from runtime.tuning.data.batching import IGNORE, Layout, MicroBatch, collate, group, pack
+from runtime.tuning.data.tokenize import Row
+from runtime.tuning.model.fsdp import is_sharded
+from runtime.tuning.model.lora import evaluating
+from runtime.tuning.process.ranks import Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ def token_loss(logits: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor"
 
 def batch_loss(model: "torch.nn.Module", batch: MicroBatch, device: str) -> "torch.Tensor":
     """Run `model` over `batch` and return its summed loss, a scalar with gradients."""
-    from runtime.tuning.head import find
+    from runtime.tuning.model.fused_ops import find
 
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
     places, labels = batch.places.to(device), batch.labels.to(device)

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from runtime import oci
-from runtime.tuning import remote
-from runtime.tuning.places import Places
+from runtime.tuning.output import Places
 from runtime.tuning.settings import TuningJob
+from runtime.tuning.train import checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def again(job: TuningJob, access: oci.Access) -> None:
     """Publish the adapter of a finished job once more, and tidy up what its own run may not have come to."""
     log.info("%s holds this job's finished adapter: nothing is trained", job.output.folder)
     publish(job, access)
-    if (kept := remote.of(job, access)) is not None:
+    if (kept := checkpoints.of(job, access)) is not None:
         kept.clear()
 
 

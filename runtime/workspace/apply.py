@@ -7,7 +7,7 @@ Knows which section's key is which setting of ours. Does not find the file (jobs
 from pathlib import Path
 
 from runtime.errors import ConfigError
-from runtime.tuning import arguments
+from runtime.tuning import training_arguments
 from runtime.workspace import sections
 from runtime.workspace.base_model import Label, apply_model, put_dtype
 from runtime.workspace.config_file import ConfigFile
@@ -71,7 +71,7 @@ def _apply_lora(settings: Settings, config: TrainingConfig, found: ConfigFile) -
 
 def _apply_training(settings: Settings, config: TrainingConfig, found: ConfigFile) -> None:
     label, where = found.label, f"{found.where}: TrainingArguments"
-    checked = arguments.check(config.training, where)
+    checked = training_arguments.check(config.training, where)
     folder = checked.pop("output_dir", None)
     if folder:
         settings.put("output.folder", folder, label("TrainingArguments.output_dir"))
@@ -83,10 +83,10 @@ def _apply_training(settings: Settings, config: TrainingConfig, found: ConfigFil
         )
     for key, value in checked.items():
         settings.put(f"training.{key}", value, label(f"TrainingArguments.{key}"))
-    for group, values in arguments.elsewhere(config.training, where).items():
+    for group, values in training_arguments.elsewhere(config.training, where).items():
         for key, value in values.items():
             settings.put(f"{group}.{key}", value, label("TrainingArguments"))
-    for key in sorted(arguments.OBSOLETE & config.training.keys()):
+    for key in sorted(training_arguments.OBSOLETE & config.training.keys()):
         settings.warn(f"{label('TrainingArguments.' + key)} has no effect here")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from runtime.config import nearest
 from runtime.errors import ConfigError
-from runtime.tuning import arguments
+from runtime.tuning import training_arguments
 from runtime.tuning.settings import TuningJob
 from runtime.workspace.base_model import put_model
 from runtime.workspace.sections import SECTIONS
@@ -34,7 +34,7 @@ def apply(settings: Settings, overrides: Mapping[str, Any], where: str) -> None:
         _put(settings, name, value)
     if any(name.startswith("training.") for name in names):
         source = dict(settings.sources)
-        checked = arguments.check(settings.get("training"), "--set training")
+        checked = training_arguments.check(settings.get("training"), "--set training")
         for key, value in checked.items():
             settings.put(f"training.{key}", value, source.get(f"training.{key}", "flag --set"))
 

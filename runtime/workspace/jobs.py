@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import SecretStr
 
 from runtime.errors import ConfigError
-from runtime.tuning import arguments, starts
+from runtime.tuning import training_arguments
+from runtime.tuning.model import lora_init
 from runtime.tuning.settings import TuningJob
 from runtime.workspace import config_file, flags, sections
 from runtime.workspace.apply import apply
@@ -51,7 +52,7 @@ def load_job(
         root: Where the controller's mounts lie; another directory than "/" only in tests.
     """
     settings, mounts, manifest = Settings(), Mounts(root, environ), None
-    settings.put_all("training", arguments.DEFAULTS, "default")
+    settings.put_all("training", training_arguments.DEFAULTS, "default")
     if target is not None and is_manifest(target):
         manifest = Manifest(Path(target), *read(Path(target)))
         _apply_manifest(settings, manifest, mounts)
@@ -68,7 +69,7 @@ def load_job(
     flags.apply(settings, overrides, where)
     _finish(settings, mounts, manifest)
     job = settings.build(TuningJob, "--set" if flags.dotted(overrides) else where)
-    starts.check(job.lora, bits=job.quantization.bits if job.quantization else None)
+    lora_init.check(job.lora, bits=job.quantization.bits if job.quantization else None)
     sources = settings.origins(job)
     job = job.model_copy(update={"sources": sources})
     return Resolved(job, sources, tuple(settings.warnings), _placeholders(settings, manifest))

@@ -14,8 +14,8 @@ from typing import Any
 from runtime.config import read_text
 from runtime.errors import EXIT_CODES, RETRIABLE, Failure, StoppedError
 from runtime.serving.settings import ServeConfig
-from runtime.tuning.launch import GRACE_S
-from runtime.tuning.nodes import PORT as MEETING_PORT
+from runtime.tuning.process.launcher import GRACE_S
+from runtime.tuning.process.nodes import PORT as MEETING_PORT
 from runtime.tuning.settings import TuningJob
 from runtime.workspace.jobs import load_job
 from runtime.workspace.manifest import PresetSpec, TuningSpec, Workspace, read

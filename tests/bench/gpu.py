@@ -84,12 +84,13 @@ def tune(folder: Path, device: str, tokens: int, checkpointing: bool) -> dict[st
     from runtime import hardware, models
     from runtime.memory import tuning
     from runtime.model_source import ModelSource
-    from runtime.tuning import bench, fit
-    from runtime.tuning.encode import Encoded, Row
+    from runtime.tuning import fit
+    from runtime.tuning.data.tokenize import Encoded, Row
     from runtime.tuning.precision import settle
-    from runtime.tuning.ranks import Ranks
+    from runtime.tuning.process.ranks import Ranks
+    from runtime.tuning.process.signals import StopSignal
     from runtime.tuning.settings import Output, TuningJob
-    from runtime.tuning.stop import StopSignal
+    from runtime.tuning.train import setup
 
     here = machine(device)
     draw = np.random.default_rng(0)
@@ -107,8 +108,8 @@ def tune(folder: Path, device: str, tokens: int, checkpointing: bool) -> dict[st
         planned = fit.plan(job, here, rows=rows)
         parts = tuning.parts(planned.shape, planned.asked)
         job, precision = settle(job, here)
-        place = bench.Setting(here, hardware.device(here), precision, Ranks(), StopSignal(), bench.Course())
-        made = bench.prepare(
+        place = setup.Setting(here, hardware.device(here), precision, Ranks(), StopSignal(), setup.Course())
+        made = setup.prepare(
             job, models.load_tokenizer(job.model), (Encoded(tuple(rows)), None), setting=place
         )
         times: list[float] = []
@@ -120,7 +121,7 @@ def tune(folder: Path, device: str, tokens: int, checkpointing: bool) -> dict[st
                 times.append(time.monotonic())
 
         made.trainer.add_callback(Clock())
-        bench.train_through(made, folder=Path(scratch) / "checkpoints", mark="bench")
+        setup.train_through(made, folder=Path(scratch) / "checkpoints", mark="bench")
     return {
         "tokens_per_s": tokens * (len(times) - 1) / (times[-1] - times[0]),
         "peak_bytes": peak_bytes(device),
@@ -132,7 +133,7 @@ def peak_bytes(device: str) -> int:
     """Return the process's peak: what torch reserved and what CUDA itself took, or what was resident."""
     import torch
 
-    from runtime.tuning.progress import memory_bytes
+    from runtime.tuning.report.progress import memory_bytes
 
     if device != "cuda":
         return memory_bytes()

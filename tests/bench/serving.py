@@ -205,7 +205,7 @@ def run_http(at: int, begun: float) -> dict[str, float]:
     import httpx
 
     port = 18000 + os.getpid() % 2000
-    command = [sys.executable, "-c", "from runtime.cli import main; main()", "serve", PRESET]
+    command = [sys.executable, "-c", "from runtime.cli.main import main; main()", "serve", PRESET]
     ahead = FLAGS.parse_known_args()[0].speculative_tokens
     command += ["--port", str(port), "--host", "127.0.0.1", "--rows", str(at), "--context-tokens", "1024"]
     command += ["--speculative-tokens", str(ahead)]

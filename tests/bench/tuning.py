@@ -61,8 +61,8 @@ def pairs(*, short: bool = False) -> list[tuple[str, str]]:
 
 def encoded(rows: list[tuple[str, str]], tokenizer: Any) -> Any:
     """Return `rows` as our encoder makes them."""
-    from runtime.tuning.dataset import Example
-    from runtime.tuning.encode import encode
+    from runtime.tuning.data.dataset import Example
+    from runtime.tuning.data.tokenize import encode
     from runtime.tuning.settings import Encoding
 
     examples = [
@@ -75,11 +75,11 @@ def ours(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any,
     """Our own path from encoded rows to a trained adapter, checkpoints and progress included."""
     from runtime import models
     from runtime.hardware import detect
-    from runtime.tuning.bench import Course, Setting, prepare, train_through
     from runtime.tuning.precision import settle
-    from runtime.tuning.ranks import Ranks
+    from runtime.tuning.process.ranks import Ranks
+    from runtime.tuning.process.signals import StopSignal
     from runtime.tuning.settings import Encoding, Output, TuningJob
-    from runtime.tuning.stop import StopSignal
+    from runtime.tuning.train.setup import Course, Setting, prepare, train_through
 
     training = {
         "num_train_epochs": 1,
@@ -172,7 +172,7 @@ def sft(rows: list[dict[str, Any]], options: argparse.Namespace, **settings: Any
     from runtime import models
     from runtime.hardware import detect
     from runtime.model_source import Quantization
-    from runtime.tuning.arguments import DEFAULTS
+    from runtime.tuning.training_arguments import DEFAULTS
 
     shared = {k: DEFAULTS[k] for k in ("warmup_steps", "lr_scheduler_type", "max_grad_norm", "optim", "seed")}
     config = SFTConfig(
@@ -205,7 +205,7 @@ CONTENDERS = {"ours": ours, "trl": trl, "kaito": kaito}
 def contend(options: argparse.Namespace) -> None:
     """Train as one contender in this process and print the figures as JSON."""
     from runtime.tuning.loss import mean_loss
-    from runtime.tuning.ranks import Ranks
+    from runtime.tuning.process.ranks import Ranks
 
     logging.disable(logging.WARNING)
     rows = pairs(short=options.short)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from contract.conftest import ROOT, Registry
 from contract.kubelet import Document, Node, Pod, documents
-from runtime.cli import app
+from runtime.cli.main import app
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(1800)]  # the image is built first
 

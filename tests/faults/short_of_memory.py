@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from runtime.tuning import __main__ as worker
-from runtime.tuning import loss, trainer
+from runtime.tuning import loss
+from runtime.tuning.train import trainer
 
 MOST_TOKENS = 200
 

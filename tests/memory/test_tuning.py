@@ -26,19 +26,19 @@ def kept(kind: str, layers: int, *, packed: bool, dtype: str) -> int:
     import torch
     import transformers
 
-    from runtime.tuning import attention, qlora
+    from runtime.tuning.model import lora, packed_attention
     from runtime.tuning.settings import Lora
 
     config, model, extra = KINDS[kind]
     names = {key: value for key, value in NAMES.items() if kind != "falcon" or key != "intermediate_size"}
     given = getattr(transformers, config)(**names, **extra, num_hidden_layers=layers)
-    adapted = qlora.attach(getattr(transformers, model)(given).to(getattr(torch, dtype)), Lora(r=RANK))
+    adapted = lora.attach(getattr(transformers, model)(given).to(getattr(torch, dtype)), Lora(r=RANK))
     adapted.train()
     ids = torch.zeros(2, TOKENS // 2, dtype=torch.int64)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if packed:
-        attention.register()
-        adapted.get_base_model().set_attn_implementation(attention.NAME)
+        packed_attention.register()
+        adapted.get_base_model().set_attn_implementation(packed_attention.NAME)
         borders = torch.tensor([0, TOKENS // 2, TOKENS], dtype=torch.int32)
         places = torch.arange(TOKENS // 2).repeat(2)[None]
         inputs = {"input_ids": ids.view(1, -1), "position_ids": places, "cu_seq_lens_q": borders}

@@ -43,7 +43,7 @@ def tune(model: Path, data: Path, output: Path, *flags: str) -> "subprocess.Pope
     command = [
         sys.executable,
         "-m",
-        "runtime.cli",
+        "runtime",
         "tune",
         str(model),
         "--data",

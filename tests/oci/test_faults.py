@@ -270,7 +270,7 @@ def test_35_killed_push_of_one_file_goes_on_inside_it(faulty: FaultyRegistry, tm
         for number in range(500):
             file.write(number.to_bytes(4, "big") + block[4:])
     reference = fresh(faulty.host, "one")
-    push = [sys.executable, "-m", "runtime.cli", "push", str(folder), str(reference)]
+    push = [sys.executable, "-m", "runtime", "push", str(folder), str(reference)]
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     faulty.slow_bytes_s = 300e6
     first = subprocess.Popen(push, env=environment)
@@ -415,7 +415,7 @@ def test_05_interrupt_ends_a_transfer_at_once(faulty: FaultyRegistry, tmp_path: 
         folder = tmp_path / "back"
     faulty.slow_bytes_s = 4e6
     program = (
-        "import signal, sys; from runtime.cli import run\n"
+        "import signal, sys; from runtime.cli.main import run\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it\n"
         "sys.exit(run(sys.argv[1:], {}))"
     )

@@ -205,7 +205,7 @@ def test_processes_that_pull_into_one_folder_take_turns(
     reference = fresh(faulty.host, "adapter")
     oci.push(adapter, reference, access=quick())
     faulty.seen.clear()
-    command = [sys.executable, "-m", "runtime.cli", "pull", str(reference), str(tmp_path / "back")]
+    command = [sys.executable, "-m", "runtime", "pull", str(reference), str(tmp_path / "back")]
     jobs = [subprocess.Popen(command) for _ in range(3)]
     assert [job.wait(60) for job in jobs] == [0, 0, 0]
     assert files(tmp_path / "back") == files(adapter)

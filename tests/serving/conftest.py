@@ -19,12 +19,11 @@ import pytest
 from fastapi import FastAPI
 
 from runtime.metrics import ServingMetrics
-from runtime.serving.app import create_app
+from runtime.serving.http.app import create_app
 from runtime.serving.lifecycle import Lifecycle, Served
-from runtime.serving.prompts import Prompts, SamplingDefaults
 from runtime.serving.settings import Limits
-
-from .echo_engine import EchoEngine
+from runtime.serving.tokenizer import Prompts, SamplingDefaults
+from tests.serving.echo_engine import EchoEngine
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant', 'tool'] %}"

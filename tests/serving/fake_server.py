@@ -7,13 +7,12 @@ from typing import Any
 
 from runtime import errors, logs
 from runtime.model_source import ModelSource
-from runtime.serving import server
+from runtime.serving.http import server
 from runtime.serving.lifecycle import Served
-from runtime.serving.prompts import Prompts, SamplingDefaults
 from runtime.serving.settings import ServeConfig
-
-from .conftest import make_tokenizer
-from .echo_engine import EchoEngine
+from runtime.serving.tokenizer import Prompts, SamplingDefaults
+from tests.serving.conftest import make_tokenizer
+from tests.serving.echo_engine import EchoEngine
 
 
 def main(options: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from runtime import adapters, cli, oci
+from runtime import adapters, oci
+from runtime.cli import main
 from runtime.model_source import ModelSource
 from runtime.serving import loading
 from runtime.serving.engine.protocol import Request, Sampling
@@ -38,7 +39,7 @@ def folders(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
-    status = cli.run(["serve", *arguments, "--check", "--json"], {})
+    status = main.run(["serve", *arguments, "--check", "--json"], {})
     return status, json.loads(capsys.readouterr().out or "{}")
 
 
@@ -61,7 +62,7 @@ def test_model_is_loaded_in_the_format_asked_for_and_gives_a_token(
 
 
 def test_table_is_for_people(tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["serve", str(tiny_llama_dir), "--check"], {}) == 0
+    assert main.run(["serve", str(tiny_llama_dir), "--check"], {}) == 0
     text = capsys.readouterr().out
     assert "peak_memory_bytes" in text
     assert " GiB" in text

@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from .conftest import Process, until
+from tests.serving.conftest import Process, until
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
@@ -64,7 +64,7 @@ def tiny(tiny_llama_dir: Path, adapters: Path) -> Iterator[Process]:
 
 
 def served(config: dict[str, Any]) -> Iterator[Process]:
-    """Start `runtime.serving.server.run` in a process and wait until it is ready."""
+    """Start `runtime.serving.http.server.run` in a process and wait until it is ready."""
     program = (
         "import json, sys; from runtime import logs; from runtime.serving import server, settings;"
         "logs.configure(); server.run(settings.ServeConfig.model_validate(json.loads(sys.argv[1])))"

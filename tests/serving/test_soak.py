@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.soak import soak
-
-from .test_model import served
+from tests.serving.test_model import served
 
 
 @pytest.mark.slow

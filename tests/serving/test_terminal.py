@@ -110,7 +110,7 @@ def test_unknown_model_wrong_key_and_no_server_are_one_line(client: httpx.Client
 
 def test_a_pipe_asks_line_by_line_and_gets_the_answer_alone(start_server: Any) -> None:
     server = start_server(config={"api_key": "sesame"}, engine={"context_tokens": 4096})
-    command = [sys.executable, "-m", "runtime.cli", "chat", server.url.removeprefix("http://")]
+    command = [sys.executable, "-m", "runtime", "chat", server.url.removeprefix("http://")]
     ran = subprocess.run(
         command,
         input="/set max_tokens 9\nhello\n",
@@ -127,7 +127,7 @@ def test_a_pipe_asks_line_by_line_and_gets_the_answer_alone(start_server: Any) -
 
 
 def test_no_server_is_one_line_and_worth_a_retry() -> None:
-    command = [sys.executable, "-m", "runtime.cli", "chat", "http://127.0.0.1:9"]
+    command = [sys.executable, "-m", "runtime", "chat", "http://127.0.0.1:9"]
     ran = subprocess.run(command, input="", capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 75
     assert ran.stderr.startswith("error: no answer from http://127.0.0.1:9")

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from runtime.model_source import ModelSource
-from runtime.tuning.places import Places
+from runtime.tuning.output import Places
 from runtime.tuning.settings import DataSource, Lora, Output, TuningJob
 
 STEPS = {"learning_rate": 1e-2, "max_steps": 24, "per_device_train_batch_size": 4}

@@ -16,7 +16,7 @@ from runtime.hardware import Hardware
 from runtime.memory import tuning
 from runtime.model_source import ModelSource
 from runtime.tuning import fit
-from runtime.tuning.encode import Row
+from runtime.tuning.data.tokenize import Row
 from runtime.tuning.settings import DataSource, Encoding, Output, TuningJob
 
 V100 = Hardware("cuda", "V100", (7, 0), 16160 << 20, 1)

@@ -14,11 +14,11 @@ import pytest
 
 from runtime import adapters, oci
 from runtime.errors import CapacityError, ConfigError, DivergedError, Failure
-from runtime.tuning import launch
-from runtime.tuning.checkpoints import MANIFEST, listed
-from runtime.tuning.history import History
-from runtime.tuning.places import SENTINEL, Places
+from runtime.tuning.output import SENTINEL, Places
+from runtime.tuning.process import launcher
+from runtime.tuning.report.progress import History
 from runtime.tuning.settings import DataSource, Lora, Output, TuningJob
+from runtime.tuning.train.checkpoints import MANIFEST, listed
 from tests.tuning.conftest import Worker
 
 pytestmark = pytest.mark.slow
@@ -35,7 +35,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_job_leaves_adapter_report_and_sentinel_and_is_pushed(make_job: Maker, tmp_path: Path) -> None:
     image = f"oci:{tmp_path}/layout:1"
     job = make_job(output=Output(folder=tmp_path / "out", image=image), training={"max_steps": 12})
-    launch.run(job, processes=1, termination_log=tmp_path / "absent")
+    launcher.run(job, processes=1, termination_log=tmp_path / "absent")
     folder = job.output.folder
     assert adapters.check(folder).rank == 4
     assert (folder / SENTINEL).read_text().startswith("Fine-Tuning completed at ")
@@ -56,7 +56,7 @@ def test_job_leaves_adapter_report_and_sentinel_and_is_pushed(make_job: Maker, t
     digest = oci.inspect(oci.parse(image)).digest
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
     began = time.monotonic()
-    launch.run(job, processes=1)
+    launcher.run(job, processes=1)
     assert time.monotonic() - began < 3
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()} == before
     assert oci.inspect(oci.parse(image)).digest == digest
@@ -76,7 +76,7 @@ def test_tensorboard_and_kubeflow_hear_of_every_step(
         monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", kubeflow.url)
         monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_TOKEN", str(token))
         job = make_job(training={"max_steps": 6, "report_to": ["tensorboard"]})
-        launch.run(job, processes=1, termination_log=tmp_path / "absent")
+        launcher.run(job, processes=1, termination_log=tmp_path / "absent")
     (written,) = (job.output.folder / "runs").glob("events.*")
     values = [value for event in _records(written.read_bytes(), Event) for value in event.summary.value]
     assert sum(value.tag == "train/loss" for value in values) == 6
@@ -131,7 +131,7 @@ class _Listening(http.server.BaseHTTPRequestHandler):
 def test_a_logger_that_is_not_installed_ends_the_job_before_data_is_fetched(make_job: Maker) -> None:
     job = make_job(training={"report_to": ["tensorboard", "mlflow"]})
     with pytest.raises(ConfigError, match="report_to is 'mlflow', but the package mlflow is not installed"):
-        launch.run(job, processes=1)
+        launcher.run(job, processes=1)
     assert not Places(job.output.folder).job.exists()
 
 
@@ -258,7 +258,7 @@ def test_fault_7_parent_reports_a_rank_that_was_killed(make_job: Maker, tmp_path
     killer = threading.Thread(target=kill_rank_1)
     killer.start()
     with pytest.raises(Failure) as caught:
-        launch.run(job, processes=2, termination_log=told)
+        launcher.run(job, processes=2, termination_log=told)
     killer.join()
     line = json.loads(told.read_text())
     assert line["code"] == 1
@@ -280,7 +280,7 @@ def test_fault_25_diverged_run_ends_4_and_keeps_its_checkpoint(make_job: Maker, 
     told = tmp_path / "termination-log"
     told.touch()
     with pytest.raises(DivergedError, match=r"at step \d+; lower learning_rate"):
-        launch.run(job, processes=1, termination_log=told)
+        launcher.run(job, processes=1, termination_log=told)
     assert json.loads(told.read_text())["code"] == 4
     assert [path.name for path in listed(Places(job.output.folder).checkpoints)]
     assert not (job.output.folder / SENTINEL).exists()
@@ -294,7 +294,7 @@ def test_fault_11_output_that_cannot_be_written_fails_before_data_is_asked_for(
     unreachable = DataSource(urls=("http://127.0.0.1:9/rows.parquet",), folder=tmp_path / "data")
     job = make_job(output=Output(folder=tmp_path / "file" / "out"), data=unreachable)
     with pytest.raises(ConfigError, match=r"output folder .* cannot be written"):
-        launch.run(job)
+        launcher.run(job)
 
 
 def test_checkpoints_come_by_the_clock_when_save_strategy_is_no(make_job: Maker) -> None:
@@ -318,6 +318,6 @@ def test_checkpoints_of_another_job_are_not_gone_on_from(make_job: Maker) -> Non
 
 
 def test_small_disk_is_refused(make_job: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "LEAST_FREE_BYTES", 1 << 60)
+    monkeypatch.setattr(launcher, "LEAST_FREE_BYTES", 1 << 60)
     with pytest.raises(CapacityError, match="MiB free, expected"):
-        launch.run(make_job())
+        launcher.run(make_job())

@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.errors import DivergedError, exit_code
 from runtime.hardware import Hardware
-from runtime.tuning.bench import Bench, train_through
-from runtime.tuning.places import Places
+from runtime.tuning.output import Places
 from runtime.tuning.settings import Lora, TuningJob
-from runtime.tuning.watch import SKIPPED
-from tests.tuning.test_trainer import bench_of
+from runtime.tuning.train.callbacks import SKIPPED
+from runtime.tuning.train.setup import Bench, train_through
+from tests.tuning.train.test_trainer import bench_of
 
 Maker = Callable[..., TuningJob]
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from runtime.tuning import places
+from runtime.tuning import output
 from runtime.tuning.settings import TuningJob
 
 SEED = Path(__file__).parents[2] / "examples/fine-tuning/kaito_workspace_tuning_phi_3.yaml"
@@ -16,10 +16,10 @@ import os
 import sys
 from pathlib import Path
 from runtime.tuning import job, publish
-from runtime.tuning.bench import Course
-from runtime.tuning.ranks import Ranks
+from runtime.tuning.train.setup import Course
+from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.settings import TuningJob
-from runtime.tuning.stop import StopSignal
+from runtime.tuning.process.signals import StopSignal
 made, out = Path(sys.argv[1]), Path(sys.argv[2])
 ranks = Ranks.read(os.environ)
 publish.publish = lambda *_: (out / f"published-{ranks.rank}").touch()
@@ -33,7 +33,7 @@ def test_a_finished_job_is_published_again_by_the_first_rank_alone(
     make_job: Callable[..., TuningJob], tmp_path: Path
 ) -> None:
     job = make_job()
-    places.mark_done(job)
+    output.mark_done(job)
     script, made, out = tmp_path / "rank.py", tmp_path / "job.json", tmp_path / "said"
     script.write_text(RANK)
     made.write_text(job.model_dump_json())

@@ -18,10 +18,10 @@ import psutil
 import pytest
 
 from runtime.errors import ConfigError, StoppedError
-from runtime.tuning import launch
-from runtime.tuning.checkpoints import MANIFEST, fault, listed, step_of
-from runtime.tuning.places import SENTINEL, Places
+from runtime.tuning.output import SENTINEL, Places
+from runtime.tuning.process import launcher
 from runtime.tuning.settings import Output, TuningJob
+from runtime.tuning.train.checkpoints import MANIFEST, fault, listed, step_of
 from tests.faults.dataset_server import DatasetServer, Reply
 from tests.tuning.conftest import Worker, write_rows
 
@@ -124,7 +124,7 @@ def tune(job_folder: Path, *words: str) -> "subprocess.Popen[bytes]":
     """Start `runtime tune`; its log is beside the folder."""
     with job_folder.with_suffix(".log").open("wb") as stream:
         return subprocess.Popen(
-            [sys.executable, "-m", "runtime.cli", "tune", *words, "--output", str(job_folder)],
+            [sys.executable, "-m", "runtime", "tune", *words, "--output", str(job_folder)],
             stdout=stream,
             stderr=stream,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -230,7 +230,7 @@ def freeze_after(
 def test_trainer_that_cannot_save_is_ended_and_its_last_checkpoint_stands(
     make_job: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: int
 ) -> None:
-    monkeypatch.setattr(launch, "GRACE_S", 3 if signals == 1 else 60)
+    monkeypatch.setattr(launcher, "GRACE_S", 3 if signals == 1 else 60)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     job = make_job(training={**EVERY_STEP, "max_steps": 4000})
     asked: list[float] = []
@@ -245,7 +245,7 @@ def test_trainer_that_cannot_save_is_ended_and_its_last_checkpoint_stands(
 
     thread = freeze_after(5, job, ask)
     with pytest.raises(StoppedError):
-        launch.run(job, processes=1, termination_log=tmp_path / "absent")
+        launcher.run(job, processes=1, termination_log=tmp_path / "absent")
     took = time.monotonic() - asked[-1]
     thread.join()
     assert took < (10 if signals == 1 else 2)
@@ -276,7 +276,7 @@ def test_faults_56_57_58_offline_run_logs_json_and_holds_no_secret(
     words += ["--set", "training.max_steps=4", "--set", "lora.r=4"]
     script = 'ip link set lo up && exec "$@"'  # torchrun meets itself on the loopback; there is nothing else
     done = subprocess.run(
-        ["unshare", "-n", "sh", "-c", script, "sh", sys.executable, "-m", "runtime.cli", *words],
+        ["unshare", "-n", "sh", "-c", script, "sh", sys.executable, "-m", "runtime", *words],
         check=False,
         capture_output=True,
         env={**os.environ, "LC_ALL": "C", "HF_TOKEN": CANARIES["HF_TOKEN"], "OMP_NUM_THREADS": "1"},
@@ -314,12 +314,12 @@ def test_a_run_started_right_after_a_kill_waits_for_the_old_workers(
     freeze_after(5, job, old.append, below=first.pid).join()
     first.kill()
     first.wait()
-    monkeypatch.setattr(launch, "GRACE_S", -3)
+    monkeypatch.setattr(launcher, "GRACE_S", -3)
     with pytest.raises(ConfigError, match=r"output folder .*/out is in use by another run"):
-        launch.run(job, processes=1, termination_log=tmp_path / "absent")
-    monkeypatch.setattr(launch, "GRACE_S", 60)
+        launcher.run(job, processes=1, termination_log=tmp_path / "absent")
+    monkeypatch.setattr(launcher, "GRACE_S", 60)
     running: list[bool] = []
-    monkeypatch.setattr(launch, "_train", lambda *_: running.append(old[0].is_running()))
+    monkeypatch.setattr(launcher, "_train", lambda *_: running.append(old[0].is_running()))
     old[0].resume()
-    launch.run(job, processes=1, termination_log=tmp_path / "absent")
+    launcher.run(job, processes=1, termination_log=tmp_path / "absent")
     assert running == [False]

@@ -10,10 +10,10 @@ from runtime.serving.settings import ServeConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from runtime.serving.engine.graphs import Recorder
-    from runtime.serving.engine.plain import PlainEngine
-    from runtime.serving.engine.rows import RowEngine
-    from runtime.serving.engine.runner import Membership
+    from runtime.serving.engine.backends.simple import PlainEngine
+    from runtime.serving.engine.cuda_graphs import Recorder
+    from runtime.serving.engine.engine import RowEngine
+    from runtime.serving.engine.model_runner import Membership
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +27,10 @@ def create(
     `membership` the model is rank 0's share of one that several processes serve. Raises CapacityError when
     not even one row's cache fits beside the weights.
     """
-    from runtime.serving.engine.angles import short_tokens
-    from runtime.serving.engine.fuse import refusal
-    from runtime.serving.engine.plain import PlainEngine
-    from runtime.serving.engine.rows import RowEngine
+    from runtime.serving.engine.backends.simple import PlainEngine
+    from runtime.serving.engine.engine import RowEngine
+    from runtime.serving.engine.patch import refusal
+    from runtime.serving.engine.rope import short_tokens
 
     stated = models.context_tokens(model.config)
     context_tokens = min(stated, config.limits.context_tokens or stated)
@@ -69,7 +69,7 @@ def create(
 
 
 def _recorder(config: ServeConfig, model: "PreTrainedModel") -> "Recorder | None":
-    from runtime.serving.engine.graphs import CudaGraphs
+    from runtime.serving.engine.cuda_graphs import CudaGraphs
 
     # a product of 8-bit weights asks on the host which columns are outliers
     waits = config.quantization is not None and config.quantization.bits == 8
@@ -78,7 +78,7 @@ def _recorder(config: ServeConfig, model: "PreTrainedModel") -> "Recorder | None
 
 def _token_bytes(model: "PreTrainedModel") -> int:
     """Return the bytes of keys and values of one position of one row."""
-    from runtime.serving.engine.runner import cache_shape
+    from runtime.serving.engine.model_runner import cache_shape
 
     layers, heads, dim = cache_shape(model.config)
     return 2 * layers * heads * dim * int(model.dtype.itemsize)

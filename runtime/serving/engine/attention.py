@@ -14,8 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from runtime.serving.engine.batch import Batch, Piece, Run
-from runtime.serving.engine.cache import SlotCache
 from runtime.serving.engine.kernels import Kernels
+from runtime.serving.engine.kv_cache import SlotCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

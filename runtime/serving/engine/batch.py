@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from runtime.serving.engine.bank import Bank
-from runtime.serving.engine.lora import Groups
+from runtime.serving.engine.lora import Bank, Groups
 from runtime.serving.engine.scheduler import Plan
 
 

@@ -9,7 +9,7 @@ threads or why an answer ends. Start at `Scheduler.plan`.
 from collections import deque
 from dataclasses import dataclass, field
 
-from runtime.serving.engine.guess import Guesser
+from runtime.serving.engine.prompt_lookup import Guesser
 
 LEAST_SHARED = 8
 """Shared beginnings below this many tokens are not worth copying."""

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from runtime.serving.engine.plain import PlainEngine
+from runtime.serving.engine.backends.simple import PlainEngine
+from runtime.serving.engine.backends.vllm import VllmEngine
+from runtime.serving.engine.engine import RowEngine
 from runtime.serving.engine.protocol import Request, Sampling, Token
-from runtime.serving.engine.rows import RowEngine
-from runtime.serving.engine.vllm import VllmEngine
 
 WRONG = 3
 """What a wrong guess says, unless a test has another."""

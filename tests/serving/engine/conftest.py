@@ -10,13 +10,12 @@ from peft import LoraConfig, get_peft_model
 
 from runtime import adapters, hardware
 from runtime.model_source import ModelSource
-from runtime.serving.engine import vllm
-from runtime.serving.engine.guess import Guesser
-from runtime.serving.engine.vllm_server import VllmServer
+from runtime.serving.engine.backends import vllm
+from runtime.serving.engine.backends.vllm_process import VllmServer
+from runtime.serving.engine.prompt_lookup import Guesser
 from runtime.serving.settings import ServeConfig
 from tests.conftest import write_tiny_llama
-
-from .asking import Oracle, load
+from tests.serving.engine.asking import Oracle, load
 
 SOURCE = ModelSource(name="tiny", repository="someone/tiny")
 

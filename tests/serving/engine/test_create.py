@@ -12,12 +12,11 @@ from runtime.errors import CapacityError
 from runtime.memory import serving
 from runtime.model_source import ModelSource
 from runtime.serving import engine
-from runtime.serving.engine.fuse import refusal
-from runtime.serving.engine.plain import PlainEngine
-from runtime.serving.engine.rows import RowEngine
+from runtime.serving.engine.backends.simple import PlainEngine
+from runtime.serving.engine.engine import RowEngine
+from runtime.serving.engine.patch import refusal
 from runtime.serving.settings import Limits, ServeConfig
-
-from .asking import ask, generate, load, run
+from tests.serving.engine.asking import ask, generate, load, run
 
 
 def config(**limits: Any) -> ServeConfig:
@@ -76,7 +75,7 @@ def test_a_longrope_model_has_its_whole_context() -> None:
 def test_a_longrope_model_served_one_at_a_time_has_its_original_context(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.serving.engine.fuse.DRIVEN", frozenset())
+    monkeypatch.setattr("runtime.serving.engine.patch.DRIVEN", frozenset())
     phi = transformers.Phi3Config(**SHAPE, original_max_position_embeddings=128, rope_parameters=LONGROPE)
     made = engine.create(config(), AutoModelForCausalLM.from_config(phi).eval())
     assert made.context_tokens == 128

@@ -17,13 +17,12 @@ from torch.nn.functional import linear, rms_norm, silu
 from runtime.serving.engine import kernels
 from runtime.serving.engine.attention import Layer, attend
 from runtime.serving.engine.batch import Batch, Piece, Work, assemble
-from runtime.serving.engine.blocks import rotate
-from runtime.serving.engine.cache import SlotCache, store
 from runtime.serving.engine.kernels import LIBRARY, Kernels, checksum
+from runtime.serving.engine.kv_cache import SlotCache, store
+from runtime.serving.engine.layers import rotate
 from runtime.serving.engine.lora import Groups, Own, RowLinear, Step
-
-from .asking import ask, generate, run
-from .test_rows import FAMILIES, model_of, some_prompts
+from tests.serving.engine.asking import ask, generate, run
+from tests.serving.engine.test_engine import FAMILIES, model_of, some_prompts
 
 SOURCES = sorted(LIBRARY.parent.glob("*.c"))
 PROCESSORS = {"x86-64-v4": ["avx512f", "avx512bw", "avx512vl"], "x86-64-v3": ["avx2", "fma"], "x86-64": []}
@@ -253,7 +252,7 @@ def test_without_kernels_the_answers_are_the_same(
     family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With them test_rows.py asks; here torch's operations answer, as where there was no compiler."""
-    from runtime.serving.engine.rows import RowEngine
+    from runtime.serving.engine.engine import RowEngine
 
     monkeypatch.setattr(Kernels, "find", lambda: None)
     model = model_of(family)

@@ -1,0 +1,84 @@
+"""The console script `runtime`: commands, and what every failure becomes: one line and an exit status.
+
+Here, and only in this package, are the environment and the arguments read. What a command does lies
+elsewhere and is imported when it runs, so that help and dry runs answer at once. Start at `main`.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+
+import typer
+
+from runtime import __version__, logs, process
+from runtime.cli import chat, images, manifest, merge, plan, presets, serve, tune
+from runtime.errors import ConfigError, Failure, exit_code
+
+log = logging.getLogger(__name__)
+
+app = typer.Typer(
+    name="runtime",
+    help="Tune and serve language models: for a Kubernetes Workspace, docker run, or this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("tune")(tune.tune)
+app.command("serve")(serve.serve)
+app.command("chat")(chat.chat)
+app.command("manifest")(manifest.manifest)
+app.command("plan")(plan.plan)
+app.command("merge")(merge.merge)
+app.command("presets")(presets.presets)
+images.add_to(app)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """Run the command line of this process and leave with its exit status."""
+    process.leave(run(sys.argv[1:], os.environ))
+
+
+def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Run one command and return its exit status; nothing but KeyboardInterrupt's kin gets out."""
+    debug = "--debug" in arguments or environ.get("DEBUG_MODE", "").lower() in ("true", "1")
+    logs.configure(debug=debug)
+    try:
+        status = app(list(arguments), prog_name="runtime", obj=environ)
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Failure as failure:
+        return _explain(failure, str(failure), exit_code(failure), debug=debug)
+    except PermissionError as error:
+        denied = ConfigError(_denied(error))
+        return _explain(error, str(denied), exit_code(denied), debug=debug)
+    except Exception as error:
+        what = f"internal error: {type(error).__name__}: {error}"
+        hint = "" if debug else "; rerun with --debug for the traceback"
+        return _explain(error, f"{what}{hint}", 1, debug=debug)
+    return status if isinstance(status, int) else 0
+
+
+def _denied(error: PermissionError) -> str:
+    """Return what to do about a file that this process may not use: in a container, most often a mount."""
+    whom = f"user {os.geteuid()} with group {os.getegid()}"
+    remedy = "open it and the folders above it, or run as its owner"
+    return f"{error.filename}: permission denied for {whom}; {remedy}"
+
+
+def _explain(error: BaseException, message: str, status: int, *, debug: bool) -> int:
+    """Write the one line, after the traceback where that is wanted, and return `status`."""
+    if debug:
+        log.debug("traceback", exc_info=error)
+    typer.echo(f"error: {logs.redact(' '.join(message.split()))}", err=True)
+    return status

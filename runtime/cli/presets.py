@@ -1,0 +1,54 @@
+"""`runtime presets`: the models known by name, as a table, as JSON, or one in full.
+
+Start at `presets`.
+"""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from runtime.cli import render
+from runtime.config import flatten
+from runtime.presets import Preset, all_presets, find
+
+Name = Annotated[str | None, typer.Argument(metavar="NAME", help="Show everything about this one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+
+
+def presets(name: Name = None, as_json: AsJson = False) -> None:
+    """List the models known by name."""
+    if name is not None:
+        facts = _facts(find(name))
+        if as_json:
+            typer.echo(json.dumps(facts, indent=2))
+        else:
+            render.table(
+                ("fact", "value"),
+                [(key, render.text(value)) for key, value in flatten(facts).items()],
+            )
+    elif as_json:
+        typer.echo(json.dumps([_facts(preset) for preset in all_presets()], indent=2))
+    else:
+        render.table(
+            ("name", "parameters", "context", "download", "licence", "gated", "tune", "repository"),
+            [_row(preset) for preset in all_presets()],
+        )
+
+
+def _facts(preset: Preset) -> dict[str, Any]:
+    facts = preset.model_dump(mode="json")
+    return {**facts, "parameters": preset.dimensions.parameters}
+
+
+def _row(preset: Preset) -> tuple[str, ...]:
+    return (
+        preset.name,
+        render.count(preset.dimensions.parameters),
+        str(preset.context_tokens),
+        f"{preset.download_gib:.1f} GiB",
+        preset.licence,
+        "yes" if preset.gated else "no",
+        "yes" if preset.tunable else "no",
+        preset.repository,
+    )

@@ -1,0 +1,325 @@
+"""The engine over vLLM: a vLLM server of this process's own does the work, on one GPU or several.
+
+Requests wait at the desk, as with the other engines; at most `rows` at a time are vLLM's to answer, by its
+/v1/completions with token ids in and out. Knows vLLM's HTTP; does not know text, or how vLLM is run
+(vllm_server.py). Start at `start`, then `VllmEngine._stream`.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from runtime import adapters, hardware
+from runtime.errors import ConfigError, Failure, RequestError, UnavailableError, UnknownModelError
+from runtime.hardware import Hardware
+from runtime.serving.engine.backends.vllm_process import VllmServer
+from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
+from runtime.serving.engine.request_queue import LAST_STEP_S, Desk, Ticket
+from runtime.serving.settings import ServeConfig
+
+log = logging.getLogger(__name__)
+
+SWEEP_S = 0.05
+"""How often answers that nobody reads any more are looked for."""
+ADAPTER_S = 600.0
+"""For vLLM to read one adapter."""
+RESIDENT = 64
+"""Adapters that vLLM keeps in host memory; a further one is read from the disk when it is asked for."""
+TOKEN = "token_id:"  # noqa: S105 - how vLLM writes a token's id where its text would stand
+KV_SHARE = re.compile(r"^vllm:kv_cache_usage_perc\S* (\S+)", re.MULTILINE)
+
+
+def start(config: ServeConfig, folder: Path, devices: Hardware) -> "VllmEngine":
+    """Return the engine over a vLLM that serves the model in `folder`; blocks until it answers.
+
+    Raises ConfigError when there is no vLLM, when it cannot do what `config` asks for, or when it ends.
+    """
+    server = VllmServer(config.vllm.program, [str(folder), *flags(config, devices)])
+    try:
+        server.wait_ready()
+        with server.client(timeout_s=30.0) as client:
+            served = client.get("/v1/models").raise_for_status().json()["data"][0]
+    except BaseException:
+        server.close()
+        raise
+    return VllmEngine(
+        server,
+        name=config.served_name,
+        context_tokens=int(served["max_model_len"]),
+        rows=config.limits.rows,
+        queue=config.limits.queue,
+    )
+
+
+def flags(config: ServeConfig, devices: Hardware) -> list[str]:
+    """Return vLLM's flags for `config`; those of `config.vllm.flags` win.
+
+    Raises ConfigError for a quantisation that vLLM does not make itself.
+    """
+    asked: dict[str, Any] = {
+        "served-model-name": config.served_name,
+        "dtype": hardware.compute_dtype(devices, config.model.dtype),
+        "max-num-seqs": config.limits.rows,
+        "generation-config": "vllm",  # what a silent request gets is decided here
+        "enable-prompt-tokens-details": True,
+        "structured-outputs-config": '{"backend": "guidance", "disable_any_whitespace": true}',
+    }
+    if config.limits.context_tokens is not None:
+        asked["max-model-len"] = config.limits.context_tokens
+    if config.parallel == "tp":
+        asked["tensor-parallel-size"] = config.processes or devices.count
+    if config.model.trust_remote_code:
+        asked["trust-remote-code"] = True
+    if config.adapters or config.adapter_root is not None:
+        at_once = max(len(config.adapters), 1 if config.adapter_root is None else 4)
+        asked |= {"enable-lora": True, "max-loras": at_once, "max-lora-rank": config.vllm.max_adapter_rank}
+        asked["max-cpu-loras"] = max(at_once, RESIDENT)
+    if config.quantization is not None:
+        if config.quantization.bits != 4:
+            raise ConfigError("--engine vllm quantises to nf4 only: use --quantize nf4, or this engine's own")
+        asked["quantization"] = "bitsandbytes"
+    asked |= {name.replace("_", "-").lstrip("-"): value for name, value in config.vllm.flags.items()}
+    return [_flag(name, value) for name, value in asked.items()]
+
+
+def _flag(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value if isinstance(value, str | int | float) else json.dumps(value)}"
+
+
+class VllmEngine:
+    """Answers up to `rows` requests at a time; `queue` more wait, in the order of their arrival."""
+
+    def __init__(self, server: VllmServer, *, name: str, context_tokens: int, rows: int, queue: int) -> None:
+        self.context_tokens = context_tokens
+        self._server = server
+        self._name = name
+        self._resident: dict[str, Path] = {}
+        self._folders = tempfile.TemporaryDirectory(prefix="adapters-")
+        self._desk = Desk(rows=rows, queue=queue, adapters=lambda: tuple(self._resident))
+        self._answers: dict[Ticket, asyncio.Task[None]] = {}
+        self._kv_share = 0.0
+        self._prompt_tokens = self._cached_tokens = 0
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="engine", daemon=True)
+        self._thread.start()
+        server.on_end(self._lost)
+
+    def submit(self, request: Request) -> AsyncIterator[Token]:
+        """Queue `request`; see `Engine.submit`."""
+        return self._desk.submit(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Stop a request; see `Engine.cancel`."""
+        self._desk.cancel(request_id)
+
+    def add_adapter(self, name: str, folder: Path, *, strength: float = 1.0) -> None:
+        """Have vLLM read an adapter, of which a copy is kept for it; see `Engine.add_adapter`."""
+        copy = Path(self._folders.name) / name
+        shutil.rmtree(copy, ignore_errors=True)
+        if strength == 1:
+            copy.mkdir()
+            for file in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE):
+                shutil.copyfile(folder / file, copy / file)
+        else:
+            adapters.combine([(folder, strength)], copy)
+        try:
+            self._tell("load_lora_adapter", name, lora_path=str(copy))
+        except BaseException:
+            shutil.rmtree(copy, ignore_errors=True)
+            raise
+        self._resident[name] = copy
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter once nobody uses it; see `Engine.remove_adapter`."""
+        self._desk.let_go(name)
+        self._tell("unload_lora_adapter", name)
+        shutil.rmtree(self._resident.pop(name), ignore_errors=True)
+        self._desk.forgotten(name)
+
+    def stats(self) -> Stats:
+        """Return the figures of this moment; the cache's share is a second old at most."""
+        running = self._desk.running
+        return Stats(
+            running=running,
+            waiting=self._desk.waiting,
+            kv_cache_share=self._kv_share if running else 0.0,
+            last_progress_s=self._desk.last_progress_s,
+            alive=self._thread.is_alive() and self._server.alive,
+            adapters=self._desk.adapters(),
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+        )
+
+    def close(self) -> None:
+        """End what is in flight as cancelled, then vLLM."""
+        self._desk.close("cancelled")
+        self._thread.join(LAST_STEP_S)
+        self._server.close()
+        self._folders.cleanup()
+
+    async def _run(self) -> None:
+        async with self._server.async_client() as client:
+            watch = asyncio.create_task(self._watch(client))
+            while self._desk.is_open:
+                for ticket in await asyncio.to_thread(self._desk.take, wait=True):
+                    self._answers[ticket] = asyncio.create_task(self._answer(client, ticket))
+            for task in (watch, *self._answers.values()):
+                task.cancel()
+            await asyncio.gather(watch, *self._answers.values(), return_exceptions=True)
+
+    async def _watch(self, client: httpx.AsyncClient) -> None:
+        """Break off answers that nobody reads, also before their first token; read the cache's share."""
+        for turn in range(2**63):
+            await asyncio.sleep(SWEEP_S)
+            for ticket, task in tuple(self._answers.items()):
+                if ticket.cancelled:
+                    task.cancel()
+            if self._answers and turn % round(1 / SWEEP_S) == 0:
+                try:
+                    found = KV_SHARE.search((await client.get("/metrics", timeout=1.0)).text)
+                    self._kv_share = float(found[1]) if found else 0.0
+                except httpx.HTTPError:
+                    continue
+
+    async def _answer(self, client: httpx.AsyncClient, ticket: Ticket) -> None:
+        """Give one request its tokens, and its end, whichever it is."""
+        try:
+            end: FinishReason | Exception = await self._stream(client, ticket)
+        except asyncio.CancelledError:
+            end = "cancelled"
+        except Exception as error:  # answers the request; the others go on
+            end = _failure(error)
+        del self._answers[ticket]
+        self._desk.finish(ticket, end)
+
+    async def _stream(self, client: httpx.AsyncClient, ticket: Ticket) -> FinishReason:
+        """Post the answer's tokens as vLLM sends them and return why it ended."""
+        request = ticket.request
+        self._prompt_tokens += len(request.prompt_ids)
+        body = _body(request, model=request.adapter or self._name, context_tokens=self.context_tokens)
+        end: FinishReason = "cancelled"
+        async with client.stream("POST", "/v1/completions", json=body) as reply:
+            if reply.status_code != 200:
+                raise _refused(reply.status_code, (await reply.aread()).decode(errors="replace"))
+            async for line in reply.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                chunk = json.loads(line.removeprefix("data: "))
+                if "error" in chunk:
+                    raise _refused(int(chunk["error"].get("code") or 500), line)
+                self._cached_tokens += _cached(chunk)
+                self._desk.progress()
+                for choice in chunk["choices"]:
+                    for token in _tokens(choice, top=request.sampling.top_logprobs):
+                        if token.id not in request.sampling.stop_ids:
+                            ticket.post(token)
+                    end = _reason(choice.get("finish_reason")) or end
+        return end
+
+    def _lost(self, how: str) -> None:
+        log.error("%s; without it nothing can be answered", how)
+        self._desk.abandon(UnavailableError("the engine has died; the server's log says of what"))
+
+    def _tell(self, path: str, name: str, **more: str) -> None:
+        """Have vLLM load or forget an adapter; ConfigError with its reason when it does not."""
+        try:
+            with self._server.client(timeout_s=ADAPTER_S) as client:
+                reply = client.post(f"/v1/{path}", json={"lora_name": name} | more)
+        except httpx.HTTPError as error:
+            raise UnavailableError(f"adapter {name}: vLLM does not answer: {error}") from None
+        if reply.status_code != 200:
+            raise ConfigError(f"adapter {name}: does not fit this model, says vLLM: {_message(reply.text)}")
+
+
+def _body(request: Request, *, model: str, context_tokens: int) -> dict[str, Any]:
+    """Return what vLLM is asked: our stop ids and no others, ids in place of text."""
+    sampling = request.sampling
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": request.prompt_ids,
+        "max_tokens": min(sampling.max_new_tokens, context_tokens - len(request.prompt_ids)),
+        "min_tokens": sampling.min_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "logit_bias": {str(token): bias for token, bias in sampling.logit_bias.items()},
+        "stop_token_ids": sorted(sampling.stop_ids),
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if sampling.seed is not None:
+        body["seed"] = sampling.seed & (1 << 63) - 1
+    if sampling.top_logprobs is not None:
+        body |= {"logprobs": sampling.top_logprobs, "return_tokens_as_token_ids": True}
+    if (grammar := sampling.grammar) is not None:
+        body["structured_outputs"] = {"json" if grammar.kind == "schema" else "regex": grammar.value}
+    return body
+
+
+def _tokens(choice: dict[str, Any], *, top: int | None) -> Iterator[Token]:
+    """Yield the tokens of one chunk, with the `top` likeliest at each place where that is asked for."""
+    ids = choice.get("token_ids") or []
+    said = choice.get("logprobs")
+    if top is None or said is None:
+        yield from map(Token, ids)
+        return
+    for place, token in enumerate(ids):
+        found = (
+            (int(name.removeprefix(TOKEN)), share) for name, share in said["top_logprobs"][place].items()
+        )
+        likeliest = sorted(found, key=lambda pair: -pair[1])[:top]
+        yield Token(token, logprob=said["token_logprobs"][place], top=tuple(likeliest))
+
+
+def _reason(said: str | None) -> FinishReason | None:
+    if said is None:
+        return None
+    if said not in {"stop", "length"}:
+        raise UnavailableError(f"vLLM gave up this request ({said})")
+    return "stop" if said == "stop" else "length"
+
+
+def _cached(chunk: dict[str, Any]) -> int:
+    details = (chunk.get("usage") or {}).get("prompt_tokens_details") or {}
+    return int(details.get("cached_tokens") or 0)
+
+
+def _refused(status: int, text: str) -> Exception:
+    """Return what an error of vLLM's means to who asked."""
+    if status == 404:
+        return UnknownModelError(_message(text))
+    if status in {400, 422}:
+        return RequestError(_message(text))
+    return RuntimeError(f"vLLM answered {status}: {_message(text)}")
+
+
+def _message(text: str) -> str:
+    """Return the message in an error body, in one line."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        text = str(json.loads(text.removeprefix("data: "))["error"]["message"])
+    return " ".join(text.split())[:300]
+
+
+def _failure(error: Exception) -> Exception:
+    """Return what the client is told; the rest is in the log."""
+    if isinstance(error, Failure):
+        return error
+    log.error("A request failed in the engine", exc_info=error)
+    return UnavailableError("the engine failed on this request; its log says why")

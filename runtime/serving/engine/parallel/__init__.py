@@ -1,0 +1,1 @@
+"""Tensor parallelism: the group, the shard of a rank, and the worker processes."""

@@ -1,0 +1,119 @@
+"""The other processes of a server that divides its model: started, waited for, watched, let go.
+
+Rank 0 is the server itself; each of the others is `python -m runtime.serving.engine.parallel.worker` and
+holds its share. They end when rank 0 says so, and when it is gone (its end of their standard input closes).
+Does not know models or requests. Start at `Crew`.
+"""
+
+import logging
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from runtime import hardware
+from runtime.errors import EXIT_CODES, Failure
+from runtime.hardware import Hardware
+from runtime.model_source import ModelSource
+from runtime.serving.engine.parallel.group import Team, meeting
+from runtime.serving.engine.parallel.worker import Task, arrived
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.1
+"""How often an ended process is looked for."""
+LEAVE_S = 10.0
+"""Time that the others are given to end after the last order."""
+
+
+class Crew:
+    """The processes of ranks 1 and up."""
+
+    def __init__(self, model: ModelSource, devices: Hardware, *, world: int, threads: int) -> None:
+        """Start them; `model` has its `path`. ConfigError where there are fewer GPUs than ranks."""
+        self._world = world
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        place = Path(self._folder.name) / "meeting"
+        self._store = meeting(place, world)
+        dtype = hardware.compute_dtype(devices, model.dtype)
+        tasks = [
+            Task(
+                model=model, rank=rank, world=world, device=hardware.device(devices, rank), dtype=dtype,
+                threads=threads, meeting=place,
+            )
+            for rank in range(1, world)
+        ]  # fmt: skip
+        self._processes = {task.rank: _start(task) for task in tasks}
+
+    def meet(self, device: str) -> Team:
+        """Wait until every rank has its share, and return the connection; raise what a rank ended with."""
+        waited_for = [arrived(rank) for rank in self._processes]
+        while not self._store.check(waited_for):
+            if (lost := self._lost()) is not None:
+                rank, status = lost
+                kind = next((kind for kind, code in EXIT_CODES.items() if code == status), Failure)
+                raise kind(f"{self._described(rank, status)} while it loaded; its own line says why")
+            time.sleep(LOOK_S)
+        return Team(self._store, rank=0, world=self._world, device=device)
+
+    def watch(self, on_loss: Callable[[], None]) -> None:
+        """Call `on_loss`, from a thread, when a process ends that was not let go."""
+
+        def look() -> None:
+            running = True
+            while running:
+                running = any(process.poll() is None for process in self._processes.values())
+                if (lost := self._lost()) is not None:
+                    log.error(
+                        "%s: without its part of the model nothing can be answered", self._described(*lost)
+                    )
+                    on_loss()
+                    return
+                time.sleep(LOOK_S)
+
+        threading.Thread(target=look, name="crew", daemon=True).start()
+
+    def dismiss(self) -> None:
+        """Wait for the processes to end, which were told to; end those that do not."""
+        until = time.monotonic() + LEAVE_S
+        for process in self._processes.values():
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
+        failed = [rank for rank, process in self._processes.items() if process.returncode]
+        if not failed:
+            log.info("All %d ranks have ended", self._world)
+        self._folder.cleanup()
+
+    def end(self) -> None:
+        """End the processes at once: nothing will come of this server."""
+        for process in self._processes.values():
+            process.kill()
+        self.dismiss()
+
+    def _lost(self) -> tuple[int, int] | None:
+        """Return the rank and status of a process that ended by itself, or None."""
+        ended = ((rank, process.poll()) for rank, process in self._processes.items())
+        return next(((rank, status) for rank, status in ended if status), None)
+
+    def _described(self, rank: int, status: int) -> str:
+        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        return f"rank {rank} of {self._world} {how}"
+
+
+def _start(task: Task) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "runtime.serving.engine.parallel.worker"]
+    # a session of its own: Ctrl-C on a terminal is rank 0's to answer
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # noqa: S603
+    assert process.stdin is not None, "it was asked for"  # noqa: S101
+    process.stdin.write(task.model_dump_json().encode() + b"\n")
+    process.stdin.flush()
+    return process

@@ -1,0 +1,90 @@
+"""Prepares a transformers model for rows: own attention, joined projections, layers that take adapters.
+
+The module tree stays transformers'; attention, MLP and norm modules of families alike are replaced
+by those of blocks.py. Does not know requests. Start at `prepare`.
+"""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from runtime.serving.engine import rope
+from runtime.serving.engine.attention import register, use_rows
+from runtime.serving.engine.kv_cache import SlotCache
+from runtime.serving.engine.layers import Adaptables, FalconRows, FusedAttention, FusedMlp, Norm
+from runtime.serving.engine.lora import RowLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+UNSCALED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3"})
+"""Model types whose layers follow one another from the embedding on, with plain RMS norms."""
+FUSED = UNSCALED | {"gemma"}
+"""Model types whose attention is: project, optional norm per head, rotate, attend, project."""
+DRIVEN = FUSED | {"phi", "gemma2", "gemma3_text", "falcon"}
+"""Model types tested row by row against `generate`."""
+
+
+def refusal(model: "PreTrainedModel") -> str | None:
+    """Return why the row engine cannot drive `model`, or None when it can."""
+    config = model.config.get_text_config()
+    if model.config.model_type not in DRIVEN:
+        return f"architecture '{model.config.model_type}' is not one it knows"
+    if getattr(config, "alibi", False):
+        return "ALiBi positions"
+    return rope.refusal(config)
+
+
+def prepare(model: "PreTrainedModel", cache: SlotCache, layers: Adaptables) -> None:
+    """Change `model` in place to run flat tokens over `cache`, its linear layers made by `layers`."""
+    kind = model.config.model_type
+    replaced = kind in FUSED or kind == "falcon"  # Falcon's class takes no other attention function
+    if not replaced:
+        use_rows(model)
+    for name, module in list(model.named_modules()):
+        if kind == "falcon" and hasattr(module, "query_key_value"):
+            _replace(model, name, FalconRows(module, cache))
+        elif kind in FUSED and hasattr(module, "o_proj"):
+            _replace(model, name, FusedAttention(name, module, cache, layers))
+        elif kind in FUSED and hasattr(module, "down_proj") and hasattr(module, "gate_proj"):
+            _replace(model, name, FusedMlp(name, module, layers, cache.kernels))
+        elif kind in UNSCALED and hasattr(module, "variance_epsilon"):
+            _replace(model, name, Norm(module.weight, module.variance_epsilon, cache.kernels))
+        elif not replaced and hasattr(module, "layer_idx") and hasattr(module, "config"):
+            register(module.config, cache)
+    for name, module in list(model.named_modules()):
+        if _is_linear(module) and module is not model.get_output_embeddings() and not _inside(model, name):
+            _replace(model, name, layers.one(name, module))
+    _choose_angles_by_row(model, cache)
+    head = model.get_output_embeddings()
+    if head is not None:
+        model.set_output_embeddings(layers.head(head))
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":  # may be a view of the weights' file, and the last one keeps it
+            parameter.data = parameter.data.clone()
+
+
+def _choose_angles_by_row(model: "PreTrainedModel", cache: SlotCache) -> None:
+    for name, module in list(model.named_modules()):
+        if getattr(module, "rope_type", None) == "longrope":
+            _replace(model, name, rope.LongRope(module, cache))
+        elif getattr(module, "rope_type", None) == "dynamic":
+            module.rope_type = "default"  # else the longest position goes to the host in each step; see KNOWN
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return hasattr(module, "in_features") and hasattr(module, "weight") and not isinstance(module, RowLinear)
+
+
+def _inside(model: nn.Module, name: str) -> bool:
+    """Whether the module at `name` is already part of a row layer."""
+    ancestors = name.split(".")
+    return any(
+        isinstance(model.get_submodule(".".join(ancestors[:depth])), RowLinear)
+        for depth in range(1, len(ancestors))
+    )
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)

@@ -1,0 +1,1 @@
+"""The HTTP side: routes, bodies, middleware. Start at app, then chat."""

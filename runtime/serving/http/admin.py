@@ -1,0 +1,126 @@
+"""Routes beside generation: token ids for text and back, adapters loaded and unloaded while serving.
+
+Loading is off unless the server has an API key and an adapter directory, and takes nothing from outside
+that directory. Start at `router`.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.responses import JSONResponse, Response
+
+from runtime.errors import ConfigError, ForbiddenError, RequestError, UnknownModelError
+from runtime.serving.generation import Answers
+from runtime.serving.http.schema import Body, Message, Name, Text, TokenId
+from runtime.serving.lifecycle import Served
+from runtime.serving.settings import ADAPTER_NAME, AdapterSource
+
+log = logging.getLogger(__name__)
+
+
+class TokenizeBody(Body):
+    """POST /tokenize: a `prompt` or `messages`."""
+
+    prompt: Text | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    tokens: list[TokenId]
+
+
+class LoadBody(Body):
+    """POST /v1/load_lora_adapter."""
+
+    lora_name: str = Field(pattern=ADAPTER_NAME)
+    lora_path: Text = Field(max_length=4096)
+    """A directory, relative to the server's adapter directory or absolute within it."""
+
+
+class UnloadBody(Body):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: Name
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterDoor:
+    """From where adapters may come at run time, and who reads them."""
+
+    root: Path
+    add: Callable[[Served, AdapterSource], None]
+    """Blocks while it reads; raises ConfigError for what must not be served."""
+
+    def folder(self, path: str) -> Path:
+        """Return the directory `path` means; RequestError when it lies outside the root, links followed."""
+        root = self.root.resolve()
+        try:
+            folder = (root / path).resolve()
+            inside = folder.is_relative_to(root) and folder != root and folder.is_dir()
+        except (ValueError, OSError):  # a NUL, or a name too long for the file system
+            inside = False
+        if not inside:
+            raise RequestError("'lora_path' is no directory within the adapter directory", param="lora_path")
+        return folder
+
+
+def router(answers: Answers, door: AdapterDoor | None) -> APIRouter:
+    """Return the routes; `door` None refuses to load and unload."""
+    routes = APIRouter(tags=["tools"])
+    changing = asyncio.Lock()
+
+    def opened() -> AdapterDoor:
+        if door is None:
+            raise ForbiddenError("adapters are fixed here: loading needs an API key and an adapter directory")
+        return door
+
+    @routes.post("/tokenize", summary="Token ids of a text or a conversation", response_model=None)
+    async def tokenize(body: TokenizeBody) -> Response:
+        prompts = answers.served().prompts
+        if body.messages:
+            ids = await prompts.rendered(body.messages)
+        else:
+            ids = await prompts.count(body.prompt or "", special=body.add_special_tokens)
+        strings = [prompts.token_text(i) for i in ids] if body.return_token_strs else None
+        counted = {"count": len(ids), "max_model_len": prompts.context_tokens, "tokens": ids}
+        return JSONResponse({**counted, "token_strs": strings})
+
+    @routes.post("/detokenize", summary="The text of token ids", response_model=None)
+    async def detokenize(body: DetokenizeBody) -> Response:
+        prompts = answers.served().prompts
+        return JSONResponse({"prompt": prompts.written(body.tokens)})
+
+    @routes.post("/v1/load_lora_adapter", summary="Serve one more adapter", response_model=None)
+    async def load(body: LoadBody) -> Response:
+        served, opening = answers.served(), opened()
+        source = AdapterSource(name=body.lora_name, reference=str(opening.folder(body.lora_path)))
+        async with changing:
+            try:
+                await asyncio.to_thread(opening.add, served, source)
+            except ConfigError as failure:
+                raise RequestError(str(failure), param="lora_path") from None
+        return JSONResponse({"message": f"adapter '{body.lora_name}' is served"})
+
+    @routes.post("/v1/unload_lora_adapter", summary="Stop serving an adapter", response_model=None)
+    async def unload(body: UnloadBody) -> Response:
+        served = answers.served()
+        opened()
+        async with changing:
+            if body.lora_name not in served.engine.stats().adapters:
+                raise UnknownModelError(
+                    f"no adapter '{body.lora_name}' is served", param="lora_name", code="model_not_found"
+                )
+            await asyncio.to_thread(served.engine.remove_adapter, body.lora_name)
+        log.info("Adapter removed: %s", body.lora_name)
+        return JSONResponse({"message": f"adapter '{body.lora_name}' is served no more"})
+
+    return routes

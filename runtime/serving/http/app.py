@@ -1,0 +1,171 @@
+"""Puts the routes together: `create_app` takes every collaborator, and nothing happens at import.
+
+Here are the routes that know no model (health, metrics, version, the page); chat.py and openai.py hold
+the others. Does not know how a model is loaded or when the process ends. Start at `create_app`.
+"""
+
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+
+from runtime import __version__, hardware
+from runtime.errors import Failure
+from runtime.metrics import ServingMetrics
+from runtime.serving.generation import Answers
+from runtime.serving.http import admin, chat, openai, responses
+from runtime.serving.http.middleware import Gates
+from runtime.serving.http.schema import ErrorBody
+from runtime.serving.http.sse import error_object, failure_reply, reply
+from runtime.serving.lifecycle import Lifecycle
+from runtime.serving.settings import Limits
+
+EITHER: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}, "application/json": {}}}}
+HTML: dict[int | str, dict[str, Any]] = {200: {"content": {"text/html": {}, "application/json": {}}}}
+
+
+def create_app(
+    *,
+    lifecycle: Lifecycle,
+    metrics: ServingMetrics,
+    limits: Limits,
+    api_key: str | None = None,
+    door: admin.AdapterDoor | None = None,
+) -> FastAPI:
+    """Return the server's routes behind its gates; `door` lets adapters in at run time."""
+    app = FastAPI(
+        title="Workspace runtime",
+        version=__version__,
+        docs_url=None,  # FastAPI's page loads its script from a CDN
+        redoc_url=None,
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+    )
+    answers = Answers(lifecycle, metrics, timeout_s=limits.request_timeout_s)
+    app.include_router(chat.router(answers))
+    app.include_router(openai.router(answers))
+    app.include_router(responses.router(answers))
+    app.include_router(admin.router(answers, door))
+    _add_health(app, lifecycle)
+    _add_pages(app, metrics)
+    _add_failures(app, metrics)
+    app.add_middleware(Gates, lifecycle=lifecycle, limits=limits, api_key=api_key, count=metrics.refused)
+    return app
+
+
+def _add_health(app: FastAPI, lifecycle: Lifecycle) -> None:
+    def probe(reason: Callable[[], str | None]) -> Callable[[], JSONResponse]:
+        def answer() -> JSONResponse:
+            why = reason()
+            if why is None:
+                return JSONResponse({"status": "Healthy"})
+            error = error_object(why, 503, code="not_ready")
+            body = {"status": "Unhealthy", "detail": why, "error": error}
+            return JSONResponse(body, 503, {"Retry-After": "1"})
+
+        return answer
+
+    # async, so that a probe is answered on the event loop even when every worker thread is busy
+    live, ready = probe(lifecycle.liveness), probe(lifecycle.readiness)
+
+    @app.get("/livez", tags=["health"], summary="Should this process be restarted?")
+    @app.get("/v2/health/live", include_in_schema=False)
+    async def livez() -> JSONResponse:
+        return live()
+
+    @app.get("/readyz", tags=["health"], summary="Should requests be sent here?")
+    @app.get("/health", tags=["health"], summary="The same as /readyz")
+    @app.get("/healthz", tags=["health"], summary="The same as /readyz")
+    @app.get("/ping", include_in_schema=False)
+    @app.get("/v2/health/ready", include_in_schema=False)
+    async def readyz() -> JSONResponse:
+        return ready()
+
+
+def _add_pages(app: FastAPI, metrics: ServingMetrics) -> None:
+    @app.get(
+        "/", tags=["health"], summary="The chat page for browsers, a sign of life for others", responses=HTML
+    )
+    async def root(request: Request) -> Response:
+        if "text/html" in request.headers.get("accept", ""):
+            return page("index.html")
+        return JSONResponse({"message": "Server is running"}, headers={"Vary": "Accept"})
+
+    @app.get("/docs", tags=["health"], summary="This page", response_class=HTMLResponse)
+    async def docs() -> Response:
+        return page("docs.html")
+
+    @app.get(
+        "/metrics",
+        tags=["health"],
+        summary="Prometheus figures; the machine's load for who accepts JSON",
+        response_class=PlainTextResponse,
+        responses=EITHER,
+    )
+    async def prometheus(request: Request) -> Response:
+        if "application/json" in request.headers.get("accept", ""):  # as KAITO's own server answers
+            return JSONResponse(await run_in_threadpool(hardware.peers_json))
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/version", tags=["health"], summary="This server's version")
+    async def version() -> Response:
+        return JSONResponse({"version": __version__})
+
+
+def page(name: str) -> HTMLResponse:
+    """Return a page of the package; it may load nothing but from this server."""
+    text = files("runtime.serving.http").joinpath("page", name).read_text(encoding="utf-8")
+    policy = (
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return HTMLResponse(text, headers={"Content-Security-Policy": policy, "Vary": "Accept"})
+
+
+def _add_failures(app: FastAPI, metrics: ServingMetrics) -> None:
+    def counted(response: JSONResponse) -> JSONResponse:
+        metrics.refused(response.status_code)
+        return response
+
+    async def failed(request: Request, failure: Exception) -> Response:
+        return counted(failure_reply(request.url.path, failure, request.state.request_id))
+
+    async def invalid(request: Request, failure: Exception) -> Response:
+        message, param = (
+            _explain(failure) if isinstance(failure, RequestValidationError) else (str(failure), None)
+        )
+        return counted(reply(request.url.path, 400, error_object(message, 400, param=param)))
+
+    async def refused(request: Request, failure: Exception) -> Response:
+        status = failure.status_code if isinstance(failure, HTTPException) else 500
+        path = request.url.path
+        text = {
+            404: f"there is no {path} here; GET /docs lists the routes",
+            405: f"{path} does not take {request.method}; GET /docs lists the routes",
+            400: "the body is not valid JSON",
+        }.get(status, str(getattr(failure, "detail", "")))
+        response = counted(reply(path, status, error_object(text, status)))
+        response.headers.update(getattr(failure, "headers", None) or {})
+        return response
+
+    app.add_exception_handler(Failure, failed)
+    app.add_exception_handler(Exception, failed)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, refused)
+
+
+def _explain(failure: RequestValidationError) -> tuple[str, str | None]:
+    """Return one line on the first thing wrong with a body, and the field it is in."""
+    problem = failure.errors()[0]
+    if problem["type"] == "json_invalid":
+        return f"the body is not valid JSON: {problem['ctx']['error']}", None
+    location = [str(part) for part in problem["loc"] if part != "body"]
+    param = ".".join(location) or None
+    what = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    if problem["type"] == "missing":
+        return f"'{param}' is missing" if param else "the request has no body, expected JSON", param
+    return f"'{param}' {what}" if param else f"the body {what}", param

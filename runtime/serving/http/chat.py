@@ -1,0 +1,174 @@
+"""POST /chat: the route this runtime is known by, and the shapes that older clients send to it.
+
+`{"prompt"}` or `{"messages"}` in, `{"Result"}` out. Knows JSON bodies; what generation is, answers.py
+knows. Start at `chat`.
+"""
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from runtime.errors import RequestError
+from runtime.serving.generation import Answers, Ask, Batch
+from runtime.serving.http.schema import ChatBody, GenerateFields, Message, PromptsBody
+from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
+from runtime.serving.structured_output import form_of
+from runtime.serving.tokenizer import Extent
+
+
+def router(answers: Answers) -> APIRouter:
+    """Return the routes /chat and /generate."""
+    routes = APIRouter(tags=["chat"])
+
+    @routes.post(
+        "/chat", responses=STREAMED, summary="Answer a prompt or a conversation", response_model=None
+    )
+    async def chat(body: ChatBody, request: Request) -> Response:
+        request_id = request.state.request_id
+        if body.input_data is not None:
+            return await _dialogs(answers, body, request)
+        ask, before = await _ask(answers, body, request_id)
+        batch = answers.start([ask])
+        name = ask.adapter or answers.served().name
+        if body.stream:
+            events = _events(batch, name, before if body.return_full_text else "")
+            return EventStream(events, close=batch.close, request_id=request_id)
+        try:
+            (whole,) = await unless_gone(request, batch.whole(), request_id=request_id)
+        finally:
+            batch.close()
+        text = before + whole.text if body.return_full_text else whole.text
+        return JSONResponse({"Result": text, **_end(batch, name, whole.finish)})
+
+    @routes.post("/generate", summary="Continue texts (the shape of llama-2's image)", response_model=None)
+    async def generate(body: PromptsBody, request: Request) -> Response:
+        request_id = request.state.request_id
+        prompts = answers.served().prompts
+        asks = [
+            Ask(await prompts.text(text, param="prompts"), request_id=request_id, continues=True)
+            for text in body.prompts
+        ]
+        settled = [await _settled(answers, ask, body.parameters) for ask in asks]
+        texts = await _texts(answers, settled, request)
+        results = [
+            {"prompt": prompt, "response": text} for prompt, text in zip(body.prompts, texts, strict=True)
+        ]
+        return JSONResponse({"results": results})
+
+    return routes
+
+
+async def _ask(answers: Answers, body: ChatBody, request_id: str) -> tuple[Ask, str]:
+    """Return what to generate, and the text that `return_full_text` puts before it."""
+    prompts = answers.served().prompts
+    param = "adapter" if body.adapter is not None else "model"
+    adapter = answers.adapter(body.adapter if body.adapter is not None else body.model, param=param)
+    before = (body.prefix or "") + (body.prompt or "")
+    if body.messages:
+        if body.raw:
+            raise RequestError(
+                "'raw' continues a 'prompt'; 'messages' always go through the template", param="raw"
+            )
+        if body.prompt:
+            raise RequestError("send 'prompt' or 'messages', not both", param="prompt")
+        ids = await prompts.chat(body.messages)
+        continues = False
+    elif not body.prompt:
+        raise RequestError(
+            "Text generation parameter prompt required: send 'prompt' or 'messages'", param="prompt"
+        )
+    elif body.raw or not prompts.template:
+        ids = await prompts.text(before)
+        continues = True
+    else:
+        ids = await prompts.chat([Message(role="user", content=before)], param="prompt")
+        continues = False
+    ask = Ask(ids, adapter=adapter, request_id=request_id, continues=continues)
+    return await _settled(answers, ask, body.settings()), before
+
+
+async def _settled(answers: Answers, ask: Ask, fields: GenerateFields) -> Ask:
+    """Return `ask` with the sampling settings that `fields` ask for."""
+    for name in ("num_beams", "num_return_sequences", "typical_p"):
+        if getattr(fields, name) != 1:
+            raise RequestError(f"'{name}' other than 1 is not supported", param=name)
+    if fields.min_new_tokens is not None:
+        fields = fields.model_copy(update={"min_tokens": fields.min_new_tokens})
+    if fields.stop is None and fields.stop_strings is not None:
+        fields = fields.model_copy(update={"stop": fields.stop_strings})
+    prompts = answers.served().prompts
+    sampling = prompts.sampling(
+        fields, prompt_tokens=len(ask.prompt_ids), extent=_extent(fields), sample=fields.do_sample
+    )
+    sampling = await prompts.shaped(sampling, form_of(fields))
+    return replace(ask, sampling=sampling, stops=fields.stops())
+
+
+def _extent(fields: GenerateFields) -> Extent:
+    """Return the length asked for: `max_new_tokens` by any of its names before `max_length`."""
+    for name in ("max_new_tokens", "max_tokens", "max_gen_len"):
+        if (wanted := getattr(fields, name)) is not None:
+            return Extent(new_tokens=wanted, param=name)
+    return Extent(total_tokens=fields.max_length, param="max_length")
+
+
+def _end(batch: Batch, name: str, finish: str) -> dict[str, Any]:
+    return {
+        "model": name,
+        "finish_reason": finish,
+        "usage": {
+            "prompt_tokens": batch.prompt_tokens,
+            "completion_tokens": batch.new_tokens,
+            "total_tokens": batch.prompt_tokens + batch.new_tokens,
+        },
+    }
+
+
+async def _events(batch: Batch, name: str, before: str) -> AsyncGenerator[dict[str, Any], None]:
+    """Yield `{"text": piece}` events, and a last one that also says how the answer ended."""
+    if before:
+        yield {"text": before}
+    async for _, piece in batch.pieces():
+        if piece.finish is None:
+            yield {"text": piece.text}
+        else:
+            yield {"text": piece.text, **_end(batch, name, piece.finish)}
+
+
+async def _dialogs(answers: Answers, body: ChatBody, request: Request) -> Response:
+    """Answer llama-2's `{"input_data": {"input_string": [dialog, …]}}`, one turn more in each dialog."""
+    dialogs = body.input_data.input_string if body.input_data else None
+    if not dialogs:
+        raise RequestError("Input string is required", param="input_data.input_string")
+    prompts, settings = answers.served().prompts, body.settings()
+    asks = [
+        await _settled(
+            answers, Ask(await prompts.chat(dialog), request_id=request.state.request_id), settings
+        )
+        for dialog in dialogs
+    ]
+    texts = await _texts(answers, asks, request)
+    results = [
+        [
+            *(
+                {"role": m.role.capitalize(), "content": m.content}
+                for m in dialog
+                if isinstance(m.content, str)
+            ),
+            {"role": "Assistant", "content": text},
+        ]
+        for dialog, text in zip(dialogs, texts, strict=True)
+    ]
+    return JSONResponse({"results": results})
+
+
+async def _texts(answers: Answers, asks: Sequence[Ask], request: Request) -> list[str]:
+    batch = answers.start(asks)
+    try:
+        wholes = await unless_gone(request, batch.whole(), request_id=request.state.request_id)
+    finally:
+        batch.close()
+    return [whole.text for whole in wholes]

@@ -1,0 +1,296 @@
+"""Runs the server: port, loading, signals, drain. `run` returns when it ended well.
+
+uvicorn speaks HTTP and is kept away from signals: its own handling closes the listener at once, so that
+no probe ever sees "not ready", and waits for streams for ever. Does not know routes. Start at `run`.
+"""
+
+import asyncio
+import contextlib
+import errno
+import gc
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Generator
+from functools import partial
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from runtime import hardware, process
+from runtime.errors import ConfigError, Failure
+from runtime.metrics import ServingMetrics
+from runtime.oci import Access
+from runtime.serving.engine.protocol import Stats
+from runtime.serving.http.admin import AdapterDoor
+from runtime.serving.http.app import create_app
+from runtime.serving.http.middleware import OPEN_PATHS
+from runtime.serving.lifecycle import Lifecycle, Served
+from runtime.serving.selector import ProbesFirst
+from runtime.serving.settings import ServeConfig
+
+
+class DeadlineProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 protocol, closing connections whose headers do not arrive in time."""
+
+    header_timeout_s: float
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock."""
+        super().connection_made(transport)
+        self._start()
+
+    def data_received(self, data: bytes) -> None:
+        """Start the clock with a request's first bytes, stop it with the end of its headers."""
+        if self._deadline is None and self._between_requests():
+            self._start()
+        super().data_received(data)
+        if not self._between_requests():
+            self._stop()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._stop()
+        super().connection_lost(exc)
+
+    def _between_requests(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _start(self) -> None:
+        self._deadline = self.loop.call_later(self.header_timeout_s, self._cut)
+
+    def _stop(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _cut(self) -> None:
+        self._deadline = None
+        if self._between_requests() and not self.transport.is_closing():
+            self.transport.close()
+
+
+def protocol(header_timeout_s: float) -> type[asyncio.Protocol]:
+    """Return the protocol class for uvicorn, with this deadline."""
+    return type("Protocol", (DeadlineProtocol,), {"header_timeout_s": header_timeout_s})
+
+
+log = logging.getLogger(__name__)
+
+Load = Callable[[ServeConfig], Served]
+
+KEEP_ALIVE_S = 75.0
+"""Longer than load balancers keep idle connections (60 s), so that they close first."""
+WATCH_S = 1.0
+"""How often a dead engine is looked for."""
+WAITING_CONNECTIONS = 2048
+ACCEPTED_AT_ONCE = 64
+CLOSE_TIMEOUT_S = 5
+"""For connections to close after the last answer was cut off."""
+
+
+def run(config: ServeConfig, *, access: Access | None = None, load: Load | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; return once everything in flight is answered or called off.
+
+    `access` holds the credentials for adapters in registries. Raises ConfigError when the port cannot be
+    bound, and whatever Failure loading ended with.
+    """
+    hardware.keep_few_kernels()
+    with process.importing():
+        from runtime.serving import loading  # torch comes with it: not before somebody serves
+
+    access = access or Access()
+    door = None
+    if config.adapter_root is not None:
+        if config.api_key is None:
+            raise ConfigError("adapter_root needs an API key: whoever loads adapters must be known")
+        add = partial(loading.add_adapter, base=config.model.repository, access=access)
+        door = AdapterDoor(config.adapter_root, add)
+    with bind(config.host, config.port) as listener:
+        load = load or partial(loading.load, access=access)
+        with asyncio.Runner(loop_factory=partial(_event_loop, listener)) as runner:
+            runner.run(Serving(config, load, door).run(listener))
+
+
+def _event_loop(listener: socket.socket) -> asyncio.AbstractEventLoop:
+    return asyncio.SelectorEventLoop(ProbesFirst([listener], OPEN_PATHS))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a listening socket; ConfigError says what to do when the port cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # The protocol by name, or asyncio does not take it for TCP and leaves Nagle's algorithm on: with a
+    # client's delayed acknowledgement every second write of a reply or a stream would wait 40 ms.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(WAITING_CONNECTIONS)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(_why_unbound(error, host, port)) from None
+    listener.setblocking(False)
+    return listener
+
+
+def _why_unbound(error: OSError, host: str, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"port {port} is in use on {host}: stop what listens there, or take another with --port or PORT"
+        )
+    if error.errno == errno.EACCES:
+        return (
+            f"may not bind port {port} as this user: use --port or PORT with 1024 or above, grant "
+            "NET_BIND_SERVICE, or set the sysctl net.ipv4.ip_unprivileged_port_start=0"
+        )
+    return f"cannot listen on {host} port {port}: {error.strerror or error}"
+
+
+class Serving:
+    """One run of the server, from the open port to the last answer."""
+
+    def __init__(self, config: ServeConfig, load: Load, door: AdapterDoor | None = None) -> None:
+        self._config = config
+        self._door = door
+        self._load = load
+        self._lifecycle = Lifecycle(capacity=config.limits.rows + config.limits.queue)
+        self._stop = asyncio.Event()
+
+    async def run(self, listener: socket.socket) -> None:
+        """Answer on `listener` until a signal; raises what loading failed with."""
+        server = self._http_server()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        log.info("Listening on %s port %s", *listener.getsockname()[:2])
+        loading: asyncio.Future[Served] = loop.create_future()
+        # A daemon: a process that is told to stop while it loads need not wait for the weights.
+        threading.Thread(target=self._load_into, args=(loop, loading), name="load", daemon=True).start()
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait((loading, stop), return_when=asyncio.FIRST_COMPLETED)
+            if not self._stop.is_set():
+                await self._open(loading.result())
+                await self._until_stopped()
+            await self._drain()
+        finally:
+            self._lifecycle.refuse()
+            if (served := self._lifecycle.loaded) is not None:
+                served.engine.close()
+                served.prompts.close()
+            stop.cancel()
+            server.should_exit = True
+            await serving
+        log.info("Stopped")
+
+    def _http_server(self) -> uvicorn.Server:
+        config = self._config
+        metrics = ServingMetrics(config.served_name, self._figures)
+        key = config.api_key.get_secret_value() if config.api_key else None
+        app = create_app(
+            lifecycle=self._lifecycle, metrics=metrics, limits=config.limits, api_key=key, door=self._door
+        )
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        return _Server(
+            uvicorn.Config(
+                app,
+                http=protocol(config.limits.header_timeout_s),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                backlog=ACCEPTED_AT_ONCE,
+                timeout_keep_alive=int(KEEP_ALIVE_S),
+                timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
+            )
+        )
+
+    def _figures(self) -> Stats | None:
+        served = self._lifecycle.loaded
+        return served.engine.stats() if served is not None else None
+
+    def _load_into(self, loop: asyncio.AbstractEventLoop, loading: "asyncio.Future[Served]") -> None:
+        """Load in this thread and hand the outcome, whichever it is, to the event loop."""
+        outcome: Served | BaseException
+        try:
+            with process.importing():
+                outcome = self._load(self._config)
+        except BaseException as failure:  # raised again where it is awaited
+            outcome = failure
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
+            loop.call_soon_threadsafe(_settle, loading, outcome)
+
+    async def _open(self, served: Served) -> None:
+        """Say "ready" once the engine has given a first token."""
+        await served.first_token()
+        gc.collect()
+        gc.freeze()  # what loading made stays: a full collection over it would stop every answer for 60 ms
+        self._lifecycle.ready(served)
+        log.info("Model loaded successfully")
+        log.info("Serving %s", ", ".join(served.models()))
+
+    async def _until_stopped(self) -> None:
+        """Wait for a signal; a dead engine ends the process, for whoever restarts it."""
+        while not self._stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WATCH_S):
+                    await self._stop.wait()
+            served = self._lifecycle.loaded
+            if served is not None and not served.engine.stats().alive:
+                raise Failure("the engine has died; its last log line says of what")
+
+    async def _drain(self) -> None:
+        """Not ready, then refuse, then wait; what is left when `run` closes the engine is cut off."""
+        config, lifecycle = self._config, self._lifecycle
+        lifecycle.drain()
+        if lifecycle.loaded is None:
+            return
+        await asyncio.sleep(config.drain_delay_s)
+        lifecycle.refuse()
+        try:
+            async with asyncio.timeout(config.drain_timeout_s):
+                await lifecycle.idle()
+        except TimeoutError:
+            log.warning("Not all answers were complete after %g s; calling them off", config.drain_timeout_s)
+
+    def _on_signal(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if self._stop.is_set():
+            log.warning("Second %s: leaving at once", name)
+            os._exit(128 + number)
+        log.info("%s: draining", name)
+        self._stop.set()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handling, and fair to open connections when a thousand new ones come."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # asyncio takes one number for two things: how many wait in the kernel, and how many are accepted
+        # in a row before anything else is served. A flood must wait in the kernel, not before a probe.
+        for listener in sockets or ():
+            listener.listen(WAITING_CONNECTIONS)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def _settle(loading: "asyncio.Future[Served]", outcome: Served | BaseException) -> None:
+    if loading.cancelled():
+        return
+    if isinstance(outcome, BaseException):
+        loading.set_exception(outcome)
+    else:
+        loading.set_result(outcome)

@@ -1,0 +1,1 @@
+"""From dataset addresses to packed token ids: download, formats, dataset, tokenize, batching."""

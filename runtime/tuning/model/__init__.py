@@ -1,0 +1,1 @@
+"""What is done to the base model: LoRA, its start, sharding, and fused operations."""

@@ -1,0 +1,1 @@
+"""Processes: the parent, torchrun, ranks, nodes, signals, and how a job fails."""

@@ -1,0 +1,1 @@
+"""What a job says of itself: progress lines, metrics, samples, the report."""

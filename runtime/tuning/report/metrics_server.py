@@ -1,0 +1,177 @@
+"""A job's figures over HTTP while it runs: GET /metrics for Prometheus, GET /health for probes.
+
+One thread that sleeps until somebody asks, and then reads numbers that are there anyway. A port in use is
+a warning: training does not depend on being watched. Does not know the trainer. Start at `serving`.
+"""
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from runtime import hardware
+from runtime.tuning.report.progress import Figures
+
+log = logging.getLogger(__name__)
+
+GAUGES = {
+    "step": ("tuning_step", "Optimizer steps done"),
+    "total_steps": ("tuning_steps_planned", "Optimizer steps of the whole run"),
+    "epoch": ("tuning_epoch", "Passes over the training rows done"),
+    "loss": ("tuning_loss", "Training loss per trained token, of the last logged step"),
+    "held_out_loss": ("tuning_held_out_loss", "Loss per trained token of held-out rows, when last measured"),
+    "learning_rate": ("tuning_learning_rate", "Step size of the last logged step"),
+    "gradient_norm": ("tuning_gradient_norm", "Norm of the gradient before it is clipped"),
+    "tokens_per_s": ("tuning_tokens_per_second", "Tokens a second over all ranks, padding not counted"),
+    "trained_share": ("tuning_trained_token_ratio", "Part of the tokens that count in the loss, 0 to 1"),
+    "memory_bytes": ("tuning_memory_peak_bytes", "Most memory used so far: of the GPU, else resident"),
+    "remaining_s": ("tuning_remaining_seconds", "Expected time to the last step"),
+}
+COUNTERS = {
+    "tokens": ("tuning_tokens", "Tokens trained on by this process's run, padding not counted"),
+    "trained_tokens": ("tuning_trained_tokens", "Tokens that counted in the loss"),
+}
+"""Figure -> metric and help."""
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What can be asked of a job at one moment."""
+
+    job: str
+    model: str
+    phase: str
+    """What it does: data, encode, model, evaluate, train, save, publish."""
+    stalled: bool = False
+    """No step has ended for far too long."""
+    figures: Figures = field(default_factory=dict)
+
+
+class _Collector(Collector):
+    """Reads the state when somebody scrapes."""
+
+    def __init__(self, state: Callable[[], State]) -> None:
+        self._state = state
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._state()
+        info = InfoMetricFamily("tuning_job", "The job, its model and what it does now")
+        info.add_metric([], {"job": state.job, "model": state.model, "phase": state.phase})
+        yield info
+        for kind, table in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
+            for figure, (name, text) in table.items():
+                value = state.figures.get(figure)
+                if value is not None:
+                    yield kind(name, text, value=value)
+        yield from _gpus()
+
+
+def _gpus() -> Iterator[Metric]:
+    busy = GaugeMetricFamily("tuning_gpu_busy_ratio", "Part of the last second in use", labels=["gpu"])
+    used = GaugeMetricFamily("tuning_gpu_memory_used_bytes", "Memory used by anybody", labels=["gpu"])
+    total = GaugeMetricFamily("tuning_gpu_memory_bytes", "Memory of the GPU", labels=["gpu"])
+    for gpu in hardware.gpus():
+        for family, value in ((busy, gpu.busy), (used, gpu.used_bytes), (total, gpu.total_bytes)):
+            family.add_metric([str(gpu.number)], value)
+    yield from (busy, used, total)
+
+
+def metrics_text(state: Callable[[], State]) -> bytes:
+    """Return all figures in Prometheus' text format."""
+    registry = CollectorRegistry()
+    registry.register(_Collector(state))
+    ProcessCollector(registry=registry)
+    return generate_latest(registry)
+
+
+def health(state: State) -> tuple[int, Mapping[str, Any]]:
+    """Return the status and body of GET /health: 503 when no step has ended for far too long."""
+    word = "Stalled" if state.stalled else "Healthy"
+    body = {"status": word, "phase": state.phase, **state.figures}
+    return (503 if state.stalled else 200), body
+
+
+@contextlib.contextmanager
+def serving(port: int | None, state: Callable[[], State]) -> Iterator[int | None]:
+    """Answer on `port` of every interface within; None, or a port that is taken, answers nothing.
+
+    Yields the port that answers; 0 takes a free one.
+    """
+    server = _open(port, state) if port is not None else None
+    if server is None:
+        yield None
+        return
+    thread = Thread(target=server.serve_forever, name="metrics", daemon=True)
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _open(port: int, state: Callable[[], State]) -> "ThreadingHTTPServer | None":
+    class Answers(_Answers):
+        read = staticmethod(state)
+
+    try:
+        server = _Server(("0.0.0.0", port), Answers)  # noqa: S104 - a pod must be reachable
+    except OSError as error:
+        log.warning(
+            "no /metrics: port %d cannot be had (%s); --set metrics_port=N takes another, null none",
+            port,
+            error.strerror,
+        )
+        return None
+    log.info("metrics on port %d", server.server_port)
+    return server
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("a client of /metrics went away", exc_info=True)
+
+
+class _Answers(BaseHTTPRequestHandler):
+    """One connection."""
+
+    read: Callable[[], State]
+    timeout = 10  # seconds of silence; without it a stalled client would hold its thread for ever
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        wants_json = "application/json" in self.headers.get("Accept", "")
+        if path == "/metrics" and wants_json:  # as clients of KAITO's own server read it
+            self._answer(200, json.dumps(hardware.peers_json()).encode(), "application/json")
+        elif path == "/metrics":
+            self._answer(200, metrics_text(self.read), CONTENT_TYPE_LATEST)
+        elif path in ("/health", "/healthz"):
+            status, body = health(self.read())
+            self._answer(status, json.dumps(body).encode(), "application/json")
+        else:
+            body = {"detail": "Not Found; here are /metrics and /health"}
+            self._answer(404, json.dumps(body).encode(), "application/json")
+
+    def _answer(self, status: int, body: bytes, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 - the library's name
+        log.debug(format, *arguments)

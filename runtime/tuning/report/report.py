@@ -1,0 +1,159 @@
+"""What a run was and what came of it, as one JSON file beside the adapter, and as a page.
+
+Does not know how the figures were made, nor what the page looks like (page.py). Start at `build`.
+"""
+
+import json
+import math
+import platform
+import statistics
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from runtime import __version__
+from runtime.config import flatten
+from runtime.files import write_whole
+from runtime.hardware import Hardware
+from runtime.logs import redact
+from runtime.tuning.data.dataset import Dataset
+from runtime.tuning.data.tokenize import Encoded
+from runtime.tuning.output import Places
+from runtime.tuning.report import html
+from runtime.tuning.report.samples import Sample
+from runtime.tuning.settings import DataSource, TuningJob
+
+CURVE_POINTS = 500
+"""Most points of the training curve that are kept."""
+
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where the run ran."""
+
+    hardware: Hardware
+    processes: int
+    dtype: str
+    """Type of the matrix products."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What training changed."""
+
+    steps: int
+    train_loss: float | None
+    """Mean loss per learnt token over the last epoch's worth of steps."""
+    losses: tuple[html.Point, ...]
+    """(step, training loss) of every logged step."""
+    held_out_losses: tuple[html.Point, ...]
+    """(step, held-out loss), measured before, during and after training; empty when nothing is held out."""
+    samples: tuple[Sample, ...]
+    seconds: float
+    tokens_per_s: float
+    peak_memory_bytes: int
+    planned_memory_bytes: int | None
+    """What the memory plan said; None when the model's shape was not known."""
+    machine: Machine
+
+    @property
+    def before(self) -> float | None:
+        """Held-out loss of the untrained adapter."""
+        return self.held_out_losses[0][1] if self.held_out_losses else None
+
+    @property
+    def after(self) -> float | None:
+        """Held-out loss of the trained adapter."""
+        return self.held_out_losses[-1][1] if self.held_out_losses else None
+
+
+def build(
+    job: TuningJob, data: Dataset, encoded: tuple[Encoded, Encoded | None], outcome: Outcome
+) -> dict[str, Any]:
+    """Return the report: settings, data, figures, samples and provenance; no secrets, no paths of keys."""
+    train, held_out = encoded
+    settings = _settings(job)
+    return {
+        "job": job.name,
+        "model": {"name": job.model.name, "repository": job.model.repository, "revision": job.model.revision},
+        "method": job.method,
+        "data": {
+            "files": [asdict(file) for file in data.files],
+            "rows": len(data.examples),
+            "skipped_rows": data.skipped,
+            "train_rows": len(train.rows),
+            "held_out_rows": len(held_out.rows) if held_out else 0,
+            "tokens": train.tokens,
+            "trained_tokens": train.targets,
+            "truncated_rows": train.truncated,
+            "too_long_rows": train.too_long,
+            "unlabelled_rows": train.unlabelled,
+            "row_tokens": _spread([len(row) for row in train.rows]),
+        },
+        "settings": settings,
+        "sources": {name: job.sources.get(name, "default") for name in flatten(settings)},
+        "result": _result(outcome),
+        "machine": {
+            "kind": outcome.machine.hardware.kind,
+            "name": outcome.machine.hardware.name,
+            "memory_bytes": outcome.machine.hardware.memory_bytes,
+            "processes": outcome.machine.processes,
+            "dtype": outcome.machine.dtype,
+        },
+        "versions": {
+            "workspace-runtime": __version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in LIBRARIES},
+        },
+    }
+
+
+def save(report: dict[str, Any], folder: Path) -> None:
+    """Write the report and its page, each whole or not at all."""
+    here = Places(folder)
+    write_whole(here.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_whole(here.page, html.render(report))
+
+
+def _result(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "steps": outcome.steps,
+        "train_loss": outcome.train_loss,
+        "held_out_loss": {"before": outcome.before, "after": outcome.after},
+        "held_out_perplexity": {
+            "before": _perplexity(outcome.before),
+            "after": _perplexity(outcome.after),
+        },
+        "curve": {
+            "train": html.thin(outcome.losses, CURVE_POINTS),
+            "held_out": outcome.held_out_losses,
+        },
+        "samples": [asdict(sample) for sample in outcome.samples],
+        "seconds": round(outcome.seconds, 1),
+        "tokens_per_s": round(outcome.tokens_per_s, 1),
+        "peak_memory_bytes": outcome.peak_memory_bytes,
+        "planned_memory_bytes": outcome.planned_memory_bytes,
+    }
+
+
+def _settings(job: TuningJob) -> dict[str, Any]:
+    """Return what the user may have set, without paths and without what addresses keep secret."""
+    shown = {"method": True, "encoding": True, "quantization": True, "lora": True, "training": True}
+    here = {"folder", "file", "urls", "image"}
+    settings = job.model_dump(mode="json", include=shown | {"data": set(DataSource.model_fields) - here})
+    if job.data.urls:
+        settings["data"]["urls"] = [redact(url) for url in job.data.urls]
+    if job.data.image:
+        settings["data"]["image"] = redact(job.data.image)
+    return settings
+
+
+def _spread(lengths: list[int]) -> dict[str, float]:
+    return {"shortest": min(lengths), "median": statistics.median(lengths), "longest": max(lengths)}
+
+
+def _perplexity(loss: float | None) -> float | None:
+    return None if loss is None else math.exp(min(loss, 700))

@@ -1,0 +1,171 @@
+"""What happens between two steps: progress, checkpoints by the clock, SIGTERM, broken gradients.
+
+These are Trainer callbacks; each is told only what it needs. Does not know batches or losses.
+Start at `Survival.on_step_end`.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from runtime.errors import DivergedError
+from runtime.tuning.process.ranks import Ranks
+from runtime.tuning.process.signals import StopSignal
+from runtime.tuning.report.progress import Meter, Reporter
+from runtime.tuning.train import checkpoints
+from runtime.tuning.train.checkpoints import Remote
+
+SKIPPED = 25
+"""Steps in a row that float16's loss scaler may skip: its scale begins at 2**16 and is 2**-9 by then."""
+
+
+class Sight(TrainerCallback):
+    """Feeds the meter and lets the reporter speak; on rank 0 only."""
+
+    def __init__(self, meter: Meter, reporter: Reporter) -> None:
+        self.meter, self.reporter = meter, reporter
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.meter.start(state.global_step, state.max_steps)
+        self.reporter.begin()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.meter.advance(state.global_step, state.epoch or 0.0)
+        if not control.should_log:  # else `on_log` tells, with this step's loss
+            self.reporter.tell()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Any = None,
+        **_: Any,
+    ) -> None:
+        if logs and ("loss" in logs or "eval_loss" in logs):
+            self.meter.log(state.global_step, logs)
+            self.reporter.enter()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.reporter.tell(last=True)
+
+
+class Survival(TrainerCallback):
+    """Takes checkpoints by the clock and on SIGTERM, and seals every one that Trainer writes.
+
+    All ranks save at the same step: whether to is decided on their answers together.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        stop: StopSignal,
+        *,
+        minutes: float | None,
+        keep: int | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.ranks, self.stop, self.keep, self.clock = ranks, stop, keep, clock
+        self.interval_s = minutes * 60 if minutes else float("inf")
+        self.saved_at = clock()
+        self.remote: Remote | None = None
+        """Where checkpoints go besides the disk; set on rank 0."""
+        self.stopped = False
+        """Whether training ended because the process was asked to, after a checkpoint."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.saved_at = self.clock()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        device = str(args.device)
+        due = self.ranks.first and self.clock() - self.saved_at >= self.interval_s
+        answers = self.ranks.total(torch.tensor([int(self.stop.requested), int(due)], device=device))
+        if answers[1]:
+            control.should_save = True
+        if answers[0] and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = self.stopped = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        folder = Path(str(args.output_dir))
+        checkpoint = folder / f"checkpoint-{state.global_step}"
+        if self.ranks.world > 1:
+            checkpoints.collect(checkpoint, self.ranks)
+        if self.ranks.first:
+            checkpoints.seal(checkpoint)
+            checkpoints.prune(folder, self.keep)
+            if self.remote is not None:
+                self.remote.save(checkpoint)
+        self.ranks.wait()
+        self.saved_at = self.clock()
+
+
+class FiniteGradients(TrainerCallback):
+    """Ends the run before a NaN or infinite gradient reaches a weight.
+
+    With float16's loss scaler an infinity is no failure: the scaler skips that step, and halves the scale.
+    What no scale helps is one: such a run would go on for hours and save the weights it began with.
+    """
+
+    def __init__(self) -> None:
+        self.skipped = 0
+        """Steps in a row that the loss scaler skipped."""
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        if args.fp16:
+            return
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
+            raise DivergedError(
+                f"a gradient became NaN or infinite at step {state.global_step + 1}; lower learning_rate "
+                f"(now {args.learning_rate:g}); the last checkpoint stays"
+            )
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        if not args.fp16:
+            return
+        self.skipped = self.skipped + 1 if optimizer.step_was_skipped else 0
+        if self.skipped >= SKIPPED:
+            self._give_up(args, state.global_step + 1)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if 0 < self.skipped == state.global_step:  # none was taken: a job shorter than the patience above
+            self._give_up(args, state.global_step)
+
+    def _give_up(self, args: TrainingArguments, step: int) -> NoReturn:
+        raise DivergedError(
+            f"{self.skipped} steps in a row, up to step {step}, had NaN or infinite gradients in float16; "
+            f"lower learning_rate (now {args.learning_rate:g}) or use a GPU with bfloat16; "
+            "the last checkpoint stays"
+        )

@@ -1,0 +1,76 @@
+"""`runtime push`, `pull` and `inspect` as a user types them: output, one line per failure, exit status."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from runtime.cli import main
+
+pytestmark = pytest.mark.usefixtures("restored_logging")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "adapter"
+    made.mkdir()
+    (made / "adapter_config.json").write_text("{}")
+    (made / "notes.md").write_text("notes")
+    return made
+
+
+def test_push_inspect_pull_through_a_layout(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = f"oci:{tmp_path}/out:v1"
+    assert main.run(["push", str(folder), image, "--annotation", "a.b=c=d"], {}) == 0
+    digest = capsys.readouterr().out.strip()
+    assert digest.startswith("sha256:")
+    assert main.run(["inspect", image, "--json"], {}) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["digest"], shown["kind"], shown["annotations"]) == (digest, "image", {"a.b": "c=d"})
+    assert main.run(["inspect", image], {}) == 0
+    assert digest in capsys.readouterr().out
+    assert main.run(["pull", image, str(tmp_path / "back")], {}) == 0
+    assert (tmp_path / "back/notes.md").read_text() == "notes"
+
+
+def test_push_takes_chosen_files_bases_and_modelpack(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, on_base, pack = (f"oci:{tmp_path}/{name}" for name in ("base", "on-base", "pack"))
+    assert main.run(["push", str(folder), base, "--file", "notes.md"], {}) == 0
+    assert main.run(["push", str(folder), on_base, "--base", base, "--file", "adapter_config.json"], {}) == 0
+    assert main.run(["pull", on_base, str(tmp_path / "both")], {}) == 0
+    assert sorted(p.name for p in (tmp_path / "both").glob("[!.]*")) == ["adapter_config.json", "notes.md"]
+    assert main.run(["push", str(folder), pack, "--modelpack"], {}) == 0
+    capsys.readouterr()
+    assert main.run(["inspect", pack, "--json"], {}) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "modelpack"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["push", "nowhere", "oci:x"], 2, "no such directory"),
+        (["push", ".", "ACR.azurecr.io/IMAGE:1"], 2, "lower-case"),
+        (["push", ".", "oci:x", "--annotation", "novalue"], 2, "KEY=VALUE"),
+        (["push", ".", "oci:x", "--auth", "nowhere.json"], 2, "Docker config.json"),
+        (["push", ".", "oci:x", "--base", "oci:y", "--modelpack"], 2, "exclude"),
+        (["pull", "oci:nowhere", "y"], 5, "no such image"),
+        (["inspect", "oci:nowhere"], 5, "no such image"),
+    ],
+)
+def test_failure_is_one_line_with_its_status(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    status: int,
+    says: str,
+) -> None:
+    monkeypatch.chdir(folder)
+    assert main.run(arguments, {}) == status
+    error = capsys.readouterr().err
+    assert says in error
+    assert "Traceback" not in error

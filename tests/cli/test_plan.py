@@ -1,0 +1,71 @@
+"""`runtime plan` as a user types it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.cli.main import run
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TUNING = str(EXAMPLES / "fine-tuning/kaito_workspace_tuning_phi_3.yaml")
+SERVING = str(EXAMPLES / "inference/kaito_workspace_phi_3_with_adapter.yaml")
+
+
+def plan(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+    status = run(["plan", *words, "--json"], {})
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_the_manifests_own_gpu_is_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = plan(TUNING, capsys=capsys)
+    assert (status, said["device"], said["dtype"], said["fits"]) == (0, "V100-16GB", "float16", True)
+    assert said["total_bytes"] == sum(part["bytes"] for part in said["parts"])
+    assert said["total_bytes"] <= said["available_bytes"]
+    assert plan(TUNING, "--gpu", "a100-80gb", capsys=capsys)[1]["dtype"] == "bfloat16"
+
+
+def test_what_does_not_fit_is_status_6_with_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--gpu", "T4-16GB", "--set", "training.per_device_train_batch_size=64"]
+    assert run(["plan", TUNING, *given], {}) == 6
+    said = capsys.readouterr().err
+    assert "--fit adapts" in said
+    assert said.count("\n") == 1
+    assert run(["plan", TUNING, *given, "--set", "fit=adapt"], {}) == 0
+    whole = ["--set", "method=lora", "--set", "training.gradient_checkpointing=true"]
+    assert run(["plan", "llama-3.1-8b-instruct", "--gpu", "T4-16GB", *whole], {}) == 6
+    assert "method qlora with load_in_4bit would fit" in capsys.readouterr().err
+
+
+def test_a_server_says_how_many_rows_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = plan(SERVING, "--gpu", "V100-16GB", capsys=capsys)
+    assert status == 0
+    assert (said["rows"], said["cache_bytes_per_token"]) == (8, 393_216)
+    assert run(["plan", "llama-3.3-70b-instruct", "--serve", "--gpu", "V100-16GB"], {}) == 6
+
+
+def test_the_table_adds_up_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", TUNING], {}) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("workspace-tuning-phi-3: qlora of phi-3-mini-128k-instruct on V100-16GB")
+    figures = {line[:30].strip(): line.split() for line in lines}
+    assert "base weights" in " ".join(figures)
+    assert lines[-1].startswith("Fits: ")
+
+
+def test_no_torch_is_needed() -> None:
+    code = (
+        "import sys; from runtime.cli.main import run; "
+        f"status = run(['plan', {TUNING!r}, '--gpu', 'V100-16GB'], {{}}); "
+        "print(status, sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []"
+
+
+def test_a_mistyped_gpu_is_a_configuration_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", TUNING, "--gpu", "V100"], {}) == 2
+    assert "did you mean 'V100-" in capsys.readouterr().err

@@ -1,0 +1,274 @@
+"""The engine over vLLM against a program that speaks vLLM's HTTP; test_engines.py asks a real one."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime import hardware
+from runtime.errors import ConfigError, RequestError, UnavailableError, UnknownModelError
+from runtime.model_source import ModelSource, Quantization
+from runtime.serving.engine.backends import vllm
+from runtime.serving.engine.protocol import Grammar, Token
+from runtime.serving.settings import AdapterSource, ServeConfig
+from tests.serving.conftest import until
+from tests.serving.engine.asking import ask, collect, run
+
+ANSWER, SILENCE, BAD, FAILURE, LATE_FAILURE, ABORT = range(1, 7)
+"""First ids of prompts to fake_vllm.py."""
+
+Start = Callable[..., vllm.VllmEngine]
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    """A command `vllm` that is the fake."""
+    script = tmp_path / "vllm"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("fake_vllm.py")} "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The model directory, where the fake says what it was asked."""
+    (tmp_path / "model").mkdir()
+    return tmp_path / "model"
+
+
+def config(program: Path, **more: Any) -> ServeConfig:
+    settings = {"vllm": {"program": str(program), **more.pop("vllm", {})}, "limits": {"rows": 2, "queue": 2}}
+    return ServeConfig.model_validate(
+        {"model": {"name": "m"}, "served_name": "base", "engine": "vllm"} | settings | more
+    )
+
+
+@pytest.fixture
+def start(program: Path, folder: Path) -> Iterator[Start]:
+    """Return a function that starts an engine; all are closed at the end."""
+    started: list[vllm.VllmEngine] = []
+
+    def start_(**more: Any) -> vllm.VllmEngine:
+        started.append(vllm.start(config(program, **more), folder, hardware.detect()))
+        return started[-1]
+
+    yield start_
+    for engine in started:
+        engine.close()
+
+
+def said(folder: Path, name: str) -> Any:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def gone(pid: int) -> bool:
+    """Whether the process has ended; one that nobody has waited for yet has."""
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_the_answer_is_vllms_tokens_without_the_stop_id(start: Start) -> None:
+    engine = start()
+    ((ids, reason),) = run(engine, ask((ANSWER, 5), stop_ids=frozenset({2})))
+    assert (ids, reason) == ([10, 11, 12], "stop")
+    assert engine.stats().prompt_tokens == 2
+    assert engine.stats().cached_tokens == 4
+
+
+def test_every_sampling_setting_reaches_vllm(start: Start, folder: Path) -> None:
+    grammar = Grammar("regex", "[ab]+", begin=lambda: pytest.fail("vLLM compiles it itself"))
+    asked = ask(
+        (ANSWER, 5), max_new_tokens=500, temperature=0.7, top_p=0.9, top_k=40, min_p=0.1, seed=-1,
+        repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.3, logit_bias={7: 1.5},
+        stop_ids=frozenset({9, 2}), min_new_tokens=3, grammar=grammar, top_logprobs=2,
+    )  # fmt: skip
+    run(start(), asked)
+    body = said(folder, "asked")
+    assert body["max_tokens"] == 64 - 2
+    assert {name: body[name] for name in ("temperature", "top_p", "top_k", "min_p", "min_tokens")} == {
+        "temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.1, "min_tokens": 3
+    }  # fmt: skip
+    assert (body["repetition_penalty"], body["presence_penalty"], body["frequency_penalty"]) == (
+        1.1,
+        0.2,
+        0.3,
+    )
+    assert body["logit_bias"] == {"7": 1.5}
+    assert body["seed"] == 2**63 - 1
+    assert (body["stop_token_ids"], body["ignore_eos"]) == ([2, 9], True)
+    assert body["structured_outputs"] == {"regex": "[ab]+"}
+    assert body["logprobs"] == 2
+
+
+def test_log_probabilities_are_the_tokens_own_and_the_likeliest(start: Start) -> None:
+    async def first(engine: vllm.VllmEngine) -> Token:
+        return await anext(engine.submit(ask((ANSWER,), top_logprobs=2)))
+
+    token = asyncio.run(first(start()))
+    assert (token.id, token.logprob, token.top) == (10, -3.0, ((1, -0.5), (2, -1.0)))
+    assert token.start is not None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind", "message"),
+    [
+        (BAD, RequestError, "this grammar is not one"),
+        (FAILURE, UnavailableError, "failed on this request; its log says why"),
+        (LATE_FAILURE, UnavailableError, "failed on this request; its log says why"),
+        (ABORT, UnavailableError, "gave up this request"),
+    ],
+)
+def test_fault_48_a_failure_answers_its_request_and_the_next_is_served(
+    start: Start, prompt: int, kind: type[Exception], message: str
+) -> None:
+    engine = start()
+    with pytest.raises(kind, match=message):
+        run(engine, ask((prompt,)))
+    assert run(engine, ask((ANSWER,)))[0][1] == "stop"
+
+
+def test_a_request_nobody_reads_is_broken_off_before_its_first_token(start: Start, folder: Path) -> None:
+    async def leave(engine: vllm.VllmEngine) -> None:
+        tokens = engine.submit(ask((SILENCE, 9)))
+        first = asyncio.ensure_future(anext(tokens))
+        while not (folder / "asked.json").exists():
+            await asyncio.sleep(0.01)
+        assert engine.stats().running == 1
+        engine.cancel("1")
+        assert (await first).finish_reason == "cancelled"
+
+    asyncio.run(leave(start()))
+    until((folder / "broken_off.json").exists)
+    assert said(folder, "broken_off") == [SILENCE, 9]
+
+
+def test_vllm_has_as_many_requests_as_there_are_rows_and_the_rest_wait_here(start: Start) -> None:
+    async def ask_four(engine: vllm.VllmEngine) -> None:
+        tokens = [engine.submit(ask((SILENCE,), id=str(n))) for n in range(4)]
+        async with asyncio.timeout(5):
+            while engine.stats().kv_cache_share != 0.25:
+                await asyncio.sleep(0.01)
+        assert (engine.stats().running, engine.stats().waiting) == (2, 2)
+        for number in range(4):
+            engine.cancel(str(number))
+        assert {(await collect(each))[1] for each in tokens} == {"cancelled"}
+
+    asyncio.run(ask_four(start()))
+
+
+def test_an_adapter_is_kept_for_vllm_while_it_is_resident(
+    start: Start, folder: Path, adapter_dirs: dict[str, Path]
+) -> None:
+    engine = start(adapter_root="/")
+    engine.add_adapter("x", adapter_dirs["second"])
+    kept = Path(said(folder, "loras")["x"])
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (kept / file).read_bytes() == (adapter_dirs["second"] / file).read_bytes()
+    run(engine, ask((ANSWER,), adapter="x"))
+    assert said(folder, "asked")["model"] == "x"
+    engine.remove_adapter("x")
+    assert said(folder, "loras") == {}
+    assert not kept.exists()
+    with pytest.raises(UnknownModelError):
+        run(engine, ask((ANSWER,), adapter="x"))
+
+
+def test_strength_is_in_the_copy_that_vllm_reads(
+    start: Start, folder: Path, adapter_dirs: dict[str, Path]
+) -> None:
+    from safetensors.torch import load_file
+
+    start().add_adapter("half", adapter_dirs["second"], strength=0.5)
+    kept = Path(said(folder, "loras")["half"])
+    before = load_file(str(adapter_dirs["second"] / "adapter_model.safetensors"))
+    after = load_file(str(kept / "adapter_model.safetensors"))
+    stated = json.loads((adapter_dirs["second"] / "adapter_config.json").read_text())
+    written = json.loads((kept / "adapter_config.json").read_text())
+    name = next(name for name in after if "lora_B" in name)
+    wanted = before[name] * 0.5 * stated["lora_alpha"] / stated["r"]
+    assert (after[name] * written["lora_alpha"] / written["r"]).allclose(wanted)
+
+
+def test_an_adapter_that_vllm_refuses_is_refused_with_its_reason(
+    start: Start, adapter_dirs: dict[str, Path]
+) -> None:
+    engine = start()
+    with pytest.raises(ConfigError, match=r"adapter bad: .*rank 128 is greater than max_lora_rank 64"):
+        engine.add_adapter("bad", adapter_dirs["second"])
+    assert engine.stats().adapters == ()
+
+
+def test_its_end_is_noticed_and_what_is_in_flight_is_answered(start: Start, folder: Path) -> None:
+    async def kill_meanwhile(engine: vllm.VllmEngine) -> None:
+        tokens = engine.submit(ask((SILENCE,)))
+        os.kill(said(folder, "pid"), signal.SIGKILL)
+        with pytest.raises(UnavailableError):
+            await collect(tokens)
+
+    engine = start()
+    assert engine.stats().alive
+    asyncio.run(kill_meanwhile(engine))
+    until(lambda: not engine.stats().alive)
+    with pytest.raises(UnavailableError):
+        run(engine, ask((ANSWER,)))
+
+
+def test_close_ends_it(start: Start, folder: Path) -> None:
+    engine = start()
+    engine.close()
+    assert gone(said(folder, "pid"))
+    with pytest.raises(UnavailableError):
+        run(engine, ask((ANSWER,)))
+
+
+def test_it_does_not_outlive_a_server_that_is_killed(program: Path, folder: Path) -> None:
+    code = (
+        "import sys, time; from runtime.serving.engine.backends.vllm_process import VllmServer\n"
+        "VllmServer(sys.argv[1], [sys.argv[2], '--served-model-name=base']).wait_ready()\n"
+        "print('up', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(program), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "up\n"
+        server.kill()
+    until(lambda: gone(said(folder, "pid")))
+
+
+def test_its_last_words_say_why_it_did_not_start(start: Start) -> None:
+    with pytest.raises(ConfigError, match="ended with status 1 while it loaded: ValueError: Free memory"):
+        start(vllm={"flags": {"end": True}})
+
+
+def test_a_missing_vllm_is_named_with_what_to_do() -> None:
+    with pytest.raises(ConfigError, match=r"no program '/nowhere/vllm'.*--set vllm.program="):
+        vllm.start(config(Path("/nowhere/vllm")), Path("/"), hardware.detect())
+
+
+def test_settings_become_vllms_flags_and_the_users_own_win() -> None:
+    devices = hardware.detect()
+    source = AdapterSource(name="a", reference="/a")
+    settings = config(
+        Path("vllm"),
+        model=ModelSource(name="m", dtype="float32"),
+        adapters=[source],
+        parallel="tp",
+        processes=4,
+        limits={"rows": 7, "context_tokens": 512},
+        quantization=Quantization(bits=4),
+        vllm={"flags": {"gpu_memory_utilization": 0.9, "max-loras": 3, "enforce-eager": False}},
+    )
+    wanted = (
+        "--dtype=float32 --max-num-seqs=7 --max-model-len=512 --tensor-parallel-size=4 --enable-lora "
+        "--max-loras=3 --quantization=bitsandbytes --gpu-memory-utilization=0.9 --no-enforce-eager"
+    )
+    assert set(wanted.split()) <= set(vllm.flags(settings, devices))
+    with pytest.raises(ConfigError, match="nf4 only"):
+        vllm.flags(config(Path("vllm"), quantization=Quantization(bits=8)), devices)

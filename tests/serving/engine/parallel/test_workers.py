@@ -1,0 +1,144 @@
+"""A server that divides its model among processes: the command's own entry, real ranks over gloo."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from runtime import hardware, oci
+from runtime.errors import ConfigError
+from runtime.model_source import ModelSource
+from runtime.serving import loading
+from runtime.serving.engine.parallel.workers import Crew
+from runtime.serving.settings import ServeConfig
+from tests.serving.conftest import Process, until
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = (
+    "import sys; from runtime import logs; from runtime.cli.main import run; sys.exit(run(sys.argv[1:], {}))"
+)
+Serve = Callable[..., Process]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Starts `runtime serve MODEL --parallel tp` with two ranks and waits until its port answers."""
+    started: list[Process] = []
+
+    def start(model: Path) -> Process:
+        command = [sys.executable, "-c", PROGRAM, "serve", str(model), "--parallel", "tp", "--processes", "2"]
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", "0"],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[4],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        site = Process(process, "", [])
+        started.append(site)
+        assert process.stderr is not None
+        for line in process.stderr:
+            site.log.append(line)
+            if found := re.search(r"Listening on 127.0.0.1 port (\d+)", line):
+                site.url = f"http://127.0.0.1:{found[1]}"
+                break
+        threading.Thread(target=lambda: site.log.extend(process.stderr or ()), daemon=True).start()
+        return site
+
+    yield start
+    for site in started:
+        site.process.kill()
+        site.process.wait()
+        if site.process.stderr is not None:
+            site.process.stderr.close()
+
+
+def others(site: Process) -> list[psutil.Process]:
+    return psutil.Process(site.process.pid).children()
+
+
+def stream(site: Process, lines: list[str]) -> threading.Thread:
+    """Ask for a long answer in a thread and collect its events; return once the first is there."""
+    body = {"prompt": "hi", "max_new_tokens": 400, "stream": True, "temperature": 0, "ignore_eos": True}
+
+    def read() -> None:
+        with httpx.stream("POST", f"{site.url}/chat", json=body, timeout=60) as answer:
+            lines.extend(line for line in answer.iter_lines() if line)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    until(lambda: site.running() == 1, 10)
+    return reader
+
+
+def test_sigterm_lets_the_answer_finish_and_every_rank_end(serve: Serve, tiny_llama_dir: Path) -> None:
+    site = serve(tiny_llama_dir)
+    site.wait_ready(90)
+    (other,) = others(site)
+    lines: list[str] = []
+    reader = stream(site, lines)
+    assert site.stop(timeout_s=30) == 0
+    reader.join(10)
+    assert '"finish_reason":"length"' in "".join(lines)
+    assert not other.is_running()
+    assert any("All 2 ranks have ended" in line for line in site.log)
+
+
+def test_a_rank_that_dies_ends_the_server_with_its_reason(serve: Serve, tiny_llama_dir: Path) -> None:
+    site = serve(tiny_llama_dir)
+    site.wait_ready(90)
+    lines: list[str] = []
+    reader = stream(site, lines)
+    (other,) = others(site)
+    other.send_signal(signal.SIGKILL)
+    assert site.process.wait(30) == 1
+    reader.join(10)
+    assert '"error"' in "".join(lines), "the answer in flight says that it was cut off"
+    assert any("rank 1 of 2 was ended by SIGKILL" in line for line in site.log)
+
+
+def test_no_rank_outlives_a_server_that_is_killed(serve: Serve, tiny_llama_dir: Path) -> None:
+    site = serve(tiny_llama_dir)
+    until(lambda: bool(others(site)), 60)  # while they load
+    (other,) = others(site)
+    site.process.kill()
+    until(lambda: not other.is_running() or other.status() == psutil.STATUS_ZOMBIE, 20)
+
+
+def test_a_rank_that_cannot_load_ends_the_start_as_it_ended(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    for file in tiny_llama_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    crew = Crew(ModelSource(name="m", path=tmp_path), hardware.detect(), world=2, threads=1)
+    with pytest.raises(ConfigError, match="rank 1 of 2 ended with status 2 while it loaded"):
+        crew.meet("cpu")
+    crew.end()
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"quantization": {"bits": 4}}, "divides whole weights: leave the quantisation out"),
+        ({"processes": 3}, "4 attention heads cannot be divided among 3 processes"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused_before_a_process_starts(
+    tiny_llama_dir: Path, more: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.serving.engine.parallel.workers.Crew", None)
+    model = ModelSource(name="m", path=tiny_llama_dir)
+    config = {"model": model, "served_name": "m", "parallel": "tp", "processes": 2} | more
+    with pytest.raises(ConfigError, match=reason):
+        loading.load(ServeConfig.model_validate(config), oci.Access())

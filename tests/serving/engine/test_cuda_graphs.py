@@ -1,0 +1,310 @@
+"""Recorded steps: the answers are those of steps that run as they come, whatever a recording fixes.
+
+On a CPU the recorder traces the operations of a step and repeats exactly these on the same memory, as a CUDA
+graph does: a number that a step takes from the host, or memory that moves later, shows in the answers.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from runtime.serving.engine import cuda_graphs
+from runtime.serving.engine.batch import Piece, Work
+from runtime.serving.engine.cuda_graphs import Block, CudaGraphs, Form
+from runtime.serving.engine.engine import RowEngine
+from runtime.serving.engine.kernels import Kernels
+from runtime.serving.engine.model_runner import Runner
+from tests.serving.engine.asking import Oracle, ask, generate, load, run
+from tests.serving.engine.test_engine import FAMILIES, longrope_model, model_of, some_prompts
+
+FORBIDDEN = {"_local_scalar_dense", "nonzero", "lift_fresh", "lift_fresh_copy", "masked_select"}
+"""Operations that wait for the device or bring numbers from the host: a CUDA graph holds none."""
+
+
+class Traces:
+    """Records the operations of a step, and repeats them."""
+
+    def __init__(self) -> None:
+        self.replays = self.recorded = self.forgotten = 0
+        self.operations: set[str] = set()
+
+    def rehearse(self, step: Callable[[], Tensor]) -> Tensor:
+        return step()
+
+    def record(self, step: Callable[[], Tensor]) -> Callable[[], object]:
+        graph = make_fx(step)()
+        self.recorded += 1
+        calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+        self.operations |= {str(node.target).split(".")[1] for node in calls if "." in str(node.target)}
+
+        def replay() -> None:
+            self.replays += 1
+            graph()
+
+        return replay
+
+    def forget(self) -> None:
+        self.forgotten += 1
+
+
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> Traces:
+    monkeypatch.setattr(cuda_graphs, "WORTH", 2)
+    monkeypatch.setattr(cuda_graphs, "LEAST_REACH", 32)
+    monkeypatch.setattr(Kernels, "find", lambda: None)  # a trace does not see what they do
+    return Traces()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recorded_steps_answer_as_generate_does_alone_and_among_others(
+    family: str, traces: Traces, oracle: Oracle
+) -> None:
+    model = model_of(family)
+    prompts = some_prompts(3, 40, 1, 70, 17)
+    expected = [generate(model, prompt, max_new_tokens=24) for prompt in prompts]
+    oracle.known = [(*prompt, *answer) for prompt, answer in zip(prompts[:2], expected[:2], strict=True)]
+    engine = RowEngine(model, rows=6, context_tokens=200, queue=8, guess_tokens=8, recorder=traces)
+    asked = [ask(prompt, max_new_tokens=24, id=str(number)) for number, prompt in enumerate(prompts)]
+    together = [ids for ids, _ in run(engine, *asked)]
+    among = traces.replays
+    alone = [run(engine, request)[0][0] for request in asked]
+    again = [ids for ids, _ in run(engine, *asked)]
+    right = engine.stats().right_tokens
+    engine.close()
+    assert together == expected
+    assert alone == expected
+    assert again == expected
+    assert among > 10
+    assert traces.replays - among > 30
+    assert right > 20
+    assert not traces.operations & FORBIDDEN
+
+
+def test_recorded_steps_of_a_longrope_model_keep_each_row_to_its_factors(traces: Traces) -> None:
+    model = longrope_model()
+    prompts = some_prompts(5, 65, 48, 100, 20)
+    expected = [generate(model, prompt) for prompt in prompts]
+    engine = RowEngine(copy.deepcopy(model), rows=5, context_tokens=400, queue=8, recorder=traces)
+    asked = [ask(prompt, id=str(number)) for number, prompt in enumerate(prompts)]
+    together = [ids for ids, _ in run(engine, *asked)]
+    alone = [run(engine, request)[0][0] for request in asked]
+    engine.close()
+    assert together == alone == expected
+    assert traces.replays > 20
+
+
+@pytest.fixture
+def engine(tiny_llama_dir: Path, traces: Traces) -> Iterator[RowEngine]:
+    made = RowEngine(load(tiny_llama_dir), rows=8, context_tokens=200, queue=8, recorder=traces)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def plain(tiny_llama_dir: Path) -> Iterator[RowEngine]:
+    made = RowEngine(load(tiny_llama_dir), rows=8, context_tokens=200, queue=8)
+    yield made
+    made.close()
+
+
+def test_adapters_come_and_go_between_recordings(
+    engine: RowEngine, plain: RowEngine, traces: Traces, adapter_dirs: dict[str, Path]
+) -> None:
+    first, second = adapter_dirs.values()
+    for change in (
+        lambda each: each.add_adapter("a", first),
+        lambda each: each.add_adapter("b", second),
+        lambda each: each.remove_adapter("a"),
+        lambda each: each.add_adapter("a", second, strength=0.5),
+    ):
+        change(engine)
+        change(plain)
+        names = [None, *engine.stats().adapters, None, *engine.stats().adapters]
+        asked = [ask(adapter=name, id=str(number)) for number, name in enumerate(names)]
+        before = traces.replays
+        assert run(engine, *asked) == run(plain, *asked)
+        assert [run(engine, each) for each in asked] == [run(plain, each) for each in asked]
+        assert traces.replays > before + 20
+    assert traces.forgotten == 4
+
+
+def test_more_adapters_than_one_product_takes_run_as_they_come(
+    engine: RowEngine, plain: RowEngine, traces: Traces, adapter_dirs: dict[str, Path]
+) -> None:
+    names = [f"a{number}" for number in range(25)]
+    for each in (engine, plain):
+        for number, name in enumerate(names):
+            each.add_adapter(name, adapter_dirs["second"], strength=number / 25)
+    asked = [ask(adapter=name, id=name) for name in names[-4:]]
+    assert run(engine, *asked) == run(plain, *asked)
+    assert not traces.recorded
+    assert run(engine, ask()) == run(plain, ask())
+    assert traces.recorded, "who has no adapter is recorded still"
+
+
+def test_drawn_answers_and_log_probabilities_are_those_of_steps_as_they_come(
+    engine: RowEngine, plain: RowEngine, traces: Traces
+) -> None:
+    options: list[dict[str, Any]] = [
+        {"temperature": 1.0, "seed": 5}, {"repetition_penalty": 1.3}, {"top_logprobs": 2}, {},
+        {"temperature": 0.7, "top_p": 0.9, "seed": 6},
+    ]  # fmt: skip
+    asked = [ask(id=str(number), max_new_tokens=40, **each) for number, each in enumerate(options)]
+    assert run(engine, *asked) == run(plain, *asked)
+    assert traces.replays > 20
+
+
+def test_a_recording_leaves_what_idle_slots_hold_for_prompts_that_begin_alike(
+    engine: RowEngine, tiny_llama_dir: Path, traces: Traces
+) -> None:
+    prompts = some_prompts(60, 60, 60, 60, vocabulary=512)
+    run(engine, *(ask(prompt, id=str(number)) for number, prompt in enumerate(prompts)))
+    run(engine, ask(max_new_tokens=100, id="a"), ask((7, 8, 9), max_new_tokens=100, id="b"))
+    assert traces.replays > 60
+    cached = engine.stats().cached_tokens
+    model = load(tiny_llama_dir)
+    for prompt in prompts:
+        assert run(engine, ask((*prompt, 9, 8)))[0][0] == generate(model, (*prompt, 9, 8))
+    assert engine.stats().cached_tokens == cached + 4 * 60
+
+
+class Broken(Traces):
+    """Records what does something else, or nothing at all."""
+
+    def __init__(self, failure: str) -> None:
+        super().__init__()
+        self.failure = failure
+
+    def record(self, step: Callable[[], Tensor]) -> Callable[[], object]:
+        if self.failure:
+            raise RuntimeError(f"{self.failure}\nand more lines")
+        out = step()
+        return lambda: out.mul_(-1)
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        ("CUDA error: not permitted", "CUDA error: not permitted"),
+        ("", "a replay differs by 2 of the largest"),
+    ],
+)
+def test_a_recording_that_fails_or_differs_is_said_once_and_never_replayed(
+    tiny_llama_dir: Path, traces: Traces, caplog: pytest.LogCaptureFixture, failure: str, said: str
+) -> None:
+    engine = RowEngine(load(tiny_llama_dir), rows=4, context_tokens=200, queue=8, recorder=Broken(failure))
+    with caplog.at_level(logging.WARNING, logger="runtime.serving"):
+        answers = [run(engine, ask(id=str(number)))[0][0] for number in range(3)]
+    engine.close()
+    assert answers == [generate(load(tiny_llama_dir))] * 3
+    (line,) = (each.getMessage() for each in caplog.records if each.name.endswith(".recordings"))
+    assert line.startswith(f"Decoding without CUDA graphs, which is slower: {said}")
+    assert "\n" not in line
+
+
+def test_a_row_that_becomes_nan_costs_its_own_answer_and_no_recording(traces: Traces) -> None:
+    model = model_of("llama")
+    prompt = some_prompts(5)[0]
+    expected = generate(model, prompt, max_new_tokens=30)
+    unused = next(token for token in range(3, 128) if token not in expected and token not in prompt)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[unused] = torch.nan
+    engine = RowEngine(model, rows=2, context_tokens=100, queue=8, recorder=traces)
+    bias = {unused: 1e9}
+    for _ in range(4):  # its second token is chosen from NaN
+        with pytest.raises(Exception, match="not a number"):
+            run(engine, ask((5, 6), logit_bias=bias))
+    assert run(engine, ask(prompt, max_new_tokens=30))[0][0] == expected
+    engine.close()
+    assert traces.replays > 10
+
+
+def test_the_recording_replayed_longest_ago_gives_way(
+    engine: RowEngine, plain: RowEngine, traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "MOST", 2)
+    request = ask(max_new_tokens=150)  # passes five bounds
+    expected = run(plain, request)
+    assert run(engine, request) == expected
+    recorded = traces.recorded
+    assert recorded >= 5
+    assert run(engine, request) == expected
+    assert traces.recorded == 2 * recorded
+    kept = engine._runner._recordings
+    assert kept is not None
+    assert len(kept._kept) == 2
+
+
+@pytest.mark.parametrize(
+    ("slots", "blocks"),
+    [
+        ([0], [(0, 1)]),
+        ([5], [(5, 1)]),
+        ([0, 1, 2], [(0, 4)]),
+        ([3, 4], [(3, 1), (4, 1)]),
+        ([4, 5], [(4, 2)]),
+        ([0, 1, 3, 5, 6, 8, 9], [(0, 8), (8, 2)]),
+        ([0, 1, 3, 5, 6, 7, 8, 9], [(0, 10)]),
+        ([0, 1, 2, 9], [(0, 4), (9, 1)]),
+    ],
+)
+def test_blocks_are_aligned_and_half_full_so_that_few_recordings_serve_all_rows(
+    slots: list[int], blocks: list[tuple[int, int]]
+) -> None:
+    assert cuda_graphs._blocks(slots, most=10) == blocks
+
+
+@pytest.mark.parametrize(
+    ("positions", "reach"), [(1, 256), (256, 256), (257, 512), (2048, 2048), (2049, 2560), (90_000, 98_304)]
+)
+def test_a_bound_on_lengths_is_a_quarter_too_long_at_most(positions: int, reach: int) -> None:
+    assert cuda_graphs._reach(positions) == reach
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "tiny"])
+def test_no_tensor_of_a_step_is_left_on_the_host(
+    family: str, traces: Traces, tiny_llama_dir: Path, adapter_dirs: dict[str, Path]
+) -> None:
+    """Torch's "meta" device computes nothing, and like a GPU refuses operations that mix it with the CPU."""
+    model = model_of(family) if family in FAMILIES else load(tiny_llama_dir)
+    runner = Runner(model.to("meta"), rows=4, positions=100, recorder=traces)
+    if family == "tiny":
+        runner.add_adapter("a", adapter_dirs["second"], strength=1)
+    owner = runner.bank.version("a") if family == "tiny" else None
+    numbers = {"ids": [1, 2, 3, 4, 5, 6], "positions": [3, 4, 5, 0, 1, 2], "slots": [0, 1, 3]}
+    rest = {"owners": [(None, 1), (owner, 5)], "long": [False] * 6, "copies": [(0, 2, 3)]}
+    with torch.inference_mode():
+        work = Work(**numbers, **rest, pieces=(Piece(3, 2, 0, 3),), chosen=[0, 1, 2, 5])
+        assert runner._execute(work).shape == (4, model.config.vocab_size)
+        assert runner._recordings is not None
+        one, some = Block(2, 1, 32), (Block(0, 1, 64), Block(2, 2, 32))
+        for form in (Form(some, 1, owner is not None, False), Form((one,), 5, False, False)):
+            logits = runner._recordings._step(form, runner._recordings._inputs(form))
+            assert (logits.device.type, len(logits)) == ("meta", form.tokens)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cuda_graphs_answer_as_steps_that_run_as_they_come(family: str, oracle: Oracle) -> None:
+    model = model_of(family).cuda()
+    prompts = some_prompts(3, 40, 1, 70, 17)
+    asked = [ask(prompt, max_new_tokens=60, id=str(number)) for number, prompt in enumerate(prompts)]
+    answers = []
+    for recorder in (None, CudaGraphs()):
+        engine = RowEngine(
+            copy.deepcopy(model), rows=6, context_tokens=400, queue=8, guess_tokens=8, recorder=recorder
+        )
+        answers.append([run(engine, *asked), *(run(engine, each) for each in (*asked, *asked))])
+        kept = engine._runner._recordings
+        engine.close()
+        oracle.known = [(*p, *ids) for p, (ids, _) in zip(prompts, answers[0][0], strict=True)][:2]
+    assert answers[0] == answers[1]
+    assert kept is not None
+    assert kept._kept, "nothing was recorded"

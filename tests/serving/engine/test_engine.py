@@ -1,0 +1,465 @@
+"""The row engine: answers do not depend on who is answered beside, in any architecture it drives."""
+
+import asyncio
+import copy
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from runtime.errors import ConfigError, RequestError, UnavailableError
+from runtime.serving.engine.engine import ALONE_TOKENS, CHUNK_TOKENS, RowEngine
+from runtime.serving.engine.protocol import Start
+from tests.serving.engine.asking import ask, collect, generate, load, run
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"attention_bias": True}),
+    "mistral, sliding window": ("MistralConfig", {"sliding_window": 16}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2, window in the upper layer": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "phi-3, sliding window": ("Phi3Config", {"sliding_window": 16}),
+    "phi-4-mini, partial rotation": ("Phi3Config", {"partial_rotary_factor": 0.5}),
+    "phi-2": ("PhiConfig", {}),
+    "falcon, one key-value head": ("FalconConfig", {"multi_query": True}),
+    "falcon, groups": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon, all heads": ("FalconConfig", {"multi_query": False}),
+    "gemma": ("GemmaConfig", {"head_dim": 32}),
+    "gemma 2, soft caps and windows": ("Gemma2Config", {"head_dim": 32, "sliding_window": 16}),
+    "llama, linear": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
+    "llama, dynamic": ("LlamaConfig", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}),
+    "llama 3": (
+        "LlamaConfig",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "qwen2, yarn": (
+        "Qwen2Config",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}},
+    ),
+    "gemma 3, windows": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 16}),
+}
+
+
+def some_prompts(*lengths: int, vocabulary: int = 128) -> list[tuple[int, ...]]:
+    draw = random.Random(1)
+    return [tuple(draw.randrange(3, vocabulary) for _ in range(length)) for length in lengths]
+
+
+def model_of(family: str) -> Any:
+    """Return a small model of `family` with random weights, large enough that its answers vary."""
+    kind, options = FAMILIES[family]
+    torch.manual_seed(0)
+    return vary(AutoModelForCausalLM.from_config(getattr(transformers, kind)(**SIZES, **options)).eval())
+
+
+def longrope_model() -> Any:
+    """Phi-4-mini's shape, 64 positions in its youth and 512 now; both sets of factors change its answers."""
+    torch.manual_seed(0)
+    draw = torch.rand(2, 4).tolist()
+    rope = {
+        "rope_type": "longrope", "partial_rotary_factor": 0.5, "original_max_position_embeddings": 64,
+        "short_factor": [1 + x for x in draw[0]], "long_factor": [2 + 6 * x for x in draw[1]],
+    }  # fmt: skip
+    config = transformers.Phi3Config(**SIZES, original_max_position_embeddings=64, rope_parameters=rope)
+    return vary(AutoModelForCausalLM.from_config(config).eval())
+
+
+def vary(model: Any) -> Any:
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_generate_alone_and_among_others(family: str) -> None:
+    model = model_of(family)
+    prompts = some_prompts(3, 40, 1, 70, 17, 300)
+    expected = [generate(model, prompt) for prompt in prompts]
+    engine = RowEngine(model, rows=4, context_tokens=400, queue=8)
+    asked = [ask(prompt, id=str(number)) for number, prompt in enumerate(prompts)]
+    alone = [run(engine, request)[0][0] for request in asked]
+    together = [ids for ids, _ in run(engine, *asked)]
+    engine.close()
+    assert alone == expected
+    assert together == expected
+    assert len({token for ids in expected for token in ids}) > 8, "the model repeats itself: proves nothing"
+
+
+@pytest.fixture(scope="module")
+def longrope() -> Any:
+    return longrope_model()
+
+
+def test_each_row_of_a_longrope_model_has_its_own_factors(longrope: Any) -> None:
+    prompts = some_prompts(5, 65, 48, 300, 20)  # of 16 new tokens the last is never run: 48 stays short
+    expected = [generate(longrope, prompt) for prompt in prompts]
+    engine = RowEngine(copy.deepcopy(longrope), rows=5, context_tokens=400, queue=8)
+    asked = [ask(prompt, id=str(number)) for number, prompt in enumerate(prompts)]
+    alone = [run(engine, request)[0][0] for request in asked]
+    together = [ids for ids, _ in run(engine, *asked)]
+    engine.close()
+    assert alone == expected
+    assert together == expected
+
+
+def test_an_answer_that_may_become_long_has_the_long_factors_from_its_first_token(longrope: Any) -> None:
+    (prompt,) = some_prompts(60)
+    engine = RowEngine(copy.deepcopy(longrope), rows=2, context_tokens=400, queue=8)
+    short, long, again = (
+        run(engine, ask(prompt, max_new_tokens=count, id=str(count)))[0][0] for count in (5, 40, 5)
+    )
+    engine.close()
+    forced = copy.deepcopy(longrope)
+    forced.config.rope_parameters["short_factor"] = forced.config.rope_parameters["long_factor"]
+    forced.model.rotary_emb = type(forced.model.rotary_emb)(forced.config)
+    assert short == again == generate(longrope, prompt, max_new_tokens=5)
+    assert long == generate(forced, prompt, max_new_tokens=40)
+    assert long[:5] != short, "the factors change nothing: proves nothing"
+
+
+@pytest.fixture
+def engine(tiny_llama_dir: Path) -> Iterator[RowEngine]:
+    made = RowEngine(load(tiny_llama_dir), rows=32, context_tokens=600, queue=8)
+    yield made
+    made.close()
+
+
+def test_fault_53_an_answer_is_the_same_alone_and_among_31_others(engine: RowEngine) -> None:
+    prompts = some_prompts(*range(5, 37), vocabulary=512)
+    greedy = ask(prompts[3], max_new_tokens=40)
+    drawn = ask(prompts[4], max_new_tokens=40, temperature=1.2, top_p=0.9, seed=5)
+    others = [
+        ask(prompt, id=str(n), max_new_tokens=20 + n, temperature=1.0 * (n % 2), seed=n)
+        for n, prompt in enumerate(prompts[:30])
+    ]
+    alone = [*run(engine, greedy), *run(engine, drawn)]
+    together = run(engine, greedy, drawn, *others)
+    assert together[:2] == alone
+    assert len(set(map(str, together))) > 20
+
+
+def test_rows_with_different_adapters_in_one_step_answer_as_plain_peft_does(
+    engine: RowEngine, tiny_llama_dir: Path, adapter_dirs: dict[str, Path]
+) -> None:
+    for name, folder in adapter_dirs.items():
+        engine.add_adapter(name, folder)
+    prompts = some_prompts(5, 30, 8, 3, 60, 12, vocabulary=512)
+    expected: dict[str | None, list[list[int]]] = {None: [generate(load(tiny_llama_dir), p) for p in prompts]}
+    for name, folder in adapter_dirs.items():
+        model = PeftModel.from_pretrained(load(tiny_llama_dir), str(folder))
+        expected[name] = [generate(model, prompt) for prompt in prompts]
+    asked = [(name, n) for n in range(len(prompts)) for name in (*adapter_dirs, None)]
+    answers = run(engine, *(ask(prompts[n], adapter=name, id=f"{name} {n}") for name, n in asked))
+    assert [ids for ids, _ in answers] == [expected[name][n] for name, n in asked]
+
+
+def test_many_adapters_come_and_go_and_each_answers_as_alone(
+    engine: RowEngine, adapter_dirs: dict[str, Path]
+) -> None:
+    folder = adapter_dirs["second"]
+    strengths = {f"s{n}": n / 8 for n in range(8)}
+    for name, strength in strengths.items():
+        engine.add_adapter(name, folder, strength=strength)
+    engine.remove_adapter("s2")
+    engine.add_adapter("first", adapter_dirs["my.first-one"])  # takes the free place, with other targets
+    engine.remove_adapter("s5")
+    names = [name for name in (*strengths, "first") if name not in ("s2", "s5")]
+    alone = [run(engine, ask(adapter=name))[0] for name in names]
+    assert run(engine, *(ask(adapter=name, id=name) for name in names)) == alone
+    assert len(set(map(str, alone))) > 4
+
+
+def test_a_cached_beginning_is_not_used_across_adapters(
+    engine: RowEngine, adapter_dirs: dict[str, Path]
+) -> None:
+    prompt = some_prompts(50, vocabulary=512)[0]
+    base = run(engine, ask(prompt))
+    engine.add_adapter("x", adapter_dirs["second"])
+    first = run(engine, ask(prompt, adapter="x"))
+    engine.remove_adapter("x")
+    engine.add_adapter("x", adapter_dirs["second"], strength=0.5)
+    second = run(engine, ask(prompt, adapter="x"))
+    assert len({str(base), str(first), str(second)}) == 3
+    assert run(engine, ask(prompt)) == base
+
+
+def test_an_equal_beginning_is_read_from_the_cache_and_answers_the_same(
+    engine: RowEngine, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system, *users = some_prompts(200, 9, 14, 6, vocabulary=512)
+    ran: list[int] = []
+    original = engine._runner.run
+
+    def counted(plan: Any) -> Any:
+        ran.append(sum(chunk.count for chunk in plan.chunks))
+        return original(plan)
+
+    monkeypatch.setattr(engine._runner, "run", counted)
+    model = load(tiny_llama_dir)
+    run(engine, ask(system + users[0]))
+    assert sum(ran) == 209
+    ran.clear()
+    answers = run(engine, *(ask(system + user, id=str(n)) for n, user in enumerate(users)))
+    assert [ids for ids, _ in answers] == [generate(model, system + user) for user in users]
+    assert sum(ran) <= 1 + 14 + 6 + 2, "only what differs is run, and the last token"
+
+
+def test_a_running_row_shares_its_beginning_too(engine: RowEngine, tiny_llama_dir: Path) -> None:
+    prompt = some_prompts(64, vocabulary=512)[0]
+    model = load(tiny_llama_dir)
+    answers = run(engine, *(ask(prompt, id=str(n)) for n in range(6)))
+    assert [ids for ids, _ in answers] == [generate(model, prompt)] * 6
+
+
+def test_fault_40_a_cancelled_row_is_free_by_the_next_step(
+    engine: RowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    original = engine._runner.run
+
+    def counted(plan: Any) -> Any:
+        steps.append(len(plan.decode))
+        return original(plan)
+
+    monkeypatch.setattr(engine._runner, "run", counted)
+
+    async def leave_one_of_two() -> tuple[list[int], str | None]:
+        stays, leaves = engine.submit(ask(max_new_tokens=300, id="a")), engine.submit(ask(max_new_tokens=300))
+        for _ in range(5):
+            await anext(leaves)
+        await leaves.aclose()  # type: ignore[attr-defined]
+        seen = len(steps)
+        rest = await collect(stays)
+        assert 2 not in steps[seen + 2 :]
+        return rest
+
+    assert len(asyncio.run(leave_one_of_two())[0]) == 300
+    assert steps.count(1) > 100, "the other row went on alone"
+
+
+def test_others_get_tokens_while_a_long_prompt_is_read(
+    engine: RowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[tuple[int, int]] = []
+    original = engine._runner.run
+
+    def counted(plan: Any) -> Any:
+        plans.append((len(plan.decode), sum(chunk.count for chunk in plan.chunks)))
+        return original(plan)
+
+    monkeypatch.setattr(engine._runner, "run", counted)
+
+    async def long_beside_short() -> None:
+        short = engine.submit(ask(max_new_tokens=500, id="short"))
+        await anext(short)
+        await collect(engine.submit(ask(some_prompts(590, vocabulary=512)[0], max_new_tokens=2, id="long")))
+        await short.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(long_beside_short())
+    reading = [(rows, tokens) for rows, tokens in plans[1:] if tokens]
+    assert len(reading) == 3
+    assert all(rows == 1 and tokens <= CHUNK_TOKENS for rows, tokens in reading)
+
+
+def test_a_prompt_of_several_steps_is_read_when_no_other_row_runs(
+    engine: RowEngine, tiny_llama_dir: Path
+) -> None:
+    """The first of its steps chooses no token at all."""
+    prompt = some_prompts(590, vocabulary=512)[0]
+    assert len(prompt) > ALONE_TOKENS
+    assert run(engine, ask(prompt, max_new_tokens=4))[0][0] == generate(
+        load(tiny_llama_dir), prompt, max_new_tokens=4
+    )
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_the_queue(engine: RowEngine) -> None:
+    with pytest.raises(RequestError, match="has 600 tokens, expected 1 to 599"):
+        run(engine, ask(tuple([5] * 600)))
+
+
+def test_a_row_that_becomes_nan_is_ended_alone_and_its_slot_is_cleaned(
+    engine: RowEngine, adapter_dirs: dict[str, Path]
+) -> None:
+    good = run(engine, ask())
+    engine.add_adapter("broken", adapter_dirs["second"], strength=float("nan"))
+
+    async def both() -> list[Any]:
+        asked = [ask(adapter="broken"), ask(id="2")]
+        return await asyncio.gather(*(collect(engine.submit(each)) for each in asked), return_exceptions=True)
+
+    failed, answered = asyncio.run(both())
+    assert isinstance(failed, UnavailableError)
+    assert answered == good[0]
+    assert run(engine, *(ask(id=str(n)) for n in range(32))) == good * 32
+
+
+def test_out_of_memory_costs_the_newest_request_and_the_others_go_on(
+    engine: RowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run(engine, ask(max_new_tokens=60))
+    original = engine._runner.run
+
+    def scarce(plan: Any) -> Any:
+        if len(plan.decode) + len(plan.chunks) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(plan)
+
+    async def two() -> tuple[Any, Any]:
+        first = engine.submit(ask(max_new_tokens=60))
+        begun = [(await anext(first)).id]
+        second = engine.submit(ask(some_prompts(7)[0], id="2"))
+        with pytest.raises(UnavailableError, match="out of GPU memory"):
+            await collect(second)
+        rest, reason = await collect(first)
+        return begun + rest, reason
+
+    monkeypatch.setattr(engine._runner, "run", scarce)
+    assert asyncio.run(two()) == expected[0]
+    assert engine.stats().alive
+
+
+def test_out_of_memory_in_a_step_with_two_prompts_leaves_the_first_to_be_answered(
+    engine: RowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (ask(each, id=str(len(each))) for each in some_prompts(9, 11))
+    expected = run(engine, one)
+    original = engine._runner.run
+
+    def scarce(plan: Any) -> Any:
+        if len(plan.chunks) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(plan)
+
+    async def both() -> list[Any]:
+        return await asyncio.gather(
+            *(collect(engine.submit(each)) for each in (one, two)), return_exceptions=True
+        )
+
+    monkeypatch.setattr(engine._runner, "run", scarce)
+    answered, failed = asyncio.run(both())
+    assert answered == expected[0]
+    assert isinstance(failed, UnavailableError)
+
+
+def test_the_first_token_says_how_long_it_waited_and_what_was_cached(engine: RowEngine) -> None:
+    async def begin() -> list[Start | None]:
+        return [token.start async for token in engine.submit(ask(prompt))]
+
+    prompt = some_prompts(50, vocabulary=512)[0]
+    first, again = asyncio.run(begin()), asyncio.run(begin())
+    assert first[0] is not None
+    assert again[0] is not None
+    assert (first[0].cached_tokens, again[0].cached_tokens) == (0, 49)
+    assert 0 <= first[0].queued_s < 5
+    assert set(first[1:]) == {None}
+    assert (engine.stats().prompt_tokens, engine.stats().cached_tokens) == (100, 49)
+
+
+def test_fault_48_an_engine_that_only_fails_stops_and_says_so(
+    engine: RowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: object) -> None:
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(engine._runner, "run", broken)
+    for _ in range(3):
+        with pytest.raises(UnavailableError):
+            run(engine, ask())
+    engine._thread.join(5)
+    assert not engine.stats().alive
+    with pytest.raises(UnavailableError, match="has stopped"):
+        run(engine, ask())
+
+
+def test_a_name_that_is_resident_is_refused_and_the_first_adapter_stays(
+    engine: RowEngine, adapter_dirs: dict[str, Path]
+) -> None:
+    engine.add_adapter("x", adapter_dirs["second"])
+    before = run(engine, ask(adapter="x"))
+    with pytest.raises(ConfigError, match="adapter x: is resident already"):
+        engine.add_adapter("x", adapter_dirs["my.first-one"])
+    assert run(engine, ask(adapter="x")) == before
+
+
+def test_a_model_that_cannot_be_prepared_leaves_no_thread(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no memory for the cache")
+
+    monkeypatch.setattr("runtime.serving.engine.engine.Runner", broken)
+    with pytest.raises(RuntimeError, match="no memory for the cache"):
+        RowEngine(load(tiny_llama_dir), rows=1, context_tokens=32, queue=1)
+    for thread in threading.enumerate():
+        if thread.name == "engine":
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+def test_an_adapter_for_a_layer_the_engine_cannot_adapt_is_refused_by_name(
+    engine: RowEngine, adapter_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = adapter_dirs["second"]
+    (tmp_path / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    weights = load_file(str(source / "adapter_model.safetensors"))
+    renamed = {name.replace("o_proj", "extra_proj"): value for name, value in weights.items()}
+    save_file(renamed, str(tmp_path / "adapter_model.safetensors"))
+    with pytest.raises(
+        ConfigError, match=r"adapter odd: .*no layer 'model\.layers\.0\.self_attn\.extra_proj'"
+    ):
+        engine.add_adapter("odd", tmp_path)
+    assert engine.stats().adapters == ()
+
+
+def test_stop_ids_and_lengths_end_rows_at_different_times(engine: RowEngine, tiny_llama_dir: Path) -> None:
+    whole = generate(load(tiny_llama_dir), max_new_tokens=30)
+    stop = whole[10]
+    asked = [ask(max_new_tokens=n, id=str(n)) for n in (1, 7, 30)]
+    stopped = ask(max_new_tokens=30, stop_ids=frozenset({stop}), id="stop")
+    answers = run(engine, *asked, stopped)
+    assert answers[:3] == [(whole[:n], "length") for n in (1, 7, 30)]
+    assert answers[3] == (whole[: whole.index(stop)], "stop")
+    assert engine.stats().running == 0
+    assert engine.stats().kv_cache_share == 0
+
+
+@pytest.mark.parametrize("most_masked", [0, 24])
+def test_both_forms_of_many_adapters_answer_as_each_alone(
+    engine: RowEngine, adapter_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, most_masked: int
+) -> None:
+    names = [f"n{number}" for number in range(6)]
+    for number, name in enumerate(names):
+        folder = adapter_dirs["second" if number % 2 else "my.first-one"]
+        engine.add_adapter(name, folder, strength=1 - number / 10)
+    alone = [run(engine, ask(adapter=name))[0] for name in names]
+    monkeypatch.setattr("runtime.serving.engine.lora.MASKED", most_masked)
+    asked = [ask(adapter=name, id=f"{name} {turn}") for turn in range(2) for name in (*names, None)]
+    base = run(engine, ask())
+    assert run(engine, *asked) == [*alone, *base] * 2
+    assert len(set(map(str, [*alone, *base]))) == 7

@@ -1,0 +1,121 @@
+"""Weight layouts: whatever the layout, the product is that of nn.Linear."""
+
+import pytest
+import torch
+from torch import nn
+
+from runtime.serving.engine import linear
+from runtime.serving.engine.kernels import MOST_TOKENS, Kernels
+from runtime.serving.engine.layers import rotate
+from runtime.serving.engine.linear import BySize, Layouts, Packed, Packing, Streamed, Transposed, join
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("twice", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 51, 52, 300])
+def test_every_layout_computes_the_same_product(
+    monkeypatch: pytest.MonkeyPatch, bias: bool, twice: bool, rows: int
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(linear, "most_few", lambda *_, **__: 51)
+    layer = nn.Linear(96, 160, bias=bias)
+    x = torch.randn(1, rows, 96)
+    with torch.inference_mode():
+        expected = layer(x)
+        fast = Layouts(twice=twice).fast(layer)
+        assert fast is not layer
+        torch.testing.assert_close(fast(x), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(Transposed(layer.weight, layer.bias)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_packing_is_found_on_this_build_of_torch() -> None:
+    """Fails when torch renames the operators, so that a loss of speed is not found by users."""
+    assert Packing.find() is not None
+    assert isinstance(Layouts(twice=False).fast(nn.Linear(8, 8)), Packed)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_with_kernels_a_few_rows_are_streamed_and_more_are_packed(
+    monkeypatch: pytest.MonkeyPatch, bias: bool
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(linear, "most_few", lambda *_, limit: asked.append(limit) or limit)
+    kernels = Kernels.find()
+    if kernels is None:
+        pytest.skip("built without kernels")
+    layer = nn.Linear(96, 160, bias=bias)
+    with torch.inference_mode():
+        fast = Layouts(twice=True, kernels=kernels).fast(layer)
+        assert isinstance(fast, BySize)
+        assert isinstance(fast.few, Streamed)
+        assert asked == [MOST_TOKENS]
+        assert fast.few.weight.data_ptr() != layer.weight.data_ptr(), "is no view of a file that others keep"
+        for rows in range(1, MOST_TOKENS + 2):
+            x = torch.randn(1, rows, 96)
+            torch.testing.assert_close(fast(x), layer(x), rtol=1e-5, atol=1e-5)
+    odd = Layouts(twice=True, kernels=kernels).fast(nn.Linear(40, 8))
+    assert isinstance(odd, BySize)
+    assert isinstance(odd.few, Transposed), "kernels take multiples of 16"
+
+
+class Timed(nn.Module):
+    """Takes `seconds[rows]` by a clock that stands still otherwise."""
+
+    now = 0.0
+
+    def __init__(self, seconds: dict[int, float]) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x: torch.Tensor) -> None:
+        Timed.now += self.seconds.get(x.shape[0], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("transposed", "most"),
+    [({}, 0), ({1: 0.99}, 0), ({1: 0.8}, 1), ({1: 0.8, 2: 0.8, 4: 0.8, 16: 0.8}, 4), ({2: 0.5}, 0)],
+)
+def test_a_second_layout_serves_up_to_the_rows_at_which_it_is_measured_to_be_clearly_faster(
+    monkeypatch: pytest.MonkeyPatch, transposed: dict[int, float], most: int
+) -> None:
+    monkeypatch.setattr(linear.time, "perf_counter", lambda: Timed.now)
+    assert linear.most_few([Timed(transposed)], [Timed({})], 8) == most
+
+
+@pytest.mark.parametrize("most", [0, 2])
+def test_a_second_layout_that_is_no_faster_is_not_kept(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    measured = []
+    monkeypatch.setattr(linear, "most_few", lambda *_, **__: measured.append(1) or most)
+    layouts = Layouts(twice=True)
+    for _ in range(2):
+        assert isinstance(layouts.fast(nn.Linear(8, 8)), BySize if most else Packed)
+    assert len(measured) == 1, "once for each size"
+
+
+def test_without_packing_or_with_a_wrong_one_the_plain_layout_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linear.Packed, "__call__", lambda *_: torch.zeros(2, 3))
+    assert Packing.find() is None
+    layer = nn.Linear(8, 8)
+    assert isinstance(Layouts(twice=True).fast(layer), Transposed)
+    assert isinstance(Layouts(twice=False).fast(layer.to(torch.bfloat16)), Transposed)
+
+
+def test_joined_layers_give_their_outputs_side_by_side() -> None:
+    layers = [nn.Linear(16, 8), nn.Linear(16, 24, bias=False), nn.Linear(16, 4)]
+    x = torch.randn(3, 16)
+    expected = torch.cat([layer(x) for layer in layers], dim=-1)
+    torch.testing.assert_close(join(layers)(x), expected)
+    assert all(layer.weight.numel() == 0 for layer in layers), "one copy of the weights"
+
+
+@pytest.mark.parametrize("size", [16, 8])
+def test_rotation_is_that_of_transformers(size: int) -> None:
+    from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
+
+    q, k = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 5, 16)
+    angle = torch.randn(1, 5, size // 2).repeat(1, 1, 2)
+    expected, _ = apply_rotary_pos_emb(q, k, angle.cos(), angle.sin())
+    turned = rotate(q[0].transpose(0, 1), angle.cos(), angle.sin())
+    torch.testing.assert_close(turned.transpose(0, 1)[None], expected)

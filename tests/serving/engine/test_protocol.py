@@ -1,0 +1,219 @@
+"""What every engine promises: greedy equals generate, adapters by name, failures answered, rows freed."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from runtime.errors import ConfigError, OverloadedError, UnavailableError, UnknownModelError
+from runtime.serving.engine.backends.simple import PlainEngine
+from runtime.serving.engine.backends.vllm import VllmEngine
+from runtime.serving.engine.backends.vllm_process import VllmServer
+from runtime.serving.engine.engine import RowEngine
+from tests.serving.engine.asking import AnyEngine, ask, collect, generate, load, run
+
+
+@pytest.fixture(params=["plain", "rows", "vllm"])
+def engine(request: pytest.FixtureRequest, tiny_llama_dir: Path) -> Iterator[AnyEngine]:
+    """An engine with one row."""
+    if request.param == "vllm":
+        yield from over_vllm(request.getfixturevalue("vllm_server"))
+        return
+    model = load(tiny_llama_dir)
+    made: AnyEngine = (
+        PlainEngine(model, context_tokens=256, queue=2)
+        if request.param == "plain"
+        else RowEngine(model, rows=1, context_tokens=256, queue=2)
+    )
+    yield made
+    made.close()
+
+
+def over_vllm(server: VllmServer) -> Iterator[VllmEngine]:
+    """An engine over a vLLM that outlives it, and that has no adapters before and after."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "close", lambda: None)
+        made = VllmEngine(server, name="base", context_tokens=256, rows=1, queue=2)
+        yield made
+        if made.stats().alive:
+            for name in made.stats().adapters:
+                made.remove_adapter(name)
+        made.close()
+
+
+def test_greedy_equals_generate(engine: AnyEngine, tiny_llama_dir: Path) -> None:
+    ((ids, reason),) = run(engine, ask())
+    assert (ids, reason) == (generate(load(tiny_llama_dir)), "length")
+
+
+def test_a_repetition_penalty_equals_that_of_generate(engine: AnyEngine, tiny_llama_dir: Path) -> None:
+    ((ids, _),) = run(engine, ask(repetition_penalty=1.3))
+    assert ids == generate(load(tiny_llama_dir), repetition_penalty=1.3)
+
+
+def test_a_stop_id_ends_the_answer_and_is_not_part_of_it(engine: AnyEngine) -> None:
+    varied = {"temperature": 1.5, "seed": 7}
+    ((ids, _),) = run(engine, ask(**varied))
+    stop = next(token for token in ids[2:] if token not in ids[:2])
+    ((stopped, reason),) = run(engine, ask(**varied, stop_ids=frozenset({stop})))
+    assert (stopped, reason) == (ids[: ids.index(stop)], "stop")
+
+
+def test_min_new_tokens_keeps_stop_ids_away(engine: AnyEngine) -> None:
+    ((ids, _),) = run(engine, ask())
+    ((kept, _),) = run(engine, ask(stop_ids=frozenset({ids[0]}), min_new_tokens=3))
+    assert len(kept) >= 3
+    assert ids[0] not in kept[:3]
+
+
+def test_the_same_seed_gives_the_same_text_and_another_another(engine: AnyEngine) -> None:
+    once, again, other = run(
+        engine,
+        ask(temperature=1.5, seed=7, id="a"),
+        ask(temperature=1.5, seed=7, id="b"),
+        ask(temperature=1.5, seed=8, id="c"),
+    )
+    assert once == again
+    assert once != other
+
+
+def test_the_context_is_never_exceeded(engine: AnyEngine) -> None:
+    ((ids, reason),) = run(engine, ask(tuple(range(3, 253)), max_new_tokens=100))
+    assert (len(ids), reason) == (256 - 250, "length")
+
+
+def test_a_full_queue_refuses_at_once(engine: AnyEngine) -> None:
+    async def flood() -> None:
+        tokens = [engine.submit(ask(id=str(number), max_new_tokens=200)) for number in range(3)]
+        with pytest.raises(OverloadedError, match="2 requests are waiting"):
+            tokens.extend(engine.submit(ask(id=str(number))) for number in range(3, 5))
+        for number in range(5):
+            engine.cancel(str(number))
+        assert {(await collect(each))[1] for each in tokens} == {"cancelled"}
+
+    asyncio.run(flood())
+
+
+def test_leaving_the_iterator_frees_the_row(engine: AnyEngine) -> None:
+    async def leave() -> None:
+        tokens = engine.submit(ask(max_new_tokens=240))
+        await anext(tokens)
+        await tokens.aclose()  # type: ignore[attr-defined]
+        async with asyncio.timeout(2):
+            while engine.stats().running:
+                await asyncio.sleep(0.005)
+
+    asyncio.run(leave())
+
+
+def test_an_adapter_answers_as_plain_peft_does(
+    engine: AnyEngine, tiny_llama_dir: Path, adapter_dirs: dict[str, Path]
+) -> None:
+    base = run(engine, ask())
+    for name, folder in adapter_dirs.items():
+        engine.add_adapter(name, folder)
+    asked = [ask(adapter=name, id=str(n)) for n, name in enumerate([*adapter_dirs, None, *adapter_dirs])]
+    answers = [ids for ids, _ in run(engine, *asked[:3])] + [ids for ids, _ in run(engine, *asked[3:])]
+    expected = [
+        generate(PeftModel.from_pretrained(load(tiny_llama_dir), str(folder)))
+        for folder in adapter_dirs.values()
+    ]
+    assert answers == [*expected, base[0][0], *expected]
+    assert engine.stats().adapters == tuple(adapter_dirs)
+
+
+def test_strength_scales_the_update(
+    engine: AnyEngine, tiny_llama_dir: Path, adapter_dirs: dict[str, Path]
+) -> None:
+    engine.add_adapter("none", adapter_dirs["second"], strength=0.0)
+    engine.add_adapter("half", adapter_dirs["second"], strength=0.5)
+    model = PeftModel.from_pretrained(load(tiny_llama_dir), str(adapter_dirs["second"]))
+    for module in model.modules():
+        if hasattr(module, "scaling") and isinstance(module.scaling, dict):
+            module.scaling["default"] *= 0.5
+    answers = [ids for ids, _ in run(engine, ask(adapter="none"), ask(adapter="half", id="2"), ask(id="3"))]
+    assert answers[0] == answers[2]
+    assert answers[1] == generate(model)
+
+
+def test_an_unknown_or_removed_adapter_is_refused(engine: AnyEngine, adapter_dirs: dict[str, Path]) -> None:
+    base = run(engine, ask())
+    engine.add_adapter("x", adapter_dirs["second"])
+    engine.remove_adapter("x")
+    assert run(engine, ask()) == base
+    with pytest.raises(UnknownModelError, match="adapter 'x' is not resident"):
+        run(engine, ask(adapter="x"))
+
+
+def test_fault_50_removal_waits_for_the_answer_in_flight(
+    engine: AnyEngine, adapter_dirs: dict[str, Path]
+) -> None:
+    engine.add_adapter("x", adapter_dirs["second"])
+    expected = run(engine, ask(adapter="x", max_new_tokens=200))
+
+    async def remove_meanwhile() -> tuple[list[int], str | None]:
+        tokens = engine.submit(ask(adapter="x", max_new_tokens=200))
+        removal = threading.Thread(target=engine.remove_adapter, args=("x",))
+        removal.start()
+        answer = await collect(tokens)
+        await asyncio.to_thread(removal.join)
+        return answer
+
+    assert asyncio.run(remove_meanwhile()) == expected[0]
+    assert engine.stats().adapters == ()
+
+
+def test_an_adapter_of_another_shape_is_refused_and_the_base_still_served(
+    engine: AnyEngine, adapter_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = run(engine, ask())
+    for file in adapter_dirs["second"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(str(tmp_path / "adapter_model.safetensors"))
+    save_file(
+        {name: torch.zeros(value.shape[0] + 1, value.shape[1]) for name, value in weights.items()},
+        str(tmp_path / "adapter_model.safetensors"),
+    )
+    with pytest.raises(ConfigError, match="adapter bad: does not fit this model"):
+        engine.add_adapter("bad", tmp_path)
+    assert engine.stats().adapters == ()
+    assert run(engine, ask()) == base
+    engine.add_adapter("good", adapter_dirs["second"])
+    assert run(engine, ask(adapter="good")) != base
+
+
+def test_fault_48_a_failure_answers_its_request_and_the_next_is_served(
+    engine: AnyEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("kernel launch failed at 0x7f")
+
+    with monkeypatch.context() as patch:
+        if isinstance(engine, PlainEngine):
+            patch.setattr(engine, "_forward", broken)
+        elif isinstance(engine, VllmEngine):
+            patch.setattr(engine, "_stream", broken)
+        else:
+            patch.setattr(engine._runner, "run", broken)
+        with pytest.raises(UnavailableError, match="failed on this request") as caught:
+            run(engine, ask())
+        assert "0x7f" not in str(caught.value)
+    assert run(engine, ask())[0][1] == "length"
+
+
+def test_close_ends_what_is_in_flight_as_cancelled(engine: AnyEngine) -> None:
+    async def close_meanwhile() -> list[tuple[list[int], str | None]]:
+        tokens = [engine.submit(ask(id=str(n), max_new_tokens=240)) for n in range(2)]
+        await anext(tokens[0])
+        engine.close()
+        return await asyncio.gather(*(collect(each) for each in tokens))
+
+    assert {reason for _, reason in asyncio.run(close_meanwhile())} == {"cancelled"}
+    with pytest.raises(UnavailableError):
+        run(engine, ask())

@@ -1,0 +1,109 @@
+"""Token ids for text, and adapters that come and go while the server answers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.errors import ConfigError
+from runtime.serving.http.admin import AdapterDoor
+from runtime.serving.lifecycle import Served
+from runtime.serving.settings import AdapterSource
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_text_to_ids_and_back(open_site: Any, tokenizer: Any) -> None:
+    async with open_site() as site:
+        ids = (await site.client.post("/tokenize", json={"prompt": "a 🦜", "return_token_strs": True})).json()
+        text = (await site.client.post("/detokenize", json={"tokens": ids["tokens"]})).json()
+        wrong = await site.client.post("/detokenize", json={"tokens": [10**6]})
+    assert ids["tokens"] == tokenizer.encode("a 🦜")
+    assert (ids["count"], ids["max_model_len"]) == (len(ids["tokens"]), 512)
+    assert ids["token_strs"][0] == "a"
+    assert text == {"prompt": "a 🦜"}
+    assert wrong.status_code == 400
+
+
+async def test_conversation_to_ids_is_what_chat_would_generate_from(open_site: Any) -> None:
+    turns = [{"role": "user", "content": "hi"}]
+    async with open_site() as site:
+        ids = (await site.client.post("/tokenize", json={"messages": turns})).json()["tokens"]
+        await site.complete(messages=turns)
+        assert tuple(ids) == site.engine.requests[0].prompt_ids
+
+
+@pytest.fixture
+def door(tmp_path: Path) -> AdapterDoor:
+    """A door whose reader looks only at the name: what an adapter is, runtime.adapters' tests say."""
+    for name in ("shop", "bad"):
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "adapters" / "link").symlink_to(tmp_path / "outside")
+
+    def add(served: Served, source: AdapterSource) -> None:
+        if Path(source.reference).name == "bad":
+            raise ConfigError(f"adapter {source.name}: is it half-written?")
+        served.engine.add_adapter(source.name, Path(source.reference))
+
+    return AdapterDoor(tmp_path / "adapters", add)
+
+
+async def test_adapter_is_loaded_used_and_unloaded(open_site: Any, door: AdapterDoor) -> None:
+    async with open_site(door=door) as site:
+        post = site.client.post
+        loaded = await post("/v1/load_lora_adapter", json={"lora_name": "new", "lora_path": "shop"})
+        assert loaded.status_code == 200
+        assert (await site.chat(adapter="new")).json()["model"] == "new"
+        gone = await post("/v1/unload_lora_adapter", json={"lora_name": "new"})
+        assert gone.status_code == 200
+        assert (await site.chat(adapter="new")).status_code == 404
+        assert (await post("/v1/unload_lora_adapter", json={"lora_name": "new"})).status_code == 404
+
+
+async def test_absolute_path_within_the_directory_is_taken(open_site: Any, door: AdapterDoor) -> None:
+    async with open_site(door=door) as site:
+        body = {"lora_name": "new", "lora_path": str(door.root / "shop")}
+        assert (await site.client.post("/v1/load_lora_adapter", json=body)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("x", "../outside"),
+        ("x", "shop/../../outside"),
+        ("x", "/etc"),
+        ("x", "link"),
+        ("x", "."),
+        ("x", "nothing"),
+        ("x", "shop\x00"),
+        ("x", "a" * 4000),
+        ("x", "oci:./layout"),
+        ("a/b", "shop"),
+        ("..", "shop"),
+        ("", "shop"),
+        ("x" * 300, "shop"),
+    ],
+)
+async def test_path_outside_and_bad_names_are_400(
+    open_site: Any, door: AdapterDoor, name: str, path: str
+) -> None:
+    """Fault 51."""
+    async with open_site(door=door) as site:
+        reply = await site.client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"] in {"lora_path", "lora_name"}
+        assert site.engine.stats().adapters == ()
+
+
+async def test_bad_adapter_is_refused_with_its_reason(open_site: Any, door: AdapterDoor) -> None:
+    async with open_site(door=door) as site:
+        reply = await site.client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "bad"})
+    assert reply.status_code == 400
+    assert "half-written" in reply.json()["error"]["message"]
+
+
+async def test_loading_is_off_unless_a_directory_is_given(open_site: Any) -> None:
+    async with open_site() as site:
+        reply = await site.client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "shop"})
+    assert reply.status_code == 403

@@ -1,0 +1,314 @@
+"""The server as a process: port, loading, signals, slow and absent clients. Real sockets, no model."""
+
+import contextlib
+import errno
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from runtime.errors import ConfigError
+from runtime.serving.http.server import bind
+from tests.serving.conftest import until
+
+SLOW = {"rows": 4, "queue": 8, "pace_s": 0.05, "context_tokens": 4096}
+
+
+def endless(url: str, **more: Any) -> Any:
+    """Open a stream of 2,000 tokens."""
+    body = {"prompt": "hi", "stream": True, "max_new_tokens": 2000, **more}
+    return httpx.stream("POST", url + "/chat", json=body, timeout=20)
+
+
+def test_port_in_use_is_one_clear_line() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} is in use on 127.0.0.1.*--port"):
+            bind("127.0.0.1", port)
+
+
+def test_forbidden_port_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forbidden(socket.socket):
+        def bind(self, address: Any) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket, "socket", Forbidden)
+    with pytest.raises(ConfigError, match=r"may not bind port 80.*--port.*NET_BIND_SERVICE"):
+        bind("127.0.0.1", 80)
+
+
+def test_alive_but_not_ready_while_loading(start_server: Any) -> None:
+    server = start_server(load_s=1.0, ready=False)
+    assert server.get("/livez").status_code == 200
+    not_ready = server.get("/readyz")
+    assert (not_ready.status_code, not_ready.json()["detail"]) == (503, "loading")
+    chat = httpx.post(server.url + "/chat", json={"prompt": "hi"})
+    assert (chat.status_code, chat.headers["retry-after"]) == (503, "1")
+    server.wait_ready()
+    assert httpx.post(server.url + "/chat", json={"prompt": "hi"}).status_code == 200
+    assert any("Model loaded successfully" in line for line in server.log)
+
+
+def test_failed_loading_ends_the_process_with_its_exit_code(start_server: Any) -> None:
+    server = start_server(fail="the model does not fit", load_s=0.2, ready=False)
+    assert server.process.wait(10) == 6
+    until(lambda: "Error: the model does not fit\n" in server.log)
+    assert not any("Traceback" in line for line in server.log)
+
+
+def test_sigterm_while_loading_exits_at_once(start_server: Any) -> None:
+    """Fault 47."""
+    server = start_server(load_s=60, ready=False)
+    started = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - started < 5
+
+
+def test_sigterm_lets_streams_finish(start_server: Any) -> None:
+    """Fault 46: not ready at once, new requests during the delay, then refused; streams end whole."""
+    server = start_server(engine=SLOW, config={"drain_delay_s": 0.6, "drain_timeout_s": 10})
+
+    def stream() -> str:
+        with endless(server.url, max_new_tokens=30) as reply:
+            return reply.read().decode()
+
+    with ThreadPoolExecutor(4) as pool:
+        streams = [pool.submit(stream) for _ in range(3)]
+        until(lambda: server.running() == 3)
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: server.get("/readyz").status_code == 503, 0.5)
+        late = pool.submit(stream)
+        until(lambda: server.running() == 4)
+        time.sleep(0.6)
+        refused = httpx.post(server.url + "/chat", json={"prompt": "hi"})
+        assert refused.status_code == 503
+        assert all(one.result().endswith("data: [DONE]\n\n") for one in [*streams, late])
+    assert server.process.wait(5) == 0
+
+
+def test_sigterm_calls_off_what_does_not_finish(start_server: Any) -> None:
+    server = start_server(engine=SLOW, config={"drain_timeout_s": 0.3})
+    with ThreadPoolExecutor(2) as pool, endless(server.url) as stream:
+        body = {"prompt": "hi", "max_new_tokens": 2000}
+        whole = pool.submit(httpx.post, server.url + "/chat", json=body, timeout=20)
+        until(lambda: server.running() == 2)
+        server.process.send_signal(signal.SIGTERM)
+        text = stream.read().decode()
+        answer = whole.result()
+    last = json.loads(text.rstrip().split("\n\n")[-1].removeprefix("data: "))
+    assert "shutting down" in last["error"]["message"]
+    assert "[DONE]" not in text
+    assert answer.status_code == 503
+    assert server.process.wait(5) == 0
+
+
+def test_second_sigterm_leaves_at_once(start_server: Any) -> None:
+    server = start_server(engine=SLOW, config={"drain_timeout_s": 60})
+    with endless(server.url) as stream:
+        pieces = stream.iter_text()
+        next(pieces)
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: server.get("/readyz").status_code == 503)
+        started = time.monotonic()
+        assert server.stop() == 128 + signal.SIGTERM
+    assert time.monotonic() - started < 1
+
+
+def test_client_that_goes_away_frees_its_row(start_server: Any) -> None:
+    """Fault 40, streaming."""
+    server = start_server(engine=SLOW)
+    with endless(server.url) as stream:
+        pieces = stream.iter_text()
+        next(pieces)
+        assert server.running() == 1
+    assert until(lambda: server.running() == 0) < 1
+
+
+def test_client_that_goes_away_without_streaming_frees_its_row(start_server: Any) -> None:
+    """Fault 40, not streaming."""
+    server = start_server(engine=SLOW)
+    body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2000}).encode()
+    address = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((address[0], int(address[1]))) as client:
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        client.sendall(head + body)
+        until(lambda: server.running() == 1)
+    assert until(lambda: server.running() == 0) < 1
+
+
+def test_waiting_client_that_goes_away_never_runs(start_server: Any) -> None:
+    server = start_server(engine={**SLOW, "rows": 1})
+    with endless(server.url) as first:
+        pieces = first.iter_text()
+        next(pieces)
+        with endless(server.url) as second:
+            assert second.status_code == 200
+        until(lambda: 'num_requests_waiting{model_name="base"} 0.0' in server.get("/metrics").text, 1)
+        assert server.running() == 1
+
+
+def resident_kb(server: Any) -> int:
+    """Return the resident memory of the server."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text(encoding="utf-8")
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_huge_body_is_413_and_never_held(start_server: Any, chunked: bool) -> None:
+    """Fault 42."""
+    server = start_server(config={"limits": {"body_bytes": 1 << 20}})
+    before = resident_kb(server)
+    piece = b" " * (1 << 20)
+    content = (piece for _ in range(50)) if chunked else piece * 50
+    reply = httpx.post(server.url + "/v1/chat/completions", content=content, timeout=20)
+    assert reply.status_code == 413
+    assert reply.json()["error"]["code"] == "body_too_large"
+    assert resident_kb(server) - before < 20_000
+    assert server.get("/livez").status_code == 200
+
+
+def test_slow_clients_are_cut_and_others_served(start_server: Any) -> None:
+    """Fault 44: 200 connections that drip headers, 200 that drip a body."""
+    limits = {"header_timeout_s": 1.0, "body_timeout_s": 1.0}
+    server = start_server(config={"limits": limits})
+    address = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+    heads = [socket.create_connection(address) for _ in range(200)]
+    bodies = [socket.create_connection(address) for _ in range(200)]
+    stop = threading.Event()
+
+    def drip() -> None:
+        for client in heads:
+            client.sendall(b"POST /chat HTTP/1.1\r\n")
+        for client in bodies:
+            client.sendall(b"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+        while not stop.wait(0.2):
+            for client in [*heads, *bodies]:
+                with contextlib.suppress(OSError):  # cut, as it should be
+                    client.sendall(b"X")
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    try:
+        started = time.monotonic()
+        assert httpx.post(server.url + "/chat", json={"prompt": "hi"}).status_code == 200
+        assert time.monotonic() - started < 1
+        for client in heads:
+            client.settimeout(5)
+            assert closed(client) == b""
+        for client in bodies:
+            client.settimeout(5)
+            assert b" 408 " in closed(client)
+    finally:
+        stop.set()
+        thread.join()
+        for client in [*heads, *bodies]:
+            client.close()
+
+
+def closed(client: socket.socket) -> bytes:
+    """Return what the server sent before it closed the connection; fails when it does not close."""
+    received = b""
+    try:
+        while data := client.recv(4096):
+            received += data
+    except ConnectionError:
+        pass
+    return received
+
+
+def test_idle_connection_is_kept_between_requests(start_server: Any) -> None:
+    server = start_server(config={"limits": {"header_timeout_s": 0.5}})
+    with httpx.Client() as client:
+        first = client.get(server.url + "/livez")
+        time.sleep(0.8)
+        second = client.get(server.url + "/livez")
+        streams = [reply.extensions["network_stream"] for reply in (first, second)]
+        addresses = [stream.get_extra_info("client_addr") for stream in streams]
+    assert addresses[0] == addresses[1]
+
+
+def test_small_writes_are_sent_at_once(start_server: Any) -> None:
+    """Without TCP_NODELAY each reply, two small writes, waits for the client's acknowledgement: 40 ms."""
+    server = start_server()
+    took = []
+    with httpx.Client(base_url=server.url) as client:
+        for _ in range(40):
+            started = time.monotonic()
+            assert client.get("/livez").status_code == 200
+            took.append(time.monotonic() - started)
+    assert min(took[20:]) < 0.03, took
+
+
+def test_engine_that_dies_ends_the_process(start_server: Any) -> None:
+    server = start_server(engine={"dies_after": 3})
+    httpx.post(server.url + "/chat", json={"prompt": "hi"}, timeout=5)
+    assert server.process.wait(10) == 1
+    until(lambda: any("engine has died" in line for line in server.log))
+
+
+def test_thousand_requests_at_once(start_server: Any) -> None:
+    """Fault 41: only 200 and 429, probes stay fast, memory stays flat, nothing is left behind."""
+    server = start_server(
+        engine={"rows": 8, "queue": 64, "pace_s": 0.002, "context_tokens": 512},
+        config={"limits": {"new_tokens": 16, "rows": 8, "queue": 64}},
+    )
+    before = resident_kb(server)
+    took: list[float] = []
+    stop = threading.Event()
+
+    def probe() -> None:
+        while not stop.is_set():
+            with httpx.Client(base_url=server.url) as client:  # as a kubelet: a connection of its own
+                for _ in range(5):
+                    started = time.monotonic()
+                    assert client.get("/livez").status_code == 200
+                    took.append(time.monotonic() - started)
+                    time.sleep(0.005)
+
+    prober = threading.Thread(target=probe)
+    prober.start()
+    script = Path(__file__).with_name("burst.py")
+    ran = subprocess.run(
+        [sys.executable, str(script), server.url, "1000"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    stop.set()
+    prober.join()
+    counts = json.loads(ran.stdout)
+    assert set(counts) == {"200", "429"}
+    assert sum(counts.values()) == 1000
+    assert counts["200"] >= 72
+    # Three processes share two cores here, and other tests may run: so not the worst, but nearly all.
+    took.sort()
+    assert took[int(len(took) * 0.95)] < 0.1, took[-20:]
+    assert took[-1] < 0.5, took[-20:]
+    assert resident_kb(server) - before < 60_000
+    assert server.running() == 0
+
+
+def test_log_is_one_json_object_a_line(start_server: Any) -> None:
+    """Fault 58."""
+    server = start_server()
+    httpx.post(server.url + "/chat", json={"prompt": "sécret 🦜 prompt"})
+    httpx.post(server.url + "/chat", content=b"{")
+    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as client:
+        client.sendall(b"\x16\x03\x01 this is not HTTP\r\n\r\n")
+        client.recv(100)
+    assert server.stop() == 0
+    until(lambda: any("Stopped" in line for line in server.log))
+    events = [json.loads(line) for line in server.log]
+    answered = next(event for event in events if event["msg"].startswith("Answered"))
+    assert answered["new_tokens"] > 0
+    assert not any("cret" in line or "\r" in line for line in server.log)

@@ -1,0 +1,242 @@
+"""Answers in a form, from a model of random weights: nothing but the mask makes them valid."""
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import openai
+import pytest
+from pydantic import BaseModel, ConfigDict, Field
+
+from runtime import hardware, models
+from runtime.errors import RequestError
+from runtime.metrics import ServingMetrics
+from runtime.model_source import ModelSource
+from runtime.serving import engine
+from runtime.serving.engine.protocol import Grammar, Request, Sampling
+from runtime.serving.http.app import create_app
+from runtime.serving.lifecycle import Lifecycle, Served
+from runtime.serving.settings import Limits, ServeConfig
+from runtime.serving.tokenizer import Prompts, SamplingDefaults
+
+pytestmark = pytest.mark.anyio
+
+TEMPLATE = (
+    "{% if tools %}{{ tools }}{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+)
+HI: Any = [{"role": "user", "content": "hi"}]
+
+
+class Order(BaseModel):
+    """What a shop's bot would fill in; nothing more, or a random model would write on and on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    size: Literal["small", "large"]
+    count: int = Field(ge=1, le=99)
+    paid: bool
+    notes: list[Literal["gift", "fast", "fragile"]] = Field(max_length=2)
+
+
+@pytest.fixture(scope="module")
+def served(tiny_llama_dir: Path) -> Iterator[Served]:
+    """The tiny model of random weights behind whichever engine serves it."""
+    source = ModelSource(name="tiny", path=tiny_llama_dir)
+    config = ServeConfig(model=source, served_name="tiny", port=0)
+    devices = hardware.detect()
+    model = models.load(source, hardware=devices, device=hardware.device(devices))
+    tokenizer = models.load_tokenizer(source)
+    tokenizer.chat_template = TEMPLATE
+    running = engine.create(config, model)
+    assert tokenizer.eos_token_id is not None
+    prompts = Prompts(
+        tokenizer,
+        context_tokens=running.context_tokens,
+        new_tokens=300,
+        stop_ids=frozenset({tokenizer.eos_token_id}),
+        defaults=SamplingDefaults(),
+    )
+    yield Served("tiny", running, prompts, 1)
+    running.close()
+    prompts.close()
+
+
+@asynccontextmanager
+async def opened(served: Served) -> AsyncIterator[httpx.AsyncClient]:
+    lifecycle = Lifecycle()
+    lifecycle.ready(served)
+    app = create_app(
+        lifecycle=lifecycle, metrics=ServingMetrics("tiny", served.engine.stats), limits=Limits()
+    )
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+        yield client
+
+
+def client_of(client: httpx.AsyncClient) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=client, max_retries=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_official_client_parses_a_schema(served: Served, seed: int) -> None:
+    """Fault 52, json_schema: strict, through the client's own `parse`."""
+    async with opened(served) as client:
+        answer = await client_of(client).chat.completions.parse(
+            model="tiny", messages=HI, response_format=Order, temperature=1.0, seed=seed
+        )
+    choice = answer.choices[0]
+    assert choice.finish_reason == "stop"
+    assert isinstance(choice.message.parsed, Order)
+
+
+async def test_choices_of_one_request_each_keep_the_form(served: Served) -> None:
+    async with opened(served) as client:
+        answer = await client_of(client).chat.completions.create(
+            model="tiny", messages=HI, n=4, extra_body={"guided_json": Order.model_json_schema()}
+        )
+    texts = [choice.message.content or "" for choice in answer.choices]
+    assert all(Order.model_validate_json(text) for text in texts)
+    assert len(set(texts)) > 1
+
+
+async def test_json_object_begins_as_one_and_is_cut_only_by_the_limit(served: Served) -> None:
+    async with opened(served) as client:
+        answer = await client_of(client).chat.completions.create(
+            model="tiny", messages=HI, response_format={"type": "json_object"}, max_tokens=40
+        )
+    choice = answer.choices[0]
+    assert (choice.message.content or "").startswith("{")
+    if choice.finish_reason == "stop":
+        json.loads(choice.message.content or "")
+
+
+@pytest.mark.parametrize("path", ["/chat", "/v1/completions", "/v1/chat/completions", "/v1/responses"])
+async def test_every_route_knows_choices_and_patterns(served: Served, path: str) -> None:
+    asks = {"/v1/chat/completions": {"messages": HI}, "/v1/responses": {"input": "hi"}}
+    body = asks.get(path, {"prompt": "hi"})
+    async with opened(served) as client:
+        for extra, pattern in (
+            ({"guided_choice": ["yes", "no (really)"]}, r"yes|no \(really\)"),
+            ({"guided_regex": r"[a-c]{2}-\d{3}"}, r"[a-c]{2}-\d{3}"),
+        ):
+            reply = await client.post(path, json={**body, **extra})
+            assert reply.status_code == 200, reply.text
+            assert re.fullmatch(pattern, _text(reply.json())), reply.text
+
+
+def _text(answer: dict[str, Any]) -> str:
+    if "Result" in answer:
+        return str(answer["Result"])
+    if "output" in answer:
+        return str(answer["output"][0]["content"][0]["text"])
+    choice = answer["choices"][0]
+    return str(choice.get("text") or choice["message"]["content"])
+
+
+async def test_responses_route_parses_a_schema(served: Served) -> None:
+    async with opened(served) as client:
+        answer = await client_of(client).responses.parse(model="tiny", input="hi", text_format=Order)
+    assert isinstance(answer.output_parsed, Order)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "order"}}])
+async def test_required_call_is_made(served: Served, choice: Any) -> None:
+    """A model that knows nothing of tools calls the one it must, with arguments of its schema."""
+    other = {
+        "type": "function",
+        "function": {
+            "name": "stop",
+            "parameters": {"type": "object", "properties": {}, "additionalProperties": False},
+        },
+    }
+    tool = {"type": "function", "function": {"name": "order", "parameters": Order.model_json_schema()}}
+    async with opened(served) as client:
+        answer = await client_of(client).chat.completions.create(
+            model="tiny",
+            messages=HI,
+            tools=[tool, other],
+            tool_choice=choice,
+            temperature=1.0,
+            seed=5,  # type: ignore[list-item]
+        )
+    made = answer.choices[0]
+    assert made.finish_reason == "tool_calls"
+    (call,) = made.message.tool_calls or []
+    assert call.type == "function"
+    if choice != "required" or call.function.name == "order":
+        Order.model_validate_json(call.function.arguments)
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"guided_json": {"type": "strnig"}}, "guided_json"),
+        ({"guided_json": {"$ref": "http://127.0.0.1:9/schema"}}, "guided_json"),
+        ({"guided_regex": "a(b"}, "guided_regex"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
+        ({"guided_choice": []}, "guided_choice"),
+    ],
+)
+async def test_wrong_form_is_400_and_names_its_field(served: Served, extra: Any, param: str) -> None:
+    async with opened(served) as client:
+        reply = await client.post("/v1/completions", json={"prompt": "hi", **extra})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), reply.text
+
+
+async def test_missing_library_is_400_and_names_the_extra(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    async with opened(served) as client:
+        body = {"prompt": "hi", "response_format": {"type": "json_object"}}
+        reply = await client.post("/v1/completions", json=body)
+        assert reply.status_code == 400
+        assert "extra 'guided'" in reply.json()["error"]["message"]
+        assert (await client.post("/v1/completions", json={"prompt": "hi"})).status_code == 200
+
+
+async def test_form_ends_the_answer_whatever_else_was_asked(served: Served) -> None:
+    """`min_tokens` and `ignore_eos` would leave no token at all where the form is complete."""
+    async with opened(served) as client:
+        body = {"prompt": "hi", "guided_choice": ["yes"], "min_tokens": 50, "ignore_eos": True}
+        reply = await client.post("/v1/completions", json=body)
+    assert reply.json()["choices"][0]["text"] == "yes"
+    assert reply.json()["choices"][0]["finish_reason"] == "stop"
+
+
+class Endless:
+    """A mask that runs into its limits."""
+
+    def allowed(self) -> bytes:
+        raise RequestError("'guided_regex' is too complex", param="guided_regex")
+
+    def take(self, token: int) -> None:
+        raise AssertionError("nothing was allowed")
+
+
+async def test_form_beyond_its_limits_ends_that_answer_alone(served: Served) -> None:
+    prompt = served.prompts.warm_up()
+    other = served.engine.submit(Request(prompt, Sampling(max_new_tokens=30), id="other"))
+    first = await anext(other)
+    with pytest.raises(RequestError, match="too complex"):
+        async for _ in served.engine.submit(
+            Request(
+                prompt, Sampling(max_new_tokens=5, grammar=Grammar("regex", "endless", Endless)), id="endless"
+            )
+        ):
+            pass
+    rest = [token async for token in other]
+    assert first.id is not None
+    assert rest[-1].finish_reason in {"length", "stop"}
+
+
+def test_serving_imports_without_the_library() -> None:
+    assert "llguidance" not in importlib.import_module("runtime.serving.structured_output").__dict__

@@ -1,0 +1,127 @@
+"""Function calls: what the model wrote becomes calls, and nothing it wrote is lost."""
+
+import json
+from typing import Any
+
+import openai
+import pytest
+
+from runtime.serving.tool_calls import ToolStream, split
+from tests.serving.conftest import TEMPLATE
+from tests.serving.http.test_chat import say
+from tests.serving.http.test_openai import HI, client_of
+
+pytestmark = pytest.mark.anyio
+
+NAMES = frozenset({"weather", "time"})
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+KNOWS_TOOLS = "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}" + TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "names"),
+    [
+        ("plain answer", "plain answer", []),
+        (CALL, "", ["weather"]),
+        ("Let me see. " + CALL + "\n" + CALL.replace("weather", "time"), "Let me see.", ["weather", "time"]),
+        ('{"name": "weather", "parameters": {"city": "x"}}', "", ["weather"]),
+        (
+            '[{"name": "weather", "arguments": {}}, {"name": "time", "arguments": {}}]',
+            "",
+            ["weather", "time"],
+        ),
+        ('{"name": "unknown", "parameters": {}}', '{"name": "unknown", "parameters": {}}', []),
+        ('{"city": "x"}', '{"city": "x"}', []),
+        ("<tool_call>{broken</tool_call>", "<tool_call>{broken</tool_call>", []),
+        (CALL.removesuffix("</tool_call>"), "", ["weather"]),
+        ("[1, 2]", "[1, 2]", []),
+        ("[" * 50_000, "[" * 50_000, []),
+    ],
+)
+def test_calls_are_found_and_the_rest_stays_text(text: str, content: str, names: list[str]) -> None:
+    shown, calls = split(text, NAMES)
+    assert (shown, [call.name for call in calls]) == (content, names)
+
+
+def test_arguments_are_json_text() -> None:
+    assert json.loads(split(CALL, NAMES)[1][0].arguments) == {"city": "Köln"}
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+@pytest.mark.parametrize(
+    "text", ["plain <tool> answer", "Look: " + CALL, CALL, '{"name": "time"}', "{ no json"]
+)
+def test_stream_says_the_same_as_the_whole(text: str, size: int) -> None:
+    stream = ToolStream(NAMES)
+    shown = "".join(stream.push(text[at : at + size]) for at in range(0, len(text), size))
+    assert "<tool_call>" not in shown
+    rest, calls = stream.finish()
+    content, expected = split(text, NAMES)
+    assert (shown + rest).strip() == content
+    assert [call.name for call in calls] == [call.name for call in expected]
+
+
+async def test_official_client_gets_calls(open_site: Any, tokenizer: Any) -> None:
+    """Fault 52, tools."""
+    script = say(tokenizer, CALL)
+    async with open_site(script=script, template=KNOWS_TOOLS, context_tokens=2048) as site:
+        answer = await client_of(site).chat.completions.create(
+            model="base", messages=HI, tools=[TOOL], max_tokens=200
+        )
+        assert '"weather"' in tokenizer.decode(site.engine.requests[0].prompt_ids)
+    choice = answer.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    assert choice.message.tool_calls is not None
+    call: Any = choice.message.tool_calls[0]
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Köln"})
+
+
+async def test_official_client_gets_streamed_calls(open_site: Any, tokenizer: Any) -> None:
+    script = say(tokenizer, "So: " + CALL)
+    async with open_site(script=script, template=KNOWS_TOOLS, context_tokens=2048) as site:
+        stream = await client_of(site).chat.completions.create(
+            model="base", messages=HI, tools=[TOOL], max_tokens=200, stream=True
+        )
+        chunks = [chunk.choices[0] async for chunk in stream]
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == "So: "
+    calls: Any = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
+    assert [(call.index, call.function.name) for call in calls] == [(0, "weather")]
+    assert chunks[-1].finish_reason == "tool_calls"
+
+
+async def test_tool_result_goes_back_through_the_template(open_site: Any, tokenizer: Any) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "x"}'}}
+    turns = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+    ]
+    async with open_site(template=KNOWS_TOOLS) as site:
+        reply = await site.complete(messages=turns, tools=[TOOL])
+        assert reply.status_code == 200
+        assert "tool\nsunny" in tokenizer.decode(site.engine.requests[0].prompt_ids)
+        call["function"]["arguments"] = "{broken"  # type: ignore[index]
+        assert (await site.complete(messages=turns)).status_code == 400
+
+
+async def test_call_to_no_tool_is_refused(open_site: Any) -> None:
+    async with open_site(template=KNOWS_TOOLS) as site:
+        choice = {"type": "function", "function": {"name": "nobody"}}
+        reply = await site.complete(tools=[TOOL], tool_choice=choice)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tool_choice")
+        assert (await site.complete(tools=[TOOL], tool_choice="none")).status_code == 200
+
+
+async def test_template_without_tools_refuses_them(open_site: Any) -> None:
+    async with open_site() as site:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client_of(site).chat.completions.create(model="base", messages=HI, tools=[TOOL])
+    assert caught.value.param == "tools"

@@ -1,0 +1,333 @@
+"""Fetching from a server that misbehaves: fault tests 12 to 20, 22 and 23."""
+
+import gzip
+import hashlib
+import io
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import SecretStr
+
+from runtime import files
+from runtime.errors import CapacityError, DataError, TransientError
+from runtime.tuning.data import download as fetching
+from runtime.tuning.data.download import Policy, check_address, check_url, fetch
+from runtime.tuning.data.formats import targets
+from runtime.tuning.settings import DataSource
+from tests.faults.dataset_server import DatasetServer, Reply
+
+QUICK = Policy(attempts=3, backoff_s=0.02, stall_s=0.3, deadline_s=5)
+
+
+def parquet(rows: int = 400) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([{"text": f"row {n} {n * n}"} for n in range(rows)]), sink)
+    return sink.getvalue()
+
+
+BODY = parquet()
+
+
+def get(folder: Path, *urls: str, policy: Policy = QUICK, **settings: Any) -> Path:
+    """Fetch `urls` into `folder` and return the first file's path."""
+    source = DataSource(urls=urls, folder=folder, **settings)
+    fetch(source, policy=policy)
+    return targets(source)[0]
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def test_file_is_fetched_once_and_kept(tmp_path: Path) -> None:
+    with DatasetServer({"/rows.parquet": [Reply(BODY)]}) as server:
+        url = server.url("/rows.parquet?sig=secret")
+        assert get(tmp_path, url).read_bytes() == BODY
+        assert get(tmp_path, url).read_bytes() == BODY
+        assert len(server.requests["/rows.parquet"]) == 1
+    assert leftovers(tmp_path) == ["rows.parquet"]
+
+
+def test_fault_12_stalled_server_is_tried_again_then_given_up(tmp_path: Path) -> None:
+    with DatasetServer({"/a.parquet": [Reply(BODY, silent_s=9), Reply(BODY)]}) as server:
+        assert get(tmp_path, server.url("/a.parquet")).read_bytes() == BODY
+    with DatasetServer({"/b.parquet": [Reply(BODY, silent_s=9)]}) as server:
+        with pytest.raises(TransientError, match="gave up after 3 tries"):
+            get(tmp_path, server.url("/b.parquet"))
+        assert len(server.requests["/b.parquet"]) == 3
+
+
+def test_fault_13_dripping_server_is_left(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with (
+        DatasetServer({"/a.parquet": [Reply(BODY, drip_s=0.05)]}) as server,
+        pytest.raises(TransientError, match=r"bytes/s, less than 1024"),
+    ):
+        get(tmp_path, server.url("/a.parquet"))
+    assert time.monotonic() - began < 3
+
+
+def test_deadline_ends_a_slow_download(tmp_path: Path) -> None:
+    slow = Policy(attempts=3, stall_s=9, deadline_s=0.4, rate_bytes_s=0)
+    with (
+        DatasetServer({"/a.parquet": [Reply(BODY, drip_s=0.02)]}) as server,
+        pytest.raises(TransientError, match="not complete after"),
+    ):
+        get(tmp_path, server.url("/a.parquet"), policy=slow)
+
+
+def test_fault_14_truncated_body_is_resumed(tmp_path: Path) -> None:
+    digest = hashlib.sha256(BODY).hexdigest()
+    with DatasetServer({"/a.parquet": [Reply(BODY, cut=500), Reply(BODY, cut=700), Reply(BODY)]}) as server:
+        path = get(tmp_path, server.url(f"/a.parquet#sha256={digest}"))
+        asked = [request.get("range") for request in server.requests["/a.parquet"]]
+    assert path.read_bytes() == BODY
+    assert asked == [None, "bytes=500-", "bytes=1200-"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        (Reply(BODY, length=len(BODY) - 50), "damaged or incomplete parquet"),
+        (Reply(BODY, length=None, cut=1000), "damaged or incomplete parquet"),
+        (Reply(BODY, length=len(BODY) + 50), "gave up after"),
+    ],
+    ids=["too-small", "absent", "too-big"],
+)
+def test_fault_15_wrong_length_is_noticed(tmp_path: Path, reply: Reply, said: str) -> None:
+    with (
+        DatasetServer({"/a.parquet": [reply]}) as server,
+        pytest.raises((DataError, TransientError), match=said),
+    ):
+        get(tmp_path, server.url("/a.parquet"))
+    assert not (tmp_path / "a.parquet").exists()
+
+
+def test_fault_16_server_errors_are_tried_again_and_retry_after_is_kept(tmp_path: Path) -> None:
+    replies = [Reply(status=500), Reply(status=503), Reply(BODY)]
+    with DatasetServer({"/a.parquet": replies}) as server:
+        assert get(tmp_path, server.url("/a.parquet")).read_bytes() == BODY
+    began = time.monotonic()
+    with DatasetServer(
+        {"/b.parquet": [Reply(status=429, headers={"Retry-After": "1"}), Reply(BODY)]}
+    ) as server:
+        get(tmp_path, server.url("/b.parquet"))
+    assert 1 <= time.monotonic() - began < 3
+    with DatasetServer({"/c.parquet": [Reply(status=429, headers={"Retry-After": "900"})]}) as server:
+        with pytest.raises(TransientError, match="answered 429"):
+            get(tmp_path, server.url("/c.parquet"))
+        assert len(server.requests["/c.parquet"]) == 1
+
+
+def test_fault_16_retry_after_may_be_a_date(tmp_path: Path) -> None:
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=2.9), usegmt=True)
+    past = {"Retry-After": "Mon, 01 Jan 2024 00:00:00 GMT"}
+    slow = Policy(attempts=3, backoff_s=30, stall_s=1, deadline_s=60)  # what is kept to is the date
+    replies = [Reply(status=429, headers={"Retry-After": later}), Reply(status=503, headers=past)]
+    began = time.monotonic()
+    with DatasetServer({"/a.parquet": [*replies, Reply(BODY)]}) as server:
+        assert get(tmp_path, server.url("/a.parquet"), policy=slow).read_bytes() == BODY
+    assert 1 <= time.monotonic() - began < 10
+    with DatasetServer(
+        {"/b.parquet": [Reply(status=429, headers={"Retry-After": "soon"}), Reply(BODY)]}
+    ) as server:
+        assert get(tmp_path, server.url("/b.parquet")).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+def test_fault_17_refusals_are_final_and_show_no_query(tmp_path: Path, status: int) -> None:
+    with DatasetServer({"/a.parquet": [Reply(status=status)]}) as server:
+        with pytest.raises(DataError) as caught:
+            get(tmp_path, server.url("/a.parquet?sig=topsecret"))
+        assert len(server.requests["/a.parquet"]) == 1
+    assert f"/a.parquet: answered {status}" in str(caught.value)
+    assert "topsecret" not in str(caught.value)
+
+
+def to(location: str) -> Reply:
+    return Reply(status=302, headers={"Location": location})
+
+
+def test_fault_18_redirects_are_followed_a_few_times_and_never_to_metadata(tmp_path: Path) -> None:
+    replies = {
+        "/once": [to("/a.parquet")],
+        "/a.parquet": [Reply(BODY)],
+        "/loop": [to("/loop")],
+        "/file": [to("file:///etc/passwd")],
+        "/metadata": [to("http://169.254.169.254/latest/meta-data/")],
+        "/metadata6": [to("http://[fd00:ec2::254]/latest/")],
+        "/mapped": [to("http://[::ffff:169.254.169.254]/latest/")],
+    }
+    with DatasetServer(replies) as server:
+        assert get(tmp_path, server.url("/once")).read_bytes() == BODY
+        for path, said in (
+            ("/loop", "more than 5 redirects"),
+            ("/file", "only http and https"),
+            ("/metadata", "never fetched"),
+            ("/metadata6", "never fetched"),
+            ("/mapped", "never fetched"),
+        ):
+            with pytest.raises(DataError, match=said):
+                get(tmp_path, server.url(path))
+
+
+def test_fault_18_token_goes_to_the_hub_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with DatasetServer({"/a.parquet": [Reply(BODY)]}) as server:
+        source = DataSource(urls=(server.url("/a.parquet"),), folder=tmp_path)
+        monkeypatch.setattr(fetching, "HUB_HOSTS", frozenset({"127.0.0.1"}))  # plain http: still not sent
+        fetch(source, token=SecretStr("hf_aaaaaaaaaaaa"), policy=QUICK)
+        assert all("authorization" not in request for request in server.requests["/a.parquet"])
+
+
+def test_private_addresses_are_a_choice(tmp_path: Path) -> None:
+    with (
+        DatasetServer({"/a.parquet": [Reply(BODY)]}) as server,
+        pytest.raises(DataError, match=r"private address 127.0.0.1"),
+    ):
+        get(tmp_path, server.url("/a.parquet"), allow_private_addresses=False)
+    check_address("8.8.8.8", "http://x/", allow_private=False)
+    with pytest.raises(DataError, match=r"not a valid address|only http"):
+        check_url("http://x:99999/", allow_private=True)
+
+
+def test_fault_19_ignored_range_or_changed_file_starts_over(tmp_path: Path) -> None:
+    other = parquet(500)
+    with DatasetServer({"/a.parquet": [Reply(BODY, cut=500), Reply(BODY, ranges=False)]}) as server:
+        assert get(tmp_path, server.url("/a.parquet")).read_bytes() == BODY
+    with DatasetServer({"/b.parquet": [Reply(BODY, cut=500), Reply(other, etag='"two"')]}) as server:
+        assert get(tmp_path, server.url("/b.parquet")).read_bytes() == other
+    wrong = Reply(BODY, headers={"Content-Range": f"bytes 0-9/{len(BODY)}"})
+    with DatasetServer({"/c.parquet": [Reply(BODY, cut=500), wrong, Reply(BODY)]}) as server:
+        assert get(tmp_path, server.url("/c.parquet")).read_bytes() == BODY
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"<!DOCTYPE html><html>please log in</html>", "not data but a web page"),
+        (gzip.compress(BODY, mtime=0), r"not a parquet file; it starts with b'\\x1f\\x8b"),
+        (b"", "the file is empty"),
+        (b"PAR1" + b"x" * 500, "damaged or incomplete parquet"),
+        (parquet(0), "without rows"),
+    ],
+    ids=["html", "gzip", "empty", "half", "no-rows"],
+)
+def test_fault_20_what_is_no_data_is_refused_with_its_first_bytes(
+    tmp_path: Path, body: bytes, said: str
+) -> None:
+    with DatasetServer({"/a.parquet": [Reply(body)]}) as server, pytest.raises(DataError, match=said):
+        get(tmp_path, server.url("/a.parquet"))
+    assert leftovers(tmp_path) == []
+
+
+def test_fault_22_files_of_one_name_are_kept_apart(tmp_path: Path) -> None:
+    first, second = parquet(3), parquet(4)
+    replies = {
+        "/x/rows.parquet": [Reply(first)],
+        "/y/rows.parquet": [Reply(second)],
+        "/x/a%20b.parquet": [Reply(first)],
+    }
+    with DatasetServer(replies) as server:
+        urls = tuple(
+            server.url(p) for p in ("/x/rows.parquet", "/y/rows.parquet?download=true", "/x/a%20b.parquet")
+        )
+        source = DataSource(urls=urls, folder=tmp_path)
+        fetch(source, policy=QUICK)
+        paths = targets(source)
+    assert [path.read_bytes() for path in paths] == [first, second, first]
+    assert paths[2].name == "a b.parquet"
+    many = DataSource(urls=tuple(f"http://h/{n}/rows.parquet" for n in range(1000)), folder=tmp_path)
+    assert len(set(targets(many))) == 1000
+    assert targets(many) == targets(many)
+    nasty = DataSource(urls=("http://h/..%2f..%2fetc%2fpasswd", "http://h/", "http://h/.."), folder=tmp_path)
+    assert [path.parent for path in targets(nasty)] == [tmp_path] * 3
+
+
+def test_two_nodes_that_share_the_folder_fetch_each_file_once(tmp_path: Path) -> None:
+    with DatasetServer({"/a.parquet": [Reply(BODY, silent_s=0.2)], "/b.parquet": [Reply(BODY)]}) as server:
+        urls = (server.url("/a.parquet"), server.url("/b.parquet"))
+        with ThreadPoolExecutor() as nodes:
+            for path in nodes.map(lambda _: get(tmp_path, *urls), range(2)):
+                assert path.read_bytes() == BODY
+        assert [len(server.requests[path]) for path in ("/a.parquet", "/b.parquet")] == [1, 1]
+    assert sorted(leftovers(tmp_path)) == ["a.parquet", "b.parquet"]
+
+
+def test_a_folder_that_another_fetches_into_for_too_long_is_worth_a_retry(tmp_path: Path) -> None:
+    patience = replace(QUICK, deadline_s=0.2)
+    with (
+        files.held(tmp_path / fetching.LOCK, wait_s=0),
+        pytest.raises(TransientError, match="another process has been fetching into"),
+    ):
+        get(tmp_path, "http://127.0.0.1:1/a.parquet", policy=patience)
+
+
+def test_files_that_are_there_need_no_lock(tmp_path: Path) -> None:
+    with DatasetServer({"/a.parquet": [Reply(BODY)]}) as server:
+        get(tmp_path, server.url("/a.parquet"))
+        with files.held(tmp_path / fetching.LOCK, wait_s=0):
+            assert get(tmp_path, server.url("/a.parquet")).read_bytes() == BODY
+
+
+def test_address_listed_twice_is_one_file(tmp_path: Path) -> None:
+    with DatasetServer({"/a.parquet": [Reply(BODY)], "/b/a.parquet": [Reply(parquet(3))]}) as server:
+        urls = tuple(server.url(path) for path in ("/a.parquet", "/b/a.parquet", "/a.parquet"))
+        source = DataSource(urls=urls, folder=tmp_path)
+        fetch(source, policy=QUICK)
+        assert len(server.requests["/a.parquet"]) == 1
+    assert [path.read_bytes() for path in targets(source)] == [BODY, parquet(3)]
+
+
+def test_folder_of_local_data_is_not_made(tmp_path: Path) -> None:
+    fetch(DataSource(folder=tmp_path / "mistyped"))
+    assert not (tmp_path / "mistyped").exists()
+
+
+def test_fault_23_wrong_digest_is_refused_and_removed(tmp_path: Path) -> None:
+    with (
+        DatasetServer({"/a.parquet": [Reply(BODY)]}) as server,
+        pytest.raises(DataError, match=r"sha256 is [0-9a-f]{64}, expected 0{64}"),
+    ):
+        get(tmp_path, server.url(f"/a.parquet#sha256={'0' * 64}"))
+    assert leftovers(tmp_path) == []
+
+
+def test_fault_10_file_larger_than_the_disk_is_refused_before_it_is_fetched(tmp_path: Path) -> None:
+    with (
+        DatasetServer({"/a.parquet": [Reply(BODY, length=1 << 60, cut=10)]}) as server,
+        pytest.raises(CapacityError, match=f"{1 << 60} bytes needed for a.parquet"),
+    ):
+        get(tmp_path, server.url("/a.parquet"))
+
+
+def test_one_failure_ends_the_other_downloads(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with DatasetServer(
+        {"/slow.parquet": [Reply(BODY, drip_s=0.01)], "/gone.parquet": [Reply(status=404)]}
+    ) as server:
+        patient = Policy(attempts=3, stall_s=30, rate_bytes_s=0)
+        with pytest.raises(DataError, match="answered 404"):
+            get(tmp_path, server.url("/slow.parquet"), server.url("/gone.parquet"), policy=patient)
+    assert time.monotonic() - began < 2
+
+
+def test_fault_56_no_signature_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    replies = [Reply(status=500), Reply(BODY, cut=100), Reply(BODY)]
+    with DatasetServer({"/a.parquet": replies}) as server:
+        get(tmp_path, server.url("/a.parquet?sig=topsecret").replace("http://", "http://user:passw0rd@"))
+    said = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("runtime"))
+    assert "trying again" in said
+    files = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    for secret in ("topsecret", "passw0rd"):
+        assert secret not in said
+        assert secret.encode() not in files

@@ -1,0 +1,119 @@
+"""Rows as the model sees them: what is marked as trained, what is counted, and that no weights are read."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from runtime.cli import main, render
+from runtime.model_source import ModelSource
+from runtime.tuning.data.preview import Preview, preview
+from runtime.tuning.settings import Encoding, TuningJob
+
+Maker = Callable[..., TuningJob]
+
+
+@pytest.fixture
+def without_weights(tiny_llama_dir: Path, tmp_path: Path) -> ModelSource:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama_dir, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return ModelSource(name="tiny", path=folder)
+
+
+def trained_texts(found: Preview) -> list[list[str]]:
+    return [[run.text for run in shown.rows[0] if run.trained] for shown in found.shown]
+
+
+def test_answers_with_their_end_are_trained_and_the_rest_is_not(
+    make_job: Maker, without_weights: ModelSource
+) -> None:
+    found = preview(make_job(model=without_weights), count=3)
+    assert len(found.shown) == 3
+    for shown, texts in zip(found.shown, trained_texts(found), strict=True):
+        number = int(shown.origin.rpartition(" ")[2]) - 1
+        assert texts == [f"it is {number * 7}<|im_end|>"]
+        whole = "".join(run.text for run in shown.rows[0])
+        assert whole.startswith(f"<|im_start|>user\nwhat is {number}?")
+        assert shown.fate == "whole"
+        assert 0 < shown.trained < shown.tokens == shown.full_tokens
+    assert (found.train_rows, found.held_out_rows, found.counted) == (59, 5, 59)
+    assert found.tokens > found.trained > 0
+
+
+def test_counts_are_those_that_training_logs(make_job: Maker, without_weights: ModelSource) -> None:
+    from transformers import AutoTokenizer
+
+    from runtime.tuning.data import dataset, tokenize
+    from runtime.tuning.data.download import targets
+
+    job = make_job(model=without_weights, encoding=Encoding(max_tokens=100, too_long="drop"))
+    found = preview(job, count=1)
+    train, _ = dataset.split(dataset.load(job.data, targets(job.data)).examples, job.data)
+    tokenizer = AutoTokenizer.from_pretrained(str(without_weights.path))
+    encoded = tokenize.encode(train, tokenizer, job.encoding, max_tokens=100)
+    assert (found.tokens, found.trained) == (encoded.tokens, encoded.targets)
+    assert found.fates["too long"] == encoded.too_long > 0
+
+
+def test_rows_over_the_limit_show_what_is_left_of_them(make_job: Maker, without_weights: ModelSource) -> None:
+    cut = preview(make_job(model=without_weights, encoding=Encoding(max_tokens=24)), count=59)
+    long = [shown for shown in cut.shown if shown.full_tokens > 24]
+    assert {shown.fate for shown in long} == {"truncated"}
+    assert all(shown.tokens == 24 and shown.trained for shown in long)
+    pieces = Encoding(max_tokens=24, too_long="split")
+    split = preview(make_job(model=without_weights, encoding=pieces), count=59)
+    assert {shown.fate for shown in split.shown if shown.full_tokens > 24} == {"split"}
+
+
+def test_data_that_training_would_refuse_is_shown_with_a_warning(
+    make_job: Maker, without_weights: ModelSource
+) -> None:
+    strict = Encoding(max_tokens=8, too_long="drop")
+    found = preview(make_job(model=without_weights, encoding=strict), count=1)
+    assert found.shown[0].rows == ()
+    assert found.dropped == found.counted == 59
+    assert "training refuses such data" in render.counts(found)[-1]
+
+
+def write_manifest(folder: Path, data: Path) -> Path:
+    file = folder / "job.yaml"
+    file.write_text(
+        "apiVersion: kaito.sh/v1beta1\nkind: Workspace\nmetadata: {name: look}\n"
+        "resource: {instanceType: Standard_NC6s_v3, labelSelector: {matchLabels: {app: look}}}\n"
+        "tuning:\n  preset: {name: smollm2-135m-instruct}\n  method: qlora\n"
+        f"  input: {{volumeSource: {{hostPath: {{path: {data}}}}}}}\n"
+        "  output: {image: ACR_REPO_HERE.azurecr.io/IMAGE_NAME_HERE:0.0.1, imagePushSecret: SECRET_HERE}\n",
+        encoding="utf-8",
+    )
+    return file
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_command_previews_a_manifest_that_still_has_placeholders_for_its_output(
+    without_weights: ModelSource,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turns = [{"role": "user", "content": "\x1b[31mred?"}, {"role": "assistant", "content": "blue"}]
+    data = tmp_path / "data" / "nested"
+    data.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([{"messages": turns}, {"messages": []}]), data / "a.parquet_download")
+    file = write_manifest(tmp_path, tmp_path / "data")
+    arguments = ["tune", str(file), "--set", f"model.path={without_weights.path}", "--preview", "2"]
+    assert main.run(arguments, {}) == 3  # a bad row is an error, as in training
+    assert "row 2 column 'messages'" in capsys.readouterr().err
+    assert main.run([*arguments, "--on-bad-row", "skip"], {}) == 0
+    said = capsys.readouterr().out
+    assert "user\n␛[31mred?<|im_end|>" in said
+    assert "⟦blue<|im_end|>⟧" in said
+    assert "1 to train on, 0 held out, 1 skipped as bad" in said
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert main.run([*arguments, "--on-bad-row", "skip"], {}) == 0
+    assert "\x1b[32mblue<|im_end|>\x1b[0m" in capsys.readouterr().out
+    assert main.run([*arguments, "--on-bad-row", "ignore"], {}) == 2
+    assert "on_bad_row" in capsys.readouterr().err

@@ -1,0 +1,89 @@
+"""The fused LoRA update against peft's own, layer by layer."""
+
+import copy
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from runtime.tuning.model.fused_lora import fuse
+
+
+def layers(base: nn.Module, **options: Any) -> tuple[Any, Any]:
+    """Return `base` under peft's adapter, and a fused twin with the same values."""
+    torch.manual_seed(0)
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["0"], **options}
+    plain = get_peft_model(nn.Sequential(base), LoraConfig(**settings))  # type: ignore[arg-type]
+    for name, parameter in plain.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    twin = copy.deepcopy(plain)
+    fuse(twin)
+    return plain, twin
+
+
+def run(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    """Return the output and every gradient of one pass."""
+    x = x.clone().requires_grad_()
+    torch.manual_seed(3)
+    out = model(x)
+    (out.float() ** 2).sum().backward()
+    assert x.grad is not None
+    return [out.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+def four_bit() -> nn.Module:
+    torch.manual_seed(0)
+    return bnb.nn.Linear4bit(64, 48, bias=False, compute_dtype=torch.float32, quant_type="nf4").to("cpu")  # type: ignore[no-any-return]
+
+
+def eight_bit() -> nn.Module:
+    torch.manual_seed(0)
+    return bnb.nn.Linear8bitLt(64, 48, bias=False, has_fp16_weights=False).to("cpu")  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "make", [four_bit, eight_bit, lambda: nn.Linear(64, 48)], ids=["nf4", "int8", "plain"]
+)
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.5}, {"use_rslora": True}], ids=str)
+def test_outputs_and_gradients_equal_pefts(make: Any, options: dict[str, Any]) -> None:
+    plain, twin = layers(make(), **options)
+    for ours, theirs in zip(run(twin, torch.ones(2, 5, 64)), run(plain, torch.ones(2, 5, 64)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_in_autocast_the_update_has_autocasts_type_and_gradients_stay_float32(dtype: torch.dtype) -> None:
+    plain, twin = layers(nn.Linear(64, 48))
+    x = torch.randn(2, 5, 64)
+    found = []
+    for model in (twin, plain):
+        with torch.autocast("cpu", dtype=dtype):
+            found.append(run(model, x))
+    assert found[0][0].dtype == dtype
+    assert {gradient.dtype for gradient in found[0][1:]} == {torch.float32}
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.2)
+
+
+def test_variants_and_switched_off_adapters_are_pefts_own() -> None:
+    dora, twin = layers(nn.Linear(64, 48), use_dora=True)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(twin(x), dora(x))
+    assert fuse(dora) == 0
+    plain, fused = layers(nn.Linear(64, 48))
+    assert fuse(fused) == 1
+    with plain.disable_adapter(), fused.disable_adapter():
+        assert torch.equal(fused(x), plain(x))
+
+
+def test_a_copied_model_computes_with_its_own_weights() -> None:
+    _, fused = layers(nn.Linear(64, 48))
+    other = copy.deepcopy(fused)
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    assert not other(torch.ones(2, 64)).any()
+    assert fused(torch.ones(2, 64)).any()

@@ -1,0 +1,181 @@
+"""Written-out operations against transformers' and peft's own, family by family."""
+
+import contextlib
+import copy
+import functools
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from runtime.tuning.data.batching import IGNORE, collate
+from runtime.tuning.loss import batch_loss
+from runtime.tuning.model import fused_ops, packed_attention
+from runtime.tuning.model.fused_ops import rotate
+from runtime.tuning.model.lora import attach
+from runtime.tuning.settings import Lora
+from tests.tuning.data.test_batching import FAMILIES, some_rows
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+WHOLE = {"run_mlp": 2, "norm": 5, "call": 6, "LossHead": 1}
+"""Two layers of a family of which everything is recognised."""
+FOUND = {
+    "llama": WHOLE,
+    "mistral": WHOLE,
+    "qwen2": WHOLE,
+    "smollm3": WHOLE,
+    "qwen3": WHOLE | {"norm": 9},
+    "olmo2": WHOLE | {"norm": 9},
+    "phi3": {"run_mlp": 2, "norm": 5, "LossHead": 1},
+    "phi": {"call": 6, "LossHead": 1},
+    "gemma": {"call": 6, "LossHead": 1},
+    "gemma3_text": {"call": 6},
+    "falcon": {},
+}
+
+
+def adapted(family: str, lora: Lora, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, vocab_size=100, **SIZES, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.normal_(1.0, 0.1)
+    found = attach(model, lora)
+    for name, parameter in found.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    return found.train()
+
+
+def plain(model: Any) -> Any:
+    """Return a copy of `model` with every forward as its class has it."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        module.__dict__.pop("forward", None)
+    return twin
+
+
+def step(model: Any, *, packed: bool, rotating: bool = True) -> tuple[float, dict[str, torch.Tensor]]:
+    batch = collate(some_rows(5), "packed" if packed else "sorted", pad_id=0)
+    packed_attention.register()
+    model.get_base_model().set_attn_implementation(packed_attention.NAME if packed else "sdpa")
+    with fused_ops.rotating(model) if rotating else contextlib.nullcontext():
+        loss = batch_loss(model, batch, "cpu") / int((batch.labels != IGNORE).sum())
+        loss.backward()
+    return float(loss.detach()), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def same(model: Any, *, packed: bool = True, rel: float = 1e-6, atol: float = 2e-6) -> None:
+    ours, theirs = step(model, packed=packed), step(plain(model), packed=packed, rotating=False)
+    assert ours[0] == pytest.approx(theirs[0], rel=rel)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, gradient in theirs[1].items():
+        assert gradient.any()
+        torch.testing.assert_close(ours[1][name], gradient, rtol=1e-4, atol=atol)
+
+
+def installed(model: Any) -> dict[str, int]:
+    """Return how many modules have which forward, single LoRA layers left out."""
+    names: list[str] = []
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, functools.partial):
+            names.append(forward.func.__name__)
+        elif forward is not None:
+            names.append(type(forward).__name__)
+    return {name: names.count(name) for name in set(names) - {"forward"}}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_loss_and_gradients_are_those_of_the_families_own_modules(family: str) -> None:
+    model = adapted(family, Lora(r=4, alpha=6))
+    assert installed(model) == FOUND[family]
+    same(model, packed=family in packed_attention.FAMILIES)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [Lora(r=4, dropout=0.5), Lora(r=4, targets=("q_proj", "down_proj")), Lora(options={"use_dora": True})],
+    ids=["dropout", "some-layers", "dora"],
+)
+def test_what_cannot_be_written_out_stays_pefts(lora: Lora) -> None:
+    model = adapted("llama", lora)
+    assert installed(model) == {"norm": 5, "LossHead": 1}
+    if not lora.dropout:
+        same(model)
+
+
+def test_bfloat16_under_autocast_is_within_its_rounding() -> None:
+    model = adapted("llama", Lora(r=4, alpha=6), torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        same(model, packed=False, rel=5e-3, atol=5e-3)
+
+
+def test_recomputed_layers_have_the_same_gradients() -> None:
+    model = adapted("llama", Lora(r=4, alpha=6))
+    expected = step(copy.deepcopy(model), packed=True)
+    model.enable_input_require_grads()
+    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+    again = step(model, packed=True)
+    assert again[0] == expected[0]
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(again[1][name], gradient, rtol=1e-5, atol=1e-6)
+
+
+class OddRMSNorm(nn.Module):
+    """Looks like an RMS norm, and adds one to its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(64), requires_grad=False)
+        self.variance_epsilon = 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (1 + self.weight) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def test_a_module_with_another_formula_is_left_alone() -> None:
+    model = adapted("llama", Lora(r=4))
+    model.get_base_model().model.norm = OddRMSNorm()
+    fused_ops.rewrite(model)
+    assert "forward" not in vars(model.get_base_model().model.norm)
+
+
+def test_rotary_embeddings_are_the_families_own_again_afterwards() -> None:
+    model = adapted("llama", Lora(r=4))
+    home: Any = sys.modules["transformers.models.llama.modeling_llama"]
+    original = home.apply_rotary_pos_emb
+    with pytest.raises(KeyError), fused_ops.rotating(model):
+        assert home.apply_rotary_pos_emb is rotate
+        raise KeyError
+    assert home.apply_rotary_pos_emb is original
+
+
+def test_the_head_is_nearer_to_double_precision_than_a_float32_log_softmax(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fused_ops, "CHUNK_BYTES", 4 * 50_000 * 7)  # 20 labels in three chunks
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 50_000).requires_grad_(False)
+    layer.weight.data.mul_(40)
+    labels = torch.randint(0, 50_000, (2, 10))
+    labels[0, 3:6] = IGNORE
+    hidden = torch.randn(2, 10, 32, requires_grad=True)
+    installed = fused_ops.LossHead(layer)
+    with installed.expecting(labels):
+        loss = installed(hidden)
+    (to_ours,) = torch.autograd.grad(loss * 0.5, hidden)
+    wide = hidden.double()
+    logits = wide @ layer.weight.double().t() + layer.bias.double()
+    exact = nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    (to_exact,) = torch.autograd.grad(exact * 0.5, hidden)
+    assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=3e-7)
+    torch.testing.assert_close(to_ours, to_exact, rtol=1e-4, atol=1e-5)
+    assert not to_ours[0, 3:6].any()
+    assert installed(hidden).shape == (2, 10, 50_000)

@@ -1,0 +1,177 @@
+"""The QLoRA step against a dequantised float32 reference; targets; precision."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from transformers import AutoModelForCausalLM
+
+from runtime import models
+from runtime.errors import ConfigError
+from runtime.hardware import Hardware
+from runtime.model_source import ModelSource, Quantization
+from runtime.tuning.data.batching import IGNORE, collate
+from runtime.tuning.loss import batch_loss, mean_loss
+from runtime.tuning.model import packed_attention
+from runtime.tuning.model.lora import attach, resolve_targets
+from runtime.tuning.precision import settle
+from runtime.tuning.process.ranks import Ranks
+from runtime.tuning.settings import Lora, TuningJob
+from tests.tuning.data.test_batching import some_rows
+
+CPU = Hardware("cpu", "test", None, 8 << 30, 1)
+
+
+def quantised(folder: Path, lora: Lora) -> PeftModel:
+    source = ModelSource(name="tiny", path=folder)
+    base = models.load(source, hardware=CPU, device="cpu", quantization=Quantization(), training=True)
+    torch.manual_seed(1)
+    return attach(base, lora)
+
+
+def dequantised(model: PeftModel) -> Any:
+    """Return a float32 copy of `model` whose 4-bit layers are plain linear ones with the same values."""
+    twin = copy.deepcopy(model)
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+            plain.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+            twin.set_submodule(name, plain)
+    return twin
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def move_adapter(model: PeftModel) -> None:
+    """Give the adapter's B matrices values: at zero, A would have no gradient."""
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+
+
+def test_gradients_equal_the_dequantised_reference_also_after_an_evaluation(tiny_llama_dir: Path) -> None:
+    model = quantised(tiny_llama_dir, Lora(r=4, alpha=8))
+    move_adapter(model)
+    reference = dequantised(model)
+    rows = some_rows(5)
+    # On a CPU with AVX512-BF16 a plain evaluation would repack the weights for a kernel without gradients.
+    mean_loss(model, rows, Ranks(), layout="sorted", budget_tokens=400)
+    losses = []
+    for each in (model, reference):
+        each.train()
+        loss = batch_loss(each, collate(rows, "sorted", pad_id=0), "cpu")
+        loss.backward()
+        losses.append(float(loss.detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    expected = gradients(reference)
+    assert gradients(model).keys() == expected.keys()
+    assert len(expected) == 2 * 2 * 7  # A and B, two layers, seven linears
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_one_step_equals_plain_peft_and_transformers(tiny_llama_dir: Path) -> None:
+    ours = quantised(tiny_llama_dir, Lora(r=4, alpha=8))
+    source = ModelSource(name="tiny", path=tiny_llama_dir)
+    base = models.load(source, hardware=CPU, device="cpu", quantization=Quantization(), training=True)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
+        theirs = get_peft_model(base, config)
+    set_peft_model_state_dict(theirs, get_peft_model_state_dict(ours))
+    rows = some_rows(3)
+    packed_attention.register()
+    ours.get_base_model().set_attn_implementation(packed_attention.NAME)
+    ours.train()
+    theirs.train()
+    batch = collate(rows, "packed", pad_id=0)
+    mine = float(batch_loss(ours, batch, "cpu").detach()) / int((batch.labels != IGNORE).sum())
+    padded = collate(rows, "sorted", pad_id=0)
+    labels = torch.full_like(padded.inputs["input_ids"], IGNORE)
+    labels[:, padded.places + 1] = padded.labels
+    plain = float(theirs(**padded.inputs, labels=labels, use_cache=False).loss.detach())
+    assert mine == pytest.approx(plain, rel=1e-6)
+
+
+def test_adapter_weights_are_float32_whatever_the_base_is(tiny_llama_dir: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir), dtype=torch.bfloat16)
+    model = attach(base, Lora(r=2, alpha=2))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in base.model.embed_tokens.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "gaussian"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())) if isinstance(options, dict) else None,
+)
+def test_peft_variants_attach(tiny_llama_dir: Path, options: dict[str, Any]) -> None:
+    base = AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir))
+    model = attach(base, Lora(r=2, alpha=2, options=options))
+    batch_loss(model, collate(some_rows(2), "sorted", pad_id=0), "cpu").backward()
+    assert gradients(model)
+
+
+def test_unknown_lora_option_is_one_readable_line(tiny_llama_dir: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir))
+    with pytest.raises(ConfigError, match=r"LoraConfig does not fit this model: .*use_rslorra"):
+        attach(base, Lora(options={"use_rslorra": True}))
+
+
+def test_split_names_become_the_fused_ones_of_phi3() -> None:
+    wanted = ["k_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
+    fused = {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert set(resolve_targets(wanted, fused)) == fused
+    assert resolve_targets(wanted, wanted) == tuple(wanted)
+
+
+def test_target_that_matches_nothing_names_what_is_there() -> None:
+    with pytest.raises(ConfigError, match=r"no linear layer 'q_prj' in this model \(did you mean 'q_proj'"):
+        resolve_targets(["q_prj"], {"q_proj", "v_proj"})
+
+
+V100 = Hardware("cuda", "Tesla V100", (7, 0), 16 << 30, 1)
+A100 = Hardware("cuda", "A100", (8, 0), 80 << 30, 1)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "training", "wanted", "chosen"),
+    [
+        (V100, {}, "bfloat16", "float16"),
+        (V100, {"bf16": True}, "auto", "float16"),
+        (V100, {}, "float32", "float32"),
+        (A100, {}, "auto", "bfloat16"),
+        (A100, {"fp16": True}, "auto", "float16"),
+        (CPU, {}, "bfloat16", "float32"),
+        (CPU, {"fp16": True}, "auto", "float32"),
+    ],
+)
+def test_fault_28_type_follows_the_hardware_and_is_logged(
+    hardware: Hardware, training: dict[str, Any], wanted: Any, chosen: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = ModelSource(name="m", dtype=wanted)
+    job, precision = settle(TuningJob(name="j", model=model, training=training), hardware)
+    assert (precision.dtype, job.model.dtype, job.quantization and job.quantization.compute_dtype) == (
+        chosen,
+    ) * 3
+    assert (precision.fp16, precision.bf16) == (chosen == "float16", chosen == "bfloat16")
+    changed = chosen not in (wanted, "bfloat16" if training.get("bf16") else "float16" if training else "")
+    assert bool(caplog.records) == (changed and (wanted != "auto" or bool(training)))

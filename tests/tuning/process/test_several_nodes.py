@@ -1,0 +1,110 @@
+"""Two nodes without a shared disk, each a `runtime tune` of its own, meeting over the loopback."""
+
+import http.server
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from runtime.tuning.output import SENTINEL, Places
+
+pytestmark = pytest.mark.slow
+
+STEPS = 40
+
+
+@pytest.fixture
+def address(rows_dir: Path) -> Iterator[str]:
+    """Serve the rows, and yield their URL."""
+    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=str(rows_dir)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/rows.parquet"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+class Node:
+    """One `runtime tune` whose files all lie below `folder`."""
+
+    def __init__(self, folder: Path, model: Path, url: str, *flags: str) -> None:
+        self.folder, self.out = folder, folder / "out"
+        self.out.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "data.folder": folder / "data", "lora.r": 4, "lora.dropout": 0.1, "training.max_steps": STEPS,
+            "training.save_strategy": "steps", "training.save_steps": 5, "training.learning_rate": 0.01,
+        }  # fmt: skip
+        command = [sys.executable, "-m", "runtime", "tune", str(model), "--data", url]
+        command += ["--output", str(self.out), *flags]
+        command += [word for item in settings.items() for word in ("--set", "{}={}".format(*item))]
+        self.log = folder / "log"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        with self.log.open("ab") as stream:
+            self.process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def ends(self, status: int = 0) -> None:
+        assert self.process.wait(240) == status, self.said()
+
+    def adapter(self) -> bytes:
+        return (self.out / "adapter_model.safetensors").read_bytes()
+
+    def wait_for_checkpoint(self, step: int) -> None:
+        manifest = Places(self.out).checkpoints / f"checkpoint-{step}" / "manifest.json"
+        deadline = time.monotonic() + 180
+        while not manifest.exists():
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.01)
+
+
+def pair(root: Path, model: Path, url: str) -> list[Node]:
+    """Start two nodes of one process each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--processes", "1", "--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{port}", "--node-rank"]
+    return [Node(root / f"node-{rank}", model, url, *flags, str(rank)) for rank in (0, 1)]
+
+
+def test_two_nodes_end_with_the_adapter_of_two_processes_though_one_is_evicted(
+    tmp_path: Path, tiny_llama_dir: Path, address: str
+) -> None:
+    alone = Node(tmp_path / "alone", tiny_llama_dir, address, "--processes", "2")
+    alone.ends()
+
+    first, second = pair(tmp_path, tiny_llama_dir, address)
+    first.wait_for_checkpoint(10)
+    second.process.send_signal(signal.SIGTERM)  # a spot node goes; all ranks agree on the step
+    for node in (first, second):
+        node.ends(143)
+        last = node.said().splitlines()[-1]
+        assert "with a checkpoint; the same command goes on from it" in last
+        assert "Traceback" not in node.said()
+    assert not Places(second.out).checkpoints.exists() or not list(Places(second.out).checkpoints.iterdir())
+    assert (second.folder / "data/rows.parquet").is_file()  # each node fetched for itself
+
+    shutil.rmtree(second.folder)  # its successor starts with an empty disk
+    first, second = pair(tmp_path, tiny_llama_dir, address)
+    for node in (first, second):
+        node.ends()
+    assert "going on from checkpoint-" in first.said()
+    assert first.adapter() == alone.adapter()
+    assert not (second.out / SENTINEL).exists()  # no pusher on that node must find half a result
+    assert not (second.out / "adapter_model.safetensors").exists()
+
+    for node in pair(tmp_path, tiny_llama_dir, address):  # done: neither trains nor waits for the other
+        node.ends()

@@ -1,0 +1,143 @@
+"""Figures of a run: what they are, the line, the history, and the bar of a terminal."""
+
+import io
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from runtime.tuning.report.progress import Bar, History, Meter, Reporter, duration
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def take_step(meter: Meter, step: int, clock: Clock, seconds: float = 2.0) -> None:
+    clock.now += seconds
+    meter.count(tokens=100, targets=50)
+    meter.advance(step, 0.1)
+    meter.log(step, {"loss": 2.0, "learning_rate": 1e-4, "grad_norm": 0.5, "epoch": 0.1})
+
+
+def test_line_comes_every_few_seconds_and_names_every_figure(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, clock: Clock
+) -> None:
+    caplog.set_level("INFO")
+    meter = Meter(world=2, clock=clock)
+    reporter = Reporter(meter, History(tmp_path / "history.jsonl"), clock=clock)
+    meter.start(10, 50)
+    reporter.begin()
+    for step in (11, 12, 13):
+        take_step(meter, step, clock)
+        reporter.enter()
+    assert meter.tokens_per_s == pytest.approx(100)  # two ranks, 300 tokens each in 6 s
+    assert meter.trained_share == pytest.approx(0.25)
+    assert meter.remaining_s == pytest.approx(74)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1  # 4 s after the first, nothing more is said
+    for part in ("step 11/50", "epoch 0.10", "loss 2.0000", "lr 1.00e-04", "grad 0.500", "100 tokens/s"):
+        assert part in lines[0]
+    for part in ("(25% trained)", "memory ", " GiB", "left 1:18"):
+        assert part in lines[0]
+    clock.now += 5
+    reporter.tell()
+    reporter.tell(last=True)
+    assert len(caplog.records) == 3
+    fields = caplog.records[0].fields  # type: ignore[attr-defined]
+    assert {"step", "loss", "held_out_loss", "tokens_per_s", "memory_bytes", "remaining_s"} <= fields.keys()
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 3
+
+
+def test_history_is_json_though_figures_are_no_numbers(tmp_path: Path) -> None:
+    history = History(tmp_path / "history.jsonl")
+    meter = Meter()
+    meter.start(0, 5)
+    meter.log(1, {"loss": float("inf"), "grad_norm": float("nan")})
+    Reporter(meter, history).enter()
+    (line,) = history.path.read_text().splitlines()
+    entry = json.loads(line, parse_constant=pytest.fail)
+    assert entry["loss"] is None
+    assert entry["gradient_norm"] is None
+
+
+def test_history_of_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
+    history = History(tmp_path / "history.jsonl")
+    for step in range(1, 8):
+        history.add({"step": step, "loss": 1.0})
+    with history.path.open("a") as stream:
+        stream.write('{"step": 8, "lo')  # killed while it wrote
+    history.keep(4)
+    history.add({"step": 5, "loss": 0.5})
+    assert [entry["step"] for entry in history.entries()] == [1, 2, 3, 4, 5]
+    assert history.entries()[-1]["loss"] == 0.5
+    history.keep(0)
+    assert history.entries() == []
+
+
+def test_remaining_time_of_more_than_a_day_says_so() -> None:
+    assert duration(7) == "0:07"
+    assert duration(3 * 3600 + 62) == "3:01:02"
+    assert duration(30 * 3600) == "1d 06:00:00"
+    meter = Meter(clock=lambda: 3600.0)
+    meter.start(0, 31)
+    meter.started = 0.0
+    meter.advance(1, 0.0)
+    assert "left 1d 06:00:00" in meter.place()
+
+
+def test_run_without_a_step_for_far_longer_than_usual_is_stalled(clock: Clock) -> None:
+    meter = Meter(clock=clock)
+    meter.start(0, 50)
+    take_step(meter, 1, clock, 100)
+    clock.now += 1990
+    assert not meter.stalled  # twenty steps of 100 s
+    clock.now += 20
+    assert meter.stalled
+    take_step(meter, 2, clock)
+    assert not meter.stalled
+
+
+def test_terminal_shows_a_bar_and_log_lines_stay_whole_above_it(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
+    handler = logging.StreamHandler(screen)
+    logging.getLogger().addHandler(handler)
+    try:
+        bar = Bar(Console(file=screen, force_terminal=True, width=100, highlight=False), clock)
+        meter = Meter(clock=clock)
+        reporter = Reporter(meter, display=bar, clock=clock)
+        meter.start(0, 4)
+        for step in (1, 2):
+            take_step(meter, step, clock)
+            reporter.enter()
+        logging.getLogger("test").warning("a line beside the bar")
+        take_step(meter, 3, clock, 0.01)
+        reporter.tell()  # too soon to draw again
+        take_step(meter, 4, clock, 0.01)
+        reporter.tell()
+        reporter.close()
+        assert handler.stream is screen
+        logging.getLogger("test").warning("and one after it")
+    finally:
+        logging.getLogger().removeHandler(handler)
+    shown = screen.getvalue()
+    assert "step 2/4" in shown
+    assert "step 3/4" not in shown
+    assert "step 4/4" in shown
+    assert "\x1b[2Ka line beside the bar\n" in shown or "\na line beside the bar\n" in shown
+    assert shown.endswith("and one after it\n")
+    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l") >= 0  # the cursor is back

@@ -1,0 +1,190 @@
+"""The report of a run: its figures as JSON, and the page that people open, in a real browser."""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.hardware import Hardware
+from runtime.model_source import ModelSource
+from runtime.tuning.data.dataset import DataFile, Dataset, Example
+from runtime.tuning.data.tokenize import Encoded, Row
+from runtime.tuning.report import html, report
+from runtime.tuning.report.samples import Sample
+from runtime.tuning.settings import DataSource, Output, TuningJob
+from tests.browser import Browser, browser
+
+NASTY = "<script>document.title='owned'</script><img src=x onerror=alert(1)>"
+SECRET = "sig=ab%2Fsecret"
+ROW = Row(np.arange(40, dtype=np.int32), np.arange(40) > 30)
+
+
+def job(**given: Any) -> TuningJob:
+    values: dict[str, Any] = {
+        "name": "workspace-tuning-phi-3",
+        "model": ModelSource(name="phi-3-mini-4k-instruct", repository="microsoft/Phi-3", revision="a" * 40),
+        "data": DataSource(urls=(f"https://store.example/rows.parquet?{SECRET}",), folder=Path("/mnt/data")),
+        "training": {"learning_rate": 2e-4, "seed": 42, "num_train_epochs": 3.0},
+        "sources": {"training.learning_rate": "preset phi-3-mini", "method": "job.yaml tuning.method"},
+        "output": Output(),
+    }
+    return TuningJob(**{**values, **given})
+
+
+def build(*, held_out: bool = True, **given: Any) -> dict[str, Any]:
+    losses = tuple(
+        (step, 1.1 + 1.4 * math.exp(-step / 60) + 0.12 * math.sin(step * 1.7) * math.cos(step / 3))
+        for step in range(1, 361)
+    )
+    outcome = report.Outcome(
+        steps=360,
+        train_loss=1.093,
+        losses=losses,
+        held_out_losses=((0, 2.61), (120, 1.34), (240, 1.21), (360, 1.19)) if held_out else (),
+        samples=tuple(
+            Sample(f"{NASTY} Question {n}?", "It is so because it must be.", "I do not know.", "It is so.")
+            for n in range(1, 6)
+        ),
+        seconds=3725,
+        tokens_per_s=1843.2,
+        peak_memory_bytes=9 * 2**30,
+        planned_memory_bytes=10 * 2**30,
+        machine=report.Machine(Hardware("cuda", "Tesla V100-PCIE-16GB", (7, 0), 16 * 2**30, 1), 1, "float16"),
+    )
+    files = (DataFile("train-00000-of-00001.parquet", 5048, "5" * 64), DataFile(NASTY, 12, "6" * 64))
+    data = Dataset((Example((), text="x"),) * 5060, files, 3)
+    encoded = Encoded((ROW,) * 100, truncated=4, too_long=2, unlabelled=1)
+    found = report.build(job(**given), data, (encoded, encoded if held_out else None), outcome)
+    return {**found, "adapter_sha256": "7" * 64}
+
+
+class Reader(HTMLParser):
+    """Collects what a page refers to and shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += f" {data}"
+
+
+def read(text: str) -> Reader:
+    reader = Reader()
+    reader.feed(text)
+    reader.text = " ".join(reader.text.split())
+    return reader
+
+
+def test_page_is_one_file_that_runs_nothing_and_asks_nobody() -> None:
+    text = html.render(build())
+    reader = read(text)
+    assert not {"script", "iframe", "object", "img"} & reader.tags
+    assert reader.links == ["data:,"]
+    assert "http" not in re.sub(r"http-equiv|https://store\.example/rows\.parquet", "", text)
+    assert "default-src 'none'" in text
+
+
+def test_page_shows_what_the_report_holds() -> None:
+    text = read(html.render(build())).text
+    for part in (
+        "workspace-tuning-phi-3", "QLoRA on phi-3-mini-4k-instruct", "360 steps in 1:02:05",
+        "1 × Tesla V100-PCIE-16GB", "2.610 → 1.190", "−54 %", "13.60 → 3.29", "1,843",
+        "9.0 GiB 10.0 GiB planned, of 16.0 GiB",
+        "5,060 read: 100 trained on, 100 held out, 3 skipped as bad",
+        "4,000 an epoch, 900 of them trained (22 %)",
+        "4 cut at", "2 dropped as too long, 1 dropped without a trained token", "a" * 40, "5" * 64, "7" * 64,
+        "training 42, shuffle and split 42", "learning_rate 0.0002 preset phi-3-mini", "float16", "torch 2.",
+        "Before I do not know.", "After It is so.", "In the data It is so because it must be.",
+    ):  # fmt: skip
+        assert part in text, part
+    assert text.count("Question ") == 5
+
+
+def test_report_and_page_hold_no_secret_and_no_path() -> None:
+    found = build(output=Output(credentials=Path("/root/.docker/config.json")))
+    text = json.dumps(found) + html.render(found)
+    assert "store.example/rows.parquet" in text
+    assert SECRET not in text
+    assert "/root" not in text
+    assert "/mnt/data" not in text
+    assert json.loads(json.dumps(found, allow_nan=False)) is not None
+
+
+def test_a_held_out_loss_that_rose_again_is_told() -> None:
+    assert "lowest after" not in html.render(build())
+    found = build()
+    found["result"]["curve"]["held_out"] = ((0, 2.61), (120, 1.34), (240, 1.212), (360, 1.31))
+    text = read(html.render(found)).text
+    assert "held-out loss was lowest after step 240 (1.212) and rose again" in text
+
+
+def test_run_without_held_out_rows_says_what_is_missing() -> None:
+    found = build(held_out=False)
+    text = read(html.render(found)).text
+    assert "No rows were held out" in text
+    assert "Questions from the training rows" in text
+    assert "Held-out loss" not in text
+
+
+def test_short_and_flat_runs_have_a_curve_too() -> None:
+    for train, held_out in (([], []), ([(1, 2.0)], []), ([(1, 2.0), (2, 2.0)], [(0, 2.0), (2, 2.0)])):
+        drawing = html.draw(train, held_out)
+        assert "nan" not in drawing
+        assert drawing.startswith("<svg")
+
+
+def test_curve_of_a_long_run_stays_small_and_one_wild_step_does_not_flatten_it() -> None:
+    train = [(step, 2.0 - step / 1e5) for step in range(1, 100_001)]
+    train[50_000] = (50_001, 1e9)
+    drawing = html.draw(train, [(0, 2.0), (100_000, 1.1)])
+    assert len(drawing) < 30_000
+    labels = [float(found) for found in re.findall(r'text-anchor="end">([^<]+)<', drawing)]
+    assert max(labels) < 3
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert html.ticks(0.97, 2.7, 5) == pytest.approx([1.0, 1.5, 2.0, 2.5])
+    assert html.ticks(0, 360, 6) == pytest.approx([0, 100, 200, 300])
+
+
+@pytest.fixture(scope="module")
+def window() -> Iterator[Browser]:
+    with browser() as opened:
+        yield opened
+
+
+@pytest.mark.system
+@pytest.mark.skipif(shutil.which("chromedriver") is None, reason="apt-get install chromium chromium-driver")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_browser_shows_the_page_without_a_complaint(
+    window: Browser, tmp_path: Path, scheme: str, width: int
+) -> None:
+    file = tmp_path / "report.html"
+    file.write_text(html.render(build()), encoding="utf-8")
+    window.resize(width, 900)
+    window.scheme(scheme)
+    window.open(file.as_uri())
+    assert window.complaints() == []
+    assert window.run("return document.title") == "workspace-tuning-phi-3: tuning report"
+    assert window.run("return document.documentElement.scrollWidth <= innerWidth")  # nothing sticks out
+    ground = window.run("return getComputedStyle(document.body).backgroundColor")
+    assert (sum(int(part) for part in re.findall(r"\d+", ground)[:3]) > 380) == (scheme == "light")
+    box = "const b = document.querySelector('svg path.train').getBoundingClientRect(); return b.width"
+    assert window.run(box) > width * 0.5
+    contrast = window.run("return getComputedStyle(document.querySelector('svg path.train')).stroke")
+    assert contrast != ground
