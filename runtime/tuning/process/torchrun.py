@@ -1,8 +1,8 @@
 """torchrun for this project: starts the workers of one node, and ends without a word of its own.
 
 `python -m runtime.tuning.process.torchrun` takes torchrun's arguments. Left to itself torchrun answers
-SIGTERM and a failed worker with a traceback of its own making, below which the real reason is hard to find; here the
-worker has logged the reason and the parent (launcher.py) tells it. Start at `main`.
+SIGTERM and a failed worker with a traceback of its own making, below which the real reason is hard to find;
+here the worker has logged the reason and the parent (launcher.py) tells it. Start at `main`.
 """
 
 import logging
