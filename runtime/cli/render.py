@@ -7,7 +7,7 @@ Start at `job`.
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from pydantic import BaseModel
@@ -19,9 +19,11 @@ from runtime.config import flatten
 from runtime.logs import redact
 from runtime.model_source import ModelSource
 from runtime.serving.settings import ServeConfig
-from runtime.tuning.data.preview import Preview, Run, Shown
 from runtime.tuning.settings import DataSource, Output, TuningJob
 from runtime.workspace.settings import Resolved
+
+if TYPE_CHECKING:
+    from runtime.tuning.data.preview import Preview, Run, Shown
 
 __all__ = ["count", "dry_run", "job", "server", "table", "text", "values"]
 
@@ -174,7 +176,7 @@ FATES = {
 }
 
 
-def draw(preview: Preview) -> None:
+def draw(preview: "Preview") -> None:
     """Write `preview` to standard output."""
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     coloured = console.is_terminal and not console.no_color
@@ -191,7 +193,7 @@ def draw(preview: Preview) -> None:
         typer.echo(line)
 
 
-def counts(preview: Preview) -> list[str]:
+def counts(preview: "Preview") -> list[str]:
     """Return the figures, a line each."""
     data, fates = preview.data, preview.fates
     share = f"{preview.trained / preview.tokens:.0%}" if preview.tokens else "0%"
@@ -221,7 +223,7 @@ def _text(row: Sequence[Run], *, coloured: bool) -> Text:
     return text
 
 
-def _title(shown: Shown) -> str:
+def _title(shown: "Shown") -> str:
     note = FATES[shown.fate].format(full_tokens=f"{shown.full_tokens:,}")
     if not shown.rows:
         return f"── {shown.origin}: {note}"

@@ -46,8 +46,8 @@ def failure_line(capsys: pytest.CaptureFixture[str]) -> str:
 )
 def test_answers_within_a_second_and_without_torch(arguments: list[str]) -> None:
     code = (
-        "import sys; from runtime import cli; import os\n"
-        f"status = cli.run({arguments!r}, os.environ)\n"
+        "import sys; from runtime.cli import main; import os\n"
+        f"status = main.run({arguments!r}, os.environ)\n"
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'pyarrow', 'oras'} & set(sys.modules)\n"
         "print('HEAVY', sorted(heavy), status)"
     )

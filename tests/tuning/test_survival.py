@@ -303,9 +303,9 @@ def test_a_run_started_right_after_a_kill_waits_for_the_old_workers(
     job = make_job(training={**EVERY_STEP, "max_steps": 4000})
     (tmp_path / "job.json").write_text(job.model_dump_json())
     code = (
-        "import sys; from pathlib import Path; from runtime.tuning import launch;"
+        "import sys; from pathlib import Path; from runtime.tuning.process import launcher;"
         "from runtime.tuning.settings import TuningJob;"
-        "launch.run(TuningJob.model_validate_json(Path(sys.argv[1]).read_text()), processes=1)"
+        "launcher.run(TuningJob.model_validate_json(Path(sys.argv[1]).read_text()), processes=1)"
     )
     first = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "job.json")], env={**os.environ, "OMP_NUM_THREADS": "1"}
