@@ -212,7 +212,7 @@ def counts(preview: "Preview") -> list[str]:
     return lines
 
 
-def _text(row: Sequence[Run], *, coloured: bool) -> Text:
+def _text(row: "Sequence[Run]", *, coloured: bool) -> Text:
     text = Text()
     for run in row:
         said = run.text.translate(VISIBLE)
