@@ -28,7 +28,7 @@ def manifest(file: File, image: Image, gpus: Gpus = 1, image_volumes: ImageVolum
     """Print a Workspace as a Job, or a Deployment and a Service, for clusters without the controller."""
     from runtime.workspace import kubernetes
 
-    choices = kubernetes.Choices(image=image, gpus=gpus, image_volumes=image_volumes)
+    choices = kubernetes.PodOptions(image=image, gpus=gpus, image_volumes=image_volumes)
     found, sentences = kubernetes.objects(file, choices)
     for sentence in sentences:
         log.warning("%s", sentence)

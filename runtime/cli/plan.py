@@ -16,7 +16,7 @@ from runtime.cli import render
 from runtime.cli.tune import Config, Processes, Set, set_flags
 from runtime.errors import CapacityError, exit_code
 from runtime.hardware import Hardware
-from runtime.memory.tuning import Part
+from runtime.memory.tuning import MemoryItem
 
 GIB = 2**30
 
@@ -135,7 +135,7 @@ def _server(
 
     config = load_serve(target, environ=context.obj or {}, overrides=overrides).job
     model, quantization = shape.of(config.model), config.quantization
-    wanted = serving.Server(
+    wanted = serving.ServingRun(
         rows=config.limits.rows,
         context_tokens=config.limits.context_tokens or model.context_tokens,
         least_context_tokens=config.limits.context_tokens or serving.LEAST_CONTEXT_TOKENS,
@@ -174,7 +174,7 @@ def _described(machine: Hardware) -> str:
     return f"{kind} ({machine.memory_bytes / GIB:.1f} GiB{' each' if machine.count > 1 else ''})"
 
 
-def _table(parts: Iterable[Part], total: int, available: int) -> None:
+def _table(parts: Iterable[MemoryItem], total: int, available: int) -> None:
     rows = [(part.name, f"{part.size_bytes / GIB:8.2f}", part.how) for part in parts]
     rows += [("total", f"{total / GIB:8.2f}", ""), ("usable", f"{available / GIB:8.2f}", "")]
     render.table(("part", "     GiB", "how"), rows)
@@ -188,7 +188,7 @@ def _verdict(fits: bool, line: str) -> None:
         typer.echo(f"Does not fit: {line}", err=True)
 
 
-def _as_json(facts: dict[str, Any], parts: Iterable[Part]) -> None:
+def _as_json(facts: dict[str, Any], parts: Iterable[MemoryItem]) -> None:
     listed = [
         {"name": part.name, "bytes": part.size_bytes, "how": part.how, "reclaimable": part.reclaimable}
         for part in parts

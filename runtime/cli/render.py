@@ -23,7 +23,7 @@ from runtime.tuning.settings import DataSource, Output, TuningJob
 from runtime.workspace.settings import Resolved
 
 if TYPE_CHECKING:
-    from runtime.tuning.data.preview import Preview, Run, Shown
+    from runtime.tuning.data.preview import Preview, PreviewRow, TextRun
 
 __all__ = ["count", "dry_run", "job", "server", "table", "text", "values"]
 
@@ -212,7 +212,7 @@ def counts(preview: "Preview") -> list[str]:
     return lines
 
 
-def _text(row: "Sequence[Run]", *, coloured: bool) -> Text:
+def _text(row: "Sequence[TextRun]", *, coloured: bool) -> Text:
     text = Text()
     for run in row:
         said = run.text.translate(VISIBLE)
@@ -223,7 +223,7 @@ def _text(row: "Sequence[Run]", *, coloured: bool) -> Text:
     return text
 
 
-def _title(shown: "Shown") -> str:
+def _title(shown: "PreviewRow") -> str:
     note = FATES[shown.fate].format(full_tokens=f"{shown.full_tokens:,}")
     if not shown.rows:
         return f"── {shown.origin}: {note}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from runtime.hardware import Hardware
 from runtime.memory import tuning
 from runtime.memory.shape import Shape
-from runtime.memory.tuning import Part, Run
+from runtime.memory.tuning import MemoryItem, TuningRun
 
 USABLE = {"cuda": 0.92, "cpu": 0.95}
 """Part of a device's memory that a job may count on: a plan is an estimate, and running out costs a night."""
@@ -20,7 +20,7 @@ LEAST_ROW = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class Adjustable:
     """What is asked for, and what may be changed to make it fit."""
 
     row_tokens: int
@@ -37,8 +37,8 @@ class Wish:
 class Forecast:
     """The memory of one training process at its peak, against what there is."""
 
-    run: Run
-    parts: tuple[Part, ...]
+    run: TuningRun
+    parts: tuple[MemoryItem, ...]
     available_bytes: int
     row_tokens: int
 
@@ -57,12 +57,12 @@ def available(hardware: Hardware, *, processes: int = 1) -> int:
     return int(hardware.memory_bytes * USABLE[hardware.kind] / shared)
 
 
-def forecast(shape: Shape, run: Run, *, room: int, row_tokens: int) -> Forecast:
+def forecast(shape: Shape, run: TuningRun, *, room: int, row_tokens: int) -> Forecast:
     """Return the plan of `run` against `room` bytes."""
     return Forecast(run, tuning.parts(shape, run), room, row_tokens)
 
 
-def choose(shape: Shape, run: Run, wish: Wish, *, room: int) -> Forecast:
+def choose(shape: Shape, run: TuningRun, wish: Adjustable, *, room: int) -> Forecast:
     """Return the first way to run that fits into `room` bytes; the thriftiest one when none does.
 
     In order of cost to the user: as asked; compact (on a CPU); smaller passes, as long as they keep the
@@ -76,7 +76,7 @@ def choose(shape: Shape, run: Run, wish: Wish, *, room: int) -> Forecast:
     return forecast(shape, tried, room=room, row_tokens=wish.row_tokens)
 
 
-def _ways(shape: Shape, run: Run, wish: Wish, room: int) -> Iterator[tuple[Run, int]]:
+def _ways(shape: Shape, run: TuningRun, wish: Adjustable, room: int) -> Iterator[tuple[TuningRun, int]]:
     """Yield ways to run from the best on, each with its longest row."""
     row, least = wish.row_tokens, LEAST_TOKENS[run.device]
     for checkpointing in (False, True) if wish.checkpointing is None else (wish.checkpointing,):
@@ -98,7 +98,7 @@ def _ways(shape: Shape, run: Run, wish: Wish, room: int) -> Iterator[tuple[Run, 
             yield replace(once, tokens=row), row
 
 
-def largest_tokens(shape: Shape, run: Run, *, room: int) -> int:
+def largest_tokens(shape: Shape, run: TuningRun, *, room: int) -> int:
     """Return the most tokens of one pass that fit into `room` bytes, 0 when not even one does."""
     return _largest(lambda tokens: tuning.total(tuning.parts(shape, replace(run, tokens=tokens))) <= room)
 

@@ -10,7 +10,7 @@ from runtime import hardware
 from runtime.errors import CapacityError
 from runtime.hardware import Hardware
 from runtime.memory.shape import BYTES, Shape
-from runtime.memory.tuning import CONSTANTS_4BIT, CONTEXT_BYTES, Part
+from runtime.memory.tuning import CONSTANTS_4BIT, CONTEXT_BYTES, MemoryItem
 
 CACHE_SHARE = 0.8
 """Part of the memory left beside the weights that keys and values may take; the rest is for a step's work."""
@@ -23,7 +23,7 @@ HOST_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class ServingRun:
     """What decides the memory of a server, beside the model."""
 
     rows: int
@@ -41,7 +41,7 @@ class Server:
 class Capacity:
     """The memory of a server against what there is."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[MemoryItem, ...]
     """Weights and process; and the cache, once rows fit."""
     room_bytes: int
     token_bytes: int
@@ -55,11 +55,13 @@ class Capacity:
         return self.rows > 0
 
 
-def forecast(shape: Shape, server: Server, machine: Hardware) -> Capacity:
+def forecast(shape: Shape, server: ServingRun, machine: Hardware) -> Capacity:
     """Return what `server` takes on `machine`, and the rows and context that fit there."""
     room = int(machine.memory_bytes * (GPU_SHARE if machine.kind == "cuda" else HOST_SHARE))
     context = CONTEXT_BYTES["cuda"] if machine.kind == "cuda" else 0  # a CPU's other half has it
-    standing = (weights(shape, server), Part("CUDA context", context, "estimate"))[: 2 if context else 1]
+    standing = (weights(shape, server), MemoryItem("CUDA context", context, "estimate"))[
+        : 2 if context else 1
+    ]
     free = room - sum(part.size_bytes for part in standing)
     token_bytes = shape.dimensions.kv_values_per_token * BYTES[server.dtype]
     wanted = (server.rows, min(server.context_tokens, shape.context_tokens))
@@ -69,33 +71,33 @@ def forecast(shape: Shape, server: Server, machine: Hardware) -> Capacity:
     except CapacityError:
         return Capacity(standing, room, token_bytes, 0, 0)
     how = f"{rows} rows x {tokens} tokens x {token_bytes} bytes"
-    cache = Part("keys and values", rows * tokens * token_bytes, how)
-    work = Part(
+    cache = MemoryItem("keys and values", rows * tokens * token_bytes, how)
+    work = MemoryItem(
         "room for a step's work", free - cache.size_bytes, f"at least {1 - CACHE_SHARE:.0%} of the rest"
     )
     return Capacity((*standing, cache, work), room, token_bytes, rows, tokens)
 
 
-def fits_on(shape: Shape, server: Server) -> tuple[str, ...]:
+def fits_on(shape: Shape, server: ServingRun) -> tuple[str, ...]:
     """Return the known GPUs on which at least one row of the asked context fits, smallest first."""
     context = min(server.context_tokens, shape.context_tokens, server.least_context_tokens)
     found = ((name, forecast(shape, server, hardware.named(name))) for name in hardware.names())
     return tuple(name for name, capacity in found if capacity.context_tokens >= context)
 
 
-def weights(shape: Shape, server: Server) -> Part:
+def weights(shape: Shape, server: ServingRun) -> MemoryItem:
     """Weights: parameters x b, or the files' own size where they are quantised; linear ones x bits / 8."""
     width = BYTES[server.dtype]
     if shape.quantized is not None:
-        return Part("weights", shape.stored_bytes, f"stored as {shape.quantized}")
+        return MemoryItem("weights", shape.stored_bytes, f"stored as {shape.quantized}")
     if server.bits is None:
         count = shape.linear_parameters + shape.other_parameters
-        return Part("weights", count * width, f"{count / 1e9:.2f}B x {width} bytes")
+        return MemoryItem("weights", count * width, f"{count / 1e9:.2f}B x {width} bytes")
     each = server.bits / 8 + (CONSTANTS_4BIT[server.double_quant] if server.bits == 4 else 0)
     size = int(shape.linear_parameters * each + shape.other_parameters * width)
     linear, other = f"{shape.linear_parameters / 1e9:.2f}B", f"{shape.other_parameters / 1e6:.0f}M"
     how = f"{linear} x {each:.3f} + {other} x {width} bytes"
-    return Part("weights", size, how)
+    return MemoryItem("weights", size, how)
 
 
 def rows_that_fit(

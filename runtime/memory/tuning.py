@@ -25,7 +25,7 @@ constant of 4 bytes, or of 1 byte and 4 more per 256 of them (arXiv:2305.14314, 
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TuningRun:
     """What decides the memory of a training process, beside the model."""
 
     tokens: int
@@ -63,7 +63,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MemoryItem:
     """One line of a plan."""
 
     name: str
@@ -74,7 +74,7 @@ class Part:
     """Resident, but given back by the kernel when memory is short."""
 
 
-def parts(shape: Shape, run: Run) -> tuple[Part, ...]:
+def parts(shape: Shape, run: TuningRun) -> tuple[MemoryItem, ...]:
     """Return what stands in memory at the peak of a training step, largest causes told apart.
 
     The peak is where the backward pass begins: everything it needs is kept, and the logits' gradients are
@@ -95,66 +95,72 @@ def parts(shape: Shape, run: Run) -> tuple[Part, ...]:
     return (*standing, *working, *rest, *((mapped(shape, run),) if run.device == "cpu" else ()))
 
 
-def total(parts: tuple[Part, ...]) -> int:
+def total(parts: tuple[MemoryItem, ...]) -> int:
     """Return the bytes that `parts` cannot do without."""
     return sum(part.size_bytes for part in parts if not part.reclaimable)
 
 
-def resident(parts: tuple[Part, ...]) -> int:
+def resident(parts: tuple[MemoryItem, ...]) -> int:
     """Return the bytes that `parts` are seen to take, mapped files too."""
     return sum(part.size_bytes for part in parts)
 
 
-def weights(shape: Shape, run: Run) -> Part:
+def weights(shape: Shape, run: TuningRun) -> MemoryItem:
     """Linear weights: parameters x (bits / 8, or b when they are not quantised) / shards."""
     each = run.bits / 8 if run.bits else run.width
     count = shape.linear_parameters
-    return Part("base weights", int(count * each / run.shards), f"{count / 1e9:.2f}B linear x {each:g} bytes")
+    return MemoryItem(
+        "base weights", int(count * each / run.shards), f"{count / 1e9:.2f}B linear x {each:g} bytes"
+    )
 
 
-def constants(shape: Shape, run: Run) -> Part:
+def constants(shape: Shape, run: TuningRun) -> MemoryItem:
     """Quantisation constants: 4-bit CONSTANTS_4BIT per weight, 8-bit 4 bytes per output of a linear."""
     if run.bits is None:
-        return Part("quantisation constants", 0, "not quantised")
+        return MemoryItem("quantisation constants", 0, "not quantised")
     if run.bits == 8:
         rows = shape.dimensions.layers * sum(linear.outputs for linear in shape.linears)
-        return Part("quantisation constants", int(4 * rows / run.shards), "4 bytes x outputs")
+        return MemoryItem("quantisation constants", int(4 * rows / run.shards), "4 bytes x outputs")
     each = CONSTANTS_4BIT[run.double_quant]
     size = int(shape.linear_parameters * each / run.shards)
-    return Part("quantisation constants", size, f"{shape.linear_parameters / 1e9:.2f}B x {each:.4f} bytes")
+    return MemoryItem(
+        "quantisation constants", size, f"{shape.linear_parameters / 1e9:.2f}B x {each:.4f} bytes"
+    )
 
 
-def others(shape: Shape, run: Run) -> Part:
+def others(shape: Shape, run: TuningRun) -> MemoryItem:
     """Embedding, head and norms (and experts, which nothing quantises): parameters x b / shards."""
     count = shape.other_parameters
     how = f"{count / 1e6:.0f}M x {run.width} bytes"
-    return Part("embedding, head, norms", int(count * run.width / run.shards), how)
+    return MemoryItem("embedding, head, norms", int(count * run.width / run.shards), how)
 
 
-def trained(shape: Shape, run: Run) -> int:
+def trained(shape: Shape, run: TuningRun) -> int:
     """Return the trained weights: layers x sum over adapted linears of r x (inputs + outputs)."""
     one = sum(linear.inputs + linear.outputs for linear in shape.adapted(run.targets))
     return shape.dimensions.layers * run.rank * one
 
 
-def lora(shape: Shape, run: Run) -> Part:
+def lora(shape: Shape, run: TuningRun) -> MemoryItem:
     """Adapter weights: trained x 4 bytes, float32 whatever the compute type."""
     count = trained(shape, run)
-    return Part("LoRA weights", count * 4, f"{count / 1e6:.1f}M x 4 bytes")
+    return MemoryItem("LoRA weights", count * 4, f"{count / 1e6:.1f}M x 4 bytes")
 
 
-def gradients(shape: Shape, run: Run) -> Part:
+def gradients(shape: Shape, run: TuningRun) -> MemoryItem:
     """Gradients of the adapter: trained x 4 bytes, twice where DDP has buckets of its own."""
     each = 4 if run.processes == 1 else 8
     count = trained(shape, run)
-    return Part("gradients", count * each, f"{count / 1e6:.1f}M x {each} bytes")
+    return MemoryItem("gradients", count * each, f"{count / 1e6:.1f}M x {each} bytes")
 
 
-def optimizer(shape: Shape, run: Run) -> Part:
+def optimizer(shape: Shape, run: TuningRun) -> MemoryItem:
     """Optimizer state: trained x (8 for Adam, 4 for one moment, 2 for Adam in 8 bits, 0 for plain SGD)."""
     each = state_bytes(run.optimizer)
     count = trained(shape, run)
-    return Part("optimizer state", int(count * each), f"{run.optimizer}: {count / 1e6:.1f}M x {each:g} bytes")
+    return MemoryItem(
+        "optimizer state", int(count * each), f"{run.optimizer}: {count / 1e6:.1f}M x {each:g} bytes"
+    )
 
 
 def state_bytes(optimizer: str) -> float:
@@ -171,7 +177,7 @@ def state_bytes(optimizer: str) -> float:
     return 4 * moments
 
 
-def layer_bytes(shape: Shape, run: Run) -> int:
+def layer_bytes(shape: Shape, run: TuningRun) -> int:
     """Return what autograd keeps of one layer for the backward pass of T tokens.
 
     norms    2·b·h, their inputs, where they are written out; 2·4h in float32 elsewhere, and b·h where
@@ -210,7 +216,7 @@ def layer_bytes(shape: Shape, run: Run) -> int:
     return tokens * (norms + inputs + ranks + attention + mask + mlp + 4 * size.heads + 8)
 
 
-def _mlp_is_one(shape: Shape, run: Run) -> bool:
+def _mlp_is_one(shape: Shape, run: TuningRun) -> bool:
     """Whether tuning/model/fused_lora.py writes the MLP out."""
     inner = {linear.name for linear in shape.linears} & {"gate_proj", "up_proj", "gate_up_proj", "down_proj"}
     adapted = {linear.name for linear in shape.adapted(run.targets)}
@@ -226,19 +232,19 @@ _ONE_NORM = ("phi", "falcon")
 _MLP_KEEPS = {"phi": 5, "falcon": 2}
 
 
-def activations(shape: Shape, run: Run) -> Part:
+def activations(shape: Shape, run: TuningRun) -> MemoryItem:
     """Kept activations: L x layer_bytes; with checkpointing L x T·h·b, only each layer's input."""
     layers, hidden = shape.dimensions.layers, shape.dimensions.hidden
     if run.checkpointing:
         size = layers * run.tokens * hidden * run.width
         how = f"{run.tokens} tokens x {layers} layers x {hidden * run.width} bytes"
-        return Part("layer inputs (checkpointing)", size, how)
+        return MemoryItem("layer inputs (checkpointing)", size, how)
     one = layer_bytes(shape, run)
     how = f"{run.tokens} tokens x {layers} layers x {one // max(run.tokens, 1)} bytes"
-    return Part("activations", layers * one, how)
+    return MemoryItem("activations", layers * one, how)
 
 
-def logits(shape: Shape, run: Run) -> Part:
+def logits(shape: Shape, run: TuningRun) -> MemoryItem:
     """Logits and loss: one float32 buffer of V columns and 128 MiB at most, and two of b where b is not 4.
 
     Where the output layer does not compute the loss: T x labelled share x V x 12 bytes (log-softmax, its
@@ -247,43 +253,45 @@ def logits(shape: Shape, run: Run) -> Part:
     count = int(run.tokens * run.labelled_share)
     vocabulary = shape.dimensions.vocabulary
     if shape.model_type not in _LOSS_IN_HEAD:
-        return Part("logits", count * vocabulary * 12, f"{count} labels x {vocabulary} x 12 bytes")
+        return MemoryItem("logits", count * vocabulary * 12, f"{count} labels x {vocabulary} x 12 bytes")
     rows = min(count, max(1, _LOSS_CHUNK_BYTES // 4 // vocabulary))
     each = 4 if run.width == 4 else 4 + 2 * run.width
-    return Part("logits", rows * vocabulary * each, f"{rows} labels at a time x {vocabulary} x {each} bytes")
+    return MemoryItem(
+        "logits", rows * vocabulary * each, f"{rows} labels at a time x {vocabulary} x {each} bytes"
+    )
 
 
-def layer_work(shape: Shape, run: Run) -> Part:
+def layer_work(shape: Shape, run: TuningRun) -> MemoryItem:
     """One layer's backward pass: T·b·(4I + 4h) of gradients, and layer_bytes when it is computed again."""
     size = shape.dimensions
     wide = size.intermediate * size.active_experts
     work = run.tokens * run.width * (4 * wide + 4 * size.hidden)
     again = layer_bytes(shape, run) if run.checkpointing else 0
-    return Part("one layer's backward", work + again, f"{run.tokens} tokens")
+    return MemoryItem("one layer's backward", work + again, f"{run.tokens} tokens")
 
 
-def dequantized(shape: Shape, run: Run) -> Part:
+def dequantized(shape: Shape, run: TuningRun) -> MemoryItem:
     """Buffer of one dequantised weight: the largest linear's parameters x b, twice for its transpose."""
     if run.bits is None:
-        return Part("dequantisation buffer", 0, "not quantised")
+        return MemoryItem("dequantisation buffer", 0, "not quantised")
     largest = max((linear.parameters for linear in shape.linears), default=0)
     how = f"largest linear, {largest / 1e6:.1f}M x {run.width} bytes x 2"
-    return Part("dequantisation buffer", 2 * largest * run.width, how)
+    return MemoryItem("dequantisation buffer", 2 * largest * run.width, how)
 
 
-def fragmentation(working: tuple[Part, ...], run: Run) -> Part:
+def fragmentation(working: tuple[MemoryItem, ...], run: TuningRun) -> MemoryItem:
     """Memory between blocks: what comes and goes with every pass x FRAGMENTATION, or HEAP_FRAGMENTATION."""
     share = HEAP_FRAGMENTATION if run.device == "cpu" and not run.compact else FRAGMENTATION
-    return Part("fragmentation", int(total(working) * share), f"{share:.0%} of what a pass allocates")
+    return MemoryItem("fragmentation", int(total(working) * share), f"{share:.0%} of what a pass allocates")
 
 
-def mapped(shape: Shape, run: Run) -> Part:
+def mapped(shape: Shape, run: TuningRun) -> MemoryItem:
     """The weights' files on a CPU, mapped while they are read: their size, less what is used in place."""
     size = max(0, shape.stored_bytes - shape.other_parameters * run.width)
-    return Part("weights' files, mapped", size, "page cache, given back when needed", reclaimable=True)
+    return MemoryItem("weights' files, mapped", size, "page cache, given back when needed", reclaimable=True)
 
 
-def context(run: Run) -> Part:
+def context(run: TuningRun) -> MemoryItem:
     """CONTEXT_BYTES: the process and its libraries."""
     name = "CUDA context" if run.device == "cuda" else "process and libraries"
-    return Part(name, CONTEXT_BYTES[run.device], "estimate" if run.device == "cuda" else "measured")
+    return MemoryItem(name, CONTEXT_BYTES[run.device], "estimate" if run.device == "cuda" else "measured")

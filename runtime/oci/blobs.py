@@ -61,7 +61,7 @@ class Blob(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class BlobPart:
     """A run of bytes: `data`, or the first `size` bytes of the file at `path`."""
 
     size: int
@@ -70,11 +70,11 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class BlobParts:
     """A blob laid out as consecutive parts."""
 
     descriptor: Descriptor
-    parts: tuple[Part, ...]
+    parts: tuple[BlobPart, ...]
 
     def open(self, offset: int = 0) -> Reader:
         """Return a reader that starts at `offset`."""
@@ -84,7 +84,7 @@ class Parts:
 class PartsReader:
     """Reads consecutive parts as one stream, opening one file at a time."""
 
-    def __init__(self, parts: Sequence[Part], offset: int = 0):
+    def __init__(self, parts: Sequence[BlobPart], offset: int = 0):
         self._parts = list(parts)
         self._index = 0
         self._position = offset  # within the part at _index
@@ -108,7 +108,7 @@ class PartsReader:
                 self._index, self._position = self._index + 1, 0
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
-    def _read_part(self, part: Part, size: int) -> bytes:
+    def _read_part(self, part: BlobPart, size: int) -> bytes:
         if part.path is None:
             return part.data[self._position : self._position + size]
         if self._file is None:
@@ -136,25 +136,25 @@ class PartsReader:
         self.close()
 
 
-def from_bytes(data: bytes, media_type: str) -> Parts:
+def from_bytes(data: bytes, media_type: str) -> BlobParts:
     """Return `data` as a blob."""
     digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
-    return Parts(Descriptor(media_type, digest, len(data)), (Part(len(data), data=data),))
+    return BlobParts(Descriptor(media_type, digest, len(data)), (BlobPart(len(data), data=data),))
 
 
-def from_parts(parts: Sequence[Part], media_type: str) -> Parts:
+def from_parts(parts: Sequence[BlobPart], media_type: str) -> BlobParts:
     """Return `parts` as a blob, reading them once for the digest."""
     sha, size = hashlib.sha256(), 0
     with PartsReader(parts) as reader:
         while chunk := reader.read():
             sha.update(chunk)
             size += len(chunk)
-    return Parts(Descriptor(media_type, f"sha256:{sha.hexdigest()}", size), tuple(parts))
+    return BlobParts(Descriptor(media_type, f"sha256:{sha.hexdigest()}", size), tuple(parts))
 
 
-def from_file(path: Path, descriptor: Descriptor) -> Parts:
+def from_file(path: Path, descriptor: Descriptor) -> BlobParts:
     """Return the file at `path`, known to match `descriptor`, as a blob."""
-    return Parts(descriptor, (Part(descriptor.size, path=path),))
+    return BlobParts(descriptor, (BlobPart(descriptor.size, path=path),))
 
 
 def file_digest(path: Path) -> str:

@@ -18,9 +18,9 @@ from typing import Any
 from runtime.errors import ConfigError
 from runtime.oci.blobs import (
     Blob,
+    BlobPart,
+    BlobParts,
     Descriptor,
-    Part,
-    Parts,
     PartsReader,
     disk_errors,
     file_digest,
@@ -147,7 +147,7 @@ def list_files(folder: Path, files: Sequence[str] | None) -> list[str]:
     return sorted(set(found))
 
 
-def tar_parts(folder: Path, names: Iterable[str], root: str = "data") -> Iterable[Part]:
+def tar_parts(folder: Path, names: Iterable[str], root: str = "data") -> Iterable[BlobPart]:
     """Yield a tar archive of `names` under `root`/ as parts, files unread."""
     made: set[str] = set()
     size = 0
@@ -158,20 +158,20 @@ def tar_parts(folder: Path, names: Iterable[str], root: str = "data") -> Iterabl
                 made.add(str(parent))
                 header = _header(f"{parent}/", 0, folder=True)
                 size += len(header)
-                yield Part(len(header), data=header)
+                yield BlobPart(len(header), data=header)
         path = folder / name
         length = path.stat().st_size
         header = _header(str(target), length)
-        yield Part(len(header), data=header)
+        yield BlobPart(len(header), data=header)
         if length:
-            yield Part(length, path=path)
+            yield BlobPart(length, path=path)
         padding = -length % tarfile.BLOCKSIZE
         if padding:
-            yield Part(padding, data=bytes(padding))
+            yield BlobPart(padding, data=bytes(padding))
         size += len(header) + length + padding
     end = 2 * tarfile.BLOCKSIZE
     end += -(size + end) % tarfile.RECORDSIZE
-    yield Part(end, data=bytes(end))
+    yield BlobPart(end, data=bytes(end))
 
 
 def _header(name: str, size: int, *, folder: bool = False) -> bytes:
@@ -210,7 +210,7 @@ def _compresses(path: Path) -> bool:
     return len(zlib.compress(sample, 1)) < _PAYS * len(sample)
 
 
-def _gzip_layer(folder: Path, names: Sequence[str], scratch: Path) -> tuple[Parts, str]:
+def _gzip_layer(folder: Path, names: Sequence[str], scratch: Path) -> tuple[BlobParts, str]:
     path = scratch / "layer.tar.gz"
     plain = hashlib.sha256()
     with (

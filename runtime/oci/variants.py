@@ -11,7 +11,7 @@ from typing import Any
 
 from runtime.errors import ConfigError
 from runtime.oci.access import Access
-from runtime.oci.blobs import Blob, Descriptor, Part, Parts, from_bytes, from_file, from_parts
+from runtime.oci.blobs import Blob, BlobPart, BlobParts, Descriptor, from_bytes, from_file, from_parts
 from runtime.oci.contents import FILE_PATH
 from runtime.oci.image import Base, Image, assemble, list_files
 from runtime.oci.images import download
@@ -52,9 +52,9 @@ def modelpack(
         path = folder / name
         size = path.stat().st_size
         kind = _CNCF + _TYPES.get(path.suffix, "weight.config.v1.raw")
-        blob = from_parts([Part(size, path=path)] if size else [], kind)
+        blob = from_parts([BlobPart(size, path=path)] if size else [], kind)
         note = {FILE_PATH: name}
-        layers.append(Parts(Descriptor(kind, blob.descriptor.digest, size, note), blob.parts))
+        layers.append(BlobParts(Descriptor(kind, blob.descriptor.digest, size, note), blob.parts))
     diff_ids = [layer.descriptor.digest for layer in layers]
     config = {
         "descriptor": {"name": annotations.get("org.opencontainers.image.title", folder.name)},

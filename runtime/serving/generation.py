@@ -1,7 +1,7 @@
 """One request's way through the engine, and its answer's way back as text.
 
 Between the routes (chat.py, openai.py) and the engine: admits, decodes, finds stop strings, keeps the
-deadline, counts. Does not know any route's JSON. Start at `Answers.start`.
+deadline, counts. Does not know any route's JSON. Start at `Generator.start`.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from runtime.errors import DeadlineError, UnavailableError, UnknownModelError
 from runtime.metrics import ServingMetrics
 from runtime.serving.detokenize import TAIL_TOKENS, TextStream
 from runtime.serving.engine.protocol import Request, Sampling, Token
-from runtime.serving.lifecycle import Lifecycle, Served
+from runtime.serving.lifecycle import Lifecycle, ServedModel
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ GREEDY = Sampling(max_new_tokens=1)
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class GenerationRequest:
     """What is to be generated, whichever route asked."""
 
     prompt_ids: tuple[int, ...]
@@ -39,7 +39,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextChunk:
     """Text to show, and the tokens that came with it; the last piece says how the answer ended."""
 
     text: str
@@ -48,7 +48,7 @@ class Piece:
 
 
 @dataclass(slots=True)
-class Whole:
+class Generated:
     """An answer collected to its end."""
 
     text: str = ""
@@ -56,10 +56,12 @@ class Whole:
     finish: Finish = "stop"
 
 
-class Answer:
+class Generation:
     """One answer under way. Iterate `pieces` once, then call `close`, whatever happened."""
 
-    def __init__(self, served: Served, ask: Ask, *, metrics: ServingMetrics, deadline: float) -> None:
+    def __init__(
+        self, served: ServedModel, ask: GenerationRequest, *, metrics: ServingMetrics, deadline: float
+    ) -> None:
         self.new_tokens = 0
         self.cached_tokens = 0
         """Prompt tokens that the engine found in its cache; known with the first token."""
@@ -77,7 +79,7 @@ class Answer:
         self._text = TextStream(served.prompts.decode, stops=ask.stops, tail=tail)
         metrics.admitted(len(ask.prompt_ids))
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncIterator[TextChunk]:
         """Yield the answer piece by piece; the last has `finish` set.
 
         Raises DeadlineError, UnavailableError when the server gives the answer up, or what the engine
@@ -103,13 +105,13 @@ class Answer:
                 yield self._end(text, waiting, "stop")
                 return
             if text:
-                yield Piece(text, tuple(waiting))
+                yield TextChunk(text, tuple(waiting))
                 waiting = []
         raise UnavailableError("the engine ended this answer without a reason")
 
-    async def whole(self) -> Whole:
+    async def whole(self) -> Generated:
         """Return the answer once it is complete."""
-        whole = Whole()
+        whole = Generated()
         async for piece in self.pieces():
             whole.text += piece.text
             whole.tokens += piece.tokens
@@ -144,7 +146,7 @@ class Answer:
         self.new_tokens += 1
         return now
 
-    def _end(self, text: str, tokens: Sequence[Token], finish: Finish) -> Piece:
+    def _end(self, text: str, tokens: Sequence[Token], finish: Finish) -> TextChunk:
         seconds = time.monotonic() - self._arrived
         self._metrics.finished(finish, seconds=seconds, tokens=self.new_tokens)
         log.info(
@@ -165,13 +167,13 @@ class Answer:
                 }
             },
         )
-        return Piece(text, tuple(tokens), finish)
+        return TextChunk(text, tuple(tokens), finish)
 
 
-class Batch:
+class Generations:
     """The answers to one HTTP request (`n` choices, several prompts), all admitted or none."""
 
-    def __init__(self, answers: Sequence[Answer], prompt_tokens: int, stack: ExitStack) -> None:
+    def __init__(self, answers: Sequence[Generation], prompt_tokens: int, stack: ExitStack) -> None:
         self.answers = answers
         self.prompt_tokens = prompt_tokens
         self._stack = stack
@@ -186,7 +188,7 @@ class Batch:
         """Prompt tokens that were in the engine's cache, of the answer that found fewest."""
         return min(answer.cached_tokens for answer in self.answers)
 
-    async def whole(self) -> list[Whole]:
+    async def whole(self) -> list[Generated]:
         """Return all answers once they are complete; the first failure cancels the rest."""
         try:
             async with asyncio.TaskGroup() as group:
@@ -195,7 +197,7 @@ class Batch:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def pieces(self) -> AsyncIterator[tuple[int, TextChunk]]:
         """Yield (index of the answer, piece) as they come."""
         if len(self.answers) == 1:
             async for piece in self.answers[0].pieces():
@@ -221,11 +223,11 @@ class Batch:
         self._stack.close()
 
 
-async def _next(pieces: AsyncIterator[Piece]) -> Piece:
+async def _next(pieces: AsyncIterator[TextChunk]) -> TextChunk:
     return await anext(pieces)
 
 
-class Answers:
+class Generator:
     """Starts answers: what the routes have in common."""
 
     def __init__(self, lifecycle: Lifecycle, metrics: ServingMetrics, *, timeout_s: float) -> None:
@@ -233,7 +235,7 @@ class Answers:
         self.metrics = metrics
         self._timeout_s = timeout_s
 
-    def served(self) -> Served:
+    def served(self) -> ServedModel:
         """Return what is served; UnavailableError while loading."""
         return self.lifecycle.served()
 
@@ -250,7 +252,7 @@ class Answers:
             )
         return model
 
-    def start(self, asks: Sequence[Ask], *, n: int = 1) -> Batch:
+    def start(self, asks: Sequence[GenerationRequest], *, n: int = 1) -> Generations:
         """Queue `n` answers to each of `asks`: all of them, or none and OverloadedError.
 
         The caller closes the batch when it is answered or given up.
@@ -260,16 +262,16 @@ class Answers:
         with ExitStack() as stack:
             answers = []
             for ask in _choices(asks, n):
-                answer = Answer(served, ask, metrics=self.metrics, deadline=deadline)
+                answer = Generation(served, ask, metrics=self.metrics, deadline=deadline)
                 stack.callback(answer.close)
                 answers.append(answer)
-            return Batch(answers, sum(len(ask.prompt_ids) for ask in asks), stack.pop_all())
+            return Generations(answers, sum(len(ask.prompt_ids) for ask in asks), stack.pop_all())
         raise AssertionError("an exit stack swallows nothing")
 
 
-def _choices(asks: Sequence[Ask], n: int) -> list[Ask]:
+def _choices(asks: Sequence[GenerationRequest], n: int) -> list[GenerationRequest]:
     """Return every answer to generate, each with an id of its own and a seed that differs by choice."""
-    choices: list[Ask] = []
+    choices: list[GenerationRequest] = []
     for ask in asks:
         for choice in range(n):
             seed = ask.sampling.seed

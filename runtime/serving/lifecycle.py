@@ -16,7 +16,7 @@ from enum import Enum
 
 from runtime.errors import OverloadedError, UnavailableError
 from runtime.serving.engine.protocol import Engine, Request, Sampling
-from runtime.serving.tokenizer import Prompts
+from runtime.serving.tokenizer import PromptTokenizer
 
 STALL_S = 60.0
 """Requests running and no token for this long: the engine hangs, and a restart is the cure."""
@@ -31,13 +31,13 @@ class Phase(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedModel:
     """What there is to answer with, once it is loaded."""
 
     name: str
     """The base model, as clients call it."""
     engine: Engine
-    prompts: Prompts
+    prompts: PromptTokenizer
     created: int
     """Unix time of loading, for /v1/models."""
     default: str | None = None
@@ -71,7 +71,7 @@ class Lifecycle:
     ) -> None:
         self.phase = Phase.LOADING
         self.accepting = True
-        self._served: Served | None = None
+        self._served: ServedModel | None = None
         self._capacity = capacity
         self._clock = clock
         self._stall_s = stall_s
@@ -79,7 +79,7 @@ class Lifecycle:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def ready(self, served: Served) -> None:
+    def ready(self, served: ServedModel) -> None:
         """Open the doors, unless the process was asked to stop while it loaded."""
         self._served = served
         if self.phase is Phase.LOADING:
@@ -94,11 +94,11 @@ class Lifecycle:
         self.accepting = False
 
     @property
-    def loaded(self) -> Served | None:
+    def loaded(self) -> ServedModel | None:
         """What is served, or None before it is loaded; for figures, not for requests."""
         return self._served
 
-    def served(self) -> Served:
+    def served(self) -> ServedModel:
         """Return what answers requests; UnavailableError while there is nothing yet."""
         if self._served is None:
             raise UnavailableError("the model is still loading; /readyz answers 200 when it is there")

@@ -17,15 +17,15 @@ from runtime import adapters, hardware, models, oci
 from runtime.errors import ConfigError, Failure
 from runtime.hardware import Hardware
 from runtime.serving import engine
-from runtime.serving.lifecycle import Served
+from runtime.serving.lifecycle import ServedModel
 from runtime.serving.settings import AdapterSource, ServeConfig
-from runtime.serving.tokenizer import Prompts, sampling_defaults
+from runtime.serving.tokenizer import PromptTokenizer, sampling_defaults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from runtime.serving.engine.model_runner import Membership
-    from runtime.serving.engine.parallel.workers import Crew
+    from runtime.serving.engine.model_runner import Rank
+    from runtime.serving.engine.parallel.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ COMBINED = "combined_adapter"
 """The name of all adapters in one; KAITO's runtime calls it so."""
 
 
-def load(config: ServeConfig, access: oci.Access) -> Served:
+def load(config: ServeConfig, access: oci.Access) -> ServedModel:
     """Return the model of `config` behind an engine, with every adapter that could be had.
 
     Raises ConfigError, CapacityError or TransientError when the base model cannot be served.
@@ -53,7 +53,7 @@ def load(config: ServeConfig, access: oci.Access) -> Served:
     return served
 
 
-def _by_rows(config: ServeConfig, devices: Hardware) -> Served:
+def _by_rows(config: ServeConfig, devices: Hardware) -> ServedModel:
     """Return the model behind this project's own engine."""
     import torch
 
@@ -66,7 +66,7 @@ def _by_rows(config: ServeConfig, devices: Hardware) -> Served:
             crew.watch(running.lose)
         undo.pop_all()
     stated = model.generation_config.to_diff_dict() if model.generation_config else {}
-    return Served(
+    return ServedModel(
         name=config.served_name,
         engine=running,
         prompts=_prompts(config, stated, tokenizer, running.context_tokens),
@@ -76,7 +76,7 @@ def _by_rows(config: ServeConfig, devices: Hardware) -> Served:
     )
 
 
-def _by_vllm(config: ServeConfig, devices: Hardware) -> Served:
+def _by_vllm(config: ServeConfig, devices: Hardware) -> ServedModel:
     """Return the model behind a vLLM that reads the weights itself."""
     from runtime.serving.engine.backends import vllm
 
@@ -84,7 +84,7 @@ def _by_vllm(config: ServeConfig, devices: Hardware) -> Served:
     source = config.model.model_copy(update={"path": folder})
     tokenizer, stated = models.load_tokenizer(source), models.load_generation(folder)
     running = vllm.start(config, folder, devices)
-    return Served(
+    return ServedModel(
         name=config.served_name,
         engine=running,
         prompts=_prompts(config, stated, tokenizer, running.context_tokens),
@@ -95,7 +95,7 @@ def _by_vllm(config: ServeConfig, devices: Hardware) -> Served:
 
 def _model(
     config: ServeConfig, devices: Hardware, undo: contextlib.ExitStack
-) -> "tuple[PreTrainedModel, Crew | None, Membership | None]":
+) -> "tuple[PreTrainedModel, Workers | None, Rank | None]":
     """Return the model, or rank 0's share of it with the others' processes; `undo` ends those."""
     processes = (config.processes or devices.count) if config.parallel == "tp" else 1
     device = hardware.device(devices)
@@ -108,24 +108,24 @@ def _model(
         raise ConfigError("--parallel tp divides whole weights: leave the quantisation out, or one GPU")
     import torch
 
-    from runtime.serving.engine.model_runner import Membership
+    from runtime.serving.engine.model_runner import Rank
     from runtime.serving.engine.parallel import shard
-    from runtime.serving.engine.parallel.workers import Crew
+    from runtime.serving.engine.parallel.workers import Workers
 
     source = config.model.model_copy(update={"path": models.locate(config.model)})
     whole = models.load_config(source)
-    share = shard.Share.of(whole, 0, processes)
+    share = shard.Shard.of(whole, 0, processes)
     threads = max(1, torch.get_num_threads() // processes)
     if devices.kind == "cpu":
         torch.set_num_threads(threads)
-    crew = Crew(source, devices, world=processes, threads=threads)
+    crew = Workers(source, devices, world=processes, threads=threads)
     undo.callback(crew.end)
     dtype = getattr(torch, hardware.compute_dtype(devices, source.dtype))
     model = shard.load(models.locate(source), whole, share, dtype=dtype, device=device)
-    return model, crew, Membership(crew.meet(device), share, crew.dismiss)
+    return model, crew, Rank(crew.meet(device), share, crew.dismiss)
 
 
-def add_adapter(served: Served, source: AdapterSource, *, base: str | None, access: oci.Access) -> None:
+def add_adapter(served: ServedModel, source: AdapterSource, *, base: str | None, access: oci.Access) -> None:
     """Make one adapter answerable under its name; blocks while it is pulled, checked and read.
 
     Raises ConfigError when it must not be loaded or the name is taken, RegistryError or TransientError
@@ -138,7 +138,7 @@ def add_adapter(served: Served, source: AdapterSource, *, base: str | None, acce
     log.info("Adapter added: %s", source.name)
 
 
-def _combined(served: Served, config: ServeConfig, access: oci.Access) -> Served:
+def _combined(served: ServedModel, config: ServeConfig, access: oci.Access) -> ServedModel:
     """Load all adapters, and all as one, which then answers for the base; bad ones are left out by name."""
     with contextlib.ExitStack() as stack:
         parts: list[tuple[Path, float]] = []
@@ -160,7 +160,7 @@ def _combined(served: Served, config: ServeConfig, access: oci.Access) -> Served
     return replace(served, default=COMBINED)
 
 
-def _attach(served: Served, source: AdapterSource, folder: Path, base: str | None) -> None:
+def _attach(served: ServedModel, source: AdapterSource, folder: Path, base: str | None) -> None:
     adapters.check(folder, base=base)
     served.engine.add_adapter(source.name, folder, strength=source.strength)
 
@@ -197,9 +197,9 @@ def _format(config: ServeConfig, model: "PreTrainedModel") -> str:
 
 def _prompts(
     config: ServeConfig, stated: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", context_tokens: int
-) -> Prompts:
+) -> PromptTokenizer:
     """Return the model's tokenizer and limits; `stated` is its generation_config."""
-    return Prompts(
+    return PromptTokenizer(
         tokenizer,
         context_tokens=context_tokens,
         new_tokens=config.limits.new_tokens,

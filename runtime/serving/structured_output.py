@@ -1,7 +1,8 @@
 """Answers that must have a form: JSON, JSON of a schema, a pattern, or one of some texts.
 
 A grammar says at each place which tokens may come; the sampler drops the others. Knows grammars through
-llguidance (extra `guided`) and token ids; does not know routes or engines. Start at `Grammars.compile`.
+llguidance (extra `guided`) and token ids; does not know routes or engines. Start at
+`GrammarCompiler.compile`.
 """
 
 import json
@@ -28,7 +29,7 @@ JSON_STYLE: "JsonCompileOptions" = {
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class Constraint:
     """The form one answer must have, and the field of the request that asks for it."""
 
     kind: Literal["schema", "regex"]
@@ -37,7 +38,7 @@ class Form:
     param: str
 
 
-def form_of(fields: SamplingFields) -> Form | None:
+def constraint_of(fields: SamplingFields) -> Constraint | None:
     """Return the form that a request asks for, None for free text; RequestError for two or an unknown one."""
     forms = []
     if (asked := fields.response_format) is not None and asked.type != "text":
@@ -50,15 +51,17 @@ def form_of(fields: SamplingFields) -> Form | None:
             raise RequestError("response_format json_schema needs 'json_schema'", param="response_format")
         schema = asked.json_schema.schema_ if asked.type == "json_schema" and asked.json_schema else None
         forms.append(
-            json_object("response_format") if schema is None else Form("schema", schema, "response_format")
+            json_object("response_format")
+            if schema is None
+            else Constraint("schema", schema, "response_format")
         )
     if fields.guided_json is not None:
-        forms.append(Form("schema", fields.guided_json, "guided_json"))
+        forms.append(Constraint("schema", fields.guided_json, "guided_json"))
     if fields.guided_regex is not None:
-        forms.append(Form("regex", fields.guided_regex, "guided_regex"))
+        forms.append(Constraint("regex", fields.guided_regex, "guided_regex"))
     if fields.guided_choice is not None:
         either = "|".join(f"(?:{re.escape(text)})" for text in fields.guided_choice)
-        forms.append(Form("regex", either, "guided_choice"))
+        forms.append(Constraint("regex", either, "guided_choice"))
     if len(forms) > 1:
         raise RequestError(
             f"'{forms[0].param}' and '{forms[1].param}' exclude each other", param=forms[1].param
@@ -66,12 +69,12 @@ def form_of(fields: SamplingFields) -> Form | None:
     return forms[0] if forms else None
 
 
-def json_object(param: str) -> Form:
+def json_object(param: str) -> Constraint:
     """Return the form of any JSON object."""
-    return Form("schema", {"type": "object"}, param)
+    return Constraint("schema", {"type": "object"}, param)
 
 
-def call_to(functions: Iterable[tuple[str, dict[str, Any] | None]], param: str) -> Form:
+def call_to(functions: Iterable[tuple[str, dict[str, Any] | None]], param: str) -> Constraint:
     """Return the form of a call to one of some functions, given as (name, schema of its arguments)."""
     calls = [
         {
@@ -82,10 +85,10 @@ def call_to(functions: Iterable[tuple[str, dict[str, Any] | None]], param: str) 
         }
         for name, parameters in functions
     ]
-    return Form("schema", calls[0] if len(calls) == 1 else {"anyOf": calls}, param)
+    return Constraint("schema", calls[0] if len(calls) == 1 else {"anyOf": calls}, param)
 
 
-class Grammars:
+class GrammarCompiler:
     """Compiles forms for one tokenizer, which is taken apart when the first form is asked for."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop_ids: frozenset[int]) -> None:
@@ -93,7 +96,7 @@ class Grammars:
         self._stop_ids = stop_ids
         self._vocabulary: LLTokenizer | None = None
 
-    def compile(self, form: Form) -> Grammar:
+    def compile(self, form: Constraint) -> Grammar:
         """Return the grammar of `form`; blocks while it is built.
 
         Raises RequestError: a form that is not well-formed, too complex, or no library for it here.

@@ -2,7 +2,7 @@
 
 The only part of serving that knows the tokenizer. Templates come from the model and never from a
 request, and transformers renders them in Jinja's immutable sandbox. Does not know HTTP or the engine's
-state. Start at `Prompts.chat`.
+state. Start at `PromptTokenizer.chat`.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from runtime.errors import RequestError
 from runtime.serving.engine.protocol import Sampling
 from runtime.serving.http.schema import Message, SamplingFields
-from runtime.serving.structured_output import Form, Grammars
+from runtime.serving.structured_output import Constraint, GrammarCompiler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ def sampling_defaults(generation_config: Mapping[str, Any]) -> SamplingDefaults:
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
+class AnswerLength:
     """How long an answer may be, as the request said it; None where it said nothing."""
 
     new_tokens: int | None = None
@@ -60,7 +60,7 @@ class Extent:
     """The field to name when it does not fit."""
 
 
-class Prompts:
+class PromptTokenizer:
     """One model's tokenizer and limits."""
 
     def __init__(
@@ -78,7 +78,7 @@ class Prompts:
         self._new_tokens = new_tokens
         self._defaults = defaults
         self._vocabulary = len(tokenizer)
-        self._grammars = Grammars(tokenizer, stop_ids)
+        self._grammars = GrammarCompiler(tokenizer, stop_ids)
         # One thread: long prompts do not block the event loop, and the tokenizer is never entered twice.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
@@ -155,7 +155,7 @@ class Prompts:
         fields: SamplingFields,
         *,
         prompt_tokens: int,
-        extent: Extent,
+        extent: AnswerLength,
         sample: bool | None = None,
         top_logprobs: int | None = None,
     ) -> Sampling:
@@ -191,7 +191,7 @@ class Prompts:
             top_logprobs=top_logprobs,
         )
 
-    async def shaped(self, sampling: Sampling, form: Form | None) -> Sampling:
+    async def shaped(self, sampling: Sampling, form: Constraint | None) -> Sampling:
         """Return `sampling` for an answer that must have `form`; it then ends where the form is complete."""
         if form is None:
             return sampling
@@ -207,7 +207,7 @@ class Prompts:
                 f"token id {wrong} is not in the vocabulary of {self._vocabulary}", param=param
             )
 
-    def _room(self, prompt_tokens: int, extent: Extent) -> int:
+    def _room(self, prompt_tokens: int, extent: AnswerLength) -> int:
         left = self.context_tokens - prompt_tokens
         if extent.new_tokens is not None:
             if extent.new_tokens > left:

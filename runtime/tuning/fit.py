@@ -12,10 +12,10 @@ from runtime import hardware
 from runtime.errors import CapacityError, ConfigError
 from runtime.hardware import Hardware
 from runtime.memory import fitting
-from runtime.memory.fitting import Forecast, Wish
+from runtime.memory.fitting import Adjustable, Forecast
 from runtime.memory.shape import Shape, of
-from runtime.memory.tuning import Run
-from runtime.tuning.data.tokenize import Row
+from runtime.memory.tuning import TuningRun
+from runtime.tuning.data.tokenize import TokenizedRow
 from runtime.tuning.model import packed_attention
 from runtime.tuning.precision import choose_dtype
 from runtime.tuning.settings import TuningJob
@@ -33,9 +33,9 @@ class Fit:
 
     shape: Shape
     machine: Hardware
-    asked: Run
+    asked: TuningRun
     """As the job says, before anything was chosen."""
-    wish: Wish
+    wish: Adjustable
     chosen: Forecast
     advice: tuple[str, ...]
     """What would make it fit, when it does not."""
@@ -64,7 +64,9 @@ class Fit:
         return f"{self.shape.name} needs {need:.1f} GiB for {how} on {where}; {', or '.join(self.advice)}"
 
 
-def plan(job: TuningJob, machine: Hardware, *, processes: int | None = None, rows: Sequence[Row] = ()) -> Fit:
+def plan(
+    job: TuningJob, machine: Hardware, *, processes: int | None = None, rows: Sequence[TokenizedRow] = ()
+) -> Fit:
     """Return the plan of `job` on `machine` with `processes` there (None: one for each GPU).
 
     Without `rows` every row is taken to be as long as it may be, and all of it learnt. Raises ConfigError
@@ -78,7 +80,7 @@ def plan(job: TuningJob, machine: Hardware, *, processes: int | None = None, row
     if rows:
         asked = replace(asked, labelled_share=max(row.targets / len(row) for row in rows))
     word = asked_checkpointing(job)
-    wish = Wish(
+    wish = Adjustable(
         row_tokens,
         checkpointing=word if word or job.fit == "refuse" else None,
         smaller_passes=job.fit != "refuse" or "per_device_train_batch_size" not in job.training,
@@ -110,7 +112,7 @@ def shorten(job: TuningJob, machine: Hardware, *, processes: int) -> TuningJob:
 
 
 def settle(
-    job: TuningJob, machine: Hardware, *, processes: int, rows: Sequence[Row]
+    job: TuningJob, machine: Hardware, *, processes: int, rows: Sequence[TokenizedRow]
 ) -> tuple[TuningJob, int | None]:
     """Return `job` with the pass size and the checkpointing that fit for these `rows`, and the bytes planned.
 
@@ -131,7 +133,9 @@ def settle(
     return job.model_copy(update={"tokens_per_pass": run.tokens}), fit.chosen.total_bytes
 
 
-def _plan_if_known(job: TuningJob, machine: Hardware, processes: int, rows: Sequence[Row] = ()) -> Fit | None:
+def _plan_if_known(
+    job: TuningJob, machine: Hardware, processes: int, rows: Sequence[TokenizedRow] = ()
+) -> Fit | None:
     try:
         return plan(job, machine, processes=processes, rows=rows)
     except ConfigError as error:
@@ -144,10 +148,10 @@ def _with_checkpointing(job: TuningJob, checkpointing: bool) -> TuningJob:
     return job.model_copy(update={"training": {**training, "gradient_checkpointing": checkpointing}})
 
 
-def _run(job: TuningJob, shape: Shape, machine: Hardware, *, processes: int, row_tokens: int) -> Run:
+def _run(job: TuningJob, shape: Shape, machine: Hardware, *, processes: int, row_tokens: int) -> TuningRun:
     packed = shape.model_type in packed_attention.FAMILIES and job.encoding.batching != "sorted"
     quantization = job.quantization
-    return Run(
+    return TuningRun(
         tokens=max(row_tokens, pass_tokens(job, machine)),
         row_tokens=row_tokens,
         dtype=choose_dtype(job, machine),
@@ -169,7 +173,7 @@ def _advice(job: TuningJob, fit: Fit) -> tuple[str, ...]:
     shape, room = fit.shape, fit.chosen.available_bytes
     found: list[str] = []
     thrifty = replace(fit.asked, checkpointing=True, row_tokens=shape.context_tokens)
-    free = Wish(fit.wish.row_tokens)
+    free = Adjustable(fit.wish.row_tokens)
     if job.fit == "refuse" and fitting.choose(shape, fit.asked, free, room=room).fits:
         found.append("--fit adapts checkpointing and pass size to the memory")
     length = fitting.largest_tokens(shape, thrifty, room=room)
@@ -183,7 +187,7 @@ def _advice(job: TuningJob, fit: Fit) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _other_device(shape: Shape, fit: Fit, free: Wish) -> str:
+def _other_device(shape: Shape, fit: Fit, free: Adjustable) -> str:
     if fit.machine.kind == "cpu":
         least = fitting.choose(shape, replace(fit.asked, tokens=free.row_tokens), free, room=0).total_bytes
         return f"{least / fitting.USABLE['cpu'] / GIB:.1f} GiB of memory would do"
@@ -191,7 +195,7 @@ def _other_device(shape: Shape, fit: Fit, free: Wish) -> str:
     return f"a larger GPU, such as {names[0]}" if names else "no single GPU known here would hold it"
 
 
-def fits_on(shape: Shape, run: Run, wish: Wish) -> tuple[str, ...]:
+def fits_on(shape: Shape, run: TuningRun, wish: Adjustable) -> tuple[str, ...]:
     """Return the known GPUs that one process of `run` fits into, smallest first."""
     rooms = ((name, fitting.available(hardware.named(name))) for name in hardware.names())
     on_gpu = replace(run, device="cuda", dtype="float16" if run.device == "cpu" else run.dtype)

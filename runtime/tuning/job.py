@@ -15,8 +15,8 @@ from runtime.oci.access import DEFAULT
 from runtime.tuning import fit, output, publish
 from runtime.tuning.data import dataset, download, formats, tokenize
 from runtime.tuning.data.dataset import Dataset, Example, split
-from runtime.tuning.data.tokenize import Encoded
-from runtime.tuning.output import Places
+from runtime.tuning.data.tokenize import TokenizedData
+from runtime.tuning.output import OutputPaths
 from runtime.tuning.precision import settle
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.process.signals import StopSignal
@@ -25,7 +25,15 @@ from runtime.tuning.report.progress import memory_bytes
 from runtime.tuning.settings import TuningJob
 from runtime.tuning.train import checkpoints
 from runtime.tuning.train.arguments import longest_row
-from runtime.tuning.train.setup import Bench, Course, Measured, Setting, evaluate, prepare, train_through
+from runtime.tuning.train.setup import (
+    Evaluation,
+    JobProgress,
+    RankSetup,
+    TrainingSetup,
+    evaluate,
+    prepare,
+    train_through,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 def run(
-    job: TuningJob, *, ranks: Ranks, stop: StopSignal, course: Course, access: oci.Access = DEFAULT
+    job: TuningJob, *, ranks: Ranks, stop: StopSignal, course: JobProgress, access: oci.Access = DEFAULT
 ) -> None:
     """Tune, write the adapter and its report into the output folder, and publish it.
 
@@ -62,7 +70,7 @@ def run(
     job, planned = fit.settle(job, machine, processes=ranks.local_world, rows=rows)
     course.enter("model")
     with process.importing():
-        setting = Setting(machine, device, precision, ranks, stop, course)
+        setting = RankSetup(machine, device, precision, ranks, stop, course)
         bench = prepare(job, tokenizer, encoded, setting=setting)
     bench.survival.remote = checkpoints.of(job, access) if ranks.first else None
     course.enter("evaluate")
@@ -70,7 +78,7 @@ def run(
     before = evaluate(bench, questions)
     course.enter("train")
     train_through(
-        bench, folder=Places(job.output.folder).checkpoints, mark=output.fingerprint(asked, data.digest)
+        bench, folder=OutputPaths(job.output.folder).checkpoints, mark=output.fingerprint(asked, data.digest)
     )
     course.enter("evaluate")
     after = evaluate(bench, questions)
@@ -107,7 +115,7 @@ def _encode(
     tokenizer: "PreTrainedTokenizerBase",
     train: Sequence[Example],
     held_out: Sequence[Example],
-) -> tuple[TuningJob, tuple[Encoded, Encoded | None]]:
+) -> tuple[TuningJob, tuple[TokenizedData, TokenizedData | None]]:
     """Encode both parts, with the longest row settled from the model's context when the job names none."""
     limit = longest_row(job)
     job = job.model_copy(update={"encoding": job.encoding.model_copy(update={"max_tokens": limit})})
@@ -121,9 +129,9 @@ def _encode(
 
 
 def _outcome(
-    bench: Bench,
+    bench: TrainingSetup,
     questions: Sequence[Example],
-    measured: tuple[Measured, Measured],
+    measured: tuple[Evaluation, Evaluation],
     *,
     seconds: float,
     planned_memory_bytes: int | None,
@@ -147,9 +155,9 @@ def _outcome(
     )
 
 
-def _save(asked: TuningJob, job: TuningJob, bench: Bench, summary: dict[str, object]) -> None:
+def _save(asked: TuningJob, job: TuningJob, bench: TrainingSetup, summary: dict[str, object]) -> None:
     """Write the adapter, the report, and last of all the sentinel that a pusher waits for."""
-    here = Places(job.output.folder)
+    here = OutputPaths(job.output.folder)
     here.sentinel.unlink(missing_ok=True)
     here.finished.unlink(missing_ok=True)
     adapters.save(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from runtime.tuning.data.batching import IGNORE, Layout, MicroBatch, collate, group, pack
-from runtime.tuning.data.tokenize import Row
+from runtime.tuning.data.tokenize import TokenizedRow
 from runtime.tuning.model.fsdp import is_sharded
 from runtime.tuning.model.lora import evaluating
 from runtime.tuning.process.ranks import Ranks
@@ -51,7 +51,12 @@ def batch_loss(model: "torch.nn.Module", batch: MicroBatch, device: str) -> "tor
 
 
 def mean_loss(
-    model: "torch.nn.Module", rows: Sequence[Row], ranks: Ranks, *, layout: Layout, budget_tokens: int
+    model: "torch.nn.Module",
+    rows: Sequence[TokenizedRow],
+    ranks: Ranks,
+    *,
+    layout: Layout,
+    budget_tokens: int,
 ) -> float:
     """Return the mean loss per learnt token of `rows`, which the ranks share; no gradients."""
     import torch

@@ -1,7 +1,7 @@
 """The files of one job's output folder, and which of them say that it is done.
 
 The adapter, the report and the sentinel lie directly in the folder, where KAITO's pusher looks for them;
-everything else below `.work`. Knows names, not contents. Start at `Places`.
+everything else below `.work`. Knows names, not contents. Start at `OutputPaths`.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ WITHOUT_EFFECT = {"name", "output", "checkpoint_minutes", "metrics_port", "paral
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class OutputPaths:
     """Where a job's files are, given its output folder."""
 
     folder: Path
@@ -83,7 +83,7 @@ def is_done(job: TuningJob, *, with_adapter: bool = True) -> bool:
 
     Nodes other than the first have none: without `with_adapter` it is enough that the job was finished.
     """
-    places = Places(job.output.folder)
+    places = OutputPaths(job.output.folder)
     if not places.finished.is_file() or (with_adapter and not places.sentinel.is_file()):
         return False
     return places.finished.read_text(encoding="utf-8").strip() == fingerprint(job)
@@ -91,7 +91,7 @@ def is_done(job: TuningJob, *, with_adapter: bool = True) -> bool:
 
 def mark_finished(job: TuningJob) -> None:
     """Write which job is finished."""
-    places = Places(job.output.folder)
+    places = OutputPaths(job.output.folder)
     write_whole(places.finished, fingerprint(job) + "\n")
 
 
@@ -99,4 +99,4 @@ def mark_done(job: TuningJob) -> None:
     """Write, as the very last files, which job is finished and the sentinel that a pusher waits for."""
     mark_finished(job)
     stamp = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
-    write_whole(Places(job.output.folder).sentinel, f"Fine-Tuning completed at {stamp}\n")
+    write_whole(OutputPaths(job.output.folder).sentinel, f"Fine-Tuning completed at {stamp}\n")

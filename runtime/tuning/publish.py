@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from runtime import oci
-from runtime.tuning.output import Places
+from runtime.tuning.output import OutputPaths
 from runtime.tuning.settings import TuningJob
 from runtime.tuning.train import checkpoints
 
@@ -38,7 +38,7 @@ def annotations(job: TuningJob) -> dict[str, str]:
 
     No time of creation: the same adapter pushed twice is the same image.
     """
-    report = json.loads(Places(job.output.folder).report.read_text(encoding="utf-8"))
+    report = json.loads(OutputPaths(job.output.folder).report.read_text(encoding="utf-8"))
     digests = " ".join(file["sha256"] for file in report["data"]["files"])
     given = {
         "sh.kaito.model.name": job.model.name,

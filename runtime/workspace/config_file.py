@@ -19,7 +19,7 @@ STOCK_CONFIGS = ("qlora-params-template", "lora-params-template")
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
+class WorkspaceDocuments:
     """A file that was read: its Workspace and the ConfigMaps beside it."""
 
     file: Path
@@ -46,7 +46,7 @@ class ConfigFile:
 
 
 def find(
-    config: Path | None, manifest: Manifest | None, mounts: Mounts, overrides: Mapping[str, Any]
+    config: Path | None, manifest: WorkspaceDocuments | None, mounts: Mounts, overrides: Mapping[str, Any]
 ) -> ConfigFile:
     """Return the sections that count: of `config`, YAML_FILE_PATH, a ConfigMap in the file, or the mount."""
     raw, where = _read(config, manifest, mounts)
@@ -61,7 +61,9 @@ def find(
     return ConfigFile(raw, where or "--set", from_flags, given=bool(where))
 
 
-def _read(config: Path | None, manifest: Manifest | None, mounts: Mounts) -> tuple[dict[str, Any], str]:
+def _read(
+    config: Path | None, manifest: WorkspaceDocuments | None, mounts: Mounts
+) -> tuple[dict[str, Any], str]:
     """Return the sections and the name of their place, which is "" when there is none."""
     named = mounts.environ.get("YAML_FILE_PATH")
     if config is not None:

@@ -21,7 +21,7 @@ from runtime.tuning.settings import TuningJob
 from runtime.workspace import config_file, flags, sections
 from runtime.workspace.apply import apply
 from runtime.workspace.base_model import map_targets, put_model, put_mounted_weights, warn_if_gated
-from runtime.workspace.config_file import ConfigFile, Manifest
+from runtime.workspace.config_file import ConfigFile, WorkspaceDocuments
 from runtime.workspace.manifest import TuningSpec, host_path, read
 from runtime.workspace.mounts import Mounts
 from runtime.workspace.settings import Resolved, Settings, placeholder
@@ -54,7 +54,7 @@ def load_job(
     settings, mounts, manifest = Settings(), Mounts(root, environ), None
     settings.put_all("training", training_arguments.DEFAULTS, "default")
     if target is not None and is_manifest(target):
-        manifest = Manifest(Path(target), *read(Path(target)))
+        manifest = WorkspaceDocuments(Path(target), *read(Path(target)))
         _apply_manifest(settings, manifest, mounts)
     elif target is not None:
         settings.put("name", _slug(str(target)), "command line")
@@ -80,7 +80,7 @@ def is_manifest(target: Path | str) -> bool:
     return Path(target).is_file() or Path(target).suffix in (".yaml", ".yml", ".json")
 
 
-def _apply_manifest(settings: Settings, manifest: Manifest, mounts: Mounts) -> None:
+def _apply_manifest(settings: Settings, manifest: WorkspaceDocuments, mounts: Mounts) -> None:
     workspace, file = manifest.workspace, manifest.file
     tuning = workspace.tuning
     if tuning is None:
@@ -156,7 +156,7 @@ def _apply_environment(settings: Settings, environ: Mapping[str, str]) -> None:
             break
 
 
-def _finish(settings: Settings, mounts: Mounts, manifest: Manifest | None) -> None:
+def _finish(settings: Settings, mounts: Mounts, manifest: WorkspaceDocuments | None) -> None:
     """Set what follows from everything else: names, folders, credentials; warn of what will not work."""
     if settings.get("name") is None:
         settings.put("name", _slug(Path(str(settings.get("model.name"))).name), "model")
@@ -201,7 +201,7 @@ def _finish_output(settings: Settings, mounts: Mounts) -> None:
     settings.put("output.folder", mounts.at(below), rule if written else "controller default")
 
 
-def _finish_data(settings: Settings, mounts: Mounts, manifest: Manifest | None) -> None:
+def _finish_data(settings: Settings, mounts: Mounts, manifest: WorkspaceDocuments | None) -> None:
     """Settle the directory that data lies in, or is fetched into."""
     if settings.get("data.folder") is not None or settings.get("data.file") is not None:
         return
@@ -216,7 +216,7 @@ def _finish_data(settings: Settings, mounts: Mounts, manifest: Manifest | None) 
         raise ConfigError("no training data: give --data FILE, DIRECTORY or URL")
 
 
-def _warn_of_gpu(settings: Settings, manifest: Manifest) -> None:
+def _warn_of_gpu(settings: Settings, manifest: WorkspaceDocuments) -> None:
     size = manifest.workspace.resource.instance_type
     found = WITHOUT_BFLOAT16.match(size)
     preferred = [source for source in settings.sources.values() if "(bfloat16: where" in source]
@@ -227,7 +227,7 @@ def _warn_of_gpu(settings: Settings, manifest: Manifest) -> None:
         )
 
 
-def _placeholders(settings: Settings, manifest: Manifest | None) -> tuple[str, ...]:
+def _placeholders(settings: Settings, manifest: WorkspaceDocuments | None) -> tuple[str, ...]:
     """Return a phrase for every value that is still the example's."""
     found = []
     values = [("output.image", settings.get("output.image")), ("data.image", settings.get("data.image"))]

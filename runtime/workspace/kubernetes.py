@@ -39,7 +39,7 @@ MARGIN_S = 15
 
 
 @dataclass(frozen=True, slots=True)
-class Choices:
+class PodOptions:
     """What a Workspace does not say."""
 
     image: str
@@ -50,7 +50,7 @@ class Choices:
     """Mount adapter images as volumes (Kubernetes 1.35, or the ImageVolume feature from 1.33 on)."""
 
 
-def objects(file: Path, choices: Choices) -> tuple[list[Object], tuple[str, ...]]:
+def objects(file: Path, choices: PodOptions) -> tuple[list[Object], tuple[str, ...]]:
     """Return the objects of the Workspace in `file`, and sentences for the user.
 
     Raises ConfigError for a manifest that the pod would refuse.
@@ -68,7 +68,7 @@ def objects(file: Path, choices: Choices) -> tuple[list[Object], tuple[str, ...]
     return found, (*resolved.warnings, *resolved.placeholders)
 
 
-def _tuning(workspace: Workspace, spec: TuningSpec, job: TuningJob, choices: Choices) -> list[Object]:
+def _tuning(workspace: Workspace, spec: TuningSpec, job: TuningJob, choices: PodOptions) -> list[Object]:
     name, nodes = workspace.metadata.name, workspace.resource.count
     arguments = ["tune", str(FILE)]
     if job.output.image:
@@ -129,7 +129,7 @@ def _meeting_place(workspace: Workspace) -> Object:
     return _object("v1", "Service", workspace, spec)
 
 
-def _serving(workspace: Workspace, server: ServeConfig, choices: Choices) -> list[Object]:
+def _serving(workspace: Workspace, server: ServeConfig, choices: PodOptions) -> list[Object]:
     spec = workspace.inference
     assert spec is not None and spec.preset is not None, "load_serve refuses other Workspaces"  # noqa: S101
     container = _container("serve", spec.preset, choices, ["serve", str(FILE), "--port", str(PORT)])
@@ -180,7 +180,7 @@ def _probes() -> Object:
     }
 
 
-def _container(name: str, preset: PresetSpec, choices: Choices, arguments: list[str]) -> Object:
+def _container(name: str, preset: PresetSpec, choices: PodOptions, arguments: list[str]) -> Object:
     """Return a container that may write to its volumes and nowhere else."""
     environ: list[Object] = []
     if preset.options.model_access_secret:
@@ -204,7 +204,7 @@ def _container(name: str, preset: PresetSpec, choices: Choices, arguments: list[
 
 
 def _pod(
-    workspace: Workspace, preset: PresetSpec, container: Object, volumes: list[Object], choices: Choices
+    workspace: Workspace, preset: PresetSpec, container: Object, volumes: list[Object], choices: PodOptions
 ) -> Object:
     """Return the pod around `container`; the order of its keys is that of the printed file."""
     shared = [

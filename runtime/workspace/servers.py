@@ -13,7 +13,7 @@ from runtime.config import describe, nearest, parse, read_text, yaml_documents
 from runtime.errors import ConfigError
 from runtime.serving.settings import AdapterSource, ServeConfig
 from runtime.workspace.base_model import put_model, put_mounted_weights, warn_if_gated
-from runtime.workspace.config_file import Manifest
+from runtime.workspace.config_file import WorkspaceDocuments
 from runtime.workspace.jobs import is_manifest
 from runtime.workspace.manifest import AdapterSpec, host_path, read
 from runtime.workspace.mounts import Mounts
@@ -47,7 +47,7 @@ def load_serve(
     if overrides.get("engine") is not None:  # it says what of the file below has an effect
         settings.put("engine", overrides["engine"], "flag")
     if target is not None and is_manifest(target):
-        manifest = Manifest(Path(target), *read(Path(target)))
+        manifest = WorkspaceDocuments(Path(target), *read(Path(target)))
         adapters = _apply_manifest(settings, manifest, mounts)
     elif target is not None:
         _choose_model(settings, str(target), "command line")
@@ -86,7 +86,9 @@ def adapter_flag(word: str) -> AdapterSource:
     return _adapter(name, reference, 1.0, "--adapter")
 
 
-def _apply_manifest(settings: Settings, manifest: Manifest, mounts: Mounts) -> dict[str, AdapterSource]:
+def _apply_manifest(
+    settings: Settings, manifest: WorkspaceDocuments, mounts: Mounts
+) -> dict[str, AdapterSource]:
     file, inference = manifest.file, manifest.workspace.inference
     if inference is None:
         raise ConfigError(f"{file}: this Workspace has 'tuning', not 'inference'; use `runtime tune {file}`")
@@ -106,7 +108,7 @@ def _apply_manifest(settings: Settings, manifest: Manifest, mounts: Mounts) -> d
     return {adapter.name: adapter for adapter in found}
 
 
-def _from_manifest(adapter: AdapterSpec, manifest: Manifest, mounts: Mounts) -> AdapterSource:
+def _from_manifest(adapter: AdapterSpec, manifest: WorkspaceDocuments, mounts: Mounts) -> AdapterSource:
     """Return where the adapter is: mounted already, an image, or a directory of this host."""
     mounted = mounts.at(f"/mnt/adapter/{adapter.source.name}")
     reference = adapter.source.image
@@ -157,7 +159,7 @@ def _strength(text: str, where: str) -> float:
     return strength
 
 
-def _apply_config(settings: Settings, manifest: Manifest | None, mounts: Mounts) -> None:
+def _apply_config(settings: Settings, manifest: WorkspaceDocuments | None, mounts: Mounts) -> None:
     """Read inference_config.yaml: what means something here is taken, the rest is named once."""
     where, text = _config_text(manifest, mounts)
     if text is None:
@@ -180,7 +182,7 @@ def _apply_config(settings: Settings, manifest: Manifest | None, mounts: Mounts)
             settings.warn(f"{where}: without effect here: {', '.join(ignored)}")
 
 
-def _config_text(manifest: Manifest | None, mounts: Mounts) -> tuple[str, str | None]:
+def _config_text(manifest: WorkspaceDocuments | None, mounts: Mounts) -> tuple[str, str | None]:
     wanted = manifest.workspace.inference.config if manifest and manifest.workspace.inference else ""
     for found in manifest.maps if manifest else ():
         if INFERENCE_KEY in found.data and wanted in ("", found.metadata.name):

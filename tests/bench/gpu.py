@@ -85,7 +85,7 @@ def tune(folder: Path, device: str, tokens: int, checkpointing: bool) -> dict[st
     from runtime.memory import tuning
     from runtime.model_source import ModelSource
     from runtime.tuning import fit
-    from runtime.tuning.data.tokenize import Encoded, Row
+    from runtime.tuning.data.tokenize import TokenizedData, TokenizedRow
     from runtime.tuning.precision import settle
     from runtime.tuning.process.ranks import Ranks
     from runtime.tuning.process.signals import StopSignal
@@ -95,7 +95,9 @@ def tune(folder: Path, device: str, tokens: int, checkpointing: bool) -> dict[st
     here = machine(device)
     draw = np.random.default_rng(0)
     learnt = np.arange(tokens // 4) >= tokens // 8
-    rows = [Row(draw.integers(3, 500, tokens // 4, dtype=np.int32), learnt) for _ in range(4 * STEPS)]
+    rows = [
+        TokenizedRow(draw.integers(3, 500, tokens // 4, dtype=np.int32), learnt) for _ in range(4 * STEPS)
+    ]
     with tempfile.TemporaryDirectory() as scratch:
         job = TuningJob(
             name="bench",
@@ -108,9 +110,11 @@ def tune(folder: Path, device: str, tokens: int, checkpointing: bool) -> dict[st
         planned = fit.plan(job, here, rows=rows)
         parts = tuning.parts(planned.shape, planned.asked)
         job, precision = settle(job, here)
-        place = setup.Setting(here, hardware.device(here), precision, Ranks(), StopSignal(), setup.Course())
+        place = setup.RankSetup(
+            here, hardware.device(here), precision, Ranks(), StopSignal(), setup.JobProgress()
+        )
         made = setup.prepare(
-            job, models.load_tokenizer(job.model), (Encoded(tuple(rows)), None), setting=place
+            job, models.load_tokenizer(job.model), (TokenizedData(tuple(rows)), None), setting=place
         )
         times: list[float] = []
 

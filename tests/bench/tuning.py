@@ -79,7 +79,7 @@ def ours(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any,
     from runtime.tuning.process.ranks import Ranks
     from runtime.tuning.process.signals import StopSignal
     from runtime.tuning.settings import Encoding, Output, TuningJob
-    from runtime.tuning.train.setup import Course, Setting, prepare, train_through
+    from runtime.tuning.train.setup import JobProgress, RankSetup, prepare, train_through
 
     training = {
         "num_train_epochs": 1,
@@ -97,7 +97,7 @@ def ours(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any,
         detect(),
     )
     tokenizer = models.load_tokenizer(job.model)
-    setting = Setting(detect(), "cpu", precision, Ranks(), StopSignal(), Course())
+    setting = RankSetup(detect(), "cpu", precision, Ranks(), StopSignal(), JobProgress())
     bench = prepare(job, tokenizer, (encoded(rows, tokenizer), None), setting=setting)
     return bench.model, lambda: train_through(bench, folder=options.folder / "checkpoints", mark="bench")
 

@@ -7,45 +7,45 @@ import pytest
 from runtime import hardware
 from runtime.errors import ConfigError
 from runtime.memory import fitting, shape
-from runtime.memory.fitting import Wish
-from runtime.memory.tuning import Run
+from runtime.memory.fitting import Adjustable
+from runtime.memory.tuning import TuningRun
 from runtime.presets import source
 
 LLAMA = shape.of(source("llama-3.1-8b-instruct"))
-RUN = Run(2048, 2048, "float16", "cuda")
+RUN = TuningRun(2048, 2048, "float16", "cuda")
 
 
-def chosen(gpu: str, wish: Wish, run: Run = RUN) -> fitting.Forecast:
+def chosen(gpu: str, wish: Adjustable, run: TuningRun = RUN) -> fitting.Forecast:
     return fitting.choose(LLAMA, run, wish, room=fitting.available(hardware.named(gpu)))
 
 
 def test_a_large_gpu_recomputes_nothing() -> None:
-    plan = chosen("A100-80GB", Wish(2048))
+    plan = chosen("A100-80GB", Adjustable(2048))
     assert plan.fits
     assert not plan.run.checkpointing
     assert plan.run.tokens == 2048
 
 
 def test_checkpointing_comes_where_it_is_needed_and_the_user_is_silent() -> None:
-    assert chosen("V100-16GB", Wish(2048)).run.checkpointing
-    asked = chosen("V100-16GB", Wish(2048, checkpointing=False))
+    assert chosen("V100-16GB", Adjustable(2048)).run.checkpointing
+    asked = chosen("V100-16GB", Adjustable(2048, checkpointing=False))
     assert not asked.fits
     assert not asked.run.checkpointing
 
 
 def test_passes_shrink_before_layers_are_computed_again() -> None:
-    plan = chosen("V100-16GB", Wish(512), replace(RUN, tokens=2048))
+    plan = chosen("V100-16GB", Adjustable(512), replace(RUN, tokens=2048))
     assert plan.fits
     assert (plan.run.checkpointing, plan.run.tokens < 2048) in ((False, True), (True, False))
-    fixed = chosen("T4-16GB", Wish(512, smaller_passes=False), replace(RUN, tokens=40_000))
+    fixed = chosen("T4-16GB", Adjustable(512, smaller_passes=False), replace(RUN, tokens=40_000))
     assert fixed.run.tokens == 40_000
     assert not fixed.fits
 
 
 def test_rows_are_cut_only_where_that_is_allowed() -> None:
     long = replace(RUN, tokens=32_768)
-    assert not chosen("T4-16GB", Wish(32_768), long).fits
-    cut = chosen("T4-16GB", Wish(32_768, shorter_rows=True), long)
+    assert not chosen("T4-16GB", Adjustable(32_768), long).fits
+    cut = chosen("T4-16GB", Adjustable(32_768, shorter_rows=True), long)
     assert cut.fits
     assert cut.row_tokens == cut.run.tokens < 32_768
 

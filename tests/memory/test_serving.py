@@ -5,14 +5,14 @@ import pytest
 from runtime import hardware
 from runtime.errors import CapacityError
 from runtime.memory import serving, shape
-from runtime.memory.serving import Server, rows_that_fit
+from runtime.memory.serving import ServingRun, rows_that_fit
 from runtime.presets import source
 
 PHI = shape.of(source("phi-3-mini-128k-instruct"))
 
 
 def test_phi_3_mini_takes_384_kib_a_token() -> None:
-    capacity = serving.forecast(PHI, Server(4, 4096, "float16"), hardware.named("V100-16GB"))
+    capacity = serving.forecast(PHI, ServingRun(4, 4096, "float16"), hardware.named("V100-16GB"))
     assert capacity.token_bytes == 393_216
     assert (capacity.rows, capacity.context_tokens) == (4, 3616) or capacity.fits
     held = sum(part.size_bytes for part in capacity.parts)
@@ -21,10 +21,10 @@ def test_phi_3_mini_takes_384_kib_a_token() -> None:
 
 def test_a_model_too_large_leaves_no_row() -> None:
     large = shape.of(source("llama-3.3-70b-instruct"))
-    assert not serving.forecast(large, Server(1, 2048, "bfloat16"), hardware.named("A100-80GB")).fits
-    four = Server(1, 2048, "bfloat16", bits=4, double_quant=True)
+    assert not serving.forecast(large, ServingRun(1, 2048, "bfloat16"), hardware.named("A100-80GB")).fits
+    four = ServingRun(1, 2048, "bfloat16", bits=4, double_quant=True)
     assert serving.forecast(large, four, hardware.named("A100-80GB")).fits
-    assert serving.fits_on(large, Server(1, 2048, "bfloat16")) == ("H200-141GB",)
+    assert serving.fits_on(large, ServingRun(1, 2048, "bfloat16")) == ("H200-141GB",)
 
 
 def test_context_gives_way_before_rows_and_rows_before_short_contexts() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from runtime.memory import shape, tuning
 from runtime.memory.shape import Shape
-from runtime.memory.tuning import Run
+from runtime.memory.tuning import TuningRun
 from runtime.presets import Dimensions, source
 
 TOKENS, RANK = 256, 8
@@ -69,20 +69,20 @@ def test_activations_are_what_autograd_keeps(kind: str, dtype: Any, packed: bool
     if kind == "falcon" and packed:
         pytest.skip("falcon is never packed")
     size = Dimensions(**(SIZE | {"kv_heads": 1} if kind == "falcon" else SIZE), layers=1)
-    run = Run(TOKENS, TOKENS // 2, dtype, "cpu", bits=None, rank=RANK, packed=packed)
+    run = TuningRun(TOKENS, TOKENS // 2, dtype, "cpu", bits=None, rank=RANK, packed=packed)
     one = tuning.layer_bytes(Shape(kind, kind, size, 2048, 0), run)
     measured = kept(kind, 2, packed=packed, dtype=dtype) - kept(kind, 1, packed=packed, dtype=dtype)
     assert one == pytest.approx(measured, rel=0.12 if kind == "falcon" else 0.03)
 
 
-def part(parts: tuple[tuning.Part, ...], name: str) -> int:
+def part(parts: tuple[tuning.MemoryItem, ...], name: str) -> int:
     return next(part.size_bytes for part in parts if part.name == name)
 
 
 def test_phi_3_mini_in_four_bits_is_as_its_formulas_say() -> None:
     """The figures of an independent estimate: 0.516 bytes a weight, 16 bytes a trained one."""
     phi = shape.of(source("phi-3-mini-128k-instruct"))
-    run = Run(2048, 2048, "float16", "cuda", checkpointing=True)
+    run = TuningRun(2048, 2048, "float16", "cuda", checkpointing=True)
     parts = tuning.parts(phi, run)
     base = part(parts, "base weights") + part(parts, "quantisation constants")
     assert base == pytest.approx(0.516 * 3.62e9, rel=0.005)
@@ -106,7 +106,7 @@ def test_phi_3_mini_in_four_bits_is_as_its_formulas_say() -> None:
 def test_each_setting_lowers_its_part(change: dict[str, Any], smaller: str) -> None:
     from dataclasses import replace
 
-    phi, run = shape.of(source("phi-3-mini-128k-instruct")), Run(2048, 2048, "float16", "cuda")
+    phi, run = shape.of(source("phi-3-mini-128k-instruct")), TuningRun(2048, 2048, "float16", "cuda")
     before, after = tuning.parts(phi, run), tuning.parts(phi, replace(run, **change))
     assert part(after, smaller) < part(before, smaller)
     assert tuning.total(after) < tuning.total(before)

@@ -19,7 +19,7 @@ from oci.test_layout import files, needs
 from runtime import oci
 from runtime.errors import CapacityError, Failure, RegistryError
 from runtime.oci import variants
-from runtime.oci.blobs import Blob, Parts, from_bytes
+from runtime.oci.blobs import Blob, BlobParts, from_bytes
 from runtime.oci.extract import Unpacker, zstd
 from runtime.oci.image import CONFIG, LAYER_GZIP, LAYER_TAR, assemble, build
 
@@ -53,7 +53,7 @@ def store(tmp_path: Path, layers: list[Blob], config: dict[str, object] | None =
     return reference
 
 
-def titled(data: bytes, media_type: str, **notes: str) -> Parts:
+def titled(data: bytes, media_type: str, **notes: str) -> BlobParts:
     blob = from_bytes(data, media_type)
     blob.descriptor.annotations.update({key.replace("__", "."): value for key, value in notes.items()})
     return blob

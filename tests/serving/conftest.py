@@ -20,9 +20,9 @@ from fastapi import FastAPI
 
 from runtime.metrics import ServingMetrics
 from runtime.serving.http.app import create_app
-from runtime.serving.lifecycle import Lifecycle, Served
+from runtime.serving.lifecycle import Lifecycle, ServedModel
 from runtime.serving.settings import Limits
-from runtime.serving.tokenizer import Prompts, SamplingDefaults
+from runtime.serving.tokenizer import PromptTokenizer, SamplingDefaults
 from tests.serving.echo_engine import EchoEngine
 
 TEMPLATE = (
@@ -72,7 +72,7 @@ class Site:
     app: FastAPI
     client: httpx.AsyncClient
     engine: EchoEngine
-    prompts: Prompts
+    prompts: PromptTokenizer
     lifecycle: Lifecycle
     metrics: ServingMetrics
     extra: dict[str, Any] = field(default_factory=dict)
@@ -181,7 +181,7 @@ def open_site(tokenizer: Any) -> OpenSite:
         limits = limits or Limits()
         used = copy.copy(tokenizer)
         used.chat_template = template
-        prompts = Prompts(
+        prompts = PromptTokenizer(
             used,
             context_tokens=running.context_tokens,
             new_tokens=16,
@@ -192,7 +192,7 @@ def open_site(tokenizer: Any) -> OpenSite:
         metrics = ServingMetrics("base", running.stats)
         app = create_app(lifecycle=lifecycle, metrics=metrics, limits=limits, api_key=api_key, door=door)
         if ready:
-            lifecycle.ready(Served(name="base", engine=running, prompts=prompts, created=1))
+            lifecycle.ready(ServedModel(name="base", engine=running, prompts=prompts, created=1))
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30) as client:
             yield Site(app, client, running, prompts, lifecycle, metrics)

@@ -8,9 +8,9 @@ from typing import Any
 from runtime import errors, logs
 from runtime.model_source import ModelSource
 from runtime.serving.http import server
-from runtime.serving.lifecycle import Served
+from runtime.serving.lifecycle import ServedModel
 from runtime.serving.settings import ServeConfig
-from runtime.serving.tokenizer import Prompts, SamplingDefaults
+from runtime.serving.tokenizer import PromptTokenizer, SamplingDefaults
 from tests.serving.conftest import make_tokenizer
 from tests.serving.echo_engine import EchoEngine
 
@@ -19,20 +19,20 @@ def main(options: dict[str, Any]) -> None:
     """Serve as `options` say: config, engine, load_s (how long loading takes), fail (what it ends with)."""
     logs.configure()
 
-    def load(config: ServeConfig) -> Served:
+    def load(config: ServeConfig) -> ServedModel:
         time.sleep(options.get("load_s", 0))
         if "fail" in options:
             raise errors.CapacityError(options["fail"])
         engine = EchoEngine(**options.get("engine", {}))
         tokenizer = make_tokenizer()
-        prompts = Prompts(
+        prompts = PromptTokenizer(
             tokenizer,
             context_tokens=engine.context_tokens,
             new_tokens=config.limits.new_tokens,
             stop_ids=frozenset({tokenizer.eos_token_id}),
             defaults=SamplingDefaults(),
         )
-        return Served(name=config.served_name, engine=engine, prompts=prompts, created=1)
+        return ServedModel(name=config.served_name, engine=engine, prompts=prompts, created=1)
 
     settings = {"model": ModelSource(name="echo"), "served_name": "base", "host": "127.0.0.1", "port": 0}
     config = ServeConfig.model_validate(settings | options.get("config", {}))

@@ -17,7 +17,7 @@ from runtime.cli import main
 from runtime.model_source import ModelSource
 from runtime.serving import loading
 from runtime.serving.engine.protocol import Request, Sampling
-from runtime.serving.lifecycle import Served
+from runtime.serving.lifecycle import ServedModel
 from runtime.serving.settings import AdapterSource, ServeConfig
 
 pytestmark = pytest.mark.usefixtures("restored_logging")
@@ -86,7 +86,7 @@ def test_model_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.fixture
-def combined(tiny_llama_dir: Path, folders: Path, tmp_path: Path, caplog: Any) -> Iterator[Served]:
+def combined(tiny_llama_dir: Path, folders: Path, tmp_path: Path, caplog: Any) -> Iterator[ServedModel]:
     """The tiny model with both adapters, and a bad one, as one."""
     caplog.set_level(logging.INFO)
     sources = {"red": (folders / "red", 1.0), "blue": (folders / "blue", 0.5), "none": (tmp_path, 1.0)}
@@ -106,7 +106,7 @@ def combined(tiny_llama_dir: Path, folders: Path, tmp_path: Path, caplog: Any) -
 
 
 def test_combined_adapters_answer_for_the_base_as_merged_weights_would(
-    combined: Served, tiny_llama_dir: Path, folders: Path, caplog: Any
+    combined: ServedModel, tiny_llama_dir: Path, folders: Path, caplog: Any
 ) -> None:
     """What KAITO's runtime does at each start, but exact: greedy tokens equal those of merged weights."""
     assert combined.default == "combined_adapter"

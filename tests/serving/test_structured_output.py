@@ -21,9 +21,9 @@ from runtime.model_source import ModelSource
 from runtime.serving import engine
 from runtime.serving.engine.protocol import Grammar, Request, Sampling
 from runtime.serving.http.app import create_app
-from runtime.serving.lifecycle import Lifecycle, Served
+from runtime.serving.lifecycle import Lifecycle, ServedModel
 from runtime.serving.settings import Limits, ServeConfig
-from runtime.serving.tokenizer import Prompts, SamplingDefaults
+from runtime.serving.tokenizer import PromptTokenizer, SamplingDefaults
 
 pytestmark = pytest.mark.anyio
 
@@ -45,7 +45,7 @@ class Order(BaseModel):
 
 
 @pytest.fixture(scope="module")
-def served(tiny_llama_dir: Path) -> Iterator[Served]:
+def served(tiny_llama_dir: Path) -> Iterator[ServedModel]:
     """The tiny model of random weights behind whichever engine serves it."""
     source = ModelSource(name="tiny", path=tiny_llama_dir)
     config = ServeConfig(model=source, served_name="tiny", port=0)
@@ -55,20 +55,20 @@ def served(tiny_llama_dir: Path) -> Iterator[Served]:
     tokenizer.chat_template = TEMPLATE
     running = engine.create(config, model)
     assert tokenizer.eos_token_id is not None
-    prompts = Prompts(
+    prompts = PromptTokenizer(
         tokenizer,
         context_tokens=running.context_tokens,
         new_tokens=300,
         stop_ids=frozenset({tokenizer.eos_token_id}),
         defaults=SamplingDefaults(),
     )
-    yield Served("tiny", running, prompts, 1)
+    yield ServedModel("tiny", running, prompts, 1)
     running.close()
     prompts.close()
 
 
 @asynccontextmanager
-async def opened(served: Served) -> AsyncIterator[httpx.AsyncClient]:
+async def opened(served: ServedModel) -> AsyncIterator[httpx.AsyncClient]:
     lifecycle = Lifecycle()
     lifecycle.ready(served)
     app = create_app(
@@ -84,7 +84,7 @@ def client_of(client: httpx.AsyncClient) -> openai.AsyncOpenAI:
 
 
 @pytest.mark.parametrize("seed", range(3))
-async def test_official_client_parses_a_schema(served: Served, seed: int) -> None:
+async def test_official_client_parses_a_schema(served: ServedModel, seed: int) -> None:
     """Fault 52, json_schema: strict, through the client's own `parse`."""
     async with opened(served) as client:
         answer = await client_of(client).chat.completions.parse(
@@ -95,7 +95,7 @@ async def test_official_client_parses_a_schema(served: Served, seed: int) -> Non
     assert isinstance(choice.message.parsed, Order)
 
 
-async def test_choices_of_one_request_each_keep_the_form(served: Served) -> None:
+async def test_choices_of_one_request_each_keep_the_form(served: ServedModel) -> None:
     async with opened(served) as client:
         answer = await client_of(client).chat.completions.create(
             model="tiny", messages=HI, n=4, extra_body={"guided_json": Order.model_json_schema()}
@@ -105,7 +105,7 @@ async def test_choices_of_one_request_each_keep_the_form(served: Served) -> None
     assert len(set(texts)) > 1
 
 
-async def test_json_object_begins_as_one_and_is_cut_only_by_the_limit(served: Served) -> None:
+async def test_json_object_begins_as_one_and_is_cut_only_by_the_limit(served: ServedModel) -> None:
     async with opened(served) as client:
         answer = await client_of(client).chat.completions.create(
             model="tiny", messages=HI, response_format={"type": "json_object"}, max_tokens=40
@@ -117,7 +117,7 @@ async def test_json_object_begins_as_one_and_is_cut_only_by_the_limit(served: Se
 
 
 @pytest.mark.parametrize("path", ["/chat", "/v1/completions", "/v1/chat/completions", "/v1/responses"])
-async def test_every_route_knows_choices_and_patterns(served: Served, path: str) -> None:
+async def test_every_route_knows_choices_and_patterns(served: ServedModel, path: str) -> None:
     asks = {"/v1/chat/completions": {"messages": HI}, "/v1/responses": {"input": "hi"}}
     body = asks.get(path, {"prompt": "hi"})
     async with opened(served) as client:
@@ -139,14 +139,14 @@ def _text(answer: dict[str, Any]) -> str:
     return str(choice.get("text") or choice["message"]["content"])
 
 
-async def test_responses_route_parses_a_schema(served: Served) -> None:
+async def test_responses_route_parses_a_schema(served: ServedModel) -> None:
     async with opened(served) as client:
         answer = await client_of(client).responses.parse(model="tiny", input="hi", text_format=Order)
     assert isinstance(answer.output_parsed, Order)
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "order"}}])
-async def test_required_call_is_made(served: Served, choice: Any) -> None:
+async def test_required_call_is_made(served: ServedModel, choice: Any) -> None:
     """A model that knows nothing of tools calls the one it must, with arguments of its schema."""
     other = {
         "type": "function",
@@ -185,14 +185,14 @@ async def test_required_call_is_made(served: Served, choice: Any) -> None:
         ({"guided_choice": []}, "guided_choice"),
     ],
 )
-async def test_wrong_form_is_400_and_names_its_field(served: Served, extra: Any, param: str) -> None:
+async def test_wrong_form_is_400_and_names_its_field(served: ServedModel, extra: Any, param: str) -> None:
     async with opened(served) as client:
         reply = await client.post("/v1/completions", json={"prompt": "hi", **extra})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), reply.text
 
 
 async def test_missing_library_is_400_and_names_the_extra(
-    served: Served, monkeypatch: pytest.MonkeyPatch
+    served: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     async with opened(served) as client:
@@ -203,7 +203,7 @@ async def test_missing_library_is_400_and_names_the_extra(
         assert (await client.post("/v1/completions", json={"prompt": "hi"})).status_code == 200
 
 
-async def test_form_ends_the_answer_whatever_else_was_asked(served: Served) -> None:
+async def test_form_ends_the_answer_whatever_else_was_asked(served: ServedModel) -> None:
     """`min_tokens` and `ignore_eos` would leave no token at all where the form is complete."""
     async with opened(served) as client:
         body = {"prompt": "hi", "guided_choice": ["yes"], "min_tokens": 50, "ignore_eos": True}
@@ -222,7 +222,7 @@ class Endless:
         raise AssertionError("nothing was allowed")
 
 
-async def test_form_beyond_its_limits_ends_that_answer_alone(served: Served) -> None:
+async def test_form_beyond_its_limits_ends_that_answer_alone(served: ServedModel) -> None:
     prompt = served.prompts.warm_up()
     other = served.engine.submit(Request(prompt, Sampling(max_new_tokens=30), id="other"))
     first = await anext(other)

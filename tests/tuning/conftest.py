@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from runtime.model_source import ModelSource
-from runtime.tuning.output import Places
+from runtime.tuning.output import OutputPaths
 from runtime.tuning.settings import DataSource, Lora, Output, TuningJob
 
 STEPS = {"learning_rate": 1e-2, "max_steps": 24, "per_device_train_batch_size": 4}
@@ -65,7 +65,7 @@ class Worker:
     """One `python -m module` (under torchrun when there are several) in a process group of its own."""
 
     def __init__(self, job: TuningJob, processes: int = 1, *, module: str = "runtime.tuning") -> None:
-        self.places = Places(job.output.folder)
+        self.places = OutputPaths(job.output.folder)
         self.places.work.mkdir(parents=True, exist_ok=True)
         self.places.job.write_text(job.model_dump_json())
         command = [sys.executable, "-m", module, str(self.places.job)]

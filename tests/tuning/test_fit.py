@@ -16,7 +16,7 @@ from runtime.hardware import Hardware
 from runtime.memory import tuning
 from runtime.model_source import ModelSource
 from runtime.tuning import fit
-from runtime.tuning.data.tokenize import Row
+from runtime.tuning.data.tokenize import TokenizedRow
 from runtime.tuning.settings import DataSource, Encoding, Output, TuningJob
 
 V100 = Hardware("cuda", "V100", (7, 0), 16160 << 20, 1)
@@ -44,7 +44,7 @@ def test_the_users_word_stands_unless_fit_is_asked_for() -> None:
         fit.check(job(stubborn), V100)
     assert "\n" not in str(refused.value)
     fit.check(job(stubborn, fit="adapt"), V100)
-    rows = [Row(np.ones(2048, dtype=np.int32), np.ones(2048, dtype=np.bool_))]
+    rows = [TokenizedRow(np.ones(2048, dtype=np.int32), np.ones(2048, dtype=np.bool_))]
     settled, planned = fit.settle(job(stubborn, fit="adapt"), V100, processes=1, rows=rows)
     assert planned == fit.plan(settled, V100, rows=rows).chosen.total_bytes
     assert settled.tokens_per_pass is not None
@@ -71,7 +71,7 @@ def test_a_cpus_memory_is_planned_with_too() -> None:
 
 def test_rows_known_to_be_short_and_mostly_prompt_need_less() -> None:
     learnt = np.arange(100) >= 90
-    rows = [Row(np.ones(100, dtype=np.int32), learnt)] * 4
+    rows = [TokenizedRow(np.ones(100, dtype=np.int32), learnt)] * 4
     known, unknown = fit.plan(job(), V100, rows=rows), fit.plan(job(), V100)
     assert known.asked.row_tokens == 100
     assert known.asked.labelled_share == pytest.approx(0.1)
@@ -105,7 +105,7 @@ def measured(job: TuningJob, script: str) -> tuple[int, fit.Fit]:
     assert done.returncode == 0, done.stderr
     report = json.loads((job.output.folder / "tuning_report.json").read_text())
     limit = job.encoding.max_tokens or 0
-    rows = [Row(np.ones(limit, dtype=np.int32), np.ones(limit, dtype=np.bool_))]
+    rows = [TokenizedRow(np.ones(limit, dtype=np.int32), np.ones(limit, dtype=np.bool_))]
     return int(report["result"]["peak_memory_bytes"]), fit.plan(job, cpu(64), rows=rows)
 
 

@@ -14,9 +14,9 @@ import pytest
 
 from runtime import adapters, oci
 from runtime.errors import CapacityError, ConfigError, DivergedError, Failure
-from runtime.tuning.output import SENTINEL, Places
+from runtime.tuning.output import SENTINEL, OutputPaths
 from runtime.tuning.process import launcher
-from runtime.tuning.report.progress import History
+from runtime.tuning.report.progress import MetricsHistory
 from runtime.tuning.settings import DataSource, Lora, Output, TuningJob
 from runtime.tuning.train.checkpoints import MANIFEST, listed
 from tests.tuning.conftest import Worker
@@ -49,9 +49,9 @@ def test_job_leaves_adapter_report_and_sentinel_and_is_pushed(make_job: Maker, t
     page = (folder / "report.html").read_text()
     assert f"{result['held_out_loss']['after']:,.3f}" in page
     assert report["adapter_sha256"] in page
-    steps = [entry["step"] for entry in History(Places(folder).history).entries()]
+    steps = [entry["step"] for entry in MetricsHistory(OutputPaths(folder).history).entries()]
     assert sorted(set(steps)) == list(range(1, 13))
-    assert not listed(Places(folder).checkpoints)
+    assert not listed(OutputPaths(folder).checkpoints)
     # fault 9: a rerun trains nothing and pushes nothing new
     digest = oci.inspect(oci.parse(image)).digest
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
@@ -132,7 +132,7 @@ def test_a_logger_that_is_not_installed_ends_the_job_before_data_is_fetched(make
     job = make_job(training={"report_to": ["tensorboard", "mlflow"]})
     with pytest.raises(ConfigError, match="report_to is 'mlflow', but the package mlflow is not installed"):
         launcher.run(job, processes=1)
-    assert not Places(job.output.folder).job.exists()
+    assert not OutputPaths(job.output.folder).job.exists()
 
 
 def test_adapter_loads_in_plain_peft_and_names_no_local_path_for_a_public_base(
@@ -200,7 +200,9 @@ def test_fault_1_and_3_kill_then_damaged_checkpoint_ends_with_the_same_bytes(
     second.wait_for_step(22)
     second.process.kill()
     second.wait()
-    whole = [path for path in listed(Places(job.output.folder).checkpoints) if (path / MANIFEST).exists()]
+    whole = [
+        path for path in listed(OutputPaths(job.output.folder).checkpoints) if (path / MANIFEST).exists()
+    ]
     damaged = whole[-1] / "adapter_model.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
@@ -243,7 +245,7 @@ def test_fault_7_parent_reports_a_rank_that_was_killed(make_job: Maker, tmp_path
     told.touch()
 
     def kill_rank_1() -> None:
-        history = Places(job.output.folder).history
+        history = OutputPaths(job.output.folder).history
         while not (history.exists() and len(history.read_text().splitlines()) > 3):
             time.sleep(0.05)
         for path in Path("/proc").glob("[0-9]*/environ"):
@@ -282,7 +284,7 @@ def test_fault_25_diverged_run_ends_4_and_keeps_its_checkpoint(make_job: Maker, 
     with pytest.raises(DivergedError, match=r"at step \d+; lower learning_rate"):
         launcher.run(job, processes=1, termination_log=told)
     assert json.loads(told.read_text())["code"] == 4
-    assert [path.name for path in listed(Places(job.output.folder).checkpoints)]
+    assert [path.name for path in listed(OutputPaths(job.output.folder).checkpoints)]
     assert not (job.output.folder / SENTINEL).exists()
     assert not list((tmp_path / "layout").glob("blobs/*/*"))
 
@@ -301,7 +303,7 @@ def test_checkpoints_come_by_the_clock_when_save_strategy_is_no(make_job: Maker)
     job = make_job(training={"save_strategy": "no", "max_steps": 40}, checkpoint_minutes=0.0005)
     worker = Worker(job)
     worker.wait_for_step(30)
-    assert listed(Places(job.output.folder).checkpoints)
+    assert listed(OutputPaths(job.output.folder).checkpoints)
     worker.process.kill()
     worker.wait()
 

@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.errors import DivergedError, exit_code
 from runtime.hardware import Hardware
-from runtime.tuning.output import Places
+from runtime.tuning.output import OutputPaths
 from runtime.tuning.settings import Lora, TuningJob
 from runtime.tuning.train.callbacks import SKIPPED
-from runtime.tuning.train.setup import Bench, train_through
+from runtime.tuning.train.setup import TrainingSetup, train_through
 from tests.tuning.train.test_trainer import bench_of
 
 Maker = Callable[..., TuningJob]
@@ -37,7 +37,7 @@ class Types(TorchDispatchMode):
         return out
 
 
-def bench_in_float16(job: TuningJob, *, scale: float = 2.0**16) -> Bench:
+def bench_in_float16(job: TuningJob, *, scale: float = 2.0**16) -> TrainingSetup:
     """Set `job` up as a V100 would compute it; accelerate has its scaler on a CPU only when handed one."""
     bench = bench_of(job, V100)
     accelerator = bench.trainer.accelerator
@@ -51,25 +51,25 @@ def types() -> Iterator[set[torch.dtype]]:
         yield mode.seen
 
 
-def train(bench: Bench) -> None:
+def train(bench: TrainingSetup) -> None:
     train_through(bench, folder=Path(bench.trainer.args.output_dir or ""), mark="same")
 
 
-def losses(bench: Bench) -> list[float]:
+def losses(bench: TrainingSetup) -> list[float]:
     return [entry["loss"] for entry in bench.trainer.state.log_history if "loss" in entry]
 
 
-def scaler_of(bench: Bench) -> torch.amp.GradScaler:
+def scaler_of(bench: TrainingSetup) -> torch.amp.GradScaler:
     scaler = bench.trainer.accelerator.scaler
     assert isinstance(scaler, torch.amp.GradScaler)
     return scaler
 
 
-def adapter(bench: Bench) -> dict[str, torch.Tensor]:
+def adapter(bench: TrainingSetup) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in bench.model.named_parameters() if p.requires_grad}
 
 
-def break_gradients(bench: Bench) -> None:
+def break_gradients(bench: TrainingSetup) -> None:
     broken = next(p for p in bench.model.parameters() if p.requires_grad)
     broken.register_hook(lambda gradient: gradient * torch.nan)
 
@@ -120,7 +120,7 @@ def test_fault_25_gradients_that_no_scale_helps_end_the_job(
 def test_a_resumed_job_whose_last_steps_are_skipped_ends_as_one_without_a_break(make_job: Maker) -> None:
     job = make_job(training={"max_steps": 12, "save_strategy": "steps", "save_steps": 8})
     train(bench_in_float16(job))
-    shutil.rmtree(Places(job.output.folder).checkpoints / "checkpoint-12")
+    shutil.rmtree(OutputPaths(job.output.folder).checkpoints / "checkpoint-12")
     resumed = bench_in_float16(job)
     break_gradients(resumed)
     train(resumed)
@@ -133,7 +133,7 @@ def test_a_resumed_job_goes_on_with_the_scale_it_had(make_job: Maker) -> None:
     job = make_job(training=training)
     whole = bench_in_float16(job, scale=2.0**24)
     train(whole)
-    shutil.rmtree(Places(job.output.folder).checkpoints / "checkpoint-12")
+    shutil.rmtree(OutputPaths(job.output.folder).checkpoints / "checkpoint-12")
     resumed = bench_in_float16(job)
     train(resumed)
     assert resumed.trainer.state.global_step == 12

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from runtime.errors import ConfigError, StoppedError
-from runtime.tuning.output import SENTINEL, Places
+from runtime.tuning.output import SENTINEL, OutputPaths
 from runtime.tuning.process import launcher
 from runtime.tuning.settings import Output, TuningJob
 from runtime.tuning.train.checkpoints import MANIFEST, fault, listed, step_of
@@ -62,7 +62,7 @@ def test_fault_1_and_2_killed_wherever_it_is_the_job_ends_with_the_same_bytes(ma
     undisturbed = Worker(make_job("undisturbed", training=EVERY_STEP))
     assert undisturbed.wait() == 0, undisturbed.said()
     job = make_job(training=EVERY_STEP)
-    here = Places(job.output.folder)
+    here = OutputPaths(job.output.folder)
     for name in ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json"):
         before = newest_step(here.checkpoints)
         kill_when(
@@ -114,7 +114,7 @@ def test_fault_10_disk_that_fills_up_ends_6_and_keeps_the_last_checkpoint(
     reason = worker.failure()
     assert (reason["kind"], reason["phase"]) == ("CapacityError", "train")
     assert "no space left on the disk" in reason["message"]
-    left = listed(Places(small_disk).checkpoints)
+    left = listed(OutputPaths(small_disk).checkpoints)
     assert left
     assert [fault(path) for path in left] == [None] * len(left)
     assert not (small_disk / SENTINEL).exists()
@@ -213,7 +213,7 @@ def freeze_after(
     """In a thread: stop a process's (this one's) trainer at `step` as a hung disk would, and do `then`."""
 
     def watch() -> None:
-        history = Places(job.output.folder).history
+        history = OutputPaths(job.output.folder).history
         while not (history.exists() and len(history.read_text().splitlines()) >= step):
             time.sleep(0.02)
         (worker,) = workers_below(psutil.Process(below))
@@ -255,7 +255,7 @@ def test_trainer_that_cannot_save_is_ended_and_its_last_checkpoint_stands(
     if left:
         frozen[0].kill()
     assert not left, "nobody is below this process any more, so only its own number finds it"
-    whole = [path for path in listed(Places(job.output.folder).checkpoints) if fault(path) is None]
+    whole = [path for path in listed(OutputPaths(job.output.folder).checkpoints) if fault(path) is None]
     assert whole
 
 

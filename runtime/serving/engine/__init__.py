@@ -10,25 +10,25 @@ from runtime.serving.settings import ServeConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from runtime.serving.engine.backends.simple import PlainEngine
-    from runtime.serving.engine.cuda_graphs import Recorder
-    from runtime.serving.engine.engine import RowEngine
-    from runtime.serving.engine.model_runner import Membership
+    from runtime.serving.engine.backends.simple import SimpleEngine
+    from runtime.serving.engine.cuda_graphs import GraphBackend
+    from runtime.serving.engine.engine import BatchingEngine
+    from runtime.serving.engine.model_runner import Rank
 
 log = logging.getLogger(__name__)
 
 
 def create(
-    config: ServeConfig, model: "PreTrainedModel", *, membership: "Membership | None" = None
-) -> "PlainEngine | RowEngine":
+    config: ServeConfig, model: "PreTrainedModel", *, membership: "Rank | None" = None
+) -> "SimpleEngine | BatchingEngine":
     """Return a running engine over `model`, already on its device and in evaluation mode.
 
     The row engine where it can drive the architecture, else the plain one, one request at a time. With a
     `membership` the model is rank 0's share of one that several processes serve. Raises CapacityError when
     not even one row's cache fits beside the weights.
     """
-    from runtime.serving.engine.backends.simple import PlainEngine
-    from runtime.serving.engine.engine import RowEngine
+    from runtime.serving.engine.backends.simple import SimpleEngine
+    from runtime.serving.engine.engine import BatchingEngine
     from runtime.serving.engine.patch import refusal
     from runtime.serving.engine.rope import short_tokens
 
@@ -43,7 +43,7 @@ def create(
             log.warning(
                 "Serving %d of %d context tokens: longrope needs the row engine", short, context_tokens
             )
-        return PlainEngine(model, context_tokens=min(short, context_tokens), queue=queue)
+        return SimpleEngine(model, context_tokens=min(short, context_tokens), queue=queue)
     free = free_bytes(model)
     if membership is not None:
         free = membership.team.least(free_bytes(model, processes=membership.team.world))
@@ -56,7 +56,7 @@ def create(
     )
     if (rows, context_tokens) != wanted:
         log.warning("Memory allows %d rows of %d tokens, not %d of %d", rows, context_tokens, *wanted)
-    return RowEngine(
+    return BatchingEngine(
         model,
         rows=rows,
         context_tokens=context_tokens,
@@ -68,7 +68,7 @@ def create(
     )
 
 
-def _recorder(config: ServeConfig, model: "PreTrainedModel") -> "Recorder | None":
+def _recorder(config: ServeConfig, model: "PreTrainedModel") -> "GraphBackend | None":
     from runtime.serving.engine.cuda_graphs import CudaGraphs
 
     # a product of 8-bit weights asks on the host which columns are outliers

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from runtime.serving.engine.batch import Batch, Piece, Run
+from runtime.serving.engine.batch import Batch, SlotChunk, SlotRun
 from runtime.serving.engine.kernels import Kernels
 from runtime.serving.engine.kv_cache import SlotCache
 
@@ -28,7 +28,7 @@ _caches: dict[int, SlotCache] = {}
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class AttentionLayer:
     """What one layer's attention reads, and its rules."""
 
     keys: Tensor
@@ -43,7 +43,7 @@ class Layer:
     """What attends on a CPU."""
 
 
-def use_rows(model: "PreTrainedModel") -> None:
+def use_slot_attention(model: "PreTrainedModel") -> None:
     """Make the attention modules of `model` call `attention`."""
     AttentionInterface.register(NAME, attention)
     model.set_attn_implementation(NAME)
@@ -75,12 +75,12 @@ def attention(  # noqa: PLR0913 - the signature is transformers'
     cache = _caches[id(module.config)]
     index = int(module.layer_idx)  # type: ignore[arg-type]
     keys, values = cache.keys[index], cache.values[index]
-    layer = Layer(keys, values, scaling, sliding_window, softcap, cache.kernels)
+    layer = AttentionLayer(keys, values, scaling, sliding_window, softcap, cache.kernels)
     out = attend(query[0].transpose(0, 1), layer, cache.running)
     return out[None], None
 
 
-def attend(query: Tensor, layer: Layer, batch: Batch) -> Tensor:
+def attend(query: Tensor, layer: AttentionLayer, batch: Batch) -> Tensor:
     """Return the attention output (N, H, D) of query (N, H, D)."""
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     native = layer.kernels if layer.softcap is None else None
@@ -98,7 +98,7 @@ def attend(query: Tensor, layer: Layer, batch: Batch) -> Tensor:
     return out
 
 
-def _decode(query: Tensor, layer: Layer, run: Run, batch: Batch) -> Tensor:
+def _decode(query: Tensor, layer: AttentionLayer, run: SlotRun, batch: Batch) -> Tensor:
     """The newest tokens of each row, (T, H, D): all heads of all rows of the run in two batched products."""
     tokens, heads, dim = query.shape
     groups = layer.keys.shape[1]
@@ -119,7 +119,7 @@ def _decode(query: Tensor, layer: Layer, run: Run, batch: Batch) -> Tensor:
     return out.transpose(1, 2).reshape(tokens, heads, dim)
 
 
-def _prefill(query: Tensor, layer: Layer, piece: Piece, batch: Batch) -> Tensor:
+def _prefill(query: Tensor, layer: AttentionLayer, piece: SlotChunk, batch: Batch) -> Tensor:
     """A prompt chunk, (T, H, D), over its slot up to its own end."""
     total = piece.start + piece.count
     keys, values = layer.keys[piece.slot, :, :total], layer.values[piece.slot, :, :total]
@@ -149,7 +149,7 @@ def _softmax(scores: Tensor) -> Tensor:
     return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
 
 
-def _decode_mask(run: Run, batch: Batch, window: int | None) -> Tensor | None:
+def _decode_mask(run: SlotRun, batch: Batch, window: int | None) -> Tensor | None:
     """Return (T, L), true outside each token's view; None when all see all positions."""
     name = (run.offset, window)
     if name not in batch.masks:
@@ -165,7 +165,7 @@ def _decode_mask(run: Run, batch: Batch, window: int | None) -> Tensor | None:
     return batch.masks[name]
 
 
-def _prefill_mask(piece: Piece, batch: Batch, window: int | None) -> Tensor | None:
+def _prefill_mask(piece: SlotChunk, batch: Batch, window: int | None) -> Tensor | None:
     """Return (T, L), true at what is seen; None when plain causal from position 0 is right."""
     name = (piece.offset, window)
     if name not in batch.masks:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from runtime.serving.engine.lora import Bank, Groups
-from runtime.serving.engine.scheduler import Plan
+from runtime.serving.engine.lora import AdapterGroups, AdapterStore
+from runtime.serving.engine.scheduler import StepPlan
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class SlotRun:
     """Decoding rows in `count` neighbouring slots, `first` up: flat tokens `offset` up, `queries` of each."""
 
     offset: int
@@ -31,7 +31,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class SlotChunk:
     """A chunk of one row: flat tokens `offset` up are positions `start` up of `slot`."""
 
     offset: int
@@ -54,11 +54,11 @@ class Batch:
     """(N,) slot of each token."""
     places: Tensor
     """(R,) position of each decoding row's token."""
-    runs: tuple[Run, ...]
-    chunks: tuple[Piece, ...]
+    runs: tuple[SlotRun, ...]
+    chunks: tuple[SlotChunk, ...]
     chosen: Tensor
     """Flat indices after which a token is chosen: decoding rows, all of those ahead, ends of prompts."""
-    groups: Groups | None
+    groups: AdapterGroups | None
     """Which flat tokens use which adapter; None when all are the base's."""
     long: Tensor | None
     """(N,) which flat tokens have rotary factors for long contexts; None when none has."""
@@ -67,14 +67,14 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class HostBatch:
     """One step as plain numbers, which every process that shares the model can be told."""
 
     ids: list[int]
     positions: list[int]
     slots: list[int]
     """Of the decoding rows, whose tokens come first."""
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SlotChunk, ...]
     chosen: list[int]
     owners: list[tuple[int | None, int]]
     """(adapter version or None, tokens) in flat order."""
@@ -83,7 +83,7 @@ class Work:
     """(source slot, target slot, positions) to make first."""
 
 
-def describe(plan: Plan) -> Work:
+def describe(plan: StepPlan) -> HostBatch:
     """Return the numbers of `plan`."""
     ids, positions = [], []
     for row in plan.decode:
@@ -92,13 +92,13 @@ def describe(plan: Plan) -> Work:
     pieces = []
     for guess in plan.ahead:
         row = guess.row
-        pieces.append(Piece(len(ids), row.slot, row.filled, guess.count))
+        pieces.append(SlotChunk(len(ids), row.slot, row.filled, guess.count))
         ids += [row.ids[row.filled], *guess.guesses]
         positions.extend(range(row.filled, row.filled + guess.count))
     chosen = list(range(len(ids)))
     for chunk in plan.chunks:
         start = chunk.start
-        pieces.append(Piece(len(ids), chunk.row.slot, start, chunk.count))
+        pieces.append(SlotChunk(len(ids), chunk.row.slot, start, chunk.count))
         ids.extend(chunk.row.ids[start : start + chunk.count])
         positions.extend(range(start, start + chunk.count))
         if chunk.completes:
@@ -110,10 +110,10 @@ def describe(plan: Plan) -> Work:
     long = [row.long for row, count in counts for _ in range(count)]
     slots = [row.slot for row in plan.decode]
     copies = [(copy.source, copy.row.slot, copy.count) for copy in plan.copies]
-    return Work(ids, positions, slots, tuple(pieces), chosen, owners, long, copies)
+    return HostBatch(ids, positions, slots, tuple(pieces), chosen, owners, long, copies)
 
 
-def assemble(work: Work, bank: Bank) -> Batch:
+def assemble(work: HostBatch, bank: AdapterStore) -> Batch:
     """Return the tensors of `work`, on the device of `bank`."""
     ids, positions, slots, chosen, long = work.ids, work.positions, work.slots, work.chosen, work.long
     places = positions[: len(slots)]
@@ -136,7 +136,7 @@ def assemble(work: Work, bank: Bank) -> Batch:
     )
 
 
-def _runs(slots: list[int], places: list[int], place_part: Tensor) -> tuple[Run, ...]:
+def _runs(slots: list[int], places: list[int], place_part: Tensor) -> tuple[SlotRun, ...]:
     """Split the decoding rows where their slots are not neighbours."""
     runs, begin = [], 0
     for end in range(1, len(slots) + 1):
@@ -144,7 +144,7 @@ def _runs(slots: list[int], places: list[int], place_part: Tensor) -> tuple[Run,
             own = places[begin:end]
             longest, ragged = max(own) + 1, min(own) < max(own)
             runs.append(
-                Run(begin, slots[begin], end - begin, longest, place_part[begin:end] + 1, ragged=ragged)
+                SlotRun(begin, slots[begin], end - begin, longest, place_part[begin:end] + 1, ragged=ragged)
             )
             begin = end
     return tuple(runs)

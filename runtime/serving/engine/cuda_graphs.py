@@ -1,9 +1,9 @@
 """Decode steps recorded once and replayed: on a GPU one launch in place of some 25 a layer (CUDA graphs).
 
-A recording repeats its operations on the same memory in the same sizes. So it stands for a `Form`: blocks of
-neighbouring slots, and bounds on their lengths; ids, positions and adapters are read from its `Inputs`.
+A recording repeats its operations on the same memory in the same sizes. So it stands for a `GraphKey`: blocks
+of neighbouring slots, and bounds on their lengths; ids, positions and adapters come from its `GraphInputs`.
 Slots of a block that do not decode run a token that nobody reads. Prompts run as they come. Does not know
-models or requests. Start at `Recordings.run`.
+models or requests. Start at `GraphCache.run`.
 """
 
 import logging
@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from runtime.serving.engine.batch import Batch, Run, Work
-from runtime.serving.engine.lora import Bank, Groups, Masked
+from runtime.serving.engine.batch import Batch, HostBatch, SlotRun
+from runtime.serving.engine.lora import AdapterGroups, AdapterStore, Masked
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class GraphKey:
     """What a recording fixes."""
 
     blocks: tuple[Block, ...]
@@ -64,7 +64,7 @@ class Form:
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
+class GraphInputs:
     """What a recording reads, in the order of its `T` tokens."""
 
     numbers: Tensor
@@ -75,7 +75,7 @@ class Inputs:
     """(T,)"""
 
 
-class Recorder(Protocol):
+class GraphBackend(Protocol):
     """How this device records."""
 
     def rehearse(self, step: Callable[[], Tensor]) -> Tensor:
@@ -96,7 +96,7 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def rehearse(self, step: Callable[[], Tensor]) -> Tensor:
-        """See `Recorder.rehearse`: what libraries set up once per stream is set up here."""
+        """See `GraphBackend.rehearse`: what libraries set up once per stream is set up here."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             out = step()
@@ -104,7 +104,7 @@ class CudaGraphs:
         return out
 
     def record(self, step: Callable[[], Tensor]) -> Callable[[], object]:
-        """See `Recorder.record`; RuntimeError where `step` does what a graph cannot hold."""
+        """See `GraphBackend.record`; RuntimeError where `step` does what a graph cannot hold."""
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # thread_local: other threads of this process may allocate meanwhile
@@ -115,32 +115,32 @@ class CudaGraphs:
         return graph.replay
 
     def forget(self) -> None:
-        """See `Recorder.forget`: the memory pool goes with its last graph."""
+        """See `GraphBackend.forget`: the memory pool goes with its last graph."""
         self._pool = torch.cuda.graph_pool_handle()
 
 
-class Recordings:
+class GraphCache:
     """The recorded steps of one model."""
 
     def __init__(
         self,
         forward: Callable[[Batch], Tensor],
-        bank: Bank,
+        bank: AdapterStore,
         *,
         slots: int,
         positions: int,
-        recorder: Recorder,
+        recorder: GraphBackend,
     ) -> None:
         """`forward` runs a batch on a cache of `slots` and `positions`, the last of which no row fills."""
         self._forward, self._bank = forward, bank
         self._slots, self._positions = slots, positions
-        self._recorder: Recorder | None = recorder
-        self._kept: OrderedDict[Form, tuple[Inputs, Callable[[], object]]] = OrderedDict()
-        self._seen: Counter[Form] = Counter()
+        self._recorder: GraphBackend | None = recorder
+        self._kept: OrderedDict[GraphKey, tuple[GraphInputs, Callable[[], object]]] = OrderedDict()
+        self._seen: Counter[GraphKey] = Counter()
         self._logits: dict[int, Tensor] = {}
         """(T, V) by T: where replays leave their result, to be read before the next."""
 
-    def run(self, work: Work) -> Tensor | None:
+    def run(self, work: HostBatch) -> Tensor | None:
         """Return the logits of the tokens of `work`, or None where it is to run as it comes."""
         if self._recorder is None or (form := self._form(work)) is None:
             return None
@@ -167,7 +167,7 @@ class Recordings:
         if self._recorder is not None:
             self._recorder.forget()
 
-    def _form(self, work: Work) -> Form | None:
+    def _form(self, work: HostBatch) -> GraphKey | None:
         """Return the form that `work` has, or None: prompts, and more adapters than one product takes."""
         adapted = any(owner is not None for owner, _ in work.owners)
         if not work.ids or (adapted and not self._bank.is_masked):
@@ -184,17 +184,17 @@ class Recordings:
         for first, count in _blocks(sorted(ends), most=self._slots):
             longest = max(ends.get(slot, 0) for slot in range(first, first + count))
             blocks.append(Block(first, count, min(_reach(longest), self._positions)))
-        return Form(tuple(blocks), queries, adapted, any(work.long))
+        return GraphKey(tuple(blocks), queries, adapted, any(work.long))
 
-    def _inputs(self, form: Form) -> Inputs:
+    def _inputs(self, form: GraphKey) -> GraphInputs:
         device = self._bank.device
-        return Inputs(
+        return GraphInputs(
             torch.zeros(2, form.tokens, dtype=torch.long, device=device),
             self._bank.mask([None] * form.tokens) if form.adapted else None,
             torch.zeros(form.tokens, dtype=torch.bool, device=device) if form.long else None,
         )
 
-    def _fill(self, inputs: Inputs, work: Work, at: Sequence[int]) -> None:
+    def _fill(self, inputs: GraphInputs, work: HostBatch, at: Sequence[int]) -> None:
         tokens = inputs.numbers.shape[1]
         # the other tokens write to the last position, which no row fills: its last token is never run
         ids, places = [0] * tokens, [self._positions - 1] * tokens
@@ -210,7 +210,7 @@ class Recordings:
         if inputs.long is not None:
             inputs.long.copy_(torch.tensor(long), non_blocking=True)
 
-    def _record(self, recorder: Recorder, form: Form, inputs: Inputs, at: list[int]) -> Tensor:
+    def _record(self, recorder: GraphBackend, form: GraphKey, inputs: GraphInputs, at: list[int]) -> Tensor:
         """Run the step as it comes, and keep a recording of it if that computes the same."""
         plain = recorder.rehearse(lambda: self._step(form, inputs))
         right = _pick(plain, at)
@@ -235,16 +235,16 @@ class Recordings:
         log.debug("Recorded %s", form)
         return right
 
-    def _step(self, form: Form, inputs: Inputs) -> Tensor:
+    def _step(self, form: GraphKey, inputs: GraphInputs) -> Tensor:
         """Run the tokens of `inputs`; nothing in here may need a number on the host."""
         ids, places = inputs.numbers
         slots: list[Tensor] = []
-        runs: list[Run] = []
+        runs: list[SlotRun] = []
         for block in form.blocks:
             slots.append(torch.arange(block.first, block.first + block.count, device=ids.device))
             offset, count = sum(run.count * run.queries for run in runs), block.count * form.queries
             lengths = places[offset : offset + count] + 1
-            run = Run(
+            run = SlotRun(
                 offset, block.first, block.count, block.reach, lengths, ragged=True, queries=form.queries
             )
             runs.append(run)
@@ -257,7 +257,7 @@ class Recordings:
             runs=tuple(runs),
             chunks=(),
             chosen=torch.arange(form.tokens, device=ids.device),
-            groups=Groups((), Masked(form.tokens, inputs.mask)) if inputs.mask is not None else None,
+            groups=AdapterGroups((), Masked(form.tokens, inputs.mask)) if inputs.mask is not None else None,
             long=inputs.long,
         )
         return self._forward(batch)

@@ -1,7 +1,7 @@
 """The continuous-batching engine: one model, one thread, many rows, an adapter per row.
 
 Knows token ids and rows. Does not know HTTP, chat templates or files (bank.py reads adapters). Read
-`RowEngine.step` first: admit, run, choose, answer.
+`BatchingEngine.step` first: admit, run, choose, answer.
 """
 
 import itertools
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from runtime.errors import ConfigError, RequestError, UnavailableError
-from runtime.serving.engine.cuda_graphs import Recorder
-from runtime.serving.engine.model_runner import Membership, Runner
+from runtime.serving.engine.cuda_graphs import GraphBackend
+from runtime.serving.engine.model_runner import ModelRunner, Rank
 from runtime.serving.engine.parallel.group import End
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
-from runtime.serving.engine.request_queue import LAST_STEP_S, Desk, Ticket
+from runtime.serving.engine.request_queue import LAST_STEP_S, RequestHandle, RequestQueue
 from runtime.serving.engine.sampling import Sampler
-from runtime.serving.engine.scheduler import Plan, Row, Scheduler
+from runtime.serving.engine.scheduler import Scheduler, Sequence, StepPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,17 +37,17 @@ FAILURES_IN_A_ROW = 3
 """Steps that fail one after another before the engine gives up, so that a restart can help."""
 
 
-class Answer:
+class RunningRequest:
     """A row's request, its sampling, and who reads."""
 
     __slots__ = ("row", "sampler", "ticket")
 
-    def __init__(self, ticket: Ticket, row: Row) -> None:
+    def __init__(self, ticket: RequestHandle, row: Sequence) -> None:
         self.ticket, self.row = ticket, row
         self.sampler = Sampler(ticket.request.sampling, ticket.request.prompt_ids)
 
 
-class RowEngine:
+class BatchingEngine:
     """Serves `rows` requests at a time in one thread; more wait in order of arrival."""
 
     def __init__(  # noqa: PLR0913 - numbers of one server
@@ -58,8 +58,8 @@ class RowEngine:
         context_tokens: int,
         queue: int,
         guess_tokens: int = 0,
-        membership: Membership | None = None,
-        recorder: Recorder | None = None,
+        membership: Rank | None = None,
+        recorder: GraphBackend | None = None,
     ) -> None:
         """Guesses up to `guess_tokens` of a row's next tokens (guess.py); records steps with `recorder`.
 
@@ -72,8 +72,8 @@ class RowEngine:
         self._scheduler = Scheduler(
             rows, chunk_tokens=CHUNK_TOKENS, alone_tokens=ALONE_TOKENS, guess_tokens=guess_tokens
         )
-        self._desk = Desk(rows=rows, queue=queue, adapters=lambda: self._runner.bank.names)
-        self._answers: dict[Row, Answer] = {}
+        self._desk = RequestQueue(rows=rows, queue=queue, adapters=lambda: self._runner.bank.names)
+        self._answers: dict[Sequence, RunningRequest] = {}
         self._failures = 0
         self._prompt_tokens = self._cached_tokens = self._guessed_tokens = self._right_tokens = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -83,8 +83,8 @@ class RowEngine:
             self._desk.errand(lambda: self._prepare(model, recorder))
             undo.pop_all()
 
-    def _prepare(self, model: "PreTrainedModel", recorder: Recorder | None) -> None:
-        self._runner = Runner(
+    def _prepare(self, model: "PreTrainedModel", recorder: GraphBackend | None) -> None:
+        self._runner = ModelRunner(
             model,
             rows=self._rows,
             positions=self.context_tokens,
@@ -172,7 +172,7 @@ class RowEngine:
         self._failures = 0
         self._choose(plan, logits)
 
-    def _admit(self, tickets: list[Ticket]) -> None:
+    def _admit(self, tickets: list[RequestHandle]) -> None:
         for ticket in tickets:
             request = ticket.request
             version = self._runner.bank.version(request.adapter)
@@ -186,15 +186,15 @@ class RowEngine:
                 guess_until=0 if repeatable else most,
                 long=self._runner.is_long(most - 1),
             )
-            self._answers[row] = Answer(ticket, row)
+            self._answers[row] = RunningRequest(ticket, row)
 
     def _drop_cancelled(self) -> None:
         for answer in [each for each in self._answers.values() if each.ticket.cancelled]:
             self._end(answer, "cancelled")
 
-    def _choose(self, plan: Plan, logits: Tensor) -> None:
+    def _choose(self, plan: StepPlan, logits: Tensor) -> None:
         """Give every row of `plan` that is due its tokens; logits (C, V) in the plan's order."""
-        due: list[tuple[Row, tuple[int, ...]]] = [(row, ()) for row in plan.decode]
+        due: list[tuple[Sequence, tuple[int, ...]]] = [(row, ()) for row in plan.decode]
         due += [(guess.row, guess.guesses) for guess in plan.ahead]
         due += [(chunk.row, ()) for chunk in plan.chunks if chunk.completes]
         if not due:
@@ -223,7 +223,7 @@ class RowEngine:
                 row.guesser.learn(guessed=len(guesses), right=right, length=len(row.ids))
                 self._right_tokens += right
 
-    def _retract(self, row: Row) -> None:
+    def _retract(self, row: Sequence) -> None:
         """Undo a step with guesses after NaN or Inf: without any it shows whose fault that was.
 
         A wrong guess can do that to the tokens before it: hidden from them, it still counts 0 times NaN.
@@ -232,7 +232,7 @@ class RowEngine:
         row.filled -= 1
         self._runner.clear(row.slot, row.filled)
 
-    def _advance(self, answer: Answer, place: tuple[bool, int, Tensor]) -> None:
+    def _advance(self, answer: RunningRequest, place: tuple[bool, int, Tensor]) -> None:
         """Give one row its next token; `place`: are its logits numbers, which is likeliest, logits (V,)."""
         sane, likeliest, logits = place
         if not sane:
@@ -242,7 +242,7 @@ class RowEngine:
         else:
             self._sample(answer, logits)
 
-    def _sample(self, answer: Answer, logits: Tensor) -> None:
+    def _sample(self, answer: RunningRequest, logits: Tensor) -> None:
         """Choose one row's next token; a form that asks too much ends that row alone. logits (V,)."""
         try:
             token = answer.sampler.choose(logits)
@@ -251,7 +251,7 @@ class RowEngine:
             return
         self._give(answer, token)
 
-    def _give(self, answer: Answer, token: Token) -> None:
+    def _give(self, answer: RunningRequest, token: Token) -> None:
         """Post `token`, and end the answer where it must end."""
         sampling, row = answer.ticket.request.sampling, answer.row
         if token.id is None or token.id in sampling.stop_ids:
@@ -262,12 +262,12 @@ class RowEngine:
         if len(row.ids) - row.prompt_tokens >= sampling.max_new_tokens or len(row.ids) >= self.context_tokens:
             self._end(answer, "length")
 
-    def _end(self, answer: Answer, end: FinishReason | Exception) -> None:
+    def _end(self, answer: RunningRequest, end: FinishReason | Exception) -> None:
         del self._answers[answer.row]
         self._scheduler.retire(answer.row)
         self._desk.finish(answer.ticket, end)
 
-    def _discard(self, answer: Answer) -> None:
+    def _discard(self, answer: RunningRequest) -> None:
         """End a row whose logits are not numbers, and leave nothing of it in the cache."""
         log.error("Request %s: the model's output is NaN or Inf", answer.ticket.request.id)
         slot = answer.row.slot

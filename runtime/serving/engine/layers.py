@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
-from runtime.serving.engine.attention import Layer, attend
+from runtime.serving.engine.attention import AttentionLayer, attend
 from runtime.serving.engine.batch import Batch
 from runtime.serving.engine.kernels import Kernels
 from runtime.serving.engine.kv_cache import SlotCache, store
-from runtime.serving.engine.linear import Bare, Layouts, is_plain, join
-from runtime.serving.engine.lora import Part, RowLinear, Step
-from runtime.serving.engine.parallel.group import PARTIAL, Joined, Summed, Team
+from runtime.serving.engine.linear import HooklessModule, LinearLayouts, is_plain, join
+from runtime.serving.engine.lora import LoraLinear, LoraTarget, StepContext
+from runtime.serving.engine.parallel.group import PARTIAL, Group, Joined, Summed
 
 
-class Adaptables:
+class LayerFactory:
     """Makes the linear layers that take adapters, and keeps account of them by their module paths."""
 
-    def __init__(self, step: Step, layouts: Layouts, *, team: Team | None = None) -> None:
-        self.parts: dict[str, Part] = {}
+    def __init__(self, step: StepContext, layouts: LinearLayouts, *, team: Group | None = None) -> None:
+        self.parts: dict[str, LoraTarget] = {}
         self._step, self._layouts, self._team = step, layouts, team
 
     def one(self, name: str, module: nn.Module) -> nn.Module:
@@ -32,10 +32,10 @@ class Adaptables:
         partial = self._team is not None and name.endswith(PARTIAL)
         return Summed(layer, self._team) if partial and self._team is not None else layer
 
-    def _alone(self, name: str, module: nn.Module) -> RowLinear:
+    def _alone(self, name: str, module: nn.Module) -> LoraLinear:
         size = (int(module.in_features), (int(module.out_features),))  # type: ignore[arg-type]
-        layer = RowLinear(self._layouts.fast(module), size, self._step)
-        self.parts[name] = Part(layer, 0)
+        layer = LoraLinear(self._layouts.fast(module), size, self._step)
+        self.parts[name] = LoraTarget(layer, 0)
         return layer
 
     def head(self, module: nn.Module) -> nn.Module:
@@ -55,18 +55,18 @@ class Adaptables:
         """Return one layer for several with the same input: one product where their weights allow it."""
         plain = [module for module in named.values() if isinstance(module, nn.Linear) and is_plain(module)]
         if len(plain) < len(named):
-            return Side([self._alone(name, module) for name, module in named.items()])
+            return SideBySide([self._alone(name, module) for name, module in named.items()])
         size = (plain[0].in_features, tuple(module.out_features for module in plain))
-        layer = RowLinear(self._layouts.fast(join(plain)), size, self._step)
+        layer = LoraLinear(self._layouts.fast(join(plain)), size, self._step)
         for index, name in enumerate(named):
-            self.parts[name] = Part(layer, index)
+            self.parts[name] = LoraTarget(layer, index)
         return layer
 
 
-class Side(Bare):
+class SideBySide(HooklessModule):
     """Several layers side by side: quantised weights are not joined."""
 
-    def __init__(self, layers: list[RowLinear]) -> None:
+    def __init__(self, layers: list[LoraLinear]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
@@ -75,17 +75,17 @@ class Side(Bare):
         return torch.cat([layer(x) for layer in self.layers], dim=-1)
 
 
-class FusedAttention(Bare):
+class FusedAttention(HooklessModule):
     """Attention of the `FUSED` families over flat tokens: one product for q, k and v, one rotation."""
 
-    def __init__(self, name: str, source: Any, cache: SlotCache, layers: Adaptables) -> None:
+    def __init__(self, name: str, source: Any, cache: SlotCache, layers: LayerFactory) -> None:
         super().__init__()
         config = source.config
         self._cache, self._layer = cache, int(source.layer_idx)
         self._dim = int(source.head_dim)
         self._heads, self._groups = config.num_attention_heads, config.num_key_value_heads
         window = getattr(source, "sliding_window", getattr(config, "sliding_window", None))
-        self._rules = Layer(
+        self._rules = AttentionLayer(
             cache.keys[self._layer],
             cache.values[self._layer],
             float(source.scaling),
@@ -126,7 +126,7 @@ class FusedAttention(Bare):
         return turned[:, : self._heads]
 
 
-class FalconRows(Bare):
+class FalconAttention(HooklessModule):
     """Falcon's attention over flat tokens, for its three layouts of the joined projection."""
 
     def __init__(self, source: Any, cache: SlotCache) -> None:
@@ -136,7 +136,7 @@ class FalconRows(Bare):
         self._interleaved = bool(source.new_decoder_architecture) or not source.multi_query
         layer = int(source.layer_idx)
         keys, values = cache.keys[layer], cache.values[layer]
-        self._rules = Layer(keys, values, self._dim**-0.5, None, None, cache.kernels)
+        self._rules = AttentionLayer(keys, values, self._dim**-0.5, None, None, cache.kernels)
         self.query_key_value, self.dense = source.query_key_value, source.dense
 
     def forward(
@@ -158,10 +158,10 @@ class FalconRows(Bare):
         return self.dense(seen.view(1, tokens, -1)), None
 
 
-class FusedMlp(Bare):
+class FusedMlp(HooklessModule):
     """Gated MLP with one product for gate and up."""
 
-    def __init__(self, name: str, source: Any, layers: Adaptables, kernels: Kernels | None) -> None:
+    def __init__(self, name: str, source: Any, layers: LayerFactory, kernels: Kernels | None) -> None:
         super().__init__()
         self.gate_up = layers.joined(
             {f"{name}.gate_proj": source.gate_proj, f"{name}.up_proj": source.up_proj}
@@ -183,7 +183,7 @@ class FusedMlp(Bare):
         return out
 
 
-class Norm(Bare):
+class RMSNorm(HooklessModule):
     """RMS norm in one call (arXiv:1910.07467), for the classes that multiply by the weight itself."""
 
     def __init__(self, weight: Tensor, eps: float, kernels: Kernels | None) -> None:

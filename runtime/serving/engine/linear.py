@@ -1,6 +1,6 @@
 """Linear layers as fast as this hardware has them: weights joined, and on a CPU laid out for its products.
 
-Does not know models or adapters. Start at `Layouts.fast`.
+Does not know models or adapters. Start at `LinearLayouts.fast`.
 """
 
 import math
@@ -25,7 +25,7 @@ MOST_COPIES = 32
 """Of a small weight, whose layout hardly matters."""
 
 
-class Bare(nn.Module):
+class HooklessModule(nn.Module):
     """A module whose call is its `forward`: to look for hooks, which none has, takes as long as a kernel."""
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -34,7 +34,7 @@ class Bare(nn.Module):
         cls.__call__ = cls.forward  # type: ignore[method-assign]
 
 
-class Transposed(Bare):
+class TransposedLinear(HooklessModule):
     """A linear layer whose weight lies as (in, out): on Intel's CPUs the fastest layout for one row."""
 
     weight: Tensor
@@ -101,13 +101,13 @@ class Packing:
         found = cls(pack, multiply)
         weight, x = torch.arange(12.0).view(3, 4), torch.arange(8.0).view(2, 4)
         try:
-            right = torch.allclose(Packed(weight, None, found)(x), x @ weight.T)
+            right = torch.allclose(PackedLinear(weight, None, found)(x), x @ weight.T)
         except (RuntimeError, NotImplementedError, TypeError):
             return None
         return found if right else None
 
 
-class Packed(Bare):
+class PackedLinear(HooklessModule):
     """A linear layer over a packed weight: twice as fast as `F.linear` from 4 rows on."""
 
     weight: Tensor
@@ -125,7 +125,7 @@ class Packed(Bare):
         return self._multiply(x, self.weight, self.bias, "none", [], "")
 
 
-class Streamed(Bare):
+class StreamedLinear(HooklessModule):
     """A linear layer over a weight as it lies, which kernels read once for all of a few rows."""
 
     weight: Tensor
@@ -144,10 +144,10 @@ class Streamed(Bare):
         return self._kernels.multiply(x.contiguous(), self.weight, self.bias)
 
 
-class BySize(Bare):
+class LinearBySize(HooklessModule):
     """Two layouts of one weight, each for the number of rows it is faster at; takes twice the memory."""
 
-    def __init__(self, few: Transposed | Streamed, many: Packed, *, most_few: int) -> None:
+    def __init__(self, few: TransposedLinear | StreamedLinear, many: PackedLinear, *, most_few: int) -> None:
         """`few` runs up to `most_few` rows."""
         super().__init__()
         self.few, self.many, self._most_few = few, many, most_few
@@ -185,7 +185,7 @@ def most_few(
     return most
 
 
-class Layouts:
+class LinearLayouts:
     """Gives linear layers the layouts that suit their device."""
 
     def __init__(self, *, twice: bool, kernels: Kernels | None = None) -> None:
@@ -200,24 +200,24 @@ class Layouts:
         if not (isinstance(layer, nn.Linear) and is_plain(layer) and layer.weight.device.type == "cpu"):
             return layer
         if self._packing is None or layer.weight.dtype != torch.float32:
-            return Transposed(layer.weight, layer.bias)
+            return TransposedLinear(layer.weight, layer.bias)
         size = (layer.in_features, layer.out_features)
         if self._twice and size not in self._most_few:
             self._most_few[size] = self._compare(layer.weight, self._packing)
-        packed = Packed(layer.weight, layer.bias, self._packing)
+        packed = PackedLinear(layer.weight, layer.bias, self._packing)
         few = self._most_few.get(size, 0)
-        return BySize(self._few(layer.weight, layer.bias), packed, most_few=few) if few else packed
+        return LinearBySize(self._few(layer.weight, layer.bias), packed, most_few=few) if few else packed
 
-    def _few(self, weight: Tensor, bias: Tensor | None) -> Transposed | Streamed:
+    def _few(self, weight: Tensor, bias: Tensor | None) -> TransposedLinear | StreamedLinear:
         """Return the layout for few rows."""
         if self._kernels is None or weight.shape[1] % WIDTH:
-            return Transposed(weight, bias)
-        return Streamed(weight, bias, self._kernels)
+            return TransposedLinear(weight, bias)
+        return StreamedLinear(weight, bias, self._kernels)
 
     def _compare(self, weight: Tensor, packing: Packing) -> int:
         """Return up to how many rows the layout for few is faster, of weights like this one (out, in)."""
         copies = range(min(1 + COLD_BYTES // weight.nbytes, MOST_COPIES))
         few = [self._few(weight, None) for _ in copies]
-        packed = [Packed(weight, None, packing) for _ in copies]
-        limit = MOST_TOKENS if isinstance(few[0], Streamed) else FEW[-1]
+        packed = [PackedLinear(weight, None, packing) for _ in copies]
+        limit = MOST_TOKENS if isinstance(few[0], StreamedLinear) else FEW[-1]
         return most_few(few, packed, weight.shape[1], limit=limit)

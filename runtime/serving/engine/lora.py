@@ -1,9 +1,9 @@
 """LoRA adapters that live beside the base weights, one per row of a batch, never merged.
 
-Every linear layer that may be adapted becomes a `RowLinear`: the base product, plus for the flat tokens
+Every linear layer that may be adapted becomes a `LoraLinear`: the base product, plus for the flat tokens
 that ask for it their own adapter's update. Shapes: `A` resident adapters, `N` flat tokens, `r` the largest
 rank, `n` parts of a layer, `S` scattered tokens, `P` adapters they have, `c` tokens of the busiest. Does not
-know requests. Start at `RowLinear.forward`; `group` says which tokens are whose.
+know requests. Start at `LoraLinear.forward`; `group` says which tokens are whose.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from runtime.adapters import CONFIG_FILE, WEIGHTS_FILE, scaling
 from runtime.errors import ConfigError
 from runtime.serving.engine.kernels import Kernels
-from runtime.serving.engine.linear import Bare
+from runtime.serving.engine.linear import HooklessModule
 
 LOOPED = 2
 """Up to this many spans, products of their own each."""
@@ -39,7 +39,7 @@ class Masked:
 
 
 @dataclass(frozen=True, slots=True)
-class Own:
+class PerToken:
     """The first tokens, each with its own adapter in one call (kernels/)."""
 
     lanes: Tensor
@@ -61,12 +61,12 @@ class Batched:
 
 
 @dataclass(frozen=True, slots=True)
-class Groups:
+class AdapterGroups:
     """The flat tokens of one batch by adapter."""
 
     spans: tuple[tuple[int, int, int], ...]
     """(adapter, begin, end) of tokens that lie together: prompt chunks, neighbouring rows."""
-    scattered: Own | Masked | Batched | None
+    scattered: PerToken | Masked | Batched | None
     """The other tokens that have an adapter."""
 
 
@@ -77,7 +77,7 @@ def group(
     device: torch.device,
     dtype: torch.dtype,
     own: bool = False,
-) -> Groups | None:
+) -> AdapterGroups | None:
     """Sort the flat tokens by adapter, given (adapter or None, count) in flat order; None if all are None.
 
     With `own` there are kernels for scattered tokens.
@@ -88,15 +88,15 @@ def group(
     small = [span for span in spans if span[2] - span[1] < SPAN_TOKENS]
     large = tuple(span for span in spans if span not in small)
     if own and small:
-        return Groups(large, Own(_numbers(_lanes(small))))
+        return AdapterGroups(large, PerToken(_numbers(_lanes(small))))
     if len(small) <= LOOPED:
-        return Groups(tuple(spans), None)
+        return AdapterGroups(tuple(spans), None)
     count = small[-1][2]
     # decoding rows come first, so the scattered tokens are a beginning, unless a long prompt ends shortly
     if resident > MASKED or any(begin < count for _, begin, _ in large):
-        return Groups(large, _batched(small, device))
+        return AdapterGroups(large, _batched(small, device))
     found = mask(_lanes(small), resident=resident, device=device, dtype=dtype)
-    return Groups(large, Masked(count, found))
+    return AdapterGroups(large, Masked(count, found))
 
 
 def _lanes(spans: list[tuple[int, int, int]]) -> list[int | None]:
@@ -141,14 +141,14 @@ def _spans(owners: Sequence[tuple[int | None, int]]) -> list[tuple[int, int, int
     return spans
 
 
-class RowLinear(Bare):
+class LoraLinear(HooklessModule):
     """A linear layer with any number of adapters; the step under way says which token has which.
 
     It may stand for several layers with the same input, its outputs theirs one after another: each of
     these `n` parts has LoRA weights of its own, and their first products are one.
     """
 
-    def __init__(self, base: nn.Module, size: tuple[int, tuple[int, ...]], step: "Step") -> None:
+    def __init__(self, base: nn.Module, size: tuple[int, tuple[int, ...]], step: "StepContext") -> None:
         """`base` maps (..., in) to (..., sum of outs); `size` is (in, outs)."""
         super().__init__()
         self.base = base
@@ -171,7 +171,7 @@ class RowLinear(Bare):
         for adapter, begin, end in groups.spans:
             inner = flat[begin:end] @ self.down[:, adapter].flatten(0, 1).T
             self._add(result[begin:end], inner, [up[adapter] for up in self.ups])
-        if isinstance(groups.scattered, Own) and self._adapt is not None:
+        if isinstance(groups.scattered, PerToken) and self._adapt is not None:
             self._adapt(flat, result, groups.scattered.lanes)
         elif isinstance(groups.scattered, Masked):
             count = groups.scattered.count
@@ -199,7 +199,7 @@ class RowLinear(Bare):
         ]
         return torch.cat(updates, -1).flatten(0, 1).index_select(0, batched.real)
 
-    def place(self, lane: int, weights: "PartWeights", *, lanes: int) -> None:
+    def place(self, lane: int, weights: "LoraWeights", *, lanes: int) -> None:
         """Put an adapter's (r, in) and (out, r) by part at place `lane` of `lanes`; else zeros."""
         if not weights and self.down is None:
             return
@@ -228,17 +228,17 @@ class RowLinear(Bare):
         self.down, self.ups, self._adapt = None, [], None
 
 
-PartWeights = dict[int, tuple[Tensor, Tensor]]
+LoraWeights = dict[int, tuple[Tensor, Tensor]]
 """LoRA weights (r, in) and scaled (out, r) by part of one layer."""
 
 
 @dataclass(slots=True)
-class Step:
+class StepContext:
     """What every layer of one model shares: whose tokens are running."""
 
     kernels: Kernels | None = None
     """What gives scattered tokens their own adapters, on a CPU."""
-    groups: Groups | None = None
+    groups: AdapterGroups | None = None
 
 
 _PREFIX = "base_model.model."
@@ -248,19 +248,19 @@ Cut = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class LoraTarget:
     """Where one of the model's own linear layers lives: it is part `index` of `layer`."""
 
-    layer: RowLinear
+    layer: LoraLinear
     index: int
 
 
-class Bank:
+class AdapterStore:
     """Adapters by name; each has a version (never used twice) and a lane (its place in the stacks)."""
 
     def __init__(
         self,
-        parts: dict[str, Part],
+        parts: dict[str, LoraTarget],
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -289,7 +289,7 @@ class Bank:
         """Return the version that `name` stands for now; None for the base."""
         return None if name is None else self._versions[name]
 
-    def group(self, owners: Sequence[tuple[int | None, int]]) -> Groups | None:
+    def group(self, owners: Sequence[tuple[int | None, int]]) -> AdapterGroups | None:
         """Sort a batch's flat tokens by adapter, given (version or None, count) in flat order."""
         lanes = [(None if version is None else self._lanes[version], count) for version, count in owners]
         return group(lanes, resident=self._width, device=self.device, dtype=self._dtype, own=self._own)
@@ -304,12 +304,12 @@ class Bank:
         lanes = [None if version is None else self._lanes[version] for version in owners]
         return mask(lanes, resident=self._width, device=self.device, dtype=self._dtype)
 
-    def read(self, name: str, folder: Path, *, strength: float) -> dict[RowLinear, PartWeights]:
+    def read(self, name: str, folder: Path, *, strength: float) -> dict[LoraLinear, LoraWeights]:
         """Return the adapter's (r, in) and scaled (out, r) by layer and part; ConfigError if unfit."""
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if config.get("use_dora") or config.get("lora_bias") or config.get("bias", "none") != "none":
             raise ConfigError(f"adapter {name}: has DoRA or trained biases, expected plain LoRA weights")
-        found: dict[RowLinear, PartWeights] = {}
+        found: dict[LoraLinear, LoraWeights] = {}
         pairs = _pairs(name, load_file(str(folder / WEIGHTS_FILE)))
         for path, pair in pairs.items():
             part = self._parts.get(path)
@@ -329,7 +329,7 @@ class Bank:
             )
         return found
 
-    def add(self, name: str, weights: dict[RowLinear, PartWeights]) -> None:
+    def add(self, name: str, weights: dict[LoraLinear, LoraWeights]) -> None:
         """Make what `read` returned answerable under `name`."""
         taken = set(self._lanes.values())
         lane = next(number for number in itertools.count() if number not in taken)

@@ -1,6 +1,6 @@
 """Runs one step of the model: a plan in, the logits of the rows that choose a token out.
 
-Knows the model and its cache, not requests or sampling. Start at `Runner.run`.
+Knows the model and its cache, not requests or sampling. Start at `ModelRunner.run`.
 """
 
 import contextlib
@@ -16,24 +16,24 @@ from torch import Tensor, nn
 from runtime import hardware
 from runtime.errors import ConfigError
 from runtime.memory.shape import dimensions
-from runtime.serving.engine.batch import Batch, Work, assemble, describe
-from runtime.serving.engine.cuda_graphs import Recorder, Recordings
+from runtime.serving.engine.batch import Batch, HostBatch, assemble, describe
+from runtime.serving.engine.cuda_graphs import GraphBackend, GraphCache
 from runtime.serving.engine.kernels import WIDTH, Kernels
 from runtime.serving.engine.kv_cache import SlotCache
-from runtime.serving.engine.layers import Adaptables
-from runtime.serving.engine.linear import Layouts
-from runtime.serving.engine.lora import Bank, Step
-from runtime.serving.engine.parallel.group import Add, Begin, Clear, End, Remove, Team
-from runtime.serving.engine.parallel.shard import Share
+from runtime.serving.engine.layers import LayerFactory
+from runtime.serving.engine.linear import LinearLayouts
+from runtime.serving.engine.lora import AdapterStore, StepContext
+from runtime.serving.engine.parallel.group import Add, Begin, Clear, End, Group, Remove
+from runtime.serving.engine.parallel.shard import Shard
 from runtime.serving.engine.patch import UNSCALED, prepare
 from runtime.serving.engine.rope import short_tokens
-from runtime.serving.engine.scheduler import Plan
+from runtime.serving.engine.scheduler import StepPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Trunk:
+class DecoderForward:
     """Runs a model whose layers are: norm, attention, add, norm, MLP, add."""
 
     def __init__(self, model: "PreTrainedModel") -> None:
@@ -73,16 +73,16 @@ SPARE = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Membership:
+class Rank:
     """A process's place among those that serve one model together."""
 
-    team: Team
-    share: Share
+    team: Group
+    share: Shard
     dismiss: Callable[[], None] = lambda: None
     """Waits for the other processes to end; rank 0's."""
 
 
-class Runner:
+class ModelRunner:
     """A model prepared for rows; it belongs to this runner from then on.
 
     With a `membership` the model is a share: what rank 0's runner does, those of the others do too.
@@ -94,8 +94,8 @@ class Runner:
         *,
         rows: int,
         positions: int,
-        membership: Membership | None = None,
-        recorder: Recorder | None = None,
+        membership: Rank | None = None,
+        recorder: GraphBackend | None = None,
     ) -> None:
         """Record steps with `recorder` where there is one."""
         layers, heads, dim = cache_shape(model.config)
@@ -104,7 +104,7 @@ class Runner:
         self._model = model
         self._short_tokens = short_tokens(model.config.get_text_config())
         kernels = _find_kernels(model)
-        self._step = Step(kernels)
+        self._step = StepContext(kernels)
         self.cache = SlotCache(
             layers,
             shape=(rows, heads, positions, dim),
@@ -112,16 +112,18 @@ class Runner:
             device=model.device,
             kernels=kernels,
         )
-        linears = Adaptables(self._step, Layouts(twice=_is_small(model), kernels=kernels), team=self._team)
+        linears = LayerFactory(
+            self._step, LinearLayouts(twice=_is_small(model), kernels=kernels), team=self._team
+        )
         prepare(model, self.cache, linears)
-        self._trunk = Trunk(model) if model.config.model_type in UNSCALED else None
+        self._trunk = DecoderForward(model) if model.config.model_type in UNSCALED else None
         cut = membership.share.cut_adapter if membership is not None else None
-        self.bank = Bank(
+        self.bank = AdapterStore(
             linears.parts, dtype=model.dtype, device=model.device, cut=cut, own=kernels is not None
         )
         self._recordings = None
         if recorder is not None:
-            self._recordings = Recordings(
+            self._recordings = GraphCache(
                 self._forward, self.bank, slots=rows, positions=positions, recorder=recorder
             )
         # a ready-made mask, so that no model builds one: the attention of rows makes its own
@@ -131,7 +133,7 @@ class Runner:
         """Whether a row that will fill so many `positions` needs rotary factors for long contexts."""
         return self._short_tokens is not None and positions > self._short_tokens
 
-    def run(self, plan: Plan) -> Tensor:
+    def run(self, plan: StepPlan) -> Tensor:
         """Run `plan` and return logits (R + C, V): its decoding rows, then its chunks that end a prompt."""
         work = describe(plan)
         self._tell(work)
@@ -156,7 +158,7 @@ class Runner:
         """Do what rank 0 does until it ends."""
         assert self._team is not None, "nobody to follow"  # noqa: S101
         while not isinstance(order := self._team.hear(), End):
-            if isinstance(order, Work):
+            if isinstance(order, HostBatch):
                 self._execute(order)
             elif isinstance(order, Add):
                 with contextlib.suppress(ConfigError):  # rank 0 reads the same file and says so
@@ -188,7 +190,7 @@ class Runner:
         return self.bank.remove(name)
 
     @torch.inference_mode()
-    def _execute(self, work: Work) -> Tensor:
+    def _execute(self, work: HostBatch) -> Tensor:
         for source, target, count in work.copies:
             self.cache.copy(source, target, count)
         logits = self._recordings.run(work) if self._recordings is not None else None

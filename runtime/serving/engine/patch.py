@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from runtime.serving.engine import rope
-from runtime.serving.engine.attention import register, use_rows
+from runtime.serving.engine.attention import register, use_slot_attention
 from runtime.serving.engine.kv_cache import SlotCache
-from runtime.serving.engine.layers import Adaptables, FalconRows, FusedAttention, FusedMlp, Norm
-from runtime.serving.engine.lora import RowLinear
+from runtime.serving.engine.layers import FalconAttention, FusedAttention, FusedMlp, LayerFactory, RMSNorm
+from runtime.serving.engine.lora import LoraLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,21 +35,21 @@ def refusal(model: "PreTrainedModel") -> str | None:
     return rope.refusal(config)
 
 
-def prepare(model: "PreTrainedModel", cache: SlotCache, layers: Adaptables) -> None:
+def prepare(model: "PreTrainedModel", cache: SlotCache, layers: LayerFactory) -> None:
     """Change `model` in place to run flat tokens over `cache`, its linear layers made by `layers`."""
     kind = model.config.model_type
     replaced = kind in FUSED or kind == "falcon"  # Falcon's class takes no other attention function
     if not replaced:
-        use_rows(model)
+        use_slot_attention(model)
     for name, module in list(model.named_modules()):
         if kind == "falcon" and hasattr(module, "query_key_value"):
-            _replace(model, name, FalconRows(module, cache))
+            _replace(model, name, FalconAttention(module, cache))
         elif kind in FUSED and hasattr(module, "o_proj"):
             _replace(model, name, FusedAttention(name, module, cache, layers))
         elif kind in FUSED and hasattr(module, "down_proj") and hasattr(module, "gate_proj"):
             _replace(model, name, FusedMlp(name, module, layers, cache.kernels))
         elif kind in UNSCALED and hasattr(module, "variance_epsilon"):
-            _replace(model, name, Norm(module.weight, module.variance_epsilon, cache.kernels))
+            _replace(model, name, RMSNorm(module.weight, module.variance_epsilon, cache.kernels))
         elif not replaced and hasattr(module, "layer_idx") and hasattr(module, "config"):
             register(module.config, cache)
     for name, module in list(model.named_modules()):
@@ -73,14 +73,14 @@ def _choose_angles_by_row(model: "PreTrainedModel", cache: SlotCache) -> None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return hasattr(module, "in_features") and hasattr(module, "weight") and not isinstance(module, RowLinear)
+    return hasattr(module, "in_features") and hasattr(module, "weight") and not isinstance(module, LoraLinear)
 
 
 def _inside(model: nn.Module, name: str) -> bool:
     """Whether the module at `name` is already part of a row layer."""
     ancestors = name.split(".")
     return any(
-        isinstance(model.get_submodule(".".join(ancestors[:depth])), RowLinear)
+        isinstance(model.get_submodule(".".join(ancestors[:depth])), LoraLinear)
         for depth in range(1, len(ancestors))
     )
 

@@ -3,7 +3,7 @@
 Answers repeat their prompts and themselves: names, quoted text, code, lists. Where the newest tokens stood
 before, what followed them there is the guess; the model checks all of it in one pass, which a few rows leave
 room for. A guess decides when a token is computed, never which one is chosen (arXiv:2211.17192, where the
-guess is certain). Does not know models. Start at `Guesser.guess`.
+guess is certain). Does not know models. Start at `PromptLookup.guess`.
 """
 
 from array import array
@@ -18,7 +18,7 @@ _CODE = "i"
 _BYTES = array(_CODE).itemsize
 
 
-class Guesser:
+class PromptLookup:
     """The guesses for one row."""
 
     __slots__ = ("_held", "_misses", "_rests_until", "_width")

@@ -1,7 +1,7 @@
 """Where requests meet an engine's thread: the bounded queue, who is running, which adapter is in use.
 
 Everything here may be called from any thread. Does not know models or how tokens are made. Start at
-`Desk.submit` (the event loop's side) and `Desk.take` (the engine thread's side).
+`RequestQueue.submit` (the event loop's side) and `RequestQueue.take` (the engine thread's side).
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from runtime.errors import OverloadedError, UnavailableError, UnknownModelError
 from runtime.serving.engine.protocol import FinishReason, Request, Start, Token
 
 
-class Ticket:
+class RequestHandle:
     """A request in flight; made in the event loop that reads the answer."""
 
     def __init__(self, request: Request) -> None:
@@ -64,15 +64,15 @@ LAST_STEP_S = 10.0
 """How long a closed engine is waited for; a step of a large model on a CPU takes seconds."""
 
 
-class Desk:
+class RequestQueue:
     """Takes requests in order of arrival; at most `queue` wait while `rows` are being answered."""
 
     def __init__(self, *, rows: int, queue: int, adapters: Callable[[], tuple[str, ...]]) -> None:
         self._rows = rows
         self._queue = queue
         self._adapters = adapters
-        self._waiting: deque[Ticket] = deque()
-        self._running: list[Ticket] = []
+        self._waiting: deque[RequestHandle] = deque()
+        self._running: list[RequestHandle] = []
         self._in_flight: Counter[str | None] = Counter()
         self._leaving: set[str] = set()
         self._errands: deque[tuple[Callable[[], None], Future[None]]] = deque()
@@ -89,13 +89,13 @@ class Desk:
                 raise UnknownModelError(f"adapter '{request.adapter}' is not resident")
             if len(self._waiting) >= self._queue + self._rows - len(self._running):
                 raise OverloadedError(f"{self._queue} requests are waiting already; try again shortly")
-            ticket = Ticket(request)
+            ticket = RequestHandle(request)
             self._in_flight[request.adapter] += 1
             self._waiting.append(ticket)
             self._changed.notify_all()
         return ticket.read(on_leave=lambda: self._drop(ticket))
 
-    def take(self, *, wait: bool) -> list[Ticket]:
+    def take(self, *, wait: bool) -> list[RequestHandle]:
         """Run errands, then return the requests that may start now; with `wait`, not before there is one.
 
         Empty also when only an errand was to do, or the desk was closed.
@@ -145,7 +145,7 @@ class Desk:
             except Exception as error:  # belongs to whoever sent the errand
                 done.set_exception(error)
 
-    def finish(self, ticket: Ticket, end: FinishReason | Exception) -> None:
+    def finish(self, ticket: RequestHandle, end: FinishReason | Exception) -> None:
         """Give a running request its end or failure, and its row to the next."""
         with self._changed:
             if ticket in self._running:
@@ -218,7 +218,7 @@ class Desk:
         idle = not self._running and not self._waiting
         return time.monotonic() if idle else self._progress
 
-    def _drop(self, ticket: Ticket) -> None:
+    def _drop(self, ticket: RequestHandle) -> None:
         """The reader wants no more: a waiting request ends here, a running one at the next step."""
         with self._changed:
             ticket.cancelled = True
@@ -226,7 +226,7 @@ class Desk:
                 self._waiting.remove(ticket)
                 self._retire(ticket, "cancelled")
 
-    def _retire(self, ticket: Ticket, end: FinishReason | Exception) -> None:
+    def _retire(self, ticket: RequestHandle, end: FinishReason | Exception) -> None:
         self._in_flight[ticket.request.adapter] -= 1
         ticket.post(Token(None, end) if isinstance(end, str) else end)
         self._changed.notify_all()

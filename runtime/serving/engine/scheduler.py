@@ -9,7 +9,7 @@ threads or why an answer ends. Start at `Scheduler.plan`.
 from collections import deque
 from dataclasses import dataclass, field
 
-from runtime.serving.engine.prompt_lookup import Guesser
+from runtime.serving.engine.prompt_lookup import PromptLookup
 
 LEAST_SHARED = 8
 """Shared beginnings below this many tokens are not worth copying."""
@@ -20,7 +20,7 @@ GUESSING_ROWS = 1
 
 
 @dataclass(slots=True, eq=False)
-class Row:
+class Sequence:
     """One request in its slot."""
 
     adapter: int | None
@@ -37,7 +37,7 @@ class Row:
     """How many of these were found in the cache, not computed."""
     long: bool = False
     """Whether its positions are turned by the factors for long contexts, which make other keys."""
-    guesser: Guesser = field(default_factory=Guesser)
+    guesser: PromptLookup = field(default_factory=PromptLookup)
 
     @property
     def decodes(self) -> bool:
@@ -52,16 +52,16 @@ class Slot:
     ids: list[int] = field(default_factory=list)
     adapter: int | None = None
     long: bool = False
-    row: Row | None = None
+    row: Sequence | None = None
     used: int = 0
     """Clock of the last retirement, to reuse the slot that was idle longest."""
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class PromptChunk:
     """`count` prompt tokens of `row`, from position `start` on."""
 
-    row: Row
+    row: Sequence
     start: int
     count: int
 
@@ -72,10 +72,10 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Ahead:
+class Draft:
     """The newest token of `row`, and guesses of those after it: one more can be chosen than are right."""
 
-    row: Row
+    row: Sequence
     guesses: tuple[int, ...]
 
     @property
@@ -85,22 +85,22 @@ class Ahead:
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class PrefixCopy:
     """Take the first `count` positions of slot `source` over into the slot of `row` before the step."""
 
     source: int
-    row: Row
+    row: Sequence
     count: int
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StepPlan:
     """One step: copies first; rows with one token each in slot order, rows with guesses, prompt chunks."""
 
-    decode: tuple[Row, ...]
-    chunks: tuple[Chunk, ...]
-    copies: tuple[Copy, ...] = ()
-    ahead: tuple[Ahead, ...] = ()
+    decode: tuple[Sequence, ...]
+    chunks: tuple[PromptChunk, ...]
+    copies: tuple[PrefixCopy, ...] = ()
+    ahead: tuple[Draft, ...] = ()
 
 
 class Scheduler:
@@ -117,11 +117,11 @@ class Scheduler:
         self._chunk_tokens = chunk_tokens
         self._alone_tokens = alone_tokens or chunk_tokens
         self._guess_tokens = guess_tokens
-        self._prompts: deque[Row] = deque()
+        self._prompts: deque[Sequence] = deque()
         self._clock = 0
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[Sequence]:
         """The rows in flight, by slot."""
         return [slot.row for slot in self.slots if slot.row is not None]
 
@@ -132,7 +132,7 @@ class Scheduler:
 
     def admit(
         self, prompt_ids: tuple[int, ...], *, adapter: int | None, guess_until: int = 0, long: bool = False
-    ) -> Row:
+    ) -> Sequence:
         """Give a free slot to a request: one that the prompt continues, else the stalest.
 
         What a slot holds is lost with it. So a slot is continued when the prompt shares at least half of
@@ -140,7 +140,7 @@ class Scheduler:
         """
         ids = list(prompt_ids)
         free = [index for index, slot in enumerate(self.slots) if slot.row is None]
-        row = Row(adapter, -1, ids, len(ids), guess_until, long=long)
+        row = Sequence(adapter, -1, ids, len(ids), guess_until, long=long)
         shared = {index: self._shared(index, row) for index in free}
         best = max(free, key=lambda index: shared[index])
         if shared[best] < max(LEAST_SHARED, len(self.slots[best].ids) / 2):
@@ -153,7 +153,7 @@ class Scheduler:
         self._prompts.append(row)
         return row
 
-    def plan(self) -> Plan:
+    def plan(self) -> StepPlan:
         """Return what the next step runs; empty when there is no row. Changes nothing: `ran` does.
 
         A prompt whose beginning is being computed for another row in the same step waits, and copies it
@@ -163,10 +163,10 @@ class Scheduler:
         if self._guess_tokens and not self._prompts and len(decode) <= GUESSING_ROWS:
             ahead = tuple(guess for row in decode if (guess := self._guess(row)) is not None)
             guessed = [guess.row for guess in ahead]
-            return Plan(tuple(row for row in decode if row not in guessed), (), (), ahead)
+            return StepPlan(tuple(row for row in decode if row not in guessed), (), (), ahead)
         budget = self._chunk_tokens if decode else self._alone_tokens
-        chunks: list[Chunk] = []
-        copies: list[Copy] = []
+        chunks: list[PromptChunk] = []
+        copies: list[PrefixCopy] = []
         for row in self._prompts:
             if budget <= 0:
                 break
@@ -176,11 +176,11 @@ class Scheduler:
                 continue
             if copy is not None:
                 copies.append(copy)
-            chunks.append(Chunk(row, start, min(budget, len(row.ids) - start)))
+            chunks.append(PromptChunk(row, start, min(budget, len(row.ids) - start)))
             budget -= chunks[-1].count
-        return Plan(decode, tuple(chunks), tuple(copies))
+        return StepPlan(decode, tuple(chunks), tuple(copies))
 
-    def ran(self, plan: Plan) -> None:
+    def ran(self, plan: StepPlan) -> None:
         """Note that the step is done: its tokens are in the cache.
 
         Prompts take turns: a row that got a chunk and is not done goes to the end of the line, so a short
@@ -198,7 +198,7 @@ class Scheduler:
             if not chunk.completes:
                 self._prompts.append(chunk.row)
 
-    def retire(self, row: Row) -> None:
+    def retire(self, row: Sequence) -> None:
         """Free the row's slot; its contents stay for a prompt that begins alike."""
         slot = self.slots[row.slot]
         self._clock += 1
@@ -213,21 +213,21 @@ class Scheduler:
             if slot.row is None and (everything or slot.adapter == adapter):
                 slot.ids, slot.adapter = [], None
 
-    def _guess(self, row: Row) -> Ahead | None:
+    def _guess(self, row: Sequence) -> Draft | None:
         # the last token is chosen and never run
         most = min(self._guess_tokens, row.guess_until - len(row.ids) - 1)
         guesses = row.guesser.guess(row.ids, most=most)
-        return Ahead(row, guesses) if guesses else None
+        return Draft(row, guesses) if guesses else None
 
-    def _best_copy(self, row: Row) -> Copy | None:
+    def _best_copy(self, row: Sequence) -> PrefixCopy | None:
         """Return the copy that saves this row most, if another slot holds enough more of its prompt."""
         shared = {index: self._shared(index, row) for index in range(len(self.slots)) if index != row.slot}
         best = max(shared, key=lambda index: shared[index], default=None)
         if best is None or shared[best] < row.filled + LEAST_SHARED:
             return None
-        return Copy(best, row, shared[best])
+        return PrefixCopy(best, row, shared[best])
 
-    def _shared(self, index: int, row: Row) -> int:
+    def _shared(self, index: int, row: Sequence) -> int:
         """Return how many tokens at the beginning of `row` slot `index` holds; never all of them."""
         slot = self.slots[index]
         if (slot.adapter, slot.long) != (row.adapter, row.long):
@@ -236,7 +236,7 @@ class Scheduler:
         return _equal(slot.ids, row.ids, most=min(held, len(row.ids) - 1))
 
 
-def _computed(chunks: list[Chunk], row: Row) -> int:
+def _computed(chunks: list[PromptChunk], row: Sequence) -> int:
     """Return how much of the beginning of `row` the slots of `chunks` will hold after their step."""
     return max(
         (

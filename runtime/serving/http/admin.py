@@ -15,9 +15,9 @@ from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from runtime.errors import ConfigError, ForbiddenError, RequestError, UnknownModelError
-from runtime.serving.generation import Answers
+from runtime.serving.generation import Generator
 from runtime.serving.http.schema import Body, Message, Name, Text, TokenId
-from runtime.serving.lifecycle import Served
+from runtime.serving.lifecycle import ServedModel
 from runtime.serving.settings import ADAPTER_NAME, AdapterSource
 
 log = logging.getLogger(__name__)
@@ -53,11 +53,11 @@ class UnloadBody(Body):
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterDoor:
+class AdapterLoader:
     """From where adapters may come at run time, and who reads them."""
 
     root: Path
-    add: Callable[[Served, AdapterSource], None]
+    add: Callable[[ServedModel, AdapterSource], None]
     """Blocks while it reads; raises ConfigError for what must not be served."""
 
     def folder(self, path: str) -> Path:
@@ -73,12 +73,12 @@ class AdapterDoor:
         return folder
 
 
-def router(answers: Answers, door: AdapterDoor | None) -> APIRouter:
+def router(answers: Generator, door: AdapterLoader | None) -> APIRouter:
     """Return the routes; `door` None refuses to load and unload."""
     routes = APIRouter(tags=["tools"])
     changing = asyncio.Lock()
 
-    def opened() -> AdapterDoor:
+    def opened() -> AdapterLoader:
         if door is None:
             raise ForbiddenError("adapters are fixed here: loading needs an API key and an adapter directory")
         return door

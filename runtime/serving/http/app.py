@@ -17,9 +17,9 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from runtime import __version__, hardware
 from runtime.errors import Failure
 from runtime.metrics import ServingMetrics
-from runtime.serving.generation import Answers
+from runtime.serving.generation import Generator
 from runtime.serving.http import admin, chat, openai, responses
-from runtime.serving.http.middleware import Gates
+from runtime.serving.http.middleware import RequestMiddleware
 from runtime.serving.http.schema import ErrorBody
 from runtime.serving.http.sse import error_object, failure_reply, reply
 from runtime.serving.lifecycle import Lifecycle
@@ -35,7 +35,7 @@ def create_app(
     metrics: ServingMetrics,
     limits: Limits,
     api_key: str | None = None,
-    door: admin.AdapterDoor | None = None,
+    door: admin.AdapterLoader | None = None,
 ) -> FastAPI:
     """Return the server's routes behind its gates; `door` lets adapters in at run time."""
     app = FastAPI(
@@ -45,7 +45,7 @@ def create_app(
         redoc_url=None,
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
-    answers = Answers(lifecycle, metrics, timeout_s=limits.request_timeout_s)
+    answers = Generator(lifecycle, metrics, timeout_s=limits.request_timeout_s)
     app.include_router(chat.router(answers))
     app.include_router(openai.router(answers))
     app.include_router(responses.router(answers))
@@ -53,7 +53,9 @@ def create_app(
     _add_health(app, lifecycle)
     _add_pages(app, metrics)
     _add_failures(app, metrics)
-    app.add_middleware(Gates, lifecycle=lifecycle, limits=limits, api_key=api_key, count=metrics.refused)
+    app.add_middleware(
+        RequestMiddleware, lifecycle=lifecycle, limits=limits, api_key=api_key, count=metrics.refused
+    )
     return app
 
 

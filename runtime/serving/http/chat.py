@@ -12,14 +12,14 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
-from runtime.serving.generation import Answers, Ask, Batch
+from runtime.serving.generation import GenerationRequest, Generations, Generator
 from runtime.serving.http.schema import ChatBody, GenerateFields, Message, PromptsBody
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
-from runtime.serving.structured_output import form_of
-from runtime.serving.tokenizer import Extent
+from runtime.serving.structured_output import constraint_of
+from runtime.serving.tokenizer import AnswerLength
 
 
-def router(answers: Answers) -> APIRouter:
+def router(answers: Generator) -> APIRouter:
     """Return the routes /chat and /generate."""
     routes = APIRouter(tags=["chat"])
 
@@ -48,7 +48,9 @@ def router(answers: Answers) -> APIRouter:
         request_id = request.state.request_id
         prompts = answers.served().prompts
         asks = [
-            Ask(await prompts.text(text, param="prompts"), request_id=request_id, continues=True)
+            GenerationRequest(
+                await prompts.text(text, param="prompts"), request_id=request_id, continues=True
+            )
             for text in body.prompts
         ]
         settled = [await _settled(answers, ask, body.parameters) for ask in asks]
@@ -61,7 +63,7 @@ def router(answers: Answers) -> APIRouter:
     return routes
 
 
-async def _ask(answers: Answers, body: ChatBody, request_id: str) -> tuple[Ask, str]:
+async def _ask(answers: Generator, body: ChatBody, request_id: str) -> tuple[GenerationRequest, str]:
     """Return what to generate, and the text that `return_full_text` puts before it."""
     prompts = answers.served().prompts
     param = "adapter" if body.adapter is not None else "model"
@@ -86,11 +88,11 @@ async def _ask(answers: Answers, body: ChatBody, request_id: str) -> tuple[Ask, 
     else:
         ids = await prompts.chat([Message(role="user", content=before)], param="prompt")
         continues = False
-    ask = Ask(ids, adapter=adapter, request_id=request_id, continues=continues)
+    ask = GenerationRequest(ids, adapter=adapter, request_id=request_id, continues=continues)
     return await _settled(answers, ask, body.settings()), before
 
 
-async def _settled(answers: Answers, ask: Ask, fields: GenerateFields) -> Ask:
+async def _settled(answers: Generator, ask: GenerationRequest, fields: GenerateFields) -> GenerationRequest:
     """Return `ask` with the sampling settings that `fields` ask for."""
     for name in ("num_beams", "num_return_sequences", "typical_p"):
         if getattr(fields, name) != 1:
@@ -103,19 +105,19 @@ async def _settled(answers: Answers, ask: Ask, fields: GenerateFields) -> Ask:
     sampling = prompts.sampling(
         fields, prompt_tokens=len(ask.prompt_ids), extent=_extent(fields), sample=fields.do_sample
     )
-    sampling = await prompts.shaped(sampling, form_of(fields))
+    sampling = await prompts.shaped(sampling, constraint_of(fields))
     return replace(ask, sampling=sampling, stops=fields.stops())
 
 
-def _extent(fields: GenerateFields) -> Extent:
+def _extent(fields: GenerateFields) -> AnswerLength:
     """Return the length asked for: `max_new_tokens` by any of its names before `max_length`."""
     for name in ("max_new_tokens", "max_tokens", "max_gen_len"):
         if (wanted := getattr(fields, name)) is not None:
-            return Extent(new_tokens=wanted, param=name)
-    return Extent(total_tokens=fields.max_length, param="max_length")
+            return AnswerLength(new_tokens=wanted, param=name)
+    return AnswerLength(total_tokens=fields.max_length, param="max_length")
 
 
-def _end(batch: Batch, name: str, finish: str) -> dict[str, Any]:
+def _end(batch: Generations, name: str, finish: str) -> dict[str, Any]:
     return {
         "model": name,
         "finish_reason": finish,
@@ -127,7 +129,7 @@ def _end(batch: Batch, name: str, finish: str) -> dict[str, Any]:
     }
 
 
-async def _events(batch: Batch, name: str, before: str) -> AsyncGenerator[dict[str, Any], None]:
+async def _events(batch: Generations, name: str, before: str) -> AsyncGenerator[dict[str, Any], None]:
     """Yield `{"text": piece}` events, and a last one that also says how the answer ended."""
     if before:
         yield {"text": before}
@@ -138,7 +140,7 @@ async def _events(batch: Batch, name: str, before: str) -> AsyncGenerator[dict[s
             yield {"text": piece.text, **_end(batch, name, piece.finish)}
 
 
-async def _dialogs(answers: Answers, body: ChatBody, request: Request) -> Response:
+async def _dialogs(answers: Generator, body: ChatBody, request: Request) -> Response:
     """Answer llama-2's `{"input_data": {"input_string": [dialog, …]}}`, one turn more in each dialog."""
     dialogs = body.input_data.input_string if body.input_data else None
     if not dialogs:
@@ -146,7 +148,9 @@ async def _dialogs(answers: Answers, body: ChatBody, request: Request) -> Respon
     prompts, settings = answers.served().prompts, body.settings()
     asks = [
         await _settled(
-            answers, Ask(await prompts.chat(dialog), request_id=request.state.request_id), settings
+            answers,
+            GenerationRequest(await prompts.chat(dialog), request_id=request.state.request_id),
+            settings,
         )
         for dialog in dialogs
     ]
@@ -165,7 +169,7 @@ async def _dialogs(answers: Answers, body: ChatBody, request: Request) -> Respon
     return JSONResponse({"results": results})
 
 
-async def _texts(answers: Answers, asks: Sequence[Ask], request: Request) -> list[str]:
+async def _texts(answers: Generator, asks: Sequence[GenerationRequest], request: Request) -> list[str]:
     batch = answers.start(asks)
     try:
         wholes = await unless_gone(request, batch.whole(), request_id=request.state.request_id)

@@ -1,7 +1,7 @@
 """What every request passes before a route sees it: its id, the key, admission, its body's size and time.
 
 Plain ASGI, because a body must be refused while it arrives, or before. Knows paths only as "open" or
-not; does not know routes, models or the engine. Start at `Gates.__call__`.
+not; does not know routes, models or the engine. Start at `RequestMiddleware.__call__`.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ _JSON = re.compile(
 )
 
 
-class Gates:
+class RequestMiddleware:
     """Wraps an app: request id, API key, body limit, body deadline, body type."""
 
     def __init__(

@@ -15,18 +15,18 @@ from starlette.responses import JSONResponse, Response
 from runtime.errors import RequestError
 from runtime.serving import structured_output
 from runtime.serving.engine.protocol import Token
-from runtime.serving.generation import Answers, Ask, Batch, Piece, Whole
+from runtime.serving.generation import Generated, GenerationRequest, Generations, Generator, TextChunk
 from runtime.serving.http.schema import ChatCompletionBody, CompletionBody, OpenAIFields, ToolChoice
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
-from runtime.serving.tokenizer import Extent, Prompts
+from runtime.serving.tokenizer import AnswerLength, PromptTokenizer
 from runtime.serving.tool_calls import Call, ToolStream, split
 
 
 @dataclass(frozen=True, slots=True)
-class Chat:
+class ChatFormat:
     """The JSON of chat completions."""
 
-    prompts: Prompts
+    prompts: PromptTokenizer
     logprobs: bool
     tools: frozenset[str] = frozenset()
     calling: dict[int, ToolStream] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Chat:
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def whole(self, index: int, whole: Whole) -> dict[str, Any]:
+    def whole(self, index: int, whole: Generated) -> dict[str, Any]:
         """Return one choice of a complete answer."""
         text, calls = split(whole.text, self.tools) if self.tools else (whole.text, [])
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
@@ -53,7 +53,7 @@ class Chat:
         delta = {"role": "assistant", "content": ""}
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
-    def chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+    def chunks(self, index: int, piece: TextChunk) -> list[dict[str, Any]]:
         """Return the chunks of one piece: text, then how it ended in a chunk of its own."""
         text, finish, calls = piece.text, str(piece.finish or ""), list[Call]()
         if self.tools:
@@ -96,17 +96,17 @@ class Chat:
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
+class CompletionFormat:
     """The JSON of completions."""
 
-    prompts: Prompts
+    prompts: PromptTokenizer
     logprobs: int | None
     echoes: Sequence[str]
     id_prefix = "cmpl"
     object = "text_completion"
     chunk_object = "text_completion"
 
-    def whole(self, index: int, whole: Whole) -> dict[str, Any]:
+    def whole(self, index: int, whole: Generated) -> dict[str, Any]:
         """Return one choice of a complete answer."""
         text = self.echoes[index] + whole.text
         logprobs = self._logprobs(whole.tokens)
@@ -117,7 +117,7 @@ class Completion:
         text = self.echoes[index]
         return [{"index": index, "text": text, "logprobs": None, "finish_reason": None}] if text else []
 
-    def chunks(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+    def chunks(self, index: int, piece: TextChunk) -> list[dict[str, Any]]:
         """Return the chunk of one piece."""
         if not piece.text and not piece.finish and not piece.tokens:
             return []
@@ -144,7 +144,7 @@ def finite(logprob: float | None) -> float:
     return max(logprob, -9999.0) if logprob is not None else -9999.0
 
 
-def router(answers: Answers) -> APIRouter:
+def router(answers: Generator) -> APIRouter:
     """Return the /v1 routes for text."""
     routes = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -162,19 +162,19 @@ def router(answers: Answers) -> APIRouter:
     )
     async def chat_completions(body: ChatCompletionBody, request: Request) -> Response:
         ask = await _ask_chat(answers, body, request.state.request_id)
-        form = Chat(answers.served().prompts, body.logprobs, tool_names(body))
+        form = ChatFormat(answers.served().prompts, body.logprobs, tool_names(body))
         return await _respond(answers, [ask], body, request, form)
 
     @routes.post("/completions", responses=STREAMED, summary="Continue a text", response_model=None)
     async def completions(body: CompletionBody, request: Request) -> Response:
         asks, echoes = await _ask_texts(answers, body, request.state.request_id)
-        form = Completion(answers.served().prompts, body.logprobs, echoes)
+        form = CompletionFormat(answers.served().prompts, body.logprobs, echoes)
         return await _respond(answers, asks, body, request, form)
 
     return routes
 
 
-def model_list(answers: Answers) -> list[dict[str, Any]]:
+def model_list(answers: Generator) -> list[dict[str, Any]]:
     """Return what is served as OpenAI's model objects, the base first; adapters name it as parent."""
     served = answers.served()
     base, *adapters = served.models()
@@ -186,7 +186,7 @@ def model_list(answers: Answers) -> list[dict[str, Any]]:
     ]
 
 
-async def _ask_chat(answers: Answers, body: ChatCompletionBody, request_id: str) -> Ask:
+async def _ask_chat(answers: Generator, body: ChatCompletionBody, request_id: str) -> GenerationRequest:
     _check_common(body)
     for name in ("functions", "audio", "modalities"):
         value = getattr(body, name)
@@ -202,9 +202,9 @@ async def _ask_chat(answers: Answers, body: ChatCompletionBody, request_id: str)
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if names else None
     ids = await prompts.chat(body.messages, tools=tools)
     if body.max_completion_tokens is not None:
-        extent = Extent(body.max_completion_tokens, param="max_completion_tokens")
+        extent = AnswerLength(body.max_completion_tokens, param="max_completion_tokens")
     else:
-        extent = Extent(body.max_tokens)
+        extent = AnswerLength(body.max_tokens)
     sampling = prompts.sampling(
         body,
         prompt_tokens=len(ids),
@@ -212,11 +212,11 @@ async def _ask_chat(answers: Answers, body: ChatCompletionBody, request_id: str)
         sample=_sample(body),
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    form = structured_output.form_of(body) or _forced_call(body)
-    return Ask(ids, await prompts.shaped(sampling, form), body.stops(), adapter, request_id)
+    form = structured_output.constraint_of(body) or _forced_call(body)
+    return GenerationRequest(ids, await prompts.shaped(sampling, form), body.stops(), adapter, request_id)
 
 
-def _forced_call(body: ChatCompletionBody) -> structured_output.Form | None:
+def _forced_call(body: ChatCompletionBody) -> structured_output.Constraint | None:
     """Return the form of an answer that must be a call: `tool_choice` "required" or a named function."""
     choice = body.tool_choice
     if not body.tools or choice is None or choice in {"auto", "none"}:
@@ -239,7 +239,9 @@ def tool_names(body: ChatCompletionBody) -> frozenset[str]:
     return frozenset(tool.function.name for tool in body.tools)
 
 
-async def _ask_texts(answers: Answers, body: CompletionBody, request_id: str) -> tuple[list[Ask], list[str]]:
+async def _ask_texts(
+    answers: Generator, body: CompletionBody, request_id: str
+) -> tuple[list[GenerationRequest], list[str]]:
     """Return what to generate for each prompt, and the prompts' texts that `echo` puts first."""
     _check_common(body)
     if body.suffix:
@@ -249,17 +251,17 @@ async def _ask_texts(answers: Answers, body: CompletionBody, request_id: str) ->
     if body.echo and body.logprobs is not None:
         raise RequestError("'logprobs' of the prompt ('echo') are not supported here", param="logprobs")
     adapter = answers.adapter(body.model)
-    form = structured_output.form_of(body)
+    form = structured_output.constraint_of(body)
     prompts = answers.served().prompts
     asks, echoes = [], []
     for prompt in _prompts(body.prompt):
         ids = await prompts.text(prompt) if isinstance(prompt, str) else prompts.ids(prompt)
         sampling = prompts.sampling(
-            body, prompt_tokens=len(ids), extent=Extent(body.max_tokens), sample=_sample(body),
+            body, prompt_tokens=len(ids), extent=AnswerLength(body.max_tokens), sample=_sample(body),
             top_logprobs=body.logprobs,
         )  # fmt: skip
         sampling = await prompts.shaped(sampling, form)
-        asks.append(Ask(ids, sampling, body.stops(), adapter, request_id, continues=True))
+        asks.append(GenerationRequest(ids, sampling, body.stops(), adapter, request_id, continues=True))
         echoes.append((prompt if isinstance(prompt, str) else prompts.decode(ids)) if body.echo else "")
     if len(asks) * body.n > 8:
         raise RequestError("at most 8 answers a request: fewer prompts or a smaller 'n'", param="n")
@@ -287,7 +289,11 @@ def _sample(body: OpenAIFields) -> bool | None:
 
 
 async def _respond(
-    answers: Answers, asks: Sequence[Ask], body: OpenAIFields, request: Request, form: Chat | Completion
+    answers: Generator,
+    asks: Sequence[GenerationRequest],
+    body: OpenAIFields,
+    request: Request,
+    form: ChatFormat | CompletionFormat,
 ) -> Response:
     request_id = request.state.request_id
     batch = answers.start(asks, n=body.n)
@@ -310,7 +316,7 @@ async def _respond(
 
 
 async def _events(
-    batch: Batch, head: dict[str, Any], form: Chat | Completion, *, include_usage: bool
+    batch: Generations, head: dict[str, Any], form: ChatFormat | CompletionFormat, *, include_usage: bool
 ) -> AsyncGenerator[dict[str, Any], None]:
     rest: dict[str, Any] = {"usage": None} if include_usage else {}
     for index in range(len(batch.answers)):
@@ -323,7 +329,7 @@ async def _events(
         yield {**head, "choices": [], "usage": usage(batch)}
 
 
-def usage(batch: Batch) -> dict[str, Any]:
+def usage(batch: Generations) -> dict[str, Any]:
     """Return OpenAI's token counts."""
     return {
         "prompt_tokens": batch.prompt_tokens,

@@ -13,10 +13,10 @@ from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
 from runtime.serving import structured_output
-from runtime.serving.generation import Answers, Ask, Batch
+from runtime.serving.generation import GenerationRequest, Generations, Generator
 from runtime.serving.http.schema import Body, Message, Name, SamplingFields, Text, TextPart, TokenCount
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
-from runtime.serving.tokenizer import Extent
+from runtime.serving.tokenizer import AnswerLength
 
 
 class Item(Message):
@@ -71,7 +71,7 @@ class ResponsesBody(SamplingFields):
     metadata: dict[Name, Text] | None = Field(None, max_length=16)
 
 
-def router(answers: Answers) -> APIRouter:
+def router(answers: Generator) -> APIRouter:
     """Return the route."""
     routes = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -93,7 +93,7 @@ def router(answers: Answers) -> APIRouter:
     return routes
 
 
-async def _ask(answers: Answers, body: ResponsesBody, request_id: str) -> Ask:
+async def _ask(answers: Generator, body: ResponsesBody, request_id: str) -> GenerationRequest:
     for name in ("previous_response_id", "tools"):
         if getattr(body, name):
             raise RequestError(f"'{name}' is not supported here", param=name)
@@ -106,25 +106,25 @@ async def _ask(answers: Answers, body: ResponsesBody, request_id: str) -> Ask:
         turns.insert(0, Message(role="system", content=body.instructions))
     prompts = answers.served().prompts
     ids = await prompts.chat(turns, param="input")
-    extent = Extent(body.max_output_tokens, param="max_output_tokens")
+    extent = AnswerLength(body.max_output_tokens, param="max_output_tokens")
     sampling = prompts.sampling(body, prompt_tokens=len(ids), extent=extent)
     sampling = await prompts.shaped(sampling, _form(body))
-    return Ask(ids, sampling, body.stops(), adapter, request_id)
+    return GenerationRequest(ids, sampling, body.stops(), adapter, request_id)
 
 
-def _form(body: ResponsesBody) -> structured_output.Form | None:
+def _form(body: ResponsesBody) -> structured_output.Constraint | None:
     form = body.text.format if body.text else Format()
     if form.type == "text":
-        return structured_output.form_of(body)
+        return structured_output.constraint_of(body)
     if form.type == "json_object" or form.schema_ is None:
         return structured_output.json_object("text.format")
-    return structured_output.Form("schema", form.schema_, "text.format")
+    return structured_output.Constraint("schema", form.schema_, "text.format")
 
 
 class _Shape:
     """The JSON of one response, at its beginning and at its end."""
 
-    def __init__(self, body: ResponsesBody, ask: Ask, name: str, batch: Batch) -> None:
+    def __init__(self, body: ResponsesBody, ask: GenerationRequest, name: str, batch: Generations) -> None:
         self._batch = batch
         self.item_id = f"msg_{ask.request_id}"
         self._head: dict[str, Any] = {
@@ -191,7 +191,7 @@ class _Shape:
         }
 
 
-async def _events(batch: Batch, shape: _Shape) -> AsyncGenerator[dict[str, Any], None]:
+async def _events(batch: Generations, shape: _Shape) -> AsyncGenerator[dict[str, Any], None]:
     """Yield the route's events in OpenAI's order, numbered."""
     number = 0
     at = {"item_id": shape.item_id, "output_index": 0, "content_index": 0}

@@ -25,10 +25,10 @@ from runtime.errors import ConfigError, Failure
 from runtime.metrics import ServingMetrics
 from runtime.oci import Access
 from runtime.serving.engine.protocol import Stats
-from runtime.serving.http.admin import AdapterDoor
+from runtime.serving.http.admin import AdapterLoader
 from runtime.serving.http.app import create_app
 from runtime.serving.http.middleware import OPEN_PATHS
-from runtime.serving.lifecycle import Lifecycle, Served
+from runtime.serving.lifecycle import Lifecycle, ServedModel
 from runtime.serving.selector import ProbesFirst
 from runtime.serving.settings import ServeConfig
 
@@ -84,7 +84,7 @@ def protocol(header_timeout_s: float) -> type[asyncio.Protocol]:
 
 log = logging.getLogger(__name__)
 
-Load = Callable[[ServeConfig], Served]
+Load = Callable[[ServeConfig], ServedModel]
 
 KEEP_ALIVE_S = 75.0
 """Longer than load balancers keep idle connections (60 s), so that they close first."""
@@ -112,7 +112,7 @@ def run(config: ServeConfig, *, access: Access | None = None, load: Load | None 
         if config.api_key is None:
             raise ConfigError("adapter_root needs an API key: whoever loads adapters must be known")
         add = partial(loading.add_adapter, base=config.model.repository, access=access)
-        door = AdapterDoor(config.adapter_root, add)
+        door = AdapterLoader(config.adapter_root, add)
     with bind(config.host, config.port) as listener:
         load = load or partial(loading.load, access=access)
         with asyncio.Runner(loop_factory=partial(_event_loop, listener)) as runner:
@@ -156,7 +156,7 @@ def _why_unbound(error: OSError, host: str, port: int) -> str:
 class Serving:
     """One run of the server, from the open port to the last answer."""
 
-    def __init__(self, config: ServeConfig, load: Load, door: AdapterDoor | None = None) -> None:
+    def __init__(self, config: ServeConfig, load: Load, door: AdapterLoader | None = None) -> None:
         self._config = config
         self._door = door
         self._load = load
@@ -171,7 +171,7 @@ class Serving:
             loop.add_signal_handler(number, self._on_signal, number)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         log.info("Listening on %s port %s", *listener.getsockname()[:2])
-        loading: asyncio.Future[Served] = loop.create_future()
+        loading: asyncio.Future[ServedModel] = loop.create_future()
         # A daemon: a process that is told to stop while it loads need not wait for the weights.
         threading.Thread(target=self._load_into, args=(loop, loading), name="load", daemon=True).start()
         stop = asyncio.create_task(self._stop.wait())
@@ -219,9 +219,9 @@ class Serving:
         served = self._lifecycle.loaded
         return served.engine.stats() if served is not None else None
 
-    def _load_into(self, loop: asyncio.AbstractEventLoop, loading: "asyncio.Future[Served]") -> None:
+    def _load_into(self, loop: asyncio.AbstractEventLoop, loading: "asyncio.Future[ServedModel]") -> None:
         """Load in this thread and hand the outcome, whichever it is, to the event loop."""
-        outcome: Served | BaseException
+        outcome: ServedModel | BaseException
         try:
             with process.importing():
                 outcome = self._load(self._config)
@@ -230,7 +230,7 @@ class Serving:
         with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
             loop.call_soon_threadsafe(_settle, loading, outcome)
 
-    async def _open(self, served: Served) -> None:
+    async def _open(self, served: ServedModel) -> None:
         """Say "ready" once the engine has given a first token."""
         await served.first_token()
         gc.collect()
@@ -287,7 +287,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _settle(loading: "asyncio.Future[Served]", outcome: Served | BaseException) -> None:
+def _settle(loading: "asyncio.Future[ServedModel]", outcome: ServedModel | BaseException) -> None:
     if loading.cancelled():
         return
     if isinstance(outcome, BaseException):

@@ -1,7 +1,7 @@
 """Which rows make an optimizer step, which rank takes which, and how they lie in a forward pass.
 
 Everything here is a pure function of lengths and seeds, so that every rank knows the whole plan
-without asking the others, and a resumed run finds the same one. Start at `Plan.steps`.
+without asking the others, and a resumed run finds the same one. Start at `BatchPlan.steps`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from runtime.tuning.data.tokenize import Row
+from runtime.tuning.data.tokenize import TokenizedRow
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ Layout = Literal["packed", "sorted"]
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class RankBatch:
     """What one rank computes of one optimizer step."""
 
     micro_batches: tuple[tuple[int, ...], ...]
@@ -34,7 +34,7 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BatchPlan:
     """How rows become steps; the same on every rank."""
 
     lengths: tuple[int, ...]
@@ -61,14 +61,14 @@ class Plan:
             start = step * self.rows_per_step
             yield tuple(int(row) for row in order[start : start + self.rows_per_step])
 
-    def share(self, rows: Sequence[int], rank: int) -> Share:
+    def share(self, rows: Sequence[int], rank: int) -> RankBatch:
         """Return what `rank` computes of the step with `rows`."""
         mine = partition(rows, self.lengths, self.world)[rank]
         targets = sum(self.targets[row] for row in rows)
         if not mine:
             shortest = min(rows, key=lambda row: self.lengths[row])
-            return Share(((shortest,),), targets, idle=True)
-        return Share(self.passes(mine), targets)
+            return RankBatch(((shortest,),), targets, idle=True)
+        return RankBatch(self.passes(mine), targets)
 
     def passes(self, rows: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Return `rows` as the forward passes of one rank."""
@@ -127,12 +127,12 @@ class MicroBatch:
     """Tokens of the rows, without padding."""
 
 
-def collate(rows: Sequence[Row], layout: Layout, *, pad_id: int, counts: bool = True) -> MicroBatch:
+def collate(rows: Sequence[TokenizedRow], layout: Layout, *, pad_id: int, counts: bool = True) -> MicroBatch:
     """Lay `rows` out for one forward pass; with `counts` false no token is a label."""
     return _packed(rows, counts) if layout == "packed" else _padded(rows, pad_id, counts)
 
 
-def _packed(rows: Sequence[Row], counts: bool) -> MicroBatch:
+def _packed(rows: Sequence[TokenizedRow], counts: bool) -> MicroBatch:
     """One row of all documents end to end: restarting positions, no mask, borders for the attention."""
     import torch
 
@@ -151,7 +151,7 @@ def _packed(rows: Sequence[Row], counts: bool) -> MicroBatch:
     return MicroBatch(inputs, torch.from_numpy(places), labels, len(ids))
 
 
-def _padded(rows: Sequence[Row], pad_id: int, counts: bool) -> MicroBatch:
+def _padded(rows: Sequence[TokenizedRow], pad_id: int, counts: bool) -> MicroBatch:
     """A rectangle, padded on the right and masked there."""
     import torch
 

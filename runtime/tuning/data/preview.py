@@ -14,7 +14,7 @@ from runtime import models, oci
 from runtime.oci.access import DEFAULT
 from runtime.tuning.data import dataset, download, formats, tokenize
 from runtime.tuning.data.dataset import Dataset, Example, split
-from runtime.tuning.data.tokenize import Fate, Row
+from runtime.tuning.data.tokenize import RowOutcome, TokenizedRow
 from runtime.tuning.settings import TuningJob
 from runtime.tuning.train.arguments import longest_row
 
@@ -26,7 +26,7 @@ COUNTED_ROWS = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TextRun:
     """Neighbouring tokens that are all trained on, or all not."""
 
     text: str
@@ -34,17 +34,17 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class PreviewRow:
     """One example and the rows it becomes."""
 
     origin: str
     """File and row."""
-    fate: Fate
+    fate: RowOutcome
     full_tokens: int
     """Its length before anything was cut."""
     tokens: int
     trained: int
-    rows: tuple[tuple[Run, ...], ...]
+    rows: tuple[tuple[TextRun, ...], ...]
     """More than one after a split, none when it is dropped."""
 
 
@@ -52,14 +52,14 @@ class Shown:
 class Preview:
     """What `runtime tune` would train on."""
 
-    shown: tuple[Shown, ...]
+    shown: tuple[PreviewRow, ...]
     data: Dataset
     train_rows: int
     held_out_rows: int
     max_tokens: int
     counted: int
     """Training rows that the counts below are of, from the first."""
-    fates: Counter[Fate]
+    fates: Counter[RowOutcome]
     tokens: int
     trained: int
 
@@ -96,12 +96,12 @@ def preview(job: TuningJob, *, count: int, access: oci.Access = DEFAULT) -> Prev
 
 def _show(
     example: Example,
-    encoded: tuple[Fate, Sequence[Row]],
+    encoded: tuple[RowOutcome, Sequence[TokenizedRow]],
     tokenizer: "PreTrainedTokenizerBase",
     job: TuningJob,
-) -> Shown:
+) -> PreviewRow:
     fate, rows = encoded
-    return Shown(
+    return PreviewRow(
         origin=example.origin,
         fate=fate,
         full_tokens=len(tokenize.encode_one(example, tokenizer, job.encoding)),
@@ -111,9 +111,9 @@ def _show(
     )
 
 
-def runs(row: Row, tokenizer: "PreTrainedTokenizerBase") -> tuple[Run, ...]:
+def runs(row: TokenizedRow, tokenizer: "PreTrainedTokenizerBase") -> tuple[TextRun, ...]:
     """Return the text of `row`, special tokens included, cut where training on it begins or ends."""
-    found: list[Run] = []
+    found: list[TextRun] = []
     ids = row.ids.tolist()
     end, before = 0, ""
     for trained, flags in groupby(row.learnt.tolist()):
@@ -121,7 +121,7 @@ def runs(row: Row, tokenizer: "PreTrainedTokenizerBase") -> tuple[Run, ...]:
         # Sentencepiece drops the space before a text's first token: a run's text is what it adds.
         upto = _text(ids[:end], tokenizer)
         text = upto[len(before) :] if upto.startswith(before) else _text(ids[start:end], tokenizer)
-        found.append(Run(text, trained))
+        found.append(TextRun(text, trained))
         before = upto
     return tuple(found)
 

@@ -24,7 +24,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TokenizedRow:
     """One encoded example: ids (T,) int32, and which of them are learnt, (T,) bool."""
 
     ids: NDArray[np.int32]
@@ -40,10 +40,10 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class TokenizedData:
     """All rows, and what happened to the others."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[TokenizedRow, ...]
     truncated: int = 0
     too_long: int = 0
     """Rows dropped because of their length."""
@@ -59,16 +59,16 @@ class Encoded:
         return sum(row.targets for row in self.rows)
 
 
-Fate = Literal["whole", "truncated", "split", "too long", "unlabelled"]
+RowOutcome = Literal["whole", "truncated", "split", "too long", "unlabelled"]
 """What became of one example; the last two have no rows."""
 
 
 def encode(
     examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", encoding: Encoding, *, max_tokens: int
-) -> Encoded:
+) -> TokenizedData:
     """Encode `examples`, each to at most `max_tokens`; DataError when more than half teach nothing."""
-    rows: list[Row] = []
-    fates: Counter[Fate] = Counter()
+    rows: list[TokenizedRow] = []
+    fates: Counter[RowOutcome] = Counter()
     for example in examples:
         fate, pieces = fit(example, tokenizer, encoding, max_tokens=max_tokens)
         fates[fate] += 1
@@ -80,15 +80,15 @@ def encode(
             f"{lost} of {len(examples)} rows teach nothing ({too_long} longer than {max_tokens} tokens, "
             f"{unlabelled} without an answer); raise max_length or check the answers"
         )
-    return Encoded(tuple(rows), fates["truncated"] + fates["split"], too_long, unlabelled)
+    return TokenizedData(tuple(rows), fates["truncated"] + fates["split"], too_long, unlabelled)
 
 
 def fit(
     example: Example, tokenizer: "PreTrainedTokenizerBase", encoding: Encoding, *, max_tokens: int
-) -> tuple[Fate, tuple[Row, ...]]:
+) -> tuple[RowOutcome, tuple[TokenizedRow, ...]]:
     """Encode `example` as rows of at most `max_tokens`, by the user's choice for longer ones."""
     row = encode_one(example, tokenizer, encoding)
-    fate: Fate = "whole"
+    fate: RowOutcome = "whole"
     pieces = [row]
     if len(row) > max_tokens:
         if encoding.too_long == "drop":
@@ -101,7 +101,7 @@ def fit(
     return (fate if kept else "unlabelled"), kept
 
 
-def encode_one(example: Example, tokenizer: "PreTrainedTokenizerBase", encoding: Encoding) -> Row:
+def encode_one(example: Example, tokenizer: "PreTrainedTokenizerBase", encoding: Encoding) -> TokenizedRow:
     """Encode one example at its full length."""
     if not example.messages:
         ids = [*_tokenize(example.text, tokenizer)[0], _eos(tokenizer)]
@@ -124,8 +124,8 @@ def encode_one(example: Example, tokenizer: "PreTrainedTokenizerBase", encoding:
     return _row(*_end_turns(ids, learnt, tokenizer))
 
 
-def _row(ids: Sequence[int], learnt: Sequence[bool]) -> Row:
-    return Row(np.asarray(ids, dtype=np.int32), np.asarray(learnt, dtype=np.bool_))
+def _row(ids: Sequence[int], learnt: Sequence[bool]) -> TokenizedRow:
+    return TokenizedRow(np.asarray(ids, dtype=np.int32), np.asarray(learnt, dtype=np.bool_))
 
 
 def _template(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -245,7 +245,7 @@ def _eos(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 def _truncate(
     example: Example, tokenizer: "PreTrainedTokenizerBase", encoding: Encoding, *, max_tokens: int
-) -> Row:
+) -> TokenizedRow:
     """Drop the oldest turns (not the system's) until the row fits; then cut the front of what is left."""
     system = [message for message in example.messages[:1] if message["role"] == "system"]
     turns = list(example.messages[len(system) :])
@@ -256,9 +256,9 @@ def _truncate(
             break
         turns = turns[starts[0] :]
         row = encode_one(Example((*system, *turns)), tokenizer, encoding)
-    return Row(row.ids[-max_tokens:], row.learnt[-max_tokens:])
+    return TokenizedRow(row.ids[-max_tokens:], row.learnt[-max_tokens:])
 
 
-def _split(row: Row, max_tokens: int) -> list[Row]:
+def _split(row: TokenizedRow, max_tokens: int) -> list[TokenizedRow]:
     cuts = range(0, len(row), max_tokens)
-    return [Row(row.ids[cut : cut + max_tokens], row.learnt[cut : cut + max_tokens]) for cut in cuts]
+    return [TokenizedRow(row.ids[cut : cut + max_tokens], row.learnt[cut : cut + max_tokens]) for cut in cuts]

@@ -2,7 +2,8 @@
 
 Written out, the backward pass needs no sums of partial input gradients, no copies, and half of the saved
 activations; products with the adapters' A matrices are one for all layers of an input. Same mathematics as
-peft's layers. Does not know models. T tokens, r rank, I inner width of an MLP. Start at `Shared`, `run_mlp`.
+peft's layers. Does not know models. T tokens, r rank, I inner width of an MLP. Start
+at `FusedProjections`, `run_mlp`.
 """
 
 import functools
@@ -192,7 +193,7 @@ def _project_back(
 
 
 @dataclass(slots=True)
-class Shared:
+class FusedProjections:
     """Layers that are called one after the other with one input: the first call computes them all."""
 
     layers: tuple[Any, ...]

@@ -279,7 +279,7 @@ def _share(module: nn.Module) -> bool:
     layers = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
     if not fused_lora.able(layers):
         return False
-    shared = fused_lora.Shared(tuple(layers))
+    shared = fused_lora.FusedProjections(tuple(layers))
     for number, layer in enumerate(layers):
         layer.forward = functools.partial(shared.call, number)  # type: ignore[union-attr]
     return True

@@ -24,7 +24,7 @@ from runtime.files import held, write_whole
 from runtime.oci.access import DEFAULT
 from runtime.tuning import fit, loggers, output, publish
 from runtime.tuning.data import download
-from runtime.tuning.output import Places
+from runtime.tuning.output import OutputPaths
 from runtime.tuning.process import failure
 from runtime.tuning.process.nodes import ALONE, Nodes
 from runtime.tuning.process.signals import StopSignal
@@ -60,7 +60,7 @@ def run(
             # Rank 0 answers on this port as soon as it runs.
             port = job.metrics_port if nodes.first else None
             watched = metrics_server.serving(
-                port, lambda: metrics_server.State(job.name, job.model.name, phase)
+                port, lambda: metrics_server.JobState(job.name, job.model.name, phase)
             )
             with StopSignal().installed(), watched:
                 _preflight(job, access if nodes.first else None)
@@ -91,7 +91,7 @@ def _alone(job: TuningJob, nodes: Nodes) -> Iterator[int]:
     folder = job.output.folder
     with contextlib.ExitStack() as stack:
         try:
-            lock = stack.enter_context(held(Places(folder).lock(nodes.rank), wait_s=GRACE_S + 3))
+            lock = stack.enter_context(held(OutputPaths(folder).lock(nodes.rank), wait_s=GRACE_S + 3))
         except BlockingIOError:
             raise ConfigError(
                 f"output folder {folder} is in use by another run; let it end, or set another output_dir"
@@ -104,8 +104,8 @@ def _preflight(job: TuningJob, access: oci.Access | None) -> None:
     loggers.check(job.training)
     folder = job.output.folder
     try:
-        Places(folder).work.mkdir(parents=True, exist_ok=True)
-        probe = Places(folder).work / f"probe-{os.getpid()}"
+        OutputPaths(folder).work.mkdir(parents=True, exist_ok=True)
+        probe = OutputPaths(folder).work / f"probe-{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
@@ -125,7 +125,7 @@ def _preflight(job: TuningJob, access: oci.Access | None) -> None:
 
 def _train(job: TuningJob, processes: int, nodes: Nodes, lock: int) -> dict[str, object] | None:
     """Run torchrun, which shares `lock`, to its end; return the record of the failure, None after success."""
-    here, ranks = Places(job.output.folder), nodes.ranks(processes)
+    here, ranks = OutputPaths(job.output.folder), nodes.ranks(processes)
     resolved = here.job if nodes.count == 1 else here.job.with_name(f"job-{nodes.rank}.json")
     write_whole(resolved, job.model_dump_json(indent=1))
     for rank in ranks:  # the folder may be shared by all nodes

@@ -16,13 +16,13 @@ from runtime import logs
 from runtime.config import parse, read_text
 from runtime.errors import ConfigError, Failure, StoppedError, exit_code
 from runtime.tuning import job, loggers, publish
-from runtime.tuning.output import Places
+from runtime.tuning.output import OutputPaths
 from runtime.tuning.process import failure
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.process.signals import StopSignal, end_with_parent
 from runtime.tuning.report import metrics_server
 from runtime.tuning.settings import TuningJob
-from runtime.tuning.train.setup import Course
+from runtime.tuning.train.setup import JobProgress
 
 log = logging.getLogger("runtime.tuning")
 
@@ -36,7 +36,7 @@ def work(read: Callable[[], TuningJob], *, termination_log: Path | None = None) 
     ranks = Ranks.read(os.environ)
     logs.configure(debug=debug, rank=ranks.rank)
     end_with_parent()
-    stop, course = StopSignal(), Course()
+    stop, course = StopSignal(), JobProgress()
     stop.install()
     asked: TuningJob | None = None
     try:
@@ -51,7 +51,7 @@ def work(read: Callable[[], TuningJob], *, termination_log: Path | None = None) 
     except Exception as error:  # the process's edge: whatever ended the rank is recorded
         reason = failure.as_failure(error)
         if asked is not None:
-            record = Places(asked.output.folder).failure(ranks.rank)
+            record = OutputPaths(asked.output.folder).failure(ranks.rank)
             failure.record(record, reason, course.phase, course.meter.step)
         if termination_log is not None:
             failure.tell_first(failure.describe(reason, course.phase, course.meter.step), termination_log)

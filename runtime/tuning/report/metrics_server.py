@@ -43,7 +43,7 @@ COUNTERS = {
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class JobState:
     """What can be asked of a job at one moment."""
 
     job: str
@@ -58,7 +58,7 @@ class State:
 class _Collector(Collector):
     """Reads the state when somebody scrapes."""
 
-    def __init__(self, state: Callable[[], State]) -> None:
+    def __init__(self, state: Callable[[], JobState]) -> None:
         self._state = state
 
     def describe(self) -> Iterable[Metric]:
@@ -87,7 +87,7 @@ def _gpus() -> Iterator[Metric]:
     yield from (busy, used, total)
 
 
-def metrics_text(state: Callable[[], State]) -> bytes:
+def metrics_text(state: Callable[[], JobState]) -> bytes:
     """Return all figures in Prometheus' text format."""
     registry = CollectorRegistry()
     registry.register(_Collector(state))
@@ -95,7 +95,7 @@ def metrics_text(state: Callable[[], State]) -> bytes:
     return generate_latest(registry)
 
 
-def health(state: State) -> tuple[int, Mapping[str, Any]]:
+def health(state: JobState) -> tuple[int, Mapping[str, Any]]:
     """Return the status and body of GET /health: 503 when no step has ended for far too long."""
     word = "Stalled" if state.stalled else "Healthy"
     body = {"status": word, "phase": state.phase, **state.figures}
@@ -103,7 +103,7 @@ def health(state: State) -> tuple[int, Mapping[str, Any]]:
 
 
 @contextlib.contextmanager
-def serving(port: int | None, state: Callable[[], State]) -> Iterator[int | None]:
+def serving(port: int | None, state: Callable[[], JobState]) -> Iterator[int | None]:
     """Answer on `port` of every interface within; None, or a port that is taken, answers nothing.
 
     Yields the port that answers; 0 takes a free one.
@@ -121,7 +121,7 @@ def serving(port: int | None, state: Callable[[], State]) -> Iterator[int | None
         server.server_close()
 
 
-def _open(port: int, state: Callable[[], State]) -> "ThreadingHTTPServer | None":
+def _open(port: int, state: Callable[[], JobState]) -> "ThreadingHTTPServer | None":
     class Answers(_Answers):
         read = staticmethod(state)
 
@@ -149,7 +149,7 @@ class _Server(ThreadingHTTPServer):
 class _Answers(BaseHTTPRequestHandler):
     """One connection."""
 
-    read: Callable[[], State]
+    read: Callable[[], JobState]
     timeout = 10  # seconds of silence; without it a stalled client would hold its thread for ever
 
     def do_GET(self) -> None:

@@ -1,6 +1,6 @@
 """How far a run is: the figures, and who is told them.
 
-Does not know torch; the trainer counts into a `Meter`. Start at `Meter.figures` and `Reporter`.
+Does not know torch; the trainer counts into a `Throughput`. Start at `Throughput.figures` and `Reporter`.
 """
 
 import json
@@ -24,7 +24,7 @@ from runtime.files import write_whole
 
 
 @dataclass(frozen=True, slots=True)
-class History:
+class MetricsHistory:
     """A JSONL file with a "step" in every line."""
 
     path: Path
@@ -68,7 +68,7 @@ Figures = Mapping[str, float | int | None]
 
 
 @dataclass(slots=True)
-class Meter:
+class Throughput:
     """Running figures of one training run in this process, over all ranks where they are global."""
 
     total_steps: int = 0
@@ -174,18 +174,18 @@ class Meter:
 
 
 class Display(Protocol):
-    """Something on a screen that shows a `Meter` while it moves."""
+    """Something on a screen that shows a `Throughput` while it moves."""
 
-    def show(self, meter: Meter) -> None: ...
+    def show(self, meter: Throughput) -> None: ...
     def close(self) -> None: ...
 
 
 @dataclass(slots=True)
 class Reporter:
-    """Says a `Meter`'s figures: on a display, or in the log now and then; to the history at every entry."""
+    """Reports a `Throughput`: on a display, or in the log now and then; to the history at every entry."""
 
-    meter: Meter
-    history: History | None = None
+    meter: Throughput
+    history: MetricsHistory | None = None
     display: Display | None = None
     clock: Callable[[], float] = time.monotonic
     said: float = float("-inf")
@@ -245,7 +245,7 @@ REFRESH_S = 0.1
 """Least time between two drawings."""
 
 
-class Bar:
+class TerminalBar:
     """A `Display` at the bottom of the terminal that `console` (standard error) writes to."""
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -255,7 +255,7 @@ class Bar:
         self.live: Live | None = None
         self._moved: list[logging.StreamHandler] = []  # type: ignore[type-arg]
 
-    def show(self, meter: Meter) -> None:
+    def show(self, meter: Throughput) -> None:
         """Draw the state of `meter`, when the last drawing is `REFRESH_S` ago or it is the last step."""
         if self.clock() - self.drawn < REFRESH_S and meter.step < meter.total_steps:
             return
@@ -283,7 +283,7 @@ class Bar:
         return live
 
 
-def _picture(meter: Meter) -> Table:
+def _picture(meter: Throughput) -> Table:
     rows = Table.grid(expand=True)
     line = Table.grid(expand=True, padding=(0, 1))
     line.add_column(ratio=1)

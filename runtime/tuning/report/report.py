@@ -18,8 +18,8 @@ from runtime.files import write_whole
 from runtime.hardware import Hardware
 from runtime.logs import redact
 from runtime.tuning.data.dataset import Dataset
-from runtime.tuning.data.tokenize import Encoded
-from runtime.tuning.output import Places
+from runtime.tuning.data.tokenize import TokenizedData
+from runtime.tuning.output import OutputPaths
 from runtime.tuning.report import html
 from runtime.tuning.report.samples import Sample
 from runtime.tuning.settings import DataSource, TuningJob
@@ -71,7 +71,7 @@ class Outcome:
 
 
 def build(
-    job: TuningJob, data: Dataset, encoded: tuple[Encoded, Encoded | None], outcome: Outcome
+    job: TuningJob, data: Dataset, encoded: tuple[TokenizedData, TokenizedData | None], outcome: Outcome
 ) -> dict[str, Any]:
     """Return the report: settings, data, figures, samples and provenance; no secrets, no paths of keys."""
     train, held_out = encoded
@@ -113,7 +113,7 @@ def build(
 
 def save(report: dict[str, Any], folder: Path) -> None:
     """Write the report and its page, each whole or not at all."""
-    here = Places(folder)
+    here = OutputPaths(folder)
     write_whole(here.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     write_whole(here.page, html.render(report))
 

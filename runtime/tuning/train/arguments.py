@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from runtime import models
 from runtime.hardware import Hardware
-from runtime.tuning.data.batching import Layout, Plan
-from runtime.tuning.data.tokenize import Row
+from runtime.tuning.data.batching import BatchPlan, Layout
+from runtime.tuning.data.tokenize import TokenizedRow
 from runtime.tuning.model import packed_attention
 from runtime.tuning.precision import Precision
 from runtime.tuning.process.ranks import Ranks
@@ -60,8 +60,8 @@ def choose_layout(wanted: str, model_type: str) -> Layout:
 
 
 def make_plan(
-    job: TuningJob, rows: Sequence[Row], *, layout: Layout, ranks: Ranks, hardware: Hardware
-) -> Plan:
+    job: TuningJob, rows: Sequence[TokenizedRow], *, layout: Layout, ranks: Ranks, hardware: Hardware
+) -> BatchPlan:
     """Return how `rows` become steps.
 
     A user's batch size times accumulation times ranks is the rows of a step, and what one forward pass
@@ -76,7 +76,7 @@ def make_plan(
         step_rows = min(EFFECTIVE_BATCH, max(4, len(rows) // STEPS_PER_EPOCH)) * accumulation
     else:
         step_rows = per_device * accumulation * ranks.world
-    return Plan(
+    return BatchPlan(
         lengths=tuple(len(row) for row in rows),
         targets=tuple(row.targets for row in rows),
         rows_per_step=min(step_rows, len(rows)),
@@ -146,7 +146,7 @@ def training_arguments(
     return TrainingArguments(**{**given, **fixed})
 
 
-def evaluate_on_the_way(args: "TrainingArguments", plan: Plan, *, held_out_tokens: int) -> None:
+def evaluate_on_the_way(args: "TrainingArguments", plan: BatchPlan, *, held_out_tokens: int) -> None:
     """Have the held-out loss measured at even distances, as often as is cheap: a curve shows when it rises.
 
     A step costs a forward and a backward pass, which is twice the forward one; an evaluation a forward pass.

@@ -1,7 +1,7 @@
 """What happens between two steps: progress, checkpoints by the clock, SIGTERM, broken gradients.
 
 These are Trainer callbacks; each is told only what it needs. Does not know batches or losses.
-Start at `Survival.on_step_end`.
+Start at `CheckpointCallback.on_step_end`.
 """
 
 import time
@@ -15,18 +15,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from runtime.errors import DivergedError
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.process.signals import StopSignal
-from runtime.tuning.report.progress import Meter, Reporter
+from runtime.tuning.report.progress import Reporter, Throughput
 from runtime.tuning.train import checkpoints
-from runtime.tuning.train.checkpoints import Remote
+from runtime.tuning.train.checkpoints import RegistryCheckpoints
 
 SKIPPED = 25
 """Steps in a row that float16's loss scaler may skip: its scale begins at 2**16 and is 2**-9 by then."""
 
 
-class Sight(TrainerCallback):
+class ProgressCallback(TrainerCallback):
     """Feeds the meter and lets the reporter speak; on rank 0 only."""
 
-    def __init__(self, meter: Meter, reporter: Reporter) -> None:
+    def __init__(self, meter: Throughput, reporter: Reporter) -> None:
         self.meter, self.reporter = meter, reporter
 
     def on_train_begin(
@@ -60,7 +60,7 @@ class Sight(TrainerCallback):
         self.reporter.tell(last=True)
 
 
-class Survival(TrainerCallback):
+class CheckpointCallback(TrainerCallback):
     """Takes checkpoints by the clock and on SIGTERM, and seals every one that Trainer writes.
 
     All ranks save at the same step: whether to is decided on their answers together.
@@ -78,7 +78,7 @@ class Survival(TrainerCallback):
         self.ranks, self.stop, self.keep, self.clock = ranks, stop, keep, clock
         self.interval_s = minutes * 60 if minutes else float("inf")
         self.saved_at = clock()
-        self.remote: Remote | None = None
+        self.remote: RegistryCheckpoints | None = None
         """Where checkpoints go besides the disk; set on rank 0."""
         self.stopped = False
         """Whether training ended because the process was asked to, after a checkpoint."""
@@ -115,7 +115,7 @@ class Survival(TrainerCallback):
         self.saved_at = self.clock()
 
 
-class FiniteGradients(TrainerCallback):
+class FiniteGradientsCallback(TrainerCallback):
     """Ends the run before a NaN or infinite gradient reaches a weight.
 
     With float16's loss scaler an infinity is no failure: the scaler skips that step, and halves the scale.

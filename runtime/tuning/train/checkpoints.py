@@ -160,7 +160,7 @@ _ATTEMPTS = 3
 """Tries of a request: after SIGTERM there are some 28 s in all."""
 
 
-class Remote:
+class RegistryCheckpoints:
     """The checkpoints of one job under one image reference; used by rank 0 alone."""
 
     def __init__(self, reference: oci.Reference, access: oci.Access, *, keep: bool):
@@ -209,9 +209,9 @@ class Remote:
             log.warning("checkpoints in %s stay: %s", self._reference, error)
 
 
-def of(job: TuningJob, access: oci.Access) -> Remote | None:
+def of(job: TuningJob, access: oci.Access) -> RegistryCheckpoints | None:
     """Return the registry side of the job's checkpoints, None when it names no image for them."""
     if job.output.checkpoint_image is None:
         return None
     reference = oci.parse(job.output.checkpoint_image)
-    return Remote(reference, access, keep=job.output.keep_checkpoint_image)
+    return RegistryCheckpoints(reference, access, keep=job.output.keep_checkpoint_image)

@@ -19,14 +19,14 @@ from runtime.errors import StoppedError
 from runtime.files import write_whole
 from runtime.hardware import Hardware
 from runtime.tuning.data.dataset import Example
-from runtime.tuning.data.tokenize import Encoded
+from runtime.tuning.data.tokenize import TokenizedData
 from runtime.tuning.model import fsdp, fused_ops, lora, lora_init, packed_attention
-from runtime.tuning.output import Places
+from runtime.tuning.output import OutputPaths
 from runtime.tuning.precision import Precision
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.process.signals import StopSignal
 from runtime.tuning.report import metrics_server, samples
-from runtime.tuning.report.progress import Bar, History, Meter, Reporter
+from runtime.tuning.report.progress import MetricsHistory, Reporter, TerminalBar, Throughput
 from runtime.tuning.settings import TuningJob
 from runtime.tuning.train import checkpoints
 from runtime.tuning.train.arguments import (
@@ -42,23 +42,23 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-    from runtime.tuning.train.callbacks import Survival
-    from runtime.tuning.train.trainer import Tuner
+    from runtime.tuning.train.callbacks import CheckpointCallback
+    from runtime.tuning.train.trainer import AdapterTrainer
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Course:
+class JobProgress:
     """Where a job is, for the record of a failure and for who watches."""
 
-    meter: Meter = field(default_factory=Meter)
+    meter: Throughput = field(default_factory=Throughput)
     phase: str = "start"
 
-    def state(self, job: TuningJob) -> metrics_server.State:
+    def state(self, job: TuningJob) -> metrics_server.JobState:
         """Return what can be told about `job` now."""
         stalled = self.phase == "train" and self.meter.stalled
-        return metrics_server.State(job.name, job.model.name, self.phase, stalled, self.meter.figures())
+        return metrics_server.JobState(job.name, job.model.name, self.phase, stalled, self.meter.figures())
 
     def enter(self, phase: str) -> None:
         """Begin `phase`."""
@@ -67,7 +67,7 @@ class Course:
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class RankSetup:
     """Where a job runs, and who may stop or watch it."""
 
     machine: Hardware
@@ -75,24 +75,24 @@ class Setting:
     precision: Precision
     ranks: Ranks
     stop: StopSignal
-    course: Course
+    course: JobProgress
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class TrainingSetup:
     """What training needs and the steps around it share."""
 
     model: "PeftModel"
     tokenizer: "PreTrainedTokenizerBase"
-    trainer: "Tuner"
-    survival: "Survival"
+    trainer: "AdapterTrainer"
+    survival: "CheckpointCallback"
     reporter: Reporter
-    setting: Setting
+    setting: RankSetup
     first_weights: "dict[str, torch.Tensor] | None"
     """The adapter's, where the base has lost them to it (starts.py)."""
 
     @property
-    def meter(self) -> Meter:
+    def meter(self) -> Throughput:
         return self.setting.course.meter
 
     @property
@@ -117,7 +117,7 @@ class Bench:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Evaluation:
     """How good the model is at one moment."""
 
     loss: float | None
@@ -129,20 +129,20 @@ class Measured:
 def prepare(
     job: TuningJob,
     tokenizer: "PreTrainedTokenizerBase",
-    encoded: tuple[Encoded, Encoded | None],
+    encoded: tuple[TokenizedData, TokenizedData | None],
     *,
-    setting: Setting,
-) -> Bench:
+    setting: RankSetup,
+) -> TrainingSetup:
     """Load the model, attach the adapter, and set up the trainer with those who watch it."""
     from transformers import set_seed
 
-    from runtime.tuning.train.trainer import Tuner, Workload
+    from runtime.tuning.train.trainer import AdapterTrainer, Workload
 
     train, held = encoded
     machine, ranks = setting.machine, setting.ranks
     args = training_arguments(
         job,
-        Places(job.output.folder).checkpoints,
+        OutputPaths(job.output.folder).checkpoints,
         precision=setting.precision,
         hardware=machine,
         held_out=held is not None,
@@ -168,29 +168,31 @@ def prepare(
         evaluate_on_the_way(args, plan, held_out_tokens=held.tokens)
     survival, reporter, watchers = _watchers(job, setting)
     work = Workload(train.rows, held.rows if held else (), plan, ranks, tokenizer.pad_token_id or 0)
-    trainer = Tuner(model, args, work=work, meter=setting.course.meter, watchers=watchers)
-    return Bench(model, tokenizer, trainer, survival, reporter, setting, first_weights)
+    trainer = AdapterTrainer(model, args, work=work, meter=setting.course.meter, watchers=watchers)
+    return TrainingSetup(model, tokenizer, trainer, survival, reporter, setting, first_weights)
 
 
-def _watchers(job: TuningJob, setting: Setting) -> "tuple[Survival, Reporter, list[TrainerCallback]]":
-    from runtime.tuning.train.callbacks import FiniteGradients, Sight, Survival
+def _watchers(
+    job: TuningJob, setting: RankSetup
+) -> "tuple[CheckpointCallback, Reporter, list[TrainerCallback]]":
+    from runtime.tuning.train.callbacks import CheckpointCallback, FiniteGradientsCallback, ProgressCallback
 
     ranks, meter = setting.ranks, setting.course.meter
     meter.world = ranks.world
     keep = job.training.get("save_total_limit", 2)
-    survival = Survival(ranks, setting.stop, minutes=job.checkpoint_minutes, keep=keep)
+    survival = CheckpointCallback(ranks, setting.stop, minutes=job.checkpoint_minutes, keep=keep)
     reporter = Reporter(meter)
-    watchers: list[TrainerCallback] = [FiniteGradients(), survival]
+    watchers: list[TrainerCallback] = [FiniteGradientsCallback(), survival]
     if ranks.first:
-        here = Places(job.output.folder)
+        here = OutputPaths(job.output.folder)
         here.work.mkdir(parents=True, exist_ok=True)
-        reporter.history = History(here.history)
-        reporter.display = Bar() if sys.stderr.isatty() else None
-        watchers.append(Sight(meter, reporter))
+        reporter.history = MetricsHistory(here.history)
+        reporter.display = TerminalBar() if sys.stderr.isatty() else None
+        watchers.append(ProgressCallback(meter, reporter))
     return survival, reporter, watchers
 
 
-def evaluate(bench: Bench, questions: Sequence[Example]) -> Measured:
+def evaluate(bench: TrainingSetup, questions: Sequence[Example]) -> Evaluation:
     """Return the held-out loss of all ranks and (rank 0) the answers to the sample questions."""
     ranks = bench.setting.ranks
     rows = len(bench.trainer.work.held_out)
@@ -203,11 +205,11 @@ def evaluate(bench: Bench, questions: Sequence[Example]) -> Measured:
     if loss is not None:
         bench.meter.held_out_loss = loss
         log.info("held-out loss %.4f", loss)
-    return Measured(loss, tuple(said))
+    return Evaluation(loss, tuple(said))
 
 
 @contextlib.contextmanager
-def attending(bench: Bench) -> Iterator[None]:
+def attending(bench: TrainingSetup) -> Iterator[None]:
     """Within: the model attends inside packed documents; outside as it was loaded, with a cache."""
     if bench.trainer.plan.layout != "packed":
         yield
@@ -221,7 +223,7 @@ def attending(bench: Bench) -> Iterator[None]:
         model.set_attn_implementation("sdpa")
 
 
-def train_through(bench: Bench, *, folder: Path, mark: str) -> None:
+def train_through(bench: TrainingSetup, *, folder: Path, mark: str) -> None:
     """Train to the end, from the newest whole checkpoint below `folder` that belongs to `mark`.
 
     Raises StoppedError after SIGTERM and a checkpoint.

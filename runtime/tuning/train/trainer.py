@@ -1,8 +1,8 @@
 """transformers' Trainer with our batches, our loss and our ends.
 
 The loop, optimizers, schedulers, DDP, mixed precision and resume are the library's; one of its batches is
-one optimizer step of ours (a `Share`), which `training_step` works through in micro-batches.
-Does not know files of data or jobs. Start at `Tuner.training_step`.
+one optimizer step of ours (a `RankBatch`), which `training_step` works through in micro-batches.
+Does not know files of data or jobs. Start at `AdapterTrainer.training_step`.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from runtime.errors import CapacityError, DivergedError
-from runtime.tuning.data.batching import Plan, Share, collate
-from runtime.tuning.data.tokenize import Row
+from runtime.tuning.data.batching import BatchPlan, RankBatch, collate
+from runtime.tuning.data.tokenize import TokenizedRow
 from runtime.tuning.loss import batch_loss, mean_loss
 from runtime.tuning.model.fsdp import average_gradients, is_sharded
 from runtime.tuning.process.ranks import Ranks
-from runtime.tuning.report.progress import Meter
+from runtime.tuning.report.progress import Throughput
 
 log = logging.getLogger(__name__)
 
@@ -33,24 +33,24 @@ log = logging.getLogger(__name__)
 class Workload:
     """What is trained on, and by whom."""
 
-    rows: tuple[Row, ...]
-    held_out: tuple[Row, ...]
-    plan: Plan
+    rows: tuple[TokenizedRow, ...]
+    held_out: tuple[TokenizedRow, ...]
+    plan: BatchPlan
     ranks: Ranks
     pad_id: int = 0
 
 
-class Shares(Sampler[list[Share]]):
+class StepSampler(Sampler[list[RankBatch]]):
     """Yields this rank's share of every step of the epoch that `set_epoch` names."""
 
-    def __init__(self, plan: Plan, rank: int) -> None:
+    def __init__(self, plan: BatchPlan, rank: int) -> None:
         self.plan, self.rank, self.epoch = plan, rank, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Trainer before each pass."""
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[list[Share]]:
+    def __iter__(self) -> Iterator[list[RankBatch]]:
         for rows in self.plan.steps(self.epoch):
             yield [self.plan.share(rows, self.rank)]
 
@@ -58,7 +58,7 @@ class Shares(Sampler[list[Share]]):
         return self.plan.steps_per_epoch
 
 
-class _Identity(Dataset[Share]):
+class _Identity(Dataset[RankBatch]):
     """A data set whose index is its item: the sampler already says all."""
 
     def __init__(self, rows: int) -> None:
@@ -67,24 +67,24 @@ class _Identity(Dataset[Share]):
     def __len__(self) -> int:
         return self.rows
 
-    def __getitem__(self, share: Share) -> Share:
+    def __getitem__(self, share: RankBatch) -> RankBatch:
         return share
 
 
-def _only(items: list[Share]) -> Share:
+def _only(items: list[RankBatch]) -> RankBatch:
     return items[0]
 
 
-class ShareLoader(DataLoader[Share]):
+class StepLoader(DataLoader[RankBatch]):
     """A DataLoader that tells its sampler the epoch; Trainer looks for the method."""
 
     def set_epoch(self, epoch: int) -> None:
         """Pass `epoch` on to the sampler."""
-        if isinstance(self.batch_sampler, Shares):
+        if isinstance(self.batch_sampler, StepSampler):
             self.batch_sampler.set_epoch(epoch)
 
 
-class Tuner(Trainer):
+class AdapterTrainer(Trainer):
     """Trains a PeftModel on a `Workload`."""
 
     def __init__(
@@ -93,7 +93,7 @@ class Tuner(Trainer):
         args: TrainingArguments,
         *,
         work: Workload,
-        meter: Meter,
+        meter: Throughput,
         watchers: list[TrainerCallback],
     ) -> None:
         super().__init__(
@@ -114,10 +114,10 @@ class Tuner(Trainer):
         if self.sharded:  # no DDP around it: its gradients are averaged in `_step`
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
-    def get_train_dataloader(self) -> DataLoader[Share]:
-        """Return the steps; not sharded by accelerate, each rank's `Shares` are its own already."""
-        sampler = Shares(self.plan, self.work.ranks.rank)
-        return ShareLoader(_Identity(len(self.work.rows)), batch_sampler=sampler, collate_fn=_only)
+    def get_train_dataloader(self) -> DataLoader[RankBatch]:
+        """Return the steps; not sharded by accelerate, each rank's `StepSampler` are its own already."""
+        sampler = StepSampler(self.plan, self.work.ranks.rank)
+        return StepLoader(_Identity(len(self.work.rows)), batch_sampler=sampler, collate_fn=_only)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -136,7 +136,7 @@ class Tuner(Trainer):
         over ranks is the loss per learnt token of the whole step.
         """
         model.train()
-        share: Share = inputs if self.plan is self.work.plan else self._arranged(inputs)
+        share: RankBatch = inputs if self.plan is self.work.plan else self._arranged(inputs)
         while True:
             try:
                 return self._step(model, share)
@@ -144,7 +144,7 @@ class Tuner(Trainer):
                 self._shrink(model, share)
                 share = self._arranged(share)
 
-    def _step(self, model: Any, share: Share) -> torch.Tensor:
+    def _step(self, model: Any, share: RankBatch) -> torch.Tensor:
         device, scale = str(self.args.device), self.work.ranks.world / share.targets
         total = torch.zeros((), device=self.args.device)
         tokens = 0
@@ -175,7 +175,7 @@ class Tuner(Trainer):
         self.meter.count(tokens, share.targets)
         return total
 
-    def _shrink(self, model: Any, share: Share) -> None:
+    def _shrink(self, model: Any, share: RankBatch) -> None:
         """Halve the token budget of a pass after CUDA ran out of memory, or raise CapacityError."""
         budget = self.plan.budget_tokens
         longest = max(len(self.work.rows[row]) for rows in share.micro_batches for row in rows)
@@ -189,7 +189,7 @@ class Tuner(Trainer):
         self.plan = replace(self.plan, budget_tokens=max(longest, budget // 2))
         log.warning("out of GPU memory: going on with %d tokens a pass", self.plan.budget_tokens)
 
-    def _arranged(self, share: Share) -> Share:
+    def _arranged(self, share: RankBatch) -> RankBatch:
         """Return the same share in passes of the present budget: shares are dealt one ahead of the steps."""
         rows = [row for rows in share.micro_batches for row in rows]
         return replace(share, micro_batches=self.plan.passes(rows))

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from runtime.serving.engine.backends.simple import PlainEngine
+from runtime.serving.engine.backends.simple import SimpleEngine
 from runtime.serving.engine.backends.vllm import VllmEngine
-from runtime.serving.engine.engine import RowEngine
+from runtime.serving.engine.engine import BatchingEngine
 from runtime.serving.engine.protocol import Request, Sampling, Token
 
 WRONG = 3
 """What a wrong guess says, unless a test has another."""
 
-AnyEngine = PlainEngine | RowEngine | VllmEngine
+AnyEngine = SimpleEngine | BatchingEngine | VllmEngine
 
 PROMPT = (5, 17, 230, 41, 9)
 

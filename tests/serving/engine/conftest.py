@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from runtime import adapters, hardware
 from runtime.model_source import ModelSource
 from runtime.serving.engine.backends import vllm
-from runtime.serving.engine.backends.vllm_process import VllmServer
-from runtime.serving.engine.prompt_lookup import Guesser
+from runtime.serving.engine.backends.vllm_process import VllmProcess
+from runtime.serving.engine.prompt_lookup import PromptLookup
 from runtime.serving.settings import ServeConfig
 from tests.conftest import write_tiny_llama
 from tests.serving.engine.asking import Oracle, load
@@ -29,7 +29,7 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def vllm_server(tiny_llama_dir: Path) -> Iterator[VllmServer]:
+def vllm_server(tiny_llama_dir: Path) -> Iterator[VllmProcess]:
     """A real vLLM, which takes minutes to start: RUNTIME_TEST_VLLM names its command."""
     program = os.environ.get("RUNTIME_TEST_VLLM")
     if not program:
@@ -44,7 +44,7 @@ def vllm_server(tiny_llama_dir: Path) -> Iterator[VllmServer]:
             "vllm": {"program": program, "flags": flags},
         }
     )
-    server = VllmServer(program, [str(tiny_llama_dir), *vllm.flags(config, hardware.detect())])
+    server = VllmProcess(program, [str(tiny_llama_dir), *vllm.flags(config, hardware.detect())])
     server.wait_ready()
     yield server
     server.close()
@@ -74,8 +74,8 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
     """What all guesses are taken from."""
     made = Oracle()
 
-    def guess(_: Guesser, ids: list[int], *, most: int) -> tuple[int, ...]:
+    def guess(_: PromptLookup, ids: list[int], *, most: int) -> tuple[int, ...]:
         return made.guess(ids, most=most)
 
-    monkeypatch.setattr(Guesser, "guess", guess)
+    monkeypatch.setattr(PromptLookup, "guess", guess)
     return made

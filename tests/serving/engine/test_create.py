@@ -12,8 +12,8 @@ from runtime.errors import CapacityError
 from runtime.memory import serving
 from runtime.model_source import ModelSource
 from runtime.serving import engine
-from runtime.serving.engine.backends.simple import PlainEngine
-from runtime.serving.engine.engine import RowEngine
+from runtime.serving.engine.backends.simple import SimpleEngine
+from runtime.serving.engine.engine import BatchingEngine
 from runtime.serving.engine.patch import refusal
 from runtime.serving.settings import Limits, ServeConfig
 from tests.serving.engine.asking import ask, generate, load, run
@@ -25,7 +25,7 @@ def config(**limits: Any) -> ServeConfig:
 
 def test_a_known_architecture_is_served_row_by_row(tiny_llama_dir: Path) -> None:
     made = engine.create(config(rows=3, context_tokens=300), load(tiny_llama_dir))
-    assert isinstance(made, RowEngine)
+    assert isinstance(made, BatchingEngine)
     assert made.context_tokens == 300
     made.close()
 
@@ -48,7 +48,7 @@ def test_an_unknown_architecture_is_served_one_at_a_time_and_it_is_said(
     ).eval()
     with caplog.at_level(logging.WARNING):
         made = engine.create(config(), model)
-    assert isinstance(made, PlainEngine)
+    assert isinstance(made, SimpleEngine)
     assert "Serving one request at a time" in caplog.text
     assert run(made, ask())[0][0] == generate(model)
     made.close()
@@ -67,7 +67,7 @@ LONGROPE = {
 def test_a_longrope_model_has_its_whole_context() -> None:
     phi = transformers.Phi3Config(**SHAPE, original_max_position_embeddings=128, rope_parameters=LONGROPE)
     made = engine.create(config(rows=2), AutoModelForCausalLM.from_config(phi).eval())
-    assert isinstance(made, RowEngine)
+    assert isinstance(made, BatchingEngine)
     assert made.context_tokens == 512
     made.close()
 
@@ -116,7 +116,7 @@ def test_a_context_that_was_asked_for_outlasts_the_number_of_rows(
     monkeypatch.setattr("runtime.serving.engine.LEAST_CONTEXT_TOKENS", 64)
     for asked, expected in [(512, (3, 512)), (None, (8, 224))]:
         made = engine.create(config(rows=8, context_tokens=asked), load(tiny_llama_dir))
-        assert isinstance(made, RowEngine)
+        assert isinstance(made, BatchingEngine)
         assert (made._rows, made.context_tokens) == expected
         made.close()
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from runtime.serving.engine import cuda_graphs
-from runtime.serving.engine.batch import Piece, Work
-from runtime.serving.engine.cuda_graphs import Block, CudaGraphs, Form
-from runtime.serving.engine.engine import RowEngine
+from runtime.serving.engine.batch import HostBatch, SlotChunk
+from runtime.serving.engine.cuda_graphs import Block, CudaGraphs, GraphKey
+from runtime.serving.engine.engine import BatchingEngine
 from runtime.serving.engine.kernels import Kernels
-from runtime.serving.engine.model_runner import Runner
+from runtime.serving.engine.model_runner import ModelRunner
 from tests.serving.engine.asking import Oracle, ask, generate, load, run
 from tests.serving.engine.test_engine import FAMILIES, longrope_model, model_of, some_prompts
 
@@ -70,7 +70,7 @@ def test_recorded_steps_answer_as_generate_does_alone_and_among_others(
     prompts = some_prompts(3, 40, 1, 70, 17)
     expected = [generate(model, prompt, max_new_tokens=24) for prompt in prompts]
     oracle.known = [(*prompt, *answer) for prompt, answer in zip(prompts[:2], expected[:2], strict=True)]
-    engine = RowEngine(model, rows=6, context_tokens=200, queue=8, guess_tokens=8, recorder=traces)
+    engine = BatchingEngine(model, rows=6, context_tokens=200, queue=8, guess_tokens=8, recorder=traces)
     asked = [ask(prompt, max_new_tokens=24, id=str(number)) for number, prompt in enumerate(prompts)]
     together = [ids for ids, _ in run(engine, *asked)]
     among = traces.replays
@@ -91,7 +91,7 @@ def test_recorded_steps_of_a_longrope_model_keep_each_row_to_its_factors(traces:
     model = longrope_model()
     prompts = some_prompts(5, 65, 48, 100, 20)
     expected = [generate(model, prompt) for prompt in prompts]
-    engine = RowEngine(copy.deepcopy(model), rows=5, context_tokens=400, queue=8, recorder=traces)
+    engine = BatchingEngine(copy.deepcopy(model), rows=5, context_tokens=400, queue=8, recorder=traces)
     asked = [ask(prompt, id=str(number)) for number, prompt in enumerate(prompts)]
     together = [ids for ids, _ in run(engine, *asked)]
     alone = [run(engine, request)[0][0] for request in asked]
@@ -101,21 +101,21 @@ def test_recorded_steps_of_a_longrope_model_keep_each_row_to_its_factors(traces:
 
 
 @pytest.fixture
-def engine(tiny_llama_dir: Path, traces: Traces) -> Iterator[RowEngine]:
-    made = RowEngine(load(tiny_llama_dir), rows=8, context_tokens=200, queue=8, recorder=traces)
+def engine(tiny_llama_dir: Path, traces: Traces) -> Iterator[BatchingEngine]:
+    made = BatchingEngine(load(tiny_llama_dir), rows=8, context_tokens=200, queue=8, recorder=traces)
     yield made
     made.close()
 
 
 @pytest.fixture
-def plain(tiny_llama_dir: Path) -> Iterator[RowEngine]:
-    made = RowEngine(load(tiny_llama_dir), rows=8, context_tokens=200, queue=8)
+def plain(tiny_llama_dir: Path) -> Iterator[BatchingEngine]:
+    made = BatchingEngine(load(tiny_llama_dir), rows=8, context_tokens=200, queue=8)
     yield made
     made.close()
 
 
 def test_adapters_come_and_go_between_recordings(
-    engine: RowEngine, plain: RowEngine, traces: Traces, adapter_dirs: dict[str, Path]
+    engine: BatchingEngine, plain: BatchingEngine, traces: Traces, adapter_dirs: dict[str, Path]
 ) -> None:
     first, second = adapter_dirs.values()
     for change in (
@@ -136,7 +136,7 @@ def test_adapters_come_and_go_between_recordings(
 
 
 def test_more_adapters_than_one_product_takes_run_as_they_come(
-    engine: RowEngine, plain: RowEngine, traces: Traces, adapter_dirs: dict[str, Path]
+    engine: BatchingEngine, plain: BatchingEngine, traces: Traces, adapter_dirs: dict[str, Path]
 ) -> None:
     names = [f"a{number}" for number in range(25)]
     for each in (engine, plain):
@@ -150,7 +150,7 @@ def test_more_adapters_than_one_product_takes_run_as_they_come(
 
 
 def test_drawn_answers_and_log_probabilities_are_those_of_steps_as_they_come(
-    engine: RowEngine, plain: RowEngine, traces: Traces
+    engine: BatchingEngine, plain: BatchingEngine, traces: Traces
 ) -> None:
     options: list[dict[str, Any]] = [
         {"temperature": 1.0, "seed": 5}, {"repetition_penalty": 1.3}, {"top_logprobs": 2}, {},
@@ -162,7 +162,7 @@ def test_drawn_answers_and_log_probabilities_are_those_of_steps_as_they_come(
 
 
 def test_a_recording_leaves_what_idle_slots_hold_for_prompts_that_begin_alike(
-    engine: RowEngine, tiny_llama_dir: Path, traces: Traces
+    engine: BatchingEngine, tiny_llama_dir: Path, traces: Traces
 ) -> None:
     prompts = some_prompts(60, 60, 60, 60, vocabulary=512)
     run(engine, *(ask(prompt, id=str(number)) for number, prompt in enumerate(prompts)))
@@ -199,7 +199,9 @@ class Broken(Traces):
 def test_a_recording_that_fails_or_differs_is_said_once_and_never_replayed(
     tiny_llama_dir: Path, traces: Traces, caplog: pytest.LogCaptureFixture, failure: str, said: str
 ) -> None:
-    engine = RowEngine(load(tiny_llama_dir), rows=4, context_tokens=200, queue=8, recorder=Broken(failure))
+    engine = BatchingEngine(
+        load(tiny_llama_dir), rows=4, context_tokens=200, queue=8, recorder=Broken(failure)
+    )
     with caplog.at_level(logging.WARNING, logger="runtime.serving"):
         answers = [run(engine, ask(id=str(number)))[0][0] for number in range(3)]
     engine.close()
@@ -216,7 +218,7 @@ def test_a_row_that_becomes_nan_costs_its_own_answer_and_no_recording(traces: Tr
     unused = next(token for token in range(3, 128) if token not in expected and token not in prompt)
     with torch.no_grad():
         model.get_input_embeddings().weight[unused] = torch.nan
-    engine = RowEngine(model, rows=2, context_tokens=100, queue=8, recorder=traces)
+    engine = BatchingEngine(model, rows=2, context_tokens=100, queue=8, recorder=traces)
     bias = {unused: 1e9}
     for _ in range(4):  # its second token is chosen from NaN
         with pytest.raises(Exception, match="not a number"):
@@ -227,7 +229,7 @@ def test_a_row_that_becomes_nan_costs_its_own_answer_and_no_recording(traces: Tr
 
 
 def test_the_recording_replayed_longest_ago_gives_way(
-    engine: RowEngine, plain: RowEngine, traces: Traces, monkeypatch: pytest.MonkeyPatch
+    engine: BatchingEngine, plain: BatchingEngine, traces: Traces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_graphs, "MOST", 2)
     request = ask(max_new_tokens=150)  # passes five bounds
@@ -274,18 +276,18 @@ def test_no_tensor_of_a_step_is_left_on_the_host(
 ) -> None:
     """Torch's "meta" device computes nothing, and like a GPU refuses operations that mix it with the CPU."""
     model = model_of(family) if family in FAMILIES else load(tiny_llama_dir)
-    runner = Runner(model.to("meta"), rows=4, positions=100, recorder=traces)
+    runner = ModelRunner(model.to("meta"), rows=4, positions=100, recorder=traces)
     if family == "tiny":
         runner.add_adapter("a", adapter_dirs["second"], strength=1)
     owner = runner.bank.version("a") if family == "tiny" else None
     numbers = {"ids": [1, 2, 3, 4, 5, 6], "positions": [3, 4, 5, 0, 1, 2], "slots": [0, 1, 3]}
     rest = {"owners": [(None, 1), (owner, 5)], "long": [False] * 6, "copies": [(0, 2, 3)]}
     with torch.inference_mode():
-        work = Work(**numbers, **rest, pieces=(Piece(3, 2, 0, 3),), chosen=[0, 1, 2, 5])
+        work = HostBatch(**numbers, **rest, pieces=(SlotChunk(3, 2, 0, 3),), chosen=[0, 1, 2, 5])
         assert runner._execute(work).shape == (4, model.config.vocab_size)
         assert runner._recordings is not None
         one, some = Block(2, 1, 32), (Block(0, 1, 64), Block(2, 2, 32))
-        for form in (Form(some, 1, owner is not None, False), Form((one,), 5, False, False)):
+        for form in (GraphKey(some, 1, owner is not None, False), GraphKey((one,), 5, False, False)):
             logits = runner._recordings._step(form, runner._recordings._inputs(form))
             assert (logits.device.type, len(logits)) == ("meta", form.tokens)
 
@@ -298,7 +300,7 @@ def test_cuda_graphs_answer_as_steps_that_run_as_they_come(family: str, oracle: 
     asked = [ask(prompt, max_new_tokens=60, id=str(number)) for number, prompt in enumerate(prompts)]
     answers = []
     for recorder in (None, CudaGraphs()):
-        engine = RowEngine(
+        engine = BatchingEngine(
             copy.deepcopy(model), rows=6, context_tokens=400, queue=8, guess_tokens=8, recorder=recorder
         )
         answers.append([run(engine, *asked), *(run(engine, each) for each in (*asked, *asked))])

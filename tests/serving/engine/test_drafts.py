@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from runtime.serving.engine import scheduler
-from runtime.serving.engine.engine import RowEngine
+from runtime.serving.engine.engine import BatchingEngine
 from runtime.serving.engine.protocol import Request, Token
 from tests.serving.engine.asking import PROMPT, Oracle, ask, generate, load, run
 from tests.serving.engine.test_engine import FAMILIES, model_of, some_prompts
@@ -23,7 +23,7 @@ def test_right_and_wrong_guesses_leave_the_text_and_the_cache_as_they_would_be(
     model = model_of(family)
     prompts = some_prompts(3, 40)
     wholes = [(*prompt, *generate(model, prompt, max_new_tokens=40)) for prompt in prompts]
-    engine = RowEngine(model, rows=2, context_tokens=400, queue=8, guess_tokens=8)
+    engine = BatchingEngine(model, rows=2, context_tokens=400, queue=8, guess_tokens=8)
     oracle.known = wholes
     asked = [ask(prompt, max_new_tokens=25, id=str(number)) for number, prompt in enumerate(prompts)]
     alone = [run(engine, request)[0][0] for request in asked]
@@ -46,7 +46,7 @@ def test_a_wrong_guess_that_becomes_nan_is_not_left_where_others_look(oracle: Or
     oracle.wrong = unused
     with torch.no_grad():
         model.get_input_embeddings().weight[unused] = torch.nan
-    engine = RowEngine(model, rows=2, context_tokens=400, queue=8, guess_tokens=8)
+    engine = BatchingEngine(model, rows=2, context_tokens=400, queue=8, guess_tokens=8)
     oracle.known = wholes
     asked = [ask(prompt, max_new_tokens=30, id=str(number)) for number, prompt in enumerate(prompts)]
     alone = [run(engine, request)[0][0] for request in asked]
@@ -58,14 +58,14 @@ def test_a_wrong_guess_that_becomes_nan_is_not_left_where_others_look(oracle: Or
 
 
 @pytest.fixture
-def engine(tiny_llama_dir: Path, oracle: Oracle) -> Iterator[RowEngine]:
-    made = RowEngine(load(tiny_llama_dir), rows=2, context_tokens=100, queue=8, guess_tokens=8)
+def engine(tiny_llama_dir: Path, oracle: Oracle) -> Iterator[BatchingEngine]:
+    made = BatchingEngine(load(tiny_llama_dir), rows=2, context_tokens=100, queue=8, guess_tokens=8)
     oracle.known = [(*PROMPT, *generate(load(tiny_llama_dir), max_new_tokens=95))]
     yield made
     made.close()
 
 
-def test_an_answer_ends_where_it_would_without_guesses(engine: RowEngine, tiny_llama_dir: Path) -> None:
+def test_an_answer_ends_where_it_would_without_guesses(engine: BatchingEngine, tiny_llama_dir: Path) -> None:
     whole = generate(load(tiny_llama_dir), max_new_tokens=95)
     for count in (1, 2, 8, 9, 30):
         assert run(engine, ask(max_new_tokens=count)) == [(whole[:count], "length")]
@@ -90,11 +90,11 @@ def test_penalties_and_logprobs_count_the_tokens_that_were_guessed(
     tiny_llama_dir: Path, oracle: Oracle, sampling: dict[str, Any]
 ) -> None:
     request = ask(max_new_tokens=40, **sampling)
-    plain = RowEngine(load(tiny_llama_dir), rows=1, context_tokens=100, queue=8)
+    plain = BatchingEngine(load(tiny_llama_dir), rows=1, context_tokens=100, queue=8)
     expected = tokens(plain, request)
     plain.close()
     oracle.known = [(*PROMPT, *(token.id for token in expected if token.id is not None))]
-    guessing = RowEngine(load(tiny_llama_dir), rows=1, context_tokens=100, queue=8, guess_tokens=8)
+    guessing = BatchingEngine(load(tiny_llama_dir), rows=1, context_tokens=100, queue=8, guess_tokens=8)
     found = tokens(guessing, request)
     right = guessing.stats().right_tokens
     guessing.close()
@@ -105,14 +105,14 @@ def test_penalties_and_logprobs_count_the_tokens_that_were_guessed(
     assert right > 20
 
 
-def tokens(engine: RowEngine, request: Request) -> list[Token]:
+def tokens(engine: BatchingEngine, request: Request) -> list[Token]:
     async def all_of_them() -> list[Token]:
         return [token async for token in engine.submit(request)]
 
     return asyncio.run(all_of_them())
 
 
-def test_guesses_make_fewer_steps(engine: RowEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guesses_make_fewer_steps(engine: BatchingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
     run_step = engine._runner.run
     monkeypatch.setattr(engine._runner, "run", lambda plan: steps.append(plan) or run_step(plan))
@@ -120,14 +120,14 @@ def test_guesses_make_fewer_steps(engine: RowEngine, monkeypatch: pytest.MonkeyP
     assert 60 / 6 <= len(steps) <= 60 / 3
 
 
-def test_an_answer_by_seed_is_not_guessed(engine: RowEngine) -> None:
+def test_an_answer_by_seed_is_not_guessed(engine: BatchingEngine) -> None:
     run(engine, ask(max_new_tokens=40, temperature=0.8, seed=3))
     assert engine.stats().guessed_tokens == 0
     run(engine, ask(max_new_tokens=40, temperature=0.8))
     assert engine.stats().guessed_tokens > 0
 
 
-def test_a_row_that_decodes_beside_another_is_not_guessed(engine: RowEngine) -> None:
+def test_a_row_that_decodes_beside_another_is_not_guessed(engine: BatchingEngine) -> None:
     run(engine, ask(max_new_tokens=40, id="1"), ask(max_new_tokens=40, id="2"))
     assert engine.stats().guessed_tokens < 40, "but while the other's prompt or answer was not there"
 
@@ -135,7 +135,7 @@ def test_a_row_that_decodes_beside_another_is_not_guessed(engine: RowEngine) -> 
 def test_a_repetitive_answer_is_guessed_from_itself(tiny_llama_dir: Path) -> None:
     prompt = (*range(20, 50), *range(20, 40))
     model = load(tiny_llama_dir)
-    engine = RowEngine(load(tiny_llama_dir), rows=1, context_tokens=400, queue=8, guess_tokens=8)
+    engine = BatchingEngine(load(tiny_llama_dir), rows=1, context_tokens=400, queue=8, guess_tokens=8)
     answer = run(engine, ask(prompt, max_new_tokens=200))[0][0]
     right = engine.stats().right_tokens
     engine.close()

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from runtime.errors import ConfigError, RequestError, UnavailableError
-from runtime.serving.engine.engine import ALONE_TOKENS, CHUNK_TOKENS, RowEngine
+from runtime.serving.engine.engine import ALONE_TOKENS, CHUNK_TOKENS, BatchingEngine
 from runtime.serving.engine.protocol import Start
 from tests.serving.engine.asking import ask, collect, generate, load, run
 
@@ -99,7 +99,7 @@ def test_greedy_equals_generate_alone_and_among_others(family: str) -> None:
     model = model_of(family)
     prompts = some_prompts(3, 40, 1, 70, 17, 300)
     expected = [generate(model, prompt) for prompt in prompts]
-    engine = RowEngine(model, rows=4, context_tokens=400, queue=8)
+    engine = BatchingEngine(model, rows=4, context_tokens=400, queue=8)
     asked = [ask(prompt, id=str(number)) for number, prompt in enumerate(prompts)]
     alone = [run(engine, request)[0][0] for request in asked]
     together = [ids for ids, _ in run(engine, *asked)]
@@ -117,7 +117,7 @@ def longrope() -> Any:
 def test_each_row_of_a_longrope_model_has_its_own_factors(longrope: Any) -> None:
     prompts = some_prompts(5, 65, 48, 300, 20)  # of 16 new tokens the last is never run: 48 stays short
     expected = [generate(longrope, prompt) for prompt in prompts]
-    engine = RowEngine(copy.deepcopy(longrope), rows=5, context_tokens=400, queue=8)
+    engine = BatchingEngine(copy.deepcopy(longrope), rows=5, context_tokens=400, queue=8)
     asked = [ask(prompt, id=str(number)) for number, prompt in enumerate(prompts)]
     alone = [run(engine, request)[0][0] for request in asked]
     together = [ids for ids, _ in run(engine, *asked)]
@@ -128,7 +128,7 @@ def test_each_row_of_a_longrope_model_has_its_own_factors(longrope: Any) -> None
 
 def test_an_answer_that_may_become_long_has_the_long_factors_from_its_first_token(longrope: Any) -> None:
     (prompt,) = some_prompts(60)
-    engine = RowEngine(copy.deepcopy(longrope), rows=2, context_tokens=400, queue=8)
+    engine = BatchingEngine(copy.deepcopy(longrope), rows=2, context_tokens=400, queue=8)
     short, long, again = (
         run(engine, ask(prompt, max_new_tokens=count, id=str(count)))[0][0] for count in (5, 40, 5)
     )
@@ -142,13 +142,13 @@ def test_an_answer_that_may_become_long_has_the_long_factors_from_its_first_toke
 
 
 @pytest.fixture
-def engine(tiny_llama_dir: Path) -> Iterator[RowEngine]:
-    made = RowEngine(load(tiny_llama_dir), rows=32, context_tokens=600, queue=8)
+def engine(tiny_llama_dir: Path) -> Iterator[BatchingEngine]:
+    made = BatchingEngine(load(tiny_llama_dir), rows=32, context_tokens=600, queue=8)
     yield made
     made.close()
 
 
-def test_fault_53_an_answer_is_the_same_alone_and_among_31_others(engine: RowEngine) -> None:
+def test_fault_53_an_answer_is_the_same_alone_and_among_31_others(engine: BatchingEngine) -> None:
     prompts = some_prompts(*range(5, 37), vocabulary=512)
     greedy = ask(prompts[3], max_new_tokens=40)
     drawn = ask(prompts[4], max_new_tokens=40, temperature=1.2, top_p=0.9, seed=5)
@@ -163,7 +163,7 @@ def test_fault_53_an_answer_is_the_same_alone_and_among_31_others(engine: RowEng
 
 
 def test_rows_with_different_adapters_in_one_step_answer_as_plain_peft_does(
-    engine: RowEngine, tiny_llama_dir: Path, adapter_dirs: dict[str, Path]
+    engine: BatchingEngine, tiny_llama_dir: Path, adapter_dirs: dict[str, Path]
 ) -> None:
     for name, folder in adapter_dirs.items():
         engine.add_adapter(name, folder)
@@ -178,7 +178,7 @@ def test_rows_with_different_adapters_in_one_step_answer_as_plain_peft_does(
 
 
 def test_many_adapters_come_and_go_and_each_answers_as_alone(
-    engine: RowEngine, adapter_dirs: dict[str, Path]
+    engine: BatchingEngine, adapter_dirs: dict[str, Path]
 ) -> None:
     folder = adapter_dirs["second"]
     strengths = {f"s{n}": n / 8 for n in range(8)}
@@ -194,7 +194,7 @@ def test_many_adapters_come_and_go_and_each_answers_as_alone(
 
 
 def test_a_cached_beginning_is_not_used_across_adapters(
-    engine: RowEngine, adapter_dirs: dict[str, Path]
+    engine: BatchingEngine, adapter_dirs: dict[str, Path]
 ) -> None:
     prompt = some_prompts(50, vocabulary=512)[0]
     base = run(engine, ask(prompt))
@@ -208,7 +208,7 @@ def test_a_cached_beginning_is_not_used_across_adapters(
 
 
 def test_an_equal_beginning_is_read_from_the_cache_and_answers_the_same(
-    engine: RowEngine, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+    engine: BatchingEngine, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     system, *users = some_prompts(200, 9, 14, 6, vocabulary=512)
     ran: list[int] = []
@@ -228,7 +228,7 @@ def test_an_equal_beginning_is_read_from_the_cache_and_answers_the_same(
     assert sum(ran) <= 1 + 14 + 6 + 2, "only what differs is run, and the last token"
 
 
-def test_a_running_row_shares_its_beginning_too(engine: RowEngine, tiny_llama_dir: Path) -> None:
+def test_a_running_row_shares_its_beginning_too(engine: BatchingEngine, tiny_llama_dir: Path) -> None:
     prompt = some_prompts(64, vocabulary=512)[0]
     model = load(tiny_llama_dir)
     answers = run(engine, *(ask(prompt, id=str(n)) for n in range(6)))
@@ -236,7 +236,7 @@ def test_a_running_row_shares_its_beginning_too(engine: RowEngine, tiny_llama_di
 
 
 def test_fault_40_a_cancelled_row_is_free_by_the_next_step(
-    engine: RowEngine, monkeypatch: pytest.MonkeyPatch
+    engine: BatchingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
     original = engine._runner.run
@@ -262,7 +262,7 @@ def test_fault_40_a_cancelled_row_is_free_by_the_next_step(
 
 
 def test_others_get_tokens_while_a_long_prompt_is_read(
-    engine: RowEngine, monkeypatch: pytest.MonkeyPatch
+    engine: BatchingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans: list[tuple[int, int]] = []
     original = engine._runner.run
@@ -286,7 +286,7 @@ def test_others_get_tokens_while_a_long_prompt_is_read(
 
 
 def test_a_prompt_of_several_steps_is_read_when_no_other_row_runs(
-    engine: RowEngine, tiny_llama_dir: Path
+    engine: BatchingEngine, tiny_llama_dir: Path
 ) -> None:
     """The first of its steps chooses no token at all."""
     prompt = some_prompts(590, vocabulary=512)[0]
@@ -296,13 +296,13 @@ def test_a_prompt_of_several_steps_is_read_when_no_other_row_runs(
     )
 
 
-def test_a_prompt_longer_than_the_context_is_refused_before_the_queue(engine: RowEngine) -> None:
+def test_a_prompt_longer_than_the_context_is_refused_before_the_queue(engine: BatchingEngine) -> None:
     with pytest.raises(RequestError, match="has 600 tokens, expected 1 to 599"):
         run(engine, ask(tuple([5] * 600)))
 
 
 def test_a_row_that_becomes_nan_is_ended_alone_and_its_slot_is_cleaned(
-    engine: RowEngine, adapter_dirs: dict[str, Path]
+    engine: BatchingEngine, adapter_dirs: dict[str, Path]
 ) -> None:
     good = run(engine, ask())
     engine.add_adapter("broken", adapter_dirs["second"], strength=float("nan"))
@@ -318,7 +318,7 @@ def test_a_row_that_becomes_nan_is_ended_alone_and_its_slot_is_cleaned(
 
 
 def test_out_of_memory_costs_the_newest_request_and_the_others_go_on(
-    engine: RowEngine, monkeypatch: pytest.MonkeyPatch
+    engine: BatchingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run(engine, ask(max_new_tokens=60))
     original = engine._runner.run
@@ -343,7 +343,7 @@ def test_out_of_memory_costs_the_newest_request_and_the_others_go_on(
 
 
 def test_out_of_memory_in_a_step_with_two_prompts_leaves_the_first_to_be_answered(
-    engine: RowEngine, monkeypatch: pytest.MonkeyPatch
+    engine: BatchingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = (ask(each, id=str(len(each))) for each in some_prompts(9, 11))
     expected = run(engine, one)
@@ -365,7 +365,7 @@ def test_out_of_memory_in_a_step_with_two_prompts_leaves_the_first_to_be_answere
     assert isinstance(failed, UnavailableError)
 
 
-def test_the_first_token_says_how_long_it_waited_and_what_was_cached(engine: RowEngine) -> None:
+def test_the_first_token_says_how_long_it_waited_and_what_was_cached(engine: BatchingEngine) -> None:
     async def begin() -> list[Start | None]:
         return [token.start async for token in engine.submit(ask(prompt))]
 
@@ -380,7 +380,7 @@ def test_the_first_token_says_how_long_it_waited_and_what_was_cached(engine: Row
 
 
 def test_fault_48_an_engine_that_only_fails_stops_and_says_so(
-    engine: RowEngine, monkeypatch: pytest.MonkeyPatch
+    engine: BatchingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(_: object) -> None:
         raise RuntimeError("device lost")
@@ -396,7 +396,7 @@ def test_fault_48_an_engine_that_only_fails_stops_and_says_so(
 
 
 def test_a_name_that_is_resident_is_refused_and_the_first_adapter_stays(
-    engine: RowEngine, adapter_dirs: dict[str, Path]
+    engine: BatchingEngine, adapter_dirs: dict[str, Path]
 ) -> None:
     engine.add_adapter("x", adapter_dirs["second"])
     before = run(engine, ask(adapter="x"))
@@ -413,7 +413,7 @@ def test_a_model_that_cannot_be_prepared_leaves_no_thread(
 
     monkeypatch.setattr("runtime.serving.engine.engine.Runner", broken)
     with pytest.raises(RuntimeError, match="no memory for the cache"):
-        RowEngine(load(tiny_llama_dir), rows=1, context_tokens=32, queue=1)
+        BatchingEngine(load(tiny_llama_dir), rows=1, context_tokens=32, queue=1)
     for thread in threading.enumerate():
         if thread.name == "engine":
             thread.join(5)
@@ -421,7 +421,7 @@ def test_a_model_that_cannot_be_prepared_leaves_no_thread(
 
 
 def test_an_adapter_for_a_layer_the_engine_cannot_adapt_is_refused_by_name(
-    engine: RowEngine, adapter_dirs: dict[str, Path], tmp_path: Path
+    engine: BatchingEngine, adapter_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -437,7 +437,9 @@ def test_an_adapter_for_a_layer_the_engine_cannot_adapt_is_refused_by_name(
     assert engine.stats().adapters == ()
 
 
-def test_stop_ids_and_lengths_end_rows_at_different_times(engine: RowEngine, tiny_llama_dir: Path) -> None:
+def test_stop_ids_and_lengths_end_rows_at_different_times(
+    engine: BatchingEngine, tiny_llama_dir: Path
+) -> None:
     whole = generate(load(tiny_llama_dir), max_new_tokens=30)
     stop = whole[10]
     asked = [ask(max_new_tokens=n, id=str(n)) for n in (1, 7, 30)]
@@ -451,7 +453,7 @@ def test_stop_ids_and_lengths_end_rows_at_different_times(engine: RowEngine, tin
 
 @pytest.mark.parametrize("most_masked", [0, 24])
 def test_both_forms_of_many_adapters_answer_as_each_alone(
-    engine: RowEngine, adapter_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, most_masked: int
+    engine: BatchingEngine, adapter_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, most_masked: int
 ) -> None:
     names = [f"n{number}" for number in range(6)]
     for number, name in enumerate(names):

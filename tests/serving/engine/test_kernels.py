@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
 from runtime.serving.engine import kernels
-from runtime.serving.engine.attention import Layer, attend
-from runtime.serving.engine.batch import Batch, Piece, Work, assemble
+from runtime.serving.engine.attention import AttentionLayer, attend
+from runtime.serving.engine.batch import Batch, HostBatch, SlotChunk, assemble
 from runtime.serving.engine.kernels import LIBRARY, Kernels, checksum
 from runtime.serving.engine.kv_cache import SlotCache, store
 from runtime.serving.engine.layers import rotate
-from runtime.serving.engine.lora import Groups, Own, RowLinear, Step
+from runtime.serving.engine.lora import AdapterGroups, LoraLinear, PerToken, StepContext
 from tests.serving.engine.asking import ask, generate, run
 from tests.serving.engine.test_engine import FAMILIES, model_of, some_prompts
 
@@ -84,9 +84,9 @@ class Rows:
         )
         for layer in (*self.cache.keys, *self.cache.values):
             layer.normal_()
-        work = Work(
+        work = HostBatch(
             ids=[1] * 8, positions=[*self.positions, *range(7, 12)], slots=list(self.slots),
-            pieces=(Piece(3, 3, 7, 5),), chosen=[0], owners=[(None, 8)], long=[False] * 8, copies=[],
+            pieces=(SlotChunk(3, 3, 7, 5),), chosen=[0], owners=[(None, 8)], long=[False] * 8, copies=[],
         )  # fmt: skip
 
         class Nobody:
@@ -98,8 +98,8 @@ class Rows:
 
         self.batch: Batch = assemble(work, Nobody())  # type: ignore[arg-type]
 
-    def layer(self, *, window: int | None = None) -> Layer:
-        return Layer(self.cache.keys[0], self.cache.values[0], 0.2, window, None, self.cache.kernels)
+    def layer(self, *, window: int | None = None) -> AttentionLayer:
+        return AttentionLayer(self.cache.keys[0], self.cache.values[0], 0.2, window, None, self.cache.kernels)
 
 
 def both(native: Kernels, compute: Callable[[Rows], Tensor], **sizes: int) -> tuple[Tensor, Tensor]:
@@ -152,7 +152,7 @@ def test_a_chunk_sees_its_slot_up_to_each_token(
     rows = Rows(native)
     query = torch.randn(tokens, 8, 64)[:, :6]
     rows.cache.keys[0][3, :, start + tokens :] = torch.nan  # what an earlier row left there
-    piece = Piece(0, 3, start, tokens)
+    piece = SlotChunk(0, 3, start, tokens)
     alone = dataclasses.replace(rows.batch, decodes=0, runs=(), chunks=(piece,))
     found = attend(query, rows.layer(window=window), alone)
     expected = attend(query, dataclasses.replace(rows.layer(window=window), kernels=None), alone)
@@ -228,14 +228,14 @@ def test_gate_is_silu_of_one_half_times_the_other(native: Kernels, tokens: int) 
 def test_each_token_gets_its_own_adapter(native: Kernels, rank: int, outs: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     base = torch.nn.Linear(96, sum(outs), bias=False)
-    step = Step(native)
-    layer = RowLinear(base, (96, outs), step)
+    step = StepContext(native)
+    layer = LoraLinear(base, (96, outs), step)
     parts = {n: (torch.randn(rank, 96), torch.randn(out, rank)) for n, out in enumerate(outs)}
     layer.place(1, parts, lanes=3)
     layer.place(2, {0: (2 * parts[0][0], parts[0][1])}, lanes=3)
     x = torch.randn(1, 9, 96)
     lanes = torch.tensor([-1, 1, 2, 1, 0, 2, 2, -1])
-    step.groups = Groups((), Own(lanes))
+    step.groups = AdapterGroups((), PerToken(lanes))
     with torch.inference_mode():
         found, expected = layer(x), base(x)
         for token, lane in enumerate(lanes.tolist()):
@@ -252,13 +252,13 @@ def test_without_kernels_the_answers_are_the_same(
     family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With them test_rows.py asks; here torch's operations answer, as where there was no compiler."""
-    from runtime.serving.engine.engine import RowEngine
+    from runtime.serving.engine.engine import BatchingEngine
 
     monkeypatch.setattr(Kernels, "find", lambda: None)
     model = model_of(family)
     prompts = some_prompts(3, 40, 1, 70)
     expected = [generate(model, prompt) for prompt in prompts]
-    engine = RowEngine(model, rows=4, context_tokens=200, queue=8)
+    engine = BatchingEngine(model, rows=4, context_tokens=200, queue=8)
     answers = [ids for ids, _ in run(engine, *(ask(prompt, id=str(n)) for n, prompt in enumerate(prompts)))]
     engine.close()
     assert answers == expected

@@ -7,7 +7,15 @@ from torch import nn
 from runtime.serving.engine import linear
 from runtime.serving.engine.kernels import MOST_TOKENS, Kernels
 from runtime.serving.engine.layers import rotate
-from runtime.serving.engine.linear import BySize, Layouts, Packed, Packing, Streamed, Transposed, join
+from runtime.serving.engine.linear import (
+    LinearBySize,
+    LinearLayouts,
+    PackedLinear,
+    Packing,
+    StreamedLinear,
+    TransposedLinear,
+    join,
+)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -22,16 +30,18 @@ def test_every_layout_computes_the_same_product(
     x = torch.randn(1, rows, 96)
     with torch.inference_mode():
         expected = layer(x)
-        fast = Layouts(twice=twice).fast(layer)
+        fast = LinearLayouts(twice=twice).fast(layer)
         assert fast is not layer
         torch.testing.assert_close(fast(x), expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(Transposed(layer.weight, layer.bias)(x), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            TransposedLinear(layer.weight, layer.bias)(x), expected, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_packing_is_found_on_this_build_of_torch() -> None:
     """Fails when torch renames the operators, so that a loss of speed is not found by users."""
     assert Packing.find() is not None
-    assert isinstance(Layouts(twice=False).fast(nn.Linear(8, 8)), Packed)
+    assert isinstance(LinearLayouts(twice=False).fast(nn.Linear(8, 8)), PackedLinear)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -45,17 +55,17 @@ def test_with_kernels_a_few_rows_are_streamed_and_more_are_packed(
         pytest.skip("built without kernels")
     layer = nn.Linear(96, 160, bias=bias)
     with torch.inference_mode():
-        fast = Layouts(twice=True, kernels=kernels).fast(layer)
-        assert isinstance(fast, BySize)
-        assert isinstance(fast.few, Streamed)
+        fast = LinearLayouts(twice=True, kernels=kernels).fast(layer)
+        assert isinstance(fast, LinearBySize)
+        assert isinstance(fast.few, StreamedLinear)
         assert asked == [MOST_TOKENS]
         assert fast.few.weight.data_ptr() != layer.weight.data_ptr(), "is no view of a file that others keep"
         for rows in range(1, MOST_TOKENS + 2):
             x = torch.randn(1, rows, 96)
             torch.testing.assert_close(fast(x), layer(x), rtol=1e-5, atol=1e-5)
-    odd = Layouts(twice=True, kernels=kernels).fast(nn.Linear(40, 8))
-    assert isinstance(odd, BySize)
-    assert isinstance(odd.few, Transposed), "kernels take multiples of 16"
+    odd = LinearLayouts(twice=True, kernels=kernels).fast(nn.Linear(40, 8))
+    assert isinstance(odd, LinearBySize)
+    assert isinstance(odd.few, TransposedLinear), "kernels take multiples of 16"
 
 
 class Timed(nn.Module):
@@ -86,20 +96,20 @@ def test_a_second_layout_serves_up_to_the_rows_at_which_it_is_measured_to_be_cle
 def test_a_second_layout_that_is_no_faster_is_not_kept(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     measured = []
     monkeypatch.setattr(linear, "most_few", lambda *_, **__: measured.append(1) or most)
-    layouts = Layouts(twice=True)
+    layouts = LinearLayouts(twice=True)
     for _ in range(2):
-        assert isinstance(layouts.fast(nn.Linear(8, 8)), BySize if most else Packed)
+        assert isinstance(layouts.fast(nn.Linear(8, 8)), LinearBySize if most else PackedLinear)
     assert len(measured) == 1, "once for each size"
 
 
 def test_without_packing_or_with_a_wrong_one_the_plain_layout_is_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(linear.Packed, "__call__", lambda *_: torch.zeros(2, 3))
+    monkeypatch.setattr(linear.PackedLinear, "__call__", lambda *_: torch.zeros(2, 3))
     assert Packing.find() is None
     layer = nn.Linear(8, 8)
-    assert isinstance(Layouts(twice=True).fast(layer), Transposed)
-    assert isinstance(Layouts(twice=False).fast(layer.to(torch.bfloat16)), Transposed)
+    assert isinstance(LinearLayouts(twice=True).fast(layer), TransposedLinear)
+    assert isinstance(LinearLayouts(twice=False).fast(layer.to(torch.bfloat16)), TransposedLinear)
 
 
 def test_joined_layers_give_their_outputs_side_by_side() -> None:

@@ -10,10 +10,10 @@ import torch
 from peft import PeftModel
 
 from runtime.errors import ConfigError, OverloadedError, UnavailableError, UnknownModelError
-from runtime.serving.engine.backends.simple import PlainEngine
+from runtime.serving.engine.backends.simple import SimpleEngine
 from runtime.serving.engine.backends.vllm import VllmEngine
-from runtime.serving.engine.backends.vllm_process import VllmServer
-from runtime.serving.engine.engine import RowEngine
+from runtime.serving.engine.backends.vllm_process import VllmProcess
+from runtime.serving.engine.engine import BatchingEngine
 from tests.serving.engine.asking import AnyEngine, ask, collect, generate, load, run
 
 
@@ -25,15 +25,15 @@ def engine(request: pytest.FixtureRequest, tiny_llama_dir: Path) -> Iterator[Any
         return
     model = load(tiny_llama_dir)
     made: AnyEngine = (
-        PlainEngine(model, context_tokens=256, queue=2)
+        SimpleEngine(model, context_tokens=256, queue=2)
         if request.param == "plain"
-        else RowEngine(model, rows=1, context_tokens=256, queue=2)
+        else BatchingEngine(model, rows=1, context_tokens=256, queue=2)
     )
     yield made
     made.close()
 
 
-def over_vllm(server: VllmServer) -> Iterator[VllmEngine]:
+def over_vllm(server: VllmProcess) -> Iterator[VllmEngine]:
     """An engine over a vLLM that outlives it, and that has no adapters before and after."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "close", lambda: None)
@@ -195,7 +195,7 @@ def test_fault_48_a_failure_answers_its_request_and_the_next_is_served(
         raise RuntimeError("kernel launch failed at 0x7f")
 
     with monkeypatch.context() as patch:
-        if isinstance(engine, PlainEngine):
+        if isinstance(engine, SimpleEngine):
             patch.setattr(engine, "_forward", broken)
         elif isinstance(engine, VllmEngine):
             patch.setattr(engine, "_stream", broken)

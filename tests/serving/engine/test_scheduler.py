@@ -3,10 +3,10 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.serving.engine.scheduler import LEAST_SHARED, Chunk, Plan, Row, Scheduler
+from runtime.serving.engine.scheduler import LEAST_SHARED, PromptChunk, Scheduler, Sequence, StepPlan
 
 
-def step(scheduler: Scheduler) -> Plan:
+def step(scheduler: Scheduler) -> StepPlan:
     """Run one step, every row's next token being 7."""
     plan = scheduler.plan()
     finishing = [chunk.row for chunk in plan.chunks if chunk.completes]
@@ -112,7 +112,7 @@ def test_a_step_that_failed_leaves_every_row_as_it_was() -> None:
     second = scheduler.admit(prompt(30, 100), adapter=None)
     assert len(scheduler.plan().chunks) == 2
     scheduler.retire(second)  # what memory ran out for
-    assert step(scheduler).chunks == (Chunk(first, 0, 30),)
+    assert step(scheduler).chunks == (PromptChunk(first, 0, 30),)
     assert step(scheduler).decode == (first,)
 
 
@@ -133,7 +133,7 @@ def test_a_conversation_in_the_cache_outlives_another_with_the_same_system_promp
     scheduler.retire(row)
     other = scheduler.admit((*prompt(30), *prompt(40, 800)), adapter=None)
     assert other.slot != row.slot
-    assert step(scheduler).chunks == (Chunk(other, 30, 40),)
+    assert step(scheduler).chunks == (PromptChunk(other, 30, 40),)
     assert scheduler.admit((*talk, 1, 2), adapter=None).reused == len(talk)
 
 
@@ -143,7 +143,7 @@ def test_whatever_comes_and_goes_the_cache_holds_what_the_rows_say(data: st.Data
     """Keeps a copy of the cache as lists, fills it as the plans say, and compares before every use."""
     scheduler = Scheduler(3, chunk_tokens=7, alone_tokens=11)
     cache: list[dict[int, tuple[int, int | None, bool]]] = [{} for _ in range(3)]
-    asked: dict[Row, int] = {}
+    asked: dict[Sequence, int] = {}
     for _ in range(40):
         if len(scheduler.rows) < 3 and data.draw(st.booleans()):
             length = data.draw(st.integers(1, 30))

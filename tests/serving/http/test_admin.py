@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from runtime.errors import ConfigError
-from runtime.serving.http.admin import AdapterDoor
-from runtime.serving.lifecycle import Served
+from runtime.serving.http.admin import AdapterLoader
+from runtime.serving.lifecycle import ServedModel
 from runtime.serving.settings import AdapterSource
 
 pytestmark = pytest.mark.anyio
@@ -34,22 +34,22 @@ async def test_conversation_to_ids_is_what_chat_would_generate_from(open_site: A
 
 
 @pytest.fixture
-def door(tmp_path: Path) -> AdapterDoor:
+def door(tmp_path: Path) -> AdapterLoader:
     """A door whose reader looks only at the name: what an adapter is, runtime.adapters' tests say."""
     for name in ("shop", "bad"):
         (tmp_path / "adapters" / name).mkdir(parents=True)
     (tmp_path / "outside").mkdir()
     (tmp_path / "adapters" / "link").symlink_to(tmp_path / "outside")
 
-    def add(served: Served, source: AdapterSource) -> None:
+    def add(served: ServedModel, source: AdapterSource) -> None:
         if Path(source.reference).name == "bad":
             raise ConfigError(f"adapter {source.name}: is it half-written?")
         served.engine.add_adapter(source.name, Path(source.reference))
 
-    return AdapterDoor(tmp_path / "adapters", add)
+    return AdapterLoader(tmp_path / "adapters", add)
 
 
-async def test_adapter_is_loaded_used_and_unloaded(open_site: Any, door: AdapterDoor) -> None:
+async def test_adapter_is_loaded_used_and_unloaded(open_site: Any, door: AdapterLoader) -> None:
     async with open_site(door=door) as site:
         post = site.client.post
         loaded = await post("/v1/load_lora_adapter", json={"lora_name": "new", "lora_path": "shop"})
@@ -61,7 +61,7 @@ async def test_adapter_is_loaded_used_and_unloaded(open_site: Any, door: Adapter
         assert (await post("/v1/unload_lora_adapter", json={"lora_name": "new"})).status_code == 404
 
 
-async def test_absolute_path_within_the_directory_is_taken(open_site: Any, door: AdapterDoor) -> None:
+async def test_absolute_path_within_the_directory_is_taken(open_site: Any, door: AdapterLoader) -> None:
     async with open_site(door=door) as site:
         body = {"lora_name": "new", "lora_path": str(door.root / "shop")}
         assert (await site.client.post("/v1/load_lora_adapter", json=body)).status_code == 200
@@ -86,7 +86,7 @@ async def test_absolute_path_within_the_directory_is_taken(open_site: Any, door:
     ],
 )
 async def test_path_outside_and_bad_names_are_400(
-    open_site: Any, door: AdapterDoor, name: str, path: str
+    open_site: Any, door: AdapterLoader, name: str, path: str
 ) -> None:
     """Fault 51."""
     async with open_site(door=door) as site:
@@ -96,7 +96,7 @@ async def test_path_outside_and_bad_names_are_400(
         assert site.engine.stats().adapters == ()
 
 
-async def test_bad_adapter_is_refused_with_its_reason(open_site: Any, door: AdapterDoor) -> None:
+async def test_bad_adapter_is_refused_with_its_reason(open_site: Any, door: AdapterLoader) -> None:
     async with open_site(door=door) as site:
         reply = await site.client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "bad"})
     assert reply.status_code == 400

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from runtime.tuning.data.batching import IGNORE, Plan, collate, group, pack, partition
-from runtime.tuning.data.tokenize import Row
+from runtime.tuning.data.batching import IGNORE, BatchPlan, collate, group, pack, partition
+from runtime.tuning.data.tokenize import TokenizedRow
 from runtime.tuning.loss import batch_loss
 from runtime.tuning.model import packed_attention
 from runtime.tuning.model.lora import evaluating
@@ -40,7 +40,7 @@ def test_packs_and_groups_hold_every_row_within_the_budget(sizes: list[int], bud
 
 @given(lengths, st.integers(1, 4), st.integers(1, 9))
 def test_an_epoch_uses_every_row_once_over_all_ranks(sizes: list[int], world: int, step_rows: int) -> None:
-    plan = Plan(tuple(sizes), tuple(sizes), step_rows, 400, "packed", world=world)
+    plan = BatchPlan(tuple(sizes), tuple(sizes), step_rows, 400, "packed", world=world)
     seen: Counter[int] = Counter()
     for rows in plan.steps(0):
         shares = [plan.share(rows, rank) for rank in range(world)]
@@ -53,23 +53,23 @@ def test_an_epoch_uses_every_row_once_over_all_ranks(sizes: list[int], world: in
 
 
 def test_order_follows_seed_and_epoch() -> None:
-    plan = Plan((5,) * 40, (2,) * 40, 8, 64, "packed", seed=1)
+    plan = BatchPlan((5,) * 40, (2,) * 40, 8, 64, "packed", seed=1)
     assert list(plan.steps(0)) == list(plan.steps(0))
     assert list(plan.steps(0)) != list(plan.steps(1))
-    assert list(plan.steps(0)) != list(Plan((5,) * 40, (2,) * 40, 8, 64, "packed", seed=2).steps(0))
+    assert list(plan.steps(0)) != list(BatchPlan((5,) * 40, (2,) * 40, 8, 64, "packed", seed=2).steps(0))
 
 
 def test_last_short_step_is_dropped_only_when_asked() -> None:
-    assert Plan((5,) * 10, (2,) * 10, 4, 64, "packed").steps_per_epoch == 3
-    assert Plan((5,) * 10, (2,) * 10, 4, 64, "packed", drop_last=True).steps_per_epoch == 2
-    assert Plan((5,) * 3, (2,) * 3, 4, 64, "packed", drop_last=True).steps_per_epoch == 1
+    assert BatchPlan((5,) * 10, (2,) * 10, 4, 64, "packed").steps_per_epoch == 3
+    assert BatchPlan((5,) * 10, (2,) * 10, 4, 64, "packed", drop_last=True).steps_per_epoch == 2
+    assert BatchPlan((5,) * 3, (2,) * 3, 4, 64, "packed", drop_last=True).steps_per_epoch == 1
 
 
-def some_rows(count: int, seed: int = 0) -> list[Row]:
+def some_rows(count: int, seed: int = 0) -> list[TokenizedRow]:
     random = np.random.default_rng(seed)
     sizes = random.integers(3, 40, count)
     return [
-        Row(
+        TokenizedRow(
             random.integers(3, 100, size).astype(np.int32),
             random.random(size) < 0.5 if number else _one(size),
         )
@@ -83,7 +83,7 @@ def _one(size: int) -> Any:
     return flags
 
 
-def plain_loss(model: Any, rows: list[Row]) -> tuple[float, dict[str, torch.Tensor]]:
+def plain_loss(model: Any, rows: list[TokenizedRow]) -> tuple[float, dict[str, torch.Tensor]]:
     """Return the summed loss of each row alone, by transformers itself, and the gradients."""
     model.zero_grad()
     total = torch.zeros(())

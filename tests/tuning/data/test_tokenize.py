@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from runtime.errors import ConfigError, DataError
 from runtime.tuning.data.dataset import Example
-from runtime.tuning.data.tokenize import Row, encode, encode_one
+from runtime.tuning.data.tokenize import TokenizedRow, encode, encode_one
 from runtime.tuning.settings import Encoding
 
 CHATML = (
@@ -47,7 +47,7 @@ def tokenizer(tiny_llama_dir: Path) -> PreTrainedTokenizerFast:
     return loaded
 
 
-def learnt(row: Row, tokenizer: Any) -> list[str]:
+def learnt(row: TokenizedRow, tokenizer: Any) -> list[str]:
     """Return the text of each learnt run."""
     runs: list[list[int]] = []
     before = False

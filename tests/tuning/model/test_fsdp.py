@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from runtime.tuning.output import Places
+from runtime.tuning.output import OutputPaths
 from runtime.tuning.settings import Encoding, TuningJob
 from runtime.tuning.train.checkpoints import listed
 from tests.tuning.conftest import Worker
@@ -35,7 +35,7 @@ def test_sharded_qlora_ends_with_the_bytes_of_ddp_and_goes_on_from_its_checkpoin
     first.process.send_signal(signal.SIGTERM)
     assert first.wait() == 1  # torchrun's own status
     assert first.failure()["code"] == 143, first.said()
-    stopped = listed(Places(job.output.folder).checkpoints)[-1]
+    stopped = listed(OutputPaths(job.output.folder).checkpoints)[-1]
     assert {path.name for path in stopped.iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json", "optimizer.pt",
         "rng_state_0.pth", "rng_state_1.pth", "scheduler.pt", "trainer_state.json", "training_args.bin",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.tuning.output import SENTINEL, Places
+from runtime.tuning.output import SENTINEL, OutputPaths
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +63,7 @@ class Node:
         return (self.out / "adapter_model.safetensors").read_bytes()
 
     def wait_for_checkpoint(self, step: int) -> None:
-        manifest = Places(self.out).checkpoints / f"checkpoint-{step}" / "manifest.json"
+        manifest = OutputPaths(self.out).checkpoints / f"checkpoint-{step}" / "manifest.json"
         deadline = time.monotonic() + 180
         while not manifest.exists():
             assert self.process.poll() is None, self.said()
@@ -94,7 +94,9 @@ def test_two_nodes_end_with_the_adapter_of_two_processes_though_one_is_evicted(
         last = node.said().splitlines()[-1]
         assert "with a checkpoint; the same command goes on from it" in last
         assert "Traceback" not in node.said()
-    assert not Places(second.out).checkpoints.exists() or not list(Places(second.out).checkpoints.iterdir())
+    assert not OutputPaths(second.out).checkpoints.exists() or not list(
+        OutputPaths(second.out).checkpoints.iterdir()
+    )
     assert (second.folder / "data/rows.parquet").is_file()  # each node fetched for itself
 
     shutil.rmtree(second.folder)  # its successor starts with an empty disk

@@ -11,16 +11,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from runtime.tuning.process import launcher
 from runtime.tuning.report import metrics_server
-from runtime.tuning.report.progress import Meter
+from runtime.tuning.report.progress import Throughput
 from runtime.tuning.settings import TuningJob
 from tests.tuning.conftest import Worker
 
 FIGURES = {"step": 3, "total_steps": 9, "loss": 1.5, "held_out_loss": None, "tokens": 700, "memory_bytes": 5}
 
 
-def state(**given: object) -> metrics_server.State:
+def state(**given: object) -> metrics_server.JobState:
     values = {"job": "night", "model": "phi", "phase": "train", "stalled": False, "figures": FIGURES}
-    return metrics_server.State(**{**values, **given})  # type: ignore[arg-type]
+    return metrics_server.JobState(**{**values, **given})  # type: ignore[arg-type]
 
 
 def samples(text: str) -> dict[str, float]:
@@ -52,7 +52,7 @@ def test_prometheus_reads_the_figures_that_are_known() -> None:
 
 
 def test_every_figure_of_the_meter_has_a_metric() -> None:
-    assert Meter().figures().keys() == metrics_server.GAUGES.keys() | metrics_server.COUNTERS.keys()
+    assert Throughput().figures().keys() == metrics_server.GAUGES.keys() | metrics_server.COUNTERS.keys()
 
 
 def test_health_tells_phase_and_figures_and_is_503_when_stalled() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from runtime.tuning.report.progress import Bar, History, Meter, Reporter, duration
+from runtime.tuning.report.progress import MetricsHistory, Reporter, TerminalBar, Throughput, duration
 
 
 class Clock:
@@ -24,7 +24,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def take_step(meter: Meter, step: int, clock: Clock, seconds: float = 2.0) -> None:
+def take_step(meter: Throughput, step: int, clock: Clock, seconds: float = 2.0) -> None:
     clock.now += seconds
     meter.count(tokens=100, targets=50)
     meter.advance(step, 0.1)
@@ -35,8 +35,8 @@ def test_line_comes_every_few_seconds_and_names_every_figure(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, clock: Clock
 ) -> None:
     caplog.set_level("INFO")
-    meter = Meter(world=2, clock=clock)
-    reporter = Reporter(meter, History(tmp_path / "history.jsonl"), clock=clock)
+    meter = Throughput(world=2, clock=clock)
+    reporter = Reporter(meter, MetricsHistory(tmp_path / "history.jsonl"), clock=clock)
     meter.start(10, 50)
     reporter.begin()
     for step in (11, 12, 13):
@@ -61,8 +61,8 @@ def test_line_comes_every_few_seconds_and_names_every_figure(
 
 
 def test_history_is_json_though_figures_are_no_numbers(tmp_path: Path) -> None:
-    history = History(tmp_path / "history.jsonl")
-    meter = Meter()
+    history = MetricsHistory(tmp_path / "history.jsonl")
+    meter = Throughput()
     meter.start(0, 5)
     meter.log(1, {"loss": float("inf"), "grad_norm": float("nan")})
     Reporter(meter, history).enter()
@@ -73,7 +73,7 @@ def test_history_is_json_though_figures_are_no_numbers(tmp_path: Path) -> None:
 
 
 def test_history_of_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
-    history = History(tmp_path / "history.jsonl")
+    history = MetricsHistory(tmp_path / "history.jsonl")
     for step in range(1, 8):
         history.add({"step": step, "loss": 1.0})
     with history.path.open("a") as stream:
@@ -90,7 +90,7 @@ def test_remaining_time_of_more_than_a_day_says_so() -> None:
     assert duration(7) == "0:07"
     assert duration(3 * 3600 + 62) == "3:01:02"
     assert duration(30 * 3600) == "1d 06:00:00"
-    meter = Meter(clock=lambda: 3600.0)
+    meter = Throughput(clock=lambda: 3600.0)
     meter.start(0, 31)
     meter.started = 0.0
     meter.advance(1, 0.0)
@@ -98,7 +98,7 @@ def test_remaining_time_of_more_than_a_day_says_so() -> None:
 
 
 def test_run_without_a_step_for_far_longer_than_usual_is_stalled(clock: Clock) -> None:
-    meter = Meter(clock=clock)
+    meter = Throughput(clock=clock)
     meter.start(0, 50)
     take_step(meter, 1, clock, 100)
     clock.now += 1990
@@ -117,8 +117,8 @@ def test_terminal_shows_a_bar_and_log_lines_stay_whole_above_it(
     handler = logging.StreamHandler(screen)
     logging.getLogger().addHandler(handler)
     try:
-        bar = Bar(Console(file=screen, force_terminal=True, width=100, highlight=False), clock)
-        meter = Meter(clock=clock)
+        bar = TerminalBar(Console(file=screen, force_terminal=True, width=100, highlight=False), clock)
+        meter = Throughput(clock=clock)
         reporter = Reporter(meter, display=bar, clock=clock)
         meter.start(0, 4)
         for step in (1, 2):

@@ -15,7 +15,7 @@ import pytest
 from runtime.hardware import Hardware
 from runtime.model_source import ModelSource
 from runtime.tuning.data.dataset import DataFile, Dataset, Example
-from runtime.tuning.data.tokenize import Encoded, Row
+from runtime.tuning.data.tokenize import TokenizedData, TokenizedRow
 from runtime.tuning.report import html, report
 from runtime.tuning.report.samples import Sample
 from runtime.tuning.settings import DataSource, Output, TuningJob
@@ -23,7 +23,7 @@ from tests.browser import Browser, browser
 
 NASTY = "<script>document.title='owned'</script><img src=x onerror=alert(1)>"
 SECRET = "sig=ab%2Fsecret"
-ROW = Row(np.arange(40, dtype=np.int32), np.arange(40) > 30)
+ROW = TokenizedRow(np.arange(40, dtype=np.int32), np.arange(40) > 30)
 
 
 def job(**given: Any) -> TuningJob:
@@ -60,7 +60,7 @@ def build(*, held_out: bool = True, **given: Any) -> dict[str, Any]:
     )
     files = (DataFile("train-00000-of-00001.parquet", 5048, "5" * 64), DataFile(NASTY, 12, "6" * 64))
     data = Dataset((Example((), text="x"),) * 5060, files, 3)
-    encoded = Encoded((ROW,) * 100, truncated=4, too_long=2, unlabelled=1)
+    encoded = TokenizedData((ROW,) * 100, truncated=4, too_long=2, unlabelled=1)
     found = report.build(job(**given), data, (encoded, encoded if held_out else None), outcome)
     return {**found, "adapter_sha256": "7" * 64}
 

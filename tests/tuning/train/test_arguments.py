@@ -8,8 +8,8 @@ import pytest
 
 from runtime.hardware import Hardware
 from runtime.model_source import ModelSource
-from runtime.tuning.data.batching import Plan
-from runtime.tuning.data.tokenize import Row
+from runtime.tuning.data.batching import BatchPlan
+from runtime.tuning.data.tokenize import TokenizedRow
 from runtime.tuning.precision import Precision
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.settings import Encoding, TuningJob
@@ -24,13 +24,13 @@ def job(training: dict[str, Any] | None = None, **settings: Any) -> TuningJob:
     return TuningJob(name="j", model=ModelSource(name="m"), training=training or {}, **settings)
 
 
-def rows(count: int, length: int = 50) -> list[Row]:
-    return [Row(np.ones(length, dtype=np.int32), np.ones(length, dtype=np.bool_))] * count
+def rows(count: int, length: int = 50) -> list[TokenizedRow]:
+    return [TokenizedRow(np.ones(length, dtype=np.int32), np.ones(length, dtype=np.bool_))] * count
 
 
 def plan(
     job: TuningJob, count: int = 2000, world: int = 1, hardware: Hardware = CPU, length: int = 50
-) -> Plan:
+) -> BatchPlan:
     return make_plan(job, rows(count, length), layout="packed", ranks=Ranks(world=world), hardware=hardware)
 
 

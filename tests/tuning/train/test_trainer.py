@@ -15,7 +15,7 @@ from runtime.tuning.precision import settle
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.process.signals import StopSignal
 from runtime.tuning.settings import Lora, TuningJob
-from runtime.tuning.train.setup import Bench, Course, Setting, attending, prepare
+from runtime.tuning.train.setup import JobProgress, RankSetup, TrainingSetup, attending, prepare
 from tests.tuning.conftest import Worker
 
 Maker = Callable[..., TuningJob]
@@ -26,16 +26,16 @@ WIDE = {"per_device_train_batch_size": 16, "max_steps": 6}
 """Some 1,400 tokens a step, in passes of at most 1,024."""
 
 
-def bench_of(job: TuningJob, machine: Hardware = CPU) -> Bench:
+def bench_of(job: TuningJob, machine: Hardware = CPU) -> TrainingSetup:
     """Set a job's model and trainer up in this process, on its CPU, as for `machine`."""
     tokenizer = models.load_tokenizer(job.model)
     rows = tokenize.encode(dataset.load(job.data, []).examples, tokenizer, job.encoding, max_tokens=256)
     settled, precision = settle(job, machine)
-    setting = Setting(machine, "cpu", precision, Ranks(), StopSignal(), Course())
+    setting = RankSetup(machine, "cpu", precision, Ranks(), StopSignal(), JobProgress())
     return prepare(settled, tokenizer, (rows, None), setting=setting)
 
 
-def run_out_above(bench: Bench, tokens: int) -> list[int]:
+def run_out_above(bench: TrainingSetup, tokens: int) -> list[int]:
     """Let every forward pass of more than `tokens` fail as CUDA does; returns the sizes of all passes."""
     sizes: list[int] = []
 

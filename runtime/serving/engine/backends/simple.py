@@ -1,7 +1,7 @@
 """The engine for any architecture: one request at a time, in one thread, over `model.forward`.
 
 Knows token ids. Does not know HTTP, text or how a row engine shares a step among requests. Read
-`PlainEngine._run` first: take, generate, answer.
+`SimpleEngine._run` first: take, generate, answer.
 """
 
 import itertools
@@ -15,14 +15,14 @@ import torch
 
 from runtime.errors import ConfigError, RequestError, UnavailableError, UnknownModelError
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
-from runtime.serving.engine.request_queue import LAST_STEP_S, Desk, Ticket
+from runtime.serving.engine.request_queue import LAST_STEP_S, RequestHandle, RequestQueue
 from runtime.serving.engine.sampling import Sampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Residents:
+class PeftAdapters:
     """A base model with any number of adapters of any rank; `model` is what is called."""
 
     def __init__(self, base: "PreTrainedModel") -> None:
@@ -95,14 +95,14 @@ PREFILL_TOKENS = 512
 """Prompt tokens per forward pass: between two passes a cancelled request is let go."""
 
 
-class PlainEngine:
+class SimpleEngine:
     """Serves one row; `queue` requests wait for it, in the order of their arrival."""
 
     def __init__(self, model: "PreTrainedModel", *, context_tokens: int, queue: int) -> None:
         self.context_tokens = context_tokens
-        self._residents = Residents(model)
+        self._residents = PeftAdapters(model)
         self._device = model.device
-        self._desk = Desk(rows=1, queue=queue, adapters=lambda: self._residents.names)
+        self._desk = RequestQueue(rows=1, queue=queue, adapters=lambda: self._residents.names)
         self._used_tokens = self._prompt_tokens = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -157,7 +157,7 @@ class PlainEngine:
                 self._desk.finish(ticket, end)
 
     @torch.inference_mode()
-    def _generate(self, ticket: Ticket) -> FinishReason:
+    def _generate(self, ticket: RequestHandle) -> FinishReason:
         """Post the answer's tokens and return why it ended."""
         sampling = ticket.request.sampling
         sampler = Sampler(sampling, ticket.request.prompt_ids)
@@ -175,7 +175,7 @@ class PlainEngine:
                 return "length"
         return "cancelled"
 
-    def _logits(self, ticket: Ticket, generated: list[int]) -> Iterator[torch.Tensor]:
+    def _logits(self, ticket: RequestHandle, generated: list[int]) -> Iterator[torch.Tensor]:
         """Yield the logits (V,) after the prompt, then after each token that was appended to `generated`."""
         cache: Any = None
         fed = 0

@@ -22,9 +22,9 @@ import httpx
 from runtime import adapters, hardware
 from runtime.errors import ConfigError, Failure, RequestError, UnavailableError, UnknownModelError
 from runtime.hardware import Hardware
-from runtime.serving.engine.backends.vllm_process import VllmServer
+from runtime.serving.engine.backends.vllm_process import VllmProcess
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
-from runtime.serving.engine.request_queue import LAST_STEP_S, Desk, Ticket
+from runtime.serving.engine.request_queue import LAST_STEP_S, RequestHandle, RequestQueue
 from runtime.serving.settings import ServeConfig
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def start(config: ServeConfig, folder: Path, devices: Hardware) -> "VllmEngine":
 
     Raises ConfigError when there is no vLLM, when it cannot do what `config` asks for, or when it ends.
     """
-    server = VllmServer(config.vllm.program, [str(folder), *flags(config, devices)])
+    server = VllmProcess(config.vllm.program, [str(folder), *flags(config, devices)])
     try:
         server.wait_ready()
         with server.client(timeout_s=30.0) as client:
@@ -101,14 +101,14 @@ def _flag(name: str, value: Any) -> str:
 class VllmEngine:
     """Answers up to `rows` requests at a time; `queue` more wait, in the order of their arrival."""
 
-    def __init__(self, server: VllmServer, *, name: str, context_tokens: int, rows: int, queue: int) -> None:
+    def __init__(self, server: VllmProcess, *, name: str, context_tokens: int, rows: int, queue: int) -> None:
         self.context_tokens = context_tokens
         self._server = server
         self._name = name
         self._resident: dict[str, Path] = {}
         self._folders = tempfile.TemporaryDirectory(prefix="adapters-")
-        self._desk = Desk(rows=rows, queue=queue, adapters=lambda: tuple(self._resident))
-        self._answers: dict[Ticket, asyncio.Task[None]] = {}
+        self._desk = RequestQueue(rows=rows, queue=queue, adapters=lambda: tuple(self._resident))
+        self._answers: dict[RequestHandle, asyncio.Task[None]] = {}
         self._kv_share = 0.0
         self._prompt_tokens = self._cached_tokens = 0
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="engine", daemon=True)
@@ -192,7 +192,7 @@ class VllmEngine:
                 except httpx.HTTPError:
                     continue
 
-    async def _answer(self, client: httpx.AsyncClient, ticket: Ticket) -> None:
+    async def _answer(self, client: httpx.AsyncClient, ticket: RequestHandle) -> None:
         """Give one request its tokens, and its end, whichever it is."""
         try:
             end: FinishReason | Exception = await self._stream(client, ticket)
@@ -203,7 +203,7 @@ class VllmEngine:
         del self._answers[ticket]
         self._desk.finish(ticket, end)
 
-    async def _stream(self, client: httpx.AsyncClient, ticket: Ticket) -> FinishReason:
+    async def _stream(self, client: httpx.AsyncClient, ticket: RequestHandle) -> FinishReason:
         """Post the answer's tokens as vLLM sends them and return why it ended."""
         request = ticket.request
         self._prompt_tokens += len(request.prompt_ids)

@@ -1,7 +1,7 @@
 """A vLLM server as a child process on a socket of this machine: found, started, waited for, watched, ended.
 
 It listens on a Unix socket in a private directory, so it takes no port and needs no key. Does not know
-models, requests or adapters. Start at `VllmServer`.
+models, requests or adapters. Start at `VllmProcess`.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def find(program: str) -> str:
     return found
 
 
-class VllmServer:
+class VllmProcess:
     """One running `vllm serve`."""
 
     def __init__(self, program: str, arguments: Sequence[str]) -> None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from runtime.serving.engine.attention import Layer
-    from runtime.serving.engine.batch import Batch, Piece
+    from runtime.serving.engine.attention import AttentionLayer
+    from runtime.serving.engine.batch import Batch, SlotChunk
 
 LIBRARY = Path(__file__).with_name("libkernels.so")
 """Built when the project is installed (hatch_build.py)."""
@@ -129,7 +129,7 @@ class Kernels:
         self._run("multiply", job, tasks=outs, size=outs * size)
         return out
 
-    def attend(self, query: Tensor, layer: "Layer", batch: "Batch", out: Tensor) -> None:
+    def attend(self, query: Tensor, layer: "AttentionLayer", batch: "Batch", out: Tensor) -> None:
         """Write the attention of the first R tokens of query (N, H, D) over their slots into out, alike."""
         rows, heads, dim = batch.decodes, query.shape[1], query.shape[2]
         if query.stride()[1:] != (dim, 1):
@@ -148,7 +148,7 @@ class Kernels:
             size=2 * dim * groups * sum(r.count * r.longest for r in batch.runs),
         )
 
-    def attend_chunk(self, query: Tensor, layer: "Layer", piece: "Piece", out: Tensor) -> None:
+    def attend_chunk(self, query: Tensor, layer: "AttentionLayer", piece: "SlotChunk", out: Tensor) -> None:
         """Write the attention of a chunk's query (T, H, D), each token up to itself, into out, alike."""
         tokens, heads, dim = query.shape
         if query.stride()[1:] != (dim, 1):
@@ -162,7 +162,9 @@ class Kernels:
         tasks = heads * (-(-tokens // WIDTH))
         self._run("attend_chunk", job, tasks=tasks, size=2 * dim * heads * tokens * (piece.start + tokens))
 
-    def turn(self, mixed: Tensor, angles: tuple[Tensor, Tensor], layer: "Layer", batch: "Batch") -> None:
+    def turn(
+        self, mixed: Tensor, angles: tuple[Tensor, Tensor], layer: "AttentionLayer", batch: "Batch"
+    ) -> None:
         """Rotate the queries in mixed (N, H + 2 K, D) in place, the keys into their slots; values follow.
 
         `angles`: cos and sin (1, N, d), the first d dims, halves paired (arXiv:2104.09864).

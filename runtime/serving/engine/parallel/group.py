@@ -2,7 +2,7 @@
 
 Rank 0 has the scheduler, the requests and the port; the others hear one order after another and run the same
 step on their share. Orders go over gloo, sums over NCCL where there are GPUs. A rank that ends breaks the
-next exchange of the others. Does not know models or how processes are started. Start at `Team`.
+next exchange of the others. Does not know models or how processes are started. Start at `Group`.
 """
 
 import datetime
@@ -63,7 +63,7 @@ def meeting(file: Path, world: int) -> Any:
     return distributed.FileStore(str(file), world)  # type: ignore[attr-defined]
 
 
-class Team:
+class Group:
     """One rank's connection to the others."""
 
     def __init__(self, store: Any, *, rank: int, world: int, device: str) -> None:
@@ -112,7 +112,7 @@ class Team:
 class Summed(nn.Module):
     """A layer of which each rank gives a part of the sum."""
 
-    def __init__(self, inner: nn.Module, team: Team) -> None:
+    def __init__(self, inner: nn.Module, team: Group) -> None:
         super().__init__()
         self.inner = inner
         self._team = team
@@ -125,7 +125,7 @@ class Summed(nn.Module):
 class Joined(nn.Module):
     """A head of which each rank has a part of the vocabulary."""
 
-    def __init__(self, inner: nn.Module, team: Team) -> None:
+    def __init__(self, inner: nn.Module, team: Group) -> None:
         super().__init__()
         self.inner = inner
         self._team = team

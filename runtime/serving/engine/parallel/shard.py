@@ -3,7 +3,7 @@
 Attention heads and the MLP's inner features are divided, so a share is a model of the same architecture with
 fewer of both: the engine, its cache and its memory plan need to know no more. What the second linear layer of
 attention and MLP gives is then a part of a sum (team.py adds it up). LoRA weights are cut like the layer they
-adapt. Does not know processes. Start at `Share.of` and `load`.
+adapt. Does not know processes. Start at `Shard.of` and `load`.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class Sliceable(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Shard:
     """The part of rank `rank` among `world`; the sizes are those of the whole model."""
 
     rank: int
@@ -47,7 +47,7 @@ class Share:
     intermediate: int
 
     @classmethod
-    def of(cls, config: "PreTrainedConfig", rank: int, world: int) -> "Share":
+    def of(cls, config: "PreTrainedConfig", rank: int, world: int) -> "Shard":
         """Return the share of `rank`; ConfigError, saying what is indivisible, when there is none."""
         text = config.get_text_config()
         if config.model_type not in FUSED:
@@ -146,7 +146,7 @@ def _moved(part: slice, by: int) -> slice:
 
 
 def load(
-    folder: Path, whole: "PreTrainedConfig", share: Share, *, dtype: torch.dtype, device: str
+    folder: Path, whole: "PreTrainedConfig", share: Shard, *, dtype: torch.dtype, device: str
 ) -> "PreTrainedModel":
     """Return this rank's share of the model in `folder`, in evaluation mode; only its slices are read.
 

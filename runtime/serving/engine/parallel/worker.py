@@ -1,7 +1,7 @@
 """A process that serves a model together with others, not the first: it loads its share and does as told.
 
 Its standard input holds one line, a Task, and closes when rank 0 is gone. Signals are rank 0's to answer.
-torch is imported only after both are seen to. Does not know requests. Start at `follow`.
+torch is imported only after both are seen to. Does not know requests. Start at `run`.
 """
 
 import logging
@@ -19,7 +19,7 @@ from runtime.model_source import ModelSource
 log = logging.getLogger("runtime.serving.engine.parallel.worker")
 
 
-class Task(Strict):
+class WorkerTask(Strict):
     """What one process is told to hold and where the others are."""
 
     model: ModelSource
@@ -43,11 +43,11 @@ def main() -> int:
     """Follow rank 0 to its end and return the exit status."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    task = Task.model_validate_json(sys.stdin.readline())
+    task = WorkerTask.model_validate_json(sys.stdin.readline())
     logs.configure(rank=task.rank)
     threading.Thread(target=_end_with_rank_0, daemon=True).start()
     try:
-        follow(task)
+        run(task)
     except Failure as failure:
         log.error("rank %d: %s", task.rank, failure)  # noqa: TRY400 - foreseen, and its text says it all
         return exit_code(failure)
@@ -57,29 +57,29 @@ def main() -> int:
     return 0
 
 
-def follow(task: Task) -> None:
+def run(task: WorkerTask) -> None:
     """Load the share of `task`, meet the others, and run what rank 0 runs."""
     import torch
 
     from runtime import models
     from runtime.serving import engine
-    from runtime.serving.engine.model_runner import Membership, Runner
+    from runtime.serving.engine.model_runner import ModelRunner, Rank
     from runtime.serving.engine.parallel import shard
-    from runtime.serving.engine.parallel.group import Begin, Team, meeting
+    from runtime.serving.engine.parallel.group import Begin, Group, meeting
 
     torch.set_num_threads(task.threads)
     store = meeting(task.meeting, task.world)
     config = models.load_config(task.model)
-    share = shard.Share.of(config, task.rank, task.world)
+    share = shard.Shard.of(config, task.rank, task.world)
     dtype = getattr(torch, task.dtype)
     model = shard.load(models.locate(task.model), config, share, dtype=dtype, device=task.device)
     store.set(arrived(task.rank), "")
-    team = Team(store, rank=task.rank, world=task.world, device=task.device)
+    team = Group(store, rank=task.rank, world=task.world, device=task.device)
     team.least(engine.free_bytes(model, processes=task.world))
     first = team.hear()
     if isinstance(first, Begin):  # else rank 0 has failed in between
-        membership = Membership(team, share)
-        Runner(model, rows=first.rows, positions=first.positions, membership=membership).follow()
+        membership = Rank(team, share)
+        ModelRunner(model, rows=first.rows, positions=first.positions, membership=membership).follow()
     team.leave()
 
 

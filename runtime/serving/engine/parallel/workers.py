@@ -2,7 +2,7 @@
 
 Rank 0 is the server itself; each of the others is `python -m runtime.serving.engine.parallel.worker` and
 holds its share. They end when rank 0 says so, and when it is gone (its end of their standard input closes).
-Does not know models or requests. Start at `Crew`.
+Does not know models or requests. Start at `Workers`.
 """
 
 import logging
@@ -19,8 +19,8 @@ from runtime import hardware
 from runtime.errors import EXIT_CODES, Failure
 from runtime.hardware import Hardware
 from runtime.model_source import ModelSource
-from runtime.serving.engine.parallel.group import Team, meeting
-from runtime.serving.engine.parallel.worker import Task, arrived
+from runtime.serving.engine.parallel.group import Group, meeting
+from runtime.serving.engine.parallel.worker import WorkerTask, arrived
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ LEAVE_S = 10.0
 """Time that the others are given to end after the last order."""
 
 
-class Crew:
+class Workers:
     """The processes of ranks 1 and up."""
 
     def __init__(self, model: ModelSource, devices: Hardware, *, world: int, threads: int) -> None:
@@ -41,7 +41,7 @@ class Crew:
         self._store = meeting(place, world)
         dtype = hardware.compute_dtype(devices, model.dtype)
         tasks = [
-            Task(
+            WorkerTask(
                 model=model, rank=rank, world=world, device=hardware.device(devices, rank), dtype=dtype,
                 threads=threads, meeting=place,
             )
@@ -49,7 +49,7 @@ class Crew:
         ]  # fmt: skip
         self._processes = {task.rank: _start(task) for task in tasks}
 
-    def meet(self, device: str) -> Team:
+    def meet(self, device: str) -> Group:
         """Wait until every rank has its share, and return the connection; raise what a rank ended with."""
         waited_for = [arrived(rank) for rank in self._processes]
         while not self._store.check(waited_for):
@@ -58,7 +58,7 @@ class Crew:
                 kind = next((kind for kind, code in EXIT_CODES.items() if code == status), Failure)
                 raise kind(f"{self._described(rank, status)} while it loaded; its own line says why")
             time.sleep(LOOK_S)
-        return Team(self._store, rank=0, world=self._world, device=device)
+        return Group(self._store, rank=0, world=self._world, device=device)
 
     def watch(self, on_loss: Callable[[], None]) -> None:
         """Call `on_loss`, from a thread, when a process ends that was not let go."""
@@ -109,7 +109,7 @@ class Crew:
         return f"rank {rank} of {self._world} {how}"
 
 
-def _start(task: Task) -> "subprocess.Popen[bytes]":
+def _start(task: WorkerTask) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "runtime.serving.engine.parallel.worker"]
     # a session of its own: Ctrl-C on a terminal is rank 0's to answer
     process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # noqa: S603

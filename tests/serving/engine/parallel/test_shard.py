@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM
 from runtime import adapters
 from runtime.errors import ConfigError
 from runtime.model_source import ModelSource
-from runtime.serving.engine.engine import RowEngine
-from runtime.serving.engine.model_runner import Membership
+from runtime.serving.engine.engine import BatchingEngine
+from runtime.serving.engine.model_runner import Rank
 from runtime.serving.engine.parallel import shard
-from runtime.serving.engine.parallel.group import Team, meeting
-from runtime.serving.engine.parallel.shard import Share
-from runtime.serving.engine.parallel.worker import Task, arrived
+from runtime.serving.engine.parallel.group import Group, meeting
+from runtime.serving.engine.parallel.shard import Shard
+from runtime.serving.engine.parallel.worker import WorkerTask, arrived
 from tests.serving.engine.asking import ask, generate, load, run
 from tests.serving.engine.test_engine import SIZES, some_prompts
 
@@ -44,7 +44,7 @@ from runtime.serving.engine.parallel.worker import Task
 for line in sys.stdin:
     follow(Task.model_validate_json(line))
 """
-Divided = Callable[[Path], AbstractContextManager[RowEngine]]
+Divided = Callable[[Path], AbstractContextManager[BatchingEngine]]
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,9 @@ def divided(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Divided]:
     assert follower.stdin is not None
 
     @contextmanager
-    def open_(folder: Path) -> Iterator[RowEngine]:
+    def open_(folder: Path) -> Iterator[BatchingEngine]:
         place = tmp_path_factory.mktemp("meeting") / "file"
-        task = Task(
+        task = WorkerTask(
             model=ModelSource(name="m", path=folder), rank=1, world=2, device="cpu", dtype="float32",
             threads=1, meeting=place,
         )  # fmt: skip
@@ -64,13 +64,13 @@ def divided(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Divided]:
         follower.stdin.write(task.model_dump_json() + "\n")
         follower.stdin.flush()
         config = transformers.AutoConfig.from_pretrained(str(folder))
-        share = Share.of(config, 0, 2)
+        share = Shard.of(config, 0, 2)
         model = shard.load(folder, config, share, dtype=torch.float32, device="cpu")
         store = meeting(place, 2)
         store.wait([arrived(1)])
-        team = Team(store, rank=0, world=2, device="cpu")
+        team = Group(store, rank=0, world=2, device="cpu")
         team.least(1)
-        engine = RowEngine(model, rows=4, context_tokens=400, queue=8, membership=Membership(team, share))
+        engine = BatchingEngine(model, rows=4, context_tokens=400, queue=8, membership=Rank(team, share))
         yield engine
         engine.close()
         team.leave()
@@ -143,7 +143,7 @@ def test_a_share_is_all_that_is_held(tmp_path: Path) -> None:
     whole = load(folder)
     config = copy.deepcopy(whole.config)
     halves = [
-        shard.load(folder, config, Share.of(config, rank, 2), dtype=torch.float32, device="cpu")
+        shard.load(folder, config, Shard.of(config, rank, 2), dtype=torch.float32, device="cpu")
         for rank in range(2)
     ]
     divided = sum(
@@ -187,7 +187,7 @@ def test_what_cannot_be_divided_is_refused_by_name(
 ) -> None:
     config = getattr(transformers, kind)(**SIZES | options)
     with pytest.raises(ConfigError, match=reason):
-        Share.of(config, 0, world)
+        Shard.of(config, 0, world)
 
 
 def test_a_weight_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -198,4 +198,4 @@ def test_a_weight_that_is_missing_is_named(tmp_path: Path) -> None:
     save_file(weights, str(file))
     config = transformers.AutoConfig.from_pretrained(str(folder))
     with pytest.raises(ConfigError, match=r"no weights for model\.layers\.1\.mlp\.up_proj\.weight"):
-        shard.load(folder, config, Share.of(config, 0, 2), dtype=torch.float32, device="cpu")
+        shard.load(folder, config, Shard.of(config, 0, 2), dtype=torch.float32, device="cpu")

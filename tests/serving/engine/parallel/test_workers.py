@@ -19,7 +19,7 @@ from runtime import hardware, oci
 from runtime.errors import ConfigError
 from runtime.model_source import ModelSource
 from runtime.serving import loading
-from runtime.serving.engine.parallel.workers import Crew
+from runtime.serving.engine.parallel.workers import Workers
 from runtime.serving.settings import ServeConfig
 from tests.serving.conftest import Process, until
 
@@ -121,7 +121,7 @@ def test_a_rank_that_cannot_load_ends_the_start_as_it_ended(tiny_llama_dir: Path
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    crew = Crew(ModelSource(name="m", path=tmp_path), hardware.detect(), world=2, threads=1)
+    crew = Workers(ModelSource(name="m", path=tmp_path), hardware.detect(), world=2, threads=1)
     with pytest.raises(ConfigError, match="rank 1 of 2 ended with status 2 while it loaded"):
         crew.meet("cpu")
     crew.end()
@@ -137,7 +137,7 @@ def test_a_rank_that_cannot_load_ends_the_start_as_it_ended(tiny_llama_dir: Path
 def test_what_cannot_be_divided_is_refused_before_a_process_starts(
     tiny_llama_dir: Path, more: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.serving.engine.parallel.workers.Crew", None)
+    monkeypatch.setattr("runtime.serving.engine.parallel.workers.Workers", None)
     model = ModelSource(name="m", path=tiny_llama_dir)
     config = {"model": model, "served_name": "m", "parallel": "tp", "processes": 2} | more
     with pytest.raises(ConfigError, match=reason):
