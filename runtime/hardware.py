@@ -1,14 +1,14 @@
-"""Which accelerator is there, and which compute type suits it.
+"""What this machine is: its accelerator, the compute type that suits it, its cores and its memory.
 
-Reads NVML and /proc, so that a plan or a launch needs no torch; falls back to the CPU.
-Does not know models. Start at `detect` and `compute_dtype`.
+Reads NVML, /proc and /sys, so that a plan or a launch needs no torch; falls back to the CPU. How busy the
+machine is lies in utilisation.py. Does not know models. Start at `detect` and `compute_dtype`.
 """
 
 import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pynvml
 
@@ -16,8 +16,8 @@ from runtime.config import nearest
 from runtime.errors import ConfigError
 from runtime.model_source import Dtype
 
-KERNELS = 256
-"""Compiled products that oneDNN keeps while serving."""
+CACHED_KERNELS = 256
+"""Compiled kernels that oneDNN keeps while serving."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Hardware:
     """Visible GPUs; 1 on a CPU."""
 
 
-_KNOWN: dict[str, tuple[tuple[int, int], int]] = {
+_KNOWN_GPUS: dict[str, tuple[tuple[int, int], int]] = {
     "T4-16GB": ((7, 5), 15360),
     "V100-16GB": ((7, 0), 16160),
     "V100-32GB": ((7, 0), 32510),
@@ -49,23 +49,24 @@ _KNOWN: dict[str, tuple[tuple[int, int], int]] = {
 }
 """GPUs that a plan can be made for without having one: compute capability, and about the MiB it reports.
 
-On a machine with the GPU, "auto" asks its driver instead."""
+On a machine with the GPU, "auto" asks its driver instead.
+"""
 
 
 def names() -> tuple[str, ...]:
     """Return the GPUs that `named` knows, smallest first."""
-    return tuple(sorted(_KNOWN, key=lambda name: _KNOWN[name][1]))
+    return tuple(sorted(_KNOWN_GPUS, key=lambda name: _KNOWN_GPUS[name][1]))
 
 
 def named(name: str, *, count: int = 1) -> Hardware:
     """Return the hardware with `count` GPUs of a kind known by name; ConfigError for another name."""
-    known = {each.lower(): each for each in _KNOWN}
+    known = {each.lower(): each for each in _KNOWN_GPUS}
     if name.lower() not in known:
         raise ConfigError(
             f"no GPU {name!r}{nearest(name, known.values())}; known: {', '.join(names())}, or auto"
         )
     kind = known[name.lower()]
-    capability, mebibytes = _KNOWN[kind]
+    capability, mebibytes = _KNOWN_GPUS[kind]
     return Hardware("cuda", kind, capability, mebibytes << 20, count)
 
 
@@ -96,6 +97,16 @@ def detect() -> Hardware:
         pynvml.nvmlShutdown()
 
 
+def _visible(count: int) -> list[int] | list[str]:
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return list(range(count))
+    entries = [entry.strip() for entry in chosen.split(",") if entry.strip()]
+    if all(entry.isdecimal() for entry in entries):
+        return [int(entry) for entry in entries if int(entry) < count]
+    return [] if entries[:1] == ["-1"] else entries
+
+
 def compute_dtype(hardware: Hardware, wanted: Dtype = "auto") -> Literal["float32", "float16", "bfloat16"]:
     """Return the compute type: bfloat16 from compute capability 8.0 on, float16 below, float32 on a CPU.
 
@@ -116,50 +127,6 @@ def compute_dtype(hardware: Hardware, wanted: Dtype = "auto") -> Literal["float3
     return wanted
 
 
-def peak_resident_bytes() -> int:
-    """Return the most host memory that this process held.
-
-    Not getrusage's ru_maxrss: a process starts with the peak of the one that spawned it.
-    """
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def usable_cores(sysfs: Path = Path("/sys")) -> int:
-    """Return how many physical cores this process may use, by its affinity and its container's CPU limit.
-
-    A CPU limit hides no cores: in a pod with 4 of a node's 64, a thread on each would mostly be throttled.
-    """
-    mine = os.sched_getaffinity(0)
-    siblings = {core: sysfs / f"devices/system/cpu/cpu{core}/topology/thread_siblings_list" for core in mine}
-    physical = len({_text(path) or str(core) for core, path in siblings.items()})
-    return max(1, min(physical, int(_cpu_limit(sysfs / "fs/cgroup"))))
-
-
-def return_freed_memory() -> None:
-    """Make glibc give freed blocks of 1 MiB and more back at once; without effect on another libc.
-
-    By default it keeps blocks of up to 32 MiB for reuse, and a training step's many sizes then take well
-    more memory than is in use.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD; setting it also ends its growing
-
-
-def keep_few_kernels() -> None:
-    """Let oneDNN, and torch's layer above it, keep `KERNELS` compiled products each; call before torch.
-
-    Both keep 1,024 by default, one for every count of tokens and layer size met, of some 0.3 MiB: a server
-    that meets prompts of all lengths grew by 500 MiB. Decoding alone meets some 160 (32 rows, 5 sizes).
-    Whoever sets the variables keeps their values.
-    """
-    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(variable, str(KERNELS))
-
-
 def device(hardware: Hardware, local_rank: int = 0) -> str:
     """Return the torch device of `local_rank`: "cuda:0", or "cpu"."""
     if hardware.kind == "cpu":
@@ -170,16 +137,6 @@ def device(hardware: Hardware, local_rank: int = 0) -> str:
             f"{hardware.count} process(es) on this node"
         )
     return f"cuda:{local_rank}"
-
-
-def _visible(count: int) -> list[int] | list[str]:
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
-        return list(range(count))
-    entries = [entry.strip() for entry in chosen.split(",") if entry.strip()]
-    if all(entry.isdecimal() for entry in entries):
-        return [int(entry) for entry in entries if int(entry) < count]
-    return [] if entries[:1] == ["-1"] else entries
 
 
 def _cpu() -> Hardware:
@@ -196,13 +153,15 @@ def _cpu_name() -> str:
     return "CPU"
 
 
-def _host_memory_bytes() -> int:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = _text(Path(limit))
-        if text.isdecimal():
-            total = min(total, int(text))
-    return total
+def usable_cores(sysfs: Path = Path("/sys")) -> int:
+    """Return how many physical cores this process may use, by its affinity and its container's CPU limit.
+
+    A CPU limit hides no cores: in a pod with 4 of a node's 64, a thread on each would mostly be throttled.
+    """
+    mine = os.sched_getaffinity(0)
+    siblings = {core: sysfs / f"devices/system/cpu/cpu{core}/topology/thread_siblings_list" for core in mine}
+    physical = len({_text(path) or str(core) for core, path in siblings.items()})
+    return max(1, min(physical, int(_cpu_limit(sysfs / "fs/cgroup"))))
 
 
 def _cpu_limit(cgroup: Path) -> float:
@@ -213,92 +172,51 @@ def _cpu_limit(cgroup: Path) -> float:
     return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else float(1 << 20)
 
 
+def _host_memory_bytes() -> int:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = _text(Path(limit))
+        if text.isdecimal():
+            total = min(total, int(text))
+    return total
+
+
+def peak_resident_bytes() -> int:
+    """Return the most host memory that this process held.
+
+    Not getrusage's ru_maxrss: a process starts with the peak of the one that spawned it.
+    """
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def return_freed_memory() -> None:
+    """Make glibc give freed blocks of 1 MiB and more back at once; without effect on another libc.
+
+    By default it keeps blocks of up to 32 MiB for reuse, and a training step's many sizes then take well
+    more memory than is in use.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD; setting it also ends its growing
+
+
+def limit_kernel_caches() -> None:
+    """Let oneDNN, and torch's layer above, keep `CACHED_KERNELS` kernels each; call before importing torch.
+
+    Both keep 1,024 by default, one for every count of tokens and layer size met, of some 0.3 MiB: a server
+    that meets prompts of all lengths grew by 500 MiB. Decoding alone meets some 160 (32 sequences, 5 sizes).
+    Variables that the user has set keep their values.
+    """
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, str(CACHED_KERNELS))
+
+
 def _text(path: Path) -> str:
-    """Return what a kernel file says, "" where it is not there."""
+    """Return the text of a file of the operating system's kernel, "" where it does not exist."""
     try:
         return path.read_text(encoding="utf-8").strip()
     except OSError:
         return ""
-
-
-GIB = 2**30
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """One GPU as its driver sees it, whoever uses it."""
-
-    number: int
-    name: str
-    busy: float
-    """Part of the last second in which a kernel ran, 0 to 1."""
-    celsius: int
-    used_bytes: int
-    total_bytes: int
-
-
-def gpus() -> tuple[Gpu, ...]:
-    """Return the GPUs of this machine; none where there is no driver."""
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return ()
-    try:
-        return tuple(_gpu(number) for number in range(pynvml.nvmlDeviceGetCount()))
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _gpu(number: int) -> Gpu:
-    device = pynvml.nvmlDeviceGetHandleByIndex(number)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(device)
-    return Gpu(
-        number=number,
-        name=str(pynvml.nvmlDeviceGetName(device)),
-        busy=pynvml.nvmlDeviceGetUtilizationRates(device).gpu / 100,
-        celsius=pynvml.nvmlDeviceGetTemperature(device, pynvml.NVML_TEMPERATURE_GPU),
-        used_bytes=int(memory.used),
-        total_bytes=int(memory.total),
-    )
-
-
-def peers_json() -> dict[str, Any]:
-    """Return the object that KAITO's own metrics server answers, with the memory it gets wrong right."""
-    found = gpus()
-    if not found:
-        return {"gpu_info": None, "cpu_info": _cpu_json()}
-    shown = [
-        {
-            "id": str(gpu.number),
-            "name": gpu.name,
-            "load": f"{gpu.busy:.2%}",
-            "temperature": f"{gpu.celsius} C",
-            "memory": _memory(gpu.used_bytes, gpu.total_bytes),
-        }
-        for gpu in found
-    ]
-    return {"gpu_info": shown, "cpu_info": None}
-
-
-def _cpu_json() -> dict[str, Any]:
-    cores = os.cpu_count() or 1
-    memory = {
-        line.partition(":")[0]: int(line.split()[1]) * 1024
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    }
-    used = memory["MemTotal"] - memory.get("MemAvailable", memory["MemFree"])
-    return {
-        "load_percentage": round(min(100.0, 100 * os.getloadavg()[0] / cores), 1),
-        "physical_cores": _physical_cores() or cores,
-        "total_cores": cores,
-        "memory": _memory(used, memory["MemTotal"]),
-    }
-
-
-def _physical_cores() -> int:
-    found = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/core_cpus_list")
-    return len({path.read_text(encoding="utf-8") for path in found})
-
-
-def _memory(used: int, total: int) -> dict[str, str]:
-    return {"used": f"{used / GIB:.2f} GB", "total": f"{total / GIB:.2f} GB"}

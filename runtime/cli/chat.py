@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from runtime import ports
 from runtime.cli.serve import KeyFrom, api_key, port_variable
 from runtime.cli.tune import Debug
 
@@ -16,7 +17,11 @@ READ_TIMEOUT_S = 600.0
 """Silence from the server after which it is given up; it sends a comment every few seconds."""
 
 Url = Annotated[
-    str | None, typer.Argument(metavar="URL", help="The server; this machine's port 80, or PORT, by default.")
+    str | None,
+    typer.Argument(
+        metavar="URL",
+        help=f"The server; by default this machine, port {ports.SERVING} or that of the variable PORT.",
+    ),
 ]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="The base model or an adapter.")]
 System = Annotated[str, typer.Option(help="Rules the model is given before the conversation.")]
@@ -37,7 +42,7 @@ def chat(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
 
     key = api_key(context.obj, api_key_env)
     headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
-    address = url or f"http://127.0.0.1:{port_variable(context.obj) or 80}"
+    address = url or f"http://127.0.0.1:{port_variable(context.obj) or ports.SERVING}"
     if "://" not in address:
         address = f"http://{address}"
     typed = sys.stdin.isatty()

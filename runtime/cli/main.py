@@ -9,10 +9,11 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import typer
 
-from runtime import __version__, logs, process
+from runtime import __version__, garbage_collection, logs
 from runtime.cli import chat, images, manifest, merge, plan, presets, serve, tune
 from runtime.errors import ConfigError, Failure, exit_code
 
@@ -20,7 +21,6 @@ log = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="runtime",
-    help="Tune and serve language models: for a Kubernetes Workspace, docker run, or this machine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,6 +36,23 @@ app.command("presets")(presets.presets)
 images.add_to(app)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+]
+
+
+@app.callback()
+def options(version: Version = False) -> None:
+    """Tune and serve language models: for a Kubernetes Workspace, docker run, or this machine."""
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
@@ -44,7 +61,7 @@ def version() -> None:
 
 def main() -> None:
     """Run the command line of this process and leave with its exit status."""
-    process.leave(run(sys.argv[1:], os.environ))
+    garbage_collection.exit_without(run(sys.argv[1:], os.environ))
 
 
 def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from pydantic import BaseModel
 
+from runtime import ports
 from runtime.cli import render
 from runtime.config import yaml_documents
 from runtime.errors import ConfigError, Failure, StoppedError, exit_code
@@ -87,7 +88,11 @@ NodeRank = Annotated[
 ]
 Endpoint = Annotated[
     str | None,
-    typer.Option("--rdzv-endpoint", metavar="HOST[:PORT]", help="Where they meet: node 0, port 29500."),
+    typer.Option(
+        "--rdzv-endpoint",
+        metavar="HOST[:PORT]",
+        help=f"Address of node 0, where the nodes meet; port {ports.RENDEZVOUS} by default.",
+    ),
 ]
 Fit = Annotated[
     bool,
@@ -164,7 +169,6 @@ def _launch(job: TuningJob, nodes: "Nodes", *, processes: int | None, environ: M
 
 
 def _preview(job: TuningJob, count: int, *, environ: Mapping[str, str]) -> None:
-    from runtime.cli import render
     from runtime.tuning import publish
     from runtime.tuning.data.preview import preview
 

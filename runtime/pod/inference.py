@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from runtime import logs
+from runtime import logs, ports
 from runtime.errors import ConfigError
 from runtime.pod import ancestors, flags
 from runtime.pod.ending import status_of
@@ -22,9 +22,6 @@ from runtime.workspace.base_model import chat_template
 from runtime.workspace.mounts import WEIGHTS, Mounts
 
 log = logging.getLogger(__name__)
-
-PORT = 5000
-"""The containers' port; every local rank has its own above it."""
 
 Flags = dict[str, str | None]
 Resolve = Callable[[Sequence[str], Mapping[str, str], Path], Resolved[ServeConfig]]
@@ -112,10 +109,10 @@ def download_folder(arguments: Sequence[str]) -> str | None:
 
 
 def port(given: Flags, environ: Mapping[str, str]) -> int:
-    """Return the port to listen on."""
+    """Return the port to listen on; every local rank has its own, from the controller's upwards."""
     if given.get("port"):
         return _number(given["port"], "--port")
-    return PORT + _number(environ.get("LOCAL_RANK") or "0", "LOCAL_RANK")
+    return ports.CONTROLLER + _number(environ.get("LOCAL_RANK") or "0", "LOCAL_RANK")
 
 
 def _common(given: Flags, environ: Mapping[str, str], root: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 
+from runtime import ports
 from runtime.pod import flags
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,9 @@ class Stream:
     prompt_tokens: int
 
 
-def benchmark(base: str = "http://127.0.0.1:5000", *, output: Path = Path("/proc/1/fd/1")) -> int:
+def benchmark(
+    base: str = f"http://127.0.0.1:{ports.CONTROLLER}", *, output: Path = Path("/proc/1/fd/1")
+) -> int:
     """Return 1 while the server at `base` is not ready; else measure it, say so on `output`, return 0."""
     if not _ready(base):
         return 1
@@ -71,7 +74,7 @@ def summary(streams: Sequence[Stream], seconds: float) -> dict[str, float]:
 def node_health(arguments: Sequence[str]) -> int:
     """Answer `liveness|readiness --leader-address=… [--vllm-port=…]`: 0 when the server there is that."""
     given = flags.read(arguments)
-    host, port = given.get("leader_address") or "127.0.0.1", given.get("vllm_port") or "5000"
+    host, port = given.get("leader_address") or "127.0.0.1", given.get("vllm_port") or ports.CONTROLLER
     path = "readyz" if "readiness" in arguments else "livez"
     return 0 if _ok(f"http://{host}:{port}/{path}") else 1
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SecretStr
 
+from runtime import ports
 from runtime.config import Strict
 from runtime.model_source import ModelSource, Quantization
 
@@ -81,7 +82,7 @@ class ServeConfig(Strict):
     processes: int | None = Field(None, ge=1)
     """Processes that share the model, on this machine; None is one per visible GPU."""
     host: str = "0.0.0.0"  # noqa: S104 - a pod must be reachable
-    port: int = Field(80, ge=0, le=65535)
+    port: int = Field(ports.SERVING, ge=0, le=65535)
     """TCP port; 0 takes a free one and logs it."""
     limits: Limits = Limits()
     api_key: SecretStr | None = None

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from runtime import process
+from runtime import garbage_collection
 from runtime.errors import ConfigError
 from runtime.tuning.process import worker
 from runtime.tuning.settings import TuningJob
@@ -33,4 +33,4 @@ def _read(arguments: list[str]) -> TuningJob:
 
 
 if __name__ == "__main__":
-    process.leave(main(sys.argv[1:]))
+    garbage_collection.exit_without(main(sys.argv[1:]))

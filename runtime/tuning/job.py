@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from runtime import adapters, hardware, models, oci, process
+from runtime import adapters, garbage_collection, hardware, models, oci
 from runtime.files import sha256
 from runtime.oci.access import DEFAULT
 from runtime.tuning import fit, output, publish
@@ -63,13 +63,13 @@ def run(
     course.enter("data")
     data, train, held_out = _read(job, ranks, access)
     course.enter("encode")
-    with process.importing():
+    with garbage_collection.paused():
         tokenizer = models.load_tokenizer(job.model)
     job, encoded = _encode(job, tokenizer, train, held_out)
     rows = (*encoded[0].rows, *(encoded[1].rows if encoded[1] else ()))
     job, planned = fit.settle(job, machine, processes=ranks.local_world, rows=rows)
     course.enter("model")
-    with process.importing():
+    with garbage_collection.paused():
         setting = RankSetup(machine, device, precision, ranks, stop, course)
         bench = prepare(job, tokenizer, encoded, setting=setting)
     bench.survival.remote = checkpoints.of(job, access) if ranks.first else None

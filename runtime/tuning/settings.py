@@ -9,8 +9,12 @@ from typing import Any, Literal
 
 from pydantic import Field, SecretStr
 
+from runtime import ports
 from runtime.config import Strict
 from runtime.model_source import ModelSource, Quantization
+
+CHECKPOINT_GRACE_S = 27
+"""Time for a checkpoint after SIGTERM, then torchrun kills its workers: Kubernetes gives 30 s to all."""
 
 
 class DataSource(Strict):
@@ -117,7 +121,7 @@ class TuningJob(Strict):
     """Minutes between checkpoints, whatever `save_strategy` says; None forbids them."""
     sources: dict[str, str] = Field({}, repr=False)
     """Where each setting came from, by its dotted name; told in the report, decides nothing."""
-    metrics_port: int | None = Field(5000, ge=0, le=65535)
+    metrics_port: int | None = Field(ports.CONTROLLER, ge=0, le=65535)
     """Port of /metrics and /health while the job runs (plus LOCAL_RANK); None answers nobody."""
     hub_token: SecretStr | None = Field(None, exclude=True)
     """Hugging Face token; never written to a file, so workers read it from their environment."""

@@ -11,12 +11,11 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from runtime import ports
 from runtime.config import read_text
 from runtime.errors import EXIT_CODES, RETRIABLE, Failure, StoppedError
 from runtime.serving.settings import ServeConfig
-from runtime.tuning.process.launcher import GRACE_S
-from runtime.tuning.process.nodes import PORT as MEETING_PORT
-from runtime.tuning.settings import TuningJob
+from runtime.tuning.settings import CHECKPOINT_GRACE_S, TuningJob
 from runtime.workspace.jobs import load_job
 from runtime.workspace.manifest import PresetSpec, TuningSpec, Workspace, read
 from runtime.workspace.servers import load_serve
@@ -29,8 +28,8 @@ FINAL_CODES = sorted(EXIT_CODES[kind] for kind in EXIT_CODES.keys() - RETRIABLE 
 
 USER = 10001
 """The image's own user."""
-PORT = 8080
-"""Where the server listens: not every node lets this user have port 80, which is the Service's."""
+POD_PORT = 8080
+"""Where the server listens in its pod: not every node lets this user have port 80, which is the Service's."""
 FILE = Path("/etc/workspace/workspace.yaml")
 PRE_STOP_S = 5
 """Until a node's proxy has forgotten a pod that ends; requests that still arrive are served."""
@@ -81,7 +80,7 @@ def _tuning(workspace: Workspace, spec: TuningSpec, job: TuningJob, choices: Pod
     ]
     secrets = [spec.output.image_push_secret, *spec.input.image_pull_secrets]
     pod = _pod(workspace, spec.preset, container, [*volumes, *_secrets(secrets, container)], choices)
-    pod |= {"restartPolicy": "Never", "terminationGracePeriodSeconds": GRACE_S + 2 * MARGIN_S}
+    pod |= {"restartPolicy": "Never", "terminationGracePeriodSeconds": CHECKPOINT_GRACE_S + 2 * MARGIN_S}
     job_spec: Object = {
         "backoffLimit": 6,
         # The next pod starts when the last has written its checkpoint, never beside it.
@@ -92,12 +91,12 @@ def _tuning(workspace: Workspace, spec: TuningSpec, job: TuningJob, choices: Pod
     extra: list[Object] = []
     if nodes > 1:
         job_spec |= {"completionMode": "Indexed", "completions": nodes, "parallelism": nodes}
-        container["ports"] = [{"name": "torchrun", "containerPort": MEETING_PORT}]
+        container["ports"] = [{"name": "torchrun", "containerPort": ports.RENDEZVOUS}]
         container["env"] = [
             *container.get("env", []),
             {"name": "NNODES", "value": str(nodes)},
             {"name": "MASTER_ADDR", "value": f"{name}-0.{name}"},
-            {"name": "MASTER_PORT", "value": str(MEETING_PORT)},
+            {"name": "MASTER_PORT", "value": str(ports.RENDEZVOUS)},
         ]
         pod["subdomain"] = name
         extra.append(_meeting_place(workspace))
@@ -124,7 +123,7 @@ def _meeting_place(workspace: Workspace) -> Object:
         "clusterIP": "None",
         "publishNotReadyAddresses": True,
         "selector": {"batch.kubernetes.io/job-name": workspace.metadata.name},
-        "ports": [{"name": "torchrun", "port": MEETING_PORT}],
+        "ports": [{"name": "torchrun", "port": ports.RENDEZVOUS}],
     }
     return _object("v1", "Service", workspace, spec)
 
@@ -132,8 +131,8 @@ def _meeting_place(workspace: Workspace) -> Object:
 def _serving(workspace: Workspace, server: ServeConfig, choices: PodOptions) -> list[Object]:
     spec = workspace.inference
     assert spec is not None and spec.preset is not None, "load_serve refuses other Workspaces"  # noqa: S101
-    container = _container("serve", spec.preset, choices, ["serve", str(FILE), "--port", str(PORT)])
-    container["ports"] = [{"name": "http", "containerPort": PORT}]
+    container = _container("serve", spec.preset, choices, ["serve", str(FILE), "--port", str(POD_PORT)])
+    container["ports"] = [{"name": "http", "containerPort": POD_PORT}]
     container |= _probes()
     container["lifecycle"] = {"preStop": {"exec": {"command": ["sleep", str(PRE_STOP_S)]}}}
     volumes, secrets = [], []
@@ -161,7 +160,7 @@ def _serving(workspace: Workspace, server: ServeConfig, choices: PodOptions) -> 
     }
     service = {
         "selector": _labels(workspace),
-        "ports": [{"name": "http", "port": 80, "targetPort": "http"}],
+        "ports": [{"name": "http", "port": ports.SERVING, "targetPort": "http"}],
     }
     return [
         _object("apps/v1", "Deployment", workspace, deployment),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import errors
+from runtime import __version__, errors
 from runtime.cli import main, render
 
 ROOT = Path(__file__).parents[2]
@@ -62,9 +62,15 @@ def test_answers_within_a_second_and_without_torch(arguments: list[str]) -> None
     assert best < 1
 
 
+@pytest.mark.parametrize("word", ["version", "--version"])
+def test_version_is_a_command_and_an_option(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run([word], {}) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
 def test_console_script_runs() -> None:
     script = Path(sys.executable).with_name("runtime")
-    done = subprocess.run([script, "version"], capture_output=True, text=True, check=True)
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.count(".") == 2
 
 

@@ -230,7 +230,7 @@ def freeze_after(
 def test_trainer_that_cannot_save_is_ended_and_its_last_checkpoint_stands(
     make_job: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: int
 ) -> None:
-    monkeypatch.setattr(launcher, "GRACE_S", 3 if signals == 1 else 60)
+    monkeypatch.setattr(launcher, "CHECKPOINT_GRACE_S", 3 if signals == 1 else 60)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     job = make_job(training={**EVERY_STEP, "max_steps": 4000})
     asked: list[float] = []
@@ -314,10 +314,10 @@ def test_a_run_started_right_after_a_kill_waits_for_the_old_workers(
     freeze_after(5, job, old.append, below=first.pid).join()
     first.kill()
     first.wait()
-    monkeypatch.setattr(launcher, "GRACE_S", -3)
+    monkeypatch.setattr(launcher, "CHECKPOINT_GRACE_S", -3)
     with pytest.raises(ConfigError, match=r"output folder .*/out is in use by another run"):
         launcher.run(job, processes=1, termination_log=tmp_path / "absent")
-    monkeypatch.setattr(launcher, "GRACE_S", 60)
+    monkeypatch.setattr(launcher, "CHECKPOINT_GRACE_S", 60)
     running: list[bool] = []
     monkeypatch.setattr(launcher, "_train", lambda *_: running.append(old[0].is_running()))
     old[0].resume()

@@ -3,8 +3,8 @@
 import os
 import sys
 
-from runtime import process
+from runtime import garbage_collection
 from runtime.pod import fine_tuning
 
 if __name__ == "__main__":
-    process.leave(fine_tuning.main(sys.argv[1:], os.environ))
+    garbage_collection.exit_without(fine_tuning.main(sys.argv[1:], os.environ))

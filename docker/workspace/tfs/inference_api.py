@@ -3,8 +3,8 @@
 import os
 import sys
 
-from runtime import process
+from runtime import garbage_collection
 from runtime.pod import inference
 
 if __name__ == "__main__":
-    process.leave(inference.main(inference.transformers_server, sys.argv[1:], os.environ))
+    garbage_collection.exit_without(inference.main(inference.transformers_server, sys.argv[1:], os.environ))

@@ -3,11 +3,11 @@
 import os
 import sys
 
-from runtime import process
+from runtime import garbage_collection
 from runtime.pod import inference
 
 if __name__ == "__main__":
     folder = inference.download_folder(sys.argv[1:])
     if folder and os.access(folder, os.W_OK):
         os.environ["HF_HUB_CACHE"] = folder  # read when the hub's library is imported
-    process.leave(inference.main(inference.vllm_server, sys.argv[1:], os.environ))
+    garbage_collection.exit_without(inference.main(inference.vllm_server, sys.argv[1:], os.environ))

@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
-from runtime import __version__, hardware
+from runtime import __version__, utilisation
 from runtime.errors import Failure
 from runtime.metrics import ServingMetrics
 from runtime.serving.generation import Generator
@@ -110,7 +110,7 @@ def _add_pages(app: FastAPI, metrics: ServingMetrics) -> None:
     )
     async def prometheus(request: Request) -> Response:
         if "application/json" in request.headers.get("accept", ""):  # as KAITO's own server answers
-            return JSONResponse(await run_in_threadpool(hardware.peers_json))
+            return JSONResponse(await run_in_threadpool(utilisation.kaito_metrics))
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/version", tags=["health"], summary="This server's version")

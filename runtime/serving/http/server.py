@@ -20,7 +20,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from runtime import hardware, process
+from runtime import garbage_collection, hardware
 from runtime.errors import ConfigError, Failure
 from runtime.metrics import ServingMetrics
 from runtime.oci import Access
@@ -102,8 +102,8 @@ def run(config: ServeConfig, *, access: Access | None = None, load: Load | None 
     `access` holds the credentials for adapters in registries. Raises ConfigError when the port cannot be
     bound, and whatever Failure loading ended with.
     """
-    hardware.keep_few_kernels()
-    with process.importing():
+    hardware.limit_kernel_caches()
+    with garbage_collection.paused():
         from runtime.serving import loading  # torch comes with it: not before somebody serves
 
     access = access or Access()
@@ -223,7 +223,7 @@ class Serving:
         """Load in this thread and hand the outcome, whichever it is, to the event loop."""
         outcome: ServedModel | BaseException
         try:
-            with process.importing():
+            with garbage_collection.paused():
                 outcome = self._load(self._config)
         except BaseException as failure:  # raised again where it is awaited
             outcome = failure

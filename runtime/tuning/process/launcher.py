@@ -29,15 +29,12 @@ from runtime.tuning.process import failure
 from runtime.tuning.process.nodes import ALONE, Nodes
 from runtime.tuning.process.signals import StopSignal
 from runtime.tuning.report import metrics_server
-from runtime.tuning.settings import TuningJob
+from runtime.tuning.settings import CHECKPOINT_GRACE_S, TuningJob
 
 log = logging.getLogger(__name__)
 
 LEAST_FREE_BYTES = 512 * 2**20
 """Disk that checkpoints and an adapter of a few billion weights take; less than this is no place to start."""
-
-GRACE_S = 27
-"""Time for a checkpoint after SIGTERM, then torchrun kills its workers: Kubernetes gives 30 s to all."""
 
 
 def run(
@@ -91,7 +88,9 @@ def _alone(job: TuningJob, nodes: Nodes) -> Iterator[int]:
     folder = job.output.folder
     with contextlib.ExitStack() as stack:
         try:
-            lock = stack.enter_context(held(OutputPaths(folder).lock(nodes.rank), wait_s=GRACE_S + 3))
+            lock = stack.enter_context(
+                held(OutputPaths(folder).lock(nodes.rank), wait_s=CHECKPOINT_GRACE_S + 3)
+            )
         except BlockingIOError:
             raise ConfigError(
                 f"output folder {folder} is in use by another run; let it end, or set another output_dir"
@@ -133,7 +132,7 @@ def _train(job: TuningJob, processes: int, nodes: Nodes, lock: int) -> dict[str,
     command = [
         sys.executable, "-m", "runtime.tuning.process.torchrun",
         "--nproc-per-node", str(processes), *nodes.torchrun(),
-        "--shutdown-timeout", str(GRACE_S),
+        "--shutdown-timeout", str(CHECKPOINT_GRACE_S),
         "-m", "runtime.tuning", str(resolved),
     ]  # fmt: skip
     log.info(
@@ -167,7 +166,7 @@ def _forwarding(child: "subprocess.Popen[bytes]") -> Iterator[list[float]]:
             log.warning("asked to stop again: ending at once, the last checkpoint stays")
             _kill(child.pid)
             return
-        log.info("asked to stop: a checkpoint is written first (at most %d s)", GRACE_S)
+        log.info("asked to stop: a checkpoint is written first (at most %d s)", CHECKPOINT_GRACE_S)
         child.send_signal(signal.SIGTERM)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}

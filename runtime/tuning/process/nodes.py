@@ -8,10 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
+from runtime import ports
 from runtime.errors import ConfigError
-
-PORT = 29500
-"""Where node 0 listens for the others: torchrun's own port, and the one of KAITO's Service."""
 
 MEET_S = 3 * 3600
 """Longest wait for the other nodes: each fetches its data first."""
@@ -31,7 +29,7 @@ class Nodes:
     """0 meets the others, writes the adapter and publishes it."""
     host: str = "localhost"
     """Name or address of node 0, as the others reach it."""
-    port: int = PORT
+    port: int = ports.RENDEZVOUS
 
     @classmethod
     def read(
@@ -66,10 +64,10 @@ class Nodes:
             host, port = _split(endpoint)
         if not host:
             raise ConfigError(
-                f"{count} nodes do not know where to meet; give --rdzv-endpoint HOST:{PORT} of node 0 "
-                f"or set {_HOST[1]}"
+                f"{count} nodes do not know where to meet; give --rdzv-endpoint HOST:{ports.RENDEZVOUS} "
+                f"of node 0 or set {_HOST[1]}"
             )
-        return cls(count, rank, host, port or PORT)
+        return cls(count, rank, host, port or ports.RENDEZVOUS)
 
     @property
     def first(self) -> bool:
@@ -116,5 +114,7 @@ def _split(endpoint: str) -> tuple[str, int | None]:
     if not host or (":" in host and not host.startswith("[")):
         return endpoint, None
     if port and not port.isdecimal():
-        raise ConfigError(f"--rdzv-endpoint is {endpoint!r}, expected HOST:PORT such as trainer-0:{PORT}")
+        raise ConfigError(
+            f"--rdzv-endpoint is {endpoint!r}, expected HOST:PORT such as trainer-0:{ports.RENDEZVOUS}"
+        )
     return host.strip("[]"), int(port) if port else None

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-from runtime import logs, process
+from runtime import garbage_collection, logs
 from runtime.hardware import usable_cores
 from runtime.tuning.process.failure import NOT_MET
 from runtime.tuning.process.signals import end_with_parent
@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     logs.configure()
     end_with_parent()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of peers that are not there yet
-    with process.importing():
+    with garbage_collection.paused():
         from torch.distributed import DistError, run
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -54,4 +54,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    process.leave(main(sys.argv[1:]))
+    garbage_collection.exit_without(main(sys.argv[1:]))

@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCol
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from runtime import hardware
+from runtime import utilisation
 from runtime.tuning.report.progress import Figures
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def _gpus() -> Iterator[Metric]:
     busy = GaugeMetricFamily("tuning_gpu_busy_ratio", "Part of the last second in use", labels=["gpu"])
     used = GaugeMetricFamily("tuning_gpu_memory_used_bytes", "Memory used by anybody", labels=["gpu"])
     total = GaugeMetricFamily("tuning_gpu_memory_bytes", "Memory of the GPU", labels=["gpu"])
-    for gpu in hardware.gpus():
+    for gpu in utilisation.gpus():
         for family, value in ((busy, gpu.busy), (used, gpu.used_bytes), (total, gpu.total_bytes)):
             family.add_metric([str(gpu.number)], value)
     yield from (busy, used, total)
@@ -156,7 +156,7 @@ class _Answers(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         wants_json = "application/json" in self.headers.get("Accept", "")
         if path == "/metrics" and wants_json:  # as clients of KAITO's own server read it
-            self._answer(200, json.dumps(hardware.peers_json()).encode(), "application/json")
+            self._answer(200, json.dumps(utilisation.kaito_metrics()).encode(), "application/json")
         elif path == "/metrics":
             self._answer(200, metrics_text(self.read), CONTENT_TYPE_LATEST)
         elif path in ("/health", "/healthz"):

@@ -11,7 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
-from runtime import logs, process
+from runtime import garbage_collection, logs
 from runtime.config import Strict
 from runtime.errors import Failure, exit_code
 from runtime.model_source import ModelSource
@@ -90,4 +90,4 @@ def _end_with_rank_0() -> None:
 
 
 if __name__ == "__main__":
-    process.leave(main())
+    garbage_collection.exit_without(main())
