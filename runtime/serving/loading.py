@@ -60,10 +60,10 @@ def _by_rows(config: ServeConfig, devices: Hardware) -> ServedModel:
     torch.set_num_threads(min(torch.get_num_threads(), hardware.usable_cores()))
     tokenizer = models.load_tokenizer(config.model)
     with contextlib.ExitStack() as undo:
-        model, crew, membership = _model(config, devices, undo)
-        running = engine.create(config, model, membership=membership)
-        if crew is not None:
-            crew.watch(running.lose)
+        model, workers, rank = _model(config, devices, undo)
+        running = engine.create(config, model, rank=rank)
+        if workers is not None:
+            workers.watch(running.lose)
         undo.pop_all()
     stated = model.generation_config.to_diff_dict() if model.generation_config else {}
     return ServedModel(
@@ -72,7 +72,7 @@ def _by_rows(config: ServeConfig, devices: Hardware) -> ServedModel:
         prompts=_prompts(config, stated, tokenizer, running.context_tokens),
         created=int(time.time()),
         weights=f"{_format(config, model)}, {model.get_memory_footprint() / 2**20:.1f} MiB on {devices.name}"
-        + (f", on each of {membership.team.world}" if membership is not None else ""),
+        + (f", on each of {rank.group.world}" if rank is not None else ""),
     )
 
 
@@ -96,7 +96,7 @@ def _by_vllm(config: ServeConfig, devices: Hardware) -> ServedModel:
 def _model(
     config: ServeConfig, devices: Hardware, undo: contextlib.ExitStack
 ) -> "tuple[PreTrainedModel, Workers | None, Rank | None]":
-    """Return the model, or rank 0's share of it with the others' processes; `undo` ends those."""
+    """Return the model, or rank 0's shard of it with the workers; `undo` kills those."""
     processes = (config.processes or devices.count) if config.parallel == "tp" else 1
     device = hardware.device(devices)
     if processes == 1:
@@ -114,15 +114,15 @@ def _model(
 
     source = config.model.model_copy(update={"path": models.locate(config.model)})
     whole = models.load_config(source)
-    share = shard.Shard.of(whole, 0, processes)
+    own_shard = shard.Shard.of(whole, 0, processes)
     threads = max(1, torch.get_num_threads() // processes)
     if devices.kind == "cpu":
         torch.set_num_threads(threads)
-    crew = Workers(source, devices, world=processes, threads=threads)
-    undo.callback(crew.end)
+    workers = Workers(source, devices, world=processes, threads=threads)
+    undo.callback(workers.kill)
     dtype = getattr(torch, hardware.compute_dtype(devices, source.dtype))
-    model = shard.load(models.locate(source), whole, share, dtype=dtype, device=device)
-    return model, crew, Rank(crew.meet(device), share, crew.dismiss)
+    model = shard.load(models.locate(source), whole, own_shard, dtype=dtype, device=device)
+    return model, workers, Rank(workers.connect(device), own_shard, workers.wait)
 
 
 def add_adapter(served: ServedModel, source: AdapterSource, *, base: str | None, access: oci.Access) -> None:

@@ -19,12 +19,12 @@ log = logging.getLogger(__name__)
 
 
 def create(
-    config: ServeConfig, model: "PreTrainedModel", *, membership: "Rank | None" = None
+    config: ServeConfig, model: "PreTrainedModel", *, rank: "Rank | None" = None
 ) -> "SimpleEngine | BatchingEngine":
     """Return a running engine over `model`, already on its device and in evaluation mode.
 
     The row engine where it can drive the architecture, else the plain one, one request at a time. With a
-    `membership` the model is rank 0's share of one that several processes serve. Raises CapacityError when
+    `rank` the model is rank 0's shard of one that several processes serve. Raises CapacityError when
     not even one row's cache fits beside the weights.
     """
     from runtime.serving.engine.backends.simple import SimpleEngine
@@ -45,8 +45,8 @@ def create(
             )
         return SimpleEngine(model, context_tokens=min(short, context_tokens), queue=queue)
     free = free_bytes(model)
-    if membership is not None:
-        free = membership.team.least(free_bytes(model, processes=membership.team.world))
+    if rank is not None:
+        free = rank.group.all_reduce_min(free_bytes(model, processes=rank.group.world))
     wanted = (config.limits.rows, context_tokens)
     rows, context_tokens = rows_that_fit(
         wanted,
@@ -63,12 +63,12 @@ def create(
         queue=queue,
         # a product of 4-bit weights with more than one row dequantises them first
         guess_tokens=0 if config.quantization else config.speculative_tokens,
-        membership=membership,
-        recorder=_recorder(config, model) if membership is None else None,
+        rank=rank,
+        graph_backend=_graph_backend(config, model) if rank is None else None,
     )
 
 
-def _recorder(config: ServeConfig, model: "PreTrainedModel") -> "GraphBackend | None":
+def _graph_backend(config: ServeConfig, model: "PreTrainedModel") -> "GraphBackend | None":
     from runtime.serving.engine.cuda_graphs import CudaGraphs
 
     # a product of 8-bit weights asks on the host which columns are outliers

@@ -129,12 +129,12 @@ class GraphCache:
         *,
         slots: int,
         positions: int,
-        recorder: GraphBackend,
+        backend: GraphBackend,
     ) -> None:
         """`forward` runs a batch on a cache of `slots` and `positions`, the last of which no row fills."""
         self._forward, self._bank = forward, bank
         self._slots, self._positions = slots, positions
-        self._recorder: GraphBackend | None = recorder
+        self._backend: GraphBackend | None = backend
         self._kept: OrderedDict[GraphKey, tuple[GraphInputs, Callable[[], object]]] = OrderedDict()
         self._seen: Counter[GraphKey] = Counter()
         self._logits: dict[int, Tensor] = {}
@@ -142,7 +142,7 @@ class GraphCache:
 
     def run(self, work: HostBatch) -> Tensor | None:
         """Return the logits of the tokens of `work`, or None where it is to run as it comes."""
-        if self._recorder is None or (form := self._form(work)) is None:
+        if self._backend is None or (form := self._form(work)) is None:
             return None
         self._seen[form] += 1
         # where each token of the work is among those of the recording
@@ -158,14 +158,14 @@ class GraphCache:
             return None
         inputs = self._inputs(form)
         self._fill(inputs, work, at)
-        return self._record(self._recorder, form, inputs, at)
+        return self._record(self._backend, form, inputs, at)
 
     def forget(self) -> None:
         """Drop all recordings: the adapters lie elsewhere now."""
         self._kept.clear()
         self._seen.clear()
-        if self._recorder is not None:
-            self._recorder.forget()
+        if self._backend is not None:
+            self._backend.forget()
 
     def _form(self, work: HostBatch) -> GraphKey | None:
         """Return the form that `work` has, or None: prompts, and more adapters than one product takes."""
@@ -210,15 +210,15 @@ class GraphCache:
         if inputs.long is not None:
             inputs.long.copy_(torch.tensor(long), non_blocking=True)
 
-    def _record(self, recorder: GraphBackend, form: GraphKey, inputs: GraphInputs, at: list[int]) -> Tensor:
+    def _record(self, backend: GraphBackend, form: GraphKey, inputs: GraphInputs, at: list[int]) -> Tensor:
         """Run the step as it comes, and keep a recording of it if that computes the same."""
-        plain = recorder.rehearse(lambda: self._step(form, inputs))
+        plain = backend.rehearse(lambda: self._step(form, inputs))
         right = _pick(plain, at)
         if not bool(right.isfinite().all()):  # nothing to compare with
             return right
         result = self._logits.setdefault(form.tokens, torch.empty_like(plain))
         try:
-            replay = recorder.record(lambda: result.copy_(self._step(form, inputs)))
+            replay = backend.record(lambda: result.copy_(self._step(form, inputs)))
             replay()
             error = float((_pick(result, at) - right).abs().max() / right.abs().max())
             reason = f"a replay differs by {error:.2g} of the largest logit" if error > TOLERANCE else ""
@@ -227,7 +227,7 @@ class GraphCache:
         if reason:
             log.warning("Decoding without CUDA graphs, which is slower: %s", reason)
             self.forget()
-            self._recorder = None
+            self._backend = None
             return right
         self._kept[form] = (inputs, replay)
         if len(self._kept) > MOST:

@@ -18,7 +18,7 @@ from torch import Tensor
 from runtime.errors import ConfigError, RequestError, UnavailableError
 from runtime.serving.engine.cuda_graphs import GraphBackend
 from runtime.serving.engine.model_runner import ModelRunner, Rank
-from runtime.serving.engine.parallel.group import End
+from runtime.serving.engine.parallel.group import Stop
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
 from runtime.serving.engine.request_queue import LAST_STEP_S, RequestHandle, RequestQueue
 from runtime.serving.engine.sampling import Sampler
@@ -58,21 +58,21 @@ class BatchingEngine:
         context_tokens: int,
         queue: int,
         guess_tokens: int = 0,
-        membership: Rank | None = None,
-        recorder: GraphBackend | None = None,
+        rank: Rank | None = None,
+        graph_backend: GraphBackend | None = None,
     ) -> None:
-        """Guesses up to `guess_tokens` of a row's next tokens (guess.py); records steps with `recorder`.
+        """Guesses up to `guess_tokens` of a row's next tokens (guess.py); records steps with `graph_backend`.
 
-        `membership` where `model` is rank 0's share of one that several processes serve.
+        `rank` where `model` is rank 0's shard of one that several processes serve.
         """
         self.context_tokens = context_tokens
-        self._membership = membership
+        self._rank = rank
         self._lost = False
         self._rows = rows
         self._scheduler = Scheduler(
             rows, chunk_tokens=CHUNK_TOKENS, alone_tokens=ALONE_TOKENS, guess_tokens=guess_tokens
         )
-        self._desk = RequestQueue(rows=rows, queue=queue, adapters=lambda: self._runner.bank.names)
+        self._desk = RequestQueue(rows=rows, queue=queue, adapters=lambda: self._runner.adapters.names)
         self._answers: dict[Sequence, RunningRequest] = {}
         self._failures = 0
         self._prompt_tokens = self._cached_tokens = self._guessed_tokens = self._right_tokens = 0
@@ -80,16 +80,16 @@ class BatchingEngine:
         self._thread.start()
         with ExitStack() as undo:
             undo.callback(self.close)
-            self._desk.errand(lambda: self._prepare(model, recorder))
+            self._desk.errand(lambda: self._prepare(model, graph_backend))
             undo.pop_all()
 
-    def _prepare(self, model: "PreTrainedModel", recorder: GraphBackend | None) -> None:
+    def _prepare(self, model: "PreTrainedModel", graph_backend: GraphBackend | None) -> None:
         self._runner = ModelRunner(
             model,
-            rows=self._rows,
+            slots=self._rows,
             positions=self.context_tokens,
-            membership=self._membership,
-            recorder=recorder,
+            rank=self._rank,
+            graph_backend=graph_backend,
         )
 
     def submit(self, request: Request) -> AsyncIterator[Token]:
@@ -110,7 +110,7 @@ class BatchingEngine:
         self._desk.errand(lambda: self._add(name, folder, strength))
 
     def _add(self, name: str, folder: Path, strength: float) -> None:
-        if name in self._runner.bank.names:
+        if name in self._runner.adapters.names:
             raise ConfigError(f"adapter {name}: is resident already; remove it first")
         self._runner.add_adapter(name, folder, strength)
 
@@ -140,8 +140,8 @@ class BatchingEngine:
         self._desk.close("cancelled")
         # an interpreter that ends while the thread is inside torch aborts the process
         self._thread.join(LAST_STEP_S)
-        if self._membership is not None:
-            self._membership.dismiss()
+        if self._rank is not None:
+            self._rank.wait()
 
     def _run(self) -> None:
         while self._desk.is_open:
@@ -151,11 +151,11 @@ class BatchingEngine:
                 self._fail(error)
         for answer in tuple(self._answers.values()):
             self._end(answer, "cancelled")
-        if self._membership is not None and not self._lost:
-            self._membership.team.tell(End())
+        if self._rank is not None and not self._lost:
+            self._rank.group.broadcast(Stop())
 
     def lose(self) -> None:
-        """Another process of the team is gone: answer what is in flight, and give up."""
+        """Another rank of the group is gone: fail what is in flight, and give up."""
         self._lost = True
         self._desk.abandon(UnavailableError("the engine has stopped"))
 
@@ -175,7 +175,7 @@ class BatchingEngine:
     def _admit(self, tickets: list[RequestHandle]) -> None:
         for ticket in tickets:
             request = ticket.request
-            version = self._runner.bank.version(request.adapter)
+            version = self._runner.adapters.version(request.adapter)
             # decided once, so that no answer changes midway; the last token is chosen and never run
             most = min(len(request.prompt_ids) + request.sampling.max_new_tokens, self.context_tokens)
             # a pass over several tokens rounds otherwise, and a draw near an edge shows it; a seed promises
@@ -291,7 +291,7 @@ class BatchingEngine:
         for answer in answers:
             answer.row.filled = 0  # what the step left in the cache is not to be trusted
             self._end(answer, reason)
-        if self._membership is not None:  # the others are at another place by now
+        if self._rank is not None:  # the others are at another place by now
             self.lose()
         elif self._failures >= FAILURES_IN_A_ROW:
             log.critical("%d steps failed one after another; the engine stops", self._failures)

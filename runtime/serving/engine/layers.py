@@ -16,21 +16,21 @@ from runtime.serving.engine.kernels import Kernels
 from runtime.serving.engine.kv_cache import SlotCache, store
 from runtime.serving.engine.linear import HooklessModule, LinearLayouts, is_plain, join
 from runtime.serving.engine.lora import LoraLinear, LoraTarget, StepContext
-from runtime.serving.engine.parallel.group import PARTIAL, Group, Joined, Summed
+from runtime.serving.engine.parallel.group import ROW_PARALLEL, Group, RowParallel, VocabParallel
 
 
 class LayerFactory:
     """Makes the linear layers that take adapters, and keeps account of them by their module paths."""
 
-    def __init__(self, step: StepContext, layouts: LinearLayouts, *, team: Group | None = None) -> None:
+    def __init__(self, step: StepContext, layouts: LinearLayouts, *, group: Group | None = None) -> None:
         self.parts: dict[str, LoraTarget] = {}
-        self._step, self._layouts, self._team = step, layouts, team
+        self._step, self._layouts, self._group = step, layouts, group
 
     def one(self, name: str, module: nn.Module) -> nn.Module:
-        """Return `module`, found at `name`, as a layer that takes adapters, its parts summed by the team."""
+        """Return `module`, found at `name`, as one that takes adapters, summed over ranks if row-parallel."""
         layer = self._alone(name, module)
-        partial = self._team is not None and name.endswith(PARTIAL)
-        return Summed(layer, self._team) if partial and self._team is not None else layer
+        partial = self._group is not None and name.endswith(ROW_PARALLEL)
+        return RowParallel(layer, self._group) if partial and self._group is not None else layer
 
     def _alone(self, name: str, module: nn.Module) -> LoraLinear:
         size = (int(module.in_features), (int(module.out_features),))  # type: ignore[arg-type]
@@ -39,17 +39,21 @@ class LayerFactory:
         return layer
 
     def head(self, module: nn.Module) -> nn.Module:
-        """Return the output embedding as a fast layer; each rank of a team has its part of the vocabulary."""
-        if self._team is None or not isinstance(module, nn.Linear) or module.out_features % self._team.world:
+        """Return the output embedding as a fast layer; each rank has its part of the vocabulary."""
+        if (
+            self._group is None
+            or not isinstance(module, nn.Linear)
+            or module.out_features % self._group.world
+        ):
             return self._layouts.fast(module)
-        width = module.out_features // self._team.world
-        part = slice(self._team.rank * width, (self._team.rank + 1) * width)
+        width = module.out_features // self._group.world
+        part = slice(self._group.rank * width, (self._group.rank + 1) * width)
         with torch.device("meta"):
             own = nn.Linear(module.in_features, width, bias=module.bias is not None)
         own.weight = nn.Parameter(module.weight[part].clone(), requires_grad=False)
         if module.bias is not None:
             own.bias = nn.Parameter(module.bias[part].clone(), requires_grad=False)
-        return Joined(self._layouts.fast(own), self._team)
+        return VocabParallel(self._layouts.fast(own), self._group)
 
     def joined(self, named: dict[str, nn.Module]) -> nn.Module:
         """Return one layer for several with the same input: one product where their weights allow it."""

@@ -23,7 +23,14 @@ from runtime.serving.engine.kv_cache import SlotCache
 from runtime.serving.engine.layers import LayerFactory
 from runtime.serving.engine.linear import LinearLayouts
 from runtime.serving.engine.lora import AdapterStore, StepContext
-from runtime.serving.engine.parallel.group import Add, Begin, Clear, End, Group, Remove
+from runtime.serving.engine.parallel.group import (
+    AddAdapter,
+    ClearSlot,
+    Group,
+    PrepareModel,
+    RemoveAdapter,
+    Stop,
+)
 from runtime.serving.engine.parallel.shard import Shard
 from runtime.serving.engine.patch import UNSCALED, prepare
 from runtime.serving.engine.rope import short_tokens
@@ -74,57 +81,57 @@ SPARE = 10
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """A process's place among those that serve one model together."""
+    """What one rank of a group that serves a model together has: its connection and its shard."""
 
-    team: Group
-    share: Shard
-    dismiss: Callable[[], None] = lambda: None
+    group: Group
+    shard: Shard
+    wait: Callable[[], None] = lambda: None
     """Waits for the other processes to end; rank 0's."""
 
 
 class ModelRunner:
-    """A model prepared for rows; it belongs to this runner from then on.
+    """A model prepared for sequences in slots; it belongs to this runner from then on.
 
-    With a `membership` the model is a share: what rank 0's runner does, those of the others do too.
+    With a `rank` the model is a shard: what rank 0's runner does, those of the others do too.
     """
 
     def __init__(
         self,
         model: "PreTrainedModel",
         *,
-        rows: int,
+        slots: int,
         positions: int,
-        membership: Rank | None = None,
-        recorder: GraphBackend | None = None,
+        rank: Rank | None = None,
+        graph_backend: GraphBackend | None = None,
     ) -> None:
-        """Record steps with `recorder` where there is one."""
+        """Serve `slots` sequences of `positions`, their decode steps recorded by `graph_backend`, if any."""
         layers, heads, dim = cache_shape(model.config)
-        self._team = membership.team if membership is not None else None
-        self._tell(Begin(rows, positions))
+        self._group = rank.group if rank is not None else None
+        self._broadcast(PrepareModel(slots, positions))
         self._model = model
         self._short_tokens = short_tokens(model.config.get_text_config())
         kernels = _find_kernels(model)
         self._step = StepContext(kernels)
         self.cache = SlotCache(
             layers,
-            shape=(rows, heads, positions, dim),
+            shape=(slots, heads, positions, dim),
             dtype=model.dtype,
             device=model.device,
             kernels=kernels,
         )
         linears = LayerFactory(
-            self._step, LinearLayouts(twice=_is_small(model), kernels=kernels), team=self._team
+            self._step, LinearLayouts(twice=_is_small(model), kernels=kernels), group=self._group
         )
         prepare(model, self.cache, linears)
         self._trunk = DecoderForward(model) if model.config.model_type in UNSCALED else None
-        cut = membership.share.cut_adapter if membership is not None else None
-        self.bank = AdapterStore(
+        cut = rank.shard.slice_adapter if rank is not None else None
+        self.adapters = AdapterStore(
             linears.parts, dtype=model.dtype, device=model.device, cut=cut, own=kernels is not None
         )
-        self._recordings = None
-        if recorder is not None:
-            self._recordings = GraphCache(
-                self._forward, self.bank, slots=rows, positions=positions, recorder=recorder
+        self._graphs = None
+        if graph_backend is not None:
+            self._graphs = GraphCache(
+                self._forward, self.adapters, slots=slots, positions=positions, backend=graph_backend
             )
         # a ready-made mask, so that no model builds one: the attention of rows makes its own
         self._no_mask = torch.zeros(1, 1, 1, 1, device=model.device, dtype=model.dtype)
@@ -136,65 +143,66 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> Tensor:
         """Run `plan` and return logits (R + C, V): its decoding rows, then its chunks that end a prompt."""
         work = describe(plan)
-        self._tell(work)
+        self._broadcast(work)
         return self._execute(work)
 
     def add_adapter(self, name: str, folder: Path, strength: float) -> None:
         """Read an adapter on every rank, or on none; ConfigError when it does not fit."""
-        self._tell(Add(name, str(folder), strength))
+        self._broadcast(AddAdapter(name, str(folder), strength))
         self._add(name, folder, strength)
 
     def remove_adapter(self, name: str) -> int:
-        """Forget an adapter, and return the version it had."""
-        self._tell(Remove(name))
+        """Drop an adapter, and return the version it had."""
+        self._broadcast(RemoveAdapter(name))
         return self._remove(name)
 
     def clear(self, slot: int, start: int) -> None:
         """Zero a slot of the cache from position `start` on."""
-        self._tell(Clear(slot, start))
+        self._broadcast(ClearSlot(slot, start))
         self.cache.clear(slot, start)
 
-    def follow(self) -> None:
-        """Do what rank 0 does until it ends."""
-        assert self._team is not None, "nobody to follow"  # noqa: S101
-        while not isinstance(order := self._team.hear(), End):
-            if isinstance(order, HostBatch):
-                self._execute(order)
-            elif isinstance(order, Add):
-                with contextlib.suppress(ConfigError):  # rank 0 reads the same file and says so
-                    self._add(order.name, Path(order.folder), order.strength)
-            elif isinstance(order, Remove):
-                self._remove(order.name)
-            elif isinstance(order, Clear):
-                self.cache.clear(order.slot, order.start)
+    def run_commands(self) -> None:
+        """Run what rank 0 broadcasts until it says `Stop`."""
+        assert self._group is not None, "no rank 0"  # noqa: S101
+        while not isinstance(command := self._group.receive(), Stop):
+            if isinstance(command, HostBatch):
+                self._execute(command)
+            elif isinstance(command, AddAdapter):
+                with contextlib.suppress(ConfigError):  # rank 0 reads the same file and reports it
+                    self._add(command.name, Path(command.folder), command.strength)
+            elif isinstance(command, RemoveAdapter):
+                self._remove(command.name)
+            elif isinstance(command, ClearSlot):
+                self.cache.clear(command.slot, command.start)
 
-    def _tell(self, order: Any) -> None:
-        if self._team is not None and self._team.rank == 0:
-            self._team.tell(order)
+    def _broadcast(self, command: Any) -> None:
+        if self._group is not None and self._group.rank == 0:
+            self._group.broadcast(command)
 
     def _add(self, name: str, folder: Path, strength: float) -> None:
         weights = None
         try:
-            weights = self.bank.read(name, folder, strength=strength)
+            weights = self.adapters.read(name, folder, strength=strength)
         finally:
-            everywhere = self._team is None or self._team.least(int(weights is not None))
-        if not everywhere or weights is None:
+            readable = int(weights is not None)
+            on_every_rank = self._group is None or self._group.all_reduce_min(readable)
+        if not on_every_rank or weights is None:
             raise ConfigError(f"adapter {name}: another process of this server could not read it")
-        self.bank.add(name, weights)
-        if self._recordings is not None:
-            self._recordings.forget()
+        self.adapters.add(name, weights)
+        if self._graphs is not None:
+            self._graphs.forget()
 
     def _remove(self, name: str) -> int:
-        if self._recordings is not None:
-            self._recordings.forget()
-        return self.bank.remove(name)
+        if self._graphs is not None:
+            self._graphs.forget()
+        return self.adapters.remove(name)
 
     @torch.inference_mode()
     def _execute(self, work: HostBatch) -> Tensor:
         for source, target, count in work.copies:
             self.cache.copy(source, target, count)
-        logits = self._recordings.run(work) if self._recordings is not None else None
-        return self._forward(assemble(work, self.bank)) if logits is None else logits
+        logits = self._graphs.run(work) if self._graphs is not None else None
+        return self._forward(assemble(work, self.adapters)) if logits is None else logits
 
     def _forward(self, batch: Batch) -> Tensor:
         self.cache.batch, self._step.groups = batch, batch.groups

@@ -1,6 +1,6 @@
 """Recorded steps: the answers are those of steps that run as they come, whatever a recording fixes.
 
-On a CPU the recorder traces the operations of a step and repeats exactly these on the same memory, as a CUDA
+On a CPU the backend traces the operations of a step and repeats exactly these on the same memory, as a CUDA
 graph does: a number that a step takes from the host, or memory that moves later, shows in the answers.
 """
 
@@ -70,7 +70,7 @@ def test_recorded_steps_answer_as_generate_does_alone_and_among_others(
     prompts = some_prompts(3, 40, 1, 70, 17)
     expected = [generate(model, prompt, max_new_tokens=24) for prompt in prompts]
     oracle.known = [(*prompt, *answer) for prompt, answer in zip(prompts[:2], expected[:2], strict=True)]
-    engine = BatchingEngine(model, rows=6, context_tokens=200, queue=8, guess_tokens=8, recorder=traces)
+    engine = BatchingEngine(model, rows=6, context_tokens=200, queue=8, guess_tokens=8, graph_backend=traces)
     asked = [ask(prompt, max_new_tokens=24, id=str(number)) for number, prompt in enumerate(prompts)]
     together = [ids for ids, _ in run(engine, *asked)]
     among = traces.replays
@@ -91,7 +91,7 @@ def test_recorded_steps_of_a_longrope_model_keep_each_row_to_its_factors(traces:
     model = longrope_model()
     prompts = some_prompts(5, 65, 48, 100, 20)
     expected = [generate(model, prompt) for prompt in prompts]
-    engine = BatchingEngine(copy.deepcopy(model), rows=5, context_tokens=400, queue=8, recorder=traces)
+    engine = BatchingEngine(copy.deepcopy(model), rows=5, context_tokens=400, queue=8, graph_backend=traces)
     asked = [ask(prompt, id=str(number)) for number, prompt in enumerate(prompts)]
     together = [ids for ids, _ in run(engine, *asked)]
     alone = [run(engine, request)[0][0] for request in asked]
@@ -102,7 +102,7 @@ def test_recorded_steps_of_a_longrope_model_keep_each_row_to_its_factors(traces:
 
 @pytest.fixture
 def engine(tiny_llama_dir: Path, traces: Traces) -> Iterator[BatchingEngine]:
-    made = BatchingEngine(load(tiny_llama_dir), rows=8, context_tokens=200, queue=8, recorder=traces)
+    made = BatchingEngine(load(tiny_llama_dir), rows=8, context_tokens=200, queue=8, graph_backend=traces)
     yield made
     made.close()
 
@@ -114,7 +114,7 @@ def plain(tiny_llama_dir: Path) -> Iterator[BatchingEngine]:
     made.close()
 
 
-def test_adapters_come_and_go_between_recordings(
+def test_adapters_come_and_go_between_graphs(
     engine: BatchingEngine, plain: BatchingEngine, traces: Traces, adapter_dirs: dict[str, Path]
 ) -> None:
     first, second = adapter_dirs.values()
@@ -200,13 +200,13 @@ def test_a_recording_that_fails_or_differs_is_said_once_and_never_replayed(
     tiny_llama_dir: Path, traces: Traces, caplog: pytest.LogCaptureFixture, failure: str, said: str
 ) -> None:
     engine = BatchingEngine(
-        load(tiny_llama_dir), rows=4, context_tokens=200, queue=8, recorder=Broken(failure)
+        load(tiny_llama_dir), rows=4, context_tokens=200, queue=8, graph_backend=Broken(failure)
     )
     with caplog.at_level(logging.WARNING, logger="runtime.serving"):
         answers = [run(engine, ask(id=str(number)))[0][0] for number in range(3)]
     engine.close()
     assert answers == [generate(load(tiny_llama_dir))] * 3
-    (line,) = (each.getMessage() for each in caplog.records if each.name.endswith(".recordings"))
+    (line,) = (each.getMessage() for each in caplog.records if each.name.endswith(".cuda_graphs"))
     assert line.startswith(f"Decoding without CUDA graphs, which is slower: {said}")
     assert "\n" not in line
 
@@ -218,7 +218,7 @@ def test_a_row_that_becomes_nan_costs_its_own_answer_and_no_recording(traces: Tr
     unused = next(token for token in range(3, 128) if token not in expected and token not in prompt)
     with torch.no_grad():
         model.get_input_embeddings().weight[unused] = torch.nan
-    engine = BatchingEngine(model, rows=2, context_tokens=100, queue=8, recorder=traces)
+    engine = BatchingEngine(model, rows=2, context_tokens=100, queue=8, graph_backend=traces)
     bias = {unused: 1e9}
     for _ in range(4):  # its second token is chosen from NaN
         with pytest.raises(Exception, match="not a number"):
@@ -239,7 +239,7 @@ def test_the_recording_replayed_longest_ago_gives_way(
     assert recorded >= 5
     assert run(engine, request) == expected
     assert traces.recorded == 2 * recorded
-    kept = engine._runner._recordings
+    kept = engine._runner._graphs
     assert kept is not None
     assert len(kept._kept) == 2
 
@@ -257,7 +257,7 @@ def test_the_recording_replayed_longest_ago_gives_way(
         ([0, 1, 2, 9], [(0, 4), (9, 1)]),
     ],
 )
-def test_blocks_are_aligned_and_half_full_so_that_few_recordings_serve_all_rows(
+def test_blocks_are_aligned_and_half_full_so_that_few_graphs_serve_all_rows(
     slots: list[int], blocks: list[tuple[int, int]]
 ) -> None:
     assert cuda_graphs._blocks(slots, most=10) == blocks
@@ -276,19 +276,19 @@ def test_no_tensor_of_a_step_is_left_on_the_host(
 ) -> None:
     """Torch's "meta" device computes nothing, and like a GPU refuses operations that mix it with the CPU."""
     model = model_of(family) if family in FAMILIES else load(tiny_llama_dir)
-    runner = ModelRunner(model.to("meta"), rows=4, positions=100, recorder=traces)
+    runner = ModelRunner(model.to("meta"), slots=4, positions=100, graph_backend=traces)
     if family == "tiny":
         runner.add_adapter("a", adapter_dirs["second"], strength=1)
-    owner = runner.bank.version("a") if family == "tiny" else None
+    owner = runner.adapters.version("a") if family == "tiny" else None
     numbers = {"ids": [1, 2, 3, 4, 5, 6], "positions": [3, 4, 5, 0, 1, 2], "slots": [0, 1, 3]}
     rest = {"owners": [(None, 1), (owner, 5)], "long": [False] * 6, "copies": [(0, 2, 3)]}
     with torch.inference_mode():
         work = HostBatch(**numbers, **rest, pieces=(SlotChunk(3, 2, 0, 3),), chosen=[0, 1, 2, 5])
         assert runner._execute(work).shape == (4, model.config.vocab_size)
-        assert runner._recordings is not None
+        assert runner._graphs is not None
         one, some = Block(2, 1, 32), (Block(0, 1, 64), Block(2, 2, 32))
         for form in (GraphKey(some, 1, owner is not None, False), GraphKey((one,), 5, False, False)):
-            logits = runner._recordings._step(form, runner._recordings._inputs(form))
+            logits = runner._graphs._step(form, runner._graphs._inputs(form))
             assert (logits.device.type, len(logits)) == ("meta", form.tokens)
 
 
@@ -299,12 +299,12 @@ def test_cuda_graphs_answer_as_steps_that_run_as_they_come(family: str, oracle: 
     prompts = some_prompts(3, 40, 1, 70, 17)
     asked = [ask(prompt, max_new_tokens=60, id=str(number)) for number, prompt in enumerate(prompts)]
     answers = []
-    for recorder in (None, CudaGraphs()):
+    for backend in (None, CudaGraphs()):
         engine = BatchingEngine(
-            copy.deepcopy(model), rows=6, context_tokens=400, queue=8, guess_tokens=8, recorder=recorder
+            copy.deepcopy(model), rows=6, context_tokens=400, queue=8, guess_tokens=8, graph_backend=backend
         )
         answers.append([run(engine, *asked), *(run(engine, each) for each in (*asked, *asked))])
-        kept = engine._runner._recordings
+        kept = engine._runner._graphs
         engine.close()
         oracle.known = [(*p, *ids) for p, (ids, _) in zip(prompts, answers[0][0], strict=True)][:2]
     assert answers[0] == answers[1]

@@ -1,8 +1,9 @@
-"""The processes that serve one model together: rank 0 says what to do, and all of them do it.
+"""The group of processes that serve one model together: rank 0 broadcasts commands, and all ranks run them.
 
-Rank 0 has the scheduler, the requests and the port; the others hear one order after another and run the same
-step on their share. Orders go over gloo, sums over NCCL where there are GPUs. A rank that ends breaks the
-next exchange of the others. Does not know models or how processes are started. Start at `Group`.
+Rank 0 has the scheduler, the requests and the port; the others receive one command after another and run the
+same step on their shard. Commands go over gloo, all-reduces over NCCL where there are GPUs. A rank that ends
+breaks the next exchange of the others. Does not know models or how processes are started. Shapes: `N` flat
+tokens, `F` output features of one rank, `V` vocabulary. Start at `Group`.
 """
 
 import datetime
@@ -13,24 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-PARTIAL = ("o_proj", "down_proj")
-"""Layers that see a part of their inputs: what they give is a part of a sum."""
-MEET = datetime.timedelta(minutes=10)
-"""For ranks that are all there to connect, and for a sum."""
-IDLE = datetime.timedelta(days=3650)
-"""Between two orders nobody may have asked for anything; who ends is noticed by the broken connection."""
+ROW_PARALLEL = ("o_proj", "down_proj")
+"""Layers divided along their inputs: their outputs are summed over the ranks."""
+RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)
+"""How long ranks that are all running may take to connect, or for one all-reduce."""
+COMMAND_TIMEOUT = datetime.timedelta(days=3650)
+"""Any time may pass between two commands; a rank that ends is noticed by its broken connection."""
 
 
 @dataclass(frozen=True, slots=True)
-class Begin:
-    """Prepare the model for rows."""
+class PrepareModel:
+    """Prepare the model for sequences in `slots` of `positions`."""
 
-    rows: int
+    slots: int
     positions: int
 
 
 @dataclass(frozen=True, slots=True)
-class Add:
+class AddAdapter:
     """Read an adapter."""
 
     name: str
@@ -39,26 +40,26 @@ class Add:
 
 
 @dataclass(frozen=True, slots=True)
-class Remove:
-    """Forget an adapter."""
+class RemoveAdapter:
+    """Drop an adapter."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class Clear:
-    """Zero a slot of the cache, from a position on."""
+class ClearSlot:
+    """Zero a slot of the key-value cache, from a position on."""
 
     slot: int
     start: int
 
 
 @dataclass(frozen=True, slots=True)
-class End:
-    """Leave."""
+class Stop:
+    """End the process."""
 
 
-def meeting(file: Path, world: int) -> Any:
+def rendezvous(file: Path, world: int) -> Any:
     """Return the store through which `world` ranks find each other, in `file`: no port is opened for it."""
     return distributed.FileStore(str(file), world)  # type: ignore[attr-defined]
 
@@ -67,70 +68,72 @@ class Group:
     """One rank's connection to the others."""
 
     def __init__(self, store: Any, *, rank: int, world: int, device: str) -> None:
-        """Meet the others, who must be on their way: blocks until all are here, MEET at most."""
+        """Connect to the other ranks, which must be starting: waits RENDEZVOUS_TIMEOUT at most."""
         self.rank, self.world = rank, world
         cuda = device.startswith("cuda")
         if cuda:
             torch.cuda.set_device(device)
         backend = "nccl" if cuda else "gloo"
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=MEET)
-        self._orders = distributed.new_group(backend="gloo", timeout=IDLE)
+        distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=RENDEZVOUS_TIMEOUT
+        )
+        self._commands = distributed.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)
 
-    def tell(self, order: Any) -> None:
-        """Have every other rank hear `order`; rank 0's part."""
-        distributed.broadcast_object_list([order], src=0, group=self._orders)
+    def broadcast(self, command: Any) -> None:
+        """Send `command` to every other rank; called on rank 0."""
+        distributed.broadcast_object_list([command], src=0, group=self._commands)
 
-    def hear(self) -> Any:
-        """Wait for the next order and return it; the others' part."""
-        box = [None]
-        distributed.broadcast_object_list(box, src=0, group=self._orders)
-        return box[0]
+    def receive(self) -> Any:
+        """Wait for the next command of rank 0 and return it; called on the others."""
+        received = [None]
+        distributed.broadcast_object_list(received, src=0, group=self._commands)
+        return received[0]
 
-    def least(self, number: int) -> int:
+    def all_reduce_min(self, number: int) -> int:
         """Return the smallest `number` of any rank, on every rank."""
-        found = torch.tensor(number)
-        distributed.all_reduce(found, op=distributed.ReduceOp.MIN, group=self._orders)
-        return int(found)
+        smallest = torch.tensor(number)
+        distributed.all_reduce(smallest, op=distributed.ReduceOp.MIN, group=self._commands)
+        return int(smallest)
 
-    def sum(self, part: Tensor) -> Tensor:
-        """Return `part` with those of all ranks added, in place."""
-        distributed.all_reduce(part)
-        return part
+    def all_reduce(self, summand: Tensor) -> Tensor:
+        """Return the sum of every rank's `summand`, computed in place."""
+        distributed.all_reduce(summand)
+        return summand
 
-    def side_by_side(self, part: Tensor) -> Tensor:
-        """Return the parts (N, F) of all ranks as (N, ranks * F)."""
-        parts = [torch.empty_like(part) for _ in range(self.world)]
-        distributed.all_gather(parts, part)
-        return torch.cat(parts, dim=-1)
+    def all_gather(self, own: Tensor) -> Tensor:
+        """Return every rank's `own` (N, F) side by side: (N, ranks * F)."""
+        gathered = [torch.empty_like(own) for _ in range(self.world)]
+        distributed.all_gather(gathered, own)
+        return torch.cat(gathered, dim=-1)
 
-    def leave(self) -> None:
+    def close(self) -> None:
         """Close the connections."""
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
 
-class Summed(nn.Module):
-    """A layer of which each rank gives a part of the sum."""
+class RowParallel(nn.Module):
+    """A linear layer whose inputs are divided over the ranks and whose outputs are summed."""
 
-    def __init__(self, inner: nn.Module, team: Group) -> None:
+    def __init__(self, inner: nn.Module, group: Group) -> None:
         super().__init__()
         self.inner = inner
-        self._team = team
+        self._group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (..., out) for this rank's part (..., in) of the inputs."""
-        return self._team.sum(self.inner(x))
+        """Return (..., out), summed, for this rank's (..., in / ranks) of the inputs."""
+        return self._group.all_reduce(self.inner(x))
 
 
-class Joined(nn.Module):
-    """A head of which each rank has a part of the vocabulary."""
+class VocabParallel(nn.Module):
+    """An output embedding whose vocabulary is divided over the ranks."""
 
-    def __init__(self, inner: nn.Module, team: Group) -> None:
+    def __init__(self, inner: nn.Module, group: Group) -> None:
         super().__init__()
         self.inner = inner
-        self._team = team
+        self._group = group
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (..., V) for x (..., hidden)."""
-        part = self.inner(x).contiguous()
-        return self._team.side_by_side(part.view(-1, part.shape[-1])).view(*part.shape[:-1], -1)
+        own = self.inner(x).contiguous()
+        return self._group.all_gather(own.view(-1, own.shape[-1])).view(*own.shape[:-1], -1)

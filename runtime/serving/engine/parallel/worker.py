@@ -1,7 +1,7 @@
-"""A process that serves a model together with others, not the first: it loads its share and does as told.
+"""A worker process of a server that divides its model: it loads its shard and runs rank 0's commands.
 
-Its standard input holds one line, a Task, and closes when rank 0 is gone. Signals are rank 0's to answer.
-torch is imported only after both are seen to. Does not know requests. Start at `run`.
+Its standard input holds one line, a WorkerTask, and closes when rank 0 is gone. It ignores signals: rank 0
+handles them. torch is imported only after both are set up. Does not know requests. Start at `run`.
 """
 
 import logging
@@ -20,27 +20,27 @@ log = logging.getLogger("runtime.serving.engine.parallel.worker")
 
 
 class WorkerTask(Strict):
-    """What one process is told to hold and where the others are."""
+    """What one worker process has to load, and where it finds the others."""
 
     model: ModelSource
-    """With its `path`: rank 0 has fetched it."""
+    """With its `path`: rank 0 has downloaded it."""
     rank: int
     world: int
     device: str
     dtype: str
     threads: int
     """For torch's operators on a CPU, which all ranks share."""
-    meeting: Path
-    """File through which they find each other; all of them are on this machine."""
+    rendezvous: Path
+    """File through which the ranks find each other; all of them are on this machine."""
 
 
-def arrived(rank: int) -> str:
-    """Return the key by which `rank` says that its share is loaded."""
+def loaded_key(rank: int) -> str:
+    """Return the key that `rank` sets in the rendezvous store once its shard is loaded."""
     return f"loaded {rank}"
 
 
 def main() -> int:
-    """Follow rank 0 to its end and return the exit status."""
+    """Run rank 0's commands to the end and return the exit status."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     task = WorkerTask.model_validate_json(sys.stdin.readline())
@@ -49,42 +49,42 @@ def main() -> int:
     try:
         run(task)
     except Failure as failure:
-        log.error("rank %d: %s", task.rank, failure)  # noqa: TRY400 - foreseen, and its text says it all
+        log.error("rank %d: %s", task.rank, failure)  # noqa: TRY400 - expected, and its text is complete
         return exit_code(failure)
-    except RuntimeError as error:  # torch's: out of memory, or the others are gone
+    except RuntimeError as error:  # torch's: out of memory, or another rank is gone
         log.error("rank %d: %s", task.rank, " ".join(str(error).split())[:300])  # noqa: TRY400
         return 1
     return 0
 
 
 def run(task: WorkerTask) -> None:
-    """Load the share of `task`, meet the others, and run what rank 0 runs."""
+    """Load the shard of `task`, connect to the other ranks, and run what rank 0 broadcasts."""
     import torch
 
     from runtime import models
     from runtime.serving import engine
     from runtime.serving.engine.model_runner import ModelRunner, Rank
     from runtime.serving.engine.parallel import shard
-    from runtime.serving.engine.parallel.group import Begin, Group, meeting
+    from runtime.serving.engine.parallel.group import Group, PrepareModel, rendezvous
 
     torch.set_num_threads(task.threads)
-    store = meeting(task.meeting, task.world)
+    store = rendezvous(task.rendezvous, task.world)
     config = models.load_config(task.model)
-    share = shard.Shard.of(config, task.rank, task.world)
+    own_shard = shard.Shard.of(config, task.rank, task.world)
     dtype = getattr(torch, task.dtype)
-    model = shard.load(models.locate(task.model), config, share, dtype=dtype, device=task.device)
-    store.set(arrived(task.rank), "")
-    team = Group(store, rank=task.rank, world=task.world, device=task.device)
-    team.least(engine.free_bytes(model, processes=task.world))
-    first = team.hear()
-    if isinstance(first, Begin):  # else rank 0 has failed in between
-        membership = Rank(team, share)
-        ModelRunner(model, rows=first.rows, positions=first.positions, membership=membership).follow()
-    team.leave()
+    model = shard.load(models.locate(task.model), config, own_shard, dtype=dtype, device=task.device)
+    store.set(loaded_key(task.rank), "")
+    group = Group(store, rank=task.rank, world=task.world, device=task.device)
+    group.all_reduce_min(engine.free_bytes(model, processes=task.world))
+    first = group.receive()
+    if isinstance(first, PrepareModel):  # else rank 0 has failed in between
+        rank = Rank(group, own_shard)
+        ModelRunner(model, slots=first.slots, positions=first.positions, rank=rank).run_commands()
+    group.close()
 
 
 def _end_with_rank_0() -> None:
-    """Standard input ends with rank 0, however that ends."""
+    """End this process with rank 0, whose end, of whatever kind, closes standard input."""
     os.read(0, 1)
     os._exit(1)
 

@@ -1,7 +1,7 @@
-"""The other processes of a server that divides its model: started, waited for, watched, let go.
+"""The worker processes of a server that divides its model: started, connected, watched, ended.
 
-Rank 0 is the server itself; each of the others is `python -m runtime.serving.engine.parallel.worker` and
-holds its share. They end when rank 0 says so, and when it is gone (its end of their standard input closes).
+Rank 0 is the server itself; each worker is `python -m runtime.serving.engine.parallel.worker` and holds its
+shard. Workers end when rank 0 broadcasts `Stop`, and when it is gone (their standard input closes).
 Does not know models or requests. Start at `Workers`.
 """
 
@@ -19,15 +19,15 @@ from runtime import hardware
 from runtime.errors import EXIT_CODES, Failure
 from runtime.hardware import Hardware
 from runtime.model_source import ModelSource
-from runtime.serving.engine.parallel.group import Group, meeting
-from runtime.serving.engine.parallel.worker import WorkerTask, arrived
+from runtime.serving.engine.parallel.group import Group, rendezvous
+from runtime.serving.engine.parallel.worker import WorkerTask, loaded_key
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.1
-"""How often an ended process is looked for."""
-LEAVE_S = 10.0
-"""Time that the others are given to end after the last order."""
+POLL_S = 0.1
+"""How often the processes are checked."""
+STOP_S = 10.0
+"""Time that the workers are given to end after the last command."""
 
 
 class Workers:
@@ -37,52 +37,52 @@ class Workers:
         """Start them; `model` has its `path`. ConfigError where there are fewer GPUs than ranks."""
         self._world = world
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        place = Path(self._folder.name) / "meeting"
-        self._store = meeting(place, world)
+        file = Path(self._folder.name) / "rendezvous"
+        self._store = rendezvous(file, world)
         dtype = hardware.compute_dtype(devices, model.dtype)
         tasks = [
             WorkerTask(
                 model=model, rank=rank, world=world, device=hardware.device(devices, rank), dtype=dtype,
-                threads=threads, meeting=place,
+                threads=threads, rendezvous=file,
             )
             for rank in range(1, world)
         ]  # fmt: skip
         self._processes = {task.rank: _start(task) for task in tasks}
 
-    def meet(self, device: str) -> Group:
-        """Wait until every rank has its share, and return the connection; raise what a rank ended with."""
-        waited_for = [arrived(rank) for rank in self._processes]
-        while not self._store.check(waited_for):
+    def connect(self, device: str) -> Group:
+        """Wait until every rank has loaded its shard, and return the group; raise what a rank ended with."""
+        loaded = [loaded_key(rank) for rank in self._processes]
+        while not self._store.check(loaded):
             if (lost := self._lost()) is not None:
                 rank, status = lost
                 kind = next((kind for kind, code in EXIT_CODES.items() if code == status), Failure)
-                raise kind(f"{self._described(rank, status)} while it loaded; its own line says why")
-            time.sleep(LOOK_S)
+                raise kind(f"{self._describe(rank, status)} while it loaded; its own line says why")
+            time.sleep(POLL_S)
         return Group(self._store, rank=0, world=self._world, device=device)
 
     def watch(self, on_loss: Callable[[], None]) -> None:
-        """Call `on_loss`, from a thread, when a process ends that was not let go."""
+        """Call `on_loss`, from a thread, when a process ends by itself."""
 
-        def look() -> None:
+        def poll() -> None:
             running = True
             while running:
                 running = any(process.poll() is None for process in self._processes.values())
                 if (lost := self._lost()) is not None:
                     log.error(
-                        "%s: without its part of the model nothing can be answered", self._described(*lost)
+                        "%s: without its part of the model nothing can be answered", self._describe(*lost)
                     )
                     on_loss()
                     return
-                time.sleep(LOOK_S)
+                time.sleep(POLL_S)
 
-        threading.Thread(target=look, name="crew", daemon=True).start()
+        threading.Thread(target=poll, name="workers", daemon=True).start()
 
-    def dismiss(self) -> None:
-        """Wait for the processes to end, which were told to; end those that do not."""
-        until = time.monotonic() + LEAVE_S
+    def wait(self) -> None:
+        """Wait for the processes to end after `Stop`; kill those that do not."""
+        deadline = time.monotonic() + STOP_S
         for process in self._processes.values():
             try:
-                process.wait(max(0.0, until - time.monotonic()))
+                process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -93,27 +93,27 @@ class Workers:
             log.info("All %d ranks have ended", self._world)
         self._folder.cleanup()
 
-    def end(self) -> None:
-        """End the processes at once: nothing will come of this server."""
+    def kill(self) -> None:
+        """Kill the processes: this server will not start."""
         for process in self._processes.values():
             process.kill()
-        self.dismiss()
+        self.wait()
 
     def _lost(self) -> tuple[int, int] | None:
         """Return the rank and status of a process that ended by itself, or None."""
         ended = ((rank, process.poll()) for rank, process in self._processes.items())
         return next(((rank, status) for rank, status in ended if status), None)
 
-    def _described(self, rank: int, status: int) -> str:
+    def _describe(self, rank: int, status: int) -> str:
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         return f"rank {rank} of {self._world} {how}"
 
 
 def _start(task: WorkerTask) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "runtime.serving.engine.parallel.worker"]
-    # a session of its own: Ctrl-C on a terminal is rank 0's to answer
+    # a session of its own: Ctrl-C on a terminal is handled by rank 0
     process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # noqa: S603
-    assert process.stdin is not None, "it was asked for"  # noqa: S101
+    assert process.stdin is not None, "stdin=PIPE"  # noqa: S101
     process.stdin.write(task.model_dump_json().encode() + b"\n")
     process.stdin.flush()
     return process

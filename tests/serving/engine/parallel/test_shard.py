@@ -21,9 +21,9 @@ from runtime.model_source import ModelSource
 from runtime.serving.engine.engine import BatchingEngine
 from runtime.serving.engine.model_runner import Rank
 from runtime.serving.engine.parallel import shard
-from runtime.serving.engine.parallel.group import Group, meeting
+from runtime.serving.engine.parallel.group import Group, rendezvous
 from runtime.serving.engine.parallel.shard import Shard
-from runtime.serving.engine.parallel.worker import WorkerTask, arrived
+from runtime.serving.engine.parallel.worker import WorkerTask, loaded_key
 from tests.serving.engine.asking import ask, generate, load, run
 from tests.serving.engine.test_engine import SIZES, some_prompts
 
@@ -37,12 +37,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi-3, fused layers": ("Phi3Config", {"partial_rotary_factor": 0.5}),
     "gemma": ("GemmaConfig", {"head_dim": 32}),
 }
-FOLLOWER = """
+WORKER = """
 import sys
-from runtime.serving.engine.parallel.worker import follow
-from runtime.serving.engine.parallel.worker import Task
+from runtime.serving.engine.parallel.worker import WorkerTask, run
 for line in sys.stdin:
-    follow(Task.model_validate_json(line))
+    run(WorkerTask.model_validate_json(line))
 """
 Divided = Callable[[Path], AbstractContextManager[BatchingEngine]]
 
@@ -50,34 +49,34 @@ Divided = Callable[[Path], AbstractContextManager[BatchingEngine]]
 @pytest.fixture(scope="module")
 def divided(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Divided]:
     """Opens an engine over a model directory, half of it here and half in one other process, kept for all."""
-    follower = subprocess.Popen([sys.executable, "-c", FOLLOWER], stdin=subprocess.PIPE, text=True)
-    assert follower.stdin is not None
+    worker = subprocess.Popen([sys.executable, "-c", WORKER], stdin=subprocess.PIPE, text=True)
+    assert worker.stdin is not None
 
     @contextmanager
     def open_(folder: Path) -> Iterator[BatchingEngine]:
-        place = tmp_path_factory.mktemp("meeting") / "file"
+        file = tmp_path_factory.mktemp("rendezvous") / "file"
         task = WorkerTask(
             model=ModelSource(name="m", path=folder), rank=1, world=2, device="cpu", dtype="float32",
-            threads=1, meeting=place,
+            threads=1, rendezvous=file,
         )  # fmt: skip
-        assert follower.stdin is not None
-        follower.stdin.write(task.model_dump_json() + "\n")
-        follower.stdin.flush()
+        assert worker.stdin is not None
+        worker.stdin.write(task.model_dump_json() + "\n")
+        worker.stdin.flush()
         config = transformers.AutoConfig.from_pretrained(str(folder))
-        share = Shard.of(config, 0, 2)
-        model = shard.load(folder, config, share, dtype=torch.float32, device="cpu")
-        store = meeting(place, 2)
-        store.wait([arrived(1)])
-        team = Group(store, rank=0, world=2, device="cpu")
-        team.least(1)
-        engine = BatchingEngine(model, rows=4, context_tokens=400, queue=8, membership=Rank(team, share))
+        own_shard = Shard.of(config, 0, 2)
+        model = shard.load(folder, config, own_shard, dtype=torch.float32, device="cpu")
+        store = rendezvous(file, 2)
+        store.wait([loaded_key(1)])
+        group = Group(store, rank=0, world=2, device="cpu")
+        group.all_reduce_min(1)
+        engine = BatchingEngine(model, rows=4, context_tokens=400, queue=8, rank=Rank(group, own_shard))
         yield engine
         engine.close()
-        team.leave()
+        group.close()
 
     yield open_
-    follower.stdin.close()
-    assert follower.wait(60) == 0
+    worker.stdin.close()
+    assert worker.wait(60) == 0
 
 
 def save(family: str, folder: Path) -> Path:
@@ -138,7 +137,7 @@ def test_adapters_are_divided_like_the_layers_they_adapt(
     assert weak[0][0] == base
 
 
-def test_a_share_is_all_that_is_held(tmp_path: Path) -> None:
+def test_a_rank_holds_its_shard_and_nothing_else(tmp_path: Path) -> None:
     folder = save("phi-3, fused layers", tmp_path)
     whole = load(folder)
     config = copy.deepcopy(whole.config)

@@ -121,10 +121,10 @@ def test_a_rank_that_cannot_load_ends_the_start_as_it_ended(tiny_llama_dir: Path
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    crew = Workers(ModelSource(name="m", path=tmp_path), hardware.detect(), world=2, threads=1)
+    workers = Workers(ModelSource(name="m", path=tmp_path), hardware.detect(), world=2, threads=1)
     with pytest.raises(ConfigError, match="rank 1 of 2 ended with status 2 while it loaded"):
-        crew.meet("cpu")
-    crew.end()
+        workers.connect("cpu")
+    workers.kill()
 
 
 @pytest.mark.parametrize(
