@@ -1,5 +1,5 @@
 # make demo   from a manifest to a tuned model that answers /chat (see README)
-# make test   every test; make check: format, lint, types
+# make test   every test but the long ones; make test-long: fuzzing, soaks, bursts; make check: format, lint, types
 # make image  the container image for ACCELERATOR=cu130 (Turing to Blackwell), cu126 (V100 to H200) or cpu
 # TORCH_INDEX=URL takes torch from that wheel index (PyTorch's own for a CPU or a CUDA release).
 
@@ -11,13 +11,16 @@ TORCH_INDEX ?=
 SYSTEM_PACKAGES := gcc libc6-dev curl docker-registry skopeo umoci apache2-utils openssl chromium chromium-driver \
   podman runc catatonit containerd docker.io buildah mmdebstrap containernetworking-plugins iptables iproute2
 
-.PHONY: demo test check format image bench gpu system clean
+.PHONY: demo test test-long check format image bench gpu system clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo/demo.py
 
 test: system $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+test-long: system $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m long
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
