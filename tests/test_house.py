@@ -223,7 +223,13 @@ def test_tests_mirror_the_packages() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["runtime.cli.main", "runtime.workspace", "runtime.oci", "runtime.serving.http.schema", "runtime.presets"],
+    [
+        "runtime.cli.main",
+        "runtime.workspace",
+        "runtime.oci",
+        "runtime.serving.http.schema",
+        "runtime.presets",
+    ],
 )
 def test_light_modules_import_without_torch(module: str) -> None:
     code = f"import {module}, sys; print(sorted({TORCH!r} & set(sys.modules)))"
