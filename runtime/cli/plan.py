@@ -49,14 +49,14 @@ def plan(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     as_json: AsJson = False,
 ) -> None:
     """Say how much memory a job or a server takes, and what fits. Exit status 6 when it does not."""
-    from runtime.workspace.jobs import is_manifest
+    from runtime.workspace.manifest import is_manifest
 
     machine = _machine(target, gpu) if is_manifest(target) else _named(gpu)
     overrides = set_flags(settings or [])
     if is_manifest(target):
         from runtime.workspace.manifest import read
 
-        serve = read(Path(target))[0].inference is not None
+        serve = read(Path(target)).workspace.inference is not None
     if serve:
         fits = _server(context, target, machine, overrides, as_json)
     else:
@@ -90,7 +90,7 @@ def _job(
     overrides, config, processes = given
     overrides.setdefault("data.folder", Path("/mnt/data"))  # a plan needs no rows
     resolved = load_job(target, environ=context.obj or {}, config=config, overrides=overrides)
-    fit = fits.plan(resolved.job, machine, processes=processes)
+    fit = fits.plan(resolved.config, machine, processes=processes)
     chosen, run = fit.chosen, fit.chosen.run
     facts: dict[str, Any] = {
         "fits": chosen.fits,
@@ -109,7 +109,9 @@ def _job(
     if as_json:
         _as_json(facts, chosen.parts)
         return chosen.fits
-    typer.echo(f"{resolved.job.name}: {resolved.job.method} of {fit.shape.name} on {_described(machine)}\n")
+    typer.echo(
+        f"{resolved.config.name}: {resolved.config.method} of {fit.shape.name} on {_described(machine)}\n"
+    )
     _table(chosen.parts, chosen.total_bytes, chosen.available_bytes)
     how = "on" if run.checkpointing else "off"
     typer.echo(
@@ -131,9 +133,9 @@ def _server(
 ) -> bool:
     """Show a server's plan; return whether it fits."""
     from runtime.memory import serving, shape
-    from runtime.workspace import load_serve
+    from runtime.workspace import load_server
 
-    config = load_serve(target, environ=context.obj or {}, overrides=overrides).job
+    config = load_server(target, environ=context.obj or {}, overrides=overrides).config
     model, quantization = shape.of(config.model), config.quantization
     wanted = serving.ServingRun(
         rows=config.limits.rows,

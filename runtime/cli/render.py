@@ -20,7 +20,7 @@ from runtime.logs import redact
 from runtime.model_source import ModelSource
 from runtime.serving.settings import ServeConfig
 from runtime.tuning.settings import DataSource, Output, TuningJob
-from runtime.workspace.settings import Resolved
+from runtime.workspace.layers import Resolved
 
 if TYPE_CHECKING:
     from runtime.tuning.data.preview import Preview, PreviewRow, TextRun
@@ -43,7 +43,7 @@ def dry_run(resolved: Resolved[Job], draw: Callable[[Resolved[Job]], None], *, a
 
 def job(resolved: Resolved[TuningJob]) -> None:
     """Write a tuning job to standard output."""
-    tuning = resolved.job
+    tuning = resolved.config
     _heading(
         f"Tuning job {tuning.name}: {tuning.method} on {tuning.model.name}",
         {"model": _model(tuning.model), "data": _data(tuning.data), "output": _output(tuning.output)},
@@ -53,7 +53,7 @@ def job(resolved: Resolved[TuningJob]) -> None:
 
 def server(resolved: Resolved[ServeConfig]) -> None:
     """Write a server to standard output."""
-    config = resolved.job
+    config = resolved.config
     adapters = [f"{a.name} = {redact(a.reference)} (strength {a.strength:g})" for a in config.adapters]
     _heading(
         f"Server of {config.served_name} on {config.host} port {config.port}",
@@ -64,7 +64,7 @@ def server(resolved: Resolved[ServeConfig]) -> None:
 
 def values(resolved: Resolved[Any]) -> dict[str, Any]:
     """Return the job, the sources and the warnings as JSON values."""
-    values = {name: _clean(value) for name, value in _values(resolved.job).items()}
+    values = {name: _clean(value) for name, value in _values(resolved.config).items()}
     return {
         "settings": {
             name: {"value": value, "source": resolved.sources.get(name, "default")}
@@ -121,7 +121,7 @@ def _heading(title: str, lines: Mapping[str, str]) -> None:
 def _settings(resolved: Resolved[Any]) -> None:
     rows = [
         (name, text(value), resolved.sources.get(name, "default"))
-        for name, value in _values(resolved.job).items()
+        for name, value in _values(resolved.config).items()
     ]
     table(("setting", "value", "from"), rows)
     if resolved.warnings or resolved.placeholders:

@@ -117,7 +117,7 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     debug: Debug = False,  # read by cli.run, before anything else
 ) -> None:
     """Serve a model and its adapters: POST /chat and the OpenAI routes."""
-    from runtime.workspace import load_serve
+    from runtime.workspace import load_server
 
     named = {
         "host": host,
@@ -136,7 +136,7 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     }
     overrides = {name: value for name, value in named.items() if value is not None}
     overrides |= QUANTIZE.get(quantize, {})
-    resolved = load_serve(target, environ=context.obj, overrides=overrides | set_flags(settings or []))
+    resolved = load_server(target, environ=context.obj, overrides=overrides | set_flags(settings or []))
     if dry_run:
         render.dry_run(resolved, render.server, as_json=as_json)
         return

@@ -16,7 +16,7 @@ from runtime.cli import render
 from runtime.config import yaml_documents
 from runtime.errors import ConfigError, Failure, StoppedError, exit_code
 from runtime.tuning.settings import TuningJob
-from runtime.workspace.settings import Resolved
+from runtime.workspace.layers import Resolved
 
 if TYPE_CHECKING:
     from runtime.tuning.process.nodes import Nodes
@@ -147,7 +147,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
         render.dry_run(resolved, render.job, as_json=as_json)
         return
     if preview is not None:
-        _preview(resolved.job, preview, environ=context.obj or {})
+        _preview(resolved.config, preview, environ=context.obj or {})
         return
     job = ready(resolved)
     from runtime.tuning.process.nodes import Nodes

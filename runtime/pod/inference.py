@@ -17,7 +17,7 @@ from runtime.pod import ancestors, flags
 from runtime.pod.ending import status_of
 from runtime.serving.settings import ServeConfig
 from runtime.tuning.process import failure
-from runtime.workspace import Resolved, load_serve
+from runtime.workspace import Resolved, load_server
 from runtime.workspace.base_model import chat_template
 from runtime.workspace.mounts import WEIGHTS, Mounts
 
@@ -133,7 +133,7 @@ def _resolve(
     target: str | None, environ: Mapping[str, str], settings: Mapping[str, Any], root: Path
 ) -> Resolved[ServeConfig]:
     adapters = [folder.name for folder in Mounts(root, environ).adapters()]
-    return load_serve(target, environ=ancestors.recover(environ, adapters), overrides=settings, root=root)
+    return load_server(target, environ=ancestors.recover(environ, adapters), overrides=settings, root=root)
 
 
 def _target(named: str | None) -> str | None:

@@ -1,11 +1,11 @@
 """KAITO's Workspace as our job file: manifest, training_config.yaml and environment, merged once.
 
-The only place that knows KAITO's schema and the paths its controller mounts; nothing behind it does.
-Start at `load_job` (jobs.py) and `load_serve` (servers.py); `Settings` (settings.py) is how layers merge.
+The only package that knows KAITO's schema and the paths that its controller mounts. Start at `load_job`
+(jobs.py) and `load_server` (servers.py); layers.py merges the settings.
 """
 
 from runtime.workspace.jobs import load_job
-from runtime.workspace.servers import load_serve
-from runtime.workspace.settings import Resolved
+from runtime.workspace.layers import Resolved
+from runtime.workspace.servers import load_server
 
-__all__ = ["Resolved", "load_job", "load_serve"]
+__all__ = ["Resolved", "load_job", "load_server"]

@@ -1,7 +1,7 @@
 """Lays the sections of training_config.yaml over a job's settings.
 
-Knows which section's key is which setting of ours. Does not find the file (jobs.py) or check keys
-(sections.py). Start at `apply`.
+Knows which setting of ours each section's key is. Does not find the file (config_file.py) or check its keys
+(sections.py). Start at `apply_training_config`.
 """
 
 from pathlib import Path
@@ -11,25 +11,27 @@ from runtime.tuning import training_arguments
 from runtime.workspace import sections
 from runtime.workspace.base_model import Label, apply_model, put_dtype
 from runtime.workspace.config_file import ConfigFile
+from runtime.workspace.layers import LayeredSettings
 from runtime.workspace.mounts import Mounts
 from runtime.workspace.sections import DataCollator, DatasetConfig, QuantizationConfig, TrainingConfig
-from runtime.workspace.settings import Settings
 
 _EXTENSIONS = ("parquet", "jsonl", "json", "csv", "arrow")
 
 
-def apply(settings: Settings, config: TrainingConfig, found: ConfigFile, mounts: Mounts) -> None:
-    """Set everything that `config`, the checked content of `found`, says."""
-    label = found.label
+def apply_training_config(
+    settings: LayeredSettings, config: TrainingConfig, file: ConfigFile, mounts: Mounts
+) -> None:
+    """Set everything in `config`, the checked content of `file`."""
+    label = file.label
     apply_model(settings, config.model, label, mounts)
     _apply_quantization(settings, config.quantization, label)
-    _apply_lora(settings, config, found)
-    _apply_training(settings, config, found)
+    _apply_lora(settings, config, file)
+    _apply_training(settings, config, file)
     _apply_dataset(settings, config.dataset, label)
     _apply_collator(settings, config.collator, label)
 
 
-def _apply_quantization(settings: Settings, section: QuantizationConfig, label: Label) -> None:
+def _apply_quantization(settings: LayeredSettings, section: QuantizationConfig, label: Label) -> None:
     if settings.get("method") == "lora":
         settings.put("quantization", None, settings.sources["method"])
         return
@@ -48,18 +50,18 @@ def _apply_quantization(settings: Settings, section: QuantizationConfig, label: 
         section.bnb_4bit_compute_dtype,
         label(f"QuantizationConfig.{key}"),
     )
-    handed_on = ("llm_int8_threshold", "llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload",
+    passed_on = ("llm_int8_threshold", "llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload",
                  "llm_int8_has_fp16_weight", "bnb_4bit_quant_storage")  # fmt: skip
-    for key in handed_on:
+    for key in passed_on:
         if getattr(section, key) is not None:
             settings.put(
                 f"quantization.options.{key}", getattr(section, key), label(f"QuantizationConfig.{key}")
             )
 
 
-def _apply_lora(settings: Settings, config: TrainingConfig, found: ConfigFile) -> None:
-    label = found.label
-    shape, options = sections.shape(config, found.where)
+def _apply_lora(settings: LayeredSettings, config: TrainingConfig, file: ConfigFile) -> None:
+    label = file.label
+    shape, options = sections.lora_shape(config, file.where)
     renamed = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets"}
     for key, ours in renamed.items():
         value = getattr(shape, key)
@@ -69,8 +71,8 @@ def _apply_lora(settings: Settings, config: TrainingConfig, found: ConfigFile) -
         settings.put(f"lora.options.{key}", value, label(f"LoraConfig.{key}"))
 
 
-def _apply_training(settings: Settings, config: TrainingConfig, found: ConfigFile) -> None:
-    label, where = found.label, f"{found.where}: TrainingArguments"
+def _apply_training(settings: LayeredSettings, config: TrainingConfig, file: ConfigFile) -> None:
+    label, where = file.label, f"{file.where}: TrainingArguments"
     checked = training_arguments.check(config.training, where)
     folder = checked.pop("output_dir", None)
     if folder:
@@ -90,7 +92,7 @@ def _apply_training(settings: Settings, config: TrainingConfig, found: ConfigFil
         settings.warn(f"{label('TrainingArguments.' + key)} has no effect here")
 
 
-def _apply_dataset(settings: Settings, section: DatasetConfig, label: Label) -> None:
+def _apply_dataset(settings: LayeredSettings, section: DatasetConfig, label: Label) -> None:
     renamed = {
         "shuffle_dataset": "shuffle", "shuffle_seed": "shuffle_seed", "context_column": "context_column",
         "response_column": "response_column", "messages_column": "messages_column",
@@ -107,14 +109,14 @@ def _apply_dataset(settings: Settings, section: DatasetConfig, label: Label) -> 
         settings.put("data.extension", extension, where)
     if section.dataset_path:
         path = Path(section.dataset_path)
-        # A path that is there tells what it is; one that is not yet there tells by its suffix.
+        # A path that exists is what it is; of one that does not exist yet, a suffix makes a file.
         is_file = path.is_file() or (bool(path.suffix) and not path.is_dir())
         where = label("DatasetConfig.dataset_path")
         settings.put("data.file" if is_file else "data.folder", path, where)
 
 
-def _apply_collator(settings: Settings, section: DataCollator, label: Label) -> None:
-    """Warn of values that ask for something; `mlm: true` stands in every stock template and asks nothing."""
+def _apply_collator(settings: LayeredSettings, section: DataCollator, label: Label) -> None:
+    """Warn of values without effect, except `mlm: true`, which every stock template holds."""
     for key, value in section.model_dump().items():
         if value is not None and key not in ("mlm", "mlm_probability", "return_tensors"):
             settings.warn(f"{label('DataCollator.' + key)} has no effect here")

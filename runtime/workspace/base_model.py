@@ -1,4 +1,4 @@
-"""Which base model a manifest, a configuration section or a mount means, and what its parts are called.
+"""Which base model a manifest, a configuration section or a mount names, and its LoRA target modules.
 
 Knows presets and mounted weights. Does not read weights. Start at `put_model`.
 """
@@ -12,15 +12,15 @@ from runtime.config import describe, read_text
 from runtime.errors import ConfigError
 from runtime.model_source import ModelSource
 from runtime.presets import Preset
+from runtime.workspace.layers import LayeredSettings
 from runtime.workspace.mounts import WEIGHTS, Mounts
 from runtime.workspace.sections import ModelConfig
-from runtime.workspace.settings import Settings
 
 Label = Callable[[str], str]
-"""Turns "Section.key" into the words that tell a user where it stands."""
+"""Turns "Section.key" into the phrase that tells a user where it is written."""
 
 
-def put_model(settings: Settings, name: str, where: str) -> Preset | None:
+def put_model(settings: LayeredSettings, name: str, where: str) -> Preset | None:
     """Set the base model to `name` (preset, directory or repository id); return its preset, if it has one."""
     try:
         model = presets.source(name)
@@ -37,8 +37,14 @@ def put_model(settings: Settings, name: str, where: str) -> Preset | None:
     return preset
 
 
-def put_mounted_weights(settings: Settings, mounts: Mounts) -> None:
-    """Use the weights that a controller mounted, under whatever name the model already has."""
+def require_model(settings: LayeredSettings) -> None:
+    """Raise ConfigError when no layer has named a model."""
+    if settings.get("model.name") is None:
+        raise ConfigError("no model: give a manifest, a preset, a repository id or a model directory")
+
+
+def put_mounted_weights(settings: LayeredSettings, mounts: Mounts) -> None:
+    """Use the weights that a controller mounted; a name that the model already has stays."""
     folder = mounts.weights()
     if folder is None or settings.get("model.path") is not None:
         return
@@ -47,8 +53,8 @@ def put_mounted_weights(settings: Settings, mounts: Mounts) -> None:
     settings.put("model.path", folder, "mounted weights")
 
 
-def _name_mounted(settings: Settings, folder: Path, preset: str | None) -> None:
-    """Call the mounted model by the preset it is of, where the image says so; what is set stays."""
+def _name_mounted(settings: LayeredSettings, folder: Path, preset: str | None) -> None:
+    """Name the mounted model after its preset, where the image records one; values already set stay."""
     if preset is None:
         settings.put("model.name", str(folder), "mounted weights")
         return
@@ -58,21 +64,21 @@ def _name_mounted(settings: Settings, folder: Path, preset: str | None) -> None:
             settings.put(f"model.{key}", value, f"preset {preset} of this image")
 
 
-def warn_if_gated(settings: Settings, mounts: Mounts) -> None:
-    """Warn when the hub will ask for a token, and none is there."""
+def warn_if_gated(settings: LayeredSettings, mounts: Mounts) -> None:
+    """Warn when the hub will demand a token and none is set."""
     preset = presets.matching(ModelSource(name=settings.get("model.name")))
     token = mounts.environ.get("HF_TOKEN") or mounts.environ.get("HUGGING_FACE_HUB_TOKEN")
     if preset and preset.gated and settings.get("model.path") is None and not token:
         settings.warn(f"{preset.repository} is gated: accept its licence on the hub and set HF_TOKEN")
 
 
-def apply_model(settings: Settings, section: ModelConfig, label: Label, mounts: Mounts) -> None:
+def apply_model(settings: LayeredSettings, section: ModelConfig, label: Label, mounts: Mounts) -> None:
     """Lay the ModelConfig section over the model."""
-    named = section.pretrained_model_name_or_path
-    if named and named.rstrip("/") not in WEIGHTS:
-        put_model(settings, named, label("ModelConfig.pretrained_model_name_or_path"))
-    elif named and mounts.weights() is None:
-        settings.warn(f"no weights are mounted at {named}: the model is read from the hub or its cache")
+    name = section.pretrained_model_name_or_path
+    if name and name.rstrip("/") not in WEIGHTS:
+        put_model(settings, name, label("ModelConfig.pretrained_model_name_or_path"))
+    elif name and mounts.weights() is None:
+        settings.warn(f"no weights are mounted at {name}: the model is read from the hub or its cache")
     if section.revision:
         settings.put("model.revision", section.revision, label("ModelConfig.revision"))
     if section.trust_remote_code:
@@ -94,8 +100,8 @@ def apply_model(settings: Settings, section: ModelConfig, label: Label, mounts: 
 _WITHOUT_EFFECT = ("state_dict", "cache_dir", "force_download", "proxies", "load_in_4bit", "load_in_8bit")
 
 
-def _offline(settings: Settings, section: ModelConfig, label: Label, mounts: Mounts) -> None:
-    """Honour `local_files_only`, except the stock template's when there are no local files to speak of."""
+def _offline(settings: LayeredSettings, section: ModelConfig, label: Label, mounts: Mounts) -> None:
+    """Apply `local_files_only`, except where no weights are mounted: stock templates always set it."""
     if not section.local_files_only:
         return
     where = label("ModelConfig.local_files_only")
@@ -108,11 +114,11 @@ def _offline(settings: Settings, section: ModelConfig, label: Label, mounts: Mou
     settings.put("model.local_files_only", True, where)
 
 
-def put_dtype(settings: Settings, name: str, written: str | None, where: str) -> None:
+def put_dtype(settings: LayeredSettings, name: str, written: str | None, where: str) -> None:
     """Set a compute type.
 
-    bfloat16 is what every stock template says, V100 or not, so it is a preference: "auto" is bfloat16
-    wherever the GPU has it. Any other type is the user's own and is kept.
+    Every stock template has bfloat16, even for a V100, so it is taken as a preference: "auto" is bfloat16
+    wherever the GPU has it. Any other type is the user's own choice and is kept.
     """
     if written is None:
         return
@@ -126,7 +132,7 @@ def put_dtype(settings: Settings, name: str, written: str | None, where: str) ->
 
 
 def chat_template(written: str, where: str, mounts: Mounts) -> str:
-    """Return the template's text: `written` is Jinja, a file, or the name of one of ours."""
+    """Return the template's text; `written` is Jinja, a file, or the name of a template in presets/."""
     if "{{" in written or "{%" in written:
         return written
     ours = presets.FOLDER / "chat_templates" / Path(written).name
@@ -136,11 +142,11 @@ def chat_template(written: str, where: str, mounts: Mounts) -> str:
     raise ConfigError(f"{where}: no chat template {written!r}, expected a file or Jinja text")
 
 
-def map_targets(settings: Settings) -> None:
-    """Replace target names that the architecture has fused or calls differently, and say so.
+def map_targets(settings: LayeredSettings) -> None:
+    """Replace target names that the architecture has fused or calls differently, with a warning.
 
-    peft matches by name ending and is content when one name of many matches, so split names on a fused
-    model would adapt half of it in silence.
+    peft matches names by their endings and accepts a list of which only one matches, so split names on a
+    fused model would adapt half of it without any message.
     """
     targets = settings.get("lora.targets")
     if isinstance(targets, str) or not targets:
@@ -161,7 +167,7 @@ def map_targets(settings: Settings) -> None:
     settings.put("lora.targets", mapped, source)
 
 
-def _fused_targets(settings: Settings) -> dict[str, str]:
+def _fused_targets(settings: LayeredSettings) -> dict[str, str]:
     """Return the renames of the model's preset, or of the presets with its local files' architecture."""
     preset = presets.matching(ModelSource(name=settings.get("model.name") or ""))
     if preset is not None:

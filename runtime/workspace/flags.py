@@ -1,7 +1,7 @@
-"""Flags of the command line, laid over everything else.
+"""Flags of `runtime tune`, laid over everything else.
 
-`--output` and `--data` take what a user has (a directory, an address, an image) and find out which it
-is; `--set` names a setting. Start at `apply`.
+`--output` and `--data` take a directory, an address or an image and find out which it is; `--set` names a
+setting. Start at `apply`.
 """
 
 import re
@@ -14,15 +14,15 @@ from runtime.errors import ConfigError
 from runtime.tuning import training_arguments
 from runtime.tuning.settings import TuningJob
 from runtime.workspace.base_model import put_model
+from runtime.workspace.layers import LayeredSettings
 from runtime.workspace.sections import SECTIONS
-from runtime.workspace.settings import Settings
 
 REFERENCE = re.compile(r"oci:|docker://|(?:localhost|[^/]*[.:][^/]*)/[^/]|[^/.~][^:]*/[^:/]+:[\w.-]+$")
 """What is an image rather than a directory: a scheme, a registry's host before the first slash, or a tag."""
 
 
-def apply(settings: Settings, overrides: Mapping[str, Any], where: str) -> None:
-    """Lay `overrides` over the settings; `where` names what lies below in errors."""
+def apply(settings: LayeredSettings, overrides: Mapping[str, Any], where: str) -> None:
+    """Lay `overrides` over the settings; errors name the layers below as `where`."""
     if "--output" in overrides:
         _put_output(settings, overrides["--output"])
     if "--data" in overrides:
@@ -55,7 +55,7 @@ def is_image(word: str) -> bool:
     return bool(REFERENCE.match(word))
 
 
-def _put(settings: Settings, name: str, value: Any) -> None:
+def _put(settings: LayeredSettings, name: str, value: Any) -> None:
     head = name.partition(".")[0]
     if head not in TuningJob.model_fields:
         known = [*TuningJob.model_fields, *SECTIONS]
@@ -78,8 +78,8 @@ def _first_field(head: str) -> str:
     return examples.get(head) or next(iter(nested.model_fields)) if isinstance(nested, type) else "…"
 
 
-def _put_output(settings: Settings, words: Iterable[str]) -> None:
-    """Set the directory, the image or both; a directory alone means that nothing is pushed."""
+def _put_output(settings: LayeredSettings, words: Iterable[str]) -> None:
+    """Set the directory, the image or both; with a directory alone nothing is pushed."""
     images = [word for word in words if is_image(word)]
     folders = [word for word in words if not is_image(word)]
     if len(images) > 1 or len(folders) > 1:
@@ -89,8 +89,8 @@ def _put_output(settings: Settings, words: Iterable[str]) -> None:
     settings.put("output.image", images[0].removeprefix("docker://") if images else None, "flag --output")
 
 
-def _put_data(settings: Settings, words: Iterable[str]) -> None:
-    """Set where the rows come from, in place of all that was said about it."""
+def _put_data(settings: LayeredSettings, words: Iterable[str]) -> None:
+    """Set where the rows come from, replacing every other source of data."""
     for key in ("urls", "image", "folder", "file"):
         settings.drop(f"data.{key}")
     urls = tuple(word for word in words if re.match(r"https?://", word))

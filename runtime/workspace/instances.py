@@ -1,13 +1,13 @@
-"""Which GPUs a Workspace's resource.instanceType has, for the sizes that controllers of this kind rent.
+"""Which GPUs the instance type of a Workspace (resource.instanceType) has.
 
-Azure's names of sizes; one that is not here is planned for with --gpu. Start at `gpus_of`.
+Lists the Azure VM sizes that KAITO provisions; for any other, `runtime plan` takes --gpu. Start at `gpus_of`.
 """
 
 from pathlib import Path
 
 from runtime.workspace.manifest import read
 
-_SIZES: dict[str, tuple[str, int]] = {
+_GPUS: dict[str, tuple[str, int]] = {
     "standard_nc6s_v3": ("V100-16GB", 1),
     "standard_nc12s_v3": ("V100-16GB", 2),
     "standard_nc24s_v3": ("V100-16GB", 4),
@@ -34,5 +34,5 @@ _SIZES: dict[str, tuple[str, int]] = {
 
 def gpus_of(manifest: Path) -> tuple[str, int] | None:
     """Return the kind and number of GPUs of the instance type in `manifest`; None when it is not known."""
-    workspace, _ = read(manifest)
-    return _SIZES.get(workspace.resource.instance_type.lower())
+    workspace = read(manifest).workspace
+    return _GPUS.get(workspace.resource.instance_type.lower())

@@ -1,7 +1,7 @@
 """From a Workspace manifest, training_config.yaml, the environment and flags to one `TuningJob`.
 
-Later layers win: defaults, preset, manifest, training_config.yaml, environment, flags. Does not touch the
-network or the GPU: a dry run is this and nothing more. Start at `load_job`.
+Later layers win: defaults, preset, manifest, training_config.yaml, environment, flags. Touches neither the
+network nor the GPU: a dry run does this and nothing else. Start at `load_job`.
 """
 
 import hashlib
@@ -19,17 +19,23 @@ from runtime.tuning import training_arguments
 from runtime.tuning.model import lora_init
 from runtime.tuning.settings import TuningJob
 from runtime.workspace import config_file, flags, sections
-from runtime.workspace.apply import apply
-from runtime.workspace.base_model import map_targets, put_model, put_mounted_weights, warn_if_gated
-from runtime.workspace.config_file import ConfigFile, WorkspaceDocuments
-from runtime.workspace.manifest import TuningSpec, host_path, read
+from runtime.workspace.apply import apply_training_config
+from runtime.workspace.base_model import (
+    map_targets,
+    put_model,
+    put_mounted_weights,
+    require_model,
+    warn_if_gated,
+)
+from runtime.workspace.config_file import ConfigFile
+from runtime.workspace.layers import LayeredSettings, Resolved, find_placeholders
+from runtime.workspace.manifest import TuningSpec, WorkspaceDocuments, host_path, is_manifest, read
 from runtime.workspace.mounts import Mounts
-from runtime.workspace.settings import Resolved, Settings, placeholder
 
-WITHOUT_BFLOAT16 = re.compile(
+SIZES_WITHOUT_BFLOAT16 = re.compile(
     r"standard_(?P<gpu>nc\d+r?s_v3|nc\d+as_t4_v3|nc\d+s_v2|nd\d+r?s)$", re.IGNORECASE
 )
-"""Azure sizes with V100, T4, P100 or P40 GPUs."""
+"""Azure VM sizes with V100, T4, P100 or P40 GPUs."""
 
 
 def load_job(
@@ -40,32 +46,26 @@ def load_job(
     overrides: Mapping[str, Any] = MappingProxyType({}),
     root: Path = Path("/"),
 ) -> Resolved[TuningJob]:
-    """Return the tuning job that `target` asks for, resolved.
+    """Return the tuning job that `target` describes, resolved.
 
     Args:
         target: A manifest; or a preset, repository id or model directory; or None in a controller's pod,
-            where the mounts say everything.
+            where the mounts describe the job.
         environ: The process environment.
-        config: A training_config.yaml, or a ConfigMap with one; before every other place.
-        overrides: Flags. `--output` and `--data` hold lists of words; other keys are dotted settings of
+        config: A training_config.yaml, or a ConfigMap with one; it wins over every other place.
+        overrides: Flags. `--output` and `--data` hold lists of values; other keys are dotted settings of
             TuningJob ("lora.r") or of training_config.yaml ("LoraConfig.r").
         root: Where the controller's mounts lie; another directory than "/" only in tests.
     """
-    settings, mounts, manifest = Settings(), Mounts(root, environ), None
+    settings, mounts = LayeredSettings(), Mounts(root, environ)
     settings.put_all("training", training_arguments.DEFAULTS, "default")
-    if target is not None and is_manifest(target):
-        manifest = WorkspaceDocuments(Path(target), *read(Path(target)))
-        _apply_manifest(settings, manifest, mounts)
-    elif target is not None:
-        settings.put("name", _slug(str(target)), "command line")
-        _choose_model(settings, str(target), "command line")
-    found = config_file.find(config, manifest, mounts, overrides)
-    _apply_config(settings, found, mounts)
+    manifest = _apply_target(settings, target, mounts)
+    file = config_file.find(config, manifest, mounts, overrides)
+    _apply_config(settings, file, mounts)
     put_mounted_weights(settings, mounts)
     _apply_environment(settings, environ)
-    if settings.get("model.name") is None:
-        raise ConfigError("no model: give a manifest, a preset, a repository id or a model directory")
-    where = str(target or found.where)
+    require_model(settings)
+    where = str(target or file.where)
     flags.apply(settings, overrides, where)
     _finish(settings, mounts, manifest)
     job = settings.build(TuningJob, "--set" if flags.dotted(overrides) else where)
@@ -75,12 +75,22 @@ def load_job(
     return Resolved(job, sources, tuple(settings.warnings), _placeholders(settings, manifest))
 
 
-def is_manifest(target: Path | str) -> bool:
-    """Whether the command line names a file, rather than a model."""
-    return Path(target).is_file() or Path(target).suffix in (".yaml", ".yml", ".json")
+def _apply_target(
+    settings: LayeredSettings, target: Path | str | None, mounts: Mounts
+) -> WorkspaceDocuments | None:
+    """Lay the manifest or the model that the command line names under the rest; return the manifest."""
+    if target is None:
+        return None
+    if not is_manifest(target):
+        settings.put("name", _slug(str(target)), "command line")
+        _choose_model(settings, str(target), "command line")
+        return None
+    manifest = read(Path(target))
+    _apply_manifest(settings, manifest, mounts)
+    return manifest
 
 
-def _apply_manifest(settings: Settings, manifest: WorkspaceDocuments, mounts: Mounts) -> None:
+def _apply_manifest(settings: LayeredSettings, manifest: WorkspaceDocuments, mounts: Mounts) -> None:
     workspace, file = manifest.workspace, manifest.file
     tuning = workspace.tuning
     if tuning is None:
@@ -103,8 +113,8 @@ def _apply_manifest(settings: Settings, manifest: WorkspaceDocuments, mounts: Mo
         )
 
 
-def _apply_volumes(settings: Settings, tuning: TuningSpec, file: Path, mounts: Mounts) -> None:
-    """Use a hostPath directly outside a cluster; what is not one, a controller mounts."""
+def _apply_volumes(settings: LayeredSettings, tuning: TuningSpec, file: Path, mounts: Mounts) -> None:
+    """Outside a cluster, use a hostPath directly; in one, the controller mounts every volume."""
     if mounts.controlled:
         return
     for name, volume in (("input", tuning.input.volume), ("output", tuning.output.volume)):
@@ -118,7 +128,7 @@ def _apply_volumes(settings: Settings, tuning: TuningSpec, file: Path, mounts: M
             settings.warn(f"{where} is no hostPath and nothing is mounted at /mnt/data; give --data here")
 
 
-def _choose_model(settings: Settings, name: str, where: str) -> None:
+def _choose_model(settings: LayeredSettings, name: str, where: str) -> None:
     preset = put_model(settings, name, where)
     if preset is None:
         return
@@ -129,18 +139,18 @@ def _choose_model(settings: Settings, name: str, where: str) -> None:
     settings.put("training.learning_rate", preset.learning_rate, f"preset {preset.name}")
 
 
-def _apply_config(settings: Settings, found: ConfigFile, mounts: Mounts) -> None:
-    """Lay training_config.yaml over the job, and settle the method by it where nobody named one."""
-    config = sections.check(found.raw, found.where, settings.get("method") if found.given else None)
+def _apply_config(settings: LayeredSettings, file: ConfigFile, mounts: Mounts) -> None:
+    """Lay training_config.yaml over the job; its quantisation decides the method where none is named."""
+    config = sections.check(file.raw, file.where, settings.get("method") if file.exists else None)
     four, eight = config.quantization.load_in_4bit, config.quantization.load_in_8bit
-    if settings.get("method") is None and found.given:
+    if settings.get("method") is None and file.exists:
         method = "qlora" if four or eight else "lora"
-        settings.put("method", method, found.label("QuantizationConfig"))
-    apply(settings, config, found, mounts)
+        settings.put("method", method, file.label("QuantizationConfig"))
+    apply_training_config(settings, config, file, mounts)
 
 
-def _apply_environment(settings: Settings, environ: Mapping[str, str]) -> None:
-    """Honour the variables of the controller and of its init containers."""
+def _apply_environment(settings: LayeredSettings, environ: Mapping[str, str]) -> None:
+    """Apply the variables of the controller and of its init containers."""
     if environ.get("DATA_URLS", "").split():
         settings.put("data.urls", tuple(environ["DATA_URLS"].split()), "environment DATA_URLS")
         settings.put("data.image", None, "environment DATA_URLS")
@@ -156,8 +166,8 @@ def _apply_environment(settings: Settings, environ: Mapping[str, str]) -> None:
             break
 
 
-def _finish(settings: Settings, mounts: Mounts, manifest: WorkspaceDocuments | None) -> None:
-    """Set what follows from everything else: names, folders, credentials; warn of what will not work."""
+def _finish(settings: LayeredSettings, mounts: Mounts, manifest: WorkspaceDocuments | None) -> None:
+    """Derive what depends on all layers: names, folders, credentials; warn of what will not work."""
     if settings.get("name") is None:
         settings.put("name", _slug(Path(str(settings.get("model.name"))).name), "model")
     if settings.get("method") == "lora":
@@ -171,19 +181,19 @@ def _finish(settings: Settings, mounts: Mounts, manifest: WorkspaceDocuments | N
     _finish_output(settings, mounts)
     _finish_data(settings, mounts, manifest)
     if settings.get("output.image") and not settings.get("output.credentials"):
-        found = mounts.credentials()
-        if found:
-            settings.put("output.credentials", *found)
+        credentials = mounts.credentials()
+        if credentials:
+            settings.put("output.credentials", *credentials)
     if manifest is not None:
         _warn_of_gpu(settings, manifest)
 
 
-def _finish_output(settings: Settings, mounts: Mounts) -> None:
-    """Settle the output directory.
+def _finish_output(settings: LayeredSettings, mounts: Mounts) -> None:
+    """Decide the output directory.
 
-    In the controller's layout its own rule holds: nothing is /mnt/output, what is not below /mnt goes
-    there, so that the sidecar that waits for the result finds it. Elsewhere a path is what it says, and
-    the default is /mnt/results where the container has it, else results/NAME in the working directory.
+    In the controller's layout its own rule applies: the default is /mnt/output, and a path outside /mnt is
+    taken below it, so that the sidecar that waits for the result finds it. Elsewhere a path is used as it
+    is; the default is /mnt/results where the container has it, else results/NAME in the working directory.
     """
     written, source = settings.get("output.folder"), settings.sources.get("output.folder", "default")
     if source.startswith("flag") or (written and not mounts.controlled):
@@ -201,13 +211,13 @@ def _finish_output(settings: Settings, mounts: Mounts) -> None:
     settings.put("output.folder", mounts.at(below), rule if written else "controller default")
 
 
-def _finish_data(settings: Settings, mounts: Mounts, manifest: WorkspaceDocuments | None) -> None:
-    """Settle the directory that data lies in, or is fetched into."""
+def _finish_data(settings: LayeredSettings, mounts: Mounts, manifest: WorkspaceDocuments | None) -> None:
+    """Decide the directory that holds the data, or into which it is fetched."""
     if settings.get("data.folder") is not None or settings.get("data.file") is not None:
         return
     remote = " ".join(settings.get("data.urls") or ()) or settings.get("data.image")
     if remote and not mounts.controlled:
-        # Named after the addresses: files of other addresses never mix with these.
+        # Named after the addresses, so that files from different addresses never mix.
         folder = mounts.cache() / "data" / hashlib.sha256(remote.encode()).hexdigest()[:16]
         settings.put("data.folder", folder, "default")
         return
@@ -216,35 +226,35 @@ def _finish_data(settings: Settings, mounts: Mounts, manifest: WorkspaceDocument
         raise ConfigError("no training data: give --data FILE, DIRECTORY or URL")
 
 
-def _warn_of_gpu(settings: Settings, manifest: WorkspaceDocuments) -> None:
+def _warn_of_gpu(settings: LayeredSettings, manifest: WorkspaceDocuments) -> None:
     size = manifest.workspace.resource.instance_type
-    found = WITHOUT_BFLOAT16.match(size)
+    without_bfloat16 = SIZES_WITHOUT_BFLOAT16.match(size)
     preferred = [source for source in settings.sources.values() if "(bfloat16: where" in source]
-    if found and (preferred or settings.get("training.bf16")):
+    if without_bfloat16 and (preferred or settings.get("training.bf16")):
         settings.warn(
             f"{manifest.file.name} resource.instanceType {size} has GPUs without bfloat16: "
             "float16 is used there"
         )
 
 
-def _placeholders(settings: Settings, manifest: WorkspaceDocuments | None) -> tuple[str, ...]:
-    """Return a phrase for every value that is still the example's."""
-    found = []
+def _placeholders(settings: LayeredSettings, manifest: WorkspaceDocuments | None) -> tuple[str, ...]:
+    """Return a phrase for every value that still holds an example's placeholder."""
+    phrases = []
     values = [("output.image", settings.get("output.image")), ("data.image", settings.get("data.image"))]
     values += [("data.urls", url) for url in settings.get("data.urls") or ()]
     for name, value in values:
-        word = placeholder(value or "")
-        if word:
-            found.append(f"{settings.sources[name]} still holds the placeholder {word}")
+        placeholder = find_placeholders(value or "")
+        if placeholder:
+            phrases.append(f"{settings.sources[name]} still holds the placeholder {placeholder}")
     tuning = manifest.workspace.tuning if manifest else None
     if manifest and tuning and settings.get("output.image") == tuning.output.image:
-        word = placeholder(tuning.output.image_push_secret)
-        if word:
+        placeholder = find_placeholders(tuning.output.image_push_secret)
+        if placeholder:
             where = f"{manifest.file.name} tuning.output.imagePushSecret"
-            found.append(f"{where} still holds the placeholder {word}")
-    return tuple(found)
+            phrases.append(f"{where} still holds the placeholder {placeholder}")
+    return tuple(phrases)
 
 
 def _slug(name: str) -> str:
-    """Return `name` fit for one part of a path."""
+    """Return `name` with only the characters that are safe in one part of a path."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name.rstrip("/").rsplit("/", 1)[-1]).strip(".-") or "job"

@@ -1,8 +1,8 @@
 """A Workspace as plain Kubernetes objects, for a cluster without the controller.
 
 A tuning Workspace becomes a Job, an inference Workspace a Deployment with a Service; the manifest itself
-goes along in a ConfigMap, and the pod reads it as `runtime tune FILE` and `runtime serve FILE` do. Knows
-no cluster. Start at `objects`.
+goes into a ConfigMap, and the pod reads it with `runtime tune FILE` or `runtime serve FILE`. Talks to no
+cluster. Start at `objects`.
 """
 
 from collections.abc import Iterable
@@ -17,14 +17,14 @@ from runtime.errors import EXIT_CODES, RETRIABLE, Failure, StoppedError
 from runtime.serving.settings import ServeConfig
 from runtime.tuning.settings import CHECKPOINT_GRACE_S, TuningJob
 from runtime.workspace.jobs import load_job
+from runtime.workspace.layers import Resolved
 from runtime.workspace.manifest import PresetSpec, TuningSpec, Workspace, read
-from runtime.workspace.servers import load_serve
-from runtime.workspace.settings import Resolved
+from runtime.workspace.servers import load_server
 
 Object = dict[str, Any]
 
 FINAL_CODES = sorted(EXIT_CODES[kind] for kind in EXIT_CODES.keys() - RETRIABLE - {Failure})
-"""Exit codes that another try would end with too. 1 is not among them: a process may die without a word."""
+"""Exit codes that another try would end with too. 1 is not among them: also a killed process may end so."""
 
 USER = 10001
 """The image's own user."""
@@ -32,58 +32,58 @@ POD_PORT = 8080
 """Where the server listens in its pod: not every node lets this user have port 80, which is the Service's."""
 FILE = Path("/etc/workspace/workspace.yaml")
 PRE_STOP_S = 5
-"""Until a node's proxy has forgotten a pod that ends; requests that still arrive are served."""
-MARGIN_S = 15
-"""From the end of the work to that of the process."""
+"""Time for the nodes' proxies to remove a pod that ends; requests that still arrive are served."""
+EXIT_MARGIN_S = 15
+"""From the end of the work to the end of the process."""
 
 
 @dataclass(frozen=True, slots=True)
 class PodOptions:
-    """What a Workspace does not say."""
+    """What the objects need and a Workspace does not hold."""
 
     image: str
     """This project's image, as the cluster's nodes pull it."""
     gpus: int = 1
-    """Of each pod; 0 for nodes without any."""
+    """GPUs of each pod; 0 for nodes without any."""
     image_volumes: bool = False
     """Mount adapter images as volumes (Kubernetes 1.35, or the ImageVolume feature from 1.33 on)."""
 
 
-def objects(file: Path, choices: PodOptions) -> tuple[list[Object], tuple[str, ...]]:
-    """Return the objects of the Workspace in `file`, and sentences for the user.
+def objects(file: Path, options: PodOptions) -> tuple[list[Object], tuple[str, ...]]:
+    """Return the objects of the Workspace in `file`, and warnings for the user.
 
     Raises ConfigError for a manifest that the pod would refuse.
     """
-    workspace, _ = read(file)
+    workspace = read(file).workspace
     environ = {"KUBERNETES_SERVICE_HOST": "a pod's own"}  # so that folders are those of a pod
-    found: list[Object] = [_config_map(workspace, read_text(file))]
+    made: list[Object] = [_config_map(workspace, read_text(file))]
     resolved: Resolved[TuningJob] | Resolved[ServeConfig]
     if workspace.tuning is not None:
         resolved = job = load_job(file, environ=environ)
-        found += _tuning(workspace, workspace.tuning, job.job, choices)
+        made += _tuning(workspace, workspace.tuning, job.config, options)
     else:
-        resolved = server = load_serve(file, environ=environ)
-        found += _serving(workspace, server.job, choices)
-    return found, (*resolved.warnings, *resolved.placeholders)
+        resolved = server = load_server(file, environ=environ)
+        made += _serving(workspace, server.config, options)
+    return made, (*resolved.warnings, *resolved.placeholders)
 
 
-def _tuning(workspace: Workspace, spec: TuningSpec, job: TuningJob, choices: PodOptions) -> list[Object]:
+def _tuning(workspace: Workspace, spec: TuningSpec, job: TuningJob, options: PodOptions) -> list[Object]:
     name, nodes = workspace.metadata.name, workspace.resource.count
     arguments = ["tune", str(FILE)]
     if job.output.image:
         arguments += ["--checkpoint-image", _beside(job.output.image)]
-    container = _container("tune", spec.preset, choices, arguments)
+    container = _container("tune", spec.preset, options, arguments)
     folder = job.data.folder or Path("/mnt/data")
     volumes = [
         _volume("data", spec.input.volume or {"emptyDir": {}}, folder, container),
         _volume("results", spec.output.volume or {"emptyDir": {}}, job.output.folder, container),
     ]
     secrets = [spec.output.image_push_secret, *spec.input.image_pull_secrets]
-    pod = _pod(workspace, spec.preset, container, [*volumes, *_secrets(secrets, container)], choices)
-    pod |= {"restartPolicy": "Never", "terminationGracePeriodSeconds": CHECKPOINT_GRACE_S + 2 * MARGIN_S}
+    pod = _pod(workspace, spec.preset, container, [*volumes, *_secrets(secrets, container)], options)
+    pod |= {"restartPolicy": "Never", "terminationGracePeriodSeconds": CHECKPOINT_GRACE_S + 2 * EXIT_MARGIN_S}
     job_spec: Object = {
         "backoffLimit": 6,
-        # The next pod starts when the last has written its checkpoint, never beside it.
+        # The next pod starts after the last one has written its checkpoint, never beside it.
         "podReplacementPolicy": "Failed",
         "podFailurePolicy": {"rules": _rules(container["name"])},
     }
@@ -99,12 +99,12 @@ def _tuning(workspace: Workspace, spec: TuningSpec, job: TuningJob, choices: Pod
             {"name": "MASTER_PORT", "value": str(ports.RENDEZVOUS)},
         ]
         pod["subdomain"] = name
-        extra.append(_meeting_place(workspace))
+        extra.append(_rendezvous_service(workspace))
     return [*extra, _object("batch/v1", "Job", workspace, {**job_spec, "template": template})]
 
 
 def _rules(container: str) -> list[Object]:
-    """Return what a pod's end means to its Job: evicted or stopped is no failure, a wrong job is final."""
+    """Return the Job's failure policy: an evicted or stopped pod is no failure, a wrong job is final."""
 
     def on_codes(action: str, codes: Iterable[int]) -> Object:
         rule = {"containerName": container, "operator": "In", "values": sorted(codes)}
@@ -117,8 +117,8 @@ def _rules(container: str) -> list[Object]:
     ]
 
 
-def _meeting_place(workspace: Workspace) -> Object:
-    """Return the Service that gives each pod of an indexed Job a name."""
+def _rendezvous_service(workspace: Workspace) -> Object:
+    """Return the headless Service that gives each pod of an indexed Job a name."""
     spec = {
         "clusterIP": "None",
         "publishNotReadyAddresses": True,
@@ -128,10 +128,10 @@ def _meeting_place(workspace: Workspace) -> Object:
     return _object("v1", "Service", workspace, spec)
 
 
-def _serving(workspace: Workspace, server: ServeConfig, choices: PodOptions) -> list[Object]:
+def _serving(workspace: Workspace, server: ServeConfig, options: PodOptions) -> list[Object]:
     spec = workspace.inference
-    assert spec is not None and spec.preset is not None, "load_serve refuses other Workspaces"  # noqa: S101
-    container = _container("serve", spec.preset, choices, ["serve", str(FILE), "--port", str(POD_PORT)])
+    assert spec is not None and spec.preset is not None, "load_server refuses other Workspaces"  # noqa: S101
+    container = _container("serve", spec.preset, options, ["serve", str(FILE), "--port", str(POD_PORT)])
     container["ports"] = [{"name": "http", "containerPort": POD_PORT}]
     container |= _probes()
     container["lifecycle"] = {"preStop": {"exec": {"command": ["sleep", str(PRE_STOP_S)]}}}
@@ -140,20 +140,20 @@ def _serving(workspace: Workspace, server: ServeConfig, choices: PodOptions) -> 
         folder = Path("/mnt/adapter") / adapter.source.name
         if adapter.source.volume is not None:
             volumes.append(_volume(f"adapter-{number}", adapter.source.volume, folder, container))
-        elif choices.image_volumes:
+        elif options.image_volumes:
             source = {"image": {"reference": adapter.source.image, "pullPolicy": "IfNotPresent"}}
             volumes.append(_volume(f"adapter-{number}", source, folder, container, sub_path="data"))
         secrets += adapter.source.image_pull_secrets
-    if not choices.image_volumes:
+    if not options.image_volumes:
         volumes += _secrets(secrets, container)
-    pod = _pod(workspace, spec.preset, container, volumes, choices)
-    if choices.image_volumes and secrets:
+    pod = _pod(workspace, spec.preset, container, volumes, options)
+    if options.image_volumes and secrets:
         pod["imagePullSecrets"] = [{"name": secret} for secret in dict.fromkeys(secrets)]
     drain_s = PRE_STOP_S + server.drain_delay_s + server.drain_timeout_s
-    pod["terminationGracePeriodSeconds"] = ceil(drain_s) + MARGIN_S
+    pod["terminationGracePeriodSeconds"] = ceil(drain_s) + EXIT_MARGIN_S
     deployment = {
         "replicas": workspace.resource.count,
-        # No surge: a GPU for one pod more than there are is rarely free.
+        # No surge: a GPU for a further pod is rarely free.
         "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
         "selector": {"matchLabels": _labels(workspace)},
         "template": {"metadata": {"labels": _labels(workspace)}, "spec": pod},
@@ -169,7 +169,7 @@ def _serving(workspace: Workspace, server: ServeConfig, choices: PodOptions) -> 
 
 
 def _probes() -> Object:
-    """Return half an hour for weights to arrive, then: ready by /readyz, restarted by /livez alone."""
+    """Return the probes: half an hour to load, then readiness by /readyz and restarts by /livez alone."""
     ready = {"httpGet": {"path": "/readyz", "port": "http"}}
     alive = {"httpGet": {"path": "/livez", "port": "http"}}
     return {
@@ -179,7 +179,7 @@ def _probes() -> Object:
     }
 
 
-def _container(name: str, preset: PresetSpec, choices: PodOptions, arguments: list[str]) -> Object:
+def _container(name: str, preset: PresetSpec, options: PodOptions, arguments: list[str]) -> Object:
     """Return a container that may write to its volumes and nowhere else."""
     environ: list[Object] = []
     if preset.options.model_access_secret:
@@ -187,7 +187,7 @@ def _container(name: str, preset: PresetSpec, choices: PodOptions, arguments: li
         environ.append({"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": secret}})
     container: Object = {
         "name": name,
-        "image": choices.image,
+        "image": options.image,
         "args": arguments,
         **({"env": environ} if environ else {}),
         "securityContext": {
@@ -197,15 +197,15 @@ def _container(name: str, preset: PresetSpec, choices: PodOptions, arguments: li
         },
         "volumeMounts": [],
     }
-    if choices.gpus:
-        container["resources"] = {"limits": {"nvidia.com/gpu": choices.gpus}}
+    if options.gpus:
+        container["resources"] = {"limits": {"nvidia.com/gpu": options.gpus}}
     return container
 
 
 def _pod(
-    workspace: Workspace, preset: PresetSpec, container: Object, volumes: list[Object], choices: PodOptions
+    workspace: Workspace, preset: PresetSpec, container: Object, volumes: list[Object], options: PodOptions
 ) -> Object:
-    """Return the pod around `container`; the order of its keys is that of the printed file."""
+    """Return the pod of `container`, with its keys in the order of the printed file."""
     shared = [
         _volume("workspace", {"configMap": {"name": _map_name(workspace)}}, FILE.parent, container),
         _volume("cache", {"emptyDir": {}}, Path("/cache"), container),
@@ -226,13 +226,13 @@ def _pod(
             "seccompProfile": {"type": "RuntimeDefault"},
         }
     }
-    if choices.gpus:
+    if options.gpus:
         pod |= _gpu_nodes(workspace)
     return {**pod, "containers": [container], "volumes": [*shared, *volumes]}
 
 
 def _gpu_nodes(workspace: Workspace) -> Object:
-    """Return which nodes: of the size that is asked for, or with the labels where none is."""
+    """Return the choice of nodes: of the given instance type, or by their labels where none is given."""
     resource = workspace.resource
     labels = dict(resource.label_selector.match_labels) if resource.label_selector else {}
     if resource.instance_type:
@@ -254,7 +254,7 @@ def _volume(name: str, source: Object, folder: Path, container: Object, *, sub_p
 
 
 def _secrets(names: Iterable[str], container: Object) -> list[Object]:
-    """Return a volume with the registries' credentials where controllers mount them, if there are any."""
+    """Return a volume with the registries' credentials at the path where controllers mount them, if any."""
     sources = [
         {"secret": {"name": name, "items": [{"key": ".dockerconfigjson", "path": f"{name}.json"}]}}
         for name in dict.fromkeys(filter(None, names))

@@ -1,9 +1,10 @@
 """`kind: Workspace` as its users write it (kaito.sh/v1alpha1 and v1beta1), read strictly.
 
-Knows the schema and its rules, not what becomes of a value. Start at `read`.
+Knows the schema and its rules, not what each value is used for. Start at `read`.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -17,7 +18,7 @@ API_VERSIONS = ("kaito.sh/v1alpha1", "kaito.sh/v1beta1")
 
 
 class Metadata(Strict):
-    """Object metadata; what a cluster adds (uid, managedFields …) is accepted and not read."""
+    """Object metadata; what a cluster adds (uid, managedFields …) is accepted and ignored."""
 
     model_config = {"extra": "ignore"}
 
@@ -26,7 +27,7 @@ class Metadata(Strict):
 
 
 class PresetOptions(Strict):
-    """Where a controller takes the model image from; nothing here changes what this image does."""
+    """Where a controller gets the model's image and weights; nothing here changes what this image does."""
 
     image: str = ""
     image_pull_secrets: list[str] = Field([], alias="imagePullSecrets")
@@ -132,14 +133,14 @@ class InferenceSpec(Strict):
 
 
 class LabelSelector(Strict):
-    """Nodes to run on; the cluster's business."""
+    """Labels of the nodes to run on."""
 
     match_labels: dict[str, str] = Field({}, alias="matchLabels")
     match_expressions: list[dict[str, Any]] = Field([], alias="matchExpressions")
 
 
 class Resource(Strict):
-    """Machines to run on; here only a source of warnings."""
+    """Machines to run on: read by `runtime manifest` and `runtime plan`, elsewhere only for warnings."""
 
     count: int = Field(1, ge=1)
     instance_type: str = Field("", alias="instanceType")
@@ -159,14 +160,14 @@ class Workspace(Strict):
     status: Any = None
 
     @model_validator(mode="after")
-    def _one_work(self) -> "Workspace":
+    def _tuning_or_inference(self) -> "Workspace":
         if (self.tuning is None) == (self.inference is None):
             raise ValueError("must have exactly one of 'tuning' and 'inference'")
         return self
 
 
 class ConfigMap(Strict):
-    """A ConfigMap; only its name and texts are read."""
+    """A ConfigMap; only its name and its texts are read."""
 
     model_config = {"extra": "ignore"}
 
@@ -174,8 +175,22 @@ class ConfigMap(Strict):
     data: dict[str, str] = {}
 
 
-def read(path: Path) -> tuple[Workspace, list[ConfigMap]]:
-    """Return the one Workspace of the file and its ConfigMaps; other kinds beside them are not read."""
+@dataclass(frozen=True, slots=True)
+class WorkspaceDocuments:
+    """A manifest file: its one Workspace and the ConfigMaps beside it."""
+
+    file: Path
+    workspace: Workspace
+    config_maps: tuple[ConfigMap, ...]
+
+
+def is_manifest(target: Path | str) -> bool:
+    """Whether a command line's `target` names a file, rather than a model."""
+    return Path(target).is_file() or Path(target).suffix in (".yaml", ".yml", ".json")
+
+
+def read(path: Path) -> WorkspaceDocuments:
+    """Return the one Workspace of the file and its ConfigMaps; documents of other kinds are ignored."""
     documents = yaml_documents(read_text(path), str(path))
     kinds = [str(document.get("kind", "")) for document in documents]
     workspaces = [document for document in documents if document.get("kind") == "Workspace"]
@@ -189,8 +204,8 @@ def read(path: Path) -> tuple[Workspace, list[ConfigMap]]:
             f"{path}: 'apiVersion' is {describe(version)}, expected {' or '.join(API_VERSIONS)}"
         )
     workspace = parse(Workspace, workspaces[0], str(path))
-    maps = [parse(ConfigMap, d, str(path)) for d in documents if d.get("kind") == "ConfigMap"]
-    return workspace, maps
+    config_maps = (parse(ConfigMap, d, str(path)) for d in documents if d.get("kind") == "ConfigMap")
+    return WorkspaceDocuments(path, workspace, tuple(config_maps))
 
 
 def host_path(volume: Mapping[str, Any]) -> Path | None:

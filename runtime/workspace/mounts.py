@@ -1,6 +1,6 @@
-"""The places where KAITO's controllers put things in the pod, old ones and new ones.
+"""The paths at which KAITO's controllers, of all versions, mount files in the pod.
 
-Knows paths, not files' contents. Start at `Mounts`; tests give it another root than "/".
+Knows paths, not the contents of files. Start at `Mounts`; tests give it another root than "/".
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ WEIGHTS = ("/workspace/weights", "/workspace/tfs/weights", "/workspace/vllm/weig
 """Model weights, baked into the image (before v0.5) or pulled by an init container."""
 
 PRESET_FILE = "preset.txt"
-"""Beside baked weights: the preset they are of."""
+"""File beside baked weights with the name of their preset."""
 
 CREDENTIALS = ("/tmp/.docker/config/config.json", "/root/.docker/config.json", "/root/.docker/config.d")  # noqa: S108
 """imagePushSecret as v0.3.1 to v0.4.4 mount it, as v0.3.0 does, and secrets of input images."""
@@ -42,7 +42,7 @@ class Mounts:
 
     @property
     def controlled(self) -> bool:
-        """Whether a controller laid this out: its configuration is mounted, or this is a pod."""
+        """Whether this is a controller's layout: its configuration is mounted, or this is a pod."""
         return self.training_config.is_file() or "KUBERNETES_SERVICE_HOST" in self.environ
 
     def weights(self) -> Path | None:
@@ -51,7 +51,7 @@ class Mounts:
         return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
     def preset(self) -> str | None:
-        """Return the preset whose weights an image was made with (docker/preset.Dockerfile), if it was."""
+        """Return the preset whose weights are baked into the image (docker/preset.Dockerfile), if any."""
         weights = self.weights()
         note = weights / PRESET_FILE if weights else None
         return note.read_text(encoding="utf-8").strip() if note and note.is_file() else None

@@ -1,6 +1,6 @@
 """training_config.yaml: the six sections, their keys and the controller's rules about them.
 
-Knows what a user may write there, not what becomes of it (jobs.py). Start at `read`.
+Knows what a user may write there, not which settings it becomes (apply.py). Start at `read`.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ _OPTIONS = (
     "use_dora use_qalora use_rslora velora_config"
 )
 LORA_OPTIONS = frozenset(_OPTIONS.split())
-"""peft.LoraConfig arguments handed on as written (a test holds this equal to the class)."""
+"""peft.LoraConfig arguments passed on unchanged (a test compares them with the class)."""
 
 LORA_OURS = frozenset(
     (
@@ -36,7 +36,7 @@ LORA_OURS = frozenset(
         "task_type",
     )
 )
-"""peft.LoraConfig arguments that are set here, whatever the file says."""
+"""peft.LoraConfig arguments that this project sets itself; values in the file are ignored."""
 
 
 class ModelConfig(Strict):
@@ -80,7 +80,7 @@ class QuantizationConfig(Strict):
 
 
 class LoraSection(Strict):
-    """The adapter's shape; further keys of peft.LoraConfig are in `TrainingConfig.lora_options`."""
+    """The adapter's shape; further keys of peft.LoraConfig are in LORA_OPTIONS."""
 
     r: int | None = Field(None, ge=1)
     lora_alpha: int | None = Field(None, ge=1)
@@ -102,7 +102,7 @@ class DatasetConfig(Strict):
 
 
 class DataCollator(Strict):
-    """Accepted for its users' sake: batches for a causal model have nothing to choose here."""
+    """Accepted because stock templates hold it; batches for a causal model have nothing to choose here."""
 
     tokenizer: Any = None
     mlm: Any = None
@@ -138,7 +138,7 @@ SECTIONS = tuple(str(field.alias) for field in TrainingConfig.model_fields.value
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return the sections of a file that is a training_config.yaml or a ConfigMap that holds one."""
+    """Return the sections of a training_config.yaml, or of a ConfigMap that holds one."""
     documents = yaml_documents(read_text(path), str(path))
     bare = [document for document in documents if "kind" not in document]
     if bare:
@@ -146,25 +146,25 @@ def read(path: Path) -> dict[str, Any]:
     maps = [
         parse(ConfigMap, document, str(path)) for document in documents if document["kind"] == "ConfigMap"
     ]
-    holding = [found for found in maps if KEY in found.data]
+    holding = [each for each in maps if KEY in each.data]
     if not holding:
         raise ConfigError(f"{path}: expected 'training_config:' or a ConfigMap with the key '{KEY}'")
     return from_map(holding[0], str(path))
 
 
-def from_map(found: ConfigMap, where: str) -> dict[str, Any]:
+def from_map(config_map: ConfigMap, where: str) -> dict[str, Any]:
     """Return the sections that a ConfigMap holds; `where` names its file."""
-    where = f"{where}: ConfigMap {found.metadata.name}"
-    if KEY not in found.data:
+    where = f"{where}: ConfigMap {config_map.metadata.name}"
+    if KEY not in config_map.data:
         raise ConfigError(f"{where}: key '{KEY}' is missing in 'data'")
-    documents = yaml_documents(found.data[KEY], where)
+    documents = yaml_documents(config_map.data[KEY], where)
     if len(documents) != 1:
         raise ConfigError(f"{where}: '{KEY}' holds {len(documents)} documents, expected one")
     return _sections(documents[0], where)
 
 
 def _sections(document: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return what is below `training_config`, without empty sections."""
+    """Return the sections below `training_config`, without empty ones."""
     if list(document) != ["training_config"]:
         wrong = next((key for key in document if key != "training_config"), None)
         hint = nearest(str(wrong), ["training_config", *SECTIONS]) if wrong else ""
@@ -178,7 +178,7 @@ def _sections(document: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def check(raw: dict[str, Any], where: str, method: str | None) -> TrainingConfig:
-    """Return the sections as values, checked by the controller's rules for `method`."""
+    """Return the parsed sections, checked by the controller's rules for `method`."""
     config = parse(TrainingConfig, raw, where)
     for key in config.lora:
         if key not in LORA_OPTIONS | LORA_OURS | LoraSection.model_fields.keys():
@@ -204,7 +204,7 @@ def check(raw: dict[str, Any], where: str, method: str | None) -> TrainingConfig
     return config
 
 
-def shape(config: TrainingConfig, where: str) -> tuple[LoraSection, dict[str, Any]]:
+def lora_shape(config: TrainingConfig, where: str) -> tuple[LoraSection, dict[str, Any]]:
     """Return the adapter's shape and the further peft.LoraConfig arguments."""
     own = {key: value for key, value in config.lora.items() if key in LoraSection.model_fields}
     options = {key: value for key, value in config.lora.items() if key in LORA_OPTIONS and value is not None}

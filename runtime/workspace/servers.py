@@ -1,10 +1,10 @@
-"""From an inference Workspace, a preset or a directory to one `ServeConfig`.
+"""From an inference Workspace, a preset or a model directory to one `ServeConfig`.
 
 Later layers win: defaults, manifest, inference_config.yaml, mounts, environment, flags. Start at
-`load_serve`.
+`load_server`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,27 +12,25 @@ from typing import Any
 from runtime.config import describe, nearest, parse, read_text, yaml_documents
 from runtime.errors import ConfigError
 from runtime.serving.settings import AdapterSource, ServeConfig
-from runtime.workspace.base_model import put_model, put_mounted_weights, warn_if_gated
-from runtime.workspace.config_file import WorkspaceDocuments
-from runtime.workspace.jobs import is_manifest
-from runtime.workspace.manifest import AdapterSpec, host_path, read
+from runtime.workspace.base_model import put_model, put_mounted_weights, require_model, warn_if_gated
+from runtime.workspace.layers import LayeredSettings, Resolved, find_placeholders
+from runtime.workspace.manifest import AdapterSpec, WorkspaceDocuments, host_path, is_manifest, read
 from runtime.workspace.mounts import Mounts
-from runtime.workspace.settings import Resolved, Settings, placeholder
 
 INFERENCE_KEY = "inference_config.yaml"
 
 ENGINE_KEYS = {"max-model-len": "limits.context_tokens", "max-num-seqs": "limits.rows"}
-"""Keys of the `vllm` section that mean something whatever the engine; the rest are for vLLM."""
+"""Keys of the `vllm` section that are settings of every engine; the rest are vLLM's own."""
 
 
-def load_serve(
+def load_server(
     target: Path | str | None,
     *,
     environ: Mapping[str, str],
     overrides: Mapping[str, Any] = MappingProxyType({}),
     root: Path = Path("/"),
 ) -> Resolved[ServeConfig]:
-    """Return the server that `target` asks for, resolved.
+    """Return the server that `target` describes, resolved.
 
     Args:
         target: An inference manifest; or a preset, repository id or model directory; or None where a
@@ -42,12 +40,12 @@ def load_serve(
             settings of ServeConfig ("limits.rows").
         root: Where the controller's mounts lie; another directory than "/" only in tests.
     """
-    settings, mounts, manifest = Settings(), Mounts(root, environ), None
-    adapters: dict[str, AdapterSource] = {}
-    if overrides.get("engine") is not None:  # it says what of the file below has an effect
+    settings, mounts = LayeredSettings(), Mounts(root, environ)
+    if overrides.get("engine") is not None:  # decides which keys of inference_config.yaml have an effect
         settings.put("engine", overrides["engine"], "flag")
-    if target is not None and is_manifest(target):
-        manifest = WorkspaceDocuments(Path(target), *read(Path(target)))
+    manifest = read(Path(target)) if target is not None and is_manifest(target) else None
+    adapters: dict[str, AdapterSource] = {}
+    if manifest is not None:
         adapters = _apply_manifest(settings, manifest, mounts)
     elif target is not None:
         _choose_model(settings, str(target), "command line")
@@ -56,23 +54,24 @@ def load_serve(
     if settings.get("served_name") is None and settings.get("model.name") is not None:
         settings.put("served_name", Path(settings.get("model.name")).name, "mounted weights")
     _add_mounted(settings, adapters, mounts)
-    for word in overrides.get("--adapter", ()):
-        adapter = adapter_flag(word)
-        adapters[adapter.name] = adapter
-        settings.sources["adapters"] = "flag --adapter"
+    _add_flags(settings, adapters, overrides.get("--adapter", ()))
     _apply_strengths(settings, adapters, environ)
-    if settings.get("model.name") is None:
-        raise ConfigError("no model: give a manifest, a preset, a repository id or a model directory")
+    require_model(settings)
     warn_if_gated(settings, mounts)
     settings.put("adapters", tuple(adapters.values()), settings.sources.get("adapters", "default"))
-    where = str(target or "mounts")
-    names = {name: value for name, value in overrides.items() if not name.startswith("--")}
-    if names:
-        settings.build(ServeConfig, where)  # so that an error below is not blamed on the flags
-    for name, value in names.items():
-        _put(settings, name, value)
-    config = settings.build(ServeConfig, "--set" if names else where)
+    config = _build(settings, overrides, str(target or "mounts"))
     return Resolved(config, settings.origins(config), tuple(settings.warnings), _placeholders(config))
+
+
+def _build(settings: LayeredSettings, overrides: Mapping[str, Any], where: str) -> ServeConfig:
+    """Return the settings with the flags that name one laid over them."""
+    flags = {name: value for name, value in overrides.items() if not name.startswith("--")}
+    if not flags:
+        return settings.build(ServeConfig, where)
+    settings.build(ServeConfig, where)  # an error in a layer below must not be blamed on the flags
+    for name, value in flags.items():
+        _put(settings, name, value)
+    return settings.build(ServeConfig, "--set")
 
 
 def adapter_flag(word: str) -> AdapterSource:
@@ -87,7 +86,7 @@ def adapter_flag(word: str) -> AdapterSource:
 
 
 def _apply_manifest(
-    settings: Settings, manifest: WorkspaceDocuments, mounts: Mounts
+    settings: LayeredSettings, manifest: WorkspaceDocuments, mounts: Mounts
 ) -> dict[str, AdapterSource]:
     file, inference = manifest.file, manifest.workspace.inference
     if inference is None:
@@ -104,12 +103,12 @@ def _apply_manifest(
             "which --engine vllm replaces where vLLM is installed"
         )
     settings.sources["adapters"] = f"{file.name} inference.adapters"
-    found = (_from_manifest(adapter, manifest, mounts) for adapter in inference.adapters)
-    return {adapter.name: adapter for adapter in found}
+    adapters = (_from_manifest(adapter, manifest, mounts) for adapter in inference.adapters)
+    return {adapter.name: adapter for adapter in adapters}
 
 
 def _from_manifest(adapter: AdapterSpec, manifest: WorkspaceDocuments, mounts: Mounts) -> AdapterSource:
-    """Return where the adapter is: mounted already, an image, or a directory of this host."""
+    """Return the adapter from where it lies: mounted already, in an image, or in a directory of this host."""
     mounted = mounts.at(f"/mnt/adapter/{adapter.source.name}")
     reference = adapter.source.image
     if (mounted / "adapter_config.json").is_file() or adapter.source.volume is not None:
@@ -124,12 +123,12 @@ def _adapter(name: str, reference: str, strength: float, where: str) -> AdapterS
     )
 
 
-def _choose_model(settings: Settings, name: str, where: str) -> None:
+def _choose_model(settings: LayeredSettings, name: str, where: str) -> None:
     preset = put_model(settings, name, where)
     settings.put("served_name", preset.name if preset else Path(name).name, where)
 
 
-def _add_mounted(settings: Settings, adapters: dict[str, AdapterSource], mounts: Mounts) -> None:
+def _add_mounted(settings: LayeredSettings, adapters: dict[str, AdapterSource], mounts: Mounts) -> None:
     """Add every adapter that init containers or volumes put in the pod."""
     for folder in mounts.adapters():
         if folder.name not in adapters:
@@ -137,8 +136,15 @@ def _add_mounted(settings: Settings, adapters: dict[str, AdapterSource], mounts:
             settings.sources.setdefault("adapters", "/mnt/adapter")
 
 
+def _add_flags(settings: LayeredSettings, adapters: dict[str, AdapterSource], words: Iterable[str]) -> None:
+    for word in words:
+        adapter = adapter_flag(word)
+        adapters[adapter.name] = adapter
+        settings.sources["adapters"] = "flag --adapter"
+
+
 def _apply_strengths(
-    settings: Settings, adapters: dict[str, AdapterSource], environ: Mapping[str, str]
+    settings: LayeredSettings, adapters: dict[str, AdapterSource], environ: Mapping[str, str]
 ) -> None:
     for name, adapter in adapters.items():
         if name in environ:
@@ -159,8 +165,8 @@ def _strength(text: str, where: str) -> float:
     return strength
 
 
-def _apply_config(settings: Settings, manifest: WorkspaceDocuments | None, mounts: Mounts) -> None:
-    """Read inference_config.yaml: what means something here is taken, the rest is named once."""
+def _apply_config(settings: LayeredSettings, manifest: WorkspaceDocuments | None, mounts: Mounts) -> None:
+    """Apply the keys of inference_config.yaml that are settings here; name the rest in one warning."""
     where, text = _config_text(manifest, mounts)
     if text is None:
         return
@@ -184,15 +190,15 @@ def _apply_config(settings: Settings, manifest: WorkspaceDocuments | None, mount
 
 def _config_text(manifest: WorkspaceDocuments | None, mounts: Mounts) -> tuple[str, str | None]:
     wanted = manifest.workspace.inference.config if manifest and manifest.workspace.inference else ""
-    for found in manifest.maps if manifest else ():
-        if INFERENCE_KEY in found.data and wanted in ("", found.metadata.name):
-            return f"ConfigMap {found.metadata.name}", found.data[INFERENCE_KEY]
+    for config_map in manifest.config_maps if manifest else ():
+        if INFERENCE_KEY in config_map.data and wanted in ("", config_map.metadata.name):
+            return f"ConfigMap {config_map.metadata.name}", config_map.data[INFERENCE_KEY]
     if mounts.inference_config.is_file():
         return INFERENCE_KEY, read_text(mounts.inference_config)
     return "", None
 
 
-def _put(settings: Settings, name: str, value: Any) -> None:
+def _put(settings: LayeredSettings, name: str, value: Any) -> None:
     head = name.partition(".")[0]
     if head not in ServeConfig.model_fields:
         hint = nearest(head, ServeConfig.model_fields) or f"; known: {', '.join(ServeConfig.model_fields)}"
@@ -203,5 +209,5 @@ def _put(settings: Settings, name: str, value: Any) -> None:
 
 
 def _placeholders(config: ServeConfig) -> tuple[str, ...]:
-    words = ((adapter.name, placeholder(adapter.reference)) for adapter in config.adapters)
-    return tuple(f"adapter {name} still holds the placeholder {word}" for name, word in words if word)
+    found = ((adapter.name, find_placeholders(adapter.reference)) for adapter in config.adapters)
+    return tuple(f"adapter {name} still holds the placeholder {word}" for name, word in found if word)

@@ -37,7 +37,7 @@ def pod(tmp_path: Path) -> Path:
 @given(st.permutations(HEAD))
 def test_flags_mean_the_same_in_any_order(words: list[str]) -> None:
     """Controllers write them in the order of a Go map: another one at each reconcile."""
-    config = transformers_server(words, {}, Path("/nowhere")).job
+    config = transformers_server(words, {}, Path("/nowhere")).config
     assert (config.served_name, config.model.repository, config.model.revision) == (
         "phi-4",
         "microsoft/phi-4",
@@ -62,7 +62,7 @@ def test_both_ways_to_write_a_value_are_read(values: dict[str, str]) -> None:
 
 
 def test_values_apart_from_their_flags_are_read() -> None:
-    config = transformers_server(CUSTOM, {}, Path("/nowhere")).job
+    config = transformers_server(CUSTOM, {}, Path("/nowhere")).config
     assert (config.model.repository, config.model.dtype, config.served_name) == ("acme/m", "float16", "m")
 
 
@@ -81,30 +81,30 @@ def test_flags_of_other_programs_are_named_once_and_dropped(
     caplog.set_level(logging.INFO)
     config = transformers_server(
         [*STOCK, "--combination_type=svd", "--gpu-memory-utilization", "0.8"], {}, pod
-    ).job
+    ).config
     assert config.model.path == pod / "workspace/weights"
     (line,) = [record.message for record in caplog.records if "without meaning" in record.message]
     assert "combination_type, gpu_memory_utilization, trust_remote_code" in line
 
 
 def test_mounted_weights_serve_without_any_flag(pod: Path) -> None:
-    config = transformers_server([], {}, pod).job
+    config = transformers_server([], {}, pod).config
     assert (config.model.path, config.served_name) == (pod / "workspace/weights", "weights")
 
 
 def test_default_path_of_the_flag_means_the_mount(pod: Path) -> None:
-    config = transformers_server(["--pretrained_model_name_or_path=/workspace/tfs/weights"], {}, pod).job
+    config = transformers_server(["--pretrained_model_name_or_path=/workspace/tfs/weights"], {}, pod).config
     assert config.model.path == pod / "workspace/weights"
 
 
 def test_remote_files_need_leave() -> None:
-    config = transformers_server(["--pretrained_model_name_or_path=acme/m"], {}, Path("/nowhere")).job
+    config = transformers_server(["--pretrained_model_name_or_path=acme/m"], {}, Path("/nowhere")).config
     assert config.model.local_files_only
 
 
 def test_each_local_rank_has_its_port(pod: Path) -> None:
-    assert transformers_server([], {"LOCAL_RANK": "3"}, pod).job.port == 5003
-    assert vllm_server(["--port=5001"], {}, pod).job.port == 5001
+    assert transformers_server([], {"LOCAL_RANK": "3"}, pod).config.port == 5003
+    assert vllm_server(["--port=5001"], {}, pod).config.port == 5001
     with pytest.raises(ConfigError, match="LOCAL_RANK is 'x', expected a whole number"):
         transformers_server([], {"LOCAL_RANK": "x"}, pod)
 
@@ -126,7 +126,7 @@ def test_a_wrong_value_is_one_line(word: str, message: str, pod: Path) -> None:
 def test_presets_chat_template_is_found_where_images_had_it(pod: Path) -> None:
     config = transformers_server(
         ["--chat_template=/workspace/chat_templates/mistral-instruct.jinja"], {}, pod
-    ).job
+    ).config
     assert "[INST]" in (config.model.chat_template or "")
 
 
@@ -137,25 +137,25 @@ def test_vllm_flags_are_mapped(pod: Path) -> None:
         "--enable-lora", "--kv-events-config={}", "--download-dir=/workspace/weights",
         "--gpu-memory-utilization=0.84",
     ]  # fmt: skip
-    config = vllm_server(words, {"VLLM_API_KEY": "k"}, pod).job
+    config = vllm_server(words, {"VLLM_API_KEY": "k"}, pod).config
     assert (config.served_name, config.limits.context_tokens, config.limits.rows) == ("phi-4", 1024, 4)
     assert config.model.dtype == "float16"
     assert config.quantization is not None
     assert config.api_key is not None
     assert [adapter.name for adapter in config.adapters] == ["my-lora.v2"]
-    assert vllm_server(["--max-model-len=auto"], {}, pod).job.limits.context_tokens is None
+    assert vllm_server(["--max-model-len=auto"], {}, pod).config.limits.context_tokens is None
     assert inference.download_folder(words) == "/workspace/weights"
 
 
 def test_strength_is_the_variable_named_like_the_adapter(pod: Path) -> None:
-    config = transformers_server([], {"my-lora.v2": "0.25"}, pod).job
+    config = transformers_server([], {"my-lora.v2": "0.25"}, pod).config
     assert [(a.name, a.strength) for a in config.adapters] == [("my-lora.v2", 0.25)]
 
 
 def test_requests_without_a_name_are_answered_as_each_runtime_did(pod: Path) -> None:
     """transformers': by all adapters together; vLLM's: by the base."""
-    assert transformers_server([], {}, pod).job.combine_adapters
-    assert not vllm_server([], {}, pod).job.combine_adapters
+    assert transformers_server([], {}, pod).config.combine_adapters
+    assert not vllm_server([], {}, pod).config.combine_adapters
 
 
 def test_strength_that_a_shell_dropped_is_found_with_its_ancestors(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from runtime.config import flatten
 from runtime.errors import ConfigError
 from runtime.tuning.settings import TuningJob
-from runtime.workspace import Resolved, load_job, load_serve
+from runtime.workspace import Resolved, load_job, load_server
 from runtime.workspace.flags import is_image
+from runtime.workspace.layers import LayeredSettings
 from runtime.workspace.mounts import Mounts
 from runtime.workspace.sections import LORA_OPTIONS, LORA_OURS, LoraSection
-from runtime.workspace.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 SEED = ROOT / "examples/fine-tuning/kaito_workspace_tuning_phi_3.yaml"
@@ -103,7 +103,7 @@ def config_map(text: str, name: str = "mine") -> dict[str, Any]:
 
 def test_seed_manifest_becomes_its_job(tmp_path: Path) -> None:
     resolved = load(SEED, tmp_path)
-    job, sources = resolved.job, resolved.sources
+    job, sources = resolved.config, resolved.sources
     assert job.model.repository == "microsoft/Phi-3-mini-128k-instruct"
     assert job.model.revision == "072cb7562cb8c4adf682a8e186aaafa49469eb5d"
     assert (job.name, job.method) == ("workspace-tuning-phi-3", "qlora")
@@ -117,7 +117,8 @@ def test_seed_manifest_becomes_its_job(tmp_path: Path) -> None:
 def test_every_setting_has_a_source(tmp_path: Path) -> None:
     resolved = load(SEED, tmp_path, config=QLORA)
     assert (
-        resolved.sources.keys() == flatten(resolved.job.model_dump(mode="json", exclude={"sources"})).keys()
+        resolved.sources.keys()
+        == flatten(resolved.config.model_dump(mode="json", exclude={"sources"})).keys()
     )
     assert all(resolved.sources.values())
 
@@ -137,25 +138,25 @@ def test_output_flag_replaces_the_placeholders(tmp_path: Path) -> None:
 
 
 def test_both_api_versions_read_alike(tmp_path: Path) -> None:
-    old = load(write(tmp_path, manifest()), tmp_path).job
-    new = load(write(tmp_path, manifest(apiVersion="kaito.sh/v1beta1")), tmp_path).job
+    old = load(write(tmp_path, manifest()), tmp_path).config
+    new = load(write(tmp_path, manifest(apiVersion="kaito.sh/v1beta1")), tmp_path).config
     assert old == new
 
 
 @pytest.mark.parametrize("method", ["QLoRA", "qlora", "QLORA"])
 def test_method_may_be_written_in_any_case(method: str, tmp_path: Path) -> None:
-    assert load(write(tmp_path, manifest(tuning__method=method)), tmp_path).job.method == "qlora"
+    assert load(write(tmp_path, manifest(tuning__method=method)), tmp_path).config.method == "qlora"
 
 
 def test_lora_trains_on_unquantised_weights(tmp_path: Path) -> None:
-    job = load(write(tmp_path, manifest(tuning__method="lora")), tmp_path, config=LORA).job
+    job = load(write(tmp_path, manifest(tuning__method="lora")), tmp_path, config=LORA).config
     assert (job.method, job.quantization) == ("lora", None)
 
 
 @pytest.mark.parametrize(("method", "file"), [("qlora", QLORA), ("lora", LORA)])
 def test_stock_templates_are_accepted_word_for_word(method: str, file: Path, tmp_path: Path) -> None:
     resolved = load(write(tmp_path, manifest(tuning__method=method)), tmp_path, config=file)
-    job = resolved.job
+    job = resolved.config
     assert (job.lora.r, job.lora.alpha, job.lora.dropout) == (8, 8, 0.0)
     assert job.training["save_strategy"] == "no"
     assert job.training["per_device_train_batch_size"] == 1
@@ -166,9 +167,9 @@ def test_stock_templates_are_accepted_word_for_word(method: str, file: Path, tmp
 
 def test_stock_bfloat16_is_a_preference_and_a_warning_on_v100(tmp_path: Path) -> None:
     resolved = load(SEED, tmp_path, config=QLORA)
-    assert resolved.job.model.dtype == "auto"
-    assert resolved.job.quantization is not None
-    assert resolved.job.quantization.compute_dtype == "auto"
+    assert resolved.config.model.dtype == "auto"
+    assert resolved.config.quantization is not None
+    assert resolved.config.quantization.compute_dtype == "auto"
     assert any("Standard_NC6s_v3" in warning and "float16" in warning for warning in resolved.warnings)
 
 
@@ -176,7 +177,7 @@ def test_own_dtype_is_kept(tmp_path: Path) -> None:
     file = write(
         tmp_path, manifest(), config_map(STOCK.replace('torch_dtype: "bfloat16"', "torch_dtype: float32"))
     )
-    assert load(file, tmp_path).job.model.dtype == "float32"
+    assert load(file, tmp_path).config.model.dtype == "float32"
 
 
 def test_config_map_in_the_file_is_chosen_by_name(tmp_path: Path) -> None:
@@ -185,7 +186,7 @@ def test_config_map_in_the_file_is_chosen_by_name(tmp_path: Path) -> None:
         tmp_path, manifest(tuning__config="mine"), config_map(other, "other"), config_map(STOCK, "mine")
     )
     resolved = load(file, tmp_path)
-    assert resolved.job.lora.r == 8
+    assert resolved.config.lora.r == 8
     assert resolved.sources["lora.r"] == "job.yaml ConfigMap mine LoraConfig.r"
 
 
@@ -195,8 +196,8 @@ def test_config_flag_wins_over_environment_and_file(tmp_path: Path) -> None:
     flagged.write_text(STOCK.replace("r: 8", "r: 6"))
     file = write(tmp_path, manifest(), config_map(STOCK))
     environ = {"YAML_FILE_PATH": str(named)}
-    assert load(file, tmp_path, environ=environ).job.lora.r == 5
-    assert load(file, tmp_path, environ=environ, config=flagged).job.lora.r == 6
+    assert load(file, tmp_path, environ=environ).config.lora.r == 5
+    assert load(file, tmp_path, environ=environ, config=flagged).config.lora.r == 6
 
 
 def test_missing_config_map_is_an_error_with_the_way_out(tmp_path: Path) -> None:
@@ -207,12 +208,14 @@ def test_missing_config_map_is_an_error_with_the_way_out(tmp_path: Path) -> None
 
 def test_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
     text = STOCK.replace("TrainingArguments:", "TrainingArguments:\n    learning_rate: 1e-5")
-    assert load(write(tmp_path, manifest(), config_map(text)), tmp_path).job.training["learning_rate"] == 1e-5
+    assert (
+        load(write(tmp_path, manifest(), config_map(text)), tmp_path).config.training["learning_rate"] == 1e-5
+    )
 
 
 def test_row_settings_of_trl_reach_the_encoding(tmp_path: Path) -> None:
     text = STOCK.replace("TrainingArguments:", "TrainingArguments:\n    max_length: 512\n    packing: true")
-    job = load(write(tmp_path, manifest(), config_map(text)), tmp_path).job
+    job = load(write(tmp_path, manifest(), config_map(text)), tmp_path).config
     assert (job.encoding.max_tokens, job.encoding.batching) == (512, "packed")
     assert "max_length" not in job.training
 
@@ -222,7 +225,7 @@ def test_row_settings_of_trl_reach_the_encoding(tmp_path: Path) -> None:
 
 def test_controllers_pod_needs_no_manifest(pod: Path) -> None:
     resolved = load(None, pod)
-    job = resolved.job
+    job = resolved.config
     assert (job.model.path, job.model.local_files_only) == (pod / "workspace/weights", True)
     assert (job.method, job.data.folder, job.output.folder) == (
         "qlora",
@@ -245,7 +248,7 @@ def test_controllers_pod_needs_no_manifest(pod: Path) -> None:
 def test_output_dir_follows_the_controllers_rule_in_its_layout(written: str, lands: str, pod: Path) -> None:
     text = STOCK.replace('"/mnt/results"', json.dumps(written))
     (pod / "mnt/config/training_config.yaml").write_text(text)
-    assert load(None, pod).job.output.folder == pod / lands
+    assert load(None, pod).config.output.folder == pod / lands
 
 
 @pytest.mark.parametrize("written", ["..", "/", "/mnt/../etc", "/mnt"])
@@ -258,14 +261,16 @@ def test_output_dir_outside_mnt_is_refused_in_its_layout(written: str, pod: Path
 
 def test_laptop_user_writes_where_they_say(tmp_path: Path) -> None:
     text = STOCK.replace("/mnt/results", "out/here")
-    assert load(write(tmp_path, manifest(), config_map(text)), tmp_path).job.output.folder == Path("out/here")
+    assert load(write(tmp_path, manifest(), config_map(text)), tmp_path).config.output.folder == Path(
+        "out/here"
+    )
 
 
 def test_data_environment_is_honoured(pod: Path) -> None:
     environ = {"DATA_URLS": "http://a/x.parquet http://a/y.parquet", "DATASET_FOLDER_PATH": "/elsewhere"}
     resolved = load(None, pod, environ=environ)
-    assert resolved.job.data.urls == ("http://a/x.parquet", "http://a/y.parquet")
-    assert resolved.job.data.folder == Path("/elsewhere")
+    assert resolved.config.data.urls == ("http://a/x.parquet", "http://a/y.parquet")
+    assert resolved.config.data.folder == Path("/elsewhere")
     assert resolved.sources["data.urls"] == "environment DATA_URLS"
 
 
@@ -275,7 +280,7 @@ SPLIT = "k_proj,q_proj,v_proj,o_proj,gate_proj,down_proj,up_proj"
 @pytest.mark.parametrize("target", [None, "phi-3-mini-4k-instruct"])
 def test_split_targets_of_phi_3_become_its_fused_ones(target: str | None, pod: Path) -> None:
     resolved = load(target, pod, environ={"DEFAULT_TARGET_MODULES": SPLIT})
-    assert set(resolved.job.lora.targets) == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert set(resolved.config.lora.targets) == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
     assert any("qkv_proj" in warning and "k_proj" in warning for warning in resolved.warnings)
 
 
@@ -284,13 +289,13 @@ def test_users_own_targets_win_over_the_environment(pod: Path) -> None:
         STOCK.replace("r: 8", "r: 8\n    target_modules: [qkv_proj]")
     )
     resolved = load(None, pod, environ={"DEFAULT_TARGET_MODULES": SPLIT})
-    assert resolved.job.lora.targets == ("qkv_proj",)
+    assert resolved.config.lora.targets == ("qkv_proj",)
     assert not any("qkv_proj" in warning for warning in resolved.warnings)
 
 
 def test_split_targets_stay_where_the_model_has_them(pod: Path) -> None:
     resolved = load("qwen2.5-coder-7b-instruct", pod, environ={"DEFAULT_TARGET_MODULES": SPLIT})
-    assert resolved.job.lora.targets == tuple(SPLIT.split(","))
+    assert resolved.config.lora.targets == tuple(SPLIT.split(","))
 
 
 @pytest.mark.parametrize(
@@ -300,7 +305,7 @@ def test_mounted_push_secret_is_found(place: str, pod: Path) -> None:
     file = pod / place
     file.parent.mkdir(parents=True)
     file.write_text("{}")
-    found = load(None, pod, overrides={"--output": ["registry.example.com/a/b:1"]}).job.output.credentials
+    found = load(None, pod, overrides={"--output": ["registry.example.com/a/b:1"]}).config.output.credentials
     assert found in (file, pod / "root/.docker/config.d")
 
 
@@ -317,9 +322,9 @@ def test_secrets_of_another_user_are_passed_by(tmp_path: Path) -> None:
 
 def test_hub_token_is_taken_from_the_environment_and_never_written(pod: Path) -> None:
     resolved = load(None, pod, environ={"HF_TOKEN": "hf_secretsecret"})
-    assert resolved.job.hub_token is not None
-    assert resolved.job.hub_token.get_secret_value() == "hf_secretsecret"
-    assert "hf_secret" not in resolved.job.model_dump_json() + str(resolved)
+    assert resolved.config.hub_token is not None
+    assert resolved.config.hub_token.get_secret_value() == "hf_secretsecret"
+    assert "hf_secret" not in resolved.config.model_dump_json() + str(resolved)
 
 
 def test_volume_of_the_host_is_used_directly(tmp_path: Path) -> None:
@@ -349,7 +354,7 @@ def test_flags_win_and_say_so(tmp_path: Path) -> None:
         "TrainingArguments.max_steps": 3,
     }
     resolved = load(SEED, tmp_path, config=QLORA, overrides=overrides)
-    job = resolved.job
+    job = resolved.config
     assert (job.lora.r, job.lora.alpha, job.training["seed"], job.training["max_steps"]) == (4, 64, 7, 3)
     assert resolved.sources["lora.r"] == "flag --set lora.r"
     assert resolved.sources["lora.alpha"] == "flag --set LoraConfig.lora_alpha"
@@ -398,7 +403,7 @@ def test_data_flag_takes_file_directory_address_and_image(tmp_path: Path) -> Non
     file = tmp_path / "rows.parquet"
     file.touch()
     results = {
-        word: load(SEED, tmp_path, overrides={"--data": [word]}).job.data
+        word: load(SEED, tmp_path, overrides={"--data": [word]}).config.data
         for word in (str(file), str(tmp_path), "https://x.example/y.parquet", "oci:layout:data")
     }
     assert results[str(file)].file == file
@@ -416,7 +421,7 @@ def test_model_without_manifest_or_data_is_told_about_data(model: str, tmp_path:
 
 def test_model_without_manifest_takes_the_rows_it_is_given(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").touch()
-    job = load("phi-4", tmp_path, overrides={"--data": [str(tmp_path / "rows.jsonl")]}).job
+    job = load("phi-4", tmp_path, overrides={"--data": [str(tmp_path / "rows.jsonl")]}).config
     assert job.model.repository == "microsoft/phi-4"
 
 
@@ -529,15 +534,15 @@ def test_inference_manifest_is_sent_to_serve_and_back(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="runtime serve"):
         load(SERVE, tmp_path)
     with pytest.raises(ConfigError, match="runtime tune"):
-        load_serve(SEED, environ={}, root=tmp_path)
+        load_server(SEED, environ={}, root=tmp_path)
 
 
 # --- serving -------------------------------------------------------------------------------------
 
 
 def test_inference_manifest_becomes_its_server(tmp_path: Path) -> None:
-    resolved = load_serve(SERVE, environ={}, root=tmp_path)
-    config = resolved.job
+    resolved = load_server(SERVE, environ={}, root=tmp_path)
+    config = resolved.config
     assert config.served_name == "phi-3-mini-128k-instruct"
     adapter = config.adapters[0]
     assert (adapter.name, adapter.strength) == ("dolly", 1.0)
@@ -550,10 +555,10 @@ def test_mounted_weights_are_all_a_server_needs(tmp_path: Path) -> None:
     weights = tmp_path / "workspace/weights"
     weights.mkdir(parents=True)
     (weights / "config.json").write_text("{}")
-    server = load_serve(None, environ={}, root=tmp_path).job
+    server = load_server(None, environ={}, root=tmp_path).config
     assert (server.served_name, server.model.path) == ("weights", weights)
     (weights / "preset.txt").write_text("phi-3-mini-128k-instruct\n")
-    server = load_serve(None, environ={}, root=tmp_path).job
+    server = load_server(None, environ={}, root=tmp_path).config
     assert (server.served_name, server.model.path) == ("phi-3-mini-128k-instruct", weights)
 
 
@@ -561,7 +566,7 @@ def test_mounted_adapters_are_served_at_their_strength(tmp_path: Path) -> None:
     for name in ("dolly", "my-lora.v2"):
         (tmp_path / "mnt/adapter" / name).mkdir(parents=True)
         (tmp_path / "mnt/adapter" / name / "adapter_config.json").write_text("{}")
-    config = load_serve(SERVE, environ={"my-lora.v2": "0.25"}, root=tmp_path).ready()
+    config = load_server(SERVE, environ={"my-lora.v2": "0.25"}, root=tmp_path).ready()
     assert {a.name: (a.reference, a.strength) for a in config.adapters} == {
         "dolly": (str(tmp_path / "mnt/adapter/dolly"), 1.0),
         "my-lora.v2": (str(tmp_path / "mnt/adapter/my-lora.v2"), 0.25),
@@ -572,19 +577,19 @@ def test_wrong_strength_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="environment dolly: strength is '2', expected a number from 0 to 1"
     ):
-        load_serve(SERVE, environ={"dolly": "2"}, root=tmp_path)
+        load_server(SERVE, environ={"dolly": "2"}, root=tmp_path)
 
 
 def test_engine_settings_of_inference_config_are_taken_or_named(tmp_path: Path) -> None:
     (tmp_path / "mnt/config").mkdir(parents=True)
     text = "max_probe_steps: 6\nvllm:\n  max-model-len: 4096\n  swap-space: 4\n"
     (tmp_path / "mnt/config/inference_config.yaml").write_text(text)
-    resolved = load_serve("phi-4", environ={}, root=tmp_path)
-    assert resolved.job.limits.context_tokens == 4096
+    resolved = load_server("phi-4", environ={}, root=tmp_path)
+    assert resolved.config.limits.context_tokens == 4096
     assert any("vllm.swap-space" in w and "max_probe_steps" in w for w in resolved.warnings)
-    by_vllm = load_serve("phi-4", environ={}, overrides={"engine": "vllm"}, root=tmp_path)
-    assert by_vllm.job.limits.context_tokens == 4096
-    assert by_vllm.job.vllm.flags == {"swap-space": 4}
+    by_vllm = load_server("phi-4", environ={}, overrides={"engine": "vllm"}, root=tmp_path)
+    assert by_vllm.config.limits.context_tokens == 4096
+    assert by_vllm.config.vllm.flags == {"swap-space": 4}
     assert by_vllm.sources["vllm.flags.swap-space"].endswith("inference_config.yaml")
     assert not any("swap-space" in w for w in by_vllm.warnings)
 
@@ -600,7 +605,9 @@ def test_engine_settings_of_inference_config_are_taken_or_named(tmp_path: Path) 
 def test_adapter_flag_holds_reference_and_strength(
     word: str, reference: str, strength: float, tmp_path: Path
 ) -> None:
-    adapter = load_serve("phi-4", environ={}, root=tmp_path, overrides={"--adapter": [word]}).job.adapters[0]
+    adapter = load_server(
+        "phi-4", environ={}, root=tmp_path, overrides={"--adapter": [word]}
+    ).config.adapters[0]
     assert (adapter.reference, adapter.strength) == (reference, strength)
 
 
@@ -622,7 +629,7 @@ def test_wrong_adapters_are_refused(adapters: list[Any], message: str, tmp_path:
     document = yaml.safe_load(SERVE.read_text())
     document["inference"]["adapters"] = adapters
     with pytest.raises(ConfigError, match=message):
-        load_serve(write(tmp_path, document), environ={}, root=tmp_path)
+        load_server(write(tmp_path, document), environ={}, root=tmp_path)
 
 
 @pytest.mark.parametrize(("environ", "warned"), [({}, True), ({"HF_TOKEN": "hf_x"}, False)])
@@ -632,7 +639,7 @@ def test_gated_model_without_a_token_is_warned_of(
     file = write(tmp_path, manifest(tuning__preset__name="llama-3.1-8b-instruct"))
     for resolved in (
         load(file, tmp_path, environ=environ),
-        load_serve("llama-3.1-8b-instruct", environ=environ, root=tmp_path),
+        load_server("llama-3.1-8b-instruct", environ=environ, root=tmp_path),
     ):
         assert any("is gated" in warning for warning in resolved.warnings) is warned
 
@@ -644,7 +651,7 @@ names = st.sampled_from(["a", "b", "a.b", "a.c", "b.a.c", "a.b.c"])
 
 @given(st.lists(st.tuples(names, st.integers())))
 def test_last_layer_wins_and_names_its_source(layers: list[tuple[str, int]]) -> None:
-    settings = Settings()
+    settings = LayeredSettings()
     for place, (name, value) in enumerate(layers):
         settings.put(name, value, f"layer {place}")
         assert settings.get(name) == value
@@ -696,6 +703,6 @@ def test_trainers_fsdp_shards_the_base(tmp_path: Path, written: str, parallel: s
         f"  TrainingArguments:\n    fsdp: {written}\n    fsdp_config: {{min_num_params: 1}}\n"
     )
     resolved = load(SEED, tmp_path, config=write(tmp_path, config_map(text)))
-    assert resolved.job.parallel == parallel
-    assert not {"fsdp", "fsdp_config"} & resolved.job.training.keys()
+    assert resolved.config.parallel == parallel
+    assert not {"fsdp", "fsdp_config"} & resolved.config.training.keys()
     assert any("fsdp_config has no effect here" in warning for warning in resolved.warnings)

@@ -1,6 +1,6 @@
-"""Layers of settings, merged by order of writing, each remembering where it came from.
+"""Layers of settings, merged in the order in which they are written; each value remembers its origin.
 
-Knows dotted names and sources, not what they mean. Start at `Settings.put`.
+Knows dotted names and sources, not what they mean. Start at `LayeredSettings.put`.
 """
 
 import logging
@@ -14,30 +14,30 @@ from pydantic import BaseModel
 from runtime.config import Model, flatten, parse
 from runtime.errors import ConfigError
 
-T = TypeVar("T", bound=BaseModel)
+Config = TypeVar("Config", bound=BaseModel)
 
 log = logging.getLogger(__name__)
 
 PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)*_HERE\b|<[A-Z][A-Z0-9_ -]+>|\bYOUR_[A-Z0-9_]+\b")
-"""What the examples of this field leave for the user to fill in."""
+"""What KAITO's examples, and others, leave for the user to fill in."""
 
 
 @dataclass(frozen=True, slots=True)
-class Resolved(Generic[T]):
-    """A job or a server, with the origin of every setting."""
+class Resolved(Generic[Config]):
+    """A `TuningJob` or a `ServeConfig`, with the origin of every setting."""
 
-    job: T
+    config: Config
     sources: Mapping[str, str]
-    """Dotted setting -> where its value came from, for every setting of `job`."""
+    """Dotted setting -> where its value came from, for every setting of `config`."""
     warnings: tuple[str, ...] = ()
     placeholders: tuple[str, ...] = ()
     """Values that the user still has to fill in, one readable phrase each."""
 
-    def ready(self) -> T:
-        """Return the job, or raise ConfigError when a placeholder is left in it."""
+    def ready(self) -> Config:
+        """Return the config, or raise ConfigError when a placeholder is left in it."""
         if self.placeholders:
             raise ConfigError(f"{self.placeholders[0]}; put the real value there, or look with --dry-run")
-        return self.job
+        return self.config
 
     def warn(self) -> None:
         """Write the warnings to the log."""
@@ -46,15 +46,15 @@ class Resolved(Generic[T]):
 
 
 @dataclass(slots=True)
-class Settings:
-    """Values under dotted names; what is put later wins."""
+class LayeredSettings:
+    """Values under dotted names; the last value written wins."""
 
     values: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def put(self, name: str, value: Any, source: str) -> None:
-        """Set `name` to `value`, and forget what was said about it and below it before."""
+        """Set `name` to `value`, replacing any earlier values of it and of names below it."""
         *parents, last = name.split(".")
         table = self.values
         for parent in parents:
@@ -72,7 +72,7 @@ class Settings:
             self.put(f"{prefix}.{key}", value, source)
 
     def drop(self, name: str) -> None:
-        """Forget `name`, so that its default holds."""
+        """Remove `name`, so that its default applies."""
         parent, _, last = name.rpartition(".")
         table = self.get(parent) if parent else self.values
         if isinstance(table, dict):
@@ -88,7 +88,7 @@ class Settings:
         return table
 
     def warn(self, warning: str) -> None:
-        """Add a sentence for the user, once."""
+        """Add a warning for the user, unless it is there already."""
         if warning not in self.warnings:
             self.warnings.append(warning)
 
@@ -96,10 +96,10 @@ class Settings:
         """Return the values as a `model`; `where` names their origin in errors."""
         return parse(model, self.values, where)
 
-    def origins(self, job: BaseModel) -> dict[str, str]:
-        """Return where each setting of `job` came from, "default" for those nobody set."""
+    def origins(self, config: BaseModel) -> dict[str, str]:
+        """Return where each setting of `config` came from, "default" for those that no layer set."""
         return {
-            name: self._origin(name) for name in flatten(job.model_dump(mode="json", exclude={"sources"}))
+            name: self._origin(name) for name in flatten(config.model_dump(mode="json", exclude={"sources"}))
         }
 
     def _origin(self, name: str) -> str:
@@ -110,6 +110,6 @@ class Settings:
         return "default"
 
 
-def placeholder(value: str) -> str:
+def find_placeholders(value: str) -> str:
     """Return the placeholders in `value`, such as `IMAGE_NAME_HERE`, joined by "and"; "" when none."""
     return " and ".join(PLACEHOLDER.findall(value))
