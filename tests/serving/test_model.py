@@ -66,7 +66,8 @@ def tiny(tiny_llama_dir: Path, adapters: Path) -> Iterator[Process]:
 def served(config: dict[str, Any]) -> Iterator[Process]:
     """Start `runtime.serving.http.server.run` in a process and wait until it is ready."""
     program = (
-        "import json, sys; from runtime import logs; from runtime.serving import server, settings;"
+        "import json, sys; from runtime import logs; from runtime.serving import settings;"
+        "from runtime.serving.http import server;"
         "logs.configure(); server.run(settings.ServeConfig.model_validate(json.loads(sys.argv[1])))"
     )
     process = subprocess.Popen(

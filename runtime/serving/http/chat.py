@@ -4,7 +4,7 @@
 knows. Start at `chat`.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +13,14 @@ from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
 from runtime.serving.generation import GenerationRequest, Generations, Generator
-from runtime.serving.http.schema import ChatBody, GenerateFields, Message, PromptsBody
+from runtime.serving.http.schema import ChatBody, GenerateFields, Message
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
 from runtime.serving.structured_output import constraint_of
 from runtime.serving.tokenizer import AnswerLength
 
 
 def router(answers: Generator) -> APIRouter:
-    """Return the routes /chat and /generate."""
+    """Return the route /chat."""
     routes = APIRouter(tags=["chat"])
 
     @routes.post(
@@ -28,8 +28,6 @@ def router(answers: Generator) -> APIRouter:
     )
     async def chat(body: ChatBody, request: Request) -> Response:
         request_id = request.state.request_id
-        if body.input_data is not None:
-            return await _dialogs(answers, body, request)
         ask, before = await _ask(answers, body, request_id)
         batch = answers.start([ask])
         name = ask.adapter or answers.served().name
@@ -43,28 +41,16 @@ def router(answers: Generator) -> APIRouter:
         text = before + whole.text if body.return_full_text else whole.text
         return JSONResponse({"Result": text, **_end(batch, name, whole.finish)})
 
-    @routes.post("/generate", summary="Continue texts (the shape of llama-2's image)", response_model=None)
-    async def generate(body: PromptsBody, request: Request) -> Response:
-        request_id = request.state.request_id
-        prompts = answers.served().prompts
-        asks = [
-            GenerationRequest(
-                await prompts.text(text, param="prompts"), request_id=request_id, continues=True
-            )
-            for text in body.prompts
-        ]
-        settled = [await _settled(answers, ask, body.parameters) for ask in asks]
-        texts = await _texts(answers, settled, request)
-        results = [
-            {"prompt": prompt, "response": text} for prompt, text in zip(body.prompts, texts, strict=True)
-        ]
-        return JSONResponse({"results": results})
-
     return routes
 
 
 async def _ask(answers: Generator, body: ChatBody, request_id: str) -> tuple[GenerationRequest, str]:
     """Return what to generate, and the text that `return_full_text` puts before it."""
+    if body.input_data is not None:
+        raise RequestError(
+            "'input_data' (llama-2's request shape) is no longer supported; send the conversation as 'messages'",
+            param="input_data",
+        )
     prompts = answers.served().prompts
     param = "adapter" if body.adapter is not None else "model"
     adapter = answers.adapter(body.adapter if body.adapter is not None else body.model, param=param)
@@ -138,41 +124,3 @@ async def _events(batch: Generations, name: str, before: str) -> AsyncGenerator[
             yield {"text": piece.text}
         else:
             yield {"text": piece.text, **_end(batch, name, piece.finish)}
-
-
-async def _dialogs(answers: Generator, body: ChatBody, request: Request) -> Response:
-    """Answer llama-2's `{"input_data": {"input_string": [dialog, …]}}`, one turn more in each dialog."""
-    dialogs = body.input_data.input_string if body.input_data else None
-    if not dialogs:
-        raise RequestError("Input string is required", param="input_data.input_string")
-    prompts, settings = answers.served().prompts, body.settings()
-    asks = [
-        await _settled(
-            answers,
-            GenerationRequest(await prompts.chat(dialog), request_id=request.state.request_id),
-            settings,
-        )
-        for dialog in dialogs
-    ]
-    texts = await _texts(answers, asks, request)
-    results = [
-        [
-            *(
-                {"role": m.role.capitalize(), "content": m.content}
-                for m in dialog
-                if isinstance(m.content, str)
-            ),
-            {"role": "Assistant", "content": text},
-        ]
-        for dialog, text in zip(dialogs, texts, strict=True)
-    ]
-    return JSONResponse({"results": results})
-
-
-async def _texts(answers: Generator, asks: Sequence[GenerationRequest], request: Request) -> list[str]:
-    batch = answers.start(asks)
-    try:
-        wholes = await unless_gone(request, batch.whole(), request_id=request.state.request_id)
-    finally:
-        batch.close()
-    return [whole.text for whole in wholes]

@@ -167,12 +167,6 @@ class GenerateFields(SamplingFields):
     """Only 1: typical sampling is not supported."""
 
 
-class InputData(Body):
-    """The conversations of a llama-2 request."""
-
-    input_string: list[list[Message]] | None = Field(None, max_length=MAX_CHOICES)
-
-
 class ChatBody(GenerateFields):
     """POST /chat: a `prompt` or `messages`, with parameters flat or under `generate_kwargs`."""
 
@@ -196,8 +190,8 @@ class ChatBody(GenerateFields):
     """The same as `model`, and wins over it."""
     prefix: Text | None = None
     """Text put before `prompt`."""
-    input_data: InputData | None = None
-    """llama-2's shape of a request; answered in llama-2's shape."""
+    input_data: Any = None
+    """Refused: llama-2's request shape, superseded by `messages`."""
 
     def settings(self) -> GenerateFields:
         """Return the parameters, from wherever the client wrote them."""
@@ -208,13 +202,6 @@ class ChatBody(GenerateFields):
                     update={k: getattr(nested, k) for k in nested.model_fields_set}
                 )
         return settings
-
-
-class PromptsBody(Body):
-    """POST /generate, the llama-2 completion route."""
-
-    prompts: list[Text] = Field(min_length=1, max_length=MAX_CHOICES)
-    parameters: GenerateFields = GenerateFields()
 
 
 class StreamOptions(Body):

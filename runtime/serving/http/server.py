@@ -27,9 +27,7 @@ from runtime.oci import Access
 from runtime.serving.engine.protocol import Stats
 from runtime.serving.http.admin import AdapterLoader
 from runtime.serving.http.app import create_app
-from runtime.serving.http.middleware import OPEN_PATHS
 from runtime.serving.lifecycle import Lifecycle, ServedModel
-from runtime.serving.selector import ProbesFirst
 from runtime.serving.settings import ServeConfig
 
 
@@ -115,12 +113,8 @@ def run(config: ServeConfig, *, access: Access | None = None, load: Load | None 
         door = AdapterLoader(config.adapter_root, add)
     with bind(config.host, config.port) as listener:
         load = load or partial(loading.load, access=access)
-        with asyncio.Runner(loop_factory=partial(_event_loop, listener)) as runner:
+        with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
             runner.run(Serving(config, load, door).run(listener))
-
-
-def _event_loop(listener: socket.socket) -> asyncio.AbstractEventLoop:
-    return asyncio.SelectorEventLoop(ProbesFirst([listener], OPEN_PATHS))
 
 
 def bind(host: str, port: int) -> socket.socket:

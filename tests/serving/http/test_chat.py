@@ -199,22 +199,16 @@ async def test_dead_parameters_of_older_clients_do_no_harm(open_site: Any) -> No
     assert reply.status_code == 200
 
 
-async def test_llama2_dialogs_are_answered_in_their_shape(open_site: Any, tokenizer: Any) -> None:
-    dialogs = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]
-    body = {"input_data": {"input_string": dialogs}, "parameters": {"max_gen_len": None, "temperature": 0.6}}
-    async with open_site(script=say(tokenizer, "ok")) as site:
-        reply = await site.client.post("/chat", json=body)
-        empty = await site.client.post("/chat", json={"input_data": {}})
-    answer = {"role": "Assistant", "content": "ok"}
-    assert reply.json() == {"results": [[{"role": "User", "content": c}, answer] for c in "ab"]}
-    assert (empty.status_code, empty.json()["detail"]) == (400, "Input string is required")
-
-
-async def test_llama2_completion_route(open_site: Any, tokenizer: Any) -> None:
-    async with open_site(script=say(tokenizer, " c")) as site:
-        body = {"prompts": ["a b"], "parameters": {"max_gen_len": 8}}
-        reply = await site.client.post("/generate", json=body)
-    assert reply.json() == {"results": [{"prompt": "a b", "response": " c"}]}
+async def test_llama2_request_shape_is_refused_by_name(open_site: Any) -> None:
+    body = {"input_data": {"input_string": [[{"role": "user", "content": "a"}]]}}
+    async with open_site() as site:
+        for sent in (body, {**body, "prompt": "hi"}, {"input_data": {}}):
+            reply = await site.client.post("/chat", json=sent)
+            assert reply.status_code == 400
+            assert reply.json()["error"]["param"] == "input_data"
+            assert "send the conversation as 'messages'" in reply.json()["detail"]
+        assert (await site.client.post("/generate", json={"prompts": ["a"]})).status_code == 404
+        assert not site.engine.requests
 
 
 async def test_model_without_a_template_continues_the_prompt(open_site: Any, tokenizer: Any) -> None:
