@@ -48,7 +48,7 @@ async def _ask(answers: Generator, body: ChatBody, request_id: str) -> tuple[Gen
     """Return what to generate, and the text that `return_full_text` puts before it."""
     if body.input_data is not None:
         raise RequestError(
-            "'input_data' (llama-2's request shape) is no longer supported; send the conversation as 'messages'",
+            "'input_data' (llama-2's request shape) is not supported; send the conversation as 'messages'",
             param="input_data",
         )
     prompts = answers.served().prompts
