@@ -34,9 +34,9 @@ class EngineFigures(Protocol):
     @property
     def cached_tokens(self) -> int: ...
     @property
-    def guessed_tokens(self) -> int: ...
+    def drafted_tokens(self) -> int: ...
     @property
-    def right_tokens(self) -> int: ...
+    def accepted_tokens(self) -> int: ...
 
 
 class _Gauges(Collector):
@@ -62,9 +62,9 @@ class _Gauges(Collector):
         asked, found = (figures.prompt_tokens, figures.cached_tokens) if figures else (0, 0)
         yield self._total("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache", asked)
         yield self._total("vllm:prefix_cache_hits", "Prompt tokens found in the cache", found)
-        guessed, right = (figures.guessed_tokens, figures.right_tokens) if figures else (0, 0)
-        yield self._total("vllm:spec_decode_num_draft_tokens", "Tokens guessed ahead of answers", guessed)
-        yield self._total("vllm:spec_decode_num_accepted_tokens", "Guessed tokens that were right", right)
+        drafted, accepted = (figures.drafted_tokens, figures.accepted_tokens) if figures else (0, 0)
+        yield self._total("vllm:spec_decode_num_draft_tokens", "Draft tokens that were run", drafted)
+        yield self._total("vllm:spec_decode_num_accepted_tokens", "Draft tokens that were accepted", accepted)
         lora = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Adapters with requests; the value is the time of the scrape",

@@ -63,7 +63,7 @@ def _by_rows(config: ServeConfig, devices: Hardware) -> ServedModel:
         model, workers, rank = _model(config, devices, undo)
         running = engine.create(config, model, rank=rank)
         if workers is not None:
-            workers.watch(running.lose)
+            workers.watch(running.abort)
         undo.pop_all()
     stated = model.generation_config.to_diff_dict() if model.generation_config else {}
     return ServedModel(

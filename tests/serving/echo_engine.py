@@ -1,8 +1,8 @@
 """An engine without a model, for tests of everything around it.
 
-It obeys `engine.protocol.Engine` with real asyncio behaviour: rows, a bounded queue, cancellation by the
-next token, failures on demand. It answers with the prompt's own token ids, again and again, or with
-what `script` says.
+It obeys `engine.protocol.Engine` with real asyncio behaviour: several requests at a time, a bounded queue,
+cancellation by the next token, failures on demand. It answers with the prompt's own token ids, again and
+again, or with what `script` returns.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from runtime.errors import OverloadedError, UnavailableError, UnknownModelError
+from runtime.serving.engine import failures
 from runtime.serving.engine.protocol import FinishReason, Request, Start, Stats, Token
 
 Outbox: TypeAlias = "asyncio.Queue[Token | Exception]"
@@ -32,6 +32,7 @@ class EchoEngine:
         dies_after: int | None = None,
     ) -> None:
         self.context_tokens = context_tokens
+        self.max_sequences = rows
         self.requests: list[Request] = []
         self.produced = 0
         self.hanging = False
@@ -51,11 +52,11 @@ class EchoEngine:
 
     def submit(self, request: Request) -> AsyncIterator[Token]:
         if self._closed:
-            raise UnavailableError("the engine is closed")
+            raise failures.stopped()
         if request.adapter is not None and request.adapter not in self._adapters:
-            raise UnknownModelError(f"adapter '{request.adapter}' is not resident")
+            raise failures.not_resident(request.adapter)
         if len(self._tasks) >= self._rows + self._queue:
-            raise OverloadedError(f"{self._queue} requests are waiting already")
+            raise failures.queue_full(self._queue)
         assert request.id not in self._tasks, "request ids are unique in flight"
         self.requests.append(request)
         outbox: Outbox = asyncio.Queue()
@@ -86,6 +87,9 @@ class EchoEngine:
         self._closed = True
         for task in self._tasks.values():
             task.cancel()
+
+    def abort(self) -> None:
+        self.close()
 
     def add_adapter(self, name: str, folder: Path, *, strength: float = 1.0) -> None:
         self._adapters.append(name)

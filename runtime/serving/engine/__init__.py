@@ -10,59 +10,69 @@ from runtime.serving.settings import ServeConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from runtime.serving.engine.backends.simple import SimpleEngine
     from runtime.serving.engine.cuda_graphs import GraphBackend
-    from runtime.serving.engine.engine import BatchingEngine
     from runtime.serving.engine.model_runner import Rank
+    from runtime.serving.engine.protocol import Engine
 
 log = logging.getLogger(__name__)
 
 
-def create(
-    config: ServeConfig, model: "PreTrainedModel", *, rank: "Rank | None" = None
-) -> "SimpleEngine | BatchingEngine":
+def create(config: ServeConfig, model: "PreTrainedModel", *, rank: "Rank | None" = None) -> "Engine":
     """Return a running engine over `model`, already on its device and in evaluation mode.
 
-    The row engine where it can drive the architecture, else the plain one, one request at a time. With a
-    `rank` the model is rank 0's shard of one that several processes serve. Raises CapacityError when
-    not even one row's cache fits beside the weights.
+    The batching engine where it can run the architecture, else the simple one, one request at a time. With a
+    `rank` the model is rank 0's shard of one that several processes serve. Raises CapacityError when not even
+    one sequence's cache fits beside the weights.
     """
-    from runtime.serving.engine.backends.simple import SimpleEngine
-    from runtime.serving.engine.engine import BatchingEngine
     from runtime.serving.engine.patch import refusal
-    from runtime.serving.engine.rope import short_tokens
 
     stated = models.context_tokens(model.config)
     context_tokens = min(stated, config.limits.context_tokens or stated)
-    queue = config.limits.queue
     reason = refusal(model)
     if reason is not None:
         log.warning("Serving one request at a time: %s", reason)
-        short = short_tokens(model.config.get_text_config()) or context_tokens
-        if short < context_tokens:
-            log.warning(
-                "Serving %d of %d context tokens: longrope needs the row engine", short, context_tokens
-            )
-        return SimpleEngine(model, context_tokens=min(short, context_tokens), queue=queue)
+        return _simple(config, model, context_tokens)
+    return _batching(config, model, context_tokens, rank)
+
+
+def _simple(config: ServeConfig, model: "PreTrainedModel", context_tokens: int) -> "Engine":
+    from runtime.serving.engine.backends.simple import SimpleEngine
+    from runtime.serving.engine.rope import short_tokens
+
+    short = short_tokens(model.config.get_text_config()) or context_tokens
+    if short < context_tokens:
+        log.warning(
+            "Serving %d of %d context tokens: longrope needs the batching engine", short, context_tokens
+        )
+    return SimpleEngine(model, context_tokens=min(short, context_tokens), max_waiting=config.limits.queue)
+
+
+def _batching(
+    config: ServeConfig, model: "PreTrainedModel", context_tokens: int, rank: "Rank | None"
+) -> "Engine":
+    from runtime.serving.engine.engine import BatchingEngine
+
     free = free_bytes(model)
     if rank is not None:
         free = rank.group.all_reduce_min(free_bytes(model, processes=rank.group.world))
     wanted = (config.limits.rows, context_tokens)
-    rows, context_tokens = rows_that_fit(
+    sequences, context_tokens = rows_that_fit(
         wanted,
         token_bytes=_token_bytes(model),
         free_bytes=free,
         least_context=config.limits.context_tokens or LEAST_CONTEXT_TOKENS,
     )
-    if (rows, context_tokens) != wanted:
-        log.warning("Memory allows %d rows of %d tokens, not %d of %d", rows, context_tokens, *wanted)
+    if (sequences, context_tokens) != wanted:
+        log.warning(
+            "Memory allows %d sequences of %d tokens, not %d of %d", sequences, context_tokens, *wanted
+        )
     return BatchingEngine(
         model,
-        rows=rows,
+        max_sequences=sequences,
         context_tokens=context_tokens,
-        queue=queue,
-        # a product of 4-bit weights with more than one row dequantises them first
-        guess_tokens=0 if config.quantization else config.speculative_tokens,
+        max_waiting=config.limits.queue,
+        # a product of 4-bit weights with more than one token dequantises them first
+        draft_tokens=0 if config.quantization else config.speculative_tokens,
         rank=rank,
         graph_backend=_graph_backend(config, model) if rank is None else None,
     )
@@ -77,7 +87,7 @@ def _graph_backend(config: ServeConfig, model: "PreTrainedModel") -> "GraphBacke
 
 
 def _token_bytes(model: "PreTrainedModel") -> int:
-    """Return the bytes of keys and values of one position of one row."""
+    """Return the bytes of keys and values of one position of one sequence."""
     from runtime.serving.engine.model_runner import cache_shape
 
     layers, heads, dim = cache_shape(model.config)

@@ -90,26 +90,26 @@ def describe(plan: StepPlan) -> HostBatch:
         ids.append(row.ids[row.filled])
         positions.append(row.filled)
     pieces = []
-    for guess in plan.ahead:
-        row = guess.row
-        pieces.append(SlotChunk(len(ids), row.slot, row.filled, guess.count))
-        ids += [row.ids[row.filled], *guess.guesses]
-        positions.extend(range(row.filled, row.filled + guess.count))
+    for draft in plan.drafts:
+        row = draft.sequence
+        pieces.append(SlotChunk(len(ids), row.slot, row.filled, draft.count))
+        ids += [row.ids[row.filled], *draft.tokens]
+        positions.extend(range(row.filled, row.filled + draft.count))
     chosen = list(range(len(ids)))
     for chunk in plan.chunks:
         start = chunk.start
-        pieces.append(SlotChunk(len(ids), chunk.row.slot, start, chunk.count))
-        ids.extend(chunk.row.ids[start : start + chunk.count])
+        pieces.append(SlotChunk(len(ids), chunk.sequence.slot, start, chunk.count))
+        ids.extend(chunk.sequence.ids[start : start + chunk.count])
         positions.extend(range(start, start + chunk.count))
         if chunk.completes:
             chosen.append(len(ids) - 1)
     counts = [(row, 1) for row in plan.decode]
-    counts += [(guess.row, guess.count) for guess in plan.ahead]
-    counts += [(chunk.row, chunk.count) for chunk in plan.chunks]
+    counts += [(draft.sequence, draft.count) for draft in plan.drafts]
+    counts += [(chunk.sequence, chunk.count) for chunk in plan.chunks]
     owners = [(row.adapter, count) for row, count in counts]
     long = [row.long for row, count in counts for _ in range(count)]
     slots = [row.slot for row in plan.decode]
-    copies = [(copy.source, copy.row.slot, copy.count) for copy in plan.copies]
+    copies = [(copy.source, copy.sequence.slot, copy.count) for copy in plan.copies]
     return HostBatch(ids, positions, slots, tuple(pieces), chosen, owners, long, copies)
 
 

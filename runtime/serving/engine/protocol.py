@@ -1,7 +1,7 @@
 """What an engine is: the border between HTTP and generation.
 
-HTTP calls `submit`, `cancel` and `stats`, and nothing else; an engine knows token ids, not text, HTTP or
-chat templates. Start at `Engine`.
+`Engine` is all that HTTP, loading and checks call or read of one; an engine knows token ids, not text, HTTP
+or chat templates. Start at `Engine`.
 """
 
 from collections.abc import AsyncIterator, Callable
@@ -13,20 +13,20 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class Mask(Protocol):
-    """Says at each place of one answer which tokens may come; called from the engine's thread."""
+    """Which tokens one answer may continue with; called from the engine's thread."""
 
     def allowed(self) -> bytes:
-        """Return one byte a token, 0 where it may not come; tokens beyond its end may not either."""
+        """Return one byte per token id, 0 where it is not allowed; ids beyond its end are not either."""
         ...
 
     def take(self, token: int) -> None:
-        """Go on behind `token`, one of those allowed."""
+        """Advance by `token`, one of those allowed."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """The form one answer must have: said in words for engines that compile it, and compiled."""
+    """The constraint on one answer: as text, for engines that compile it themselves, and compiled."""
 
     kind: Literal["schema", "regex"]
     value: Any
@@ -53,13 +53,13 @@ class Sampling:
     logit_bias: dict[int, float] = field(default_factory=dict)
     """Added to the logits, by token id."""
     seed: int | None = None
-    """Same seed, prompt and settings, same text, whoever else is served beside it."""
+    """Same seed, prompt and settings give the same text, whatever else is served beside it."""
     stop_ids: frozenset[int] = frozenset()
     """Token ids that end the answer; they are not part of it."""
     min_new_tokens: int = 0
     """Stop ids are not chosen before this many tokens."""
     grammar: Grammar | None = None
-    """The form of the answer; None lets every token come."""
+    """The constraint on the answer; None allows every token."""
     top_logprobs: int | None = None
     """Alternatives reported per token; None reports no log probabilities at all."""
 
@@ -77,12 +77,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """How a request began to be answered."""
+    """What happened before the first token of an answer."""
 
     queued_s: float
-    """Time it waited for a row."""
+    """Time it waited in the queue."""
     cached_tokens: int
-    """Prompt tokens whose keys and values were in the cache already."""
+    """Prompt tokens whose keys and values were in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +94,9 @@ class Token:
     logprob: float | None = None
     """Natural log of its probability under the model, before temperature and truncation."""
     top: tuple[tuple[int, float], ...] = ()
-    """The likeliest (token id, log probability) pairs at this place, likeliest first."""
+    """The likeliest (token id, log probability) pairs for this token, likeliest first."""
     start: Start | None = None
-    """With the first item of an answer that got a row, and only there."""
+    """With the first item of an answer that the engine began, and only there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,20 +113,25 @@ class Stats:
     """False once the engine thread has died."""
     adapters: tuple[str, ...] = ()
     prompt_tokens: int = 0
-    """Prompt tokens of all requests that got a row, since the start."""
+    """Prompt tokens of all requests that the engine began, since the start."""
     cached_tokens: int = 0
     """Those of them that were found in the cache."""
-    guessed_tokens: int = 0
-    """Tokens guessed ahead of answers."""
-    right_tokens: int = 0
-    """Those of them that the model chose."""
+    drafted_tokens: int = 0
+    """Draft tokens that were run, since the start."""
+    accepted_tokens: int = 0
+    """Those of them that the model chose too."""
 
 
 class Engine(Protocol):
-    """Generates for many requests; every method may be called from the event loop and never blocks."""
+    """Generates for many requests. May be called from any thread; `submit` from the event loop that reads.
+
+    Nothing blocks but `add_adapter`, `remove_adapter` and `close`: call those from a thread of their own.
+    """
 
     context_tokens: int
     """Longest prompt and answer together."""
+    max_sequences: int
+    """Requests answered at the same time (the setting `limits.rows`, or fewer where memory allows fewer)."""
 
     def submit(self, request: Request) -> AsyncIterator[Token]:
         """Queue `request` and return its tokens as they come; closing the iterator cancels it.
@@ -142,15 +147,14 @@ class Engine(Protocol):
         ...
 
     def add_adapter(self, name: str, folder: Path, *, strength: float = 1.0) -> None:
-        """Read a checked adapter folder into memory and answer to `name` from then on.
+        """Read a checked adapter folder into memory; requests may name `name` from then on.
 
-        The one method that blocks, with `remove_adapter`: call it from a thread of its own. ConfigError
-        when it does not fit this model.
+        Raises ConfigError when it does not fit this model or the name is in use.
         """
         ...
 
     def remove_adapter(self, name: str) -> None:
-        """Take no more requests for `name`, wait for those in flight, and forget it."""
+        """Take no more requests for `name`, wait for those in flight, and remove it from memory."""
         ...
 
     def stats(self) -> Stats:
@@ -159,4 +163,8 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop the engine; requests in flight end with `finish_reason` "cancelled"."""
+        ...
+
+    def abort(self) -> None:
+        """Give up, as a process that the engine needs has ended; requests in flight get UnavailableError."""
         ...

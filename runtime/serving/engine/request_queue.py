@@ -1,4 +1,4 @@
-"""Where requests meet an engine's thread: the bounded queue, who is running, which adapter is in use.
+"""Where requests meet an engine's thread: the bounded queue, what runs, which adapters are in use.
 
 Everything here may be called from any thread. Does not know models or how tokens are made. Start at
 `RequestQueue.submit` (the event loop's side) and `RequestQueue.take` (the engine thread's side).
@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import replace
 
-from runtime.errors import OverloadedError, UnavailableError, UnknownModelError
+from runtime.serving.engine import failures
 from runtime.serving.engine.protocol import FinishReason, Request, Start, Token
 
 
@@ -23,31 +23,31 @@ class RequestHandle:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.cancelled = False
-        """Set from any thread; the engine looks at it before each step."""
-        self.start: Start | None = None
-        """Set with the row, posted with the first token."""
+        """Set from any thread; the engine checks it before each step."""
+        self._start: Start | None = None
+        """Set by `start`, posted with the first token."""
         self._submitted_s = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._outbox: asyncio.Queue[Token | Exception] = asyncio.Queue()
 
-    def begin(self) -> None:
-        """Note that the request has a row."""
-        self.start = Start(queued_s=time.monotonic() - self._submitted_s, cached_tokens=0)
+    def start(self) -> None:
+        """Note that the engine has begun to work on the request."""
+        self._start = Start(queued_s=time.monotonic() - self._submitted_s, cached_tokens=0)
 
-    def found(self, cached_tokens: int) -> None:
-        """Note how much of the prompt was in the cache."""
-        if self.start is not None:
-            self.start = replace(self.start, cached_tokens=cached_tokens)
+    def note_cached(self, tokens: int) -> None:
+        """Note how many tokens of the prompt were in the cache; before the first token is posted."""
+        if self._start is not None:
+            self._start = replace(self._start, cached_tokens=tokens)
 
     def post(self, item: Token | Exception) -> None:
         """Hand a token, the end or a failure to the reader; from any thread."""
-        if isinstance(item, Token) and self.start is not None:
-            item, self.start = replace(item, start=self.start), None
+        if isinstance(item, Token) and self._start is not None:
+            item, self._start = replace(item, start=self._start), None
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
             self._loop.call_soon_threadsafe(self._outbox.put_nowait, item)
 
-    async def read(self, on_leave: Callable[[], None]) -> AsyncIterator[Token]:
-        """Yield tokens until the end; raise what was posted as a failure. `on_leave` runs however it ends."""
+    async def read(self, on_exit: Callable[[], None]) -> AsyncIterator[Token]:
+        """Yield tokens until the end; raise what was posted as a failure. `on_exit` runs however it ends."""
         try:
             while True:
                 item = await self._outbox.get()
@@ -57,7 +57,7 @@ class RequestHandle:
                 if item.id is None:
                     return
         finally:
-            on_leave()
+            on_exit()
 
 
 LAST_STEP_S = 10.0
@@ -65,18 +65,21 @@ LAST_STEP_S = 10.0
 
 
 class RequestQueue:
-    """Takes requests in order of arrival; at most `queue` wait while `rows` are being answered."""
+    """Takes requests in order of arrival; at most `max_waiting` wait while `max_running` are answered."""
 
-    def __init__(self, *, rows: int, queue: int, adapters: Callable[[], tuple[str, ...]]) -> None:
-        self._rows = rows
-        self._queue = queue
+    def __init__(
+        self, *, max_running: int, max_waiting: int, adapters: Callable[[], tuple[str, ...]]
+    ) -> None:
+        """`adapters` returns those that the engine holds; it may be called from any thread."""
+        self._max_running = max_running
+        self._max_waiting = max_waiting
         self._adapters = adapters
         self._waiting: deque[RequestHandle] = deque()
         self._running: list[RequestHandle] = []
         self._in_flight: Counter[str | None] = Counter()
-        self._leaving: set[str] = set()
-        self._errands: deque[tuple[Callable[[], None], Future[None]]] = deque()
-        self._progress = time.monotonic()
+        self._draining: set[str] = set()
+        self._calls: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._progress_s = time.monotonic()
         self._open = True
         self._changed = threading.Condition()
 
@@ -84,122 +87,122 @@ class RequestQueue:
         """Queue `request` and return its answer; see `Engine.submit` for what is refused."""
         with self._changed:
             if not self._open:
-                raise UnavailableError("the engine has stopped")
+                raise failures.stopped()
             if request.adapter is not None and request.adapter not in self.adapters():
-                raise UnknownModelError(f"adapter '{request.adapter}' is not resident")
-            if len(self._waiting) >= self._queue + self._rows - len(self._running):
-                raise OverloadedError(f"{self._queue} requests are waiting already; try again shortly")
-            ticket = RequestHandle(request)
+                raise failures.not_resident(request.adapter)
+            if len(self._waiting) >= self._max_waiting + self._max_running - len(self._running):
+                raise failures.queue_full(self._max_waiting)
+            handle = RequestHandle(request)
             self._in_flight[request.adapter] += 1
-            self._waiting.append(ticket)
+            self._waiting.append(handle)
             self._changed.notify_all()
-        return ticket.read(on_leave=lambda: self._drop(ticket))
+        return handle.read(on_exit=lambda: self._drop(handle))
 
     def take(self, *, wait: bool) -> list[RequestHandle]:
-        """Run errands, then return the requests that may start now; with `wait`, not before there is one.
+        """Run calls, then return the requests that may start now; with `wait`, not before there is one.
 
-        Empty also when only an errand was to do, or the desk was closed.
+        Empty also when there were only calls to run, or the queue was closed.
         """
         with self._changed:
             if wait:
-                self._changed.wait_for(self._due)
-                self._progress = time.monotonic()
-        self.run_errands()
+                self._changed.wait_for(self._has_work)
+                self._progress_s = time.monotonic()
+        self.run_calls()
         with self._changed:
             started = []
-            while self._open and self._waiting and len(self._running) < self._rows:
+            while self._open and self._waiting and len(self._running) < self._max_running:
                 started.append(self._waiting.popleft())
-                started[-1].begin()
+                started[-1].start()
                 self._running.append(started[-1])
             return started
 
-    def _due(self) -> bool:
-        """Whether there is something to do: an errand, or a request for which there is a row."""
-        free = len(self._running) < self._rows
-        return bool(self._errands) or (bool(self._waiting) and free) or not self._open
+    def _has_work(self) -> bool:
+        """Whether there is something to do: a call, a request that may start, or the end."""
+        can_start = len(self._running) < self._max_running
+        return bool(self._calls) or (bool(self._waiting) and can_start) or not self._open
 
-    def errand(self, work: Callable[[], None]) -> None:
-        """Have the engine's thread do `work` between two steps, and wait; raises what `work` raises.
+    def call(self, work: Callable[[], None]) -> None:
+        """Run `work` on the engine's thread between two steps, and wait; raises what `work` raises.
 
         Not in the caller's thread, because each thread that runs torch's parallel operators on a CPU keeps
-        a pool of its own, and with more pools than cores OpenMP stops spinning: every step, for ever
-        after, then takes twice as long (tests/bench/RESULTS.md).
+        a pool of its own, and with more pools than cores OpenMP stops spinning: every step from then on
+        takes twice as long (tests/bench/RESULTS.md).
         """
         done: Future[None] = Future()
         with self._changed:
             if not self._open:
-                raise UnavailableError("the engine has stopped")
-            self._errands.append((work, done))
+                raise failures.stopped()
+            self._calls.append((work, done))
             self._changed.notify_all()
         done.result()
 
-    def run_errands(self) -> None:
-        """Do what was sent for, in the engine's thread."""
+    def run_calls(self) -> None:
+        """Run what `call` has queued; on the engine's thread."""
         while True:
             with self._changed:
-                if not self._errands:
+                if not self._calls:
                     return
-                work, done = self._errands.popleft()
+                work, done = self._calls.popleft()
             try:
                 done.set_result(work())
-            except Exception as error:  # belongs to whoever sent the errand
+            except Exception as error:  # raised by `call`, in the caller's thread
                 done.set_exception(error)
 
-    def finish(self, ticket: RequestHandle, end: FinishReason | Exception) -> None:
-        """Give a running request its end or failure, and its row to the next."""
+    def finish(self, handle: RequestHandle, end: FinishReason | Exception) -> None:
+        """Give a running request its end or failure, and its place to the next."""
         with self._changed:
-            if ticket in self._running:
-                self._running.remove(ticket)
-                self._retire(ticket, end)
+            if handle in self._running:
+                self._running.remove(handle)
+                self._end(handle, end)
 
-    def progress(self) -> None:
+    def note_progress(self) -> None:
         """Note that a step was made."""
-        self._progress = time.monotonic()
+        self._progress_s = time.monotonic()
 
     def cancel(self, request_id: str) -> None:
         """Stop the request of that id, waiting or running."""
         with self._changed:
-            for ticket in (*self._waiting, *self._running):
-                if ticket.request.id == request_id:
-                    self._drop(ticket)
+            for handle in (*self._waiting, *self._running):
+                if handle.request.id == request_id:
+                    self._drop(handle)
 
     def adapters(self) -> tuple[str, ...]:
         """Return the adapters that new requests may name."""
-        return tuple(name for name in self._adapters() if name not in self._leaving)
+        return tuple(name for name in self._adapters() if name not in self._draining)
 
-    def let_go(self, name: str) -> None:
+    def drain_adapter(self, name: str) -> None:
         """Refuse new requests for adapter `name` and wait until none is in flight."""
         with self._changed:
             if name not in self.adapters():
-                raise UnknownModelError(f"adapter '{name}' is not resident")
-            self._leaving.add(name)
+                raise failures.not_resident(name)
+            self._draining.add(name)
             self._changed.wait_for(lambda: not self._in_flight[name] or not self._open)
 
-    def forgotten(self, name: str) -> None:
-        """Note that the adapter let go is out of memory; its name may be used again."""
-        self._leaving.discard(name)
+    def adapter_removed(self, name: str) -> None:
+        """Note that a drained adapter is out of memory; its name may be used again."""
+        self._draining.discard(name)
 
     def close(self, end: FinishReason | Exception) -> None:
-        """Refuse what comes; what waits ends now, what runs is marked for the thread's next step."""
+        """Refuse new requests; waiting ones end now, running ones are marked for the thread's next step."""
         with self._changed:
             self._open = False
             while self._waiting:
-                self._retire(self._waiting.popleft(), end)
-            for ticket in self._running:
-                ticket.cancelled = True
-            while self._errands:
-                self._errands.popleft()[1].set_exception(UnavailableError("the engine has stopped"))
+                self._end(self._waiting.popleft(), end)
+            for handle in self._running:
+                handle.cancelled = True
+            while self._calls:
+                self._calls.popleft()[1].set_exception(failures.stopped())
             self._changed.notify_all()
 
-    def abandon(self, end: Exception) -> None:
-        """The thread is dying: close, and give everything that runs the same failure."""
-        self.close(end)
-        for ticket in tuple(self._running):
-            self.finish(ticket, end)
+    def abort(self, failure: Exception) -> None:
+        """Close because the engine cannot go on, and end everything that runs with the same failure."""
+        self.close(failure)
+        for handle in tuple(self._running):
+            self.finish(handle, failure)
 
     @property
     def is_open(self) -> bool:
-        """False once closed or abandoned."""
+        """False once closed or aborted."""
         return self._open
 
     @property
@@ -209,24 +212,24 @@ class RequestQueue:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a row."""
+        """Requests that the engine has not begun."""
         return len(self._waiting)
 
     @property
     def last_progress_s(self) -> float:
         """time.monotonic() of the last step, or now when there is nothing to do."""
         idle = not self._running and not self._waiting
-        return time.monotonic() if idle else self._progress
+        return time.monotonic() if idle else self._progress_s
 
-    def _drop(self, ticket: RequestHandle) -> None:
-        """The reader wants no more: a waiting request ends here, a running one at the next step."""
+    def _drop(self, handle: RequestHandle) -> None:
+        """Cancel a request: a waiting one ends here, a running one at the next step."""
         with self._changed:
-            ticket.cancelled = True
-            if ticket in self._waiting:
-                self._waiting.remove(ticket)
-                self._retire(ticket, "cancelled")
+            handle.cancelled = True
+            if handle in self._waiting:
+                self._waiting.remove(handle)
+                self._end(handle, "cancelled")
 
-    def _retire(self, ticket: RequestHandle, end: FinishReason | Exception) -> None:
-        self._in_flight[ticket.request.adapter] -= 1
-        ticket.post(Token(None, end) if isinstance(end, str) else end)
+    def _end(self, handle: RequestHandle, end: FinishReason | Exception) -> None:
+        self._in_flight[handle.request.adapter] -= 1
+        handle.post(Token(None, end) if isinstance(end, str) else end)
         self._changed.notify_all()

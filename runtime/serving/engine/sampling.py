@@ -1,8 +1,8 @@
-"""How the next token is chosen from the logits of one row; pure but for the row's own random generator.
+"""How the next token is chosen from one sequence's logits; pure but for the sequence's random generator.
 
 The order is that of transformers' generate: penalties and bias, then temperature, then truncation. `V` is
-the vocabulary. Does not know models or rows of a batch: a row's choice depends on its own past alone, so
-it is the same alone and among others. Start at `Sampler.choose`.
+the vocabulary. Does not know models or batches: a choice depends on the past of its sequence alone, so it is
+the same alone and among others. Start at `Sampler.choose`.
 """
 
 import torch
@@ -15,7 +15,7 @@ SHORTLIST = 256
 
 
 class Sampler:
-    """The past of one request: what was seen, what was generated, and its random numbers."""
+    """The sampling state of one request: its prompt, what was generated, and its random generator."""
 
     def __init__(self, sampling: Sampling, prompt_ids: tuple[int, ...]) -> None:
         self.sampling = sampling
@@ -30,7 +30,7 @@ class Sampler:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the next token is the likeliest one and nothing else is asked for."""
+        """Whether the next token is the likeliest one, with no penalty, constraint or log probabilities."""
         s = self.sampling
         if s.grammar is not None:
             return False
@@ -39,12 +39,12 @@ class Sampler:
         return s.temperature == 0 and s.top_logprobs is None and not penalties and not early
 
     def accept(self, token: int) -> Token:
-        """Remember a token that was chosen elsewhere, the likeliest one of an `is_greedy` row."""
+        """Append a token that was chosen elsewhere, the likeliest one of an `is_greedy` sequence."""
         self.generated.append(token)
         return Token(token)
 
     def choose(self, logits: Tensor) -> Token:
-        """Return the next token for `logits` (V,) float32 on the CPU, and remember it."""
+        """Return the next token for `logits` (V,) float32 on the CPU, and append it."""
         sampling = self.sampling
         scores = self._adjusted(logits)
         if sampling.temperature == 0:
@@ -59,14 +59,14 @@ class Sampler:
         return _with_logprobs(chosen, logits, sampling.top_logprobs)
 
     def _draw(self, scores: Tensor) -> int:
-        """Return a token of `scores` (V,) by its probability among those that are kept."""
+        """Draw a token of `scores` (V,) by its probability among those that are kept."""
         short = shortlist(scores, self.sampling)
         ids, kept = short if short is not None else (None, truncate(scores, self.sampling))
         reached = kept.softmax(-1).cumsum(-1, dtype=torch.float64)
         point = torch.rand(1, generator=self._random, dtype=torch.float64) * reached[-1]
-        # right: a token of no probability reaches no further than the one before, and is passed over
-        place = min(int(torch.searchsorted(reached, point, right=True)), len(kept) - 1)
-        return place if ids is None else int(ids[place])
+        # right: a token of probability 0 reaches no further than the one before, and is never drawn
+        index = min(int(torch.searchsorted(reached, point, right=True)), len(kept) - 1)
+        return index if ids is None else int(ids[index])
 
     def _adjusted(self, logits: Tensor) -> Tensor:
         """Return a copy of `logits` (V,) with penalties and bias; the same tensor when there are none."""
@@ -90,11 +90,11 @@ class Sampler:
 
 
 def forbid(scores: Tensor, allowed: bytes) -> Tensor:
-    """Return `scores` (V,) with minus infinity where `allowed`, one byte a token, is 0 or has ended."""
-    may = torch.zeros(scores.shape[0], dtype=torch.bool)
+    """Return `scores` (V,) with minus infinity where `allowed`, one byte per token id, is 0 or has ended."""
+    keep = torch.zeros(scores.shape[0], dtype=torch.bool)
     known = torch.frombuffer(bytearray(allowed), dtype=torch.uint8)[: scores.shape[0]]
-    may[: known.shape[0]] = known != 0
-    return scores.masked_fill(~may, -torch.inf)
+    keep[: known.shape[0]] = known != 0
+    return scores.masked_fill(~keep, -torch.inf)
 
 
 def penalise_repetition(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -105,7 +105,7 @@ def penalise_repetition(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def truncate(scores: Tensor, sampling: Sampling) -> Tensor:
-    """Return `scores` (V,) with what top_k, top_p and min_p drop at minus infinity; the likeliest stays."""
+    """Return `scores` (V,) with minus infinity where top_k, top_p or min_p drop; the likeliest stays."""
     if 0 < sampling.top_k < scores.shape[0]:
         lowest = scores.topk(sampling.top_k).values[-1]
         scores = scores.masked_fill(scores < lowest, -torch.inf)
@@ -122,26 +122,26 @@ def truncate(scores: Tensor, sampling: Sampling) -> Tensor:
 
 
 def shortlist(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor] | None:
-    """Return ids and scores (C,) that `truncate` keeps, likeliest first; None if SHORTLIST may not do."""
+    """Return ids and scores (C,) that `truncate` keeps, likeliest first; None if SHORTLIST may be too few."""
     values, ids = scores.topk(min(SHORTLIST, scores.shape[0]))
-    whole = len(values) == len(scores)
+    complete = len(values) == len(scores)
     total = scores.logsumexp(-1)
     if 0 < sampling.top_k < scores.shape[0]:
-        if not whole and (sampling.top_k > len(values) or values[sampling.top_k - 1] == values[-1]):
+        if not complete and (sampling.top_k > len(values) or values[sampling.top_k - 1] == values[-1]):
             return None
         values = values[values >= values[sampling.top_k - 1]]
-        whole, total = True, values.logsumexp(-1)
+        complete, total = True, values.logsumexp(-1)
     if sampling.top_p < 1.0:
         shares = (values - total).exp()
         inside = shares.cumsum(-1) - shares < sampling.top_p
         inside[0] = True
-        whole = whole or not bool(inside[-1])
+        complete = complete or not bool(inside[-1])
         values = values[inside]
     if sampling.min_p > 0.0:
         inside = (values - values[0]).exp() >= sampling.min_p
-        whole = whole or not bool(inside[-1])
+        complete = complete or not bool(inside[-1])
         values = values[inside]
-    return (ids[: len(values)], values) if whole else None
+    return (ids[: len(values)], values) if complete else None
 
 
 def _with_logprobs(chosen: int, logits: Tensor, alternatives: int) -> Token:

@@ -1,9 +1,8 @@
-"""Decides which rows take part in a step: every row that decodes, then chunks of prompts under a budget.
+"""Decides what one step runs: every decoding sequence, then chunks of prompts within a token budget.
 
-Where one row decodes alone, its next tokens are guessed ahead (guess.py).
-
-A row is a request in a slot of the key-value cache. Pure Python over numbers: does not know tensors,
-threads or why an answer ends. Start at `Scheduler.plan`.
+A sequence is one request in a slot of the key-value cache. A sequence that decodes alone runs draft tokens
+with its newest one (prompt_lookup.py). Pure Python over numbers: does not know tensors, threads or why an
+answer ends. Start at `Scheduler.plan`.
 """
 
 from collections import deque
@@ -11,12 +10,12 @@ from dataclasses import dataclass, field
 
 from runtime.serving.engine.prompt_lookup import PromptLookup
 
-LEAST_SHARED = 8
-"""Shared beginnings below this many tokens are not worth copying."""
-WORTH_WAITING = 64
-"""Tokens that the step under way computes for another row: from this many on, a prompt waits for them."""
-GUESSING_ROWS = 1
-"""Up to this many rows decode with guesses: on a CPU two gain 3 % and four lose 5 % (RESULTS.md)."""
+MIN_PREFIX_TOKENS = 8
+"""Common prefixes below this many tokens are not worth copying."""
+DEFER_TOKENS = 64
+"""A prompt waits for a step that computes this many further tokens of its prefix for another sequence."""
+MAX_DRAFTING_SEQUENCES = 1
+"""Up to this many sequences decode with drafts: on a CPU two gain 3 % and four lose 5 % (RESULTS.md)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -24,20 +23,20 @@ class Sequence:
     """One request in its slot."""
 
     adapter: int | None
-    """Version of the adapter, unique for ever: equal tokens have equal keys and values only under one."""
+    """Version of the adapter, never used twice: equal tokens have equal keys and values only under one."""
     slot: int
     ids: list[int]
     """Prompt and what was generated so far."""
     prompt_tokens: int
-    guess_until: int = 0
-    """Length of `ids` beyond which nothing is guessed."""
+    draft_until: int = 0
+    """No drafts once `ids` has this length."""
     filled: int = 0
     """How many of `ids` have their keys and values in the slot."""
     reused: int = 0
-    """How many of these were found in the cache, not computed."""
+    """How many of these were in the cache before and were not computed."""
     long: bool = False
-    """Whether its positions are turned by the factors for long contexts, which make other keys."""
-    guesser: PromptLookup = field(default_factory=PromptLookup)
+    """Whether its positions are rotated by the factors for long contexts, which give other keys."""
+    lookup: PromptLookup = field(default_factory=PromptLookup)
 
     @property
     def decodes(self) -> bool:
@@ -47,209 +46,220 @@ class Sequence:
 
 @dataclass(slots=True)
 class Slot:
-    """What a slot of the cache holds, also after its row is gone."""
+    """What a slot of the cache holds, also after its sequence has ended."""
 
     ids: list[int] = field(default_factory=list)
     adapter: int | None = None
     long: bool = False
-    row: Sequence | None = None
+    sequence: Sequence | None = None
     used: int = 0
-    """Clock of the last retirement, to reuse the slot that was idle longest."""
+    """Clock of the last release, to reuse the slot that was idle longest."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptChunk:
-    """`count` prompt tokens of `row`, from position `start` on."""
+    """`count` prompt tokens of `sequence`, from position `start` on."""
 
-    row: Sequence
+    sequence: Sequence
     start: int
     count: int
 
     @property
     def completes(self) -> bool:
-        """Whether the row's next token can be chosen after this chunk."""
-        return self.start + self.count == len(self.row.ids)
+        """Whether the sequence's next token can be chosen after this chunk."""
+        return self.start + self.count == len(self.sequence.ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """The newest token of `row`, and guesses of those after it: one more can be chosen than are right."""
+    """The newest token of `sequence` and draft `tokens` after it: one more can be chosen than is accepted."""
 
-    row: Sequence
-    guesses: tuple[int, ...]
+    sequence: Sequence
+    tokens: tuple[int, ...]
 
     @property
     def count(self) -> int:
         """Tokens to run."""
-        return 1 + len(self.guesses)
+        return 1 + len(self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixCopy:
-    """Take the first `count` positions of slot `source` over into the slot of `row` before the step."""
+    """Copy the first `count` positions of slot `source` into the slot of `sequence` before the step."""
 
     source: int
-    row: Sequence
+    sequence: Sequence
     count: int
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: copies first; rows with one token each in slot order, rows with guesses, prompt chunks."""
+    """One step: copies first; one token of each decoding sequence in slot order, drafts, prompt chunks."""
 
     decode: tuple[Sequence, ...]
     chunks: tuple[PromptChunk, ...]
     copies: tuple[PrefixCopy, ...] = ()
-    ahead: tuple[Draft, ...] = ()
+    drafts: tuple[Draft, ...] = ()
 
 
 class Scheduler:
-    """Keeps the rows; every row that waits for its prompt gets a chunk in turn, so none starves."""
+    """Keeps the sequences; those with a prompt to run get chunks in turn, so none starves."""
 
     def __init__(
-        self, rows: int, *, chunk_tokens: int, alone_tokens: int | None = None, guess_tokens: int = 0
+        self,
+        max_sequences: int,
+        *,
+        chunk_tokens: int,
+        prefill_only_tokens: int | None = None,
+        draft_tokens: int = 0,
     ) -> None:
-        """`chunk_tokens` prompt tokens per step beside decoding rows, `alone_tokens` when none decodes.
+        """`chunk_tokens` prompt tokens per step beside decoding ones, `prefill_only_tokens` without any.
 
-        At most `guess_tokens` are guessed for a row in a step.
+        At most `draft_tokens` are drafted for a sequence in a step.
         """
-        self.slots = [Slot() for _ in range(rows)]
+        self.slots = [Slot() for _ in range(max_sequences)]
         self._chunk_tokens = chunk_tokens
-        self._alone_tokens = alone_tokens or chunk_tokens
-        self._guess_tokens = guess_tokens
+        self._prefill_only_tokens = prefill_only_tokens or chunk_tokens
+        self._draft_tokens = draft_tokens
         self._prompts: deque[Sequence] = deque()
         self._clock = 0
 
     @property
-    def rows(self) -> list[Sequence]:
-        """The rows in flight, by slot."""
-        return [slot.row for slot in self.slots if slot.row is not None]
+    def sequences(self) -> list[Sequence]:
+        """The sequences in flight, by slot."""
+        return [slot.sequence for slot in self.slots if slot.sequence is not None]
 
     @property
     def used_tokens(self) -> int:
-        """Positions of the cache that belong to rows in flight."""
-        return sum(row.filled for row in self.rows)
+        """Positions of the cache that belong to sequences in flight."""
+        return sum(sequence.filled for sequence in self.sequences)
 
     def admit(
-        self, prompt_ids: tuple[int, ...], *, adapter: int | None, guess_until: int = 0, long: bool = False
+        self, prompt_ids: tuple[int, ...], *, adapter: int | None, draft_until: int = 0, long: bool = False
     ) -> Sequence:
-        """Give a free slot to a request: one that the prompt continues, else the stalest.
+        """Give a free slot to a request: one that the prompt continues, else the one idle longest.
 
-        What a slot holds is lost with it. So a slot is continued when the prompt shares at least half of
-        it; a shorter equal beginning is copied out of it (`plan`), and the slot kept for its own.
+        The slot's former contents are lost. So a slot is continued when the prompt shares at least half of
+        it; a shorter common prefix is copied out of it (`plan`), and the slot kept for a prompt of its own.
         """
         ids = list(prompt_ids)
-        free = [index for index, slot in enumerate(self.slots) if slot.row is None]
-        row = Sequence(adapter, -1, ids, len(ids), guess_until, long=long)
-        shared = {index: self._shared(index, row) for index in free}
+        free = [index for index, slot in enumerate(self.slots) if slot.sequence is None]
+        sequence = Sequence(adapter, -1, ids, len(ids), draft_until, long=long)
+        shared = {index: self._shared(index, sequence) for index in free}
         best = max(free, key=lambda index: shared[index])
-        if shared[best] < max(LEAST_SHARED, len(self.slots[best].ids) / 2):
-            # low slots first: rows stay close together
+        if shared[best] < max(MIN_PREFIX_TOKENS, len(self.slots[best].ids) / 2):
+            # low slots first: sequences stay close together
             best = min(free, key=lambda index: (bool(self.slots[index].ids), self.slots[index].used, index))
-        kept = shared[best] if shared[best] >= LEAST_SHARED else 0
-        row.slot, row.filled, row.reused = best, kept, kept
+        kept = shared[best] if shared[best] >= MIN_PREFIX_TOKENS else 0
+        sequence.slot, sequence.filled, sequence.reused = best, kept, kept
         slot = self.slots[best]
-        slot.row, slot.adapter, slot.long, slot.ids = row, adapter, long, ids
-        self._prompts.append(row)
-        return row
+        slot.sequence, slot.adapter, slot.long, slot.ids = sequence, adapter, long, ids
+        self._prompts.append(sequence)
+        return sequence
 
     def plan(self) -> StepPlan:
-        """Return what the next step runs; empty when there is no row. Changes nothing: `ran` does.
+        """Return what the next step runs; empty when there is no sequence. Changes nothing: `commit` does.
 
-        A prompt whose beginning is being computed for another row in the same step waits, and copies it
+        A prompt whose prefix is being computed for another sequence in the same step waits, and copies it
         in the next: many requests with one long system prompt cost one pass over it.
         """
-        decode = tuple(row for row in self.rows if row.decodes)
-        if self._guess_tokens and not self._prompts and len(decode) <= GUESSING_ROWS:
-            ahead = tuple(guess for row in decode if (guess := self._guess(row)) is not None)
-            guessed = [guess.row for guess in ahead]
-            return StepPlan(tuple(row for row in decode if row not in guessed), (), (), ahead)
-        budget = self._chunk_tokens if decode else self._alone_tokens
+        decode = tuple(sequence for sequence in self.sequences if sequence.decodes)
+        if self._draft_tokens and not self._prompts and len(decode) <= MAX_DRAFTING_SEQUENCES:
+            drafts = tuple(draft for sequence in decode if (draft := self._draft(sequence)) is not None)
+            drafted = [draft.sequence for draft in drafts]
+            return StepPlan(tuple(each for each in decode if each not in drafted), (), (), drafts)
+        budget = self._chunk_tokens if decode else self._prefill_only_tokens
         chunks: list[PromptChunk] = []
         copies: list[PrefixCopy] = []
-        for row in self._prompts:
+        for sequence in self._prompts:
             if budget <= 0:
                 break
-            copy = self._best_copy(row)
-            start = row.filled if copy is None else copy.count
-            if _computed(chunks, row) >= start + WORTH_WAITING:
+            copy = self._best_copy(sequence)
+            start = sequence.filled if copy is None else copy.count
+            if _prefix_after(chunks, sequence) >= start + DEFER_TOKENS:
                 continue
             if copy is not None:
                 copies.append(copy)
-            chunks.append(PromptChunk(row, start, min(budget, len(row.ids) - start)))
+            chunks.append(PromptChunk(sequence, start, min(budget, len(sequence.ids) - start)))
             budget -= chunks[-1].count
         return StepPlan(decode, tuple(chunks), tuple(copies))
 
-    def ran(self, plan: StepPlan) -> None:
-        """Note that the step is done: its tokens are in the cache.
+    def commit(self, plan: StepPlan) -> None:
+        """Note that the step of `plan` has run: its tokens are in the cache.
 
-        Prompts take turns: a row that got a chunk and is not done goes to the end of the line, so a short
-        prompt behind a long one waits for one chunk, not for the whole prompt.
+        Prompts take turns: a sequence that got a chunk and has more of its prompt left goes to the end of
+        the queue, so a short prompt behind a long one waits for one chunk, not for the whole prompt.
         """
-        for row in plan.decode:
-            row.filled += 1
-        for guess in plan.ahead:  # a guess that is right is noted where it is accepted
-            guess.row.filled += 1
+        for sequence in plan.decode:
+            sequence.filled += 1
+        for draft in plan.drafts:  # accepted draft tokens are counted where they are accepted
+            draft.sequence.filled += 1
         for copy in plan.copies:
-            copy.row.reused = copy.count
+            copy.sequence.reused = copy.count
         for chunk in plan.chunks:
-            chunk.row.filled = chunk.start + chunk.count
-            self._prompts.remove(chunk.row)
+            chunk.sequence.filled = chunk.start + chunk.count
+            self._prompts.remove(chunk.sequence)
             if not chunk.completes:
-                self._prompts.append(chunk.row)
+                self._prompts.append(chunk.sequence)
 
-    def retire(self, row: Sequence) -> None:
-        """Free the row's slot; its contents stay for a prompt that begins alike."""
-        slot = self.slots[row.slot]
+    def release(self, sequence: Sequence) -> None:
+        """Free the slot of `sequence`; its contents stay for a prompt with the same prefix."""
+        slot = self.slots[sequence.slot]
         self._clock += 1
-        slot.row, slot.used = None, self._clock
-        slot.ids = row.ids[: row.filled]
-        if row in self._prompts:
-            self._prompts.remove(row)
+        slot.sequence, slot.used = None, self._clock
+        slot.ids = sequence.ids[: sequence.filled]
+        if sequence in self._prompts:
+            self._prompts.remove(sequence)
 
-    def forget(self, adapter: int | None = None, *, everything: bool = False) -> None:
-        """Let no later row reuse what was computed under `adapter`, or anything at all."""
+    def invalidate(self, adapter: int | None = None, *, everything: bool = False) -> None:
+        """Let no later sequence reuse what was computed under `adapter`, or anything at all."""
         for slot in self.slots:
-            if slot.row is None and (everything or slot.adapter == adapter):
+            if slot.sequence is None and (everything or slot.adapter == adapter):
                 slot.ids, slot.adapter = [], None
 
-    def _guess(self, row: Sequence) -> Draft | None:
+    def _draft(self, sequence: Sequence) -> Draft | None:
         # the last token is chosen and never run
-        most = min(self._guess_tokens, row.guess_until - len(row.ids) - 1)
-        guesses = row.guesser.guess(row.ids, most=most)
-        return Draft(row, guesses) if guesses else None
+        most = min(self._draft_tokens, sequence.draft_until - len(sequence.ids) - 1)
+        tokens = sequence.lookup.draft(sequence.ids, most=most)
+        return Draft(sequence, tokens) if tokens else None
 
-    def _best_copy(self, row: Sequence) -> PrefixCopy | None:
-        """Return the copy that saves this row most, if another slot holds enough more of its prompt."""
-        shared = {index: self._shared(index, row) for index in range(len(self.slots)) if index != row.slot}
+    def _best_copy(self, sequence: Sequence) -> PrefixCopy | None:
+        """Return the copy that saves this sequence most, if another slot holds enough more of its prompt."""
+        others = (index for index in range(len(self.slots)) if index != sequence.slot)
+        shared = {index: self._shared(index, sequence) for index in others}
         best = max(shared, key=lambda index: shared[index], default=None)
-        if best is None or shared[best] < row.filled + LEAST_SHARED:
+        if best is None or shared[best] < sequence.filled + MIN_PREFIX_TOKENS:
             return None
-        return PrefixCopy(best, row, shared[best])
+        return PrefixCopy(best, sequence, shared[best])
 
-    def _shared(self, index: int, row: Sequence) -> int:
-        """Return how many tokens at the beginning of `row` slot `index` holds; never all of them."""
+    def _shared(self, index: int, sequence: Sequence) -> int:
+        """Return how many tokens of the prefix of `sequence` slot `index` holds; never all of them."""
         slot = self.slots[index]
-        if (slot.adapter, slot.long) != (row.adapter, row.long):
+        if (slot.adapter, slot.long) != (sequence.adapter, sequence.long):
             return 0
-        held = len(slot.ids) if slot.row is None else slot.row.filled
-        return _equal(slot.ids, row.ids, most=min(held, len(row.ids) - 1))
+        held = len(slot.ids) if slot.sequence is None else slot.sequence.filled
+        return _common_prefix(slot.ids, sequence.ids, most=min(held, len(sequence.ids) - 1))
 
 
-def _computed(chunks: list[PromptChunk], row: Sequence) -> int:
-    """Return how much of the beginning of `row` the slots of `chunks` will hold after their step."""
+def _prefix_after(chunks: list[PromptChunk], sequence: Sequence) -> int:
+    """Return how much of the prefix of `sequence` the slots of `chunks` will hold after their step."""
     return max(
         (
-            _equal(chunk.row.ids, row.ids, most=min(chunk.start + chunk.count, len(row.ids) - 1))
+            _common_prefix(
+                chunk.sequence.ids,
+                sequence.ids,
+                most=min(chunk.start + chunk.count, len(sequence.ids) - 1),
+            )
             for chunk in chunks
-            if (chunk.row.adapter, chunk.row.long) == (row.adapter, row.long)
+            if (chunk.sequence.adapter, chunk.sequence.long) == (sequence.adapter, sequence.long)
         ),
         default=0,
     )
 
 
-def _equal(one: list[int], other: list[int], *, most: int) -> int:
-    """Return the length of the common beginning, up to `most`."""
+def _common_prefix(one: list[int], other: list[int], *, most: int) -> int:
+    """Return the length of the common prefix of two lists, up to `most`."""
     if one[:most] == other[:most]:
         return most
-    return next(place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
+    pairs = zip(one, other, strict=False)
+    return next(index for index, pair in enumerate(pairs) if pair[0] != pair[1])

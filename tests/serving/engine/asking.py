@@ -1,4 +1,4 @@
-"""Asking an engine: requests, answers as lists, and what transformers' own generate says."""
+"""Requests to engines, answers as lists, and what transformers' own generate returns."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,15 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from runtime.serving.engine.backends.simple import SimpleEngine
-from runtime.serving.engine.backends.vllm import VllmEngine
-from runtime.serving.engine.engine import BatchingEngine
-from runtime.serving.engine.protocol import Request, Sampling, Token
+from runtime.serving.engine.protocol import Engine, Request, Sampling, Token
 
-WRONG = 3
-"""What a wrong guess says, unless a test has another."""
-
-AnyEngine = SimpleEngine | BatchingEngine | VllmEngine
+WRONG_TOKEN = 3
+"""The token of a wrong draft, unless a test has another."""
 
 PROMPT = (5, 17, 230, 41, 9)
 
@@ -44,7 +39,7 @@ async def collect(tokens: AsyncIterator[Token]) -> tuple[list[int], str | None]:
     raise AssertionError("no end")
 
 
-def run(engine: AnyEngine, *requests: Request) -> list[tuple[list[int], str | None]]:
+def run(engine: Engine, *requests: Request) -> list[tuple[list[int], str | None]]:
     async def all_of_them() -> list[tuple[list[int], str | None]]:
         return await asyncio.gather(*(collect(engine.submit(request)) for request in requests))
 
@@ -63,19 +58,19 @@ def generate(
 
 
 class Oracle:
-    """Guesses from answers that are known, every fifth token wrong, and wrong ones where none is known."""
+    """Drafts from known answers with every fifth token wrong, and wrong tokens where no answer is known."""
 
     def __init__(self) -> None:
         self.known: list[tuple[int, ...]] = []
         """Prompts with their answers."""
-        self.wrong = WRONG
+        self.wrong = WRONG_TOKEN
 
-    def guess(self, ids: list[int], *, most: int) -> tuple[int, ...]:
-        """Stand in for `Guesser.guess`."""
+    def draft(self, ids: list[int], *, most: int) -> tuple[int, ...]:
+        """Stand in for `PromptLookup.draft`."""
         if most <= 0:
             return ()
-        for whole in self.known:
-            if whole[: len(ids)] == tuple(ids):
-                right = whole[len(ids) : len(ids) + most]
-                return tuple(self.wrong if (len(ids) + n) % 5 == 0 else id_ for n, id_ in enumerate(right))
+        for known in self.known:
+            if known[: len(ids)] == tuple(ids):
+                true = known[len(ids) : len(ids) + most]
+                return tuple(self.wrong if (len(ids) + n) % 5 == 0 else id_ for n, id_ in enumerate(true))
         return (self.wrong, self.wrong)[:most]

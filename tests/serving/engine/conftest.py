@@ -30,7 +30,7 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def vllm_server(tiny_llama_dir: Path) -> Iterator[VllmProcess]:
-    """A real vLLM, which takes minutes to start: RUNTIME_TEST_VLLM names its command."""
+    """A real vLLM, which takes minutes to start; RUNTIME_TEST_VLLM is the path of its command."""
     program = os.environ.get("RUNTIME_TEST_VLLM")
     if not program:
         pytest.skip("RUNTIME_TEST_VLLM=DIRECTORY/bin/vllm asks a real vLLM (it takes minutes to start)")
@@ -71,11 +71,11 @@ def adapter_dirs(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
-    """What all guesses are taken from."""
+    """What all drafts are taken from."""
     made = Oracle()
 
-    def guess(_: PromptLookup, ids: list[int], *, most: int) -> tuple[int, ...]:
-        return made.guess(ids, most=most)
+    def draft(_: PromptLookup, ids: list[int], *, most: int) -> tuple[int, ...]:
+        return made.draft(ids, most=most)
 
-    monkeypatch.setattr(PromptLookup, "guess", guess)
+    monkeypatch.setattr(PromptLookup, "draft", draft)
     return made

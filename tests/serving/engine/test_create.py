@@ -1,4 +1,4 @@
-"""Which engine a model gets, and how many rows of which length fit beside it."""
+"""Which engine a model gets, and how many sequences of which length fit beside it."""
 
 import logging
 from pathlib import Path
@@ -23,7 +23,7 @@ def config(**limits: Any) -> ServeConfig:
     return ServeConfig(model=ModelSource(name="tiny"), served_name="tiny", limits=Limits(**limits))
 
 
-def test_a_known_architecture_is_served_row_by_row(tiny_llama_dir: Path) -> None:
+def test_a_known_architecture_gets_the_batching_engine(tiny_llama_dir: Path) -> None:
     made = engine.create(config(rows=3, context_tokens=300), load(tiny_llama_dir))
     assert isinstance(made, BatchingEngine)
     assert made.context_tokens == 300
@@ -40,7 +40,7 @@ def test_a_known_architecture_is_served_row_by_row(tiny_llama_dir: Path) -> None
         ),
     ],
 )
-def test_an_unknown_architecture_is_served_one_at_a_time_and_it_is_said(
+def test_an_unknown_architecture_is_served_one_at_a_time_with_a_warning(
     kind: str, options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     model = AutoModelForCausalLM.from_config(
@@ -64,7 +64,7 @@ LONGROPE = {
 }  # fmt: skip
 
 
-def test_a_longrope_model_has_its_whole_context() -> None:
+def test_a_longrope_model_gets_its_full_context() -> None:
     phi = transformers.Phi3Config(**SHAPE, original_max_position_embeddings=128, rope_parameters=LONGROPE)
     made = engine.create(config(rows=2), AutoModelForCausalLM.from_config(phi).eval())
     assert isinstance(made, BatchingEngine)
@@ -72,14 +72,14 @@ def test_a_longrope_model_has_its_whole_context() -> None:
     made.close()
 
 
-def test_a_longrope_model_served_one_at_a_time_has_its_original_context(
+def test_a_longrope_model_served_one_at_a_time_gets_its_original_context(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runtime.serving.engine.patch.DRIVEN", frozenset())
     phi = transformers.Phi3Config(**SHAPE, original_max_position_embeddings=128, rope_parameters=LONGROPE)
     made = engine.create(config(), AutoModelForCausalLM.from_config(phi).eval())
     assert made.context_tokens == 128
-    assert "Serving 128 of 512 context tokens: longrope needs the row engine" in caplog.text
+    assert "Serving 128 of 512 context tokens: longrope needs the batching engine" in caplog.text
     made.close()
 
 
@@ -95,19 +95,19 @@ def test_a_rope_type_that_was_never_tested_is_refused_by_name() -> None:
     [
         ((32, 4096), 32 * 4096, (32, 4096)),
         ((32, 4096), 32 * 3000, (32, 3000)),  # context gives way first
-        ((32, 4096), 10 * 2048, (10, 2048)),  # then rows
+        ((32, 4096), 10 * 2048, (10, 2048)),  # then sequences
         ((32, 1024), 10 * 1024, (10, 1024)),  # a context asked for below the floor is kept
         ((32, 4096), 500, (1, 500)),  # then context again
     ],
 )
-def test_rows_and_context_fit_the_memory(
+def test_sequences_and_context_fit_the_memory(
     wanted: tuple[int, int], free_tokens: int, expected: tuple[int, int]
 ) -> None:
     free = int(free_tokens * 1000 / serving.CACHE_SHARE) + 1
     assert serving.rows_that_fit(wanted, token_bytes=1000, free_bytes=free) == expected
 
 
-def test_a_context_that_was_asked_for_outlasts_the_number_of_rows(
+def test_a_stated_context_is_kept_at_the_cost_of_sequences(
     tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token_bytes = 2 * 2 * 2 * 32 * 4  # keys and values, 2 layers, 2 heads of 32, float32
@@ -117,10 +117,10 @@ def test_a_context_that_was_asked_for_outlasts_the_number_of_rows(
     for asked, expected in [(512, (3, 512)), (None, (8, 224))]:
         made = engine.create(config(rows=8, context_tokens=asked), load(tiny_llama_dir))
         assert isinstance(made, BatchingEngine)
-        assert (made._rows, made.context_tokens) == expected
+        assert (made.max_sequences, made.context_tokens) == expected
         made.close()
 
 
-def test_no_room_for_a_single_row_is_a_capacity_error() -> None:
+def test_no_room_for_a_single_sequence_is_a_capacity_error() -> None:
     with pytest.raises(CapacityError, match="MiB are free beside the weights"):
         serving.rows_that_fit((1, 4096), token_bytes=1 << 20, free_bytes=10 << 20)

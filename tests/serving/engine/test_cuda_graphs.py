@@ -70,13 +70,15 @@ def test_recorded_steps_answer_as_generate_does_alone_and_among_others(
     prompts = some_prompts(3, 40, 1, 70, 17)
     expected = [generate(model, prompt, max_new_tokens=24) for prompt in prompts]
     oracle.known = [(*prompt, *answer) for prompt, answer in zip(prompts[:2], expected[:2], strict=True)]
-    engine = BatchingEngine(model, rows=6, context_tokens=200, queue=8, guess_tokens=8, graph_backend=traces)
+    engine = BatchingEngine(
+        model, max_sequences=6, context_tokens=200, max_waiting=8, draft_tokens=8, graph_backend=traces
+    )
     asked = [ask(prompt, max_new_tokens=24, id=str(number)) for number, prompt in enumerate(prompts)]
     together = [ids for ids, _ in run(engine, *asked)]
     among = traces.replays
     alone = [run(engine, request)[0][0] for request in asked]
     again = [ids for ids, _ in run(engine, *asked)]
-    right = engine.stats().right_tokens
+    right = engine.stats().accepted_tokens
     engine.close()
     assert together == expected
     assert alone == expected
@@ -91,7 +93,9 @@ def test_recorded_steps_of_a_longrope_model_keep_each_row_to_its_factors(traces:
     model = longrope_model()
     prompts = some_prompts(5, 65, 48, 100, 20)
     expected = [generate(model, prompt) for prompt in prompts]
-    engine = BatchingEngine(copy.deepcopy(model), rows=5, context_tokens=400, queue=8, graph_backend=traces)
+    engine = BatchingEngine(
+        copy.deepcopy(model), max_sequences=5, context_tokens=400, max_waiting=8, graph_backend=traces
+    )
     asked = [ask(prompt, id=str(number)) for number, prompt in enumerate(prompts)]
     together = [ids for ids, _ in run(engine, *asked)]
     alone = [run(engine, request)[0][0] for request in asked]
@@ -102,14 +106,16 @@ def test_recorded_steps_of_a_longrope_model_keep_each_row_to_its_factors(traces:
 
 @pytest.fixture
 def engine(tiny_llama_dir: Path, traces: Traces) -> Iterator[BatchingEngine]:
-    made = BatchingEngine(load(tiny_llama_dir), rows=8, context_tokens=200, queue=8, graph_backend=traces)
+    made = BatchingEngine(
+        load(tiny_llama_dir), max_sequences=8, context_tokens=200, max_waiting=8, graph_backend=traces
+    )
     yield made
     made.close()
 
 
 @pytest.fixture
 def plain(tiny_llama_dir: Path) -> Iterator[BatchingEngine]:
-    made = BatchingEngine(load(tiny_llama_dir), rows=8, context_tokens=200, queue=8)
+    made = BatchingEngine(load(tiny_llama_dir), max_sequences=8, context_tokens=200, max_waiting=8)
     yield made
     made.close()
 
@@ -200,7 +206,11 @@ def test_a_recording_that_fails_or_differs_is_said_once_and_never_replayed(
     tiny_llama_dir: Path, traces: Traces, caplog: pytest.LogCaptureFixture, failure: str, said: str
 ) -> None:
     engine = BatchingEngine(
-        load(tiny_llama_dir), rows=4, context_tokens=200, queue=8, graph_backend=Broken(failure)
+        load(tiny_llama_dir),
+        max_sequences=4,
+        context_tokens=200,
+        max_waiting=8,
+        graph_backend=Broken(failure),
     )
     with caplog.at_level(logging.WARNING, logger="runtime.serving"):
         answers = [run(engine, ask(id=str(number)))[0][0] for number in range(3)]
@@ -218,7 +228,7 @@ def test_a_row_that_becomes_nan_costs_its_own_answer_and_no_recording(traces: Tr
     unused = next(token for token in range(3, 128) if token not in expected and token not in prompt)
     with torch.no_grad():
         model.get_input_embeddings().weight[unused] = torch.nan
-    engine = BatchingEngine(model, rows=2, context_tokens=100, queue=8, graph_backend=traces)
+    engine = BatchingEngine(model, max_sequences=2, context_tokens=100, max_waiting=8, graph_backend=traces)
     bias = {unused: 1e9}
     for _ in range(4):  # its second token is chosen from NaN
         with pytest.raises(Exception, match="not a number"):
@@ -301,7 +311,12 @@ def test_cuda_graphs_answer_as_steps_that_run_as_they_come(family: str, oracle: 
     answers = []
     for backend in (None, CudaGraphs()):
         engine = BatchingEngine(
-            copy.deepcopy(model), rows=6, context_tokens=400, queue=8, guess_tokens=8, graph_backend=backend
+            copy.deepcopy(model),
+            max_sequences=6,
+            context_tokens=400,
+            max_waiting=8,
+            draft_tokens=8,
+            graph_backend=backend,
         )
         answers.append([run(engine, *asked), *(run(engine, each) for each in (*asked, *asked))])
         kept = engine._runner._graphs

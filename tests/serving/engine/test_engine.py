@@ -1,4 +1,4 @@
-"""The row engine: answers do not depend on who is answered beside, in any architecture it drives."""
+"""The batching engine: answers do not depend on what runs beside them, in any architecture it runs."""
 
 import asyncio
 import copy
@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from runtime.errors import ConfigError, RequestError, UnavailableError
-from runtime.serving.engine.engine import ALONE_TOKENS, CHUNK_TOKENS, BatchingEngine
+from runtime.serving.engine.engine import CHUNK_TOKENS, PREFILL_ONLY_TOKENS, BatchingEngine
 from runtime.serving.engine.protocol import Start
 from tests.serving.engine.asking import ask, collect, generate, load, run
 
@@ -99,7 +99,7 @@ def test_greedy_equals_generate_alone_and_among_others(family: str) -> None:
     model = model_of(family)
     prompts = some_prompts(3, 40, 1, 70, 17, 300)
     expected = [generate(model, prompt) for prompt in prompts]
-    engine = BatchingEngine(model, rows=4, context_tokens=400, queue=8)
+    engine = BatchingEngine(model, max_sequences=4, context_tokens=400, max_waiting=8)
     asked = [ask(prompt, id=str(number)) for number, prompt in enumerate(prompts)]
     alone = [run(engine, request)[0][0] for request in asked]
     together = [ids for ids, _ in run(engine, *asked)]
@@ -114,10 +114,10 @@ def longrope() -> Any:
     return longrope_model()
 
 
-def test_each_row_of_a_longrope_model_has_its_own_factors(longrope: Any) -> None:
+def test_each_sequence_of_a_longrope_model_has_its_own_factors(longrope: Any) -> None:
     prompts = some_prompts(5, 65, 48, 300, 20)  # of 16 new tokens the last is never run: 48 stays short
     expected = [generate(longrope, prompt) for prompt in prompts]
-    engine = BatchingEngine(copy.deepcopy(longrope), rows=5, context_tokens=400, queue=8)
+    engine = BatchingEngine(copy.deepcopy(longrope), max_sequences=5, context_tokens=400, max_waiting=8)
     asked = [ask(prompt, id=str(number)) for number, prompt in enumerate(prompts)]
     alone = [run(engine, request)[0][0] for request in asked]
     together = [ids for ids, _ in run(engine, *asked)]
@@ -128,7 +128,7 @@ def test_each_row_of_a_longrope_model_has_its_own_factors(longrope: Any) -> None
 
 def test_an_answer_that_may_become_long_has_the_long_factors_from_its_first_token(longrope: Any) -> None:
     (prompt,) = some_prompts(60)
-    engine = BatchingEngine(copy.deepcopy(longrope), rows=2, context_tokens=400, queue=8)
+    engine = BatchingEngine(copy.deepcopy(longrope), max_sequences=2, context_tokens=400, max_waiting=8)
     short, long, again = (
         run(engine, ask(prompt, max_new_tokens=count, id=str(count)))[0][0] for count in (5, 40, 5)
     )
@@ -143,7 +143,7 @@ def test_an_answer_that_may_become_long_has_the_long_factors_from_its_first_toke
 
 @pytest.fixture
 def engine(tiny_llama_dir: Path) -> Iterator[BatchingEngine]:
-    made = BatchingEngine(load(tiny_llama_dir), rows=32, context_tokens=600, queue=8)
+    made = BatchingEngine(load(tiny_llama_dir), max_sequences=32, context_tokens=600, max_waiting=8)
     yield made
     made.close()
 
@@ -162,7 +162,7 @@ def test_fault_53_an_answer_is_the_same_alone_and_among_31_others(engine: Batchi
     assert len(set(map(str, together))) > 20
 
 
-def test_rows_with_different_adapters_in_one_step_answer_as_plain_peft_does(
+def test_sequences_with_different_adapters_in_one_step_answer_as_plain_peft_does(
     engine: BatchingEngine, tiny_llama_dir: Path, adapter_dirs: dict[str, Path]
 ) -> None:
     for name, folder in adapter_dirs.items():
@@ -193,7 +193,7 @@ def test_many_adapters_come_and_go_and_each_answers_as_alone(
     assert len(set(map(str, alone))) > 4
 
 
-def test_a_cached_beginning_is_not_used_across_adapters(
+def test_a_cached_prefix_is_not_used_across_adapters(
     engine: BatchingEngine, adapter_dirs: dict[str, Path]
 ) -> None:
     prompt = some_prompts(50, vocabulary=512)[0]
@@ -207,7 +207,7 @@ def test_a_cached_beginning_is_not_used_across_adapters(
     assert run(engine, ask(prompt)) == base
 
 
-def test_an_equal_beginning_is_read_from_the_cache_and_answers_the_same(
+def test_a_cached_prefix_is_reused_and_the_answer_is_the_same(
     engine: BatchingEngine, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     system, *users = some_prompts(200, 9, 14, 6, vocabulary=512)
@@ -228,14 +228,14 @@ def test_an_equal_beginning_is_read_from_the_cache_and_answers_the_same(
     assert sum(ran) <= 1 + 14 + 6 + 2, "only what differs is run, and the last token"
 
 
-def test_a_running_row_shares_its_beginning_too(engine: BatchingEngine, tiny_llama_dir: Path) -> None:
+def test_a_running_sequence_shares_its_prefix_too(engine: BatchingEngine, tiny_llama_dir: Path) -> None:
     prompt = some_prompts(64, vocabulary=512)[0]
     model = load(tiny_llama_dir)
     answers = run(engine, *(ask(prompt, id=str(n)) for n in range(6)))
     assert [ids for ids, _ in answers] == [generate(model, prompt)] * 6
 
 
-def test_fault_40_a_cancelled_row_is_free_by_the_next_step(
+def test_fault_40_a_cancelled_sequence_ends_by_the_next_step(
     engine: BatchingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
@@ -258,10 +258,10 @@ def test_fault_40_a_cancelled_row_is_free_by_the_next_step(
         return rest
 
     assert len(asyncio.run(leave_one_of_two())[0]) == 300
-    assert steps.count(1) > 100, "the other row went on alone"
+    assert steps.count(1) > 100, "the other sequence went on alone"
 
 
-def test_others_get_tokens_while_a_long_prompt_is_read(
+def test_others_get_tokens_while_a_long_prompt_runs(
     engine: BatchingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans: list[tuple[int, int]] = []
@@ -280,17 +280,17 @@ def test_others_get_tokens_while_a_long_prompt_is_read(
         await short.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(long_beside_short())
-    reading = [(rows, tokens) for rows, tokens in plans[1:] if tokens]
-    assert len(reading) == 3
-    assert all(rows == 1 and tokens <= CHUNK_TOKENS for rows, tokens in reading)
+    prefill = [(decoding, tokens) for decoding, tokens in plans[1:] if tokens]
+    assert len(prefill) == 3
+    assert all(decoding == 1 and tokens <= CHUNK_TOKENS for decoding, tokens in prefill)
 
 
-def test_a_prompt_of_several_steps_is_read_when_no_other_row_runs(
+def test_a_prompt_of_several_steps_runs_when_no_other_sequence_does(
     engine: BatchingEngine, tiny_llama_dir: Path
 ) -> None:
     """The first of its steps chooses no token at all."""
     prompt = some_prompts(590, vocabulary=512)[0]
-    assert len(prompt) > ALONE_TOKENS
+    assert len(prompt) > PREFILL_ONLY_TOKENS
     assert run(engine, ask(prompt, max_new_tokens=4))[0][0] == generate(
         load(tiny_llama_dir), prompt, max_new_tokens=4
     )
@@ -301,7 +301,7 @@ def test_a_prompt_longer_than_the_context_is_refused_before_the_queue(engine: Ba
         run(engine, ask(tuple([5] * 600)))
 
 
-def test_a_row_that_becomes_nan_is_ended_alone_and_its_slot_is_cleaned(
+def test_a_sequence_with_nan_ends_alone_and_its_slot_is_cleared(
     engine: BatchingEngine, adapter_dirs: dict[str, Path]
 ) -> None:
     good = run(engine, ask())
@@ -342,7 +342,7 @@ def test_out_of_memory_costs_the_newest_request_and_the_others_go_on(
     assert engine.stats().alive
 
 
-def test_out_of_memory_in_a_step_with_two_prompts_leaves_the_first_to_be_answered(
+def test_out_of_memory_in_a_step_with_two_prompts_still_answers_the_first(
     engine: BatchingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = (ask(each, id=str(len(each))) for each in some_prompts(9, 11))
@@ -365,7 +365,7 @@ def test_out_of_memory_in_a_step_with_two_prompts_leaves_the_first_to_be_answere
     assert isinstance(failed, UnavailableError)
 
 
-def test_the_first_token_says_how_long_it_waited_and_what_was_cached(engine: BatchingEngine) -> None:
+def test_the_first_token_carries_the_waiting_time_and_the_cached_tokens(engine: BatchingEngine) -> None:
     async def begin() -> list[Start | None]:
         return [token.start async for token in engine.submit(ask(prompt))]
 
@@ -379,7 +379,7 @@ def test_the_first_token_says_how_long_it_waited_and_what_was_cached(engine: Bat
     assert (engine.stats().prompt_tokens, engine.stats().cached_tokens) == (100, 49)
 
 
-def test_fault_48_an_engine_that_only_fails_stops_and_says_so(
+def test_fault_48_an_engine_whose_steps_all_fail_stops(
     engine: BatchingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(_: object) -> None:
@@ -395,7 +395,7 @@ def test_fault_48_an_engine_that_only_fails_stops_and_says_so(
         run(engine, ask())
 
 
-def test_a_name_that_is_resident_is_refused_and_the_first_adapter_stays(
+def test_an_adapter_name_in_use_is_refused_and_the_first_adapter_stays(
     engine: BatchingEngine, adapter_dirs: dict[str, Path]
 ) -> None:
     engine.add_adapter("x", adapter_dirs["second"])
@@ -411,9 +411,9 @@ def test_a_model_that_cannot_be_prepared_leaves_no_thread(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no memory for the cache")
 
-    monkeypatch.setattr("runtime.serving.engine.engine.Runner", broken)
+    monkeypatch.setattr("runtime.serving.engine.engine.ModelRunner", broken)
     with pytest.raises(RuntimeError, match="no memory for the cache"):
-        BatchingEngine(load(tiny_llama_dir), rows=1, context_tokens=32, queue=1)
+        BatchingEngine(load(tiny_llama_dir), max_sequences=1, context_tokens=32, max_waiting=1)
     for thread in threading.enumerate():
         if thread.name == "engine":
             thread.join(5)
@@ -437,22 +437,22 @@ def test_an_adapter_for_a_layer_the_engine_cannot_adapt_is_refused_by_name(
     assert engine.stats().adapters == ()
 
 
-def test_stop_ids_and_lengths_end_rows_at_different_times(
+def test_stop_ids_and_lengths_end_sequences_at_different_times(
     engine: BatchingEngine, tiny_llama_dir: Path
 ) -> None:
-    whole = generate(load(tiny_llama_dir), max_new_tokens=30)
-    stop = whole[10]
+    text = generate(load(tiny_llama_dir), max_new_tokens=30)
+    stop = text[10]
     asked = [ask(max_new_tokens=n, id=str(n)) for n in (1, 7, 30)]
     stopped = ask(max_new_tokens=30, stop_ids=frozenset({stop}), id="stop")
     answers = run(engine, *asked, stopped)
-    assert answers[:3] == [(whole[:n], "length") for n in (1, 7, 30)]
-    assert answers[3] == (whole[: whole.index(stop)], "stop")
+    assert answers[:3] == [(text[:n], "length") for n in (1, 7, 30)]
+    assert answers[3] == (text[: text.index(stop)], "stop")
     assert engine.stats().running == 0
     assert engine.stats().kv_cache_share == 0
 
 
 @pytest.mark.parametrize("most_masked", [0, 24])
-def test_both_forms_of_many_adapters_answer_as_each_alone(
+def test_both_ways_of_computing_many_adapters_answer_as_each_alone(
     engine: BatchingEngine, adapter_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, most_masked: int
 ) -> None:
     names = [f"n{number}" for number in range(6)]

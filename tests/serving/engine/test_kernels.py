@@ -258,7 +258,7 @@ def test_without_kernels_the_answers_are_the_same(
     model = model_of(family)
     prompts = some_prompts(3, 40, 1, 70)
     expected = [generate(model, prompt) for prompt in prompts]
-    engine = BatchingEngine(model, rows=4, context_tokens=200, queue=8)
+    engine = BatchingEngine(model, max_sequences=4, context_tokens=200, max_waiting=8)
     answers = [ids for ids, _ in run(engine, *(ask(prompt, id=str(n)) for n, prompt in enumerate(prompts)))]
     engine.close()
     assert answers == expected

@@ -1,4 +1,4 @@
-"""What every engine promises: greedy equals generate, adapters by name, failures answered, rows freed."""
+"""What every engine promises: greedy equals generate, adapters by name, failures answered, places freed."""
 
 import asyncio
 import threading
@@ -14,30 +14,31 @@ from runtime.serving.engine.backends.simple import SimpleEngine
 from runtime.serving.engine.backends.vllm import VllmEngine
 from runtime.serving.engine.backends.vllm_process import VllmProcess
 from runtime.serving.engine.engine import BatchingEngine
-from tests.serving.engine.asking import AnyEngine, ask, collect, generate, load, run
+from runtime.serving.engine.protocol import Engine
+from tests.serving.engine.asking import ask, collect, generate, load, run
 
 
-@pytest.fixture(params=["plain", "rows", "vllm"])
-def engine(request: pytest.FixtureRequest, tiny_llama_dir: Path) -> Iterator[AnyEngine]:
-    """An engine with one row."""
+@pytest.fixture(params=["simple", "batching", "vllm"])
+def engine(request: pytest.FixtureRequest, tiny_llama_dir: Path) -> Iterator[Engine]:
+    """An engine that answers one request at a time."""
     if request.param == "vllm":
-        yield from over_vllm(request.getfixturevalue("vllm_server"))
+        yield from vllm_engine(request.getfixturevalue("vllm_server"))
         return
     model = load(tiny_llama_dir)
-    made: AnyEngine = (
-        SimpleEngine(model, context_tokens=256, queue=2)
-        if request.param == "plain"
-        else BatchingEngine(model, rows=1, context_tokens=256, queue=2)
+    made: Engine = (
+        SimpleEngine(model, context_tokens=256, max_waiting=2)
+        if request.param == "simple"
+        else BatchingEngine(model, max_sequences=1, context_tokens=256, max_waiting=2)
     )
     yield made
     made.close()
 
 
-def over_vllm(server: VllmProcess) -> Iterator[VllmEngine]:
+def vllm_engine(server: VllmProcess) -> Iterator[VllmEngine]:
     """An engine over a vLLM that outlives it, and that has no adapters before and after."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "close", lambda: None)
-        made = VllmEngine(server, name="base", context_tokens=256, rows=1, queue=2)
+        made = VllmEngine(server, name="base", context_tokens=256, max_sequences=1, max_waiting=2)
         yield made
         if made.stats().alive:
             for name in made.stats().adapters:
@@ -45,17 +46,17 @@ def over_vllm(server: VllmProcess) -> Iterator[VllmEngine]:
         made.close()
 
 
-def test_greedy_equals_generate(engine: AnyEngine, tiny_llama_dir: Path) -> None:
+def test_greedy_equals_generate(engine: Engine, tiny_llama_dir: Path) -> None:
     ((ids, reason),) = run(engine, ask())
     assert (ids, reason) == (generate(load(tiny_llama_dir)), "length")
 
 
-def test_a_repetition_penalty_equals_that_of_generate(engine: AnyEngine, tiny_llama_dir: Path) -> None:
+def test_a_repetition_penalty_equals_that_of_generate(engine: Engine, tiny_llama_dir: Path) -> None:
     ((ids, _),) = run(engine, ask(repetition_penalty=1.3))
     assert ids == generate(load(tiny_llama_dir), repetition_penalty=1.3)
 
 
-def test_a_stop_id_ends_the_answer_and_is_not_part_of_it(engine: AnyEngine) -> None:
+def test_a_stop_id_ends_the_answer_and_is_not_part_of_it(engine: Engine) -> None:
     varied = {"temperature": 1.5, "seed": 7}
     ((ids, _),) = run(engine, ask(**varied))
     stop = next(token for token in ids[2:] if token not in ids[:2])
@@ -63,14 +64,14 @@ def test_a_stop_id_ends_the_answer_and_is_not_part_of_it(engine: AnyEngine) -> N
     assert (stopped, reason) == (ids[: ids.index(stop)], "stop")
 
 
-def test_min_new_tokens_keeps_stop_ids_away(engine: AnyEngine) -> None:
+def test_min_new_tokens_keeps_stop_ids_away(engine: Engine) -> None:
     ((ids, _),) = run(engine, ask())
     ((kept, _),) = run(engine, ask(stop_ids=frozenset({ids[0]}), min_new_tokens=3))
     assert len(kept) >= 3
     assert ids[0] not in kept[:3]
 
 
-def test_the_same_seed_gives_the_same_text_and_another_another(engine: AnyEngine) -> None:
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(engine: Engine) -> None:
     once, again, other = run(
         engine,
         ask(temperature=1.5, seed=7, id="a"),
@@ -81,12 +82,12 @@ def test_the_same_seed_gives_the_same_text_and_another_another(engine: AnyEngine
     assert once != other
 
 
-def test_the_context_is_never_exceeded(engine: AnyEngine) -> None:
+def test_the_context_is_never_exceeded(engine: Engine) -> None:
     ((ids, reason),) = run(engine, ask(tuple(range(3, 253)), max_new_tokens=100))
     assert (len(ids), reason) == (256 - 250, "length")
 
 
-def test_a_full_queue_refuses_at_once(engine: AnyEngine) -> None:
+def test_a_full_queue_refuses_at_once(engine: Engine) -> None:
     async def flood() -> None:
         tokens = [engine.submit(ask(id=str(number), max_new_tokens=200)) for number in range(3)]
         with pytest.raises(OverloadedError, match="2 requests are waiting"):
@@ -98,7 +99,7 @@ def test_a_full_queue_refuses_at_once(engine: AnyEngine) -> None:
     asyncio.run(flood())
 
 
-def test_leaving_the_iterator_frees_the_row(engine: AnyEngine) -> None:
+def test_closing_the_iterator_ends_the_request(engine: Engine) -> None:
     async def leave() -> None:
         tokens = engine.submit(ask(max_new_tokens=240))
         await anext(tokens)
@@ -111,7 +112,7 @@ def test_leaving_the_iterator_frees_the_row(engine: AnyEngine) -> None:
 
 
 def test_an_adapter_answers_as_plain_peft_does(
-    engine: AnyEngine, tiny_llama_dir: Path, adapter_dirs: dict[str, Path]
+    engine: Engine, tiny_llama_dir: Path, adapter_dirs: dict[str, Path]
 ) -> None:
     base = run(engine, ask())
     for name, folder in adapter_dirs.items():
@@ -127,7 +128,7 @@ def test_an_adapter_answers_as_plain_peft_does(
 
 
 def test_strength_scales_the_update(
-    engine: AnyEngine, tiny_llama_dir: Path, adapter_dirs: dict[str, Path]
+    engine: Engine, tiny_llama_dir: Path, adapter_dirs: dict[str, Path]
 ) -> None:
     engine.add_adapter("none", adapter_dirs["second"], strength=0.0)
     engine.add_adapter("half", adapter_dirs["second"], strength=0.5)
@@ -140,7 +141,7 @@ def test_strength_scales_the_update(
     assert answers[1] == generate(model)
 
 
-def test_an_unknown_or_removed_adapter_is_refused(engine: AnyEngine, adapter_dirs: dict[str, Path]) -> None:
+def test_an_unknown_or_removed_adapter_is_refused(engine: Engine, adapter_dirs: dict[str, Path]) -> None:
     base = run(engine, ask())
     engine.add_adapter("x", adapter_dirs["second"])
     engine.remove_adapter("x")
@@ -150,7 +151,7 @@ def test_an_unknown_or_removed_adapter_is_refused(engine: AnyEngine, adapter_dir
 
 
 def test_fault_50_removal_waits_for_the_answer_in_flight(
-    engine: AnyEngine, adapter_dirs: dict[str, Path]
+    engine: Engine, adapter_dirs: dict[str, Path]
 ) -> None:
     engine.add_adapter("x", adapter_dirs["second"])
     expected = run(engine, ask(adapter="x", max_new_tokens=200))
@@ -168,7 +169,7 @@ def test_fault_50_removal_waits_for_the_answer_in_flight(
 
 
 def test_an_adapter_of_another_shape_is_refused_and_the_base_still_served(
-    engine: AnyEngine, adapter_dirs: dict[str, Path], tmp_path: Path
+    engine: Engine, adapter_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -189,7 +190,7 @@ def test_an_adapter_of_another_shape_is_refused_and_the_base_still_served(
 
 
 def test_fault_48_a_failure_answers_its_request_and_the_next_is_served(
-    engine: AnyEngine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("kernel launch failed at 0x7f")
@@ -207,7 +208,7 @@ def test_fault_48_a_failure_answers_its_request_and_the_next_is_served(
     assert run(engine, ask())[0][1] == "length"
 
 
-def test_close_ends_what_is_in_flight_as_cancelled(engine: AnyEngine) -> None:
+def test_close_ends_what_is_in_flight_as_cancelled(engine: Engine) -> None:
     async def close_meanwhile() -> list[tuple[list[int], str | None]]:
         tokens = [engine.submit(ask(id=str(n), max_new_tokens=240)) for n in range(2)]
         await anext(tokens[0])

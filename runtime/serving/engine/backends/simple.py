@@ -1,6 +1,6 @@
 """The engine for any architecture: one request at a time, in one thread, over `model.forward`.
 
-Knows token ids. Does not know HTTP, text or how a row engine shares a step among requests. Read
+Knows token ids. Does not know HTTP, text or how the batching engine shares a step among requests. Read
 `SimpleEngine._run` first: take, generate, answer.
 """
 
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from runtime.errors import ConfigError, RequestError, UnavailableError, UnknownModelError
+from runtime.errors import Failure
+from runtime.serving.engine import failures
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
 from runtime.serving.engine.request_queue import LAST_STEP_S, RequestHandle, RequestQueue
 from runtime.serving.engine.sampling import Sampler
@@ -28,63 +29,63 @@ class PeftAdapters:
     def __init__(self, base: "PreTrainedModel") -> None:
         self.model: Any = base
         self._base = base
-        self._inside: dict[str, str] = {}
+        self._peft_names: dict[str, str] = {}
         self._numbers = itertools.count()
         self._active: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters that may be activated."""
-        return tuple(self._inside)
+        return tuple(self._peft_names)
 
     def add(self, name: str, folder: Path, *, strength: float) -> None:
         """Read the adapter in `folder`; ConfigError when it does not fit the base model."""
         from peft import PeftConfig, PeftModel
         from peft.tuners.lora import LoraLayer
 
-        # peft keeps adapters under module names, which hold no dots: a user's name does
-        inside = f"adapter{next(self._numbers)}"
+        # peft uses the name as a module's, which may hold no dots; a user's name may
+        peft_name = f"adapter{next(self._numbers)}"
         try:
             if self.model is self._base:
                 shape = PeftConfig.from_pretrained(str(folder))
-                self.model = PeftModel(self._base, shape, adapter_name=inside)
-            self.model.load_adapter(str(folder), adapter_name=inside)
+                self.model = PeftModel(self._base, shape, adapter_name=peft_name)
+            self.model.load_adapter(str(folder), adapter_name=peft_name)
         except (ValueError, RuntimeError, KeyError) as error:
-            self._take_out(inside)
+            self._unload(peft_name)
             reason = " ".join(str(error).split())[:300]
-            raise ConfigError(f"adapter {name}: does not fit this model: {reason}") from error
+            raise failures.does_not_fit(name, reason) from error
         finally:
             self._active = "unknown"
         for module in self.model.modules():
-            if isinstance(module, LoraLayer) and inside in module.scaling:
-                module.scaling[inside] *= strength
+            if isinstance(module, LoraLayer) and peft_name in module.scaling:
+                module.scaling[peft_name] *= strength
         self.model.requires_grad_(False)
-        self._inside[name] = inside
+        self._peft_names[name] = peft_name
 
     def remove(self, name: str) -> None:
-        """Forget an adapter that nobody uses any more."""
-        self._take_out(self._inside.pop(name))
+        """Remove an adapter that no request uses any more."""
+        self._unload(self._peft_names.pop(name))
 
     def activate(self, name: str | None) -> None:
-        """Make the next forward pass that of `name`, or of the base for None."""
+        """Make `name` the adapter of the next forward pass; None is the base model."""
         if self._active == name:
             return
         if name is None:
-            if self._inside:
+            if self._peft_names:
                 self.model.base_model.disable_adapter_layers()
-        elif name in self._inside:
+        elif name in self._peft_names:
             self.model.base_model.enable_adapter_layers()
-            self.model.set_adapter(self._inside[name], inference_mode=True)
+            self.model.set_adapter(self._peft_names[name], inference_mode=True)
         else:
-            raise UnknownModelError(f"adapter '{name}' is not resident")
+            raise failures.not_resident(name)
         self._active = name
 
-    def _take_out(self, inside: str) -> None:
+    def _unload(self, peft_name: str) -> None:
         self._active = "unknown"
-        if self.model is self._base or inside not in self.model.peft_config:
+        if self.model is self._base or peft_name not in self.model.peft_config:
             return
         if len(self.model.peft_config) > 1:
-            self.model.delete_adapter(inside)
+            self.model.delete_adapter(peft_name)
         else:
             self.model = self.model.unload()
 
@@ -92,111 +93,115 @@ class PeftAdapters:
 log = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 512
-"""Prompt tokens per forward pass: between two passes a cancelled request is let go."""
+"""Prompt tokens per forward pass: a cancelled request ends between two passes."""
 
 
 class SimpleEngine:
-    """Serves one row; `queue` requests wait for it, in the order of their arrival."""
+    """Answers one request at a time; `max_waiting` more wait, in the order of their arrival."""
 
-    def __init__(self, model: "PreTrainedModel", *, context_tokens: int, queue: int) -> None:
+    def __init__(self, model: "PreTrainedModel", *, context_tokens: int, max_waiting: int) -> None:
         self.context_tokens = context_tokens
-        self._residents = PeftAdapters(model)
+        self.max_sequences = 1
+        self._adapters = PeftAdapters(model)
         self._device = model.device
-        self._desk = RequestQueue(rows=1, queue=queue, adapters=lambda: self._residents.names)
+        self._queue = RequestQueue(
+            max_running=1, max_waiting=max_waiting, adapters=lambda: self._adapters.names
+        )
         self._used_tokens = self._prompt_tokens = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request) -> AsyncIterator[Token]:
         """Queue `request`; see `Engine.submit`."""
-        return self._desk.submit(request)
+        return self._queue.submit(request)
 
     def cancel(self, request_id: str) -> None:
         """Stop a request; see `Engine.cancel`."""
-        self._desk.cancel(request_id)
+        self._queue.cancel(request_id)
 
     def add_adapter(self, name: str, folder: Path, *, strength: float = 1.0) -> None:
         """Read an adapter; see `Engine.add_adapter`."""
-        self._desk.errand(lambda: self._residents.add(name, folder, strength=strength))
+        self._queue.call(lambda: self._adapters.add(name, folder, strength=strength))
 
     def remove_adapter(self, name: str) -> None:
-        """Forget an adapter once nobody uses it; see `Engine.remove_adapter`."""
-        self._desk.let_go(name)
-        self._desk.errand(lambda: self._residents.remove(name))
-        self._desk.forgotten(name)
+        """Remove an adapter once no request uses it; see `Engine.remove_adapter`."""
+        self._queue.drain_adapter(name)
+        self._queue.call(lambda: self._adapters.remove(name))
+        self._queue.adapter_removed(name)
 
     def stats(self) -> Stats:
         """Return the figures of this moment."""
-        running = self._desk.running
+        running = self._queue.running
         return Stats(
             running=running,
-            waiting=self._desk.waiting,
+            waiting=self._queue.waiting,
             kv_cache_share=self._used_tokens / self.context_tokens if running else 0.0,
-            last_progress_s=self._desk.last_progress_s,
+            last_progress_s=self._queue.last_progress_s,
             alive=self._thread.is_alive(),
-            adapters=self._desk.adapters(),
+            adapters=self._queue.adapters(),
             prompt_tokens=self._prompt_tokens,
         )
 
-    def lose(self) -> None:
-        """Nothing: this engine has no other processes."""
-
     def close(self) -> None:
-        """Stop the thread after the step it is at; everything in flight ends as cancelled."""
-        self._desk.close("cancelled")
+        """Stop the thread after its current step; everything in flight ends as cancelled."""
+        self._queue.close("cancelled")
         # an interpreter that ends while the thread is inside torch aborts the process
         self._thread.join(LAST_STEP_S)
 
+    def abort(self) -> None:
+        """Give up at once; see `Engine.abort`."""
+        self._queue.abort(failures.stopped())
+
     def _run(self) -> None:
-        while self._desk.is_open:
-            for ticket in self._desk.take(wait=True):
+        while self._queue.is_open:
+            for handle in self._queue.take(wait=True):
                 try:
-                    end: FinishReason | Exception = self._generate(ticket)
+                    end: FinishReason | Exception = self._generate(handle)
                 except Exception as error:  # the thread answers the request and lives on
-                    end = _failure(error)
-                self._desk.finish(ticket, end)
+                    end = _told(error)
+                self._queue.finish(handle, end)
 
     @torch.inference_mode()
-    def _generate(self, ticket: RequestHandle) -> FinishReason:
+    def _generate(self, handle: RequestHandle) -> FinishReason:
         """Post the answer's tokens and return why it ended."""
-        sampling = ticket.request.sampling
-        sampler = Sampler(sampling, ticket.request.prompt_ids)
-        self._prompt_tokens += len(ticket.request.prompt_ids)
-        room = self.context_tokens - len(ticket.request.prompt_ids)
-        for logits in self._logits(ticket, sampler.generated):
-            if ticket.cancelled:
+        sampling = handle.request.sampling
+        sampler = Sampler(sampling, handle.request.prompt_ids)
+        self._prompt_tokens += len(handle.request.prompt_ids)
+        room = self.context_tokens - len(handle.request.prompt_ids)
+        for logits in self._logits(handle, sampler.generated):
+            if handle.cancelled:
                 break
             token = sampler.choose(logits)
-            self._desk.progress()
+            self._queue.note_progress()
             if token.id in sampling.stop_ids:
                 return "stop"
-            ticket.post(token)
+            handle.post(token)
             if len(sampler.generated) >= min(sampling.max_new_tokens, room):
                 return "length"
         return "cancelled"
 
-    def _logits(self, ticket: RequestHandle, generated: list[int]) -> Iterator[torch.Tensor]:
+    def _logits(self, handle: RequestHandle, generated: list[int]) -> Iterator[torch.Tensor]:
         """Yield the logits (V,) after the prompt, then after each token that was appended to `generated`."""
         cache: Any = None
         fed = 0
         while True:
-            past = (*ticket.request.prompt_ids, *generated)
+            past = (*handle.request.prompt_ids, *generated)
             while fed < len(past):
                 chunk = past[fed : fed + PREFILL_TOKENS]
-                output = self._forward(ticket.request.adapter, chunk, cache)
+                output = self._forward(handle.request.adapter, chunk, cache)
                 cache = output.past_key_values
                 fed += len(chunk)
                 self._used_tokens = fed
-                self._desk.progress()
-                if ticket.cancelled:
+                self._queue.note_progress()
+                if handle.cancelled:
                     break
             yield output.logits[0, -1].float().cpu()
 
     def _forward(self, adapter: str | None, ids: tuple[int, ...], cache: Any) -> Any:
         """One pass over `ids` (T,) behind `cache`; the logits are those of the last position."""
-        self._desk.run_errands()
-        self._residents.activate(adapter)
-        return self._residents.model(
+        self._queue.run_calls()
+        self._adapters.activate(adapter)
+        return self._adapters.model(
             input_ids=torch.tensor([ids], device=self._device),
             past_key_values=cache,
             use_cache=True,
@@ -204,13 +209,10 @@ class SimpleEngine:
         )
 
 
-def _failure(error: Exception) -> Exception:
+def _told(error: Exception) -> Failure:
     """Return what the client is told; the rest is in the log."""
-    if isinstance(error, RequestError):
-        return error
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
         log.error("Out of GPU memory; the request is answered 503 and the server goes on")
-        return UnavailableError("out of GPU memory: send a shorter prompt or ask for fewer tokens")
-    log.error("A request failed in the engine", exc_info=error)
-    return UnavailableError("the engine failed on this request; its log says why")
+        return failures.out_of_memory()
+    return failures.of(error)

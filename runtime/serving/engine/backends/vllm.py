@@ -1,8 +1,8 @@
-"""The engine over vLLM: a vLLM server of this process's own does the work, on one GPU or several.
+"""The engine over vLLM: a vLLM server that this process starts does the work, on one GPU or several.
 
-Requests wait at the desk, as with the other engines; at most `rows` at a time are vLLM's to answer, by its
-/v1/completions with token ids in and out. Knows vLLM's HTTP; does not know text, or how vLLM is run
-(vllm_server.py). Start at `start`, then `VllmEngine._stream`.
+Requests wait in the request queue, as with the other engines; at most `max_sequences` at a time are sent to
+vLLM's /v1/completions, with token ids in and out. Knows vLLM's HTTP; does not know text, or how vLLM is run
+(vllm_process.py). Start at `start`, then `VllmEngine._stream`.
 """
 
 import asyncio
@@ -20,8 +20,9 @@ from typing import Any
 import httpx
 
 from runtime import adapters, hardware
-from runtime.errors import ConfigError, Failure, RequestError, UnavailableError, UnknownModelError
+from runtime.errors import ConfigError, RequestError, UnavailableError, UnknownModelError
 from runtime.hardware import Hardware
+from runtime.serving.engine import failures
 from runtime.serving.engine.backends.vllm_process import VllmProcess
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
 from runtime.serving.engine.request_queue import LAST_STEP_S, RequestHandle, RequestQueue
@@ -30,11 +31,11 @@ from runtime.serving.settings import ServeConfig
 log = logging.getLogger(__name__)
 
 SWEEP_S = 0.05
-"""How often answers that nobody reads any more are looked for."""
+"""How often cancelled requests are looked for."""
 ADAPTER_S = 600.0
 """For vLLM to read one adapter."""
-RESIDENT = 64
-"""Adapters that vLLM keeps in host memory; a further one is read from the disk when it is asked for."""
+HOST_ADAPTERS = 64
+"""Adapters that vLLM keeps in host memory; a further one is read from the disk for each request."""
 TOKEN = "token_id:"  # noqa: S105 - how vLLM writes a token's id where its text would stand
 KV_SHARE = re.compile(r"^vllm:kv_cache_usage_perc\S* (\S+)", re.MULTILINE)
 
@@ -56,8 +57,8 @@ def start(config: ServeConfig, folder: Path, devices: Hardware) -> "VllmEngine":
         server,
         name=config.served_name,
         context_tokens=int(served["max_model_len"]),
-        rows=config.limits.rows,
-        queue=config.limits.queue,
+        max_sequences=config.limits.rows,
+        max_waiting=config.limits.queue,
     )
 
 
@@ -66,30 +67,30 @@ def flags(config: ServeConfig, devices: Hardware) -> list[str]:
 
     Raises ConfigError for a quantisation that vLLM does not make itself.
     """
-    asked: dict[str, Any] = {
+    chosen: dict[str, Any] = {
         "served-model-name": config.served_name,
         "dtype": hardware.compute_dtype(devices, config.model.dtype),
         "max-num-seqs": config.limits.rows,
-        "generation-config": "vllm",  # what a silent request gets is decided here
+        "generation-config": "vllm",  # what a request does not set is decided here
         "enable-prompt-tokens-details": True,
         "structured-outputs-config": '{"backend": "guidance", "disable_any_whitespace": true}',
     }
     if config.limits.context_tokens is not None:
-        asked["max-model-len"] = config.limits.context_tokens
+        chosen["max-model-len"] = config.limits.context_tokens
     if config.parallel == "tp":
-        asked["tensor-parallel-size"] = config.processes or devices.count
+        chosen["tensor-parallel-size"] = config.processes or devices.count
     if config.model.trust_remote_code:
-        asked["trust-remote-code"] = True
+        chosen["trust-remote-code"] = True
     if config.adapters or config.adapter_root is not None:
         at_once = max(len(config.adapters), 1 if config.adapter_root is None else 4)
-        asked |= {"enable-lora": True, "max-loras": at_once, "max-lora-rank": config.vllm.max_adapter_rank}
-        asked["max-cpu-loras"] = max(at_once, RESIDENT)
+        chosen |= {"enable-lora": True, "max-loras": at_once, "max-lora-rank": config.vllm.max_adapter_rank}
+        chosen["max-cpu-loras"] = max(at_once, HOST_ADAPTERS)
     if config.quantization is not None:
         if config.quantization.bits != 4:
-            raise ConfigError("--engine vllm quantises to nf4 only: use --quantize nf4, or this engine's own")
-        asked["quantization"] = "bitsandbytes"
-    asked |= {name.replace("_", "-").lstrip("-"): value for name, value in config.vllm.flags.items()}
-    return [_flag(name, value) for name, value in asked.items()]
+            raise ConfigError("--engine vllm quantises to nf4 only: use --quantize nf4, or --engine own")
+        chosen["quantization"] = "bitsandbytes"
+    chosen |= {name.replace("_", "-").lstrip("-"): value for name, value in config.vllm.flags.items()}
+    return [_flag(name, value) for name, value in chosen.items()]
 
 
 def _flag(name: str, value: Any) -> str:
@@ -99,29 +100,35 @@ def _flag(name: str, value: Any) -> str:
 
 
 class VllmEngine:
-    """Answers up to `rows` requests at a time; `queue` more wait, in the order of their arrival."""
+    """Answers up to `max_sequences` requests at a time; `max_waiting` more wait, in order of arrival."""
 
-    def __init__(self, server: VllmProcess, *, name: str, context_tokens: int, rows: int, queue: int) -> None:
+    def __init__(
+        self, server: VllmProcess, *, name: str, context_tokens: int, max_sequences: int, max_waiting: int
+    ) -> None:
+        """`name` is what vLLM calls the base model."""
         self.context_tokens = context_tokens
+        self.max_sequences = max_sequences
         self._server = server
         self._name = name
         self._resident: dict[str, Path] = {}
         self._folders = tempfile.TemporaryDirectory(prefix="adapters-")
-        self._desk = RequestQueue(rows=rows, queue=queue, adapters=lambda: tuple(self._resident))
-        self._answers: dict[RequestHandle, asyncio.Task[None]] = {}
+        self._queue = RequestQueue(
+            max_running=max_sequences, max_waiting=max_waiting, adapters=lambda: tuple(self._resident)
+        )
+        self._tasks: dict[RequestHandle, asyncio.Task[None]] = {}
         self._kv_share = 0.0
         self._prompt_tokens = self._cached_tokens = 0
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="engine", daemon=True)
         self._thread.start()
-        server.on_end(self._lost)
+        server.on_end(self._process_ended)
 
     def submit(self, request: Request) -> AsyncIterator[Token]:
         """Queue `request`; see `Engine.submit`."""
-        return self._desk.submit(request)
+        return self._queue.submit(request)
 
     def cancel(self, request_id: str) -> None:
         """Stop a request; see `Engine.cancel`."""
-        self._desk.cancel(request_id)
+        self._queue.cancel(request_id)
 
     def add_adapter(self, name: str, folder: Path, *, strength: float = 1.0) -> None:
         """Have vLLM read an adapter, of which a copy is kept for it; see `Engine.add_adapter`."""
@@ -134,78 +141,82 @@ class VllmEngine:
         else:
             adapters.combine([(folder, strength)], copy)
         try:
-            self._tell("load_lora_adapter", name, lora_path=str(copy))
+            self._post("load_lora_adapter", name, lora_path=str(copy))
         except BaseException:
             shutil.rmtree(copy, ignore_errors=True)
             raise
         self._resident[name] = copy
 
     def remove_adapter(self, name: str) -> None:
-        """Forget an adapter once nobody uses it; see `Engine.remove_adapter`."""
-        self._desk.let_go(name)
-        self._tell("unload_lora_adapter", name)
+        """Remove an adapter once no request uses it; see `Engine.remove_adapter`."""
+        self._queue.drain_adapter(name)
+        self._post("unload_lora_adapter", name)
         shutil.rmtree(self._resident.pop(name), ignore_errors=True)
-        self._desk.forgotten(name)
+        self._queue.adapter_removed(name)
 
     def stats(self) -> Stats:
         """Return the figures of this moment; the cache's share is a second old at most."""
-        running = self._desk.running
+        running = self._queue.running
         return Stats(
             running=running,
-            waiting=self._desk.waiting,
+            waiting=self._queue.waiting,
             kv_cache_share=self._kv_share if running else 0.0,
-            last_progress_s=self._desk.last_progress_s,
+            last_progress_s=self._queue.last_progress_s,
             alive=self._thread.is_alive() and self._server.alive,
-            adapters=self._desk.adapters(),
+            adapters=self._queue.adapters(),
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
         )
 
     def close(self) -> None:
         """End what is in flight as cancelled, then vLLM."""
-        self._desk.close("cancelled")
+        self._queue.close("cancelled")
         self._thread.join(LAST_STEP_S)
         self._server.close()
         self._folders.cleanup()
 
+    def abort(self) -> None:
+        """Give up at once; see `Engine.abort`."""
+        self._queue.abort(failures.died())
+
     async def _run(self) -> None:
         async with self._server.async_client() as client:
             watch = asyncio.create_task(self._watch(client))
-            while self._desk.is_open:
-                for ticket in await asyncio.to_thread(self._desk.take, wait=True):
-                    self._answers[ticket] = asyncio.create_task(self._answer(client, ticket))
-            for task in (watch, *self._answers.values()):
+            while self._queue.is_open:
+                for handle in await asyncio.to_thread(self._queue.take, wait=True):
+                    self._tasks[handle] = asyncio.create_task(self._answer(client, handle))
+            for task in (watch, *self._tasks.values()):
                 task.cancel()
-            await asyncio.gather(watch, *self._answers.values(), return_exceptions=True)
+            await asyncio.gather(watch, *self._tasks.values(), return_exceptions=True)
 
     async def _watch(self, client: httpx.AsyncClient) -> None:
-        """Break off answers that nobody reads, also before their first token; read the cache's share."""
-        for turn in range(2**63):
+        """End cancelled requests, also before their first token; read how full the cache is."""
+        for sweep in range(2**63):
             await asyncio.sleep(SWEEP_S)
-            for ticket, task in tuple(self._answers.items()):
-                if ticket.cancelled:
+            for handle, task in tuple(self._tasks.items()):
+                if handle.cancelled:
                     task.cancel()
-            if self._answers and turn % round(1 / SWEEP_S) == 0:
+            if self._tasks and sweep % round(1 / SWEEP_S) == 0:
                 try:
                     found = KV_SHARE.search((await client.get("/metrics", timeout=1.0)).text)
                     self._kv_share = float(found[1]) if found else 0.0
                 except httpx.HTTPError:
                     continue
 
-    async def _answer(self, client: httpx.AsyncClient, ticket: RequestHandle) -> None:
-        """Give one request its tokens, and its end, whichever it is."""
+    async def _answer(self, client: httpx.AsyncClient, handle: RequestHandle) -> None:
+        """Give one request its tokens and its end."""
         try:
-            end: FinishReason | Exception = await self._stream(client, ticket)
+            end: FinishReason | Exception = await self._stream(client, handle)
         except asyncio.CancelledError:
             end = "cancelled"
         except Exception as error:  # answers the request; the others go on
-            end = _failure(error)
-        del self._answers[ticket]
-        self._desk.finish(ticket, end)
+            end = failures.of(error)
+        del self._tasks[handle]
+        self._queue.finish(handle, end)
 
-    async def _stream(self, client: httpx.AsyncClient, ticket: RequestHandle) -> FinishReason:
+    async def _stream(self, client: httpx.AsyncClient, handle: RequestHandle) -> FinishReason:
         """Post the answer's tokens as vLLM sends them and return why it ended."""
-        request = ticket.request
+        request = handle.request
         self._prompt_tokens += len(request.prompt_ids)
         body = _body(request, model=request.adapter or self._name, context_tokens=self.context_tokens)
         end: FinishReason = "cancelled"
@@ -219,31 +230,31 @@ class VllmEngine:
                 if "error" in chunk:
                     raise _refused(int(chunk["error"].get("code") or 500), line)
                 self._cached_tokens += _cached(chunk)
-                self._desk.progress()
+                self._queue.note_progress()
                 for choice in chunk["choices"]:
                     for token in _tokens(choice, top=request.sampling.top_logprobs):
                         if token.id not in request.sampling.stop_ids:
-                            ticket.post(token)
+                            handle.post(token)
                     end = _reason(choice.get("finish_reason")) or end
         return end
 
-    def _lost(self, how: str) -> None:
+    def _process_ended(self, how: str) -> None:
         log.error("%s; without it nothing can be answered", how)
-        self._desk.abandon(UnavailableError("the engine has died; the server's log says of what"))
+        self.abort()
 
-    def _tell(self, path: str, name: str, **more: str) -> None:
-        """Have vLLM load or forget an adapter; ConfigError with its reason when it does not."""
+    def _post(self, path: str, name: str, **more: str) -> None:
+        """Have vLLM load or unload an adapter; ConfigError with its reason when it does not."""
         try:
             with self._server.client(timeout_s=ADAPTER_S) as client:
                 reply = client.post(f"/v1/{path}", json={"lora_name": name} | more)
         except httpx.HTTPError as error:
             raise UnavailableError(f"adapter {name}: vLLM does not answer: {error}") from None
         if reply.status_code != 200:
-            raise ConfigError(f"adapter {name}: does not fit this model, says vLLM: {_message(reply.text)}")
+            raise failures.does_not_fit(name, f"vLLM: {_message(reply.text)}")
 
 
 def _body(request: Request, *, model: str, context_tokens: int) -> dict[str, Any]:
-    """Return what vLLM is asked: our stop ids and no others, ids in place of text."""
+    """Return the body of a request to vLLM: our stop ids and no others, ids in place of text."""
     sampling = request.sampling
     body: dict[str, Any] = {
         "model": model,
@@ -274,26 +285,27 @@ def _body(request: Request, *, model: str, context_tokens: int) -> dict[str, Any
 
 
 def _tokens(choice: dict[str, Any], *, top: int | None) -> Iterator[Token]:
-    """Yield the tokens of one chunk, with the `top` likeliest at each place where that is asked for."""
+    """Yield the tokens of one chunk, each with its `top` likeliest alternatives where they are wanted."""
     ids = choice.get("token_ids") or []
-    said = choice.get("logprobs")
-    if top is None or said is None:
+    logprobs = choice.get("logprobs")
+    if top is None or logprobs is None:
         yield from map(Token, ids)
         return
-    for place, token in enumerate(ids):
-        found = (
-            (int(name.removeprefix(TOKEN)), share) for name, share in said["top_logprobs"][place].items()
+    for index, token in enumerate(ids):
+        pairs = (
+            (int(name.removeprefix(TOKEN)), logprob)
+            for name, logprob in logprobs["top_logprobs"][index].items()
         )
-        likeliest = sorted(found, key=lambda pair: -pair[1])[:top]
-        yield Token(token, logprob=said["token_logprobs"][place], top=tuple(likeliest))
+        likeliest = sorted(pairs, key=lambda pair: -pair[1])[:top]
+        yield Token(token, logprob=logprobs["token_logprobs"][index], top=tuple(likeliest))
 
 
-def _reason(said: str | None) -> FinishReason | None:
-    if said is None:
+def _reason(finish_reason: str | None) -> FinishReason | None:
+    if finish_reason is None:
         return None
-    if said not in {"stop", "length"}:
-        raise UnavailableError(f"vLLM gave up this request ({said})")
-    return "stop" if said == "stop" else "length"
+    if finish_reason not in {"stop", "length"}:
+        raise UnavailableError(f"vLLM gave up this request ({finish_reason})")
+    return "stop" if finish_reason == "stop" else "length"
 
 
 def _cached(chunk: dict[str, Any]) -> int:
@@ -302,7 +314,7 @@ def _cached(chunk: dict[str, Any]) -> int:
 
 
 def _refused(status: int, text: str) -> Exception:
-    """Return what an error of vLLM's means to who asked."""
+    """Return the failure that an error response of vLLM means."""
     if status == 404:
         return UnknownModelError(_message(text))
     if status in {400, 422}:
@@ -315,11 +327,3 @@ def _message(text: str) -> str:
     with contextlib.suppress(ValueError, KeyError, TypeError):
         text = str(json.loads(text.removeprefix("data: "))["error"]["message"])
     return " ".join(text.split())[:300]
-
-
-def _failure(error: Exception) -> Exception:
-    """Return what the client is told; the rest is in the log."""
-    if isinstance(error, Failure):
-        return error
-    log.error("A request failed in the engine", exc_info=error)
-    return UnavailableError("the engine failed on this request; its log says why")

@@ -1,7 +1,7 @@
-"""A vLLM server as a child process on a socket of this machine: found, started, waited for, watched, ended.
+"""A vLLM server as a child process on a Unix socket: found, started, waited for, watched, ended.
 
-It listens on a Unix socket in a private directory, so it takes no port and needs no key. Does not know
-models, requests or adapters. Start at `VllmProcess`.
+The socket lies in a private directory, so it takes no port and needs no key. Does not know models, requests
+or adapters. Start at `VllmProcess`.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ from runtime.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.25
-"""How often a server that starts is asked whether it answers."""
-LEAVE_S = 10.0
+POLL_S = 0.25
+"""How often a starting server is polled for readiness."""
+STOP_S = 10.0
 """Time that vLLM is given to end after SIGTERM."""
 LAST_LINES = 200
-"""Of its log, kept to say what it ended with."""
+"""Lines of its log that are kept, to report what it ended with."""
 
-AN_ERROR = re.compile(r"\w*(Error|error|Exception): ")
+ERROR_LINE = re.compile(r"\w*(Error|error|Exception): ")
 
 ENVIRONMENT = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
@@ -62,9 +62,9 @@ class VllmProcess:
         self._found = find(program)
         self._folder = tempfile.TemporaryDirectory(prefix="vllm-")
         self.socket = str(Path(self._folder.name) / "socket")
-        self._command = [*_guarded(ENVIRONMENT), self._found, "serve", *arguments, f"--uds={self.socket}"]
+        self._command = [*_prefix(ENVIRONMENT), self._found, "serve", *arguments, f"--uds={self.socket}"]
         self._last: deque[str] = deque(maxlen=LAST_LINES)
-        self._leaving = False
+        self._closing = False
         self._started = threading.Event()
         self._on_end: Callable[[str], None] = lambda _: None
         # The thread that starts it lives as long as it does: a parent's death is that of the starting thread.
@@ -73,7 +73,7 @@ class VllmProcess:
         self._started.wait()
 
     def wait_ready(self) -> None:
-        """Block until it answers; ConfigError with its own last words when it ends instead."""
+        """Block until it answers; ConfigError with its last log line when it ends instead."""
         began = time.monotonic()
         with self.client(timeout_s=5.0) as client:
             while True:
@@ -82,14 +82,14 @@ class VllmProcess:
                 with contextlib.suppress(httpx.TransportError):
                     if client.get("/health").status_code == 200:
                         break
-                time.sleep(LOOK_S)
-        log.info("vLLM answers after %.1f s", time.monotonic() - began)
+                time.sleep(POLL_S)
+        log.info("vLLM is ready after %.1f s", time.monotonic() - began)
 
-    def on_end(self, act: Callable[[str], None]) -> None:
-        """Call `act` with a sentence, from a thread, when the process ends that was not told to."""
-        self._on_end = act
+    def on_end(self, callback: Callable[[str], None]) -> None:
+        """Call `callback` with a description, from a thread, when the process ends without `close`."""
+        self._on_end = callback
         if not self.alive:
-            act(self._end())
+            callback(self._end())
 
     def client(self, *, timeout_s: float) -> httpx.Client:
         """Return a client for calls that block."""
@@ -98,7 +98,7 @@ class VllmProcess:
         )
 
     def async_client(self) -> httpx.AsyncClient:
-        """Return a client for answers: any number at a time, which take as long as they take."""
+        """Return a client for answers: any number at a time, without a timeout."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         transport = httpx.AsyncHTTPTransport(uds=self.socket, limits=limits)
         return httpx.AsyncClient(transport=transport, base_url="http://vllm", timeout=httpx.Timeout(None))
@@ -109,17 +109,17 @@ class VllmProcess:
         return self._process.poll() is None
 
     def close(self) -> None:
-        """End it, at first politely."""
-        self._leaving = True
+        """End it: SIGTERM, then SIGKILL."""
+        self._closing = True
         self._process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(LEAVE_S)
+            self._process.wait(STOP_S)
         self._kill()
-        self._thread.join(LEAVE_S)
+        self._thread.join(STOP_S)
         self._folder.cleanup()
 
     def _run(self) -> None:
-        """Start the process, wait until it ends, and say that it has."""
+        """Start the process, wait until it ends, and call back."""
         self._process = subprocess.Popen(  # noqa: S603 - the program the user named
             self._command,
             stdin=subprocess.DEVNULL,
@@ -127,7 +127,7 @@ class VllmProcess:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # Ctrl-C on a terminal is this server's to answer
+            start_new_session=True,  # Ctrl-C on a terminal must reach this server alone
         )
         self._started.set()
         reader = threading.Thread(target=self._read, name="vllm-log", daemon=True)
@@ -135,18 +135,18 @@ class VllmProcess:
         self._process.wait()
         self._kill()
         reader.join()
-        if not self._leaving:
+        if not self._closing:
             self._on_end(self._end())
 
     def _read(self) -> None:
-        """Pass on what it says."""
+        """Log its output at DEBUG."""
         with self._process.stdout or contextlib.nullcontext(()) as lines:
             for line in lines:
                 self._last.append(line.rstrip())
                 log.debug("vLLM: %s", line.rstrip())
 
     def _kill(self) -> None:
-        """End what is left of it, its workers too."""
+        """Kill what is left of its process group, workers included."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
@@ -156,17 +156,17 @@ class VllmProcess:
         return f"vLLM {how}: {self._reason()}"
 
     def _reason(self) -> str:
-        """Return the line of its log that says most: the last one that names an error."""
+        """Return the last line of its log that names an error, else the last line."""
         lines = [line for line in self._last if line.strip()]
-        telling = [line for line in lines if AN_ERROR.search(line)]
-        return " ".join((telling or lines or ["it said nothing"])[-1].split())[-300:]
+        errors = [line for line in lines if ERROR_LINE.search(line)]
+        return " ".join((errors or lines or ["it wrote no log line"])[-1].split())[-300:]
 
 
-def _guarded(environment: Mapping[str, str]) -> list[str]:
-    """Return the words before a command that give it variables and end it when its parent thread has ended.
+def _prefix(environment: Mapping[str, str]) -> list[str]:
+    """Return the prefix of a command that sets variables and ends it when its parent thread has ended.
 
-    util-linux's setpriv does the latter; without it, a server that is killed leaves vLLM behind.
+    util-linux's setpriv does the latter; without it, a server that is killed leaves vLLM running.
     """
-    words = ["env", *(f"{name}={value}" for name, value in environment.items())]
+    prefix = ["env", *(f"{name}={value}" for name, value in environment.items())]
     guard = shutil.which("setpriv")
-    return [*words, guard, "--pdeathsig", "TERM"] if guard else words
+    return [*prefix, guard, "--pdeathsig", "TERM"] if guard else prefix

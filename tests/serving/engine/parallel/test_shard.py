@@ -69,7 +69,9 @@ def divided(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Divided]:
         store.wait([loaded_key(1)])
         group = Group(store, rank=0, world=2, device="cpu")
         group.all_reduce_min(1)
-        engine = BatchingEngine(model, rows=4, context_tokens=400, queue=8, rank=Rank(group, own_shard))
+        engine = BatchingEngine(
+            model, max_sequences=4, context_tokens=400, max_waiting=8, rank=Rank(group, own_shard)
+        )
         yield engine
         engine.close()
         group.close()

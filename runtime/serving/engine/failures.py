@@ -1,0 +1,63 @@
+"""What an engine tells a client when it cannot answer: each sentence once, for all engines.
+
+Does not know models, requests or HTTP; the exception types decide the HTTP status (errors.py).
+"""
+
+import logging
+
+from runtime.errors import ConfigError, Failure, OverloadedError, UnavailableError, UnknownModelError
+
+log = logging.getLogger(__name__)
+
+
+def stopped() -> UnavailableError:
+    """Return the failure of requests to an engine that is closed or has given up."""
+    return UnavailableError("the engine has stopped")
+
+
+def died() -> UnavailableError:
+    """Return the failure of requests whose engine ran in a process that has ended."""
+    return UnavailableError("the engine has died; the server's log says of what")
+
+
+def queue_full(waiting: int) -> OverloadedError:
+    """Return the failure of a request that found `waiting` others, as many as may wait."""
+    return OverloadedError(f"{waiting} requests are waiting already; try again shortly")
+
+
+def not_resident(adapter: str) -> UnknownModelError:
+    """Return the failure of a request for an adapter that the engine does not hold."""
+    return UnknownModelError(f"adapter '{adapter}' is not resident")
+
+
+def resident_already(adapter: str) -> ConfigError:
+    """Return the failure of adding an adapter under a name that is in use."""
+    return ConfigError(f"adapter {adapter}: is resident already; remove it first")
+
+
+def does_not_fit(adapter: str, reason: str) -> ConfigError:
+    """Return the failure of adding an adapter that this model cannot use."""
+    return ConfigError(f"adapter {adapter}: does not fit this model: {reason}")
+
+
+def out_of_memory() -> UnavailableError:
+    """Return the failure of a request for which the GPU had no memory."""
+    return UnavailableError("out of GPU memory: send a shorter prompt or ask for fewer tokens")
+
+
+def invalid_output() -> UnavailableError:
+    """Return the failure of a request whose logits are not finite."""
+    return UnavailableError("model output contains NaN or Inf for this prompt")
+
+
+def failed() -> UnavailableError:
+    """Return the failure of a request for a reason that is in the log and not for clients."""
+    return UnavailableError("the engine failed on this request; its log says why")
+
+
+def of(error: Exception) -> Failure:
+    """Return what a client is told about `error`; what clients must not see goes to the log."""
+    if isinstance(error, Failure):
+        return error
+    log.error("A request failed in the engine", exc_info=error)
+    return failed()
