@@ -5,8 +5,6 @@ registries, and needs torch only to save. Start at `check` and `save`.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from runtime.errors import ConfigError
-from runtime.files import finish, sync_directory, write_whole
+from runtime.files import atomic_files, write_atomic
 from runtime.model_source import ModelSource
 
 if TYPE_CHECKING:
@@ -139,7 +137,7 @@ def combine(parts: Sequence[tuple[Path, float]], folder: Path) -> None:
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
     }
-    write_whole(folder / CONFIG_FILE, json.dumps(config))
+    write_atomic(folder / CONFIG_FILE, json.dumps(config))
 
 
 def save(
@@ -156,10 +154,7 @@ def save(
     `first_weights`, where the base lost those to the adapter before training, are taken away from it again.
     `beside(scratch)` may write further files (tokenizer, report) that appear together with them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".adapter.{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
+    with atomic_files(folder, last=WEIGHTS_FILE) as scratch:
         # save_embedding_layers "auto" asks the hub, and may add layers that serving engines refuse
         model.save_pretrained(str(scratch), safe_serialization=True, save_embedding_layers=False)
         (scratch / "README.md").unlink(missing_ok=True)
@@ -168,9 +163,6 @@ def save(
         _rewrite_config(scratch / CONFIG_FILE, source)
         if beside is not None:
             beside(scratch)
-        _move_all(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _as_update(folder: Path, first_weights: "Mapping[str, torch.Tensor]") -> None:
@@ -196,17 +188,6 @@ def _as_update(folder: Path, first_weights: "Mapping[str, torch.Tensor]") -> Non
     config["rank_pattern"] = {path: rank * 2 for path, rank in (config.get("rank_pattern") or {}).items()}
     config["alpha_pattern"] = {path: a * scale for path, a in (config.get("alpha_pattern") or {}).items()}
     (folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-
-
-def _move_all(scratch: Path, folder: Path) -> None:
-    files = [path for path in scratch.rglob("*") if path.is_file()]
-    mode = (scratch / CONFIG_FILE).stat().st_mode  # that of the user's umask
-    for path in sorted(files, key=lambda path: (path.name == WEIGHTS_FILE, str(path))):
-        finish(path, mode=mode)
-        target = folder / path.relative_to(scratch)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(target)
-    sync_directory(folder)
 
 
 def _rewrite_config(path: Path, source: ModelSource) -> None:

@@ -1,43 +1,140 @@
-"""Files that are whole or absent, on the disk when that is said, and in one job's hands.
+"""Files and folders that appear whole or not at all, locks, and where this project's cache is.
 
-Plain files: does not know what is in them. Start at `write_whole`.
+Everything new is written beside its place and renamed into it. Plain files: does not know what is in them.
+Start at `atomic_file` and `locked`.
 """
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import logging
+import math
 import os
+import secrets
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
+
+from runtime.errors import CapacityError, ConfigError
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.1
+POLL_S = 0.1
 """How often a lock that another holds is tried again."""
 
-
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` so that `path` has all of it or does not change."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with aside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(path)
+_WITHOUT_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
 
 
-def finish(path: Path, *, mode: int) -> None:
-    """Bring a file that a library has written to the disk, readable to whom `mode` says.
+def cache_folder(environ: Mapping[str, str]) -> Path:
+    """Return where a process with this environment keeps what it can fetch again.
 
-    safetensors makes files that only their owner can read, whatever the user's umask.
+    $RUNTIME_CACHE, else `workspace-runtime` in $XDG_CACHE_HOME or ~/.cache; without a home, in /tmp/.cache.
     """
-    with path.open("rb") as written:
-        os.fsync(written.fileno())
-    path.chmod(mode)
+    if environ.get("RUNTIME_CACHE"):
+        return Path(environ["RUNTIME_CACHE"])
+    home = environ.get("HOME") or "/tmp"  # noqa: S108
+    return Path(environ.get("XDG_CACHE_HOME") or f"{home}/.cache") / "workspace-runtime"
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
+    """Yield a new file that becomes `path`, on the disk, when the block ends well and is removed otherwise.
+
+    `mode` is its permissions whatever the user's umask, from its first byte on.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # process ids repeat in containers
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            if mode is not None:
+                os.fchmod(descriptor, mode)
+            yield stream
+            stream.flush()
+            os.fsync(descriptor)
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def write_atomic(path: Path, text: str, *, mode: int | None = None) -> None:
+    """Write `text` so that `path` has all of it or does not change."""
+    with atomic_file(path, mode=mode) as stream:
+        stream.write(text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, *, written_here: bool = True) -> Iterator[Path]:
+    """Yield a new folder that becomes `path` when the block ends well and is removed otherwise.
+
+    With `written_here` its files are brought to the disk, readable to whom the user's umask allows:
+    safetensors makes files that only their owner can read. A folder at `path` is replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+        if written_here:
+            _sync_files(scratch)
+        replace_folder(scratch, path)
+        sync_directory(path.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_files(folder: Path, *, last: str) -> Iterator[Path]:
+    """Yield a scratch folder whose files move into `folder` when the block ends well, `last` last.
+
+    Each appears whole, readable to whom the user's umask allows; the other files of `folder` stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / f".{last}.{os.getpid()}.part"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+        found = _sync_files(scratch)
+        for path in sorted(found, key=lambda path: (path.name == last, str(path))):
+            target = folder / path.relative_to(scratch)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+        sync_directory(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`, which may exist; ConfigError when that one cannot be moved (a mount)."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        try:
+            folder.rmdir()  # an empty folder, as Kubernetes mounts them
+        except OSError:
+            try:
+                folder.rename(old)
+            except OSError as error:
+                raise ConfigError(
+                    f"{folder}: cannot be replaced ({error.strerror}); name a folder below it"
+                ) from None
+    new.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_files(folder: Path) -> list[Path]:
+    """Bring the files below a new `folder` to the disk, with the permissions of the user's umask."""
+    mode = folder.stat().st_mode & 0o666
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    for path in found:
+        with path.open("rb") as written:
+            os.fsync(written.fileno())
+        path.chmod(mode)
+    return found
 
 
 def sync_directory(folder: Path) -> None:
@@ -56,31 +153,54 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def held(path: Path, *, wait_s: float, waiting: str = "") -> Iterator[int]:
-    """Hold the lock file `path` while the block runs, and yield its descriptor.
+def disk_errors(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
+    """Turn a full or read-only disk under `path` into an error a user can act on."""
+    try:
+        yield
+    except OSError as error:
+        need = f"; {needed_bytes} bytes are needed" if needed_bytes else ""
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise CapacityError(
+                f"{path}: the disk is full{need}; free space or use another directory"
+            ) from None
+        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+            raise ConfigError(f"{error.filename or path}: not allowed ({os.strerror(error.errno)})") from None
+        raise
 
-    `waiting` is logged when another holds it.
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait_s: float = math.inf, waiting: str = "") -> Iterator[int]:
+    """Hold the lock of the file or folder `path` while the block runs, and yield its descriptor.
+
+    `waiting` is logged when another process holds it. A file that does not exist is created.
 
     A child process that is given the descriptor holds it too: the lock is free when all of them have ended,
     however they ended. Raises BlockingIOError when another still holds it after `wait_s`. On a file system
     without locks nothing is held.
     """
     until = time.monotonic() + wait_s
-    with path.open("ab") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    raise
-                if waiting:
-                    log.info(waiting)
-                    waiting = ""
-                time.sleep(LOOK_S)
-            except OSError as error:
-                if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}:
-                    raise
-                break
-            else:
-                break
-        yield lock.fileno()
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_APPEND | os.O_CREAT
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        while not _take(descriptor):
+            if time.monotonic() >= until:
+                raise BlockingIOError(errno.EWOULDBLOCK, "locked by another process", str(path))
+            if waiting:
+                log.info(waiting)
+                waiting = ""
+            time.sleep(POLL_S)
+        yield descriptor
+    finally:
+        os.close(descriptor)  # not unlocked: a child may go on holding it
+
+
+def _take(descriptor: int) -> bool:
+    """Whether the lock is ours now, or the file system has none."""
+    from filelock import lock_descriptor  # as long as all imports of `runtime --help` otherwise take
+
+    try:
+        return lock_descriptor(descriptor, blocking=False)
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
+        return True

@@ -6,17 +6,13 @@ would be rounded away. Does not know tuning or serving. Start at `merge`.
 
 import json
 import logging
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from runtime import adapters, logs, models, presets
 from runtime.config import read_text
 from runtime.errors import CapacityError, ConfigError
-from runtime.files import finish, sync_directory
+from runtime.files import atomic_folder
 from runtime.hardware import Hardware
 from runtime.memory.shape import BYTES
 from runtime.model_source import Dtype, ModelSource
@@ -57,7 +53,7 @@ def merge(folder: Path, target: Path, *, base: ModelSource, machine: Hardware, d
     written = stored if dtype == "auto" else dtype
     _check_memory(base, weights, BYTES[written] / BYTES[stored], machine)
     merged = _merged(base.model_copy(update={"path": weights, "dtype": written}), folder, machine)
-    with _aside(target) as scratch, logs.quiet_progress():
+    with atomic_folder(target) as scratch, logs.quiet_progress():
         merged.save_pretrained(str(scratch))
         _save_tokenizer(base, folder, scratch)
     log.info("merged %s into %s, %s", folder.name, target, written)
@@ -106,21 +102,3 @@ def _save_tokenizer(base: ModelSource, folder: Path, scratch: Path) -> None:
     own = (folder / "tokenizer_config.json").is_file()
     source = ModelSource(name=base.name, path=folder) if own else base
     models.load_tokenizer(source).save_pretrained(str(scratch))
-
-
-@contextmanager
-def _aside(target: Path) -> Iterator[Path]:
-    """Within: a directory beside `target`, which becomes it at the end, on the disk, or goes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
-        yield scratch
-        mode = (scratch / "config.json").stat().st_mode  # that of the user's umask
-        for path in scratch.iterdir():
-            finish(path, mode=mode)
-        scratch.replace(target)
-        sync_directory(target.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,15 +1,352 @@
-"""The wait that a server asks for in its Retry-After header. Does not know HTTP clients."""
+"""HTTP as every client here does it: what is tried again, downloads that resume, event streams.
 
+Works on httpx; `Retries` and `first_byte` also serve the registry client, whose requests are oras'. Does not
+know what is fetched, from whom or for what. Start at `Retries`, `Download` and `events`.
+"""
+
+import logging
+import math
+import random
+import re
+import shutil
+import threading
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from runtime.errors import CapacityError, DataError, StoppedError, TransientError
+from runtime.files import disk_errors, write_atomic
+
+if TYPE_CHECKING:
+    import httpx
+
+log = logging.getLogger(__name__)
+
+RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""Statuses after which the same request may succeed."""
+LONGEST_WAIT_S = 30.0
+"""Where the doubling of the waits ends."""
+LONGEST_RETRY_AFTER_S = 300.0
+"""Longest Retry-After that is waited for: the window of the Hugging Face hub's rate limits."""
 
 
-def seconds(value: str | None) -> float | None:
-    """Return the wait, stated in seconds or as a date (RFC 9110, 10.2.3); None without one that is valid."""
+class Response(Protocol):
+    """The part of an answer that httpx and requests have in common."""
+
+    @property
+    def status_code(self) -> int: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+
+class RetriableError(Exception):
+    """A request failed in a way that sending it again may mend; the server may have carried it out."""
+
+    def __init__(self, reason: str, retry_after_s: float | None = None):
+        super().__init__(reason)
+        self.retry_after_s = retry_after_s
+        """How long the server asked to wait; None when it did not."""
+
+
+class Retries:
+    """Counts failures in a row, and waits between them.
+
+    The waits double from `backoff_s` up to LONGEST_WAIT_S, with jitter so that ranks and pods do not come
+    back in step. A Retry-After is waited for instead, and a little longer for the same reason.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        attempts: int,
+        backoff_s: float,
+        deadline: float = math.inf,
+        sleep: Callable[[float], object] | None = None,
+    ):
+        self._what, self._attempts, self._backoff_s = what, attempts, backoff_s
+        self._deadline = deadline
+        """`time.monotonic()` after which no try begins."""
+        self._sleep = sleep or time.sleep
+        self._failures = 0
+
+    def progressed(self) -> None:
+        """Forget the failures so far."""
+        self._failures = 0
+
+    def failed(self, error: RetriableError) -> None:
+        """Wait before the next try; TransientError when there is none left or the wait would be too long."""
+        self._failures += 1
+        if self._failures >= self._attempts:
+            raise TransientError(
+                f"{self._what}: gave up after {self._failures} tries, the last: {error}; try again later"
+            ) from None
+        if error.retry_after_s is None:
+            wait_s = min(LONGEST_WAIT_S, self._backoff_s * 2 ** (self._failures - 1))
+            wait_s *= random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+        else:
+            wait_s = error.retry_after_s * random.uniform(1.0, 1.2)  # noqa: S311
+        if (error.retry_after_s or 0) > LONGEST_RETRY_AFTER_S or time.monotonic() + wait_s > self._deadline:
+            raise TransientError(
+                f"{self._what}: {error}; the next try would be in {wait_s:.0f} s, too late: try again then"
+            ) from None
+        log.warning(
+            "%s: %s; trying again in %.1f s (try %s of %s)",
+            self._what,
+            error,
+            wait_s,
+            self._failures + 1,
+            self._attempts,
+        )
+        self._sleep(wait_s)
+
+
+def retry_after_s(value: str | None) -> float | None:
+    """Return the wait of a Retry-After header (RFC 9110, 10.2.3: seconds or a date); None if it has none."""
     value = (value or "").strip()
-    if value.isdigit():
+    if value.isdecimal() and value.isascii():
         return float(value)
     try:
         return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
     except (TypeError, ValueError):  # no date, or one without its zone
         return None
+
+
+def raise_if_retriable(response: Response, detail: str = "") -> None:
+    """Raise RetriableError for a status that asks to try again; `detail` is what the body says of it."""
+    if response.status_code in RETRIED:
+        wait_s = retry_after_s(response.headers.get("Retry-After"))
+        raise RetriableError(f"answered {response.status_code}{detail}", wait_s)
+
+
+def part_of(path: Path) -> Path:
+    """Return the file that a download to `path` grows in until it is whole."""
+    return path.with_name(f"{path.name}.part")
+
+
+def first_byte(response: Response, asked: int) -> int | None:
+    """Return where the body begins in the file, after the bytes from `asked` on were requested.
+
+    None when the answer is neither the file (200) nor the range that was asked for (206).
+    """
+    if response.status_code == 200:
+        return 0
+    partial = response.status_code == 206 and asked > 0
+    content_range = response.headers.get("Content-Range", "")
+    return asked if partial and content_range.startswith(f"bytes {asked}-") else None
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a download goes on. One home for these defaults."""
+
+    attempts: int = 6
+    """Tries without progress before giving up."""
+    backoff_s: float = 1.0
+    """First wait between tries; it doubles each time, to at most LONGEST_WAIT_S."""
+    stall_s: float = 30.0
+    """Longest silence of a server."""
+    deadline_s: float = 6 * 3600
+    """Longest time for one file, retries included."""
+    rate_bytes_s: float = 1024.0
+    """Least speed, over `stall_s`: a server that drips is as good as silent."""
+
+
+PATIENT = Patience()
+"""The defaults."""
+
+Get = Callable[[dict[str, str]], AbstractContextManager["httpx.Response"]]
+"""Sends the GET request with these headers added; its errors are httpx'."""
+
+
+class Download:
+    """One file on its way into `part_of(path)`, which every try continues where the last one stopped.
+
+    The server's validator (ETag or Last-Modified) is kept beside it and sent along as If-Range, so that a
+    file that changed in between is fetched anew (RFC 9110, 13.1.5). The caller checks `part` after `run`,
+    and calls `finish`.
+    """
+
+    def __init__(self, path: Path, what: str, *, patience: Patience, stop: threading.Event):
+        self.path, self.part = path, part_of(path)
+        self._what, self._patience, self._stop = what, patience, stop
+        self._deadline = time.monotonic() + patience.deadline_s
+
+    @property
+    def validator_file(self) -> Path:
+        """Where the server's name for the bytes is kept while the download is not whole."""
+        return self.path.with_name(f".{self.path.name}.validator")
+
+    def run(self, get: Get) -> None:
+        """Send requests until the whole body is in `part`; a try that brought bytes starts the count anew.
+
+        Raises TransientError when tries or time run out, DataError when the answer is not the file,
+        CapacityError without space for it, StoppedError when `stop` is set.
+        """
+        import httpx
+
+        retries = Retries(
+            self._what,
+            attempts=self._patience.attempts,
+            backoff_s=self._patience.backoff_s,
+            deadline=self._deadline,
+            sleep=self._sleep,
+        )
+        while True:
+            have = self._received()
+            try:
+                self._attempt(get, have)
+            except (httpx.TransportError, httpx.StreamError, RetriableError) as error:
+                if self._received() > have:
+                    retries.progressed()
+                if not isinstance(error, RetriableError):
+                    error = RetriableError(str(error) or type(error).__name__)
+                retries.failed(error)
+            else:
+                return
+
+    def finish(self) -> None:
+        """Give the file, once it is checked, its name."""
+        self.part.replace(self.path)
+        self.validator_file.unlink(missing_ok=True)
+
+    def _received(self) -> int:
+        return self.part.stat().st_size if self.part.exists() else 0
+
+    def _sleep(self, wait_s: float) -> None:
+        if self._stop.wait(wait_s):
+            raise StoppedError(f"{self._what}: the download was stopped") from None
+
+    def _attempt(self, get: Get, have: int) -> None:
+        """Make one request for the missing bytes and append them to `part`."""
+        validator = self.validator_file.read_text(encoding="utf-8") if self.validator_file.exists() else ""
+        headers = {"Accept-Encoding": "identity"}
+        asked = have if validator else 0
+        if asked:
+            headers |= {"Range": f"bytes={asked}-", "If-Range": validator}
+        with get(headers) as response:
+            start = self._start(response, asked)
+            length = response.headers.get("Content-Length", "")
+            self._check_space(int(length) if length.isdecimal() else 0)
+            fresh = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+            if fresh.startswith("W/"):  # a weak tag does not promise the same bytes
+                fresh = ""
+            write_atomic(self.validator_file, fresh)
+            self._receive(response, start)
+
+    def _start(self, response: "httpx.Response", asked: int) -> int:
+        """Return the byte that the body begins at; raises for anything but the file or the rest of it."""
+        raise_if_retriable(response)
+        start = first_byte(response, asked)
+        if start is not None:
+            return start
+        if asked and response.status_code in (206, 416):
+            self.part.unlink(missing_ok=True)
+            content_range = response.headers.get("Content-Range", "")
+            raise RetriableError(
+                f"answered {response.status_code} {content_range!r} to the range from {asked}; starting over"
+            )
+        raise DataError(f"{self._what}: answered {response.status_code}, expected the file")
+
+    def _receive(self, response: "httpx.Response", start: int) -> None:
+        pace = _Pace(self._what, self._patience)
+        with disk_errors(self.part), self.part.open("ab" if start else "wb") as stream:
+            for chunk in response.iter_raw():
+                stream.write(chunk)
+                if self._stop.is_set():
+                    raise StoppedError(f"{self._what}: the download was stopped")
+                if time.monotonic() > self._deadline:
+                    raise TransientError(
+                        f"{self._what}: not complete after {self._patience.deadline_s:.0f} s"
+                    )
+                pace.count(len(chunk))
+
+    def _check_space(self, needed: int) -> None:
+        free = shutil.disk_usage(self.part.parent).free
+        if needed > free:
+            raise CapacityError(
+                f"{self.part.parent}: {needed} bytes needed for {self.path.name}, {free} are free"
+            )
+
+
+class _Pace:
+    """Raises TransientError for a server that sends too slowly."""
+
+    def __init__(self, what: str, patience: Patience):
+        self._what, self._patience = what, patience
+        self._since, self._bytes = time.monotonic(), 0
+
+    def count(self, received: int) -> None:
+        self._bytes += received
+        seconds = time.monotonic() - self._since
+        if seconds < self._patience.stall_s:
+            return
+        rate, least = self._bytes / seconds, self._patience.rate_bytes_s
+        if rate < least:
+            raise TransientError(f"{self._what}: {rate:.0f} bytes/s, less than {least:.0f}")
+        self._since, self._bytes = time.monotonic(), 0
+
+
+_LINE_END = re.compile(rb"\r\n|\r|\n")
+_BOM = b"\xef\xbb\xbf"
+
+
+class EventReader:
+    """Reads a stream of server-sent events, whatever the pieces it arrives in (WHATWG HTML, 9.2.6).
+
+    Lines end at CR, LF or CRLF and nowhere else: U+2028 and U+0085, at which `str.splitlines` breaks, stand
+    in JSON as they are. Types, ids and reconnection times of events have no use here and are skipped.
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+        """The last line, as far as it has arrived."""
+        self._after_cr = False
+        """The last line ended with a CR: a LF that follows belongs to it."""
+        self._begun = False
+        self._data: list[str] = []
+
+    def feed(self, chunk: bytes) -> list[str]:
+        """Return the data of the events that `chunk` completes; an event that the stream cuts off is none."""
+        if not chunk:
+            return []
+        if self._after_cr:
+            chunk = chunk.removeprefix(b"\n")
+        self._after_cr = chunk.endswith(b"\r")
+        *lines, self._rest = _LINE_END.split(self._rest + chunk)
+        return [data for line in lines if (data := self._line(line)) is not None]
+
+    def _line(self, line: bytes) -> str | None:
+        """Take in one line; return the event's data where the line, an empty one, ends an event with any."""
+        if not self._begun:
+            self._begun = True
+            line = line.removeprefix(_BOM)
+        if not line:
+            event = "\n".join(self._data) if self._data else None
+            self._data.clear()
+            return event
+        field, _, value = line.decode("utf-8", errors="replace").partition(":")
+        if field == "data":  # a comment's field is empty
+            self._data.append(value.removeprefix(" "))
+        return None
+
+
+def events(chunks: Iterable[bytes]) -> Iterator[str]:
+    """Yield the data of each event in a body that arrives in `chunks`."""
+    reader = EventReader()
+    for chunk in chunks:
+        yield from reader.feed(chunk)
+
+
+async def async_events(chunks: AsyncIterable[bytes]) -> AsyncIterator[str]:
+    """Yield the data of each event in a body that arrives in `chunks`."""
+    reader = EventReader()
+    async for chunk in chunks:
+        for event in reader.feed(chunk):
+            yield event

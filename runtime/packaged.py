@@ -3,16 +3,14 @@
 For machines that cannot reach the hub, the demo's among them. Start at `convert`.
 """
 
-import fcntl
 import logging
-import os
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime import logs
 from runtime.errors import ConfigError
+from runtime.files import atomic_folder, locked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,8 +27,8 @@ def convert(package: str, folder: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    waiting = f"another process converts {package}: waiting for it"
+    with locked(folder.with_name(f".{folder.name}.lock"), waiting=waiting):
         if (folder / "config.json").exists():
             return folder
         spec = find_spec(package)
@@ -44,11 +42,9 @@ def convert(package: str, folder: Path) -> Path:
                 str(weights.parent), gguf_file=weights.name, dtype=torch.float32
             )
             tokenizer = AutoTokenizer.from_pretrained(str(weights.parent), gguf_file=weights.name)
-        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-        shutil.rmtree(aside, ignore_errors=True)
-        _write_float32(model, aside)
-        tokenizer.save_pretrained(str(aside))
-        aside.rename(folder)
+        with atomic_folder(folder) as new:
+            _write_float32(model, new)
+            tokenizer.save_pretrained(str(new))
     return folder
 
 
@@ -59,7 +55,6 @@ def _write_float32(model: "PreTrainedModel", folder: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True)
     config = model.config.to_dict()
     config.pop("quantization_config", None)
     type(model.config)(**config).save_pretrained(str(folder))

@@ -57,7 +57,7 @@ class Access:
     attempts: int = 6
     """Tries of one request, or of one chunk without progress, before giving up."""
     backoff_s: float = 0.5
-    """First wait between tries; it doubles each time, to at most 20 s."""
+    """First wait between tries; it doubles each time (runtime/net.py)."""
 
 
 DEFAULT = Access()

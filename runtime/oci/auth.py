@@ -17,10 +17,11 @@ from urllib.parse import urljoin, urlsplit
 import requests
 
 from runtime.errors import RegistryError
+from runtime.net import RetriableError
 from runtime.oci import azure
 from runtime.oci.credentials import Credential, find
 from runtime.oci.reference import Reference
-from runtime.oci.transport import LostError, Transport, Tries, explain, raise_if_busy
+from runtime.oci.transport import Transport, explain, raise_if_busy
 
 _LIFE_S = 60.0
 """How long a token lives when nothing says it (the token specification's default)."""
@@ -139,13 +140,13 @@ class Login:
         fields: dict[str, object] = {"scope": self._scopes}
         if challenge.get("service"):
             fields["service"] = challenge["service"]
-        tries = Tries(self._transport.access, f"log in at {urlsplit(realm).netloc}")
+        retries = self._transport.retries(f"log in at {urlsplit(realm).netloc}")
         while True:
             try:
                 response = self._exchange(realm, fields)
                 raise_if_busy(response)
-            except LostError as error:
-                tries.failed(error)
+            except RetriableError as error:
+                retries.failed(error)
             else:
                 return response
 

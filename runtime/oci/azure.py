@@ -8,9 +8,10 @@ Start at `refresh_token`.
 from collections.abc import Mapping
 
 from runtime.errors import ConfigError, RegistryError
+from runtime.net import RetriableError
 from runtime.oci.access import Azure
 from runtime.oci.credentials import NULL_GUID, Credential
-from runtime.oci.transport import LostError, Transport, Tries, raise_if_busy
+from runtime.oci.transport import Transport, raise_if_busy
 
 _AUTHORITY = "https://login.microsoftonline.com/"
 _AUDIENCE = "https://containerregistry.azure.net"
@@ -62,7 +63,7 @@ def _managed_token(identity: Azure, transport: Transport) -> str:
 
 def _post(transport: Transport, url: str, form: Mapping[str, str] | None, wanted: str, who: str) -> str:
     """Return field `wanted` of the answer to `form` (or to a GET of the node's metadata service)."""
-    tries = Tries(transport.access, f"log in as {who}")
+    retries = transport.retries(f"log in as {who}")
     while True:
         try:
             if form is None:
@@ -71,8 +72,8 @@ def _post(transport: Transport, url: str, form: Mapping[str, str] | None, wanted
                 response = transport.plain("POST", url, data=form)
             raise_if_busy(response)
             break
-        except LostError as error:
-            tries.failed(error)
+        except RetriableError as error:
+            retries.failed(error)
     try:
         answer = response.json()
         if response.status_code == 200:

@@ -4,17 +4,15 @@ A plain tar layer is never written to disk: its headers are kept and the files a
 push of any size costs no space and an upload can resume anywhere. Does not know images or registries.
 """
 
-import errno
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from runtime.errors import CapacityError, ConfigError
+from runtime.errors import ConfigError
+from runtime.files import sha256
 
 READ_BYTES = 1 << 20
 """How much is read at a time: large enough for disk and sockets, small enough to hold per upload."""
@@ -159,8 +157,7 @@ def from_file(path: Path, descriptor: Descriptor) -> BlobParts:
 
 def file_digest(path: Path) -> str:
     """Return `sha256:…` of the file at `path`."""
-    with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return f"sha256:{sha256(path)}"
 
 
 def read_all(reader: Reader) -> Iterator[bytes]:
@@ -170,19 +167,3 @@ def read_all(reader: Reader) -> Iterator[bytes]:
             yield chunk
     finally:
         reader.close()
-
-
-@contextmanager
-def disk_errors(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turn a full or read-only disk under `path` into an error a user can act on."""
-    try:
-        yield
-    except OSError as error:
-        need = f"; {needed_bytes} bytes are needed" if needed_bytes else ""
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise CapacityError(
-                f"{path}: the disk is full{need}; free space or use another directory"
-            ) from None
-        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
-            raise ConfigError(f"{error.filename or path}: not allowed ({os.strerror(error.errno)})") from None
-        raise

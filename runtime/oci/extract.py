@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from runtime.errors import CapacityError, RegistryError
-from runtime.oci.blobs import READ_BYTES, disk_errors
+from runtime.files import disk_errors
+from runtime.oci.blobs import READ_BYTES
 
 if sys.version_info >= (3, 14):
     from compression import zstd

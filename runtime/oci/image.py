@@ -16,13 +16,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from runtime.errors import ConfigError
+from runtime.files import disk_errors
 from runtime.oci.blobs import (
     Blob,
     BlobPart,
     BlobParts,
     Descriptor,
     PartsReader,
-    disk_errors,
     file_digest,
     from_bytes,
     from_file,

@@ -5,9 +5,7 @@ there; a folder appears whole or not at all. Does not know HTTP. Start at `push`
 """
 
 import contextlib
-import fcntl
 import json
-import os
 import platform
 import shutil
 import tempfile
@@ -19,9 +17,10 @@ from functools import partial
 from pathlib import Path
 
 from runtime.errors import CapacityError, ConfigError, RegistryError
+from runtime.files import atomic_folder, disk_errors, locked
 from runtime.oci import contents
 from runtime.oci.access import DEFAULT, Access
-from runtime.oci.blobs import Descriptor, disk_errors, file_digest
+from runtime.oci.blobs import Descriptor, file_digest
 from runtime.oci.contents import Contents
 from runtime.oci.image import MARKER, Image, build
 from runtime.oci.layout import Layout
@@ -115,7 +114,7 @@ def pull(reference: Reference, folder: Path, *, access: Access = DEFAULT) -> Pat
         folder = folder.absolute()
         with disk_errors(folder.parent):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with _turns(folder.parent, access.cache):
+            with _locked(folder.parent, access.cache):
                 if _pulled_digest(folder) != info.digest:  # else another process was quicker
                     _pull(store, info, folder, access.cache)
         return folder
@@ -129,27 +128,23 @@ def _pull(store: Store, info: ImageInfo, folder: Path, cache: Path | None) -> No
     *layers, config = _download(store, info, blobs_dir)
     where = str(info.reference)
     ids = contents.diff_ids(config, where) if info.contents.kind == "image" else []
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.new-") as new:
-        inside = Path(new, "content")
-        inside.mkdir()
-        contents.lay_out(info.contents, layers, inside, diff_ids=ids, where=where)
+    with atomic_folder(folder, written_here=False) as new:
+        contents.lay_out(info.contents, layers, new, diff_ids=ids, where=where)
         marker = {"reference": where, "digest": info.digest}
-        (inside / MARKER).write_text(json.dumps(marker), encoding="utf-8")
-        _swap(inside, folder, Path(new, "old"))
+        (new / MARKER).write_text(json.dumps(marker), encoding="utf-8")
     shutil.rmtree(parts, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _turns(parent: Path, cache: Path | None) -> Iterator[None]:
-    """Let processes that pull into one place, or through one cache, take turns (ranks do)."""
+def _locked(parent: Path, cache: Path | None) -> Iterator[None]:
+    """Keep other processes from pulling into one place, or through one cache, meanwhile (ranks do)."""
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
-    places = {path.resolve() for path in (parent, cache) if path is not None}
-    with contextlib.ExitStack() as held:
-        for place in sorted(places):  # one order for all, so nobody waits for a waiter
-            descriptor = os.open(place, os.O_RDONLY)
-            held.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    folders = {path.resolve() for path in (parent, cache) if path is not None}
+    with contextlib.ExitStack() as stack:
+        for folder in sorted(folders):  # one order for all, so that no two processes wait for each other
+            waiting = f"another process pulls into {folder}: waiting for it"
+            stack.enter_context(locked(folder, waiting=waiting))
         yield
 
 
@@ -268,17 +263,3 @@ def _check_space(found: Contents, blobs: Path, target: Path) -> None:
             raise CapacityError(
                 f"{place}: pulling needs {needed} bytes and {free} are free; free space or use another disk"
             )
-
-
-def _swap(new: Path, folder: Path, old: Path) -> None:
-    if folder.exists():
-        try:
-            folder.rmdir()  # an empty folder, as Kubernetes mounts them
-        except OSError:
-            try:
-                folder.rename(old)
-            except OSError as error:
-                raise ConfigError(
-                    f"{folder}: cannot be replaced ({error.strerror}); pull into a folder below it"
-                ) from None
-    new.replace(folder)

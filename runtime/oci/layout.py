@@ -5,17 +5,17 @@ to one layout. Tools read it as `oci:DIRECTORY:tag` (skopeo, umoci, podman). Sta
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from runtime.errors import ConfigError, RegistryError
-from runtime.oci.blobs import READ_BYTES, Blob, Descriptor, disk_errors, read_all
+from runtime.files import atomic_file, disk_errors, locked
+from runtime.oci.blobs import READ_BYTES, Blob, Descriptor, read_all
 from runtime.oci.image import INDEX, MANIFEST
 from runtime.oci.store import Manifest, Report, check_manifest
 
@@ -37,11 +37,10 @@ class Layout:
         self.check_writable()
         with disk_errors(self._root):
             self._blobs.mkdir(parents=True, exist_ok=True)
-            with (self._root / "oci-layout").open("a+b") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if lock.seek(0, os.SEEK_END) == 0:
-                    lock.write(b'{"imageLayoutVersion":"1.0.0"}')
-                    lock.flush()
+            version = self._root / "oci-layout"
+            with locked(version, waiting=f"{self}: another process writes to the layout, waiting for it"):
+                if not version.stat().st_size:
+                    version.write_bytes(b'{"imageLayoutVersion":"1.0.0"}')
                 yield
 
     def close(self) -> None:
@@ -87,7 +86,7 @@ class Layout:
             report(wanted.size)
             return
         sha = hashlib.sha256()
-        with disk_errors(self._root, wanted.size), self._new_file(target) as file:
+        with disk_errors(self._root, wanted.size), _new_file(target) as file:
             for chunk in read_all(blob.open()):
                 sha.update(chunk)
                 file.write(chunk)
@@ -100,7 +99,7 @@ class Layout:
     def put_manifest(self, manifest: Manifest, selector: str) -> None:
         """Write the manifest and, when `selector` is a tag, point the tag at it."""
         with disk_errors(self._root):
-            with self._new_file(self._path(manifest.digest)) as file:
+            with _new_file(self._path(manifest.digest)) as file:
                 file.write(manifest.data)
             entry: dict[str, Any] = {
                 "mediaType": manifest.media_type,
@@ -121,7 +120,7 @@ class Layout:
         with (
             disk_errors(path.parent, descriptor.size),
             source.open("rb") as reader,
-            self._new_file(path) as file,
+            _new_file(path) as file,
         ):
             while chunk := reader.read(READ_BYTES):
                 sha.update(chunk)
@@ -168,7 +167,7 @@ class Layout:
 
     def _write_index(self, entries: list[dict[str, Any]]) -> None:
         index = self._index() | {"manifests": entries}
-        with self._new_file(self._root / "index.json") as file:
+        with _new_file(self._root / "index.json") as file:
             file.write(json.dumps(index, indent=1).encode())
 
     def _entry(self, selector: str) -> dict[str, Any] | None:
@@ -188,18 +187,7 @@ class Layout:
         below = {d for m in manifest.get("manifests", []) for d in self._reachable(m["digest"])}
         return {digest, *below, *(entry["digest"] for entry in named)}
 
-    @contextlib.contextmanager
-    def _new_file(self, target: Path) -> Iterator[Any]:
-        """Yield a file that becomes `target` when the block ends well and vanishes otherwise."""
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".new-")
-        aside = Path(name)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            aside.chmod(0o644)
-            aside.replace(target)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+
+def _new_file(path: Path) -> AbstractContextManager[BinaryIO]:
+    """Yield a file that becomes `path` when the block ends well, readable to everybody as layouts are."""
+    return atomic_file(path, mode=0o644)

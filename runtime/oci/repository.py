@@ -15,14 +15,16 @@ from typing import Any
 import requests
 
 from runtime.errors import RegistryError
+from runtime.files import disk_errors
+from runtime.net import RetriableError, first_byte, part_of
 from runtime.oci import contents
 from runtime.oci.access import Access
 from runtime.oci.auth import Login
-from runtime.oci.blobs import READ_BYTES, Blob, Descriptor, disk_errors
+from runtime.oci.blobs import READ_BYTES, Blob, Descriptor
 from runtime.oci.image import INDEX, MANIFEST
 from runtime.oci.reference import Reference
 from runtime.oci.store import Manifest, Report, check_manifest
-from runtime.oci.transport import LostError, Transport, Tries, raise_if_busy, unexpected
+from runtime.oci.transport import Transport, raise_if_busy, unexpected
 from runtime.oci.upload import upload
 
 log = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ class Repository:
             session = requests.compat.urljoin(response.url, response.headers.get("Location", ""))
             # Not every registry lets go of an upload; one that keeps it forgets it by itself.
             self._login = Login(self._transport, self._reference, "pull,push,delete")
-            with contextlib.suppress(RegistryError, LostError):
+            with contextlib.suppress(RegistryError, RetriableError):
                 self._transport.send("DELETE", session)
 
     def find(self, selector: str) -> Manifest | None:
@@ -116,19 +118,19 @@ class Repository:
             raise RegistryError(f"{self}: stored manifest {stored} instead of {manifest.digest}; push again")
 
     def fetch(self, descriptor: Descriptor, path: Path, report: Report) -> None:
-        """Download a blob to `path` by way of `path`.part, which a later try continues."""
-        part = path.with_name(f"{path.name}.part")
-        tries = Tries(self._transport.access, f"{self}: download of {descriptor.digest[:19]}")
+        """Download a blob to `path` by way of `part_of(path)`, which a later try continues."""
+        part = part_of(path)
+        retries = self._transport.retries(f"{self}: download of {descriptor.digest[:19]}")
         for again in (True, False):
             while True:
                 before = part.stat().st_size if part.exists() else 0
                 try:
                     sha = self._continue(descriptor, part, report)
                     break
-                except LostError as error:
+                except RetriableError as error:
                     if part.exists() and part.stat().st_size > before:
-                        tries.progressed()
-                    tries.failed(error)
+                        retries.progressed()
+                    retries.failed(error)
             if f"sha256:{sha}" == descriptor.digest:
                 part.replace(path)
                 return
@@ -165,7 +167,7 @@ class Repository:
             have = file.tell()
             if have < descriptor.size:
                 response = self._ask_from(descriptor, have)
-                if have and response.status_code != 206:  # it sends everything
+                if have and not first_byte(response, have):  # it sends everything
                     file.truncate(0)
                     have, sha = 0, hashlib.sha256()
                 report(have)
@@ -179,19 +181,18 @@ class Repository:
         url = f"{self._transport.prefix}://{self._container.get_blob_url(descriptor.digest)}"
         response = self._transport.send("GET", url, headers=headers, stream=True)
         raise_if_busy(response)
-        partial = response.status_code == 206
-        if partial and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            raise LostError("the registry sent another range than asked for")
+        if first_byte(response, start) is not None:
+            return response
+        if response.status_code == 206:
+            raise RetriableError("the registry sent another range than asked for")
         if response.status_code == 404:
             raise RegistryError(
                 f"{self}: blob {descriptor.digest} is missing in the registry; push the image again"
             )
-        if response.status_code != 200 and not (start and partial):
-            raise unexpected(response, f"{self}: downloading {descriptor.digest}")
-        return response
+        raise unexpected(response, f"{self}: downloading {descriptor.digest}")
 
     def _receive(self, response: requests.Response, left: int, file: Any, sinks: tuple[Any, Report]) -> None:
-        """Write the body to `file`, hashing and reporting it; LostError when it ends early."""
+        """Write the body to `file`, hashing and reporting it; RetriableError when it ends early."""
         sha, report = sinks
         try:
             for chunk in response.iter_content(READ_BYTES):
@@ -206,13 +207,13 @@ class Repository:
         except requests.exceptions.RequestException as error:
             file.flush()
             report(-file.tell())
-            raise LostError(f"connection lost in the middle ({type(error).__name__})") from None
+            raise RetriableError(f"connection lost in the middle ({type(error).__name__})") from None
         finally:
             response.close()
         if left:
             file.flush()
             report(-file.tell())
-            raise LostError("connection closed in the middle")
+            raise RetriableError("connection closed in the middle")
 
     def _request(self, method: str, address: str, **options: Any) -> requests.Response:
         return self._transport.do_request(f"{self._transport.prefix}://{address}", method, **options)

@@ -11,6 +11,8 @@ import os
 import time
 from pathlib import Path
 
+from runtime.files import write_atomic
+
 log = logging.getLogger(__name__)
 
 _OLDEST_S = 7 * 24 * 3600.0
@@ -45,12 +47,9 @@ class Sessions:
         path = self._path(uploads_url, digest)
         if path is None:
             return
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            aside.touch(mode=0o600)
-            aside.write_text(session, encoding="utf-8")
-            aside.replace(path)
+            write_atomic(path, session, mode=0o600)
         except OSError as error:
             log.debug("%s: uploads are not remembered (%s)", path.parent, error.strerror)
 

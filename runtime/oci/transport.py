@@ -4,9 +4,6 @@
 500 (and everything else for 131 s), and sends an expired token again. Start at `Transport.send`.
 """
 
-import logging
-import random
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit, urlunsplit
@@ -15,70 +12,14 @@ import oras.provider
 import requests
 from requests.adapters import HTTPAdapter
 
-from runtime import net
-from runtime.errors import RegistryError, TransientError
+from runtime.errors import RegistryError
 from runtime.logs import redact
+from runtime.net import RETRIED, RetriableError, Retries, raise_if_retriable
 from runtime.oci.access import Access
 from runtime.oci.blobs import READ_BYTES
 
-log = logging.getLogger(__name__)
-
-RETRIED = frozenset({408, 429, 500, 502, 503, 504})
-"""Statuses after which the same request may succeed."""
-_LONGEST_WAIT_S = 20.0
-_LONGEST_RETRY_AFTER_S = 120.0
-
 Body = Callable[[], Any]
 """Makes the body anew for each try: a file-like object with a length."""
-
-
-class LostError(Exception):
-    """A request of which it is not known whether it was carried out, or that asks to be sent later."""
-
-    def __init__(self, text: str, wait_s: float | None = None):
-        super().__init__(text)
-        self.wait_s = wait_s
-
-
-class Tries:
-    """Counts failures without progress, and waits between them.
-
-    The waits double from `access.backoff_s`, with jitter so that ranks and pods do not come back in
-    step; a Retry-After of the registry is kept to.
-    """
-
-    def __init__(self, access: Access, what: str):
-        self._access, self._what = access, what
-        self._failures = 0
-
-    def progressed(self) -> None:
-        """Forget the failures so far."""
-        self._failures = 0
-
-    def failed(self, error: LostError) -> None:
-        """Wait before the next try; TransientError when there is none left."""
-        self._failures += 1
-        if self._failures >= self._access.attempts:
-            raise TransientError(
-                f"{self._what}: gave up after {self._failures} tries, the last: {error}; try again later"
-            ) from None
-        wait = min(_LONGEST_WAIT_S, self._access.backoff_s * 2 ** (self._failures - 1))
-        wait *= random.uniform(0.5, 1.0)  # noqa: S311 - jitter
-        if error.wait_s is not None:
-            if error.wait_s > _LONGEST_RETRY_AFTER_S:
-                raise TransientError(
-                    f"{self._what}: the registry asks to wait {error.wait_s:.0f} s; try again then"
-                )
-            wait += error.wait_s
-        log.warning(
-            "%s: %s; try %s of %s in %.1f s",
-            self._what,
-            error,
-            self._failures + 1,
-            self._access.attempts,
-            wait,
-        )
-        time.sleep(wait)
 
 
 class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untyped
@@ -100,6 +41,10 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
         if access.insecure or _is_loopback(host):
             self.prefix = self._probe()
 
+    def retries(self, what: str) -> Retries:
+        """Return a count of failures of `what`, as patient as our access says."""
+        return Retries(what, attempts=self.access.attempts, backoff_s=self.access.backoff_s)
+
     def do_request(  # noqa: PLR0913, PLR0917 - oras' signature
         self,
         url: str,
@@ -110,15 +55,15 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
         stream: bool = False,
     ) -> requests.Response:
         """Send a request whose repetition does no harm, until it is answered (overrides oras)."""
-        tries = Tries(self.access, f"{method} {_short(url)}")
+        retries = self.retries(f"{method} {_short(url)}")
         while True:
             try:
                 response = self.send(
                     method, url, headers=headers, body=(lambda: data) if data else None, stream=stream
                 )
                 raise_if_busy(response)
-            except LostError as error:
-                tries.failed(error)
+            except RetriableError as error:
+                retries.failed(error)
             else:
                 return response
 
@@ -133,7 +78,7 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
     ) -> requests.Response:
         """Send one request, twice if the registry wants to know (again) who we are.
 
-        Raises LostError when the connection broke, RegistryError when we are refused; any other status
+        Raises RetriableError when the connection broke, RegistryError when we are refused; any other status
         is the caller's.
         """
         parts = urlsplit(url)
@@ -163,7 +108,7 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
         data: Body | Mapping[str, Any] | None = None,
         stream: bool = False,
     ) -> requests.Response:
-        """Send one request as it is; LostError when the connection broke."""
+        """Send one request as it is; RetriableError when the connection broke."""
         payload = data() if callable(data) else data
         try:
             response: requests.Response = self.session.request(
@@ -183,7 +128,7 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
                 raise RegistryError(
                     f"{self.host}: its certificate is not trusted; give the CA file, or check the host name"
                 ) from None
-            raise LostError(_reason(error)) from None
+            raise RetriableError(_reason(error)) from None
         except requests.exceptions.TooManyRedirects:
             raise RegistryError(
                 f"{_short(url)}: redirects without end; check the registry's address"
@@ -191,7 +136,7 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema):
             raise RegistryError(f"{_short(url)}: the registry sent an address that cannot be used") from None
         except (requests.exceptions.RequestException, OSError) as error:
-            raise LostError(_reason(error)) from None
+            raise RetriableError(_reason(error)) from None
         finally:
             if isinstance(payload, _Closable):  # a body that was not read to its end keeps a file open
                 payload.close()
@@ -201,7 +146,7 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
         """Return "https" where the registry speaks TLS, "http" where it does not."""
         try:
             self.plain("GET", f"https://{self.host}/v2/")
-        except LostError:
+        except RetriableError:
             return "http"
         return "https"
 
@@ -219,10 +164,9 @@ class _Adapter(HTTPAdapter):
 
 
 def raise_if_busy(response: requests.Response) -> None:
-    """Raise LostError for a status that asks to try again."""
-    if response.status_code in RETRIED:
-        text = f"{response.status_code} {response.reason}{explain(response)}"
-        raise LostError(text, net.seconds(response.headers.get("Retry-After")))
+    """Raise RetriableError for a status that asks to try again, with what the registry says of it."""
+    if response.status_code in RETRIED:  # a body that is wanted must not be read here
+        raise_if_retriable(response, f" {response.reason}{explain(response)}")
 
 
 def unexpected(response: requests.Response, what: str) -> RegistryError:

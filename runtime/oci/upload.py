@@ -14,10 +14,11 @@ from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
 import requests
 
 from runtime.errors import RegistryError
+from runtime.net import RetriableError, Retries
 from runtime.oci.blobs import Blob, Reader
 from runtime.oci.sessions import Sessions
 from runtime.oci.store import Report
-from runtime.oci.transport import LostError, Transport, Tries, raise_if_busy, unexpected
+from runtime.oci.transport import Transport, raise_if_busy, unexpected
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class _Upload:
     blob: Blob
     report: Report
     chunk: int
-    tries: Tries = field(init=False)
+    retries: Retries = field(init=False)
     session: str = ""
     """Where the next request of the session goes; it changes with every answer."""
     offset: int = 0
@@ -54,7 +55,7 @@ class _Upload:
 
     def __post_init__(self) -> None:
         self.memory = Sessions(self.transport.access.sessions)
-        self.tries = Tries(self.transport.access, f"upload of {self.blob.descriptor.digest[:19]}")
+        self.retries = self.transport.retries(f"upload of {self.blob.descriptor.digest[:19]}")
 
     @property
     def size(self) -> int:
@@ -81,13 +82,13 @@ def upload(
         try:
             if _step(state):
                 return
-        except LostError as error:
-            state.tries.failed(error)
+        except RetriableError as error:
+            state.retries.failed(error)
             before = state.offset
             if _resynchronise(state):
                 return
             if state.offset > before:
-                state.tries.progressed()
+                state.retries.progressed()
 
 
 def _continue(state: _Upload) -> bool:
@@ -140,7 +141,7 @@ def _step(state: _Upload) -> bool:
     body = _body(state, start, end)
     response = state.transport.send("PATCH", state.session, headers=headers, body=body)
     if response.status_code == 202:
-        state.tries.progressed()
+        state.retries.progressed()
         _follow(state, response)
         _moved(state, _received(response, end))
         return False
@@ -179,13 +180,13 @@ def _recover(state: _Upload, response: requests.Response, what: str) -> None:
         if not _exists(state):
             _start(state)
             return
-        raise LostError("the upload had ended already")
+        raise RetriableError("the upload had ended already")
     if response.status_code == 413 and state.chunk > _SMALLEST_CHUNK_BYTES:
         state.chunk = min(state.chunk, state.size) // 2
         _resynchronise(state)
         return
     if response.status_code == 416:
-        raise LostError("416, the registry is at another offset")
+        raise RetriableError("416, the registry is at another offset")
     raise unexpected(response, f"{state.transport.host}: {what}")
 
 

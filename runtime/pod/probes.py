@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from runtime import ports
+from runtime import net, ports
 from runtime.pod import flags
 
 log = logging.getLogger(__name__)
@@ -109,9 +109,9 @@ def _measure(base: str) -> Stream:
 
 
 def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
-    for line in response.iter_lines():
-        if line.startswith("data: ") and line != "data: [DONE]":
-            yield json.loads(line.removeprefix("data: "))
+    for data in net.events(response.iter_bytes()):
+        if data != "[DONE]":
+            yield json.loads(data)
 
 
 def _say(output: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from runtime import net
 from runtime.errors import ConfigError, TransientError, UnknownModelError
 
 HELP = """\
@@ -197,9 +198,8 @@ def _events(client: httpx.Client, body: dict[str, Any]) -> Iterator[dict[str, An
             if reply.is_error:
                 reply.read()
             _check(reply, str(client.base_url))
-            for line in reply.iter_lines():
-                data = line.removeprefix("data: ")
-                if data in {line, "[DONE]"}:
+            for data in net.events(reply.iter_bytes()):
+                if data == "[DONE]":
                     continue
                 event = json.loads(data)
                 if "error" in event:

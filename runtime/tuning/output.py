@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.files import write_whole
+from runtime.files import write_atomic
 from runtime.tuning.settings import TuningJob
 
 SENTINEL = "fine_tuning_completed.txt"
@@ -92,11 +92,11 @@ def is_done(job: TuningJob, *, with_adapter: bool = True) -> bool:
 def mark_finished(job: TuningJob) -> None:
     """Write which job is finished."""
     places = OutputPaths(job.output.folder)
-    write_whole(places.finished, fingerprint(job) + "\n")
+    write_atomic(places.finished, fingerprint(job) + "\n")
 
 
 def mark_done(job: TuningJob) -> None:
     """Write, as the very last files, which job is finished and the sentinel that a pusher waits for."""
     mark_finished(job)
     stamp = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
-    write_whole(OutputPaths(job.output.folder).sentinel, f"Fine-Tuning completed at {stamp}\n")
+    write_atomic(OutputPaths(job.output.folder).sentinel, f"Fine-Tuning completed at {stamp}\n")

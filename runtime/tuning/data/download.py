@@ -1,6 +1,7 @@
-"""Fetches data files: resumed, verified, and under their final names only when whole.
+"""Fetches data files: in parallel, verified, under their final names only when whole.
 
-Does not know what rows are. Start at `fetch`; `download` gets one file, `_attempt` makes one request.
+Knows which addresses may be asked and what a data file looks like; how a download resumes is in
+runtime/net.py. Does not know what rows are. Start at `fetch`.
 """
 
 import contextlib
@@ -8,13 +9,11 @@ import hashlib
 import ipaddress
 import json
 import logging
-import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -25,8 +24,9 @@ import pyarrow.parquet
 from pydantic import SecretStr
 
 from runtime import net, oci
-from runtime.errors import CapacityError, DataError, StoppedError, TransientError
-from runtime.files import held, write_whole
+from runtime.errors import DataError, TransientError
+from runtime.files import locked, write_atomic
+from runtime.net import PATIENT, Patience
 from runtime.oci.access import DEFAULT
 from runtime.tuning.data.formats import targets
 from runtime.tuning.settings import DataSource
@@ -37,39 +37,23 @@ HUB_HOSTS = frozenset({"huggingface.co", "hf.co"})
 """Hosts that the Hugging Face token is sent to; a redirect elsewhere goes without it."""
 
 LOCK = ".fetching"
-"""Held in the data folder by who fetches into it."""
+"""Locked in the data folder by the process that fetches into it."""
 
-_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """How patient a download is. One home for these defaults."""
-
-    attempts: int = 6
-    """Tries without progress before giving up."""
-    backoff_s: float = 1.0
-    """First wait between tries; it doubles each time, to at most 30 s."""
-    stall_s: float = 30.0
-    """Longest silence of a server."""
-    deadline_s: float = 6 * 3600
-    """Longest time for one file, retries included."""
-    rate_bytes_s: float = 1024.0
-    """Least speed, over `stall_s`: a server that drips is as good as silent."""
-    redirects: int = 5
-    parallel: int = 4
+_REDIRECTS = 5
+_PARALLEL = 4
 
 
 def fetch(
     source: DataSource,
     *,
     token: SecretStr | None = None,
-    policy: Policy = Policy(),
+    patience: Patience = PATIENT,
     access: oci.Access = DEFAULT,
 ) -> None:
     """Bring every file of `source` into its folder; files that are there already are kept.
 
-    Raises DataError for what will not get better (404, HTML, a wrong digest), TransientError for what may.
+    Raises DataError for failures that a retry does not mend (404, HTML, a wrong digest), TransientError for
+    the others.
     """
     if source.image is not None:
         oci.pull(oci.parse(source.image), source.folder / "image", access=access)
@@ -77,18 +61,19 @@ def fetch(
     if not source.urls:
         return
     stop = threading.Event()
+    allow_private = source.allow_private_addresses
     downloads = [
-        _Download(url, path, token=token, source=source, policy=policy, stop=stop)
+        _DataFile(_Address(url, token, allow_private), path, patience, stop)
         for url, path in zip(dict.fromkeys(source.urls), targets(source), strict=True)
     ]
     source.folder.mkdir(parents=True, exist_ok=True)
     complete = all(download.is_there for download in downloads)
-    with contextlib.nullcontext() if complete else _turn(source.folder, policy):
-        _run(downloads, policy, stop)
+    with contextlib.nullcontext() if complete else _locked(source.folder, patience.deadline_s):
+        _run(downloads, stop)
 
 
-def _run(downloads: "list[_Download]", policy: Policy, stop: threading.Event) -> None:
-    pool = ThreadPoolExecutor(policy.parallel, thread_name_prefix="fetch")
+def _run(downloads: "list[_DataFile]", stop: threading.Event) -> None:
+    pool = ThreadPoolExecutor(_PARALLEL, thread_name_prefix="fetch")
     try:
         running = [pool.submit(download.run) for download in downloads]
         done, _ = wait(running, return_when=FIRST_EXCEPTION)
@@ -99,50 +84,32 @@ def _run(downloads: "list[_Download]", policy: Policy, stop: threading.Event) ->
     finally:
         stop.set()
         for download in downloads:
-            download.hang_up()
+            download.address.hang_up()
         pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
-def _turn(folder: Path, policy: Policy) -> Iterator[None]:
-    """Let those who fetch into one folder take turns: nodes may share it."""
-    with contextlib.ExitStack() as turn:
+def _locked(folder: Path, wait_s: float) -> Iterator[None]:
+    """Keep other processes from fetching into `folder` meanwhile: nodes may share it."""
+    with contextlib.ExitStack() as stack:
         waiting = f"another process fetches into {folder}: waiting for it"
         try:
-            turn.enter_context(held(folder / LOCK, wait_s=policy.deadline_s, waiting=waiting))
+            stack.enter_context(locked(folder / LOCK, wait_s=wait_s, waiting=waiting))
         except BlockingIOError:
             raise TransientError(
-                f"another process has been fetching into {folder} for {policy.deadline_s:.0f} s"
+                f"another process has been fetching into {folder} for {wait_s:.0f} s"
             ) from None
         yield
 
 
-class _Download:
-    """One URL on its way to one file."""
+class _DataFile:
+    """One address, and the file that its data goes to."""
 
-    def __init__(  # noqa: PLR0913 (one thread's whole state)
-        self,
-        url: str,
-        path: Path,
-        *,
-        token: SecretStr | None,
-        source: DataSource,
-        policy: Policy,
-        stop: threading.Event,
-    ) -> None:
-        self.url, _, fragment = url.partition("#")
-        self.sha256 = fragment.removeprefix("sha256=").lower() if fragment.startswith("sha256=") else None
-        self.path, self.part = path, path.with_name(f"{path.name}.part")
-        self.record = path.with_name(f".{path.name}.source")
-        self.token, self.policy, self.stop = token, policy, stop
-        self.allow_private = source.allow_private_addresses
-        self.deadline = time.monotonic() + policy.deadline_s
-        self.connection: Any = None
-
-    @property
-    def identity(self) -> str:
-        """What the record of a finished file says: which address, without its secrets."""
-        return hashlib.sha256(f"{self.url}#{self.sha256}".encode()).hexdigest()
+    def __init__(self, address: "_Address", path: Path, patience: Patience, stop: threading.Event) -> None:
+        self.address, self.path = address, path
+        self._record = path.with_name(f".{path.name}.source")
+        self._timeout = httpx.Timeout(patience.stall_s, connect=10.0)
+        self._download = net.Download(path, shown(address.url), patience=patience, stop=stop)
 
     def run(self) -> None:
         """Download, verify and rename; or find that this was done before."""
@@ -150,99 +117,71 @@ class _Download:
             log.info("%s is there already", self.path.name)
             return
         began = time.monotonic()
-        with httpx.Client(
-            timeout=httpx.Timeout(self.policy.stall_s, connect=10.0), follow_redirects=False
-        ) as client:
-            self._until_complete(client)
-        verify(self.part, shown(self.url), sha256=self.sha256)
-        size = self.part.stat().st_size
-        self.part.replace(self.path)
-        self._validator_file.unlink(missing_ok=True)
-        write_whole(self.record, json.dumps({"identity": self.identity, "size": size}))
+        with httpx.Client(timeout=self._timeout, follow_redirects=False) as client:
+            self._download.run(lambda headers: self.address.get(client, headers))
+        verify(self._download.part, shown(self.address.url), sha256=self.address.sha256)
+        self._download.finish()
+        size = self.path.stat().st_size
+        write_atomic(self._record, json.dumps({"identity": self.address.identity, "size": size}))
         log.info("fetched %s: %d bytes in %.1f s", self.path.name, size, time.monotonic() - began)
 
     @property
     def is_there(self) -> bool:
         """Whether an earlier run has fetched the whole file."""
         try:
-            known = json.loads(self.record.read_text(encoding="utf-8"))
-            return bool(known["identity"] == self.identity and known["size"] == self.path.stat().st_size)
+            known = json.loads(self._record.read_text(encoding="utf-8"))
+            size = self.path.stat().st_size
+            return bool(known["identity"] == self.address.identity and known["size"] == size)
         except (OSError, ValueError, KeyError):
             return False
 
+
+class _Address:
+    """Where a file is, `URL` or `URL#sha256=DIGEST`, and how it is asked for."""
+
+    def __init__(self, url: str, token: SecretStr | None, allow_private: bool) -> None:
+        self.url, _, fragment = url.partition("#")
+        self.sha256 = fragment.removeprefix("sha256=").lower() if fragment.startswith("sha256=") else None
+        self._token, self._allow_private = token, allow_private
+        self._connection: Any = None
+
     @property
-    def _validator_file(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.validator")
-
-    def _until_complete(self, client: httpx.Client) -> None:
-        """Try until the whole body is there; a try that brought bytes does not count against the limit."""
-        failures = 0
-        while True:
-            have = self._have()
-            try:
-                self._attempt(client, have)
-            except (httpx.TransportError, httpx.StreamError, _Again) as error:
-                failures = 1 if self._have() > have else failures + 1
-                reason = str(error) or type(error).__name__
-                pause = getattr(error, "retry_after_s", None)
-                if pause is None:
-                    pause = min(self.policy.backoff_s * 2 ** (failures - 1), 30.0)
-                if failures >= self.policy.attempts or time.monotonic() + pause > self.deadline:
-                    raise TransientError(
-                        f"{shown(self.url)}: {reason}; gave up after {failures} tries"
-                    ) from None
-                log.warning("%s: %s; trying again in %.1f s", shown(self.url), reason, pause)
-                if self.stop.wait(pause):
-                    raise StoppedError("stopped while fetching data") from None
-            else:
-                return
-
-    def _have(self) -> int:
-        return self.part.stat().st_size if self.part.exists() else 0
-
-    def _attempt(self, client: httpx.Client, have: int) -> None:
-        """Make one request for what is missing and append it to the `.part` file."""
-        validator = self._validator_file.read_text(encoding="utf-8") if self._validator_file.exists() else ""
-        headers = {"Accept-Encoding": "identity"}
-        if have and validator:
-            headers |= {"Range": f"bytes={have}-", "If-Range": validator}
-        with self._get(client, headers) as response:
-            start = self._start(response, have if "Range" in headers else 0)
-            length = response.headers.get("Content-Length", "")
-            self._check_space(int(length) if length.isdigit() else 0)
-            fresh = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-            if fresh.startswith("W/"):  # a weak tag does not promise the same bytes
-                fresh = ""
-            write_whole(self._validator_file, fresh)
-            self._receive(response, start)
+    def identity(self) -> str:
+        """Which address a finished file came from, without its secrets."""
+        return hashlib.sha256(f"{self.url}#{self.sha256}".encode()).hexdigest()
 
     @contextlib.contextmanager
-    def _get(self, client: httpx.Client, headers: dict[str, str]) -> Iterator[httpx.Response]:
+    def get(self, client: httpx.Client, headers: dict[str, str]) -> Iterator[httpx.Response]:
         """GET the URL, following redirects one checked hop at a time, the token sent to the hub only."""
         url = self.url
-        for _ in range(self.policy.redirects + 1):
-            check_url(url, allow_private=self.allow_private)
+        for _ in range(_REDIRECTS + 1):
+            check_url(url, allow_private=self._allow_private)
             parts = urlsplit(url)
             secret = {}
-            if self.token is not None and parts.scheme == "https" and parts.hostname in HUB_HOSTS:
-                secret = {"Authorization": f"Bearer {self.token.get_secret_value()}"}
-            watched = {"trace": self._watch}
-            with client.stream("GET", url, headers={**headers, **secret}, extensions=watched) as response:
+            if self._token is not None and parts.scheme == "https" and parts.hostname in HUB_HOSTS:
+                secret = {"Authorization": f"Bearer {self._token.get_secret_value()}"}
+            traced = {"trace": self._trace}
+            with client.stream("GET", url, headers={**headers, **secret}, extensions=traced) as response:
                 self._check_peer(response, url)
+                if response.status_code in (401, 403):
+                    raise DataError(
+                        f"{shown(self.url)}: answered {response.status_code}, expected the file; "
+                        "is HF_TOKEN set, or the signature expired?"
+                    )
                 if not response.is_redirect:
                     yield response
                     return
                 url = urljoin(url, response.headers["Location"])
-        raise DataError(f"{shown(self.url)}: more than {self.policy.redirects} redirects")
+        raise DataError(f"{shown(self.url)}: more than {_REDIRECTS} redirects")
 
-    def _watch(self, event: str, info: dict[str, Any]) -> None:
+    def _trace(self, event: str, info: dict[str, Any]) -> None:
         """Remember the connection that httpx opened, for `hang_up`."""
         if event == "connection.connect_tcp.complete":
-            self.connection = info["return_value"]
+            self._connection = info["return_value"]
 
     def hang_up(self) -> None:
-        """End a download that waits for a silent server: called when all is over, from another thread."""
-        opened = self.connection and self.connection.get_extra_info("socket")
+        """End a request that waits for a silent server: called when all is over, from another thread."""
+        opened = self._connection and self._connection.get_extra_info("socket")
         if opened:
             with contextlib.suppress(OSError):
                 opened.shutdown(socket.SHUT_RDWR)
@@ -252,69 +191,7 @@ class _Download:
         stream = response.extensions.get("network_stream")
         peer = stream.get_extra_info("server_addr") if stream is not None else None
         if peer:
-            check_address(str(peer[0]), url, allow_private=self.allow_private)
-
-    def _start(self, response: httpx.Response, asked: int) -> int:
-        """Return the byte that the body begins at; raises for anything but the file or the rest of it."""
-        status = response.status_code
-        if status == 200:
-            return 0
-        if status == 206 and asked:
-            span = response.headers.get("Content-Range", "")
-            if span.startswith(f"bytes {asked}-"):
-                return asked
-            self.part.unlink(missing_ok=True)
-            raise _Again(f"answered the range from {asked} with {span!r}")
-        if status == 416 and asked:
-            self.part.unlink(missing_ok=True)
-            raise _Again("has no bytes after what was fetched: starting over")
-        if status in _RETRIED:
-            raise _Again(f"answered {status}", net.seconds(response.headers.get("Retry-After")))
-        hint = "; is HF_TOKEN set, or the signature expired?" if status in (401, 403) else ""
-        raise DataError(f"{shown(self.url)}: answered {status}, expected the file{hint}")
-
-    def _receive(self, response: httpx.Response, start: int) -> None:
-        received, since = 0, time.monotonic()
-        window_bytes = 0
-        try:
-            with self.part.open("ab" if start else "wb") as stream:
-                for chunk in response.iter_raw():
-                    stream.write(chunk)
-                    received += len(chunk)
-                    window_bytes += len(chunk)
-                    now = time.monotonic()
-                    if self.stop.is_set():
-                        raise StoppedError("stopped while fetching data")
-                    if now > self.deadline:
-                        raise TransientError(
-                            f"{shown(self.url)}: not complete after {self.policy.deadline_s:.0f} s"
-                        )
-                    if now - since >= self.policy.stall_s:
-                        if window_bytes / (now - since) < self.policy.rate_bytes_s:
-                            raise TransientError(
-                                f"{shown(self.url)}: {window_bytes / (now - since):.0f} bytes/s, "
-                                f"less than {self.policy.rate_bytes_s:.0f}"
-                            )
-                        since, window_bytes = now, 0
-        except OSError as error:
-            if error.errno == 28:  # ENOSPC
-                raise CapacityError(f"{self.part}: no space left after {start + received} bytes") from None
-            raise
-
-    def _check_space(self, needed: int) -> None:
-        free = shutil.disk_usage(self.part.parent).free
-        if needed > free:
-            raise CapacityError(
-                f"{self.part.parent}: {needed} bytes needed for {self.path.name}, {free} are free"
-            )
-
-
-class _Again(Exception):
-    """The server answered in a way that a further try may mend."""
-
-    def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.retry_after_s = retry_after_s
+            check_address(str(peer[0]), url, allow_private=self._allow_private)
 
 
 METADATA = frozenset(map(ipaddress.ip_address, ("169.254.169.254", "100.100.100.200", "fd00:ec2::254")))
@@ -338,7 +215,7 @@ def check_url(url: str, *, allow_private: bool) -> None:
 
 
 def check_address(address: str, url: str, *, allow_private: bool) -> None:
-    """Raise DataError when `address`, which `url` led to, must not be spoken to."""
+    """Raise DataError when `address`, which `url` led to, must not be connected to."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     mapped = getattr(ip, "ipv4_mapped", None)
     ip = mapped or ip

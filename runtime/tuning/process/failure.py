@@ -14,7 +14,7 @@ from typing import Any
 
 from runtime import errors
 from runtime.errors import Failure, StoppedError
-from runtime.files import write_whole
+from runtime.files import write_atomic
 from runtime.logs import redact
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def describe(failure: Failure, phase: str, step: int) -> dict[str, Any]:
 def record(path: Path, failure: Failure, phase: str, step: int) -> None:
     """Write why this process ends; a disk that is full or gone does not hide the failure itself."""
     try:
-        write_whole(path, json.dumps(describe(failure, phase, step)) + "\n")
+        write_atomic(path, json.dumps(describe(failure, phase, step)) + "\n")
     except OSError as error:
         log.warning("%s cannot be written: %s", path, error.strerror)
 

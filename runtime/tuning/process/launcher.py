@@ -20,7 +20,7 @@ import psutil
 
 from runtime import hardware, oci
 from runtime.errors import CapacityError, ConfigError, Failure, StoppedError
-from runtime.files import held, write_whole
+from runtime.files import locked, write_atomic
 from runtime.oci.access import DEFAULT
 from runtime.tuning import fit, loggers, output, publish
 from runtime.tuning.data import download
@@ -89,7 +89,7 @@ def _alone(job: TuningJob, nodes: Nodes) -> Iterator[int]:
     with contextlib.ExitStack() as stack:
         try:
             lock = stack.enter_context(
-                held(OutputPaths(folder).lock(nodes.rank), wait_s=CHECKPOINT_GRACE_S + 3)
+                locked(OutputPaths(folder).lock(nodes.rank), wait_s=CHECKPOINT_GRACE_S + 3)
             )
         except BlockingIOError:
             raise ConfigError(
@@ -126,7 +126,7 @@ def _train(job: TuningJob, processes: int, nodes: Nodes, lock: int) -> dict[str,
     """Run torchrun, which shares `lock`, to its end; return the record of the failure, None after success."""
     here, ranks = OutputPaths(job.output.folder), nodes.ranks(processes)
     resolved = here.job if nodes.count == 1 else here.job.with_name(f"job-{nodes.rank}.json")
-    write_whole(resolved, job.model_dump_json(indent=1))
+    write_atomic(resolved, job.model_dump_json(indent=1))
     for rank in ranks:  # the folder may be shared by all nodes
         here.failure(rank).unlink(missing_ok=True)
     command = [

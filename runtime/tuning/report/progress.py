@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from runtime import hardware
-from runtime.files import write_whole
+from runtime.files import write_atomic
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class MetricsHistory:
         """Drop what was written after `step`, and a line that a killed process left half done."""
         if self.path.is_file():
             kept = [entry for entry in self.entries() if entry["step"] <= step] if step else []
-            write_whole(self.path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
+            write_atomic(self.path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
 
     def add(self, figures: Mapping[str, Any]) -> None:
         """Append one entry."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from runtime import __version__
 from runtime.config import flatten
-from runtime.files import write_whole
+from runtime.files import write_atomic
 from runtime.hardware import Hardware
 from runtime.logs import redact
 from runtime.tuning.data.dataset import Dataset
@@ -114,8 +114,8 @@ def build(
 def save(report: dict[str, Any], folder: Path) -> None:
     """Write the report and its page, each whole or not at all."""
     here = OutputPaths(folder)
-    write_whole(here.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    write_whole(here.page, html.render(report))
+    write_atomic(here.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(here.page, html.render(report))
 
 
 def _result(outcome: Outcome) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from runtime import oci
 from runtime.errors import Failure, RegistryError
-from runtime.files import sha256, sync_directory, write_whole
+from runtime.files import sha256, sync_directory, write_atomic
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.settings import TuningJob
 
@@ -35,7 +35,7 @@ def seal(folder: Path) -> None:
         with path.open("rb") as stream:
             digests[str(path.relative_to(folder))] = hashlib.file_digest(stream, "sha256").hexdigest()
             os.fsync(stream.fileno())
-    write_whole(folder / MANIFEST, json.dumps(digests, indent=1))
+    write_atomic(folder / MANIFEST, json.dumps(digests, indent=1))
     sync_directory(folder)
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from runtime import models
 from runtime.errors import StoppedError
-from runtime.files import write_whole
+from runtime.files import write_atomic
 from runtime.hardware import Hardware
 from runtime.tuning.data.dataset import Example
 from runtime.tuning.data.tokenize import TokenizedData
@@ -234,7 +234,7 @@ def train_through(bench: TrainingSetup, *, folder: Path, mark: str) -> None:
         if checkpoints.listed(folder) and (not owner.is_file() or owner.read_text(encoding="utf-8") != mark):
             log.warning("the checkpoints in %s are another job's: starting from the beginning", folder)
             shutil.rmtree(folder)
-        write_whole(owner, mark)
+        write_atomic(owner, mark)
         if bench.survival.remote is not None:
             bench.survival.remote.restore(folder, mark)
     ranks.wait()

@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-from runtime import adapters, hardware
+from runtime import adapters, hardware, net
 from runtime.errors import ConfigError, RequestError, UnavailableError, UnknownModelError
 from runtime.hardware import Hardware
 from runtime.serving.engine import failures
@@ -223,12 +223,12 @@ class VllmEngine:
         async with client.stream("POST", "/v1/completions", json=body) as reply:
             if reply.status_code != 200:
                 raise _refused(reply.status_code, (await reply.aread()).decode(errors="replace"))
-            async for line in reply.aiter_lines():
-                if not line.startswith("data: {"):
+            async for data in net.async_events(reply.aiter_bytes()):
+                if data == "[DONE]":
                     continue
-                chunk = json.loads(line.removeprefix("data: "))
+                chunk = json.loads(data)
                 if "error" in chunk:
-                    raise _refused(int(chunk["error"].get("code") or 500), line)
+                    raise _refused(int(chunk["error"].get("code") or 500), data)
                 self._cached_tokens += _cached(chunk)
                 self._queue.note_progress()
                 for choice in chunk["choices"]:
@@ -325,5 +325,5 @@ def _refused(status: int, text: str) -> Exception:
 def _message(text: str) -> str:
     """Return the message in an error body, in one line."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        text = str(json.loads(text.removeprefix("data: "))["error"]["message"])
+        text = str(json.loads(text)["error"]["message"])
     return " ".join(text.split())[:300]
