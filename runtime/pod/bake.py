@@ -1,7 +1,7 @@
-"""Puts a preset's weights into an image (docker/preset.Dockerfile), where its licence lets them be passed on.
+"""Puts a preset's weights into an image (docker/preset.Dockerfile), where its licence allows redistribution.
 
-The weights, the licence's text and the preset's name go where controllers mount weights, so that the image
-serves and tunes with neither a flag nor a network. Start at `bake`.
+The weights, the licence's text and the preset's name go to the path where controllers mount weights, so
+that the image serves and tunes without flags or a network. Start at `bake`.
 """
 
 import shutil
@@ -27,9 +27,9 @@ def bake(name: str, folder: Path, *, weights: Path | None = None) -> None:
             "so no image is made; let the server download them with your HF_TOKEN, or mount them"
         )
     source = preset.source()
-    found = models.locate(source.model_copy(update={"path": weights}) if weights else source)
+    located = models.locate(source.model_copy(update={"path": weights}) if weights else source)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(found.iterdir()):
+    for path in sorted(located.iterdir()):
         if path.is_file():  # the hub's cache holds links to its blobs
             shutil.copyfile(path, folder / path.name)
     if weights is None:
@@ -38,7 +38,7 @@ def bake(name: str, folder: Path, *, weights: Path | None = None) -> None:
 
 
 def _fetch_licence(preset: Preset, folder: Path) -> None:
-    """Add the texts that the licence wants to see passed on."""
+    """Add the texts that the licence requires beside the weights."""
     from huggingface_hub import snapshot_download
 
     fetched = snapshot_download(

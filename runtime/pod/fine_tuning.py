@@ -1,7 +1,7 @@
 """`accelerate launch … fine_tuning.py`: the tuning job that a controller's mounts describe.
 
-With one process, accelerate only starts this, and the job runs as under `runtime tune`. With several it
-is a torchrun that has started already, and each process is one rank. Start at `main`.
+With one process, accelerate only starts this one, and the job runs as under `runtime tune`. With several,
+accelerate is a torchrun that has started already, and each process is one rank. Start at `main`.
 """
 
 import logging
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from runtime import logs
-from runtime.pod.ending import status_of
+from runtime.pod.termination import exit_status_of
 from runtime.tuning.process import failure
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.settings import TuningJob
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str], environ: Mapping[str, str], *, root: Path = Path("/")) -> int:
-    """Tune as the mounts below `root` say; return the exit status.
+    """Run the tuning job that the mounts below `root` describe; return the exit status.
 
-    `arguments` have no meaning: some controllers send those of the inference server along.
+    `arguments` have no effect: some controllers pass those of the inference server, too.
     """
     termination_log = failure.termination_log(root)
     ranks = Ranks.read(environ)
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], *, root: Path = P
 
         return worker.work(lambda: _job(arguments, environ, root), termination_log=termination_log)
     logs.configure(debug=environ.get("DEBUG_MODE", "").lower() == "true")
-    return status_of(
+    return exit_status_of(
         lambda: _launch(arguments, environ, root), phase="start", termination_log=termination_log
     )
 
@@ -40,14 +40,15 @@ def _launch(arguments: Sequence[str], environ: Mapping[str, str], root: Path) ->
     from runtime.tuning.process import launcher
 
     job = _job(arguments, environ, root)
-    place = failure.termination_log(root)
-    # accelerate asked for one process: torchrun would take every GPU it sees.
-    launcher.run(job, processes=1, access=publish.access_of(job, environ), termination_log=place)
+    termination_log = failure.termination_log(root)
+    access = publish.access_of(job, environ)
+    # accelerate was told to start one process; by default the launcher starts one for every GPU that it sees.
+    launcher.run(job, processes=1, access=access, termination_log=termination_log)
 
 
 def _job(arguments: Sequence[str], environ: Mapping[str, str], root: Path) -> TuningJob:
     if arguments:
-        log.info("flags without meaning here: %s", " ".join(arguments))
+        log.info("ignored flags: %s", " ".join(arguments))
     resolved = load_job(None, environ=environ, root=root)
     resolved.warn()
     return resolved.ready()

@@ -1,7 +1,7 @@
-"""`inference_api.py`, of both runtimes that controllers know: their flags become one `ServeConfig`.
+"""`inference_api.py` of both runtimes that controllers know: their flags become one `ServeConfig`.
 
-The server behind both is this project's own. Flags that it has no use for are named once and dropped: the
-controllers send every engine's. Start at `transformers_server` and `vllm_server`.
+The server behind both is this project's own. Controllers pass the flags of every engine, so those without
+effect here are ignored, with one log line. Start at `transformers_server` and `vllm_server`.
 """
 
 import logging
@@ -13,8 +13,8 @@ from pydantic import SecretStr
 
 from runtime import logs, ports
 from runtime.errors import ConfigError
-from runtime.pod import ancestors, flags
-from runtime.pod.ending import status_of
+from runtime.pod import flags, parent_environ
+from runtime.pod.termination import exit_status_of
 from runtime.serving.settings import ServeConfig
 from runtime.tuning.process import failure
 from runtime.workspace import Resolved, load_server
@@ -26,22 +26,22 @@ log = logging.getLogger(__name__)
 Flags = dict[str, str | None]
 Resolve = Callable[[Sequence[str], Mapping[str, str], Path], Resolved[ServeConfig]]
 
-COMMON = {"revision": "model.revision", "served_model_name": "served_name"}
-TRANSFORMERS = {
+COMMON_FLAGS = {"revision": "model.revision", "served_model_name": "served_name"}
+TRANSFORMERS_FLAGS = {
     "pretrained_model_name_or_path", "allow_remote_files", "pipeline", "torch_dtype", "chat_template",
-    "load_in_4bit", "load_in_8bit", "port", "trust_remote_code", *COMMON,
+    "load_in_4bit", "load_in_8bit", "port", "trust_remote_code", *COMMON_FLAGS,
 }  # fmt: skip
-VLLM = {
+VLLM_FLAGS = {
     "model", "code_revision", "download_dir", "max_model_len", "max_num_seqs", "dtype", "quantization",
     "port", "chat_template", "api_key", "kaito_adapters_dir", "kaito_config_file", "trust_remote_code",
-    *COMMON,
+    *COMMON_FLAGS,
 }  # fmt: skip
 
 
 def main(
     resolve: Resolve, arguments: Sequence[str], environ: Mapping[str, str], *, root: Path = Path("/")
 ) -> int:
-    """Serve what `resolve` makes of the flags until SIGTERM; return the exit status."""
+    """Serve, until SIGTERM, the config that `resolve` makes of the flags; return the exit status."""
     logs.configure(debug=environ.get("DEBUG_MODE", "").lower() == "true")
 
     def serve() -> None:
@@ -52,27 +52,26 @@ def main(
         resolved.warn()
         server.run(resolved.ready(), access=oci.from_environment(environ))
 
-    place = failure.termination_log(root)
-    return status_of(serve, phase="serve", termination_log=place)
+    return exit_status_of(serve, phase="serve", termination_log=failure.termination_log(root))
 
 
 def transformers_server(
     arguments: Sequence[str], environ: Mapping[str, str], root: Path = Path("/")
 ) -> Resolved[ServeConfig]:
     """Return the server that the flags of /workspace/tfs/inference_api.py describe."""
-    given = flags.read(arguments)
-    _say_what_is_dropped(given, TRANSFORMERS)
-    pipeline = given.get("pipeline") or "text-generation"
+    options = flags.read(arguments)
+    _log_ignored(options, TRANSFORMERS_FLAGS)
+    pipeline = options.get("pipeline") or "text-generation"
     if pipeline not in ("text-generation", "conversational"):
         raise ConfigError(f"--pipeline is {pipeline!r}, expected text-generation or conversational")
-    settings = _common(given, environ, root)
-    settings["combine_adapters"] = True  # what this runtime's users know: /chat answers with them
-    settings |= _dtype(given.get("torch_dtype"), "--torch_dtype")
+    settings = _common(options, environ, root)
+    settings["combine_adapters"] = True  # as KAITO's own runtime does: /chat answers with all of them
+    settings |= _dtype(options.get("torch_dtype"), "--torch_dtype")
     for bits in (4, 8):
-        if f"load_in_{bits}bit" in given and flags.truth(given[f"load_in_{bits}bit"]):
+        if f"load_in_{bits}bit" in options and flags.truth(options[f"load_in_{bits}bit"]):
             settings["quantization.bits"] = bits
-    target = _target(given.get("pretrained_model_name_or_path"))
-    allowed = "allow_remote_files" in given and flags.truth(given["allow_remote_files"])
+    target = _target(options.get("pretrained_model_name_or_path"))
+    allowed = "allow_remote_files" in options and flags.truth(options["allow_remote_files"])
     if target is not None and not allowed:
         settings["model.local_files_only"] = True
     return _resolve(target, environ, settings, root)
@@ -82,48 +81,48 @@ def vllm_server(
     arguments: Sequence[str], environ: Mapping[str, str], root: Path = Path("/")
 ) -> Resolved[ServeConfig]:
     """Return the server that the flags of /workspace/vllm/inference_api.py describe."""
-    given = flags.read(arguments)
-    _say_what_is_dropped(given, VLLM)
-    settings = _common(given, environ, root)
-    settings |= _dtype(given.get("dtype"), "--dtype")
+    options = flags.read(arguments)
+    _log_ignored(options, VLLM_FLAGS)
+    settings = _common(options, environ, root)
+    settings |= _dtype(options.get("dtype"), "--dtype")
     for name, ours in (("max_model_len", "limits.context_tokens"), ("max_num_seqs", "limits.rows")):
-        if given.get(name) and given[name] != "auto":
-            settings[ours] = _number(given[name], f"--{name.replace('_', '-')}")
-    if given.get("quantization") == "bitsandbytes":
+        if options.get(name) and options[name] != "auto":
+            settings[ours] = _number(options[name], f"--{name.replace('_', '-')}")
+    if options.get("quantization") == "bitsandbytes":
         settings["quantization.bits"] = 4
-    key = given.get("api_key") or environ.get("VLLM_API_KEY")
+    key = options.get("api_key") or environ.get("VLLM_API_KEY")
     if key:
         settings["api_key"] = SecretStr(key)
-    if given.get("code_revision"):
-        settings.setdefault("model.revision", given["code_revision"])
-    folder = Path(given.get("kaito_adapters_dir") or "/mnt/adapter")
+    if options.get("code_revision"):
+        settings.setdefault("model.revision", options["code_revision"])
+    folder = Path(options.get("kaito_adapters_dir") or "/mnt/adapter")
     if folder != Path("/mnt/adapter"):
-        found = sorted(file.parent for file in folder.glob("*/adapter_config.json"))
-        settings["--adapter"] = [f"{adapter.name}={adapter}" for adapter in found]
-    return _resolve(_target(given.get("model")), environ, settings, root)
+        adapters = sorted(file.parent for file in folder.glob("*/adapter_config.json"))
+        settings["--adapter"] = [f"{adapter.name}={adapter}" for adapter in adapters]
+    return _resolve(_target(options.get("model")), environ, settings, root)
 
 
 def download_folder(arguments: Sequence[str]) -> str | None:
-    """Return the directory that vLLM's --download-dir names: a volume that outlives the container."""
+    """Return the directory of vLLM's --download-dir: a volume that outlives the container."""
     return flags.read(arguments).get("download_dir")
 
 
-def port(given: Flags, environ: Mapping[str, str]) -> int:
-    """Return the port to listen on; every local rank has its own, from the controller's upwards."""
-    if given.get("port"):
-        return _number(given["port"], "--port")
+def port(options: Flags, environ: Mapping[str, str]) -> int:
+    """Return the port to listen on: without a flag, the controller's port plus the local rank."""
+    if options.get("port"):
+        return _number(options["port"], "--port")
     return ports.CONTROLLER + _number(environ.get("LOCAL_RANK") or "0", "LOCAL_RANK")
 
 
-def _common(given: Flags, environ: Mapping[str, str], root: Path) -> dict[str, Any]:
+def _common(options: Flags, environ: Mapping[str, str], root: Path) -> dict[str, Any]:
     """Return the settings that the flags of both runtimes share."""
-    settings: dict[str, Any] = {"port": port(given, environ)}
-    for flag, ours in COMMON.items():
-        if given.get(flag):
-            settings[ours] = given[flag]
+    settings: dict[str, Any] = {"port": port(options, environ)}
+    for flag, ours in COMMON_FLAGS.items():
+        if options.get(flag):
+            settings[ours] = options[flag]
     if settings.get("model.revision") == "main":
         del settings["model.revision"]
-    template = given.get("chat_template")
+    template = options.get("chat_template")
     if template:
         settings["model.chat_template"] = chat_template(template, "--chat_template", Mounts(root, environ))
     return settings
@@ -133,16 +132,17 @@ def _resolve(
     target: str | None, environ: Mapping[str, str], settings: Mapping[str, Any], root: Path
 ) -> Resolved[ServeConfig]:
     adapters = [folder.name for folder in Mounts(root, environ).adapters()]
-    return load_server(target, environ=ancestors.recover(environ, adapters), overrides=settings, root=root)
+    environ = parent_environ.restore(environ, adapters)  # with their strengths
+    return load_server(target, environ=environ, overrides=settings, root=root)
 
 
-def _target(named: str | None) -> str | None:
+def _target(model: str | None) -> str | None:
     """Return the model to load, None where its weights are mounted in the pod."""
-    return None if named is None or named.rstrip("/") in WEIGHTS else named
+    return None if model is None or model.rstrip("/") in WEIGHTS else model
 
 
 def _dtype(written: str | None, flag: str) -> dict[str, Any]:
-    """Return the compute type; bfloat16 is what presets say of every GPU, so it is left to the hardware."""
+    """Return the compute type; KAITO's presets pass bfloat16 for every GPU, so the hardware decides then."""
     dtype = (written or "auto").removeprefix("torch.")
     if dtype in ("auto", "bfloat16"):
         return {}
@@ -158,9 +158,9 @@ def _number(text: str | None, where: str) -> int:
     return int(text)
 
 
-def _say_what_is_dropped(given: Flags, known: set[str]) -> None:
-    dropped = sorted(given.keys() - known)
-    if "trust_remote_code" in given:
-        dropped.append("trust_remote_code (models run on the library's own classes)")
-    if dropped:
-        log.info("flags without meaning here: %s", ", ".join(dropped))
+def _log_ignored(options: Flags, known: set[str]) -> None:
+    ignored = sorted(options.keys() - known)
+    if "trust_remote_code" in options:
+        ignored.append("trust_remote_code (models run on the library's own classes)")
+    if ignored:
+        log.info("ignored flags: %s", ", ".join(ignored))

@@ -1,8 +1,8 @@
 """Exec probes of vLLM pods: benchmark_entrypoint.py and multi-node-health-check.py.
 
-The benchmark is a startup probe: it fails until the server is ready, then measures it once, and its two
-lines on the container's own output are what the controller reads. Does not know the engine: it is a client.
-Start at `benchmark`.
+The benchmark is a startup probe: it fails until the server is ready, then measures it once and writes two
+lines, which the controller reads, to the container's own output. A client of the server, it does not know
+the engine. Start at `benchmark`.
 """
 
 import json
@@ -25,12 +25,12 @@ STREAMS = 4
 NEW_TOKENS = 32
 PROMPT = "Count from one to one hundred in words."
 DEADLINE_S = 60.0
-"""Of one stream; the controller allows the probe ten minutes."""
+"""Longest silence of one stream; the controller allows the probe ten minutes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """What one streamed answer took."""
+    """Times and token counts of one streamed answer."""
 
     first_s: float
     total_s: float
@@ -41,7 +41,7 @@ class Stream:
 def benchmark(
     base: str = f"http://127.0.0.1:{ports.CONTROLLER}", *, output: Path = Path("/proc/1/fd/1")
 ) -> int:
-    """Return 1 while the server at `base` is not ready; else measure it, say so on `output`, return 0."""
+    """Return 1 while the server at `base` is not ready; else measure it, report on `output` and return 0."""
     if not _ready(base):
         return 1
     began = time.monotonic()
@@ -53,15 +53,13 @@ def benchmark(
         return 1
     settings = {"num_prompts": STREAMS, "max_tokens": NEW_TOKENS}
     result = summary(streams, time.monotonic() - began)
-    _say(
-        output,
-        f"KAITO_BENCHMARK_CONFIG {json.dumps(settings)}\nKAITO_BENCHMARK_RESULT {json.dumps(result)}\n",
-    )
+    report = f"KAITO_BENCHMARK_CONFIG {json.dumps(settings)}\nKAITO_BENCHMARK_RESULT {json.dumps(result)}\n"
+    _write_report(output, report)
     return 0
 
 
 def summary(streams: Sequence[Stream], seconds: float) -> dict[str, float]:
-    """Return all tokens a minute, and the mean times to the first token and to each further one."""
+    """Return tokens per minute of all streams, and the mean times to the first and each further token."""
     tokens = sum(stream.tokens + stream.prompt_tokens for stream in streams)
     further = [(s.total_s - s.first_s) / (s.tokens - 1) for s in streams if s.tokens > 1]
     return {
@@ -72,9 +70,9 @@ def summary(streams: Sequence[Stream], seconds: float) -> dict[str, float]:
 
 
 def node_health(arguments: Sequence[str]) -> int:
-    """Answer `liveness|readiness --leader-address=… [--vllm-port=…]`: 0 when the server there is that."""
-    given = flags.read(arguments)
-    host, port = given.get("leader_address") or "127.0.0.1", given.get("vllm_port") or ports.CONTROLLER
+    """Run `liveness|readiness --leader-address=… [--vllm-port=…]`; return 0 where the server passes."""
+    options = flags.read(arguments)
+    host, port = options.get("leader_address") or "127.0.0.1", options.get("vllm_port") or ports.CONTROLLER
     path = "readyz" if "readiness" in arguments else "livez"
     return 0 if _ok(f"http://{host}:{port}/{path}") else 1
 
@@ -114,8 +112,8 @@ def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
             yield json.loads(data)
 
 
-def _say(output: Path, text: str) -> None:
-    """Write where the pod's log is read: a probe's own output goes nowhere."""
+def _write_report(output: Path, text: str) -> None:
+    """Write to the container's output, which becomes the pod's log: a probe's own output is discarded."""
     try:
         with output.open("w", encoding="utf-8") as stream:
             stream.write(text)

@@ -1,6 +1,6 @@
 """How a pod's process ends: one log line, the exit status of errors.py, the reason in the termination log.
 
-Does not know what the process did. Start at `status_of`.
+Does not know what the process does. Start at `exit_status_of`.
 """
 
 import logging
@@ -13,16 +13,16 @@ from runtime.tuning.process import failure
 log = logging.getLogger(__name__)
 
 
-def status_of(work: Callable[[], None], *, phase: str, termination_log: Path) -> int:
-    """Run `work` and return the exit status it means.
+def exit_status_of(work: Callable[[], None], *, phase: str, termination_log: Path) -> int:
+    """Run `work` and return the process's exit status.
 
-    What `work` itself has written to `termination_log` stays: it knows the phase better. What nobody foresaw
-    is not caught: its traceback is what helps.
+    What `work` itself has written to `termination_log` stays: it knows its phase better. Exceptions that are
+    no Failure pass through: their traceback is what helps.
     """
     try:
         work()
     except Failure as reason:
-        log.error("%s", reason)  # noqa: TRY400 - one line: the failure's text says it all
+        log.error("%s", reason)  # noqa: TRY400 - one line: the failure's text is complete
         failure.tell_first(failure.describe(reason, phase, 0), termination_log)
         return exit_code(reason)
     return 0

@@ -1,7 +1,7 @@
-"""Variables that a shell dropped on the way: dash hands no name with '-' or '.' on to what it starts.
+"""Environment variables that a shell on the way dropped: dash passes no name with '-' or '.' to its children.
 
-An adapter's strength is the variable named like the adapter, and adapters have such names. A shell's own
-block in /proc still holds it. Start at `recover`.
+An adapter's strength is the variable named like the adapter, and adapters have such names. The shell's own
+environment in /proc still holds it. Start at `restore`.
 """
 
 import os
@@ -9,22 +9,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 
-def recover(
+def restore(
     environ: Mapping[str, str], names: Iterable[str], *, pid: int | None = None, proc: Path = Path("/proc")
 ) -> dict[str, str]:
-    """Return `environ` with those of `names` that it lacks and a parent process was started with."""
-    found = dict(environ)
-    missing = {name for name in names if name not in found}
+    """Return `environ` with those of `names` that it lacks and that a parent process was started with."""
+    restored = dict(environ)
+    missing = {name for name in names if name not in restored}
     parent = os.getppid() if pid is None else pid
     while missing and parent > 0:
-        block = _block(proc / str(parent) / "environ")
-        found.update({name: block[name] for name in missing & block.keys()})
-        missing -= block.keys()
-        parent = _parent(proc / str(parent) / "stat")
-    return found
+        theirs = _environ_of(proc / str(parent) / "environ")
+        restored.update({name: theirs[name] for name in missing & theirs.keys()})
+        missing -= theirs.keys()
+        parent = _parent_of(proc / str(parent) / "stat")
+    return restored
 
 
-def _block(path: Path) -> dict[str, str]:
+def _environ_of(path: Path) -> dict[str, str]:
     try:
         entries = path.read_bytes().split(b"\0")
     except OSError:  # another user's process, or one that has ended
@@ -33,7 +33,7 @@ def _block(path: Path) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _parent(path: Path) -> int:
+def _parent_of(path: Path) -> int:
     try:
         # "pid (name) state ppid …"; the name may hold spaces and brackets.
         return int(path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])

@@ -1,0 +1,177 @@
+"""inference_api.py of both runtimes: what flags, variables and mounts become, and the server they start."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pod.processes import FILES, answer, free_port, started
+from runtime import ports
+from runtime.errors import ConfigError
+from runtime.pod import inference, probes
+from runtime.pod.inference import transformers_server, vllm_server
+
+STOCK = ["--torch_dtype=auto", "--pipeline=text-generation", "--trust_remote_code"]
+HEAD = [
+    *STOCK, "--served_model_name=phi-4", "--pretrained_model_name_or_path=microsoft/phi-4",
+    "--allow_remote_files", "--revision=" + "a" * 40,
+]  # fmt: skip
+CUSTOM = [
+    "--pipeline", "text-generation", "--trust_remote_code", "--allow_remote_files",
+    "--pretrained_model_name_or_path", "acme/m", "--torch_dtype", "float16",
+]  # fmt: skip
+
+
+@pytest.fixture
+def pod(tmp_path: Path) -> Path:
+    """A root directory with mounted weights and one adapter."""
+    weights = tmp_path / "workspace/weights"
+    weights.mkdir(parents=True)
+    (weights / "config.json").write_text("{}")
+    adapter = tmp_path / "mnt/adapter/my-lora.v2"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    return tmp_path
+
+
+@given(st.permutations(HEAD))
+def test_flags_mean_the_same_in_any_order(words: list[str]) -> None:
+    """Controllers write them in the order of a Go map: another one at each reconcile."""
+    config = transformers_server(words, {}, Path("/nowhere")).config
+    assert (config.served_name, config.model.repository, config.model.revision) == (
+        "phi-4",
+        "microsoft/phi-4",
+        "a" * 40,
+    )
+    assert (config.port, config.model.local_files_only, config.model.trust_remote_code) == (
+        5000,
+        False,
+        False,
+    )
+
+
+def test_values_in_a_word_of_their_own_are_read() -> None:
+    config = transformers_server(CUSTOM, {}, Path("/nowhere")).config
+    assert (config.model.repository, config.model.dtype, config.served_name) == ("acme/m", "float16", "m")
+
+
+def test_flags_of_other_programs_are_logged_once_and_ignored(
+    pod: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    config = transformers_server(
+        [*STOCK, "--combination_type=svd", "--gpu-memory-utilization", "0.8"], {}, pod
+    ).config
+    assert config.model.path == pod / "workspace/weights"
+    (line,) = [record.message for record in caplog.records if "ignored flags" in record.message]
+    assert "combination_type, gpu_memory_utilization, trust_remote_code" in line
+
+
+def test_mounted_weights_serve_without_any_flag(pod: Path) -> None:
+    config = transformers_server([], {}, pod).config
+    assert (config.model.path, config.served_name) == (pod / "workspace/weights", "weights")
+
+
+def test_default_path_of_the_flag_is_the_mounted_weights(pod: Path) -> None:
+    config = transformers_server(["--pretrained_model_name_or_path=/workspace/tfs/weights"], {}, pod).config
+    assert config.model.path == pod / "workspace/weights"
+
+
+def test_remote_files_must_be_allowed() -> None:
+    config = transformers_server(["--pretrained_model_name_or_path=acme/m"], {}, Path("/nowhere")).config
+    assert config.model.local_files_only
+
+
+def test_each_local_rank_has_its_port(pod: Path) -> None:
+    assert transformers_server([], {"LOCAL_RANK": "3"}, pod).config.port == 5003
+    assert vllm_server(["--port=5001"], {}, pod).config.port == 5001
+    with pytest.raises(ConfigError, match="LOCAL_RANK is 'x', expected a whole number"):
+        transformers_server([], {"LOCAL_RANK": "x"}, pod)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("--pipeline=summarization", "expected text-generation or conversational"),
+        ("--torch_dtype=int4", "expected auto, bfloat16, float16 or float32"),
+        ("--port=http", "expected a whole number"),
+        ("--chat_template=/nowhere/x.jinja", "no chat template '/nowhere/x.jinja'"),
+    ],
+)
+def test_a_wrong_value_is_one_line(word: str, message: str, pod: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        transformers_server([word], {}, pod)
+
+
+def test_chat_template_of_a_preset_is_found_at_the_path_in_kaitos_images(pod: Path) -> None:
+    config = transformers_server(
+        ["--chat_template=/workspace/chat_templates/mistral-instruct.jinja"], {}, pod
+    ).config
+    assert "[INST]" in (config.model.chat_template or "")
+
+
+def test_vllm_flags_are_mapped(pod: Path) -> None:
+    words = [
+        "--model=/workspace/vllm/weights", "--served-model-name=phi-4", "--max-model-len=1024",
+        "--max-num-seqs=4", "--dtype=half", "--quantization=bitsandbytes", "--tensor-parallel-size=1",
+        "--enable-lora", "--kv-events-config={}", "--download-dir=/workspace/weights",
+        "--gpu-memory-utilization=0.84",
+    ]  # fmt: skip
+    config = vllm_server(words, {"VLLM_API_KEY": "k"}, pod).config
+    assert (config.served_name, config.limits.context_tokens, config.limits.rows) == ("phi-4", 1024, 4)
+    assert config.model.dtype == "float16"
+    assert config.quantization is not None
+    assert config.api_key is not None
+    assert [adapter.name for adapter in config.adapters] == ["my-lora.v2"]
+    assert vllm_server(["--max-model-len=auto"], {}, pod).config.limits.context_tokens is None
+    assert inference.download_folder(words) == "/workspace/weights"
+
+
+def test_strength_is_the_variable_named_like_the_adapter(pod: Path) -> None:
+    config = transformers_server([], {"my-lora.v2": "0.25"}, pod).config
+    assert [(a.name, a.strength) for a in config.adapters] == [("my-lora.v2", 0.25)]
+
+
+def test_requests_that_name_no_adapter_are_answered_as_by_each_runtime_of_kaito(pod: Path) -> None:
+    """transformers: by all adapters together; vLLM: by the base model."""
+    assert transformers_server([], {}, pod).config.combine_adapters
+    assert not vllm_server([], {}, pod).config.combine_adapters
+
+
+@pytest.mark.slow
+def test_both_inference_apis_serve_and_drain(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    port = free_port()
+    commands = {
+        "tfs": ["--pretrained_model_name_or_path", str(tiny_llama_dir), "--pipeline=text-generation"],
+        "vllm": [f"--model={tiny_llama_dir}", "--served-model-name=tiny", f"--download-dir={tmp_path}"],
+    }
+    for runtime, flags in commands.items():
+        log, base = tmp_path / f"{runtime}.log", f"http://127.0.0.1:{port}"
+        command = [sys.executable, str(FILES / runtime / "inference_api.py"), *flags]
+        assert probes.benchmark(base, output=tmp_path / "none") == 1
+        assert not (tmp_path / "none").exists()
+        with started(command, log, LOCAL_RANK=str(port - ports.CONTROLLER)) as process:
+            assert answer(f"{base}/health", process, log).json() == {"status": "Healthy"}
+            assert answer(f"{base}/healthz", process, log).json() == {"status": "Healthy"}
+            body = {"prompt": "hello", "generate_kwargs": {"max_new_tokens": 4}}
+            assert "Result" in httpx.post(f"{base}/chat", json=body, timeout=60).json()
+            assert "Model loaded successfully" in log.read_text()
+            if runtime == "vllm":
+                assert httpx.get(f"{base}/v1/models").json()["data"][0]["id"] == "tiny"
+                assert probes.benchmark(base, output=tmp_path / "report") == 0
+                assert (
+                    probes.node_health(["readiness", "--leader-address=127.0.0.1", f"--vllm-port={port}"])
+                    == 0
+                )
+            process.terminate()
+            assert process.wait(15) == 0, log.read_text()
+    settings, result = (tmp_path / "report").read_text().splitlines()
+    assert settings.startswith("KAITO_BENCHMARK_CONFIG {")
+    figures = json.loads(result.removeprefix("KAITO_BENCHMARK_RESULT "))
+    assert figures["vllm_total_tpm"] > 0
+    assert figures["ttft_avg_ms"] > 0
