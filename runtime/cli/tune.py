@@ -158,8 +158,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
 
 
 def _launch(job: TuningJob, nodes: "Nodes", *, processes: int | None, environ: Mapping[str, str]) -> None:
-    from runtime.tuning import publish
-    from runtime.tuning.process import launcher
+    from runtime.tuning import launcher, publish
 
     try:
         launcher.run(job, processes=processes, nodes=nodes, access=publish.access_of(job, environ))

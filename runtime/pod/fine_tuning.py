@@ -25,8 +25,8 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], *, root: Path = P
     """
     termination_log = failure.termination_log(root)
     ranks = Ranks.read(environ)
-    if ranks.world > 1:
-        from runtime.tuning.process import worker
+    if ranks.world_size > 1:
+        from runtime.tuning import worker
 
         return worker.work(lambda: _job(arguments, environ, root), termination_log=termination_log)
     logs.configure(debug=environ.get("DEBUG_MODE", "").lower() == "true")
@@ -36,8 +36,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str], *, root: Path = P
 
 
 def _launch(arguments: Sequence[str], environ: Mapping[str, str], root: Path) -> None:
-    from runtime.tuning import publish
-    from runtime.tuning.process import launcher
+    from runtime.tuning import launcher, publish
 
     job = _job(arguments, environ, root)
     termination_log = failure.termination_log(root)

@@ -23,6 +23,6 @@ def exit_status_of(work: Callable[[], None], *, phase: str, termination_log: Pat
         work()
     except Failure as reason:
         log.error("%s", reason)  # noqa: TRY400 - one line: the failure's text is complete
-        failure.tell_first(failure.describe(reason, phase, 0), termination_log)
+        failure.write_termination_log_once(failure.describe(reason, phase, 0), termination_log)
         return exit_code(reason)
     return 0

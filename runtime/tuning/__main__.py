@@ -3,7 +3,7 @@
 FILE is a resolved job (JSON, written by the parent process) or a Workspace manifest. The process ends
 with the exit code of errors.py and leaves its reason in the output folder.
 
-An entry point, above the packages that it joins: nothing imports it.
+An entry point, above the packages that it joins; no module imports it.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from runtime import garbage_collection
 from runtime.errors import ConfigError
-from runtime.tuning.process import worker
+from runtime.tuning import worker
 from runtime.tuning.settings import TuningJob
 
 

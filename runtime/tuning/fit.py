@@ -15,11 +15,11 @@ from runtime.memory import fitting
 from runtime.memory.fitting import Adjustable, Forecast
 from runtime.memory.shape import Shape, of
 from runtime.memory.tuning import TuningRun
-from runtime.tuning.data.tokenize import TokenizedRow
+from runtime.tuning.data.tokenize import MAX_TOKENS, TokenizedRow
 from runtime.tuning.model import packed_attention
 from runtime.tuning.precision import choose_dtype
 from runtime.tuning.settings import TuningJob
-from runtime.tuning.train.arguments import MAX_TOKENS, asked_checkpointing, pass_tokens
+from runtime.tuning.train.schedule import pass_tokens, requested_checkpointing
 from runtime.tuning.training_arguments import DEFAULTS
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def plan(
     asked = _run(job, shape, machine, processes=count, row_tokens=row_tokens)
     if rows:
         asked = replace(asked, labelled_share=max(row.targets / len(row) for row in rows))
-    word = asked_checkpointing(job)
+    word = requested_checkpointing(job)
     wish = Adjustable(
         row_tokens,
         checkpointing=word if word or job.fit == "refuse" else None,
@@ -121,7 +121,7 @@ def settle(
     """
     fit = _plan_if_known(job, machine, processes, rows)
     if fit is None:  # the thrifty way where memory is dear
-        word = asked_checkpointing(job)
+        word = requested_checkpointing(job)
         return _with_checkpointing(job, machine.kind == "cuda" if word is None else word), None
     if not fit.chosen.fits:
         raise CapacityError(fit.line)
@@ -162,7 +162,7 @@ def _run(job: TuningJob, shape: Shape, machine: Hardware, *, processes: int, row
         targets=job.lora.targets,
         dropout=bool(job.lora.dropout),
         optimizer=str(job.training.get("optim", DEFAULTS["optim"])),
-        checkpointing=bool(asked_checkpointing(job)),
+        checkpointing=bool(requested_checkpointing(job)),
         packed=packed,
         processes=processes,
     )

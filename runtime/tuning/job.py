@@ -7,6 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from runtime import adapters, garbage_collection, hardware, models, oci
@@ -14,26 +15,18 @@ from runtime.files import sha256
 from runtime.oci.access import DEFAULT
 from runtime.tuning import fit, output, publish
 from runtime.tuning.data import dataset, download, formats, tokenize
-from runtime.tuning.data.dataset import Dataset, Example, split
-from runtime.tuning.data.tokenize import TokenizedData
+from runtime.tuning.data.dataset import Dataset, Example
+from runtime.tuning.data.tokenize import TokenizedSplit
 from runtime.tuning.output import OutputPaths
 from runtime.tuning.precision import settle
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.process.signals import StopSignal
-from runtime.tuning.report import report, samples
-from runtime.tuning.report.progress import memory_bytes
+from runtime.tuning.report import report
 from runtime.tuning.settings import TuningJob
-from runtime.tuning.train import checkpoints
-from runtime.tuning.train.arguments import longest_row
-from runtime.tuning.train.setup import (
-    Evaluation,
-    JobProgress,
-    RankSetup,
-    TrainingSetup,
-    evaluate,
-    prepare,
-    train_through,
-)
+from runtime.tuning.train import checkpoint_sync, setup
+from runtime.tuning.train.evaluation import Evaluation, evaluate, sample_questions
+from runtime.tuning.train.progress import JobProgress, memory_bytes
+from runtime.tuning.train.setup import RankSetup, TrainingSetup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,134 +34,161 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class SplitDataset:
+    """The data as it was read, and its conversations: those to train on and those held out."""
+
+    dataset: Dataset
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """What the steps up to the end of training have produced."""
+
+    data: SplitDataset
+    tokenized: TokenizedSplit
+    training: TrainingSetup
+    questions: Sequence[Example]
+    before: Evaluation
+    after: Evaluation
+    planned_memory_bytes: int | None
+    seconds: float
+
+
 def run(
-    job: TuningJob, *, ranks: Ranks, stop: StopSignal, course: JobProgress, access: oci.Access = DEFAULT
+    requested: TuningJob,
+    *,
+    ranks: Ranks,
+    stop: StopSignal,
+    progress: JobProgress,
+    access: oci.Access = DEFAULT,
 ) -> None:
     """Tune, write the adapter and its report into the output folder, and publish it.
 
-    A finished job is only published again; an interrupted one goes on from its newest whole checkpoint.
+    A finished job is only published again; an interrupted one resumes from its newest complete checkpoint.
     Raises the Failure that ended it; StoppedError after SIGTERM and a checkpoint.
     """
-    began = time.monotonic()
-    asked, machine = job, hardware.detect()
+    machine = hardware.detect()
     device = hardware.device(machine, ranks.local_rank)
-    ranks.join(device)
-    if ranks.told(output.is_done(job)):  # rank 0's word: other nodes may have disks of their own
-        if ranks.first:
-            publish.again(job, access)
+    ranks.init_process_group(device)
+    if ranks.broadcast(output.is_done(requested)):  # rank 0's: other nodes may have disks of their own
+        if ranks.is_main:
+            publish.publish_again(requested, access)
         return
-    job, precision = settle(job, machine)
-    job = fit.shorten(job, machine, processes=ranks.local_world)
+    job, precision = settle(requested, machine)
+    job = fit.shorten(job, machine, processes=ranks.local_world_size)
+    rank = RankSetup(machine, device, precision, ranks, stop, progress)
+    job, result = _tune(requested, job, rank, access)
+    if ranks.is_main:
+        progress.enter("save")
+        _save(requested, job, result)
+        progress.enter("publish")
+        publish.publish(requested, access)
+        if (registry := result.training.callbacks.checkpoint.registry) is not None:
+            registry.clear()
+    ranks.barrier()
+    if ranks.is_local_main and not ranks.is_main:
+        output.mark_finished(requested)  # on a disk of its own: a rerun of this node returns at once
 
-    course.enter("data")
-    data, train, held_out = _read(job, ranks, access)
-    course.enter("encode")
+
+def _tune(
+    requested: TuningJob, job: TuningJob, rank: RankSetup, access: oci.Access
+) -> tuple[TuningJob, JobResult]:
+    """Read the data, train and evaluate; returns the job as the data and the memory settled it."""
+    started, ranks, progress = time.monotonic(), rank.ranks, rank.progress
+    progress.enter("data")
+    data = _read(job, ranks, access)
+    progress.enter("encode")
     with garbage_collection.paused():
         tokenizer = models.load_tokenizer(job.model)
-    job, encoded = _encode(job, tokenizer, train, held_out)
-    rows = (*encoded[0].rows, *(encoded[1].rows if encoded[1] else ()))
-    job, planned = fit.settle(job, machine, processes=ranks.local_world, rows=rows)
-    course.enter("model")
+    job, tokenized = _tokenize(job, tokenizer, data)
+    job, planned = fit.settle(job, rank.machine, processes=ranks.local_world_size, rows=tokenized.rows)
+    progress.enter("model")
     with garbage_collection.paused():
-        setting = RankSetup(machine, device, precision, ranks, stop, course)
-        bench = prepare(job, tokenizer, encoded, setting=setting)
-    bench.survival.remote = checkpoints.of(job, access) if ranks.first else None
-    course.enter("evaluate")
-    questions = samples.questions(held_out or train)
-    before = evaluate(bench, questions)
-    course.enter("train")
-    train_through(
-        bench, folder=OutputPaths(job.output.folder).checkpoints, mark=output.fingerprint(asked, data.digest)
-    )
-    course.enter("evaluate")
-    after = evaluate(bench, questions)
-    course.enter("save")
-    if ranks.first:
-        took = time.monotonic() - began
-        outcome = _outcome(bench, questions, (before, after), seconds=took, planned_memory_bytes=planned)
-        _save(asked, job, bench, report.build(job, data, encoded, outcome))
-        course.enter("publish")
-        publish.publish(asked, access)
-        if bench.survival.remote is not None:
-            bench.survival.remote.clear()
-    ranks.wait()
-    if ranks.leads and not ranks.first:
-        output.mark_finished(asked)  # on a disk of its own: a rerun of this node has nothing to wait for
+        training = setup.prepare(job, tokenizer, tokenized, rank=rank)
+    if ranks.is_main:
+        training.callbacks.checkpoint.registry = checkpoint_sync.registry_checkpoints(job, access)
+    progress.enter("evaluate")
+    questions = sample_questions(data.held_out or data.train)
+    before = evaluate(training, questions)
+    progress.enter("train")
+    fingerprint = output.fingerprint(requested, data.dataset.digest)
+    setup.run_training(training, folder=OutputPaths(job.output.folder).checkpoints, fingerprint=fingerprint)
+    progress.enter("evaluate")
+    after = evaluate(training, questions)
+    seconds = time.monotonic() - started
+    return job, JobResult(data, tokenized, training, questions, before, after, planned, seconds)
 
 
-def _read(job: TuningJob, ranks: Ranks, access: oci.Access) -> tuple[Dataset, list[Example], list[Example]]:
+def _read(job: TuningJob, ranks: Ranks, access: oci.Access) -> SplitDataset:
     """Fetch (once on each node), read and split the data: all ranks see the same rows in the same order."""
-    if ranks.leads:
+    if ranks.is_local_main:
         download.fetch(job.data, token=job.hub_token, access=access)
-    ranks.wait()
+    ranks.barrier()
     data = dataset.load(job.data, formats.targets(job.data))
-    train, held_out = split(data.examples, job.data)
+    train, held_out = dataset.split(data.examples, job.data)
     log.info(
         "%d rows from %d files: %d to train on, %d held out, %d skipped",
         len(data.examples), len(data.files), len(train), len(held_out), data.skipped,
     )  # fmt: skip
-    return data, train, held_out
+    return SplitDataset(data, train, held_out)
 
 
-def _encode(
-    job: TuningJob,
-    tokenizer: "PreTrainedTokenizerBase",
-    train: Sequence[Example],
-    held_out: Sequence[Example],
-) -> tuple[TuningJob, tuple[TokenizedData, TokenizedData | None]]:
-    """Encode both parts, with the longest row settled from the model's context when the job names none."""
-    limit = longest_row(job)
+def _tokenize(
+    job: TuningJob, tokenizer: "PreTrainedTokenizerBase", data: SplitDataset
+) -> tuple[TuningJob, TokenizedSplit]:
+    """Tokenize both parts; the longest row comes from the model's context when the job sets none."""
+    limit = tokenize.longest_row(job)
     job = job.model_copy(update={"encoding": job.encoding.model_copy(update={"max_tokens": limit})})
-    encoded = tokenize.encode(train, tokenizer, job.encoding, max_tokens=limit)
-    held = tokenize.encode(held_out, tokenizer, job.encoding, max_tokens=limit) if held_out else None
+    train = tokenize.encode(data.train, tokenizer, job.encoding, max_tokens=limit)
+    held_out = None
+    if data.held_out:
+        held_out = tokenize.encode(data.held_out, tokenizer, job.encoding, max_tokens=limit)
     log.info(
-        "%d tokens, %d of them learnt; %d rows cut at %d tokens, %d dropped as too long, %d without a label",
-        encoded.tokens, encoded.targets, encoded.truncated, limit, encoded.too_long, encoded.unlabelled,
+        "%d tokens, %d of them labelled; %d rows cut at %d tokens, %d dropped as too long, %d unlabelled",
+        train.tokens, train.targets, train.truncated, limit, train.too_long, train.unlabelled,
     )  # fmt: skip
-    return job, (encoded, held)
+    return job, TokenizedSplit(train, held_out)
 
 
-def _outcome(
-    bench: TrainingSetup,
-    questions: Sequence[Example],
-    measured: tuple[Evaluation, Evaluation],
-    *,
-    seconds: float,
-    planned_memory_bytes: int | None,
-) -> report.Outcome:
-    """Gather what training changed."""
-    (before, after), setting = measured, bench.setting
-    return report.Outcome(
-        steps=bench.trainer.state.global_step,
-        train_loss=bench.recent_loss,
-        losses=bench.logged("loss"),
-        held_out_losses=bench.held_out_curve(before.loss, after.loss),
-        samples=tuple(
-            samples.Sample(question.messages[-2]["content"], question.messages[-1]["content"], old, new)
-            for question, old, new in zip(questions, before.answers, after.answers, strict=True)
-        ),
-        seconds=seconds,
-        tokens_per_s=bench.meter.tokens_per_s,
-        peak_memory_bytes=memory_bytes(),
-        planned_memory_bytes=planned_memory_bytes,
-        machine=report.Machine(setting.machine, setting.ranks.world, setting.precision.dtype),
-    )
-
-
-def _save(asked: TuningJob, job: TuningJob, bench: TrainingSetup, summary: dict[str, object]) -> None:
+def _save(requested: TuningJob, job: TuningJob, result: JobResult) -> None:
     """Write the adapter, the report, and last of all the sentinel that a pusher waits for."""
-    here = OutputPaths(job.output.folder)
-    here.sentinel.unlink(missing_ok=True)
-    here.finished.unlink(missing_ok=True)
+    summary = report.build(job, result.data.dataset, result.tokenized, _outcome(result))
+    paths, training = OutputPaths(job.output.folder), result.training
+    paths.sentinel.unlink(missing_ok=True)
+    paths.finished.unlink(missing_ok=True)
     adapters.save(
-        bench.model,
-        here.folder,
+        training.model,
+        paths.folder,
         source=job.model,
-        first_weights=bench.first_weights,
-        beside=bench.tokenizer.save_pretrained,
+        first_weights=training.adapter.first_weights,
+        beside=training.tokenizer.save_pretrained,
     )
-    summary["adapter_sha256"] = sha256(here.folder / adapters.WEIGHTS_FILE)
-    report.save(summary, here.folder)
-    output.mark_done(asked)
-    shutil.rmtree(here.checkpoints, ignore_errors=True)
-    log.info("adapter and report are in %s", here.folder)
+    summary["adapter_sha256"] = sha256(paths.folder / adapters.WEIGHTS_FILE)
+    report.save(summary, paths.folder)
+    output.mark_done(requested)
+    shutil.rmtree(paths.checkpoints, ignore_errors=True)
+    log.info("adapter and report are in %s", paths.folder)
+
+
+def _outcome(result: JobResult) -> report.Outcome:
+    """Gather what training changed."""
+    training, before, after = result.training, result.before, result.after
+    rank = training.rank
+    return report.Outcome(
+        steps=training.trainer.state.global_step,
+        train_loss=training.recent_loss,
+        losses=training.logged("loss"),
+        held_out_losses=training.held_out_curve(before.loss, after.loss),
+        samples=tuple(
+            report.Sample(question.messages[-2]["content"], question.messages[-1]["content"], old, new)
+            for question, old, new in zip(result.questions, before.answers, after.answers, strict=True)
+        ),
+        seconds=result.seconds,
+        tokens_per_s=training.throughput.tokens_per_s,
+        peak_memory_bytes=memory_bytes(),
+        planned_memory_bytes=result.planned_memory_bytes,
+        machine=report.Machine(rank.machine, rank.ranks.world_size, rank.precision.dtype),
+    )

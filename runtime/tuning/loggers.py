@@ -1,6 +1,6 @@
-"""The experiment loggers of `report_to`: which there are, whether they are installed, where they write.
+"""The experiment loggers of `report_to`: their names, whether they are installed, where they write.
 
-transformers drives them, on rank 0. Does not import them. Start at `check`.
+transformers calls them, on rank 0. Does not import them. Start at `check`.
 """
 
 import importlib.util
@@ -30,11 +30,11 @@ PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "kubeflow": (),  # its own standard library client; on wherever the cluster's variables are set
     }
 )
-"""Names that transformers knows, and the packages of which each needs one."""
+"""transformers' names, and the packages of which each needs one."""
 
 
 def known(names: Iterable[str], where: str) -> None:
-    """Raise ConfigError for a name that no logger has."""
+    """Raise ConfigError for a name that is not a logger's."""
     for name in names:
         if name not in PACKAGES and name not in ("all", "none"):
             hint = nearest(name, PACKAGES) or f"; known: none, all, {', '.join(PACKAGES)}"
@@ -51,8 +51,8 @@ def check(training: Mapping[str, Any]) -> None:
             raise ConfigError(f"report_to is '{name}', but {missing}; {remedy}")
 
 
-def places(folder: Path) -> dict[str, str]:
-    """Return the variables by which loggers on disk write beside the adapter, not to where they started."""
+def environment(folder: Path) -> dict[str, str]:
+    """Return the variables that have loggers write beside the adapter, not into the working directory."""
     return {
         "TENSORBOARD_LOGGING_DIR": str(folder / "runs"),
         "WANDB_DIR": str(folder),

@@ -63,11 +63,11 @@ def mean_loss(
 
     device = next(parameter.device for parameter in model.parameters() if parameter.requires_grad)
     lengths = [len(row) for row in rows]
-    mine = list(range(ranks.rank, len(rows), ranks.world))
+    mine = list(range(ranks.rank, len(rows), ranks.world_size))
     sums = torch.zeros(2, dtype=torch.float64)
     passes = [*(pack if layout == "packed" else group)(mine, lengths, budget_tokens)]
     if is_sharded(model):  # each pass is a collective: a rank with fewer goes through one row more often
-        idle = ranks.most(len(passes), str(device)) - len(passes)
+        idle = ranks.all_reduce_max(len(passes), str(device)) - len(passes)
         passes += [()] * idle
     with evaluating(model):
         for numbers in passes:
@@ -75,5 +75,5 @@ def mean_loss(
             batch = collate(chosen, layout, pad_id=0, counts=bool(numbers))
             sums[0] += batch_loss(model, batch, str(device)).double().cpu()
             sums[1] += int((batch.labels != IGNORE).sum())
-    total = ranks.total(sums.to(device if device.type == "cuda" else "cpu"))
+    total = ranks.all_reduce_sum(sums.to(device if device.type == "cuda" else "cpu"))
     return float(total[0] / total[1])

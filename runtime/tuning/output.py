@@ -1,7 +1,7 @@
-"""The files of one job's output folder, and which of them say that it is done.
+"""The files of one job's output folder, and which of them mark it as done.
 
-The adapter, the report and the sentinel lie directly in the folder, where KAITO's pusher looks for them;
-everything else below `.work`. Knows names, not contents. Start at `OutputPaths`.
+The adapter, the report and the sentinel are directly in the folder, where KAITO's pusher looks for them;
+everything else is below `.work`. Knows names, not contents. Start at `OutputPaths`.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from runtime.files import write_atomic
 from runtime.tuning.settings import TuningJob
 
 SENTINEL = "fine_tuning_completed.txt"
-"""KAITO's pusher waits for this file, then uploads what is beside it."""
+"""KAITO's pusher waits for this file, then uploads the files beside it."""
 
 WITHOUT_EFFECT = {"name", "output", "checkpoint_minutes", "metrics_port", "parallel", "sources"}
 """Settings that do not change the adapter's bytes."""
@@ -22,7 +22,7 @@ WITHOUT_EFFECT = {"name", "output", "checkpoint_minutes", "metrics_port", "paral
 
 @dataclass(frozen=True, slots=True)
 class OutputPaths:
-    """Where a job's files are, given its output folder."""
+    """The paths of a job's files in its output folder."""
 
     folder: Path
 
@@ -50,7 +50,7 @@ class OutputPaths:
 
     @property
     def finished(self) -> Path:
-        """Fingerprint of the job that the adapter in the folder came from."""
+        """Fingerprint of the job that made the adapter in the folder."""
         return self.work / "finished"
 
     @property
@@ -59,44 +59,43 @@ class OutputPaths:
 
     @property
     def history(self) -> Path:
-        """One JSON object for every logged step."""
+        """Metrics: one JSON object for every logged step."""
         return self.work / "history.jsonl"
 
     def lock(self, node: int) -> Path:
-        """Held by the processes of a node while they work here; a folder may be shared by several nodes."""
+        """Held by the processes of a node while they run; a folder may be shared by several nodes."""
         return self.work / f"lock-{node}"
 
     def failure(self, rank: int) -> Path:
-        """Why `rank` ended, for the parent process: torchrun itself only says 1."""
+        """Why `rank` ended, for the parent process: torchrun itself only exits with 1."""
         return self.work / f"failure-{rank}.json"
 
 
 def fingerprint(job: TuningJob, data: str = "") -> str:
-    """Return the sha256 of all that decides the adapter's bytes; `data` adds the digests of its files."""
+    """Return the sha256 of all that decides the adapter's bytes; `data` is the digest of its files."""
     decisive = job.model_dump(mode="json", exclude=WITHOUT_EFFECT)
     text = json.dumps([decisive, data], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def is_done(job: TuningJob, *, with_adapter: bool = True) -> bool:
-    """Return whether the output folder already holds this very job's adapter, whole.
+    """Return whether the output folder already holds this job's finished adapter.
 
-    Nodes other than the first have none: without `with_adapter` it is enough that the job was finished.
+    Nodes other than the first have no adapter: without `with_adapter`, that the job is finished is enough.
     """
-    places = OutputPaths(job.output.folder)
-    if not places.finished.is_file() or (with_adapter and not places.sentinel.is_file()):
+    paths = OutputPaths(job.output.folder)
+    if not paths.finished.is_file() or (with_adapter and not paths.sentinel.is_file()):
         return False
-    return places.finished.read_text(encoding="utf-8").strip() == fingerprint(job)
+    return paths.finished.read_text(encoding="utf-8").strip() == fingerprint(job)
 
 
 def mark_finished(job: TuningJob) -> None:
-    """Write which job is finished."""
-    places = OutputPaths(job.output.folder)
-    write_atomic(places.finished, fingerprint(job) + "\n")
+    """Write the fingerprint of the finished job."""
+    write_atomic(OutputPaths(job.output.folder).finished, fingerprint(job) + "\n")
 
 
 def mark_done(job: TuningJob) -> None:
-    """Write, as the very last files, which job is finished and the sentinel that a pusher waits for."""
+    """Write the last files: the finished job's fingerprint, then the sentinel that a pusher waits for."""
     mark_finished(job)
     stamp = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
     write_atomic(OutputPaths(job.output.folder).sentinel, f"Fine-Tuning completed at {stamp}\n")

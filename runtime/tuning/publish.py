@@ -1,4 +1,4 @@
-"""Pushes a finished adapter as an OCI image: the last step of a job, and safe to repeat.
+"""Pushes a finished adapter as an OCI image: the last step of a job, idempotent.
 
 Does not know registries (runtime/oci does). Start at `publish`.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from runtime import oci
 from runtime.tuning.output import OutputPaths
 from runtime.tuning.settings import TuningJob
-from runtime.tuning.train import checkpoints
+from runtime.tuning.train.checkpoint_sync import registry_checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ FILES = (
     "tuning_report.json",
     "report.html",
 )
-"""What goes into the image's /data, as far as it is there."""
+"""Files of the image's /data; those that do not exist are left out."""
 
 
 def files(folder: Path) -> list[str]:
@@ -34,7 +34,7 @@ def files(folder: Path) -> list[str]:
 
 
 def annotations(job: TuningJob) -> dict[str, str]:
-    """Return the image's annotations: KAITO's model name, and the OCI ones that provenance needs.
+    """Return the image's annotations: KAITO's model name, and OCI's own for provenance.
 
     No time of creation: the same adapter pushed twice is the same image.
     """
@@ -65,15 +65,15 @@ def publish(job: TuningJob, access: oci.Access) -> str | None:
     return digest
 
 
-def again(job: TuningJob, access: oci.Access) -> None:
-    """Publish the adapter of a finished job once more, and tidy up what its own run may not have come to."""
-    log.info("%s holds this job's finished adapter: nothing is trained", job.output.folder)
+def publish_again(job: TuningJob, access: oci.Access) -> None:
+    """Publish the adapter of a finished job once more, and remove checkpoints that its run may have left."""
+    log.info("%s holds this job's finished adapter: not training again", job.output.folder)
     publish(job, access)
-    if (kept := checkpoints.of(job, access)) is not None:
-        kept.clear()
+    if (checkpoints := registry_checkpoints(job, access)) is not None:
+        checkpoints.clear()
 
 
 def access_of(job: TuningJob, environ: Mapping[str, str]) -> oci.Access:
-    """Return what a process with this environment may do at the job's registries."""
-    named = [job.output.credentials] if job.output.credentials else []
-    return oci.from_environment(environ, files=named, insecure=job.output.insecure)
+    """Return the registry access that the job and a process's environment give."""
+    files = [job.output.credentials] if job.output.credentials else []
+    return oci.from_environment(environ, files=files, insecure=job.output.insecure)

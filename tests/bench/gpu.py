@@ -85,12 +85,13 @@ def tune(folder: Path, device: str, tokens: int, checkpointing: bool) -> dict[st
     from runtime.memory import tuning
     from runtime.model_source import ModelSource
     from runtime.tuning import fit
-    from runtime.tuning.data.tokenize import TokenizedData, TokenizedRow
+    from runtime.tuning.data.tokenize import TokenizedData, TokenizedRow, TokenizedSplit
     from runtime.tuning.precision import settle
     from runtime.tuning.process.ranks import Ranks
     from runtime.tuning.process.signals import StopSignal
     from runtime.tuning.settings import Output, TuningJob
     from runtime.tuning.train import setup
+    from runtime.tuning.train.progress import JobProgress
 
     here = machine(device)
     draw = np.random.default_rng(0)
@@ -110,11 +111,9 @@ def tune(folder: Path, device: str, tokens: int, checkpointing: bool) -> dict[st
         planned = fit.plan(job, here, rows=rows)
         parts = tuning.parts(planned.shape, planned.asked)
         job, precision = settle(job, here)
-        place = setup.RankSetup(
-            here, hardware.device(here), precision, Ranks(), StopSignal(), setup.JobProgress()
-        )
+        rank = setup.RankSetup(here, hardware.device(here), precision, Ranks(), StopSignal(), JobProgress())
         made = setup.prepare(
-            job, models.load_tokenizer(job.model), (TokenizedData(tuple(rows)), None), setting=place
+            job, models.load_tokenizer(job.model), TokenizedSplit(TokenizedData(tuple(rows))), rank=rank
         )
         times: list[float] = []
 
@@ -125,7 +124,7 @@ def tune(folder: Path, device: str, tokens: int, checkpointing: bool) -> dict[st
                 times.append(time.monotonic())
 
         made.trainer.add_callback(Clock())
-        setup.train_through(made, folder=Path(scratch) / "checkpoints", mark="bench")
+        setup.run_training(made, folder=Path(scratch) / "checkpoints", fingerprint="bench")
     return {
         "tokens_per_s": tokens * (len(times) - 1) / (times[-1] - times[0]),
         "peak_bytes": peak_bytes(device),
@@ -137,7 +136,7 @@ def peak_bytes(device: str) -> int:
     """Return the process's peak: what torch reserved and what CUDA itself took, or what was resident."""
     import torch
 
-    from runtime.tuning.report.progress import memory_bytes
+    from runtime.tuning.train.progress import memory_bytes
 
     if device != "cuda":
         return memory_bytes()

@@ -75,11 +75,13 @@ def ours(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any,
     """Our own path from encoded rows to a trained adapter, checkpoints and progress included."""
     from runtime import models
     from runtime.hardware import detect
+    from runtime.tuning.data.tokenize import TokenizedSplit
     from runtime.tuning.precision import settle
     from runtime.tuning.process.ranks import Ranks
     from runtime.tuning.process.signals import StopSignal
     from runtime.tuning.settings import Encoding, Output, TuningJob
-    from runtime.tuning.train.setup import JobProgress, RankSetup, prepare, train_through
+    from runtime.tuning.train.progress import JobProgress
+    from runtime.tuning.train.setup import RankSetup, prepare, run_training
 
     training = {
         "num_train_epochs": 1,
@@ -97,9 +99,11 @@ def ours(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any,
         detect(),
     )
     tokenizer = models.load_tokenizer(job.model)
-    setting = RankSetup(detect(), "cpu", precision, Ranks(), StopSignal(), JobProgress())
-    bench = prepare(job, tokenizer, (encoded(rows, tokenizer), None), setting=setting)
-    return bench.model, lambda: train_through(bench, folder=options.folder / "checkpoints", mark="bench")
+    rank = RankSetup(detect(), "cpu", precision, Ranks(), StopSignal(), JobProgress())
+    setup = prepare(job, tokenizer, TokenizedSplit(encoded(rows, tokenizer)), rank=rank)
+    return setup.model, lambda: run_training(
+        setup, folder=options.folder / "checkpoints", fingerprint="bench"
+    )
 
 
 def source() -> Any:

@@ -230,12 +230,12 @@ def _run_ending_with(error: BaseException, monkeypatch: pytest.MonkeyPatch, *fla
     def fail(job: object, **_: object) -> None:
         raise error
 
-    launch = types.ModuleType("runtime.tuning.process.launcher")
-    launch.run = fail  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "runtime.tuning.process.launcher", launch)
+    launcher = types.ModuleType("runtime.tuning.launcher")
+    launcher.run = fail  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "runtime.tuning.launcher", launcher)
     import runtime.tuning
 
-    monkeypatch.setattr(runtime.tuning, "launch", launch, raising=False)
+    monkeypatch.setattr(runtime.tuning, "launcher", launcher, raising=False)
     return main.run(["tune", SEED, "--output", "out", *flags], {})
 
 

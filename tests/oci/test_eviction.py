@@ -90,8 +90,8 @@ def test_evicted_run_ends_with_the_bytes_of_the_uninterrupted_one(
     assert uninterrupted.wait(300) == 0, whole.with_suffix(".log").read_text()
 
     log = second_node.with_suffix(".log").read_text()
-    assert "brought back" in log
-    assert "going on from checkpoint-" in log
+    assert "restored step" in log
+    assert "resuming from checkpoint-" in log
     name = "adapter_model.safetensors"
     assert (second_node / name).read_bytes() == (whole / name).read_bytes()
     assert oci_step(image) is None  # removed after success

@@ -14,11 +14,11 @@ import pytest
 
 from runtime import adapters, oci
 from runtime.errors import CapacityError, ConfigError, DivergedError, Failure
+from runtime.tuning import launcher
 from runtime.tuning.output import SENTINEL, OutputPaths
-from runtime.tuning.process import launcher
-from runtime.tuning.report.progress import MetricsHistory
 from runtime.tuning.settings import DataSource, Lora, Output, TuningJob
 from runtime.tuning.train.checkpoints import MANIFEST, listed
+from runtime.tuning.train.progress import MetricsHistory
 from tests.tuning.conftest import Worker
 
 pytestmark = pytest.mark.slow
@@ -209,8 +209,8 @@ def test_fault_1_and_3_kill_then_damaged_checkpoint_ends_with_the_same_bytes(
     damaged.write_bytes(content)
     last = Worker(job)
     assert last.wait() == 0, last.said()
-    assert f"checkpoint {whole[-1].name} is passed over: adapter_model.safetensors is damaged" in last.said()
-    assert "going on from checkpoint-" in last.said()
+    assert f"skipping {whole[-1].name}: adapter_model.safetensors is damaged" in last.said()
+    assert "resuming from checkpoint-" in last.said()
     assert last.adapter() == expected
 
 
@@ -233,7 +233,7 @@ def test_fault_4_sigterm_takes_a_checkpoint_exits_143_and_resumes_bit_exactly(
     assert not (tmp_path / "layout").exists()
     rerun = Worker(job)
     assert rerun.wait() == 0, rerun.said()
-    assert "going on from checkpoint-" in rerun.said()
+    assert "resuming from checkpoint-" in rerun.said()
     assert rerun.adapter() == expected
 
 

@@ -13,9 +13,9 @@ from runtime.errors import DivergedError, exit_code
 from runtime.hardware import Hardware
 from runtime.tuning.output import OutputPaths
 from runtime.tuning.settings import Lora, TuningJob
-from runtime.tuning.train.callbacks import SKIPPED
-from runtime.tuning.train.setup import TrainingSetup, train_through
-from tests.tuning.train.test_trainer import bench_of
+from runtime.tuning.train.callbacks import MAX_SKIPPED_STEPS
+from runtime.tuning.train.setup import TrainingSetup, run_training
+from tests.tuning.train.test_trainer import training_setup
 
 Maker = Callable[..., TuningJob]
 
@@ -37,12 +37,12 @@ class Types(TorchDispatchMode):
         return out
 
 
-def bench_in_float16(job: TuningJob, *, scale: float = 2.0**16) -> TrainingSetup:
+def float16_setup(job: TuningJob, *, scale: float = 2.0**16) -> TrainingSetup:
     """Set `job` up as a V100 would compute it; accelerate has its scaler on a CPU only when handed one."""
-    bench = bench_of(job, V100)
-    accelerator = bench.trainer.accelerator
+    setup = training_setup(job, V100)
+    accelerator = setup.trainer.accelerator
     accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)
-    return bench
+    return setup
 
 
 @pytest.fixture
@@ -51,77 +51,77 @@ def types() -> Iterator[set[torch.dtype]]:
         yield mode.seen
 
 
-def train(bench: TrainingSetup) -> None:
-    train_through(bench, folder=Path(bench.trainer.args.output_dir or ""), mark="same")
+def train(setup: TrainingSetup) -> None:
+    run_training(setup, folder=Path(setup.trainer.args.output_dir or ""), fingerprint="same")
 
 
-def losses(bench: TrainingSetup) -> list[float]:
-    return [entry["loss"] for entry in bench.trainer.state.log_history if "loss" in entry]
+def losses(setup: TrainingSetup) -> list[float]:
+    return [entry["loss"] for entry in setup.trainer.state.log_history if "loss" in entry]
 
 
-def scaler_of(bench: TrainingSetup) -> torch.amp.GradScaler:
-    scaler = bench.trainer.accelerator.scaler
+def scaler_of(setup: TrainingSetup) -> torch.amp.GradScaler:
+    scaler = setup.trainer.accelerator.scaler
     assert isinstance(scaler, torch.amp.GradScaler)
     return scaler
 
 
-def adapter(bench: TrainingSetup) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in bench.model.named_parameters() if p.requires_grad}
+def adapter(setup: TrainingSetup) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in setup.model.named_parameters() if p.requires_grad}
 
 
-def break_gradients(bench: TrainingSetup) -> None:
-    broken = next(p for p in bench.model.parameters() if p.requires_grad)
+def break_gradients(setup: TrainingSetup) -> None:
+    broken = next(p for p in setup.model.parameters() if p.requires_grad)
     broken.register_hook(lambda gradient: gradient * torch.nan)
 
 
 def test_fault_28_a_v100_learns_in_float16_with_float32_adapters_and_no_bfloat16(
     make_job: Maker, types: set[torch.dtype]
 ) -> None:
-    bench = bench_in_float16(make_job(training={"max_steps": 12, "bf16": True}))
-    train(bench)
+    setup = float16_setup(make_job(training={"max_steps": 12, "bf16": True}))
+    train(setup)
     assert torch.float16 in types
     assert torch.bfloat16 not in types
-    assert {weight.dtype for weight in adapter(bench).values()} == {torch.float32}
-    assert scaler_of(bench).state_dict()["_growth_tracker"] == 12, "steps that were scaled and taken"
-    assert losses(bench)[-1] < losses(bench)[0] - 0.1
+    assert {weight.dtype for weight in adapter(setup).values()} == {torch.float32}
+    assert scaler_of(setup).state_dict()["_growth_tracker"] == 12, "steps that were scaled and taken"
+    assert losses(setup)[-1] < losses(setup)[0] - 0.1
 
 
 def test_losses_in_float16_are_those_in_float32(make_job: Maker) -> None:
     same = {"training": {"max_steps": 6, "learning_rate": 1e-3}, "lora": Lora(r=4, alpha=8, dropout=0.0)}
-    half = bench_in_float16(make_job("half", **same))
-    whole = bench_of(make_job("whole", **same))
-    for bench in (half, whole):
-        train(bench)
+    half = float16_setup(make_job("half", **same))
+    whole = training_setup(make_job("whole", **same))
+    for setup in (half, whole):
+        train(setup)
     assert losses(half) == pytest.approx(losses(whole), rel=2e-3)
 
 
 def test_a_scale_that_is_too_large_costs_steps_and_no_weights(make_job: Maker) -> None:
-    bench = bench_in_float16(make_job(training={"max_steps": 30}), scale=2.0**30)
-    train(bench)
-    assert 1 < scaler_of(bench).get_scale() < 2.0**28
-    assert all(weight.isfinite().all() for weight in adapter(bench).values())
-    assert losses(bench)[-1] < losses(bench)[0] - 0.1
+    setup = float16_setup(make_job(training={"max_steps": 30}), scale=2.0**30)
+    train(setup)
+    assert 1 < scaler_of(setup).get_scale() < 2.0**28
+    assert all(weight.isfinite().all() for weight in adapter(setup).values())
+    assert losses(setup)[-1] < losses(setup)[0] - 0.1
 
 
-@pytest.mark.parametrize(("steps", "endured"), [(60, SKIPPED), (5, 5)])
+@pytest.mark.parametrize(("steps", "endured"), [(60, MAX_SKIPPED_STEPS), (5, 5)])
 def test_fault_25_gradients_that_no_scale_helps_end_the_job(
     make_job: Maker, steps: int, endured: int
 ) -> None:
-    bench = bench_in_float16(make_job(training={"max_steps": steps}))
-    first = adapter(bench)
-    break_gradients(bench)
+    setup = float16_setup(make_job(training={"max_steps": steps}))
+    first = adapter(setup)
+    break_gradients(setup)
     with pytest.raises(DivergedError, match=f"{endured} steps in a row") as caught:
-        train(bench)
+        train(setup)
     assert exit_code(caught.value) == 4
-    assert bench.trainer.state.global_step in {endured - 1, endured}
-    torch.testing.assert_close(adapter(bench), first, rtol=0, atol=0)
+    assert setup.trainer.state.global_step in {endured - 1, endured}
+    torch.testing.assert_close(adapter(setup), first, rtol=0, atol=0)
 
 
 def test_a_resumed_job_whose_last_steps_are_skipped_ends_as_one_without_a_break(make_job: Maker) -> None:
     job = make_job(training={"max_steps": 12, "save_strategy": "steps", "save_steps": 8})
-    train(bench_in_float16(job))
+    train(float16_setup(job))
     shutil.rmtree(OutputPaths(job.output.folder).checkpoints / "checkpoint-12")
-    resumed = bench_in_float16(job)
+    resumed = float16_setup(job)
     break_gradients(resumed)
     train(resumed)
     assert resumed.trainer.state.global_step == 12
@@ -131,10 +131,10 @@ def test_a_resumed_job_whose_last_steps_are_skipped_ends_as_one_without_a_break(
 def test_a_resumed_job_goes_on_with_the_scale_it_had(make_job: Maker) -> None:
     training = {"max_steps": 12, "save_strategy": "steps", "save_steps": 8}
     job = make_job(training=training)
-    whole = bench_in_float16(job, scale=2.0**24)
+    whole = float16_setup(job, scale=2.0**24)
     train(whole)
     shutil.rmtree(OutputPaths(job.output.folder).checkpoints / "checkpoint-12")
-    resumed = bench_in_float16(job)
+    resumed = float16_setup(job)
     train(resumed)
     assert resumed.trainer.state.global_step == 12
     assert scaler_of(resumed).get_scale() == scaler_of(whole).get_scale() != 2.0**16

@@ -16,16 +16,17 @@ import os
 import sys
 from pathlib import Path
 from runtime.tuning import job, publish
-from runtime.tuning.train.setup import Course
+from runtime.tuning.train.progress import JobProgress
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.settings import TuningJob
 from runtime.tuning.process.signals import StopSignal
 made, out = Path(sys.argv[1]), Path(sys.argv[2])
 ranks = Ranks.read(os.environ)
 publish.publish = lambda *_: (out / f"published-{ranks.rank}").touch()
-job.run(TuningJob.model_validate_json(made.read_text()), ranks=ranks, stop=StopSignal(), course=Course())
+made = TuningJob.model_validate_json(made.read_text())
+job.run(made, ranks=ranks, stop=StopSignal(), progress=JobProgress())
 (out / f"ended-{ranks.rank}").touch()
-ranks.leave()
+ranks.destroy_process_group()
 """
 
 

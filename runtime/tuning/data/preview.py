@@ -14,9 +14,8 @@ from runtime import models, oci
 from runtime.oci.access import DEFAULT
 from runtime.tuning.data import dataset, download, formats, tokenize
 from runtime.tuning.data.dataset import Dataset, Example, split
-from runtime.tuning.data.tokenize import RowOutcome, TokenizedRow
+from runtime.tuning.data.tokenize import RowOutcome, TokenizedRow, longest_row
 from runtime.tuning.settings import TuningJob
-from runtime.tuning.train.arguments import longest_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

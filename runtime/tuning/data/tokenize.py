@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime import models
 from runtime.errors import ConfigError, DataError
 from runtime.tuning.data.dataset import Example, Message
-from runtime.tuning.settings import Encoding
+from runtime.tuning.settings import Encoding, TuningJob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+MAX_TOKENS = 2048
+"""Longest row when the user sets none and the model would take more."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -59,8 +63,26 @@ class TokenizedData:
         return sum(row.targets for row in self.rows)
 
 
+@dataclass(frozen=True, slots=True)
+class TokenizedSplit:
+    """The tokenized rows to train on, and those held out (None: no rows are)."""
+
+    train: TokenizedData
+    held_out: TokenizedData | None = None
+
+    @property
+    def rows(self) -> tuple[TokenizedRow, ...]:
+        """The rows of both parts."""
+        return (*self.train.rows, *(self.held_out.rows if self.held_out else ()))
+
+
 RowOutcome = Literal["whole", "truncated", "split", "too long", "unlabelled"]
 """What became of one example; the last two have no rows."""
+
+
+def longest_row(job: TuningJob) -> int:
+    """Return the most tokens of a row: the user's setting, else the model's context, up to MAX_TOKENS."""
+    return job.encoding.max_tokens or min(models.context_tokens(models.load_config(job.model)), MAX_TOKENS)
 
 
 def encode(

@@ -1,1 +1,1 @@
-"""Processes: the parent, torchrun, ranks, nodes, signals, and how a job fails."""
+"""Processes of a job below the trainer: torchrun, ranks, nodes, signals, and failure records."""

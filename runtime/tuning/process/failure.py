@@ -1,7 +1,7 @@
-"""Why a process of a job ended, as one JSON object that outlives it.
+"""Why a process of a job ended, as one JSON object in a file.
 
-torchrun answers 1 whatever its workers died of; each worker leaves a file, and the parent makes one
-failure of them. Knows the error tree and files, not processes. Start at `record` and `of_workers`.
+torchrun exits with 1 whatever its workers failed of; each worker writes a failure record, and the parent
+combines them into one. Knows the error tree and files, not processes. Start at `write_record` and `combine`.
 """
 
 import errno
@@ -20,27 +20,27 @@ from runtime.logs import redact
 log = logging.getLogger(__name__)
 
 TERMINATION_LOG = Path("/dev/termination-log")
-"""Kubernetes shows what stands here as the reason of a container's end, up to 4096 bytes."""
+"""Kubernetes shows its content as the reason of a container's end, up to 4096 bytes."""
 
-NOT_MET = 75
-"""torchrun's exit status here when other nodes did not come, or went before the workers began."""
+RENDEZVOUS_FAILED = 75
+"""torchrun's exit status here when other nodes did not join, or left before the workers began."""
 
 _DISK_FULL = ("os error 28", "PytorchStreamWriter failed", "inline_container.cc")
-"""In the texts of safetensors' and torch's errors, which are no OSError."""
+"""In the texts of safetensors' and torch's errors for a full disk, which are not an OSError."""
 
 KINDS = {kind.__name__: kind for kind in errors.EXIT_CODES}
 
 
 def as_failure(error: BaseException) -> Failure:
-    """Return `error` as a Failure: itself, what a full disk or memory means, or one nobody foresaw."""
+    """Return `error` as a Failure: itself, a full disk or memory, or an unforeseen one."""
     if isinstance(error, Failure):
         return error
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return errors.CapacityError(f"no space left on the disk of {error.filename or 'the output folder'}")
-    if any(sign in str(error) for sign in _DISK_FULL):
+    if any(text in str(error) for text in _DISK_FULL):
         return errors.CapacityError(
             "no space left on the disk of the output folder while a checkpoint or the adapter was written; "
-            "free some, or lower save_total_limit; the same command goes on from the last checkpoint"
+            "free some, or lower save_total_limit; the same command resumes from the last checkpoint"
         )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return errors.CapacityError(
@@ -62,78 +62,78 @@ def describe(failure: Failure, phase: str, step: int) -> dict[str, Any]:
     }
 
 
-def record(path: Path, failure: Failure, phase: str, step: int) -> None:
-    """Write why this process ends; a disk that is full or gone does not hide the failure itself."""
+def write_record(path: Path, failure: Failure, phase: str, step: int) -> None:
+    """Write why this process ends; an unwritable disk is only logged, so that it hides no failure."""
     try:
         write_atomic(path, json.dumps(describe(failure, phase, step)) + "\n")
     except OSError as error:
         log.warning("%s cannot be written: %s", path, error.strerror)
 
 
-def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Return what the workers recorded, first failure first."""
-    found: list[dict[str, Any]] = []
+def read_records(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return the workers' records, oldest first."""
+    records: list[dict[str, Any]] = []
     for path in paths:
         try:
-            found.append(json.loads(path.read_text(encoding="utf-8")))
+            records.append(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError):
             continue
-    return sorted(found, key=lambda entry: float(entry.get("time", 0)))
+    return sorted(records, key=lambda entry: float(entry.get("time", 0)))
 
 
-def of_workers(recorded: Sequence[dict[str, Any]], *, asked: bool, status: int) -> dict[str, Any]:
+def combine(records: Sequence[dict[str, Any]], *, stop_requested: bool, status: int) -> dict[str, Any]:
     """Return the one record that explains why all workers ended.
 
-    torchrun ends the others with SIGTERM when one fails, so "stopped" is the reason only when this job
-    was `asked` to stop. `status` is torchrun's, for a worker that could record nothing.
+    torchrun ends the others with SIGTERM when one fails, so "stopped" is the reason only after
+    `stop_requested`. `status` is torchrun's, for a worker that could not write a record.
     """
-    reasons = [entry for entry in recorded if entry["kind"] != StoppedError.__name__]
-    if reasons and not (asked and _only_aftermath(reasons)):
-        return reasons[0]
-    if asked and recorded:
-        return next(entry for entry in recorded if entry["kind"] == StoppedError.__name__)
-    if asked:
+    failures = [record for record in records if record["kind"] != StoppedError.__name__]
+    if failures and not (stop_requested and _follow_from_stop(failures)):
+        return failures[0]
+    if stop_requested and records:
+        return next(record for record in records if record["kind"] == StoppedError.__name__)
+    if stop_requested:
         stopped = StoppedError(
             "stopped before training began or a checkpoint was due; run the same command again"
         )
         return describe(stopped, "start", 0)
-    if status == NOT_MET:
-        apart = errors.TransientError(
-            "the nodes of this job did not meet; run the same command on all of them"
+    if status == RENDEZVOUS_FAILED:
+        incomplete = errors.TransientError(
+            "rendezvous failed: not all nodes of this job joined; run the same command on all of them"
         )
-        return describe(apart, "start", 0)
-    died = Failure(
-        f"a training process died without a word (torchrun ended with {status}; killed, or out of memory?); "
-        "run the same command again to go on from the last checkpoint"
+        return describe(incomplete, "start", 0)
+    killed = Failure(
+        f"a training process ended without a failure record (torchrun exited with {status}; killed, or "
+        "out of memory?); run the same command again to resume from the last checkpoint"
     )
-    step = max((int(entry.get("step", 0)) for entry in recorded), default=0)
-    return describe(died, "train", step)
+    step = max((int(record.get("step", 0)) for record in records), default=0)
+    return describe(killed, "train", step)
 
 
-def _only_aftermath(reasons: Sequence[dict[str, Any]]) -> bool:
-    """Ranks that lose their peers while all are stopping fail in a collective: that is no reason."""
-    return all(entry["kind"] == Failure.__name__ for entry in reasons)
+def _follow_from_stop(failures: Sequence[dict[str, Any]]) -> bool:
+    """Whether all are of ranks that lost their peers in a collective while the job was stopping."""
+    return all(record["kind"] == Failure.__name__ for record in failures)
 
 
-def from_record(entry: dict[str, Any]) -> Failure:
-    """Return the failure that `entry` describes."""
-    return KINDS.get(str(entry["kind"]), Failure)(entry["message"])
+def from_record(record: dict[str, Any]) -> Failure:
+    """Return the failure that `record` describes."""
+    return KINDS.get(str(record["kind"]), Failure)(record["message"])
 
 
 def termination_log(root: Path) -> Path:
-    """Return the termination log of a pod whose files lie below `root`."""
+    """Return the termination log of a pod whose files are below `root`."""
     return root / TERMINATION_LOG.relative_to("/")
 
 
-def tell_first(entry: dict[str, Any], path: Path) -> None:
-    """Write `entry` as `tell` does, unless something stands there: who came first knows better."""
+def write_termination_log_once(record: dict[str, Any], path: Path) -> None:
+    """Write `record` to an empty termination log: the first writer is closest to the cause."""
     if path.is_file() and path.stat().st_size == 0:
-        tell(entry, path)
+        write_termination_log(record, path)
 
 
-def tell(entry: dict[str, Any], path: Path = TERMINATION_LOG) -> None:
-    """Write `entry` where Kubernetes shows it, when that file is there and writable."""
-    shown = {key: entry[key] for key in ("phase", "code", "message", "step", "retriable")}
+def write_termination_log(record: dict[str, Any], path: Path = TERMINATION_LOG) -> None:
+    """Write `record` where Kubernetes shows it, when that file exists and is writable."""
+    shown = {key: record[key] for key in ("phase", "code", "message", "step", "retriable")}
     try:
         if path.exists():
             path.write_text(json.dumps(shown, ensure_ascii=False)[:4096] + "\n", encoding="utf-8")

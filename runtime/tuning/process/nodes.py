@@ -1,6 +1,6 @@
-"""The machines of one job: how many, which this one is, and where they meet.
+"""The nodes of one job: how many, which one this is, and the rendezvous endpoint.
 
-Flags say it, or the variables that a cluster sets in its pods. Knows neither torch nor processes.
+Read from flags, or from the variables that a cluster sets in its pods. Knows neither torch nor processes.
 Start at `Nodes.read`.
 """
 
@@ -11,7 +11,7 @@ from typing import Self
 from runtime import ports
 from runtime.errors import ConfigError
 
-MEET_S = 3 * 3600
+RENDEZVOUS_TIMEOUT_S = 3 * 3600
 """Longest wait for the other nodes: each fetches its data first."""
 
 _COUNT = ("PET_NNODES", "NNODES")
@@ -22,11 +22,11 @@ _PORT = ("PET_MASTER_PORT", "MASTER_PORT")
 
 @dataclass(frozen=True, slots=True)
 class Nodes:
-    """This machine's place among those of the job."""
+    """This node's rank among those of the job, and how to reach node 0."""
 
     count: int = 1
     rank: int = 0
-    """0 meets the others, writes the adapter and publishes it."""
+    """0 hosts the rendezvous, writes the adapter and publishes it."""
     host: str = "localhost"
     """Name or address of node 0, as the others reach it."""
     port: int = ports.RENDEZVOUS
@@ -40,7 +40,7 @@ class Nodes:
         rank: int | None = None,
         endpoint: str | None = None,
     ) -> Self:
-        """Return the place that the arguments give, else the environment; one node where neither does.
+        """Return what the arguments give, else the environment; one node where neither does.
 
         Understood are torchrun's own variables (PET_*, as Kubeflow's Trainer sets them), those of a
         PyTorchJob (MASTER_ADDR with WORLD_SIZE and RANK counting pods) and of an indexed Job
@@ -64,13 +64,13 @@ class Nodes:
             host, port = _split(endpoint)
         if not host:
             raise ConfigError(
-                f"{count} nodes do not know where to meet; give --rdzv-endpoint HOST:{ports.RENDEZVOUS} "
+                f"{count} nodes have no rendezvous endpoint; give --rdzv-endpoint HOST:{ports.RENDEZVOUS} "
                 f"of node 0 or set {_HOST[1]}"
             )
         return cls(count, rank, host, port or ports.RENDEZVOUS)
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this node writes and publishes for all."""
         return self.rank == 0
 
@@ -78,20 +78,19 @@ class Nodes:
         """Return the ranks of this node's `processes`, of which every node has as many."""
         return range(self.rank * processes, (self.rank + 1) * processes)
 
-    def torchrun(self) -> list[str]:
-        """Return the options of torchrun that say all this."""
+    def torchrun_options(self) -> list[str]:
+        """Return these settings as options of torchrun."""
         if self.count == 1:
-            return ["--standalone"]  # a free port of torchrun's own choice
-        # Not c10d: it deals ranks in the order of addresses, and rank 0 has to be where the output is.
+            return ["--standalone"]  # a free port that torchrun chooses
+        # Not c10d: it assigns ranks in the order of addresses, and rank 0 has to be where the output is.
         return [
             "--nnodes", str(self.count), "--node-rank", str(self.rank),
             "--master-addr", self.host, "--master-port", str(self.port),
-            "--rdzv-conf", f"timeout={MEET_S}",
+            "--rdzv-conf", f"timeout={RENDEZVOUS_TIMEOUT_S}",
         ]  # fmt: skip
 
 
-ALONE = Nodes()
-"""One machine."""
+SINGLE_NODE = Nodes()
 
 
 def _first(environ: Mapping[str, str], names: tuple[str, ...]) -> str | None:

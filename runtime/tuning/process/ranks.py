@@ -1,6 +1,6 @@
-"""The processes of one job and what they say to each other.
+"""The processes of one job, and the collectives between them.
 
-Works alone (world 1, no process group) and under torchrun (gloo on CPUs, NCCL on GPUs) alike.
+Works for a single process (no process group) and under torchrun (gloo on CPUs, NCCL on GPUs) alike.
 Does not know what is trained. Start at `Ranks`.
 """
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-JOIN_TIMEOUT = datetime.timedelta(hours=3)
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=3)
 """Longest wait of one rank for another: rank 0 may be fetching data or evaluating meanwhile."""
 
 _VARIABLES = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
@@ -24,13 +24,13 @@ _VARIABLES = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_S
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process's place among those of the job."""
+    """This process's rank, and the world it belongs to."""
 
     rank: int = 0
     local_rank: int = 0
-    """Place on this machine: the number of its GPU."""
-    world: int = 1
-    local_world: int = 1
+    """Rank on this machine: the number of its GPU."""
+    world_size: int = 1
+    local_world_size: int = 1
     """Processes on this machine, which share its memory."""
 
     @classmethod
@@ -43,81 +43,73 @@ class Ranks:
         return cls(rank, local, world, here)
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes and publishes for all."""
         return self.rank == 0
 
     @property
-    def leads(self) -> bool:
+    def is_local_main(self) -> bool:
         """Whether this process fetches for the others of its node: no disk need be shared."""
         return self.local_rank == 0
 
-    def join(self, device: str) -> None:
-        """Meet the other ranks; returns at once when there are none."""
+    def init_process_group(self, device: str) -> None:
+        """Meet the other ranks; does nothing for a single process."""
         import torch
         from torch import distributed
 
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
-        if self.world > 1 and not distributed.is_initialized():
+        if self.world_size > 1 and not distributed.is_initialized():
             backend = "nccl" if device.startswith("cuda") else "gloo"
-            distributed.init_process_group(backend, timeout=JOIN_TIMEOUT)
+            distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
 
-    def leave(self) -> None:
-        """Close what `join` opened."""
+    def destroy_process_group(self) -> None:
+        """Close what `init_process_group` opened."""
         from torch import distributed
 
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
-    def wait(self) -> None:
-        """Return once every rank is here."""
+    def barrier(self) -> None:
+        """Return once every rank has called this."""
         from torch import distributed
 
-        if self.world > 1:
+        if self.world_size > 1:
             distributed.barrier()
 
-    def total(self, values: "torch.Tensor") -> "torch.Tensor":
-        """Return `values` summed over all ranks."""
+    def all_reduce_sum(self, values: "torch.Tensor") -> "torch.Tensor":
+        """Return `values` summed over all ranks, in place."""
         from torch import distributed
 
-        if self.world > 1:
+        if self.world_size > 1:
             distributed.all_reduce(values)
         return values
 
-    def any(self, flag: bool, device: str) -> bool:
-        """Return whether `flag` holds on any rank: all of them learn the same at the same step."""
-        import torch
-
-        if self.world == 1:
-            return flag
-        return bool(self.total(torch.tensor([int(flag)], device=device)).item())
-
-    def most(self, count: int, device: str) -> int:
+    def all_reduce_max(self, count: int, device: str) -> int:
         """Return the largest `count` of any rank."""
         import torch
         from torch import distributed
 
-        found = torch.tensor(count, device=device)
-        if self.world > 1:
-            distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
-        return int(found)
+        largest = torch.tensor(count, device=device)
+        if self.world_size > 1:
+            distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+        return int(largest)
 
-    def told(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return rank 0's `value` on every rank."""
         from torch import distributed
 
-        box = [value]
-        if self.world > 1:
-            distributed.broadcast_object_list(box)
-        return box[0]
+        objects = [value]
+        if self.world_size > 1:
+            distributed.broadcast_object_list(objects)
+        return objects[0]
 
-    def gathered(self, value: T) -> list[T]:
-        """Return every rank's `value` on rank 0, nothing on the others."""
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's `value` on rank 0, an empty list on the others."""
         from torch import distributed
 
-        if self.world == 1:
+        if self.world_size == 1:
             return [value]
-        box: list[T] | None = [value] * self.world if self.first else None
-        distributed.gather_object(value, box)
-        return box or []
+        objects: list[T] | None = [value] * self.world_size if self.is_main else None
+        distributed.gather_object(value, objects)
+        return objects or []

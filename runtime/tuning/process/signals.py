@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: outside training they end the process at once, inside after a checkpoint.
+"""SIGTERM and SIGINT: outside training they end the process at once, within it after a checkpoint.
 
 Does not know what a checkpoint is. Start at `StopSignal`.
 """
@@ -17,10 +17,10 @@ EXIT_STOPPED = 143
 
 
 class StopSignal:
-    """Whether the process was asked to stop.
+    """Whether a signal has requested the process to stop.
 
-    Before `deferred` is entered the request raises StoppedError wherever the program is; within it only
-    `requested` becomes true. A second request ends the process on the spot.
+    Outside `deferred` a signal raises StoppedError wherever the program is; within it only `requested`
+    becomes true. A second signal ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class StopSignal:
 
     @contextmanager
     def installed(self) -> Iterator[Self]:
-        """Within: SIGTERM and SIGINT are ours; afterwards they are whose they were."""
+        """Within: SIGTERM and SIGINT are handled here; afterwards by their previous handlers."""
         previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         self.install()
         try:
@@ -45,7 +45,7 @@ class StopSignal:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within: remember a request instead of raising it."""
+        """Within: only set `requested`, raise nothing."""
         self._deferring = True
         try:
             yield
@@ -58,12 +58,12 @@ class StopSignal:
         self.requested = True
         if not self._deferring:
             raise StoppedError(
-                f"stopped by {signal.Signals(number).name}; the same command goes on from here"
+                f"stopped by {signal.Signals(number).name}; run the same command again to resume"
             )
 
 
 def end_with_parent() -> None:
-    """Ask Linux for SIGTERM when the parent dies: nobody must train on beside a successor."""
+    """Have Linux send SIGTERM when the parent dies: an orphan must not train beside its successor."""
     with suppress(OSError, AttributeError):
         import ctypes
 

@@ -1,1 +1,1 @@
-"""What a job says of itself: progress lines, metrics, samples, the report."""
+"""Results of a job for people and monitoring: the report, its page, and the metrics server."""

@@ -1,14 +1,13 @@
-"""A job's figures over HTTP while it runs: GET /metrics for Prometheus, GET /health for probes.
+"""A job's metrics over HTTP while it runs: GET /metrics for Prometheus, GET /health for probes.
 
-One thread that sleeps until somebody asks, and then reads numbers that are there anyway. A port in use is
-a warning: training does not depend on being watched. Does not know the trainer. Start at `serving`.
+One thread that sleeps until a request comes, and then reads numbers that exist anyway. A port in use is
+only a warning: training does not depend on it. Does not know the trainer. Start at `serving`.
 """
 
 import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
@@ -18,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from runtime import utilisation
-from runtime.tuning.report.progress import Figures
+from runtime.tuning.train.progress import JobState
 
 log = logging.getLogger(__name__)
 
@@ -39,56 +38,11 @@ COUNTERS = {
     "tokens": ("tuning_tokens", "Tokens trained on by this process's run, padding not counted"),
     "trained_tokens": ("tuning_trained_tokens", "Tokens that counted in the loss"),
 }
-"""Figure -> metric and help."""
-
-
-@dataclass(frozen=True, slots=True)
-class JobState:
-    """What can be asked of a job at one moment."""
-
-    job: str
-    model: str
-    phase: str
-    """What it does: data, encode, model, evaluate, train, save, publish."""
-    stalled: bool = False
-    """No step has ended for far too long."""
-    figures: Figures = field(default_factory=dict)
-
-
-class _Collector(Collector):
-    """Reads the state when somebody scrapes."""
-
-    def __init__(self, state: Callable[[], JobState]) -> None:
-        self._state = state
-
-    def describe(self) -> Iterable[Metric]:
-        return []
-
-    def collect(self) -> Iterator[Metric]:
-        state = self._state()
-        info = InfoMetricFamily("tuning_job", "The job, its model and what it does now")
-        info.add_metric([], {"job": state.job, "model": state.model, "phase": state.phase})
-        yield info
-        for kind, table in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
-            for figure, (name, text) in table.items():
-                value = state.figures.get(figure)
-                if value is not None:
-                    yield kind(name, text, value=value)
-        yield from _gpus()
-
-
-def _gpus() -> Iterator[Metric]:
-    busy = GaugeMetricFamily("tuning_gpu_busy_ratio", "Part of the last second in use", labels=["gpu"])
-    used = GaugeMetricFamily("tuning_gpu_memory_used_bytes", "Memory used by anybody", labels=["gpu"])
-    total = GaugeMetricFamily("tuning_gpu_memory_bytes", "Memory of the GPU", labels=["gpu"])
-    for gpu in utilisation.gpus():
-        for family, value in ((busy, gpu.busy), (used, gpu.used_bytes), (total, gpu.total_bytes)):
-            family.add_metric([str(gpu.number)], value)
-    yield from (busy, used, total)
+"""Name in `Throughput.metrics` -> Prometheus name and help."""
 
 
 def metrics_text(state: Callable[[], JobState]) -> bytes:
-    """Return all figures in Prometheus' text format."""
+    """Return all metrics in Prometheus' text format."""
     registry = CollectorRegistry()
     registry.register(_Collector(state))
     ProcessCollector(registry=registry)
@@ -97,16 +51,16 @@ def metrics_text(state: Callable[[], JobState]) -> bytes:
 
 def health(state: JobState) -> tuple[int, Mapping[str, Any]]:
     """Return the status and body of GET /health: 503 when no step has ended for far too long."""
-    word = "Stalled" if state.stalled else "Healthy"
-    body = {"status": word, "phase": state.phase, **state.figures}
+    status = "Stalled" if state.stalled else "Healthy"
+    body = {"status": status, "phase": state.phase, **state.metrics}
     return (503 if state.stalled else 200), body
 
 
 @contextlib.contextmanager
 def serving(port: int | None, state: Callable[[], JobState]) -> Iterator[int | None]:
-    """Answer on `port` of every interface within; None, or a port that is taken, answers nothing.
+    """Within: serve on `port` of every interface; not with None, or a port that is in use.
 
-    Yields the port that answers; 0 takes a free one.
+    Yields the port that is served; 0 takes a free one.
     """
     server = _open(port, state) if port is not None else None
     if server is None:
@@ -122,14 +76,14 @@ def serving(port: int | None, state: Callable[[], JobState]) -> Iterator[int | N
 
 
 def _open(port: int, state: Callable[[], JobState]) -> "ThreadingHTTPServer | None":
-    class Answers(_Answers):
+    class Handler(_Handler):
         read = staticmethod(state)
 
     try:
-        server = _Server(("0.0.0.0", port), Answers)  # noqa: S104 - a pod must be reachable
+        server = _Server(("0.0.0.0", port), Handler)  # noqa: S104 - a pod must be reachable
     except OSError as error:
         log.warning(
-            "no /metrics: port %d cannot be had (%s); --set metrics_port=N takes another, null none",
+            "no /metrics: cannot listen on port %d (%s); --set metrics_port=N takes another, null none",
             port,
             error.strerror,
         )
@@ -143,30 +97,30 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("a client of /metrics went away", exc_info=True)
+        log.debug("a client of /metrics disconnected", exc_info=True)
 
 
-class _Answers(BaseHTTPRequestHandler):
+class _Handler(BaseHTTPRequestHandler):
     """One connection."""
 
     read: Callable[[], JobState]
-    timeout = 10  # seconds of silence; without it a stalled client would hold its thread for ever
+    timeout = 10  # seconds without input; else a stalled client would hold its thread for ever
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         wants_json = "application/json" in self.headers.get("Accept", "")
         if path == "/metrics" and wants_json:  # as clients of KAITO's own server read it
-            self._answer(200, json.dumps(utilisation.kaito_metrics()).encode(), "application/json")
+            self._send(200, json.dumps(utilisation.kaito_metrics()).encode(), "application/json")
         elif path == "/metrics":
-            self._answer(200, metrics_text(self.read), CONTENT_TYPE_LATEST)
+            self._send(200, metrics_text(self.read), CONTENT_TYPE_LATEST)
         elif path in ("/health", "/healthz"):
             status, body = health(self.read())
-            self._answer(status, json.dumps(body).encode(), "application/json")
+            self._send(status, json.dumps(body).encode(), "application/json")
         else:
             body = {"detail": "Not Found; here are /metrics and /health"}
-            self._answer(404, json.dumps(body).encode(), "application/json")
+            self._send(404, json.dumps(body).encode(), "application/json")
 
-    def _answer(self, status: int, body: bytes, kind: str) -> None:
+    def _send(self, status: int, body: bytes, kind: str) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -175,3 +129,35 @@ class _Answers(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 - the library's name
         log.debug(format, *arguments)
+
+
+class _Collector(Collector):
+    """Reads the job's state at each scrape."""
+
+    def __init__(self, state: Callable[[], JobState]) -> None:
+        self._state = state
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._state()
+        info = InfoMetricFamily("tuning_job", "The job, its model and what it does now")
+        info.add_metric([], {"job": state.job, "model": state.model, "phase": state.phase})
+        yield info
+        for kind, table in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
+            for metric, (name, text) in table.items():
+                value = state.metrics.get(metric)
+                if value is not None:
+                    yield kind(name, text, value=value)
+        yield from _gpus()
+
+
+def _gpus() -> Iterator[Metric]:
+    busy = GaugeMetricFamily("tuning_gpu_busy_ratio", "Part of the last second in use", labels=["gpu"])
+    used = GaugeMetricFamily("tuning_gpu_memory_used_bytes", "Memory used by anybody", labels=["gpu"])
+    total = GaugeMetricFamily("tuning_gpu_memory_bytes", "Memory of the GPU", labels=["gpu"])
+    for gpu in utilisation.gpus():
+        for family, value in ((busy, gpu.busy), (used, gpu.used_bytes), (total, gpu.total_bytes)):
+            family.add_metric([str(gpu.number)], value)
+    yield from (busy, used, total)

@@ -1,6 +1,6 @@
-"""What a run was and what came of it, as one JSON file beside the adapter, and as a page.
+"""The report of a run: settings, data and results, as one JSON file beside the adapter and as a page.
 
-Does not know how the figures were made, nor what the page looks like (page.py). Start at `build`.
+Does not know how the results were measured, nor what the page looks like (html.py). Start at `build`.
 """
 
 import json
@@ -18,21 +18,30 @@ from runtime.files import write_atomic
 from runtime.hardware import Hardware
 from runtime.logs import redact
 from runtime.tuning.data.dataset import Dataset
-from runtime.tuning.data.tokenize import TokenizedData
+from runtime.tuning.data.tokenize import TokenizedSplit
 from runtime.tuning.output import OutputPaths
-from runtime.tuning.report import html
-from runtime.tuning.report.samples import Sample
+from runtime.tuning.report import chart, html
 from runtime.tuning.settings import DataSource, TuningJob
 
 CURVE_POINTS = 500
-"""Most points of the training curve that are kept."""
+"""Most points of the training curve that the report keeps."""
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """One question, the data's answer, and the model's answers before and after training."""
+
+    question: str
+    expected: str
+    before: str
+    after: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Machine:
-    """Where the run ran."""
+    """Where the job ran."""
 
     hardware: Hardware
     processes: int
@@ -46,17 +55,17 @@ class Outcome:
 
     steps: int
     train_loss: float | None
-    """Mean loss per learnt token over the last epoch's worth of steps."""
-    losses: tuple[html.Point, ...]
+    """Mean loss per labelled token over the last epoch's worth of steps."""
+    losses: tuple[chart.Point, ...]
     """(step, training loss) of every logged step."""
-    held_out_losses: tuple[html.Point, ...]
+    held_out_losses: tuple[chart.Point, ...]
     """(step, held-out loss), measured before, during and after training; empty when nothing is held out."""
     samples: tuple[Sample, ...]
     seconds: float
     tokens_per_s: float
     peak_memory_bytes: int
     planned_memory_bytes: int | None
-    """What the memory plan said; None when the model's shape was not known."""
+    """As the memory plan computed; None when the model's shape was not known."""
     machine: Machine
 
     @property
@@ -70,29 +79,14 @@ class Outcome:
         return self.held_out_losses[-1][1] if self.held_out_losses else None
 
 
-def build(
-    job: TuningJob, data: Dataset, encoded: tuple[TokenizedData, TokenizedData | None], outcome: Outcome
-) -> dict[str, Any]:
-    """Return the report: settings, data, figures, samples and provenance; no secrets, no paths of keys."""
-    train, held_out = encoded
+def build(job: TuningJob, data: Dataset, tokenized: TokenizedSplit, outcome: Outcome) -> dict[str, Any]:
+    """Return the report: settings, data, results, samples and provenance; no secrets, no paths of keys."""
     settings = _settings(job)
     return {
         "job": job.name,
         "model": {"name": job.model.name, "repository": job.model.repository, "revision": job.model.revision},
         "method": job.method,
-        "data": {
-            "files": [asdict(file) for file in data.files],
-            "rows": len(data.examples),
-            "skipped_rows": data.skipped,
-            "train_rows": len(train.rows),
-            "held_out_rows": len(held_out.rows) if held_out else 0,
-            "tokens": train.tokens,
-            "trained_tokens": train.targets,
-            "truncated_rows": train.truncated,
-            "too_long_rows": train.too_long,
-            "unlabelled_rows": train.unlabelled,
-            "row_tokens": _spread([len(row) for row in train.rows]),
-        },
+        "data": _data(data, tokenized),
         "settings": settings,
         "sources": {name: job.sources.get(name, "default") for name in flatten(settings)},
         "result": _result(outcome),
@@ -112,10 +106,27 @@ def build(
 
 
 def save(report: dict[str, Any], folder: Path) -> None:
-    """Write the report and its page, each whole or not at all."""
-    here = OutputPaths(folder)
-    write_atomic(here.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    write_atomic(here.page, html.render(report))
+    """Write the report and its page, each atomically."""
+    paths = OutputPaths(folder)
+    write_atomic(paths.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(paths.page, html.render(report))
+
+
+def _data(data: Dataset, tokenized: TokenizedSplit) -> dict[str, Any]:
+    train, held_out = tokenized.train, tokenized.held_out
+    return {
+        "files": [asdict(file) for file in data.files],
+        "rows": len(data.examples),
+        "skipped_rows": data.skipped,
+        "train_rows": len(train.rows),
+        "held_out_rows": len(held_out.rows) if held_out else 0,
+        "tokens": train.tokens,
+        "trained_tokens": train.targets,
+        "truncated_rows": train.truncated,
+        "too_long_rows": train.too_long,
+        "unlabelled_rows": train.unlabelled,
+        "row_tokens": _length_summary([len(row) for row in train.rows]),
+    }
 
 
 def _result(outcome: Outcome) -> dict[str, Any]:
@@ -128,7 +139,7 @@ def _result(outcome: Outcome) -> dict[str, Any]:
             "after": _perplexity(outcome.after),
         },
         "curve": {
-            "train": html.thin(outcome.losses, CURVE_POINTS),
+            "train": chart.thin(outcome.losses, CURVE_POINTS),
             "held_out": outcome.held_out_losses,
         },
         "samples": [asdict(sample) for sample in outcome.samples],
@@ -140,10 +151,10 @@ def _result(outcome: Outcome) -> dict[str, Any]:
 
 
 def _settings(job: TuningJob) -> dict[str, Any]:
-    """Return what the user may have set, without paths and without what addresses keep secret."""
+    """Return what the user may have set, without paths and with the secrets of URLs redacted."""
     shown = {"method": True, "encoding": True, "quantization": True, "lora": True, "training": True}
-    here = {"folder", "file", "urls", "image"}
-    settings = job.model_dump(mode="json", include=shown | {"data": set(DataSource.model_fields) - here})
+    locations = {"folder", "file", "urls", "image"}
+    settings = job.model_dump(mode="json", include=shown | {"data": set(DataSource.model_fields) - locations})
     if job.data.urls:
         settings["data"]["urls"] = [redact(url) for url in job.data.urls]
     if job.data.image:
@@ -151,7 +162,7 @@ def _settings(job: TuningJob) -> dict[str, Any]:
     return settings
 
 
-def _spread(lengths: list[int]) -> dict[str, float]:
+def _length_summary(lengths: list[int]) -> dict[str, float]:
     return {"shortest": min(lengths), "median": statistics.median(lengths), "longest": max(lengths)}
 
 

@@ -1,1 +1,1 @@
-"""The training loop: set-up, trainer, callbacks, checkpoints."""
+"""Training: set-up, the trainer and its callbacks, checkpoints, progress, evaluation."""

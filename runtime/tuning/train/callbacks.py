@@ -1,6 +1,6 @@
-"""What happens between two steps: progress, checkpoints by the clock, SIGTERM, broken gradients.
+"""Trainer callbacks, which run between two steps: checkpoints, SIGTERM, progress, non-finite gradients.
 
-These are Trainer callbacks; each is told only what it needs. Does not know batches or losses.
+Each is given only what it needs. Does not know batches or losses.
 Start at `CheckpointCallback.on_step_end`.
 """
 
@@ -15,55 +15,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from runtime.errors import DivergedError
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.process.signals import StopSignal
-from runtime.tuning.report.progress import Reporter, Throughput
 from runtime.tuning.train import checkpoints
-from runtime.tuning.train.checkpoints import RegistryCheckpoints
+from runtime.tuning.train.checkpoint_sync import RegistryCheckpoints, gather_random_states
+from runtime.tuning.train.progress import Reporter, Throughput
 
-SKIPPED = 25
+MAX_SKIPPED_STEPS = 25
 """Steps in a row that float16's loss scaler may skip: its scale begins at 2**16 and is 2**-9 by then."""
-
-
-class ProgressCallback(TrainerCallback):
-    """Feeds the meter and lets the reporter speak; on rank 0 only."""
-
-    def __init__(self, meter: Throughput, reporter: Reporter) -> None:
-        self.meter, self.reporter = meter, reporter
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.meter.start(state.global_step, state.max_steps)
-        self.reporter.begin()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.meter.advance(state.global_step, state.epoch or 0.0)
-        if not control.should_log:  # else `on_log` tells, with this step's loss
-            self.reporter.tell()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Any = None,
-        **_: Any,
-    ) -> None:
-        if logs and ("loss" in logs or "eval_loss" in logs):
-            self.meter.log(state.global_step, logs)
-            self.reporter.enter()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.reporter.tell(last=True)
 
 
 class CheckpointCallback(TrainerCallback):
     """Takes checkpoints by the clock and on SIGTERM, and seals every one that Trainer writes.
 
-    All ranks save at the same step: whether to is decided on their answers together.
+    All ranks save at the same step: an all-reduce of their flags decides.
     """
 
     def __init__(
@@ -78,10 +41,10 @@ class CheckpointCallback(TrainerCallback):
         self.ranks, self.stop, self.keep, self.clock = ranks, stop, keep, clock
         self.interval_s = minutes * 60 if minutes else float("inf")
         self.saved_at = clock()
-        self.remote: RegistryCheckpoints | None = None
+        self.registry: RegistryCheckpoints | None = None
         """Where checkpoints go besides the disk; set on rank 0."""
         self.stopped = False
-        """Whether training ended because the process was asked to, after a checkpoint."""
+        """Whether training ended after a checkpoint because of a signal."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -92,11 +55,12 @@ class CheckpointCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         device = str(args.device)
-        due = self.ranks.first and self.clock() - self.saved_at >= self.interval_s
-        answers = self.ranks.total(torch.tensor([int(self.stop.requested), int(due)], device=device))
-        if answers[1]:
+        due = self.ranks.is_main and self.clock() - self.saved_at >= self.interval_s
+        flags = torch.tensor([int(self.stop.requested), int(due)], device=device)
+        any_stop, any_due = self.ranks.all_reduce_sum(flags)
+        if any_due:
             control.should_save = True
-        if answers[0] and state.global_step < state.max_steps:
+        if any_stop and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = self.stopped = True
 
     def on_save(
@@ -104,22 +68,59 @@ class CheckpointCallback(TrainerCallback):
     ) -> None:
         folder = Path(str(args.output_dir))
         checkpoint = folder / f"checkpoint-{state.global_step}"
-        if self.ranks.world > 1:
-            checkpoints.collect(checkpoint, self.ranks)
-        if self.ranks.first:
+        if self.ranks.world_size > 1:
+            gather_random_states(checkpoint, self.ranks)
+        if self.ranks.is_main:
             checkpoints.seal(checkpoint)
             checkpoints.prune(folder, self.keep)
-            if self.remote is not None:
-                self.remote.save(checkpoint)
-        self.ranks.wait()
+            if self.registry is not None:
+                self.registry.save(checkpoint)
+        self.ranks.barrier()
         self.saved_at = self.clock()
+
+
+class ProgressCallback(TrainerCallback):
+    """Counts steps into the throughput and has them reported; on rank 0 only."""
+
+    def __init__(self, throughput: Throughput, reporter: Reporter) -> None:
+        self.throughput, self.reporter = throughput, reporter
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.throughput.start(state.global_step, state.max_steps)
+        self.reporter.begin()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.throughput.advance(state.global_step, state.epoch or 0.0)
+        if not control.should_log:  # else `on_log` reports, with this step's loss
+            self.reporter.show()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Any = None,
+        **_: Any,
+    ) -> None:
+        if logs and ("loss" in logs or "eval_loss" in logs):
+            self.throughput.log(state.global_step, logs)
+            self.reporter.record()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.reporter.show(last=True)
 
 
 class FiniteGradientsCallback(TrainerCallback):
     """Ends the run before a NaN or infinite gradient reaches a weight.
 
     With float16's loss scaler an infinity is no failure: the scaler skips that step, and halves the scale.
-    What no scale helps is one: such a run would go on for hours and save the weights it began with.
+    Gradients that overflow at every scale are one: such a run would last hours and save its first weights.
     """
 
     def __init__(self) -> None:
@@ -154,16 +155,18 @@ class FiniteGradientsCallback(TrainerCallback):
         if not args.fp16:
             return
         self.skipped = self.skipped + 1 if optimizer.step_was_skipped else 0
-        if self.skipped >= SKIPPED:
-            self._give_up(args, state.global_step + 1)
+        if self.skipped >= MAX_SKIPPED_STEPS:
+            self._fail(args, state.global_step + 1)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if 0 < self.skipped == state.global_step:  # none was taken: a job shorter than the patience above
-            self._give_up(args, state.global_step)
+        if (
+            0 < self.skipped == state.global_step
+        ):  # no step was taken: the job has fewer than MAX_SKIPPED_STEPS
+            self._fail(args, state.global_step)
 
-    def _give_up(self, args: TrainingArguments, step: int) -> NoReturn:
+    def _fail(self, args: TrainingArguments, step: int) -> NoReturn:
         raise DivergedError(
             f"{self.skipped} steps in a row, up to step {step}, had NaN or infinite gradients in float16; "
             f"lower learning_rate (now {args.learning_rate:g}) or use a GPU with bfloat16; "

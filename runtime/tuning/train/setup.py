@@ -1,14 +1,14 @@
-"""The model with its adapter and its trainer: set up, measured, trained through.
+"""The model with its adapter and its trainer: set up, and trained to the end.
 
-Does not know data files, reports or registries. Start at `prepare`.
+Does not know data files, reports or registries. Start at `prepare`, then `run_training`.
 """
 
 import contextlib
 import logging
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -18,24 +18,24 @@ from runtime import models
 from runtime.errors import StoppedError
 from runtime.files import write_atomic
 from runtime.hardware import Hardware
-from runtime.tuning.data.dataset import Example
-from runtime.tuning.data.tokenize import TokenizedData
+from runtime.tuning.data.batching import BatchPlan
+from runtime.tuning.data.tokenize import TokenizedSplit
 from runtime.tuning.model import fsdp, fused_ops, lora, lora_init, packed_attention
 from runtime.tuning.output import OutputPaths
 from runtime.tuning.precision import Precision
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.process.signals import StopSignal
-from runtime.tuning.report import metrics_server, samples
-from runtime.tuning.report.progress import MetricsHistory, Reporter, TerminalBar, Throughput
 from runtime.tuning.settings import TuningJob
-from runtime.tuning.train import checkpoints
-from runtime.tuning.train.arguments import (
-    asked_checkpointing,
+from runtime.tuning.train import checkpoint_sync, checkpoints
+from runtime.tuning.train.progress import JobProgress, MetricsHistory, Reporter, Throughput
+from runtime.tuning.train.schedule import (
+    batch_plan,
     choose_layout,
-    evaluate_on_the_way,
-    make_plan,
-    training_arguments,
+    requested_checkpointing,
+    schedule_evaluations,
+    trainer_arguments,
 )
+from runtime.tuning.train.terminal_bar import TerminalBar
 
 if TYPE_CHECKING:
     import torch
@@ -47,53 +47,61 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(slots=True)
-class JobProgress:
-    """Where a job is, for the record of a failure and for who watches."""
-
-    meter: Throughput = field(default_factory=Throughput)
-    phase: str = "start"
-
-    def state(self, job: TuningJob) -> metrics_server.JobState:
-        """Return what can be told about `job` now."""
-        stalled = self.phase == "train" and self.meter.stalled
-        return metrics_server.JobState(job.name, job.model.name, self.phase, stalled, self.meter.figures())
-
-    def enter(self, phase: str) -> None:
-        """Begin `phase`."""
-        self.phase = phase
-        log.debug("phase %s", phase)
+Curve = tuple[tuple[float, float], ...]
+"""(step, loss) of each measurement."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankSetup:
-    """Where a job runs, and who may stop or watch it."""
+    """One rank of a job: its hardware, its peers, the signal that stops it, and its progress."""
 
     machine: Hardware
     device: str
     precision: Precision
     ranks: Ranks
     stop: StopSignal
-    course: JobProgress
+    progress: JobProgress
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterModel:
+    """A base model with a new adapter."""
+
+    model: "PeftModel"
+    first_weights: "dict[str, torch.Tensor] | None"
+    """The adapter's weights before training, where its initialisation changed the base (lora_init.py)."""
+
+    @property
+    def model_type(self) -> str:
+        return str(cast("PreTrainedModel", self.model.get_base_model()).config.model_type)
+
+
+@dataclass(frozen=True, slots=True)
+class Callbacks:
+    """What runs between two steps of a trainer."""
+
+    checkpoint: "CheckpointCallback"
+    reporter: Reporter
+    all: "list[TrainerCallback]"
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingSetup:
-    """What training needs and the steps around it share."""
+    """Everything that training needs, and that the job's other steps read."""
 
-    model: "PeftModel"
+    adapter: AdapterModel
     tokenizer: "PreTrainedTokenizerBase"
     trainer: "AdapterTrainer"
-    survival: "CheckpointCallback"
-    reporter: Reporter
-    setting: RankSetup
-    first_weights: "dict[str, torch.Tensor] | None"
-    """The adapter's, where the base has lost them to it (starts.py)."""
+    callbacks: Callbacks
+    rank: RankSetup
 
     @property
-    def meter(self) -> Throughput:
-        return self.setting.course.meter
+    def model(self) -> "PeftModel":
+        return self.adapter.model
+
+    @property
+    def throughput(self) -> Throughput:
+        return self.rank.progress.throughput
 
     @property
     def recent_loss(self) -> float | None:
@@ -101,13 +109,13 @@ class TrainingSetup:
         recent = [loss for _, loss in self.logged("loss")][-self.trainer.plan.steps_per_epoch :]
         return sum(recent) / len(recent) if recent else None
 
-    def logged(self, name: str) -> tuple[tuple[float, float], ...]:
+    def logged(self, name: str) -> Curve:
         """Return (step, value) of every time that the trainer logged `name`, before a resume too."""
         return tuple(
             (entry["step"], entry[name]) for entry in self.trainer.state.log_history if name in entry
         )
 
-    def held_out_curve(self, before: float | None, after: float | None) -> tuple[tuple[float, float], ...]:
+    def held_out_curve(self, before: float | None, after: float | None) -> Curve:
         """Return (step, loss) of the held-out rows from `before` training to `after` it."""
         if before is None or after is None:
             return ()
@@ -116,144 +124,135 @@ class TrainingSetup:
         return ((0, before), *between, (last, after))
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """How good the model is at one moment."""
-
-    loss: float | None
-    """Held-out loss per learnt token; None when nothing is held out."""
-    answers: tuple[str, ...]
-    """To the sample questions; empty texts on ranks above 0."""
-
-
 def prepare(
-    job: TuningJob,
-    tokenizer: "PreTrainedTokenizerBase",
-    encoded: tuple[TokenizedData, TokenizedData | None],
-    *,
-    setting: RankSetup,
+    job: TuningJob, tokenizer: "PreTrainedTokenizerBase", data: TokenizedSplit, *, rank: RankSetup
 ) -> TrainingSetup:
-    """Load the model, attach the adapter, and set up the trainer with those who watch it."""
-    from transformers import set_seed
-
+    """Load the model, attach the adapter, and set up the trainer with its callbacks."""
     from runtime.tuning.train.trainer import AdapterTrainer, Workload
 
-    train, held = encoded
-    machine, ranks = setting.machine, setting.ranks
-    args = training_arguments(
+    args = trainer_arguments(
         job,
         OutputPaths(job.output.folder).checkpoints,
-        precision=setting.precision,
-        hardware=machine,
-        held_out=held is not None,
+        precision=rank.precision,
+        hardware=rank.machine,
+        held_out=data.held_out is not None,
     )
-    sharded = job.parallel == "fsdp" and ranks.world > 1
-    # What is sharded because it is too large for one GPU is read beside it, and moves a layer at a time.
-    place = "cpu" if sharded else setting.device
+    adapter = _load(job, rank, seed=args.seed)
+    plan = _plan(job, data, rank, model_type=adapter.model_type)
+    if data.held_out is not None and "eval_strategy" not in job.training:
+        schedule_evaluations(args, plan, held_out_tokens=data.held_out.tokens)
+    callbacks = _callbacks(job, rank)
+    held_out = data.held_out.rows if data.held_out else ()
+    trainer = AdapterTrainer(
+        adapter.model,
+        args,
+        workload=Workload(data.train.rows, held_out, plan, rank.ranks, tokenizer.pad_token_id or 0),
+        throughput=rank.progress.throughput,
+        callbacks=callbacks.all,
+    )
+    return TrainingSetup(adapter, tokenizer, trainer, callbacks, rank)
+
+
+def _load(job: TuningJob, rank: RankSetup, *, seed: int) -> AdapterModel:
+    """Load the base model and attach a new adapter, initialised from `seed`."""
+    from transformers import set_seed
+
+    sharded = job.parallel == "fsdp" and rank.ranks.world_size > 1
+    # A model that is sharded because it is too large for one GPU is read to the CPU and moved by layers.
+    device = "cpu" if sharded else rank.device
     base = models.load(
-        job.model, hardware=machine, device=place, quantization=job.quantization, training=True
+        job.model, hardware=rank.machine, device=device, quantization=job.quantization, training=True
     )
-    set_seed(args.seed)
-    model = lora.attach(base, job.lora, checkpointing=bool(asked_checkpointing(job)))
+    set_seed(seed)
+    model = lora.attach(base, job.lora, checkpointing=bool(requested_checkpointing(job)))
     first_weights = lora_init.begin(model, job.lora, models.locate(job.model))
     if sharded:
-        fsdp.shard(model, world=ranks.world, device=setting.device)
-    layout = choose_layout(job.encoding.batching, base.config.model_type)
-    plan = make_plan(job, train.rows, layout=layout, ranks=ranks, hardware=machine)
+        fsdp.shard(model, world=rank.ranks.world_size, device=rank.device)
+    return AdapterModel(model, first_weights)
+
+
+def _plan(job: TuningJob, data: TokenizedSplit, rank: RankSetup, *, model_type: str) -> BatchPlan:
+    layout = choose_layout(job.encoding.batching, model_type)
+    plan = batch_plan(job, data.train.rows, layout=layout, ranks=rank.ranks, hardware=rank.machine)
     log.info(
         "%d steps an epoch of %d rows, %s in passes of at most %d tokens",
         plan.steps_per_epoch, plan.rows_per_step, layout, plan.budget_tokens,
     )  # fmt: skip
-    if held is not None and "eval_strategy" not in job.training:
-        evaluate_on_the_way(args, plan, held_out_tokens=held.tokens)
-    survival, reporter, watchers = _watchers(job, setting)
-    work = Workload(train.rows, held.rows if held else (), plan, ranks, tokenizer.pad_token_id or 0)
-    trainer = AdapterTrainer(model, args, work=work, meter=setting.course.meter, watchers=watchers)
-    return TrainingSetup(model, tokenizer, trainer, survival, reporter, setting, first_weights)
+    return plan
 
 
-def _watchers(
-    job: TuningJob, setting: RankSetup
-) -> "tuple[CheckpointCallback, Reporter, list[TrainerCallback]]":
+def _callbacks(job: TuningJob, rank: RankSetup) -> Callbacks:
     from runtime.tuning.train.callbacks import CheckpointCallback, FiniteGradientsCallback, ProgressCallback
 
-    ranks, meter = setting.ranks, setting.course.meter
-    meter.world = ranks.world
+    ranks, throughput = rank.ranks, rank.progress.throughput
+    throughput.world_size = ranks.world_size
     keep = job.training.get("save_total_limit", 2)
-    survival = CheckpointCallback(ranks, setting.stop, minutes=job.checkpoint_minutes, keep=keep)
-    reporter = Reporter(meter)
-    watchers: list[TrainerCallback] = [FiniteGradientsCallback(), survival]
-    if ranks.first:
-        here = OutputPaths(job.output.folder)
-        here.work.mkdir(parents=True, exist_ok=True)
-        reporter.history = MetricsHistory(here.history)
+    checkpoint = CheckpointCallback(ranks, rank.stop, minutes=job.checkpoint_minutes, keep=keep)
+    reporter = Reporter(throughput)
+    callbacks: list[TrainerCallback] = [FiniteGradientsCallback(), checkpoint]
+    if ranks.is_main:
+        paths = OutputPaths(job.output.folder)
+        paths.work.mkdir(parents=True, exist_ok=True)
+        reporter.history = MetricsHistory(paths.history)
         reporter.display = TerminalBar() if sys.stderr.isatty() else None
-        watchers.append(ProgressCallback(meter, reporter))
-    return survival, reporter, watchers
+        callbacks.append(ProgressCallback(throughput, reporter))
+    return Callbacks(checkpoint, reporter, callbacks)
 
 
-def evaluate(bench: TrainingSetup, questions: Sequence[Example]) -> Evaluation:
-    """Return the held-out loss of all ranks and (rank 0) the answers to the sample questions."""
-    ranks = bench.setting.ranks
-    rows = len(bench.trainer.work.held_out)
-    log.info("evaluating: the loss of %d held-out rows, the answers to %d questions", rows, len(questions))
-    with attending(bench):
-        loss = bench.trainer.held_out_loss() if bench.trainer.work.held_out else None
-    asked = ranks.first or fsdp.is_sharded(bench.model)
-    said = samples.answers(bench.model, bench.tokenizer, questions) if asked else [""] * len(questions)
-    ranks.wait()
-    if loss is not None:
-        bench.meter.held_out_loss = loss
-        log.info("held-out loss %.4f", loss)
-    return Evaluation(loss, tuple(said))
+def run_training(setup: TrainingSetup, *, folder: Path, fingerprint: str) -> None:
+    """Train to the end, from the newest complete checkpoint below `folder` of the job with `fingerprint`.
+
+    Raises StoppedError after SIGTERM and a checkpoint.
+    """
+    checkpoint = _find_checkpoint(setup, folder, fingerprint)
+    try:
+        with (
+            setup.rank.stop.deferred(),
+            training_attention(setup),
+            fused_ops.rotating(setup.model),
+            contextlib.closing(setup.callbacks.reporter),
+        ):
+            setup.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (OSError, RuntimeError, SafetensorError):  # a full disk, among others: free space to record why
+        if setup.rank.ranks.is_main:
+            checkpoints.remove_unsealed(folder)
+        raise
+    if setup.callbacks.checkpoint.stopped:
+        step = setup.trainer.state.global_step
+        raise StoppedError(
+            f"stopped after step {step} with a checkpoint; run the same command again to resume"
+        )
+
+
+def _find_checkpoint(setup: TrainingSetup, folder: Path, fingerprint: str) -> Path | None:
+    """Return the checkpoint to resume from, once every node has it; removes checkpoints of other jobs."""
+    owner = folder / "job"
+    ranks, registry = setup.rank.ranks, setup.callbacks.checkpoint.registry
+    if ranks.is_main:
+        known = owner.read_text(encoding="utf-8") if owner.is_file() else ""
+        if checkpoints.listed(folder) and known != fingerprint:
+            log.warning("the checkpoints in %s are another job's: starting from the beginning", folder)
+            shutil.rmtree(folder)
+        write_atomic(owner, fingerprint)
+        if registry is not None:
+            registry.restore(folder, fingerprint)
+    ranks.barrier()
+    checkpoint = checkpoint_sync.sync_newest(folder, ranks)
+    if checkpoint:
+        log.info("resuming from %s", checkpoint.name)
+    return checkpoint
 
 
 @contextlib.contextmanager
-def attending(bench: TrainingSetup) -> Iterator[None]:
-    """Within: the model attends inside packed documents; outside as it was loaded, with a cache."""
-    if bench.trainer.plan.layout != "packed":
+def training_attention(setup: TrainingSetup) -> Iterator[None]:
+    """Within: attention stays inside each document of a packed row. Afterwards: as the model was loaded."""
+    if setup.trainer.plan.layout != "packed":
         yield
         return
-    model = cast("PreTrainedModel", bench.model.get_base_model())
+    model = cast("PreTrainedModel", setup.model.get_base_model())
     packed_attention.register()
     model.set_attn_implementation(packed_attention.NAME)
     try:
         yield
     finally:
         model.set_attn_implementation("sdpa")
-
-
-def train_through(bench: TrainingSetup, *, folder: Path, mark: str) -> None:
-    """Train to the end, from the newest whole checkpoint below `folder` that belongs to `mark`.
-
-    Raises StoppedError after SIGTERM and a checkpoint.
-    """
-    owner = folder / "job"
-    ranks = bench.setting.ranks
-    if ranks.first:
-        if checkpoints.listed(folder) and (not owner.is_file() or owner.read_text(encoding="utf-8") != mark):
-            log.warning("the checkpoints in %s are another job's: starting from the beginning", folder)
-            shutil.rmtree(folder)
-        write_atomic(owner, mark)
-        if bench.survival.remote is not None:
-            bench.survival.remote.restore(folder, mark)
-    ranks.wait()
-    resumed = checkpoints.agreed(folder, ranks)
-    if resumed:
-        log.info("going on from %s", resumed.name)
-    try:
-        tuned = bench.model
-        with (
-            bench.setting.stop.deferred(),
-            attending(bench),
-            fused_ops.rotating(tuned),
-            contextlib.closing(bench.reporter),
-        ):
-            bench.trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    except (OSError, RuntimeError, SafetensorError):  # a full disk, among others: its reason needs some room
-        if ranks.first:
-            checkpoints.clear_unfinished(folder)
-        raise
-    if bench.survival.stopped:
-        step = bench.trainer.state.global_step
-        raise StoppedError(f"stopped after step {step} with a checkpoint; the same command goes on from it")

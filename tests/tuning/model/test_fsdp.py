@@ -43,7 +43,7 @@ def test_sharded_qlora_ends_with_the_bytes_of_ddp_and_goes_on_from_its_checkpoin
 
     second = Worker(job, processes=2)
     assert second.wait() == 0, second.said()
-    assert f"going on from {stopped.name}" in second.said()
+    assert f"resuming from {stopped.name}" in second.said()
     assert "base model in slices: 0.1 of 0.2 MiB on each of 2 ranks" in second.said()
     assert second.adapter() == whole.adapter()
     assert [step["loss"] for step in second.steps()][-3:] == [step["loss"] for step in whole.steps()][-3:]

@@ -18,8 +18,8 @@ from runtime.model_source import ModelSource, Quantization
 from runtime.tuning.model import lora_init
 from runtime.tuning.model.lora import attach, evaluating
 from runtime.tuning.settings import Lora, TuningJob
-from runtime.tuning.train.setup import attending
-from tests.tuning.train.test_trainer import bench_of
+from runtime.tuning.train.setup import training_attention
+from tests.tuning.train.test_trainer import training_setup
 
 Maker = Callable[..., TuningJob]
 
@@ -39,15 +39,18 @@ def test_what_is_saved_of_weights_taken_from_the_base_is_an_update_of_the_whole_
     make_job: Maker, tiny_llama_dir: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     lora = Lora(r=4, alpha=8, options=options)
-    bench = bench_of(
+    setup = training_setup(
         make_job(
             training={"max_steps": 4, "learning_rate": 1e-2}, lora=lora, method="lora", quantization=None
         )
     )
-    with attending(bench):
-        bench.trainer.train()
+    with training_attention(setup):
+        setup.trainer.train()
     adapters.save(
-        bench.model, tmp_path / "saved", source=ModelSource(name="tiny"), first_weights=bench.first_weights
+        setup.model,
+        tmp_path / "saved",
+        source=ModelSource(name="tiny"),
+        first_weights=setup.adapter.first_weights,
     )
     written = json.loads((tmp_path / "saved/adapter_config.json").read_text())
     assert (written["r"], written["init_lora_weights"]) == (8, True)
@@ -56,8 +59,8 @@ def test_what_is_saved_of_weights_taken_from_the_base_is_an_update_of_the_whole_
     with torch.no_grad():
         untrained = base(ids).logits
         loaded = PeftModel.from_pretrained(base, str(tmp_path / "saved"))(ids).logits
-        with evaluating(bench.model):
-            trained = bench.model(ids).logits
+        with evaluating(setup.model):
+            trained = setup.model(ids).logits
     assert (trained - untrained).abs().max() > 0.1
     torch.testing.assert_close(loaded, trained, rtol=1e-4, atol=1e-4)
 
@@ -80,10 +83,12 @@ def test_loftq_begins_with_what_four_bits_lost_and_leaves_the_base_alone(tiny_ll
 
 
 def test_loftq_learns(make_job: Maker) -> None:
-    bench = bench_of(make_job(training={"max_steps": 12}, lora=Lora(options={"init_lora_weights": "loftq"})))
-    with attending(bench):
-        bench.trainer.train()
-    losses = [entry["loss"] for entry in bench.trainer.state.log_history if "loss" in entry]
+    setup = training_setup(
+        make_job(training={"max_steps": 12}, lora=Lora(options={"init_lora_weights": "loftq"}))
+    )
+    with training_attention(setup):
+        setup.trainer.train()
+    losses = [entry["loss"] for entry in setup.trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.1
 
 

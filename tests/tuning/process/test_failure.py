@@ -12,36 +12,36 @@ from runtime.tuning.process import failure
 
 def recorded(folder: Path, *failures: tuple[int, Failure]) -> list[dict[str, object]]:
     for rank, error in failures:
-        failure.record(folder / f"failure-{rank}.json", error, "train", 7)
-    return failure.read(sorted(folder.glob("failure-*.json")))
+        failure.write_record(folder / f"failure-{rank}.json", error, "train", 7)
+    return failure.read_records(sorted(folder.glob("failure-*.json")))
 
 
 def test_first_reason_counts_and_those_torchrun_stopped_do_not(tmp_path: Path) -> None:
     entries = recorded(
         tmp_path, (0, StoppedError("stopped")), (1, DivergedError("NaN")), (2, Failure("peer lost"))
     )
-    entry = failure.of_workers(entries, asked=False, status=1)
+    entry = failure.combine(entries, stop_requested=False, status=1)
     found = failure.from_record(entry)
     assert (type(found), str(found), exit_code(found), entry["step"]) == (DivergedError, "NaN", 4, 7)
 
 
-def test_asked_to_stop_is_143_though_a_rank_lost_its_peer(tmp_path: Path) -> None:
+def test_requested_stop_is_143_though_a_rank_lost_its_peer(tmp_path: Path) -> None:
     entries = recorded(
         tmp_path, (0, Failure("connection closed by peer")), (1, StoppedError("stopped after step 7"))
     )
-    assert failure.of_workers(entries, asked=True, status=1)["code"] == 143
-    assert failure.of_workers([], asked=True, status=1)["code"] == 143
+    assert failure.combine(entries, stop_requested=True, status=1)["code"] == 143
+    assert failure.combine([], stop_requested=True, status=1)["code"] == 143
 
 
 def test_a_real_reason_beats_the_request_to_stop(tmp_path: Path) -> None:
     entries = recorded(tmp_path, (0, CapacityError("no space left")), (1, StoppedError("stopped")))
-    assert failure.of_workers(entries, asked=True, status=1)["code"] == 6
+    assert failure.combine(entries, stop_requested=True, status=1)["code"] == 6
 
 
-def test_death_without_a_word_says_so() -> None:
-    entry = failure.of_workers([], asked=False, status=1)
+def test_worker_without_a_failure_record_is_reported() -> None:
+    entry = failure.combine([], stop_requested=False, status=1)
     assert entry["code"] == 1
-    assert "died without a word" in str(entry["message"])
+    assert "ended without a failure record" in str(entry["message"])
 
 
 @pytest.mark.parametrize(
@@ -68,19 +68,19 @@ def test_fault_27_cuda_out_of_memory_gives_advice() -> None:
 
 
 def test_fault_56_records_hold_no_secrets(tmp_path: Path) -> None:
-    told = tmp_path / "termination-log"
-    told.touch()
+    written = tmp_path / "termination-log"
+    written.touch()
     error = DataError("https://u:passw0rd@h/a.parquet?sig=topsecret: answered 403 to hf_abcdefghijkl")
     entries = recorded(tmp_path, (0, error))
-    failure.tell(entries[0], told)
+    failure.write_termination_log(entries[0], written)
     for path in tmp_path.iterdir():
         for secret in ("passw0rd", "hf_abcdefghijkl"):
             assert secret not in path.read_text()
         assert "topsecret" not in path.read_text()
-    line = json.loads(told.read_text())
+    line = json.loads(written.read_text())
     assert line.keys() == {"phase", "code", "message", "step", "retriable"}
 
 
 def test_termination_log_is_not_made_where_there_is_none(tmp_path: Path) -> None:
-    failure.tell(failure.describe(Failure("x"), "train", 0), tmp_path / "absent")
+    failure.write_termination_log(failure.describe(Failure("x"), "train", 0), tmp_path / "absent")
     assert not (tmp_path / "absent").exists()

@@ -3,7 +3,7 @@
 import pytest
 
 from runtime.errors import ConfigError
-from runtime.tuning.process.nodes import ALONE, Nodes
+from runtime.tuning.process.nodes import SINGLE_NODE, Nodes
 
 
 @pytest.mark.parametrize(
@@ -21,8 +21,8 @@ from runtime.tuning.process.nodes import ALONE, Nodes
     ],
 )
 def test_one_machine_unless_told(environ: dict[str, str]) -> None:
-    assert Nodes.read(environ) == ALONE
-    assert ALONE.torchrun() == ["--standalone"]
+    assert Nodes.read(environ) == SINGLE_NODE
+    assert SINGLE_NODE.torchrun_options() == ["--standalone"]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_cluster_variables_are_understood(environ: dict[str, str], expected: Nod
 def test_flags_win_over_variables() -> None:
     environ = {"PET_NNODES": "4", "PET_NODE_RANK": "3", "PET_MASTER_ADDR": "a", "PET_MASTER_PORT": "1"}
     assert Nodes.read(environ, count=2, rank=0, endpoint="b:29500") == Nodes(2, 0, "b", 29500)
-    assert Nodes.read(environ, count=1) == ALONE
+    assert Nodes.read(environ, count=1) == SINGLE_NODE
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_endpoints_in_every_form(endpoint: str, host: str, port: int) -> None:
 def test_ranks_of_a_node_follow_those_of_the_nodes_before() -> None:
     nodes = Nodes(2, 1, "a")
     assert list(nodes.ranks(4)) == [4, 5, 6, 7]
-    assert nodes.torchrun() == [
+    assert nodes.torchrun_options() == [
         "--nnodes", "2", "--node-rank", "1", "--master-addr", "a", "--master-port", "29500",
         "--rdzv-conf", "timeout=10800",
     ]  # fmt: skip
@@ -80,7 +80,7 @@ def test_ranks_of_a_node_follow_those_of_the_nodes_before() -> None:
     [
         ({"NNODES": "2", "MASTER_ADDR": "a"}, "node rank is None of 2 nodes, expected 0 to 1"),
         ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "node rank is 2 of 2 nodes"),
-        ({"NNODES": "2", "NODE_RANK": "1"}, "do not know where to meet; give --rdzv-endpoint"),
+        ({"NNODES": "2", "NODE_RANK": "1"}, "have no rendezvous endpoint; give --rdzv-endpoint"),
         ({"NNODES": "two"}, "NNODES is 'two', expected a whole number"),
     ],
 )

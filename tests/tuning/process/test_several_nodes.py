@@ -92,7 +92,7 @@ def test_two_nodes_end_with_the_adapter_of_two_processes_though_one_is_evicted(
     for node in (first, second):
         node.ends(143)
         last = node.said().splitlines()[-1]
-        assert "with a checkpoint; the same command goes on from it" in last
+        assert "with a checkpoint; run the same command again to resume" in last
         assert "Traceback" not in node.said()
     assert not OutputPaths(second.out).checkpoints.exists() or not list(
         OutputPaths(second.out).checkpoints.iterdir()
@@ -103,7 +103,7 @@ def test_two_nodes_end_with_the_adapter_of_two_processes_though_one_is_evicted(
     first, second = pair(tmp_path, tiny_llama_dir, address)
     for node in (first, second):
         node.ends()
-    assert "going on from checkpoint-" in first.said()
+    assert "resuming from checkpoint-" in first.said()
     assert first.adapter() == alone.adapter()
     assert not (second.out / SENTINEL).exists()  # no pusher on that node must find half a result
     assert not (second.out / "adapter_model.safetensors").exists()

@@ -9,18 +9,18 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from runtime.tuning.process import launcher
+from runtime.tuning import launcher
 from runtime.tuning.report import metrics_server
-from runtime.tuning.report.progress import Throughput
 from runtime.tuning.settings import TuningJob
+from runtime.tuning.train.progress import JobState, Throughput
 from tests.tuning.conftest import Worker
 
-FIGURES = {"step": 3, "total_steps": 9, "loss": 1.5, "held_out_loss": None, "tokens": 700, "memory_bytes": 5}
+METRICS = {"step": 3, "total_steps": 9, "loss": 1.5, "held_out_loss": None, "tokens": 700, "memory_bytes": 5}
 
 
-def state(**given: object) -> metrics_server.JobState:
-    values = {"job": "night", "model": "phi", "phase": "train", "stalled": False, "figures": FIGURES}
-    return metrics_server.JobState(**{**values, **given})  # type: ignore[arg-type]
+def state(**given: object) -> JobState:
+    values = {"job": "night", "model": "phi", "phase": "train", "stalled": False, "metrics": METRICS}
+    return JobState(**{**values, **given})  # type: ignore[arg-type]
 
 
 def samples(text: str) -> dict[str, float]:
@@ -51,8 +51,8 @@ def test_prometheus_reads_the_figures_that_are_known() -> None:
     assert 'tuning_job_info{job="night",model="phi",phase="train"} 1.0' in answer.text
 
 
-def test_every_figure_of_the_meter_has_a_metric() -> None:
-    assert Throughput().figures().keys() == metrics_server.GAUGES.keys() | metrics_server.COUNTERS.keys()
+def test_every_metric_of_the_throughput_has_a_prometheus_name() -> None:
+    assert Throughput().metrics().keys() == metrics_server.GAUGES.keys() | metrics_server.COUNTERS.keys()
 
 
 def test_health_tells_phase_and_figures_and_is_503_when_stalled() -> None:
@@ -61,7 +61,7 @@ def test_health_tells_phase_and_figures_and_is_503_when_stalled() -> None:
         for path in ("/health", "/healthz"):
             answer = httpx.get(f"http://127.0.0.1:{port}{path}")
             assert answer.status_code == 200
-            assert answer.json() == {"status": "Healthy", "phase": "train", **FIGURES}
+            assert answer.json() == {"status": "Healthy", "phase": "train", **METRICS}
         now["state"] = state(stalled=True)
         assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 503
         assert httpx.get(f"http://127.0.0.1:{port}/other").status_code == 404
@@ -80,7 +80,7 @@ def test_port_in_use_is_a_warning_and_null_is_silent(caplog: pytest.LogCaptureFi
     with metrics_server.serving(0, state) as port:
         with metrics_server.serving(port, state) as second:
             assert second is None
-        assert f"port {port} cannot be had" in caplog.text
+        assert f"cannot listen on port {port}" in caplog.text
         assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
     with metrics_server.serving(None, state) as none:
         assert none is None
@@ -129,7 +129,7 @@ def test_parent_answers_before_there_are_workers(
         assert looked.wait(30)
         raise launcher.ConfigError("enough")
 
-    monkeypatch.setattr(launcher.fetch, "fetch", slow_fetch)
+    monkeypatch.setattr(launcher.download, "fetch", slow_fetch)
 
     def look() -> None:
         assert fetching.wait(30)

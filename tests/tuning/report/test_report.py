@@ -15,9 +15,9 @@ import pytest
 from runtime.hardware import Hardware
 from runtime.model_source import ModelSource
 from runtime.tuning.data.dataset import DataFile, Dataset, Example
-from runtime.tuning.data.tokenize import TokenizedData, TokenizedRow
-from runtime.tuning.report import html, report
-from runtime.tuning.report.samples import Sample
+from runtime.tuning.data.tokenize import TokenizedData, TokenizedRow, TokenizedSplit
+from runtime.tuning.report import chart, html, report
+from runtime.tuning.report.report import Sample
 from runtime.tuning.settings import DataSource, Output, TuningJob
 from tests.browser import Browser, browser
 
@@ -60,8 +60,10 @@ def build(*, held_out: bool = True, **given: Any) -> dict[str, Any]:
     )
     files = (DataFile("train-00000-of-00001.parquet", 5048, "5" * 64), DataFile(NASTY, 12, "6" * 64))
     data = Dataset((Example((), text="x"),) * 5060, files, 3)
-    encoded = TokenizedData((ROW,) * 100, truncated=4, too_long=2, unlabelled=1)
-    found = report.build(job(**given), data, (encoded, encoded if held_out else None), outcome)
+    tokenized = TokenizedData((ROW,) * 100, truncated=4, too_long=2, unlabelled=1)
+    found = report.build(
+        job(**given), data, TokenizedSplit(tokenized, tokenized if held_out else None), outcome
+    )
     return {**found, "adapter_sha256": "7" * 64}
 
 
@@ -142,7 +144,7 @@ def test_run_without_held_out_rows_says_what_is_missing() -> None:
 
 def test_short_and_flat_runs_have_a_curve_too() -> None:
     for train, held_out in (([], []), ([(1, 2.0)], []), ([(1, 2.0), (2, 2.0)], [(0, 2.0), (2, 2.0)])):
-        drawing = html.draw(train, held_out)
+        drawing = chart.draw(train, held_out)
         assert "nan" not in drawing
         assert drawing.startswith("<svg")
 
@@ -150,15 +152,15 @@ def test_short_and_flat_runs_have_a_curve_too() -> None:
 def test_curve_of_a_long_run_stays_small_and_one_wild_step_does_not_flatten_it() -> None:
     train = [(step, 2.0 - step / 1e5) for step in range(1, 100_001)]
     train[50_000] = (50_001, 1e9)
-    drawing = html.draw(train, [(0, 2.0), (100_000, 1.1)])
+    drawing = chart.draw(train, [(0, 2.0), (100_000, 1.1)])
     assert len(drawing) < 30_000
     labels = [float(found) for found in re.findall(r'text-anchor="end">([^<]+)<', drawing)]
     assert max(labels) < 3
 
 
 def test_ticks_are_round_and_inside() -> None:
-    assert html.ticks(0.97, 2.7, 5) == pytest.approx([1.0, 1.5, 2.0, 2.5])
-    assert html.ticks(0, 360, 6) == pytest.approx([0, 100, 200, 300])
+    assert chart.ticks(0.97, 2.7, 5) == pytest.approx([1.0, 1.5, 2.0, 2.5])
+    assert chart.ticks(0, 360, 6) == pytest.approx([0, 100, 200, 300])
 
 
 @pytest.fixture(scope="module")

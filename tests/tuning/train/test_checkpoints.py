@@ -41,7 +41,7 @@ def test_fault_3_damaged_newest_is_passed_over_with_its_reason(
     with caplog.at_level(logging.WARNING):
         assert checkpoints.newest(tmp_path) == older
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("checkpoint checkpoint-12 is passed over: ")
+    assert line.startswith("skipping checkpoint-12: ")
     damage(older / name)
     assert checkpoints.newest(tmp_path) is None
 

@@ -11,11 +11,13 @@ from runtime.errors import CapacityError, exit_code
 from runtime.hardware import Hardware
 from runtime.model_source import Quantization
 from runtime.tuning.data import dataset, tokenize
+from runtime.tuning.data.tokenize import TokenizedSplit
 from runtime.tuning.precision import settle
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.process.signals import StopSignal
 from runtime.tuning.settings import Lora, TuningJob
-from runtime.tuning.train.setup import JobProgress, RankSetup, TrainingSetup, attending, prepare
+from runtime.tuning.train.progress import JobProgress
+from runtime.tuning.train.setup import RankSetup, TrainingSetup, prepare, training_attention
 from tests.tuning.conftest import Worker
 
 Maker = Callable[..., TuningJob]
@@ -26,16 +28,16 @@ WIDE = {"per_device_train_batch_size": 16, "max_steps": 6}
 """Some 1,400 tokens a step, in passes of at most 1,024."""
 
 
-def bench_of(job: TuningJob, machine: Hardware = CPU) -> TrainingSetup:
+def training_setup(job: TuningJob, machine: Hardware = CPU) -> TrainingSetup:
     """Set a job's model and trainer up in this process, on its CPU, as for `machine`."""
     tokenizer = models.load_tokenizer(job.model)
     rows = tokenize.encode(dataset.load(job.data, []).examples, tokenizer, job.encoding, max_tokens=256)
     settled, precision = settle(job, machine)
-    setting = RankSetup(machine, "cpu", precision, Ranks(), StopSignal(), JobProgress())
-    return prepare(settled, tokenizer, (rows, None), setting=setting)
+    rank = RankSetup(machine, "cpu", precision, Ranks(), StopSignal(), JobProgress())
+    return prepare(settled, tokenizer, TokenizedSplit(rows), rank=rank)
 
 
-def run_out_above(bench: TrainingSetup, tokens: int) -> list[int]:
+def run_out_above(setup: TrainingSetup, tokens: int) -> list[int]:
     """Let every forward pass of more than `tokens` fail as CUDA does; returns the sizes of all passes."""
     sizes: list[int] = []
 
@@ -44,15 +46,15 @@ def run_out_above(bench: TrainingSetup, tokens: int) -> list[int]:
         if sizes[-1] > tokens:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    bench.model.get_base_model().register_forward_pre_hook(measure, with_kwargs=True)
+    setup.model.get_base_model().register_forward_pre_hook(measure, with_kwargs=True)
     return sizes
 
 
 def test_fault_27_out_of_memory_in_a_step_ends_6_with_advice(make_job: Maker) -> None:
-    bench = bench_of(make_job(training=WIDE))
-    run_out_above(bench, 600)
-    with attending(bench), pytest.raises(CapacityError) as caught:
-        bench.trainer.train()
+    setup = training_setup(make_job(training=WIDE))
+    run_out_above(setup, 600)
+    with training_attention(setup), pytest.raises(CapacityError) as caught:
+        setup.trainer.train()
     assert exit_code(caught.value) == 6
     assert "out of GPU memory with 1024 tokens in a pass" in str(caught.value)
     assert "lower max_length or per_device_train_batch_size" in str(caught.value)
@@ -60,21 +62,21 @@ def test_fault_27_out_of_memory_in_a_step_ends_6_with_advice(make_job: Maker) ->
 
 
 def test_auto_find_batch_size_halves_once_and_stays_there(make_job: Maker) -> None:
-    bench = bench_of(make_job(training={**WIDE, "auto_find_batch_size": True}))
-    sizes = run_out_above(bench, 600)
-    with attending(bench):
-        bench.trainer.train()
-    assert bench.trainer.state.global_step == 6
-    assert bench.trainer.plan.budget_tokens == 512
+    setup = training_setup(make_job(training={**WIDE, "auto_find_batch_size": True}))
+    sizes = run_out_above(setup, 600)
+    with training_attention(setup):
+        setup.trainer.train()
+    assert setup.trainer.state.global_step == 6
+    assert setup.trainer.plan.budget_tokens == 512
     assert len([size for size in sizes if size > 600]) == 1
-    assert sum(size for size in sizes if size <= 600) == bench.meter.tokens  # each row of each step once
+    assert sum(size for size in sizes if size <= 600) == setup.throughput.tokens  # each row of each step once
 
 
 def test_auto_find_batch_size_gives_up_at_the_longest_row(make_job: Maker) -> None:
-    bench = bench_of(make_job(training={**WIDE, "auto_find_batch_size": True}))
-    run_out_above(bench, 20)
-    with attending(bench), pytest.raises(CapacityError, match="longest row"):
-        bench.trainer.train()
+    setup = training_setup(make_job(training={**WIDE, "auto_find_batch_size": True}))
+    run_out_above(setup, 20)
+    with training_attention(setup), pytest.raises(CapacityError, match="longest row"):
+        setup.trainer.train()
 
 
 @pytest.mark.slow
@@ -88,7 +90,7 @@ def test_auto_find_batch_size_of_one_rank_leaves_the_others_and_the_losses_alone
     assert plenty.wait() == 0, plenty.said()
     short = Worker(make_job("short", **same), processes=2, module="tests.faults.short_of_memory")
     assert short.wait() == 0, short.said()
-    assert "out of GPU memory: going on with" in short.said()
+    assert "out of GPU memory: continuing with" in short.said()
     assert "out of GPU memory" not in plenty.said()
     losses = [{step["step"]: step["loss"] for step in worker.steps()} for worker in (plenty, short)]
     assert sorted(losses[0]) == [1, 2, 3, 4]
@@ -111,8 +113,8 @@ def test_variants_of_lora_learn(make_job: Maker, options: dict[str, Any]) -> Non
     if "quantization" in options:
         method, options = options, {}
     job = make_job(training={"max_steps": 12}, lora=Lora(r=4, alpha=8, options=options), **method)
-    bench = bench_of(job)
-    with attending(bench):
-        bench.trainer.train()
-    losses = [entry["loss"] for entry in bench.trainer.state.log_history if "loss" in entry]
+    setup = training_setup(job)
+    with training_attention(setup):
+        setup.trainer.train()
+    losses = [entry["loss"] for entry in setup.trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.1

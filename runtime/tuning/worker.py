@@ -22,7 +22,7 @@ from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.process.signals import StopSignal, end_with_parent
 from runtime.tuning.report import metrics_server
 from runtime.tuning.settings import TuningJob
-from runtime.tuning.train.setup import JobProgress
+from runtime.tuning.train.progress import JobProgress
 
 log = logging.getLogger("runtime.tuning")
 
@@ -30,31 +30,21 @@ log = logging.getLogger("runtime.tuning")
 def work(read: Callable[[], TuningJob], *, termination_log: Path | None = None) -> int:
     """Run one rank of the job that `read` returns; return the exit code, or end the process with it.
 
-    `termination_log` is where the first rank to fail says why, in a pod without a parent that would.
+    `termination_log` is where the first rank to fail writes why, in a pod without our parent process.
     """
     debug = os.environ.get("DEBUG_MODE", "").lower() == "true"
     ranks = Ranks.read(os.environ)
     logs.configure(debug=debug, rank=ranks.rank)
     end_with_parent()
-    stop, course = StopSignal(), JobProgress()
+    stop, progress = StopSignal(), JobProgress()
     stop.install()
-    asked: TuningJob | None = None
+    requested: TuningJob | None = None
     try:
-        asked = read()
-        loggers.check(asked.training)
-        for name, value in loggers.places(asked.output.folder).items():
-            os.environ.setdefault(name, value)
-        access = publish.access_of(asked, os.environ)
-        port = asked.metrics_port and asked.metrics_port + ranks.local_rank
-        with metrics_server.serving(port if ranks.first else None, functools.partial(course.state, asked)):
-            job.run(asked, ranks=ranks, stop=stop, course=course, access=access)
+        requested = read()
+        _run(requested, ranks, stop, progress)
     except Exception as error:  # the process's edge: whatever ended the rank is recorded
         reason = failure.as_failure(error)
-        if asked is not None:
-            record = OutputPaths(asked.output.folder).failure(ranks.rank)
-            failure.record(record, reason, course.phase, course.meter.step)
-        if termination_log is not None:
-            failure.tell_first(failure.describe(reason, course.phase, course.meter.step), termination_log)
+        _record(reason, requested, ranks, progress=progress, termination_log=termination_log)
         foreseen, stopped = isinstance(error, Failure), isinstance(error, StoppedError)
         log.log(
             logging.INFO if stopped else logging.ERROR,
@@ -63,15 +53,42 @@ def work(read: Callable[[], TuningJob], *, termination_log: Path | None = None) 
             reason,
             exc_info=None if foreseen and not debug else error,
         )
-        # Peers may be waiting in a collective that this rank will never join: leave without a farewell.
+        # Peers may be waiting in a collective that this rank will never join: exit without its cleanup.
         logging.shutdown()
         os._exit(exit_code(reason))
-    ranks.leave()
+    ranks.destroy_process_group()
     return 0
 
 
+def _run(requested: TuningJob, ranks: Ranks, stop: StopSignal, progress: JobProgress) -> None:
+    loggers.check(requested.training)
+    for name, value in loggers.environment(requested.output.folder).items():
+        os.environ.setdefault(name, value)
+    access = publish.access_of(requested, os.environ)
+    port = requested.metrics_port and requested.metrics_port + ranks.local_rank
+    state = functools.partial(progress.state, requested)
+    with metrics_server.serving(port if ranks.is_main else None, state):
+        job.run(requested, ranks=ranks, stop=stop, progress=progress, access=access)
+
+
+def _record(
+    reason: Failure,
+    requested: TuningJob | None,
+    ranks: Ranks,
+    *,
+    progress: JobProgress,
+    termination_log: Path | None,
+) -> None:
+    """Write the failure record, for a parent process, and the termination log, for a pod without one."""
+    phase, step = progress.phase, progress.throughput.step
+    if requested is not None:
+        failure.write_record(OutputPaths(requested.output.folder).failure(ranks.rank), reason, phase, step)
+    if termination_log is not None:
+        failure.write_termination_log_once(failure.describe(reason, phase, step), termination_log)
+
+
 def read_resolved(path: Path, environ: Mapping[str, str]) -> TuningJob:
-    """Return the job that the parent process wrote to `path`; its hub token comes by the environment."""
+    """Return the job that the parent process wrote to `path`; its hub token comes from the environment."""
     try:
         given = parse(TuningJob, json.loads(read_text(path)), str(path))
     except json.JSONDecodeError as error:

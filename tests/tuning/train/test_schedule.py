@@ -13,7 +13,7 @@ from runtime.tuning.data.tokenize import TokenizedRow
 from runtime.tuning.precision import Precision
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.settings import Encoding, TuningJob
-from runtime.tuning.train.arguments import choose_layout, evaluate_on_the_way, make_plan, training_arguments
+from runtime.tuning.train.schedule import batch_plan, choose_layout, schedule_evaluations, trainer_arguments
 from runtime.tuning.training_arguments import DEFAULTS
 
 CPU = Hardware("cpu", "test", None, 8 << 30, 1)
@@ -31,7 +31,9 @@ def rows(count: int, length: int = 50) -> list[TokenizedRow]:
 def plan(
     job: TuningJob, count: int = 2000, world: int = 1, hardware: Hardware = CPU, length: int = 50
 ) -> BatchPlan:
-    return make_plan(job, rows(count, length), layout="packed", ranks=Ranks(world=world), hardware=hardware)
+    return batch_plan(
+        job, rows(count, length), layout="packed", ranks=Ranks(world_size=world), hardware=hardware
+    )
 
 
 def test_batch_size_times_accumulation_times_ranks_is_a_step() -> None:
@@ -72,7 +74,7 @@ def test_user_arguments_stand_over_ours_and_the_loops_over_both(tmp_path: Path) 
         "gradient_accumulation_steps": 8,
         "seed": 7,
     }
-    args = training_arguments(
+    args = trainer_arguments(
         job(given), tmp_path, precision=Precision("float32"), hardware=CPU, held_out=False
     )
     assert (args.learning_rate, args.seed, args.max_grad_norm) == (5e-5, 7, DEFAULTS["max_grad_norm"])
@@ -91,8 +93,8 @@ def test_the_held_out_loss_is_measured_on_the_way_as_often_as_is_cheap(
 ) -> None:
     given = job({"max_steps": max_steps})
     made = plan(given, 400, length=100)  # three epochs: 120,000 tokens, forward and twice as much backward
-    args = training_arguments(given, tmp_path, precision=Precision("float32"), hardware=CPU, held_out=True)
-    evaluate_on_the_way(args, made, held_out_tokens=held_out_tokens)
+    args = trainer_arguments(given, tmp_path, precision=Precision("float32"), hardware=CPU, held_out=True)
+    schedule_evaluations(args, made, held_out_tokens=held_out_tokens)
     steps = max_steps if max_steps > 0 else 3 * made.steps_per_epoch
     at = range(int(args.eval_steps), steps, int(args.eval_steps)) if args.eval_strategy == "steps" else ()
     assert len(at) == expected
@@ -101,7 +103,7 @@ def test_the_held_out_loss_is_measured_on_the_way_as_often_as_is_cheap(
 def test_evaluation_without_held_out_rows_is_switched_off(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    args = training_arguments(
+    args = trainer_arguments(
         job({"eval_strategy": "epoch"}),
         tmp_path,
         precision=Precision("float32"),

@@ -1,6 +1,7 @@
-"""From a job's settings to what the trainer is given: its arguments, and the plan of batches.
+"""A job's training schedule: how rows become steps and passes, when to evaluate, Trainer's arguments.
 
-Knows both our settings and transformers'. Start at `make_plan` and `training_arguments`.
+Knows both our settings and transformers'. Which keys a user may write, and their defaults, is
+runtime/tuning/training_arguments.py. Start at `batch_plan` and `trainer_arguments`.
 """
 
 import logging
@@ -9,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime import models
 from runtime.hardware import Hardware
 from runtime.tuning.data.batching import BatchPlan, Layout
-from runtime.tuning.data.tokenize import TokenizedRow
+from runtime.tuning.data.tokenize import MAX_TOKENS, TokenizedRow
 from runtime.tuning.model import packed_attention
 from runtime.tuning.precision import Precision
 from runtime.tuning.process.ranks import Ranks
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_TOKENS = 2048
-"""Longest row when the user sets none and the model would take more."""
-
 BUDGET_TOKENS = {"cpu": 1024, "cuda": 2048}
 """Tokens of a forward pass when the user sets no batch size: on a CPU more tokens are not faster."""
 
@@ -35,8 +32,11 @@ EVALUATIONS = 8
 EVALUATION_COST = 0.05
 """Most of a run's arithmetic that they may take."""
 
-_OURS = {"output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "save_total_limit"}
-_OURS |= {
+_NOT_PASSED_ON = {
+    "output_dir",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "save_total_limit",
     "resume_from_checkpoint",
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
@@ -44,22 +44,18 @@ _OURS |= {
     "fsdp_config",
     *REFUSED,
 }
+"""Arguments that our own loop implements, so that Trainer must not."""
 
 
-def longest_row(job: TuningJob) -> int:
-    """Return the most tokens of a row: the user's word, else what the model takes, up to MAX_TOKENS."""
-    return job.encoding.max_tokens or min(models.context_tokens(models.load_config(job.model)), MAX_TOKENS)
-
-
-def choose_layout(wanted: str, model_type: str) -> Layout:
-    """Return how rows lie: packed where an attention keeps documents apart, else sorted by length."""
-    able = model_type in packed_attention.FAMILIES
-    if wanted == "packed" and not able:
+def choose_layout(requested: str, model_type: str) -> Layout:
+    """Return "packed" where the attention keeps documents apart, else "sorted" (by length)."""
+    packable = model_type in packed_attention.FAMILIES
+    if requested == "packed" and not packable:
         log.warning("batching 'packed' is not safe for %s: rows are sorted by length", model_type)
-    return "packed" if able and wanted != "sorted" else "sorted"
+    return "packed" if packable and requested != "sorted" else "sorted"
 
 
-def make_plan(
+def batch_plan(
     job: TuningJob, rows: Sequence[TokenizedRow], *, layout: Layout, ranks: Ranks, hardware: Hardware
 ) -> BatchPlan:
     """Return how `rows` become steps.
@@ -75,14 +71,14 @@ def make_plan(
     if per_device is None:
         step_rows = min(EFFECTIVE_BATCH, max(4, len(rows) // STEPS_PER_EPOCH)) * accumulation
     else:
-        step_rows = per_device * accumulation * ranks.world
+        step_rows = per_device * accumulation * ranks.world_size
     return BatchPlan(
         lengths=tuple(len(row) for row in rows),
         targets=tuple(row.targets for row in rows),
         rows_per_step=min(step_rows, len(rows)),
         budget_tokens=max(budget, *(len(row) for row in rows)) if rows else budget,
         layout=layout,
-        world=ranks.world,
+        world=ranks.world_size,
         seed=training.get("data_seed") or training["seed"],
         drop_last=bool(training.get("dataloader_drop_last")),
     )
@@ -95,40 +91,35 @@ def pass_tokens(job: TuningJob, hardware: Hardware) -> int:
     per_device = job.training.get("per_device_train_batch_size")
     if per_device is None:
         return BUDGET_TOKENS[hardware.kind]
-    asked = int(per_device) * (job.encoding.max_tokens or MAX_TOKENS)
-    return min(asked, BUDGET_TOKENS["cpu"]) if hardware.kind == "cpu" else asked
+    tokens = int(per_device) * (job.encoding.max_tokens or MAX_TOKENS)
+    return min(tokens, BUDGET_TOKENS["cpu"]) if hardware.kind == "cpu" else tokens
 
 
-def asked_checkpointing(job: TuningJob) -> bool | None:
-    """Return the user's word on recomputing activations in the backward pass, None without one.
+def requested_checkpointing(job: TuningJob) -> bool | None:
+    """Return whether the job recomputes activations in the backward pass, None when it does not say.
 
-    The memory plan (fit.py) puts its own decision in the same place.
+    The memory plan (fit.py) writes its own decision to the same setting.
     """
-    asked = job.training.get("gradient_checkpointing", job.training.get("activation_checkpointing"))
-    return None if asked is None else bool(asked)
+    requested = job.training.get("gradient_checkpointing", job.training.get("activation_checkpointing"))
+    return None if requested is None else bool(requested)
 
 
-def training_arguments(
+def trainer_arguments(
     job: TuningJob, folder: Path, *, precision: Precision, hardware: Hardware, held_out: bool
 ) -> "TrainingArguments":
     """Return Trainer's arguments: the user's over our defaults, with what our loop needs fixed on top."""
     from transformers import TrainingArguments
 
     given: dict[str, Any] = {
-        key: value for key, value in {**DEFAULTS, **job.training}.items() if key not in _OURS
+        key: value for key, value in {**DEFAULTS, **job.training}.items() if key not in _NOT_PASSED_ON
     }
     if not held_out and given.get("eval_strategy", "no") != "no":
         log.warning("eval_strategy is without effect: no rows are held out (train_test_split)")
         given["eval_strategy"] = "no"
-    checkpointing = bool(asked_checkpointing(job))
-    training = job.training
-    chosen = training.get("activation_checkpointing_kwargs") or training.get("gradient_checkpointing_kwargs")
-    kwargs = {"use_reentrant": False, **(chosen or {})}
     fixed: dict[str, Any] = {
         "output_dir": str(folder),
         "gradient_accumulation_steps": 1,
-        "activation_checkpointing": checkpointing,
-        "activation_checkpointing_kwargs": kwargs if checkpointing else None,
+        **_checkpointing_arguments(job),
         "bf16": precision.bf16,
         "fp16": precision.fp16,
         "use_cpu": hardware.kind == "cpu",
@@ -146,8 +137,20 @@ def training_arguments(
     return TrainingArguments(**{**given, **fixed})
 
 
-def evaluate_on_the_way(args: "TrainingArguments", plan: BatchPlan, *, held_out_tokens: int) -> None:
-    """Have the held-out loss measured at even distances, as often as is cheap: a curve shows when it rises.
+def _checkpointing_arguments(job: TuningJob) -> dict[str, Any]:
+    training = job.training
+    given = training.get("activation_checkpointing_kwargs") or training.get("gradient_checkpointing_kwargs")
+    checkpointing = bool(requested_checkpointing(job))
+    return {
+        "activation_checkpointing": checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False, **(given or {})}
+        if checkpointing
+        else None,
+    }
+
+
+def schedule_evaluations(args: "TrainingArguments", plan: BatchPlan, *, held_out_tokens: int) -> None:
+    """Evaluate at even distances, as often as is cheap: a curve shows when the held-out loss rises.
 
     A step costs a forward and a backward pass, which is twice the forward one; an evaluation a forward pass.
     """
