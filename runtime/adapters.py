@@ -4,14 +4,17 @@ Plain files: `adapter_config.json` and `adapter_model.safetensors` (peft's forma
 registries, and needs torch only to save. Start at `check` and `save`.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from runtime import oci
 from runtime.errors import ConfigError
 from runtime.files import atomic_files, write_atomic
 from runtime.model_source import ModelSource
@@ -53,6 +56,28 @@ def find(root: Path) -> list[Path]:
         for folder in root.iterdir()
         if folder.is_dir() and ((folder / CONFIG_FILE).exists() or any(folder.glob("adapter_model.*")))
     )
+
+
+@contextlib.contextmanager
+def local_copy(reference: str, *, access: oci.Access, name: str | None = None) -> Iterator[Path]:
+    """Yield the folder with an adapter's two files: a directory, or an image, pulled while the block runs.
+
+    Raises ConfigError, which calls the adapter `name`, when `reference` is neither; RegistryError or
+    TransientError when the image cannot be pulled.
+    """
+    what = f"adapter {name or reference}"
+    folder = Path(reference)
+    if folder.is_dir():
+        yield folder
+        return
+    if oci.is_path(reference):
+        raise ConfigError(f"{what}: no directory {reference}")
+    with tempfile.TemporaryDirectory(prefix="adapter-") as scratch:
+        image = oci.pull(oci.parse(reference), Path(scratch) / "image", access=access)
+        configs = sorted(image.rglob(CONFIG_FILE), key=lambda path: len(path.parts))
+        if not configs:
+            raise ConfigError(f"{what}: {reference} holds no {CONFIG_FILE}")
+        yield configs[0].parent
 
 
 def check(folder: Path, *, base: str | None = None, max_rank: int | None = None) -> Adapter:

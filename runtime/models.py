@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime import logs, oci, packaged
 from runtime.errors import CapacityError, ConfigError, TransientError
+from runtime.files import cache_folder
 from runtime.hardware import Hardware, compute_dtype
 from runtime.model_source import ModelSource, Quantization
 
@@ -27,13 +28,6 @@ NEEDED_FILES = ("*.json", WEIGHTS, "*.model", "*.jinja", "*.txt", "*.py")
 
 FALLBACK_CONTEXT_TOKENS = 2048
 """Context of a model whose configuration does not state one."""
-
-
-def cache_folder() -> Path:
-    """Return the directory of what this project caches itself: $RUNTIME_CACHE, or in the user's cache."""
-    chosen = os.environ.get("RUNTIME_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(chosen) if chosen else Path(base) / "workspace-runtime"
 
 
 def locate(source: ModelSource, *, weights: bool = True) -> Path:
@@ -53,7 +47,7 @@ def locate(source: ModelSource, *, weights: bool = True) -> Path:
     cached = _from_hub(source, offline=True, weights=weights)
     if cached is not None:
         return cached
-    converted = cache_folder() / "models" / source.name
+    converted = cache_folder(os.environ) / "models" / source.name
     if source.package and (converted / "config.json").exists():
         return converted
     if not source.local_files_only:
@@ -214,7 +208,7 @@ def _from_image(name: str) -> Path:
     access = oci.from_environment(os.environ)
     reference = oci.parse(name)
     digest = oci.inspect(reference, access).digest
-    folder = cache_folder() / "images" / digest.removeprefix("sha256:")[:16]
+    folder = cache_folder(os.environ) / "images" / digest.removeprefix("sha256:")[:16]
     return oci.pull(replace(reference, tag=None, digest=digest), folder, access=access)
 
 

@@ -5,7 +5,6 @@ KAITO's schema. Start at `find` and `source`; a file is `[family]`, then one `[m
 that holds only what differs.
 """
 
-import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,9 +16,6 @@ from runtime import oci
 from runtime.config import Strict, nearest, parse, read_text, toml_document
 from runtime.errors import ConfigError
 from runtime.model_source import ModelSource
-
-_IMAGE = re.compile(r"oci:|docker://|(?:localhost|[^/]*[.:][^/]*)/[^@]*(?::[\w.-]+$|@sha256:)")
-"""An image rather than a repository id: a scheme, or a registry's host with a tag or digest at the end."""
 
 FOLDER = Path(__file__).resolve().parents[1] / "presets"
 """Where the files lie, in a checkout and in an installed wheel alike."""
@@ -163,7 +159,7 @@ def source(name: str) -> ModelSource:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{name}: no config.json in this directory, expected a Hugging Face model")
         return ModelSource(name=name, path=folder.resolve())
-    if _IMAGE.match(name):
+    if oci.is_image(name, or_repository_id=True):
         oci.parse(name.removeprefix("docker://"))
         return ModelSource(name=name, image=name.removeprefix("docker://"))
     owner, slash, repository = name.partition("/")

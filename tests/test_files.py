@@ -3,6 +3,7 @@
 import hashlib
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,77 @@ def test_a_lock_is_free_when_the_last_process_that_shares_it_ends(tmp_path: Path
     child.communicate()
     with files.locked(path, wait_s=0):
         pass
+
+
+def test_a_lock_of_a_folder_is_free_after_the_block(tmp_path: Path) -> None:
+    with files.locked(tmp_path), pytest.raises(BlockingIOError), files.locked(tmp_path, wait_s=0):
+        pass
+    with files.locked(tmp_path, wait_s=0):
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_of_a_file_that_is_not_finished(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), files.atomic_file(tmp_path / "x") as stream:
+        stream.write(b"half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_permissions_are_those_asked_for_or_the_umasks(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        for mode in (None, 0o600, 0o644):
+            files.write_atomic(tmp_path / str(mode), "x", mode=mode)
+    finally:
+        os.umask(before)
+    found = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert found == {"None": 0o640, str(0o600): 0o600, str(0o644): 0o644}
+
+
+def test_writers_of_one_file_at_once_do_not_mix(tmp_path: Path) -> None:
+    texts = [str(number) * 100_000 for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda text: files.write_atomic(tmp_path / "x", text), texts * 4))
+    assert (tmp_path / "x").read_text() in texts
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_folder_appears_whole_and_replaces_another(tmp_path: Path) -> None:
+    place = tmp_path / "deep" / "model"
+    for number in range(2):
+        with files.atomic_folder(place) as new:
+            (new / str(number)).touch(mode=0o600)
+            (new / "sub").mkdir()
+            assert place.exists() == bool(number)
+        assert sorted(path.name for path in place.iterdir()) == [str(number), "sub"]
+        assert (place / str(number)).stat().st_mode & 0o044, "others may read it too"
+    with pytest.raises(RuntimeError), files.atomic_folder(place) as new:
+        raise RuntimeError
+    assert [path.name for path in place.parent.iterdir()] == ["model"]
+    assert (place / "1").exists()
+
+
+def test_files_move_into_a_folder_the_named_one_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other").touch()
+    moved: list[str] = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, to: (moved.append(path.name), replace(path, to))[1])
+    with files.atomic_files(tmp_path, last="b") as scratch:
+        for name in ("a", "b", "c"):
+            (scratch / name).write_text(name)
+        assert {path.name for path in tmp_path.iterdir()} == {"other", scratch.name}
+    assert moved == ["a", "c", "b"]
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c", "other"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "folder"),
+    [
+        ({"RUNTIME_CACHE": "/r", "XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/r"),
+        ({"XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/x/workspace-runtime"),
+        ({"HOME": "/h"}, "/h/.cache/workspace-runtime"),
+        ({}, "/tmp/.cache/workspace-runtime"),
+    ],
+)
+def test_the_cache_is_where_the_environment_says(environ: dict[str, str], folder: str) -> None:
+    assert files.cache_folder(environ) == Path(folder)

@@ -3,14 +3,12 @@
 Knows flags. The work lies in runtime/merge.py. Start at `merge`.
 """
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from runtime import adapters, hardware, oci
-from runtime.errors import ConfigError
 from runtime.model_source import Dtype
 
 Adapter = Annotated[
@@ -33,15 +31,6 @@ def merge(
     """Add an adapter to its 16-bit base: the result is a plain model that transformers loads."""
     from runtime import merge as merging
 
-    with tempfile.TemporaryDirectory(prefix="adapter-") as scratch:
-        folder = Path(adapter)
-        if not folder.is_dir():
-            image = oci.pull(
-                oci.parse(adapter), Path(scratch) / "image", access=oci.from_environment(context.obj or {})
-            )
-            found = sorted(image.rglob(adapters.CONFIG_FILE), key=lambda path: len(path.parts))
-            if not found:
-                raise ConfigError(f"{adapter} holds no {adapters.CONFIG_FILE}")
-            folder = found[0].parent
+    with adapters.local_copy(adapter, access=oci.from_environment(context.obj or {})) as folder:
         base = merging.base_of(folder, model)
         typer.echo(merging.merge(folder, target, base=base, machine=hardware.detect(), dtype=dtype))

@@ -7,7 +7,7 @@ Start at images.py.
 from runtime.oci import checkpoints
 from runtime.oci.access import Access, Azure, from_environment
 from runtime.oci.images import ImageInfo, check_push, inspect, pull, push, push_image
-from runtime.oci.reference import Reference, parse
+from runtime.oci.reference import Reference, is_image, is_path, parse
 
 __all__ = [
     "Access",
@@ -18,6 +18,8 @@ __all__ = [
     "checkpoints",
     "from_environment",
     "inspect",
+    "is_image",
+    "is_path",
     "parse",
     "pull",
     "push",

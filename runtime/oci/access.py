@@ -8,12 +8,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.files import cache_folder
+
 MOUNTED = (
     Path("/root/.docker/config.json"),
     Path("/tmp/.docker/config/config.json"),  # noqa: S108 - where controllers v0.3.1 to v0.4.4 mount the secret
     Path("/root/.docker/config.d"),
 )
 """Where the controller's versions mount `imagePushSecret` and the adapters' `imagePullSecrets`."""
+
+
+@dataclass(frozen=True, slots=True)
+class CredentialPlace:
+    """A Docker config.json, or a folder of them."""
+
+    path: Path
+    origin: str
+    """Who writes it, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +84,6 @@ def from_environment(
     cache: Path | None = None,
 ) -> Access:
     """Return the access a process with this environment has; `files` are tried before all others."""
-    home = environment.get("HOME")
-    places = [*files]
-    if environment.get("REGISTRY_AUTH_FILE"):
-        places.append(Path(environment["REGISTRY_AUTH_FILE"]))
-    if environment.get("DOCKER_CONFIG"):
-        places.append(Path(environment["DOCKER_CONFIG"]))
-    if home:
-        places += _in_home(Path(home))
-    if environment.get("XDG_RUNTIME_DIR"):
-        places.append(Path(environment["XDG_RUNTIME_DIR"], "containers/auth.json"))
     azure = None
     if environment.get("AZURE_CLIENT_ID") or environment.get("AZURE_FEDERATED_TOKEN_FILE"):
         token_file = environment.get("AZURE_FEDERATED_TOKEN_FILE")
@@ -92,28 +93,43 @@ def from_environment(
             token_file=Path(token_file) if token_file else None,
             authority=environment.get("AZURE_AUTHORITY_HOST"),
         )
-    found = tuple(dict.fromkeys([*places, *MOUNTED]))
     if ca_file is None and not environment.get("REQUESTS_CA_BUNDLE") and environment.get("SSL_CERT_FILE"):
         ca_file = Path(environment["SSL_CERT_FILE"])  # as Go tools do; requests has its own variable
-    state = environment.get("XDG_CACHE_HOME") or (f"{home}/.cache" if home else None)
+    # Never in a folder that all users share: an address that another one planted there would get the upload.
+    private = any(environment.get(name) for name in ("RUNTIME_CACHE", "XDG_CACHE_HOME", "HOME"))
     return Access(
-        files=found,
+        files=tuple(dict.fromkeys([*files, *(place.path for place in credential_places(environment))])),
         azure=azure,
         insecure=insecure,
         ca_file=ca_file,
         cache=cache,
-        sessions=Path(state, "workspace-runtime/uploads") if state else None,
+        sessions=cache_folder(environment) / "uploads" if private else None,
     )
+
+
+def credential_places(environment: Mapping[str, str]) -> tuple[CredentialPlace, ...]:
+    """Return where registry credentials may lie for a process with this environment, in the order to try."""
+    places = [
+        CredentialPlace(Path(environment[name]), f"environment {name}")
+        for name in ("REGISTRY_AUTH_FILE", "DOCKER_CONFIG")
+        if environment.get(name)
+    ]
+    if home := environment.get("HOME"):
+        places += [
+            CredentialPlace(Path(home, ".docker/config.json"), "docker login"),
+            CredentialPlace(Path(home, ".docker/config.d"), "docker login"),
+            CredentialPlace(Path(home, ".config/containers/auth.json"), "podman login"),
+        ]
+    if runtime := environment.get("XDG_RUNTIME_DIR"):
+        places.append(CredentialPlace(Path(runtime, "containers/auth.json"), "podman login"))
+    by_path = {place.path: place for place in places}
+    return tuple((by_path | {path: CredentialPlace(path, "mounted secret") for path in MOUNTED}).values())
 
 
 def usual_places() -> tuple[Path, ...]:
     """Return where Docker, podman and the controller leave credentials for this user."""
     try:
-        places = _in_home(Path.home())
+        environment = {"HOME": str(Path.home())}
     except RuntimeError:  # a user id without a passwd entry and without HOME
-        places = []
-    return tuple(dict.fromkeys([*places, *MOUNTED]))
-
-
-def _in_home(home: Path) -> list[Path]:
-    return [home / ".docker/config.json", home / ".docker/config.d", home / ".config/containers/auth.json"]
+        environment = {}
+    return tuple(place.path for place in credential_places(environment))

@@ -14,14 +14,13 @@ from pathlib import Path
 from runtime.errors import RegistryError
 from runtime.oci import images
 from runtime.oci.access import DEFAULT, Access
-from runtime.oci.reference import DEFAULT_TAG, Reference
+from runtime.oci.reference import Reference, parse, with_suffix
 from runtime.oci.store import Manifest, Store
 
 log = logging.getLogger(__name__)
 
 _STEP = "sh.kaito.tuning.checkpoint.step"
 _JOB = "sh.kaito.tuning.checkpoint.job"
-_LONGEST_TAG = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +32,9 @@ class Checkpoint:
     """By digest, so that it stays the same one when the tag moves on."""
 
 
-def beside(output: Reference) -> Reference:
-    """Return the name of the checkpoint image for an output image."""
-    return _suffixed(output, "-checkpoint")
+def beside(output: str) -> str:
+    """Return the name of the checkpoint image for the output image `output`."""
+    return with_suffix(output, "-checkpoint")
 
 
 def push(folder: Path, reference: Reference, *, step: int, job: str, access: Access = DEFAULT) -> str | None:
@@ -89,11 +88,7 @@ def _keep_previous(store: Store, there: Manifest, reference: Reference) -> None:
 
 
 def _previous(reference: Reference) -> Reference:
-    return _suffixed(reference, "-previous")
-
-
-def _suffixed(reference: Reference, suffix: str) -> Reference:
-    return reference.tagged((reference.tag or DEFAULT_TAG)[: _LONGEST_TAG - len(suffix)] + suffix)
+    return parse(with_suffix(str(reference), "-previous"))
 
 
 def _step(manifest: Manifest, job: str) -> int | None:

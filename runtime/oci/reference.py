@@ -1,8 +1,9 @@
 """Names of images: `registry[:port]/repository[:tag][@digest]`, or `oci:DIRECTORY[:tag]` for a layout.
 
-Pure text: touches no disk and no network. Start at `parse`.
+Pure text: touches no disk and no network. Start at `parse`; `is_image` tells a name from a path.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,15 @@ _HOST = re.compile(r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9_.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:
 _PART = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_FORM = "registry/repository:tag, as in myregistry.azurecr.io/adapters/phi-3:0.0.1, or oci:DIRECTORY:tag"
+_LONGEST_TAG = 128
+_SCHEME = r"oci:|docker://"
+_REGISTRY = r"(?:localhost|[^/]*[.:][^/]*)/"
+_TAGGED = r":[\w.-]+$"
+_IMAGE = re.compile(rf"{_SCHEME}|{_REGISTRY}[^/]|[^/.~][^:]*/[^:/]+{_TAGGED}")
+"""A scheme, a registry's host before the first slash, or a tag."""
+_IMAGE_AND_NO_REPOSITORY_ID = re.compile(rf"{_SCHEME}|{_REGISTRY}[^@]*(?:{_TAGGED}|@sha256:)")
+"""A scheme, or a registry's host with a tag or digest at the end: owners on the hub may have a dot."""
+_EXPECTED = "registry/repository:tag, as in myregistry.azurecr.io/adapters/phi-3:0.0.1, or oci:DIRECTORY:tag"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,37 @@ class Reference:
         return replace(self, tag=tag, digest=None)
 
 
+def is_path(text: str) -> bool:
+    """Whether `text` is written as a path, absolute or from here or the home directory on."""
+    return text.startswith(("/", "./", "../", "~"))
+
+
+def is_image(text: str, *, or_repository_id: bool = False) -> bool:
+    """Whether `text` is an image rather than a directory or, with `or_repository_id`, a model on the hub.
+
+    Tells by the text alone: a directory that exists under that name is for the caller to find first.
+    """
+    pattern = _IMAGE_AND_NO_REPOSITORY_ID if or_repository_id else _IMAGE
+    return not is_path(text) and pattern.match(text) is not None
+
+
+def with_suffix(text: str, suffix: str) -> str:
+    """Return the image name `text` with `suffix` added to its tag ("latest" where it has none).
+
+    A digest is dropped, since the result is another image. A tag that gets too long is cut, and told from
+    others that begin alike by part of its digest. `text` need not be valid: examples hold placeholders.
+    """
+    scheme = "oci:" if text.startswith("oci:") else ""
+    name = text.removeprefix(scheme).partition("@sha256:")[0]
+    head, colon, tag = name.rpartition(":")
+    if not colon or "/" in tag:
+        head, tag = name, DEFAULT_TAG
+    if len(tag) + len(suffix) > _LONGEST_TAG:
+        suffix = f"-{hashlib.sha256(tag.encode()).hexdigest()[:8]}{suffix}"
+        tag = tag[: _LONGEST_TAG - len(suffix)]
+    return f"{scheme}{head}:{tag}{suffix}"
+
+
 def parse(text: str) -> Reference:
     """Return the reference that `text` names, ConfigError saying which part is wrong otherwise.
 
@@ -57,7 +97,7 @@ def parse(text: str) -> Reference:
     if text.startswith("oci:"):
         return _parse_layout(text)
     if text != text.strip() or not text:
-        raise ConfigError(f"image {text!r}: expected {_FORM}")
+        raise ConfigError(f"image {text!r}: expected {_EXPECTED}")
     if "://" in text:
         bare = text.split("://", 1)[1]
         raise ConfigError(f"image {text!r}: write it without the scheme, as {bare!r}")
@@ -112,7 +152,7 @@ def _check_names(text: str, registry: str, repository: str) -> None:
     host, _, port = registry.rpartition(":")
     if not _HOST.fullmatch(registry) or (host and port.isdigit() and not 0 < int(port) < 65536):
         raise ConfigError(
-            f"image {text!r}: {registry!r} is not a host name with an optional port; expected {_FORM}"
+            f"image {text!r}: {registry!r} is not a host name with an optional port; expected {_EXPECTED}"
         )
     if repository != repository.lower():
         lower = text.replace(repository, repository.lower())
@@ -123,5 +163,5 @@ def _check_names(text: str, registry: str, repository: str) -> None:
     if not all(_PART.fullmatch(part) for part in repository.split("/")) or len(repository) > 255:
         raise ConfigError(
             f"image {text!r}: repository {repository!r} is not made of lower-case letters, digits and single"
-            f" separators (. _ -) between slashes; expected {_FORM}"
+            f" separators (. _ -) between slashes; expected {_EXPECTED}"
         )

@@ -8,7 +8,6 @@ import contextlib
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,7 +132,7 @@ def add_adapter(served: ServedModel, source: AdapterSource, *, base: str | None,
     """
     if source.name in served.models():
         raise ConfigError(f"the name '{source.name}' is taken; served are {', '.join(served.models())}")
-    with _folder(source, access) as folder:
+    with adapters.local_copy(source.reference, access=access, name=source.name) as folder:
         _attach(served, source, folder, base)
     log.info("Adapter added: %s", source.name)
 
@@ -144,7 +143,8 @@ def _combined(served: ServedModel, config: ServeConfig, access: oci.Access) -> S
         parts: list[tuple[Path, float]] = []
         for source in config.adapters:
             try:
-                folder = stack.enter_context(_folder(source, access))
+                copy = adapters.local_copy(source.reference, access=access, name=source.name)
+                folder = stack.enter_context(copy)
                 _attach(served, source, folder, config.model.repository)
             except Failure as failure:
                 log.warning("Adapter refused: %s: %s", source.name, failure)
@@ -163,29 +163,6 @@ def _combined(served: ServedModel, config: ServeConfig, access: oci.Access) -> S
 def _attach(served: ServedModel, source: AdapterSource, folder: Path, base: str | None) -> None:
     adapters.check(folder, base=base)
     served.engine.add_adapter(source.name, folder, strength=source.strength)
-
-
-@contextlib.contextmanager
-def _folder(source: AdapterSource, access: oci.Access) -> Iterator[Path]:
-    """Give the directory that holds the adapter's files while the block runs, pulled where it is an image."""
-    folder = Path(source.reference)
-    if folder.is_dir():
-        yield folder
-    elif source.reference.startswith(("/", "./", "../")):
-        raise ConfigError(f"adapter {source.name}: no directory {source.reference}")
-    else:
-        # Read into memory by the engine and not needed afterwards.
-        with tempfile.TemporaryDirectory(prefix="adapter-") as scratch:
-            yield _pull(source, Path(scratch), access)
-
-
-def _pull(source: AdapterSource, scratch: Path, access: oci.Access) -> Path:
-    """Return the folder inside `scratch` that holds the pulled adapter's two files."""
-    image = oci.pull(oci.parse(source.reference), scratch / "image", access=access)
-    configs = sorted(image.rglob(adapters.CONFIG_FILE), key=lambda path: len(path.parts))
-    if not configs:
-        raise ConfigError(f"adapter {source.name}: {source.reference} holds no {adapters.CONFIG_FILE}")
-    return configs[0].parent
 
 
 def _format(config: ServeConfig, model: "PreTrainedModel") -> str:

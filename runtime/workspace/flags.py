@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from runtime import oci
 from runtime.config import nearest
 from runtime.errors import ConfigError
 from runtime.tuning import training_arguments
@@ -16,9 +17,6 @@ from runtime.tuning.settings import TuningJob
 from runtime.workspace.base_model import put_model
 from runtime.workspace.layers import LayeredSettings
 from runtime.workspace.sections import SECTIONS
-
-REFERENCE = re.compile(r"oci:|docker://|(?:localhost|[^/]*[.:][^/]*)/[^/]|[^/.~][^:]*/[^:/]+:[\w.-]+$")
-"""What is an image rather than a directory: a scheme, a registry's host before the first slash, or a tag."""
 
 
 def apply(settings: LayeredSettings, overrides: Mapping[str, Any], where: str) -> None:
@@ -50,9 +48,7 @@ def dotted(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_image(word: str) -> bool:
     """Whether `word` is an image reference; a path that exists, or starts like one, never is."""
-    if word.startswith(("/", "./", "../", "~")) or Path(word).exists():
-        return False
-    return bool(REFERENCE.match(word))
+    return oci.is_image(word) and not Path(word).exists()
 
 
 def _put(settings: LayeredSettings, name: str, value: Any) -> None:

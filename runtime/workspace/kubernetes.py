@@ -11,7 +11,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from runtime import ports
+from runtime import oci, ports
 from runtime.config import read_text
 from runtime.errors import EXIT_CODES, RETRIABLE, Failure, StoppedError
 from runtime.serving.settings import ServeConfig
@@ -71,7 +71,7 @@ def _tuning(workspace: Workspace, spec: TuningSpec, job: TuningJob, options: Pod
     name, nodes = workspace.metadata.name, workspace.resource.count
     arguments = ["tune", str(FILE)]
     if job.output.image:
-        arguments += ["--checkpoint-image", _beside(job.output.image)]
+        arguments += ["--checkpoint-image", oci.checkpoints.beside(job.output.image)]
     container = _container("tune", spec.preset, options, arguments)
     folder = job.data.folder or Path("/mnt/data")
     volumes = [
@@ -261,12 +261,6 @@ def _secrets(names: Iterable[str], container: Object) -> list[Object]:
     ]
     place = Path("/root/.docker/config.d")
     return [_volume("registries", {"projected": {"sources": sources}}, place, container)] if sources else []
-
-
-def _beside(image: str) -> str:
-    """Return the tag that the checkpoints of the adapter `image` have."""
-    last = image.rpartition("/")[2]
-    return f"{image}-checkpoint" if ":" in last else f"{image}:checkpoint"
 
 
 def _config_map(workspace: Workspace, text: str) -> Object:

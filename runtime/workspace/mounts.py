@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.files import cache_folder
+from runtime.oci.access import MOUNTED, credential_places
+
 WEIGHTS = ("/workspace/weights", "/workspace/tfs/weights", "/workspace/vllm/weights")
 """Model weights, baked into the image (before v0.5) or pulled by an init container."""
 
 PRESET_FILE = "preset.txt"
 """File beside baked weights with the name of their preset."""
-
-CREDENTIALS = ("/tmp/.docker/config/config.json", "/root/.docker/config.json", "/root/.docker/config.d")  # noqa: S108
-"""imagePushSecret as v0.3.1 to v0.4.4 mount it, as v0.3.0 does, and secrets of input images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +62,16 @@ class Mounts:
         return sorted(file.parent for file in folder.glob("*/adapter_config.json"))
 
     def credentials(self) -> tuple[Path, str] | None:
-        """Return the registry credentials to use and which rule found them, None when there are none."""
-        named = self.environ.get("DOCKER_CONFIG")
-        home, runtime = self.environ.get("HOME"), self.environ.get("XDG_RUNTIME_DIR")
-        places = [
-            (Path(named) / "config.json", "environment DOCKER_CONFIG") if named else None,
-            *((self.at(path), "mounted secret") for path in CREDENTIALS),
-            (Path(home) / ".docker/config.json", "docker login") if home else None,
-            (Path(runtime) / "containers/auth.json", "podman login") if runtime else None,
-        ]
-        return next((place for place in places if place and _is_there(place[0])), None)
+        """Return the registry credentials to use and who wrote them, None when there are none."""
+        for place in credential_places(self.environ):
+            path = self.at(place.path) if place.path in MOUNTED else place.path
+            if _is_there(path):
+                return path, place.origin
+        return None
 
     def cache(self) -> Path:
         """Return the directory for files that can be fetched again."""
-        home = self.environ.get("HOME") or "/tmp"  # noqa: S108
-        return Path(self.environ.get("XDG_CACHE_HOME") or Path(home) / ".cache") / "workspace-runtime"
+        return cache_folder(self.environ)
 
 
 def _is_there(path: Path) -> bool:

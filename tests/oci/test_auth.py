@@ -13,6 +13,7 @@ from oci.conftest import AzureLike, Started, docker_config, fresh, quick
 from runtime import oci
 from runtime.errors import ConfigError, RegistryError
 from runtime.oci import Access, Azure, from_environment
+from runtime.oci.access import credential_places
 from runtime.oci.credentials import NULL_GUID, find
 
 pytestmark = pytest.mark.system
@@ -209,6 +210,23 @@ def test_environment_names_the_places_in_order(tmp_path: Path) -> None:
     }
     assert access.azure is not None
     assert access.azure.token_file == Path("/var/run/token")
+
+
+def test_a_mounted_secret_is_called_so_wherever_the_home_is() -> None:
+    places = credential_places({"HOME": "/root", "XDG_RUNTIME_DIR": "/run/user/0"})
+    assert len({place.path for place in places}) == len(places)
+    origins = {str(place.path): place.origin for place in places}
+    assert origins["/root/.docker/config.json"] == "mounted secret"
+    assert origins["/root/.config/containers/auth.json"] == "podman login"
+    assert origins["/run/user/0/containers/auth.json"] == "podman login"
+
+
+def test_uploads_are_remembered_only_in_a_folder_of_the_users() -> None:
+    assert from_environment({"HOME": "/home/me"}).sessions == Path(
+        "/home/me/.cache/workspace-runtime/uploads"
+    )
+    assert from_environment({"RUNTIME_CACHE": "/cache/rt"}).sessions == Path("/cache/rt/uploads")
+    assert from_environment({}).sessions is None
 
 
 @pytest.mark.parametrize(

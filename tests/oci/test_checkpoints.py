@@ -15,9 +15,9 @@ pytestmark = pytest.mark.system
 @pytest.fixture(params=["registry", "layout"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Reference:
     if request.param == "layout":
-        return checkpoints.beside(oci.parse(f"oci:{tmp_path}/layout:v1"))
+        return oci.parse(checkpoints.beside(f"oci:{tmp_path}/layout:v1"))
     started: Started = request.getfixturevalue("open_registry")
-    return checkpoints.beside(fresh(started.host, "adapter"))
+    return oci.parse(checkpoints.beside(str(fresh(started.host, "adapter"))))
 
 
 @pytest.fixture

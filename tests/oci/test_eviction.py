@@ -73,7 +73,7 @@ def test_evicted_run_ends_with_the_bytes_of_the_uninterrupted_one(
     whole = tmp_path / "whole"
     uninterrupted = tune(tiny_llama_dir, data, whole)
 
-    image = checkpoints.beside(fresh(open_registry.host, "adapter"))
+    image = oci.parse(checkpoints.beside(str(fresh(open_registry.host, "adapter"))))
     first_node = tmp_path / "first-node"
     first = tune(tiny_llama_dir, data, first_node, "--checkpoint-image", str(image))
     deadline = time.monotonic() + 180

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import ConfigError
-from runtime.oci import Reference, parse
+from runtime.oci import Reference, checkpoints, is_image, parse
+from runtime.oci.reference import with_suffix
 
 DIGEST = "sha256:" + "ab" * 32
 
@@ -63,3 +64,40 @@ def test_wrong_reference_says_which_part(text: str, says: str) -> None:
 
 def test_tagged_changes_the_tag_alone() -> None:
     assert str(parse(f"r.io/a:1@{DIGEST}").tagged("1-checkpoint")) == "r.io/a:1-checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ("r.io/a:1", "r.io/a:1-checkpoint"),
+        ("r.io/a", "r.io/a:latest-checkpoint"),
+        ("127.0.0.1:5000/a", "127.0.0.1:5000/a:latest-checkpoint"),
+        (f"r.io/a:1@{DIGEST}", "r.io/a:1-checkpoint"),
+        (f"r.io/a@{DIGEST}", "r.io/a:latest-checkpoint"),
+        ("oci:out", "oci:out:latest-checkpoint"),
+        ("oci:/a:b/c:v1", "oci:/a:b/c:v1-checkpoint"),
+        ("X.azurecr.io/IMAGE_NAME_HERE:0.0.1", "X.azurecr.io/IMAGE_NAME_HERE:0.0.1-checkpoint"),
+    ],
+)  # fmt: skip
+def test_checkpoints_lie_beside_the_output(output: str, expected: str) -> None:
+    assert checkpoints.beside(output) == expected
+
+
+@pytest.mark.parametrize("length", [116, 117, 118, 128])
+def test_a_checkpoint_tag_is_never_too_long_and_never_anothers(length: int) -> None:
+    first, second = (f"r.io/a:{'t' * (length - 1)}{end}" for end in "ab")
+    tags = [parse(checkpoints.beside(output)).tag or "" for output in (first, second)]
+    tags += [
+        parse(with_suffix(checkpoints.beside(output), "-previous")).tag or "" for output in (first, second)
+    ]
+    assert len(set(tags)) == 4
+    assert all(len(tag) <= 128 for tag in tags)
+    assert tags[0].endswith("-checkpoint")
+    assert (tags[0] == f"{'t' * (length - 1)}a-checkpoint") == (length <= 117)
+
+
+def test_a_tag_alone_makes_an_image_only_where_no_repository_id_is_possible() -> None:
+    assert is_image("me/adapter:1")
+    assert not is_image("me/adapter:1", or_repository_id=True)
+    assert is_image("some.org/model-1.5")
+    assert not is_image("some.org/model-1.5", or_repository_id=True)
