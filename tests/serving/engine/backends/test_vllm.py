@@ -230,8 +230,8 @@ def test_close_ends_it(start: Start, folder: Path) -> None:
 
 def test_it_does_not_outlive_a_server_that_is_killed(program: Path, folder: Path) -> None:
     code = (
-        "import sys, time; from runtime.serving.engine.backends.vllm_process import VllmServer\n"
-        "VllmServer(sys.argv[1], [sys.argv[2], '--served-model-name=base']).wait_ready()\n"
+        "import sys, time; from runtime.serving.engine.backends.vllm_process import VllmProcess\n"
+        "VllmProcess(sys.argv[1], [sys.argv[2], '--served-model-name=base']).wait_ready()\n"
         "print('up', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(program), str(folder)]
