@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from runtime import oci
+from runtime import families, oci
 from runtime.config import Strict, nearest, parse, read_text, toml_document
 from runtime.errors import ConfigError
 from runtime.model_source import ModelSource
@@ -114,8 +114,6 @@ class Preset(Strict):
     """The files hold the output projection although it is tied to the embedding."""
     chat_template: str | None = None
     """Jinja text for models whose tokenizer brings none."""
-    fused_targets: dict[str, str] = {}
-    """Projections users name that this architecture has fused, or calls differently: theirs -> its own."""
     learning_rate: float = Field(2e-4, gt=0)
     """Peak step size for LoRA: 2e-4 up to 13B, 1e-4 above (arXiv:2305.14314, appendix B.2)."""
 
@@ -204,7 +202,7 @@ def _read(file: Path) -> list[Preset]:
     if document:
         raise ConfigError(f"{file}: unknown table '{next(iter(document))}'; known: family, models")
     return [
-        parse(Preset, _with_template(_merge(family, {"name": name, **facts})), f"{file}: {name}")
+        parse(Preset, _completed(_merge(family, {"name": name, **facts})), f"{file}: {name}")
         for name, facts in models.items()
     ]
 
@@ -218,9 +216,11 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _with_template(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return `facts` with the text of the chat template in place of its file name."""
-    if "chat_template" not in facts:
-        return facts
-    file = FOLDER / "chat_templates" / facts["chat_template"]
-    return {**facts, "chat_template": read_text(file)}
+def _completed(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return `facts` with what the family's record says, and the chat template's text for its file name."""
+    gated = families.find(str(facts.get("model_type"))).gated
+    completed = _merge({"dimensions": {"gated_mlp": gated}}, facts)
+    if "chat_template" in facts:
+        file = FOLDER / "chat_templates" / facts["chat_template"]
+        completed["chat_template"] = read_text(file)
+    return completed

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import presets
+from runtime import families, presets
 from runtime.errors import ConfigError
 from runtime.presets import Preset, all_presets, find, source
 
@@ -66,8 +66,9 @@ def test_class_and_parameters_are_those_of_transformers(preset: Preset) -> None:
         )
     assert counted == pytest.approx(preset.dimensions.parameters - other, rel=0.002)
     leaves = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    assert set(preset.fused_targets.values()) <= leaves
-    assert not set(preset.fused_targets) & leaves, "a name that exists must not be renamed"
+    renames = families.find(preset.model_type).renames
+    assert set(renames.values()) <= leaves
+    assert not set(renames) & leaves, "a name that exists must not be renamed"
 
 
 def _configuration(preset: Preset) -> object:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from runtime import families
 from runtime.cli import render
 from runtime.config import flatten
 from runtime.presets import Preset, all_presets, find
@@ -38,7 +39,8 @@ def presets(name: Name = None, as_json: AsJson = False) -> None:
 
 def _facts(preset: Preset) -> dict[str, Any]:
     facts = preset.model_dump(mode="json")
-    return {**facts, "parameters": preset.dimensions.parameters}
+    renames = families.find(preset.model_type).renames
+    return {**facts, "fused_targets": renames, "parameters": preset.dimensions.parameters}
 
 
 def _row(preset: Preset) -> tuple[str, ...]:

@@ -11,19 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime import models, presets
+from runtime import families, models, presets
 from runtime.config import read_text
 from runtime.errors import ConfigError
+from runtime.families import Family
 from runtime.model_source import ModelSource
 from runtime.presets import Dimensions
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of one number, by type."""
-
-_TIED_UNLESS_SAID = ("falcon", "gemma")
-"""Model types whose configuration ties the embeddings when it does not say; the others do not."""
-_WITHOUT_GATE = ("phi", "falcon", "gpt_neox", "gpt2", "opt")
-"""Model types whose MLP has two matrices."""
+_INTERMEDIATE = ("intermediate_size", "ffn_hidden_size", "ffn_dim")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +57,27 @@ class Shape:
     """Method by which the files are quantised already; None for whole weights."""
 
     @property
+    def family(self) -> Family:
+        """What is known of its model_type."""
+        return families.find(self.model_type)
+
+    @property
     def linears(self) -> tuple[Linear, ...]:
         """The linear modules of one layer under the names that the architecture gives them."""
         size = self.dimensions
-        attention = _ATTENTION.get(self.model_type, _attention_split)(size)
-        if size.experts > 1:  # experts are one tensor per layer, not linear modules
-            return attention
-        return attention + _MLP.get(self.model_type, _mlp_gated)(size)
+        hidden, wide = size.hidden, size.intermediate
+        queries, keys = size.heads * size.head_dim, size.kv_heads * size.head_dim
+        widths = {"q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys)}
+        widths["o_proj"] = (queries, hidden)
+        if size.experts == 1:  # experts are one tensor per layer, not linear modules
+            widths |= {"gate_proj": (hidden, wide), "up_proj": (hidden, wide), "down_proj": (wide, hidden)}
+        modules: dict[str, Linear] = {}
+        for name, path in self.family.projections.items():
+            if name in widths:
+                inputs, outputs = widths[name]
+                fused = modules[path].outputs if path in modules else 0
+                modules[path] = Linear(path, inputs, fused + outputs)
+        return tuple(modules.values())
 
     @property
     def linear_parameters(self) -> int:
@@ -124,27 +135,27 @@ def read(file: Path, *, name: str) -> Shape:
 
 def dimensions(text: Mapping[str, Any]) -> Dimensions:
     """Return what the configuration of a text model states; KeyError or TypeError for what it lacks."""
-    kind = str(text.get("model_type"))
+    family = families.find(str(text.get("model_type")))
     hidden, heads = int(text["hidden_size"]), int(_first(text, "num_attention_heads", "n_head"))
     window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
     return Dimensions(
         layers=int(_first(text, "num_hidden_layers", "n_layer")),
         hidden=hidden,
         heads=heads,
-        kv_heads=_kv_heads(text, heads),
+        kv_heads=_kv_heads(text, heads, family),
         head_dim=int(text.get("head_dim") or hidden // heads),
-        intermediate=int(text.get("intermediate_size") or text.get("ffn_hidden_size") or 4 * hidden),
+        intermediate=next((int(text[name]) for name in _INTERMEDIATE if text.get(name)), 4 * hidden),
         vocabulary=int(text["vocab_size"]),
-        tied_embeddings=bool(text.get("tie_word_embeddings", kind.startswith(_TIED_UNLESS_SAID))),
-        gated_mlp=kind not in _WITHOUT_GATE,
+        tied_embeddings=bool(text.get("tie_word_embeddings", family.tied_by_default)),
+        gated_mlp=family.gated,
         experts=int(text.get("num_local_experts") or text.get("num_experts") or 1),
         active_experts=int(text.get("num_experts_per_tok") or 1),
         sliding_window=int(window) if window else None,
     )
 
 
-def _kv_heads(text: Mapping[str, Any], heads: int) -> int:
-    if text.get("model_type") != "falcon":
+def _kv_heads(text: Mapping[str, Any], heads: int, family: Family) -> int:
+    if not family.multi_query:
         return int(text.get("num_key_value_heads") or heads)
     if text.get("new_decoder_architecture"):
         return int(text.get("num_kv_heads") or heads)
@@ -153,62 +164,3 @@ def _kv_heads(text: Mapping[str, Any], heads: int) -> int:
 
 def _first(text: Mapping[str, Any], *names: str) -> Any:
     return next((text[name] for name in names if text.get(name) is not None), None) or text[names[0]]
-
-
-def _widths(size: Dimensions) -> tuple[int, int, int]:
-    return size.hidden, size.heads * size.head_dim, size.kv_heads * size.head_dim
-
-
-def _attention_split(size: Dimensions, out: str = "o_proj") -> tuple[Linear, ...]:
-    hidden, queries, keys = _widths(size)
-    return (
-        Linear("self_attn.q_proj", hidden, queries),
-        Linear("self_attn.k_proj", hidden, keys),
-        Linear("self_attn.v_proj", hidden, keys),
-        Linear(f"self_attn.{out}", queries, hidden),
-    )
-
-
-def _attention_phi(size: Dimensions) -> tuple[Linear, ...]:
-    return _attention_split(size, "dense")
-
-
-def _attention_phi3(size: Dimensions) -> tuple[Linear, ...]:
-    hidden, queries, keys = _widths(size)
-    return (
-        Linear("self_attn.qkv_proj", hidden, queries + 2 * keys),
-        Linear("self_attn.o_proj", queries, hidden),
-    )
-
-
-def _attention_falcon(size: Dimensions) -> tuple[Linear, ...]:
-    hidden, queries, keys = _widths(size)
-    return (
-        Linear("self_attention.query_key_value", hidden, queries + 2 * keys),
-        Linear("self_attention.dense", queries, hidden),
-    )
-
-
-def _mlp_gated(size: Dimensions) -> tuple[Linear, ...]:
-    hidden, wide = size.hidden, size.intermediate
-    gate, up = Linear("mlp.gate_proj", hidden, wide), Linear("mlp.up_proj", hidden, wide)
-    return gate, up, Linear("mlp.down_proj", wide, hidden)
-
-
-def _mlp_phi3(size: Dimensions) -> tuple[Linear, ...]:
-    hidden, wide = size.hidden, size.intermediate
-    return Linear("mlp.gate_up_proj", hidden, 2 * wide), Linear("mlp.down_proj", wide, hidden)
-
-
-def _mlp_phi(size: Dimensions) -> tuple[Linear, ...]:
-    hidden, wide = size.hidden, size.intermediate
-    return Linear("mlp.fc1", hidden, wide), Linear("mlp.fc2", wide, hidden)
-
-
-def _mlp_falcon(size: Dimensions) -> tuple[Linear, ...]:
-    hidden, wide = size.hidden, size.intermediate
-    return Linear("mlp.dense_h_to_4h", hidden, wide), Linear("mlp.dense_4h_to_h", wide, hidden)
-
-
-_ATTENTION = {"phi": _attention_phi, "phi3": _attention_phi3, "falcon": _attention_falcon}
-_MLP = {"phi": _mlp_phi, "phi3": _mlp_phi3, "falcon": _mlp_falcon}

@@ -9,6 +9,7 @@ width, V vocabulary, r rank, b bytes of the compute type. Start at `parts`.
 from dataclasses import dataclass
 from typing import Literal
 
+from runtime.families import Family
 from runtime.memory.shape import BYTES, Shape
 
 CONTEXT_BYTES = {"cuda": 590 << 20, "cpu": 480 << 20}
@@ -195,24 +196,23 @@ def layer_bytes(shape: Shape, run: TuningRun) -> int:
     size, width, tokens = shape.dimensions, run.width, run.tokens
     hidden, wide = size.hidden, size.intermediate * size.active_experts
     queries, keys = size.heads * size.head_dim, size.kv_heads * size.head_dim
-    one_norm = shape.model_type in _ONE_NORM
-    norms = width * hidden if one_norm else 8 * hidden
-    if shape.model_type in _WRITTEN_OUT:
+    family = shape.family
+    norms = width * hidden if family.parallel else 8 * hidden
+    if family.written_out:
         norms = 2 * width * hidden
-    shared = one_norm and not (shape.model_type == "falcon" and size.kv_heads > 1)
+    shared = family.parallel and not (family.multi_query and size.kv_heads > 1)
     inputs = width * hidden * (1 if shared else 2)
     adapted = shape.adapted(run.targets)
     ranks = width * run.rank * len(adapted)
-    partial = shape.model_type in ("phi", "phi3")
-    attention = width * (3 * queries + 2 * keys if run.packed else (5 if partial else 4) * queries)
-    fused = any(linear.name in ("qkv_proj", "query_key_value") for linear in shape.linears)
-    if fused and run.packed:
+    masked = 5 if family.rope == "partial" else 4
+    attention = width * (3 * queries + 2 * keys if run.packed else masked * queries)
+    if family.joined_qkv and run.packed:
         attention += width * (queries + keys)
     row = min(run.row_tokens, tokens)
-    if shape.model_type == "falcon" and size.kv_heads == 1:
+    if family.multi_query and size.kv_heads == 1:
         attention = width * (3 * queries + 2 * keys) + 4 * size.heads * row
     mask = 0 if run.packed else width * row
-    mlp = width * wide * (2 if _mlp_is_one(shape, run) else _MLP_KEEPS.get(shape.model_type, 4))
+    mlp = width * wide * (2 if _mlp_is_one(shape, run) else _mlp_kept(family))
     return tokens * (norms + inputs + ranks + attention + mask + mlp + 4 * size.heads + 8)
 
 
@@ -220,16 +220,17 @@ def _mlp_is_one(shape: Shape, run: TuningRun) -> bool:
     """Whether tuning/model/fused_lora.py writes the MLP out."""
     inner = {linear.name for linear in shape.linears} & {"gate_proj", "up_proj", "gate_up_proj", "down_proj"}
     adapted = {linear.name for linear in shape.adapted(run.targets)}
-    return shape.model_type in _WRITTEN_OUT and not run.dropout and run.bits != 8 and inner <= adapted
+    return shape.family.written_out and not run.dropout and run.bits != 8 and inner <= adapted
 
 
-_WRITTEN_OUT = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "smollm3")
-"""Model types whose norms and MLPs tuning/model/fused_ops.py recognises."""
-_LOSS_IN_HEAD = (*_WRITTEN_OUT, "phi", "gemma")
-"""Model types whose output layer computes the loss: head.FAMILIES in tuning."""
+def _mlp_kept(family: Family) -> int:
+    """Return how many tensors of the MLP's width are kept where it is not one operation."""
+    if family.gated:
+        return 4
+    return {"gelu_new": 5, "gelu": 2}.get(family.activation or "", 4)
+
+
 _LOSS_CHUNK_BYTES = 128 << 20
-_ONE_NORM = ("phi", "falcon")
-_MLP_KEEPS = {"phi": 5, "falcon": 2}
 
 
 def activations(shape: Shape, run: TuningRun) -> MemoryItem:
@@ -252,7 +253,7 @@ def logits(shape: Shape, run: TuningRun) -> MemoryItem:
     """
     count = int(run.tokens * run.labelled_share)
     vocabulary = shape.dimensions.vocabulary
-    if shape.model_type not in _LOSS_IN_HEAD:
+    if not shape.family.plain_logits:
         return MemoryItem("logits", count * vocabulary * 12, f"{count} labels x {vocabulary} x 12 bytes")
     rows = min(count, max(1, _LOSS_CHUNK_BYTES // 4 // vocabulary))
     each = 4 if run.width == 4 else 4 + 2 * run.width

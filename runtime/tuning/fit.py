@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from runtime import hardware
+from runtime import families, hardware
 from runtime.errors import CapacityError, ConfigError
 from runtime.hardware import Hardware
 from runtime.memory import fitting
@@ -16,7 +16,6 @@ from runtime.memory.fitting import Adjustable, Forecast
 from runtime.memory.shape import Shape, of
 from runtime.memory.tuning import TuningRun
 from runtime.tuning.data.tokenize import MAX_TOKENS, TokenizedRow
-from runtime.tuning.model import packed_attention
 from runtime.tuning.precision import choose_dtype
 from runtime.tuning.settings import TuningJob
 from runtime.tuning.train.schedule import pass_tokens, requested_checkpointing
@@ -149,7 +148,7 @@ def _with_checkpointing(job: TuningJob, checkpointing: bool) -> TuningJob:
 
 
 def _run(job: TuningJob, shape: Shape, machine: Hardware, *, processes: int, row_tokens: int) -> TuningRun:
-    packed = shape.model_type in packed_attention.FAMILIES and job.encoding.batching != "sorted"
+    packed = families.find(shape.model_type).packed and job.encoding.batching != "sorted"
     quantization = job.quantization
     return TuningRun(
         tokens=max(row_tokens, pass_tokens(job, machine)),

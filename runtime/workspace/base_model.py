@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from runtime import presets
+from runtime import families, presets
 from runtime.config import describe, read_text
 from runtime.errors import ConfigError
 from runtime.model_source import ModelSource
@@ -168,10 +168,10 @@ def map_targets(settings: LayeredSettings) -> None:
 
 
 def _fused_targets(settings: LayeredSettings) -> dict[str, str]:
-    """Return the renames of the model's preset, or of the presets with its local files' architecture."""
+    """Return the renames of the family of the model's preset or local files; {} when neither tells it."""
     preset = presets.matching(ModelSource(name=settings.get("model.name") or ""))
     if preset is not None:
-        return preset.fused_targets
+        return families.find(preset.model_type).renames
     folder = settings.get("model.path")
     if folder is None:
         return {}
@@ -179,8 +179,7 @@ def _fused_targets(settings: LayeredSettings) -> dict[str, str]:
         kind = json.loads(read_text(Path(folder) / "config.json")).get("model_type")
     except json.JSONDecodeError:
         raise ConfigError(f"{folder}/config.json: not valid JSON") from None
-    alike = (preset for preset in presets.all_presets() if preset.model_type == kind)
-    return next((preset.fused_targets for preset in alike), {})
+    return families.find(str(kind)).renames
 
 
 def _join(names: Iterable[str]) -> str:

@@ -19,6 +19,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma": {"intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16},
     "phi": {"intermediate_size": 96},
     "phi3": {"intermediate_size": 96, "num_key_value_heads": 2, "pad_token_id": 0},
+    "gpt_neox": {"intermediate_size": 96},
+    "opt": {"ffn_dim": 96, "max_position_embeddings": 2, "word_embed_proj_dim": 64, "enable_bias": False},
     "falcon": {"ffn_hidden_size": 96, "multi_query": True, "new_decoder_architecture": False},
 }
 

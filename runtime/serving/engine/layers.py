@@ -80,7 +80,7 @@ class SideBySide(HooklessModule):
 
 
 class FusedAttention(HooklessModule):
-    """Attention of the `FUSED` families over flat tokens: one product for q, k and v, one rotation."""
+    """Attention of families with `own_layers` over flat tokens: one product for q, k and v, one rotation."""
 
     def __init__(self, name: str, source: Any, cache: SlotCache, layers: LayerFactory) -> None:
         super().__init__()

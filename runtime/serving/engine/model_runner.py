@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from runtime import hardware
+from runtime import families, hardware
 from runtime.errors import ConfigError
 from runtime.memory.shape import dimensions
 from runtime.serving.engine.batch import Batch, HostBatch, assemble, describe
@@ -32,7 +32,7 @@ from runtime.serving.engine.parallel.group import (
     Stop,
 )
 from runtime.serving.engine.parallel.shard import Shard
-from runtime.serving.engine.patch import UNSCALED, prepare
+from runtime.serving.engine.patch import prepare
 from runtime.serving.engine.rope import short_tokens
 from runtime.serving.engine.scheduler import StepPlan
 
@@ -123,7 +123,8 @@ class ModelRunner:
             self._step, LinearLayouts(twice=_is_small(model), kernels=kernels), group=self._group
         )
         prepare(model, self.cache, linears)
-        self._trunk = DecoderForward(model) if model.config.model_type in UNSCALED else None
+        own = families.find(model.config.model_type).engine == "decoder"
+        self._trunk = DecoderForward(model) if own else None
         cut = rank.shard.slice_adapter if rank is not None else None
         self.adapters = AdapterStore(
             linears.parts, dtype=model.dtype, device=model.device, cut=cut, own=kernels is not None

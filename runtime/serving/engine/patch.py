@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from runtime import families
 from runtime.serving.engine import rope
 from runtime.serving.engine.attention import register, use_slot_attention
 from runtime.serving.engine.kv_cache import SlotCache
@@ -17,18 +18,11 @@ from runtime.serving.engine.lora import LoraLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-UNSCALED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3"})
-"""Model types whose layers follow one another from the embedding on, with plain RMS norms."""
-FUSED = UNSCALED | {"gemma"}
-"""Model types whose attention is: project, optional norm per head, rotate, attend, project."""
-DRIVEN = FUSED | {"phi", "gemma2", "gemma3_text", "falcon"}
-"""Model types tested row by row against `generate`."""
-
 
 def refusal(model: "PreTrainedModel") -> str | None:
     """Return why the row engine cannot drive `model`, or None when it can."""
     config = model.config.get_text_config()
-    if model.config.model_type not in DRIVEN:
+    if families.find(model.config.model_type).engine is None:
         return f"architecture '{model.config.model_type}' is not one it knows"
     if getattr(config, "alibi", False):
         return "ALiBi positions"
@@ -37,18 +31,18 @@ def refusal(model: "PreTrainedModel") -> str | None:
 
 def prepare(model: "PreTrainedModel", cache: SlotCache, layers: LayerFactory) -> None:
     """Change `model` in place to run flat tokens over `cache`, its linear layers made by `layers`."""
-    kind = model.config.model_type
-    replaced = kind in FUSED or kind == "falcon"  # Falcon's class takes no other attention function
+    family = families.find(model.config.model_type)
+    replaced = family.own_layers or family.engine == "falcon"  # whose class takes no other attention function
     if not replaced:
         use_slot_attention(model)
     for name, module in list(model.named_modules()):
-        if kind == "falcon" and hasattr(module, "query_key_value"):
+        if family.engine == "falcon" and hasattr(module, "query_key_value"):
             _replace(model, name, FalconAttention(module, cache))
-        elif kind in FUSED and hasattr(module, "o_proj"):
+        elif family.own_layers and hasattr(module, "o_proj"):
             _replace(model, name, FusedAttention(name, module, cache, layers))
-        elif kind in FUSED and hasattr(module, "down_proj") and hasattr(module, "gate_proj"):
+        elif family.own_layers and hasattr(module, "down_proj") and hasattr(module, "gate_proj"):
             _replace(model, name, FusedMlp(name, module, layers, cache.kernels))
-        elif kind in UNSCALED and hasattr(module, "variance_epsilon"):
+        elif family.engine == "decoder" and hasattr(module, "variance_epsilon"):
             _replace(model, name, RMSNorm(module.weight, module.variance_epsilon, cache.kernels))
         elif not replaced and hasattr(module, "layer_idx") and hasattr(module, "config"):
             register(module.config, cache)

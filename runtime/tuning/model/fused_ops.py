@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runtime import families
 from runtime.tuning.data.batching import IGNORE
 from runtime.tuning.model import fused_lora
 from runtime.tuning.model.fused_lora import fuse
 
-FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "olmo2", "smollm3"})
-"""Model types whose logits are what the output layer returns, neither scaled nor capped."""
 CHUNK_BYTES = 128 << 20
 """Of float32 logits at a time."""
 
@@ -52,7 +51,7 @@ def install(model: Any) -> bool:
     """Let `model`'s output layer compute the loss, where its family and the layer allow; say whether."""
     layer = model.get_output_embeddings()
     plain = type(layer) is nn.Linear and not any(weight.requires_grad for weight in layer.parameters())
-    if model.config.model_type not in FAMILIES or not plain:
+    if not families.find(model.config.model_type).plain_logits or not plain:
         return False
     layer.forward = LossHead(layer)
     return True

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from runtime import families
 from runtime.config import nearest
 from runtime.errors import ConfigError
 from runtime.tuning.model import lora_init
@@ -22,21 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
-
-FUSED = {
-    "q_proj": ("qkv_proj", "query_key_value", "Wqkv"),
-    "k_proj": ("qkv_proj", "query_key_value", "Wqkv"),
-    "v_proj": ("qkv_proj", "query_key_value", "Wqkv"),
-    "o_proj": ("dense",),
-    "gate_proj": ("gate_up_proj",),
-    "up_proj": ("gate_up_proj", "dense_h_to_4h", "fc1"),
-    "down_proj": ("dense_4h_to_h", "fc2"),
-}
-"""Split projections, and what families that fuse or rename them call the module instead.
-
-KAITO names Llama's projections for Phi-3 too, whose modules are fused: peft would adapt two of four
-module kinds and say nothing.
-"""
 
 
 def attach(model: "PreTrainedModel", lora: Lora, *, checkpointing: bool = False) -> "PeftModel":
@@ -109,13 +95,16 @@ def linears(model: "nn.Module") -> set[str]:
 def resolve_targets(wanted: Sequence[str], present: Iterable[str]) -> tuple[str, ...]:
     """Return `wanted` with split projection names replaced by the fused ones that are `present`.
 
+    KAITO names Llama's projections for Phi-3 too, whose modules are fused: peft would adapt two of four
+    kinds of modules without a warning.
     ConfigError when a name matches nothing.
     """
     present = set(present)
     found: list[str] = []
     for name in wanted:
         last = name.rpartition(".")[2]
-        options = [name] if last in present else [other for other in FUSED.get(last, ()) if other in present]
+        others = families.modules_called(last)
+        options = [name] if last in present else [other for other in others if other in present]
         if not options:
             raise ConfigError(
                 f"target_modules: no linear layer '{name}' in this model{nearest(last, present)}; "

@@ -13,22 +13,6 @@ if TYPE_CHECKING:
 NAME = "documents"
 """What `model.set_attn_implementation` calls it, once `register` has run."""
 
-FAMILIES = frozenset(
-    {
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "phi",
-        "phi3",
-        "gemma",
-        "gemma3_text",
-        "olmo2",
-        "smollm3",
-    }
-)
-"""Model types whose attention goes through transformers' interface and was compared with separate rows."""
-
 
 def register() -> None:
     """Make `NAME` known to transformers; calling it again changes nothing."""

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime import families
 from runtime.hardware import Hardware
 from runtime.tuning.data.batching import BatchPlan, Layout
 from runtime.tuning.data.tokenize import MAX_TOKENS, TokenizedRow
-from runtime.tuning.model import packed_attention
 from runtime.tuning.precision import Precision
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.settings import TuningJob
@@ -49,7 +49,7 @@ _NOT_PASSED_ON = {
 
 def choose_layout(requested: str, model_type: str) -> Layout:
     """Return "packed" where the attention keeps documents apart, else "sorted" (by length)."""
-    packable = model_type in packed_attention.FAMILIES
+    packable = families.find(model_type).packed
     if requested == "packed" and not packable:
         log.warning("batching 'packed' is not safe for %s: rows are sorted by length", model_type)
     return "packed" if packable and requested != "sorted" else "sorted"

@@ -8,6 +8,7 @@ import pytest
 import transformers
 from transformers import AutoModelForCausalLM
 
+from runtime import families
 from runtime.errors import CapacityError
 from runtime.memory import serving
 from runtime.model_source import ModelSource
@@ -75,7 +76,7 @@ def test_a_longrope_model_gets_its_full_context() -> None:
 def test_a_longrope_model_served_one_at_a_time_gets_its_original_context(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.serving.engine.patch.DRIVEN", frozenset())
+    monkeypatch.delitem(families.FAMILIES, "phi3")  # type: ignore[arg-type]
     phi = transformers.Phi3Config(**SHAPE, original_max_position_embeddings=128, rope_parameters=LONGROPE)
     made = engine.create(config(), AutoModelForCausalLM.from_config(phi).eval())
     assert made.context_tokens == 128

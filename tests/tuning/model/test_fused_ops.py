@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from runtime import families
 from runtime.tuning.data.batching import IGNORE, collate
 from runtime.tuning.loss import batch_loss
 from runtime.tuning.model import fused_ops, packed_attention
@@ -94,7 +95,7 @@ def installed(model: Any) -> dict[str, int]:
 def test_loss_and_gradients_are_those_of_the_families_own_modules(family: str) -> None:
     model = adapted(family, Lora(r=4, alpha=6))
     assert installed(model) == FOUND[family]
-    same(model, packed=family in packed_attention.FAMILIES)
+    same(model, packed=families.find(family).packed)
 
 
 @pytest.mark.parametrize(

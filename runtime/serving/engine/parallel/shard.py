@@ -17,11 +17,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from runtime import families
 from runtime.errors import ConfigError
 from runtime.memory.shape import dimensions
 from runtime.serving.engine import rope
 from runtime.serving.engine.parallel.group import ROW_PARALLEL
-from runtime.serving.engine.patch import FUSED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -50,8 +50,8 @@ class Shard:
     def of(cls, config: "PreTrainedConfig", rank: int, world: int) -> "Shard":
         """Return the shard of `rank`; ConfigError, naming what is indivisible, when there is none."""
         text = config.get_text_config()
-        if config.model_type not in FUSED:
-            known = ", ".join(sorted(FUSED))
+        if not families.find(config.model_type).own_layers:
+            known = ", ".join(sorted(name for name, it in families.FAMILIES.items() if it.own_layers))
             raise ConfigError(f"--parallel tp does not know architecture '{config.model_type}', but {known}")
         if getattr(text, "quantization_config", None):
             raise ConfigError("--parallel tp divides whole weights, and this model's are quantised")

@@ -1,0 +1,189 @@
+"""What is known of each model family: one record per `model_type`, transformers' name of a configuration.
+
+The serving engine, the tuner, the memory plan and the presets read these records, so a further family of a
+known kind is one record here. Needs no torch; does not know single models or their sizes (presets.py).
+Start at `Family`; `find` also answers for a family without a record.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Engine = Literal["decoder", "layers", "attention", "falcon"]
+"""How the serving engine runs several sequences at once: with its own decoder forward, attention, MLP and
+norms; with its attention and MLP under transformers' forward; with transformers' modules, whose attention
+function alone is the engine's; or, as "layers", with its own attention for Falcon."""
+Norm = Literal["rms", "rms of 1 + weight", "layer"]
+Activation = Literal["silu", "gelu", "gelu_new", "gelu_pytorch_tanh"]
+"""transformers' names; "gelu_new" is spelled out in several operations."""
+
+QKV = ("q_proj", "k_proj", "v_proj")
+LLAMA = {
+    **{name: f"self_attn.{name}" for name in (*QKV, "o_proj")},
+    **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
+}
+"""Llama's linear modules. KAITO and many users name these for every family."""
+PHI = {
+    **{name: f"self_attn.{name}" for name in QKV},
+    "o_proj": "self_attn.dense",
+    "up_proj": "mlp.fc1",
+    "down_proj": "mlp.fc2",
+}
+PHI3 = {
+    **dict.fromkeys(QKV, "self_attn.qkv_proj"),
+    "o_proj": "self_attn.o_proj",
+    **dict.fromkeys(("gate_proj", "up_proj"), "mlp.gate_up_proj"),
+    "down_proj": "mlp.down_proj",
+}
+FALCON = {
+    **dict.fromkeys(QKV, "self_attention.query_key_value"),
+    "o_proj": "self_attention.dense",
+    "up_proj": "mlp.dense_h_to_4h",
+    "down_proj": "mlp.dense_4h_to_h",
+}
+GPT_NEOX = {
+    **dict.fromkeys(QKV, "attention.query_key_value"),
+    "o_proj": "attention.dense",
+    "up_proj": "mlp.dense_h_to_4h",
+    "down_proj": "mlp.dense_4h_to_h",
+}
+OPT = {
+    **{name: f"self_attn.{name}" for name in QKV},
+    "o_proj": "self_attn.out_proj",
+    "up_proj": "fc1",
+    "down_proj": "fc2",
+}
+MPT = {
+    **dict.fromkeys(QKV, "attn.Wqkv"),
+    "o_proj": "attn.out_proj",
+    "up_proj": "ffn.up_proj",
+    "down_proj": "ffn.down_proj",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """The facts about one `model_type`. The defaults are what is assumed of a family without a record."""
+
+    model_type: str
+    projections: Mapping[str, str]
+    """Llama's name of each linear module of a layer -> its path below the layer, in the model's order.
+    Names with one path are one fused module; an MLP without "gate_proj" has two matrices."""
+    norm: Norm | None = None
+    activation: Activation | None = None
+    """Of the MLP."""
+    parallel: bool = False
+    """Attention and MLP read the same norm, side by side; otherwise one follows the other."""
+    rope: Literal["whole", "partial"] = "whole"
+    """Whether the code can rotate only a part of each head."""
+    multi_query: bool = False
+    """The configuration chooses between one key-value head (one norm a layer), groups of heads (two norms)
+    and as many as queries, in Falcon's own terms."""
+    tied_by_default: bool = False
+    """The embeddings are tied where the configuration does not say."""
+    plain_logits: bool = False
+    """Logits are the output layer's result, neither scaled nor capped: that layer can compute the loss."""
+    packed: bool = False
+    """Attention goes through transformers' interface, and packed rows were compared with separate ones."""
+    engine: Engine | None = None
+    """What drives it when sequences are served together, compared with `generate`; None: one at a time."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate: three matrices rather than two."""
+        return "gate_proj" in self.projections
+
+    @property
+    def renames(self) -> dict[str, str]:
+        """Llama's names of the modules that this family fuses or calls otherwise -> its own."""
+        own = {name: path.rpartition(".")[2] for name, path in self.projections.items()}
+        return {name: its for name, its in own.items() if its != name}
+
+    @property
+    def joined_qkv(self) -> bool:
+        """Whether queries, keys and values come from one module."""
+        return self.projections["q_proj"] == self.projections["v_proj"]
+
+    @property
+    def written_out(self) -> bool:
+        """Whether the tuner computes norms and MLPs in operations of its own (tuning/model/fused_ops.py)."""
+        return self.norm == "rms" and self.activation == "silu"
+
+    @property
+    def own_layers(self) -> bool:
+        """Whether the serving engine replaces attention and MLP by its own modules.
+
+        Attention must be: project, optional norm per head, rotate, attend, project; the MLP gated.
+        """
+        return self.engine in ("decoder", "layers")
+
+
+_LLAMA = Family(
+    model_type="llama",
+    projections=LLAMA,
+    norm="rms",
+    activation="silu",
+    plain_logits=True,
+    packed=True,
+    engine="decoder",
+)
+_GEMMA = Family(
+    model_type="gemma",
+    projections=LLAMA,
+    norm="rms of 1 + weight",
+    activation="gelu_pytorch_tanh",
+    tied_by_default=True,
+)
+
+_RECORDS = (
+    _LLAMA,
+    replace(_LLAMA, model_type="mistral"),
+    replace(_LLAMA, model_type="qwen2"),
+    replace(_LLAMA, model_type="qwen3"),
+    replace(_LLAMA, model_type="phi3", projections=PHI3, rope="partial"),
+    replace(_LLAMA, model_type="olmo2", engine=None),  # norms stand after attention and MLP
+    replace(_LLAMA, model_type="smollm3", engine=None, tied_by_default=True),  # some layers do not rotate
+    Family(
+        model_type="phi",
+        projections=PHI,
+        norm="layer",
+        activation="gelu_new",
+        parallel=True,
+        rope="partial",
+        plain_logits=True,
+        packed=True,
+        engine="attention",
+    ),
+    Family(
+        model_type="falcon",
+        projections=FALCON,
+        norm="layer",
+        activation="gelu",
+        parallel=True,
+        multi_query=True,
+        tied_by_default=True,
+        engine="falcon",
+    ),
+    replace(_GEMMA, plain_logits=True, packed=True, engine="layers"),  # its embedding is scaled
+    replace(_GEMMA, model_type="gemma2", engine="attention"),  # scores and logits are capped
+    replace(_GEMMA, model_type="gemma3_text", packed=True, engine="attention"),
+    *(replace(_GEMMA, model_type=name) for name in ("gemma3", "gemma3n", "gemma3n_text")),
+    *(replace(_GEMMA, model_type=name) for name in ("gemma4", "gemma4_text")),
+    Family(model_type="gpt_oss", projections=LLAMA, norm="rms"),  # its MLP is experts, one tensor a layer
+    Family(model_type="gpt_neox", projections=GPT_NEOX, norm="layer"),
+    Family(model_type="opt", projections=OPT, norm="layer", tied_by_default=True),
+    Family(model_type="mpt", projections=MPT, norm="layer", tied_by_default=True),
+)
+FAMILIES: Mapping[str, Family] = {record.model_type: record for record in _RECORDS}
+
+
+def find(model_type: str) -> Family:
+    """Return the record of `model_type`; without one, a family with Llama's modules and nothing tested."""
+    return FAMILIES.get(model_type) or Family(model_type=model_type, projections=LLAMA)
+
+
+def modules_called(projection: str) -> tuple[str, ...]:
+    """Return what families call the module that Llama calls `projection`, its own name left out."""
+    return tuple(
+        dict.fromkeys(family.renames[projection] for family in _RECORDS if projection in family.renames)
+    )
