@@ -45,8 +45,10 @@ class SplitDataset:
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """What the steps up to the end of training have produced."""
+    """What the steps up to the second evaluation have produced."""
 
+    job: TuningJob
+    """With the settings that the hardware, the data and the memory plan have decided."""
     data: SplitDataset
     tokenized: TokenizedSplit
     training: TrainingSetup
@@ -54,7 +56,6 @@ class JobResult:
     before: Evaluation
     after: Evaluation
     planned_memory_bytes: int | None
-    seconds: float
 
 
 def run(
@@ -70,7 +71,7 @@ def run(
     A finished job is only published again; an interrupted one resumes from its newest complete checkpoint.
     Raises the Failure that ended it; StoppedError after SIGTERM and a checkpoint.
     """
-    machine = hardware.detect()
+    started, machine = time.monotonic(), hardware.detect()
     device = hardware.device(machine, ranks.local_rank)
     ranks.init_process_group(device)
     if ranks.broadcast(output.is_done(requested)):  # rank 0's: other nodes may have disks of their own
@@ -80,10 +81,10 @@ def run(
     job, precision = settle(requested, machine)
     job = fit.shorten(job, machine, processes=ranks.local_world_size)
     rank = RankSetup(machine, device, precision, ranks, stop, progress)
-    job, result = _tune(requested, job, rank, access)
+    result = _tune(requested, job, rank, access)
     if ranks.is_main:
         progress.enter("save")
-        _save(requested, job, result)
+        _save(requested, result, seconds=time.monotonic() - started)
         progress.enter("publish")
         publish.publish(requested, access)
         if (registry := result.training.callbacks.checkpoint.registry) is not None:
@@ -93,11 +94,9 @@ def run(
         output.mark_finished(requested)  # on a disk of its own: a rerun of this node returns at once
 
 
-def _tune(
-    requested: TuningJob, job: TuningJob, rank: RankSetup, access: oci.Access
-) -> tuple[TuningJob, JobResult]:
-    """Read the data, train and evaluate; returns the job as the data and the memory settled it."""
-    started, ranks, progress = time.monotonic(), rank.ranks, rank.progress
+def _tune(requested: TuningJob, job: TuningJob, rank: RankSetup, access: oci.Access) -> JobResult:
+    """Read and tokenize the data, then evaluate, train and evaluate again."""
+    ranks, progress = rank.ranks, rank.progress
     progress.enter("data")
     data = _read(job, ranks, access)
     progress.enter("encode")
@@ -118,8 +117,7 @@ def _tune(
     setup.run_training(training, folder=OutputPaths(job.output.folder).checkpoints, fingerprint=fingerprint)
     progress.enter("evaluate")
     after = evaluate(training, questions)
-    seconds = time.monotonic() - started
-    return job, JobResult(data, tokenized, training, questions, before, after, planned, seconds)
+    return JobResult(job, data, tokenized, training, questions, before, after, planned)
 
 
 def _read(job: TuningJob, ranks: Ranks, access: oci.Access) -> SplitDataset:
@@ -153,10 +151,11 @@ def _tokenize(
     return job, TokenizedSplit(train, held_out)
 
 
-def _save(requested: TuningJob, job: TuningJob, result: JobResult) -> None:
+def _save(requested: TuningJob, result: JobResult, *, seconds: float) -> None:
     """Write the adapter, the report, and last of all the sentinel that a pusher waits for."""
-    summary = report.build(job, result.data.dataset, result.tokenized, _outcome(result))
-    paths, training = OutputPaths(job.output.folder), result.training
+    job, training = result.job, result.training
+    summary = report.build(job, result.data.dataset, result.tokenized, _outcome(result, seconds))
+    paths = OutputPaths(job.output.folder)
     paths.sentinel.unlink(missing_ok=True)
     paths.finished.unlink(missing_ok=True)
     adapters.save(
@@ -173,8 +172,8 @@ def _save(requested: TuningJob, job: TuningJob, result: JobResult) -> None:
     log.info("adapter and report are in %s", paths.folder)
 
 
-def _outcome(result: JobResult) -> report.Outcome:
-    """Gather what training changed."""
+def _outcome(result: JobResult, seconds: float) -> report.Outcome:
+    """Gather the results for the report."""
     training, before, after = result.training, result.before, result.after
     rank = training.rank
     return report.Outcome(
@@ -186,7 +185,7 @@ def _outcome(result: JobResult) -> report.Outcome:
             report.Sample(question.messages[-2]["content"], question.messages[-1]["content"], old, new)
             for question, old, new in zip(result.questions, before.answers, after.answers, strict=True)
         ),
-        seconds=result.seconds,
+        seconds=seconds,
         tokens_per_s=training.throughput.tokens_per_s,
         peak_memory_bytes=memory_bytes(),
         planned_memory_bytes=result.planned_memory_bytes,

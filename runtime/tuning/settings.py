@@ -1,6 +1,6 @@
-"""What a tuning job is: everything `job.run` needs, resolved, checked and serialisable as JSON.
+"""The settings of a tuning job: everything `job.run` needs, resolved, checked and serialisable as JSON.
 
-Does not know KAITO's schema (runtime/workspace.py turns a Workspace into a job), the environment or
+Does not know KAITO's schema (runtime/workspace turns a Workspace into a job), the environment or
 torch. The parent process writes a `TuningJob` to a file, and each torchrun worker reads it back.
 """
 
@@ -29,7 +29,7 @@ class DataSource(Strict):
     file: Path | None = None
     """One file to use instead of all files in `folder`."""
     extension: Literal["parquet", "json", "jsonl", "csv", "arrow"] | None = None
-    """File format, when names do not tell."""
+    """File format, when file names do not show it."""
     messages_column: str | None = None
     """Column with a list of messages; found by name when None."""
     context_column: str | None = None
@@ -65,7 +65,7 @@ class Lora(Strict):
     """The adapter's shape (peft.LoraConfig)."""
 
     r: int = Field(16, ge=1)
-    """Rank. Serving engines commonly accept up to 16 without being told."""
+    """Rank. Serving engines commonly accept up to 16 by default."""
     alpha: int = Field(16, ge=1)
     """Scale: the update is alpha / r times B A."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -80,13 +80,13 @@ class Output(Strict):
     """Where results go."""
 
     folder: Path = Path("/mnt/results")
-    """Directory of the adapter, the report and the sentinel; checkpoints lie below it."""
+    """Directory of the adapter, the report and the sentinel; checkpoints are below it."""
     image: str | None = None
     """Reference to push to: `registry/repository:tag`, or `oci:DIRECTORY[:tag]` for a layout on disk."""
     checkpoint_image: str | None = None
-    """Reference to keep checkpoints under, such as `…:TAG-checkpoint`, for nodes whose disk does not stay."""
+    """Reference to keep checkpoints under, such as `…:TAG-checkpoint`, for nodes whose disk is not kept."""
     keep_checkpoint_image: bool = False
-    """Leave the checkpoint image in its registry after success."""
+    """Keep the checkpoint image in its registry after success."""
     credentials: Path | None = None
     """Docker config.json (or a directory of them) with the registry's credentials."""
     insecure: bool = False
@@ -94,7 +94,7 @@ class Output(Strict):
 
 
 class TuningJob(Strict):
-    """One tuning run, whole: the same job run twice gives the same bytes."""
+    """All settings of one tuning run: the same job run twice gives the same bytes."""
 
     name: str
     """The Workspace's name; shown in logs, never used as a path."""
@@ -109,19 +109,19 @@ class TuningJob(Strict):
     training: dict[str, Any] = {}
     """transformers.TrainingArguments, resolved: defaults of ours and of the preset under the user's."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """On several GPUs: each holds the base model whole, or (FSDP2) a slice of it. The adapter is the same."""
+    """On several GPUs: each holds the whole base model, or (FSDP2) a shard of it. The adapter is the same."""
     output: Output = Output()
     fit: Literal["refuse", "adapt", "shorten"] = "refuse"
-    """When the memory plan says no: stop; or take smaller passes and checkpointing whatever the training
-    arguments say (the same steps in more passes); or cut rows shorter too."""
+    """When the memory plan does not fit: stop; or use smaller passes and gradient checkpointing whatever the
+    training arguments are (the same steps in more passes); or also cut rows shorter."""
     tokens_per_pass: int | None = Field(None, ge=8)
     """Most tokens of one forward pass on one rank; None is batch size times max_tokens, or a default where
-    no batch size is set, and less where the memory plan says so. A longer row goes alone."""
+    no batch size is set, and less where the memory plan requires it. A longer row is a pass of its own."""
     checkpoint_minutes: float | None = Field(10.0, gt=0)
-    """Minutes between checkpoints, whatever `save_strategy` says; None forbids them."""
+    """Minutes between checkpoints, whatever `save_strategy` is; None disables them."""
     sources: dict[str, str] = Field({}, repr=False)
-    """Where each setting came from, by its dotted name; told in the report, decides nothing."""
+    """Where each setting came from, by its dotted name; shown in the report only."""
     metrics_port: int | None = Field(ports.CONTROLLER, ge=0, le=65535)
-    """Port of /metrics and /health while the job runs (plus LOCAL_RANK); None answers nobody."""
+    """Port of /metrics and /health while the job runs (plus LOCAL_RANK); None disables them."""
     hub_token: SecretStr | None = Field(None, exclude=True)
     """Hugging Face token; never written to a file, so workers read it from their environment."""

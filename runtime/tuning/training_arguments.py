@@ -1,8 +1,8 @@
-"""Which `TrainingArguments` a user may write, of what type, and what they are when nobody says.
+"""The table of `TrainingArguments` keys: which a user may write, their types and our defaults.
 
-The table is transformers' own class written down, so that a manifest is checked without importing it
-(a test holds the two equal). Names of trl's `SFTConfig` and of transformers 4 are understood too.
-Does not know files or manifests. Start at `check`; `elsewhere` gives what belongs in other settings.
+It is a copy of transformers' own class, so that a manifest is checked without importing it (a test holds the
+two equal). Names of trl's `SFTConfig` and of transformers 4 are accepted too. Does not know files or
+manifests; what the trainer is given is train/schedule.py. Start at `check`, then `sft_settings`.
 """
 
 import math
@@ -14,13 +14,13 @@ from runtime.errors import ConfigError
 from runtime.tuning import loggers
 
 DEFAULTS: dict[str, Any] = {
-    # QLoRA's step size up to 13B (arXiv:2305.14314, appendix B.2, table 9).
+    # QLoRA's learning rate up to 13B (arXiv:2305.14314, appendix B.2, table 9).
     "learning_rate": 2e-4,
     # transformers' own number of passes, and KAITO's.
     "num_train_epochs": 3.0,
-    # Share of all steps (below 1) that the step size rises in: QLoRA, same table.
+    # Share of all steps (below 1) in which the learning rate rises: QLoRA, same table.
     "warmup_steps": 0.03,
-    # Falls to 0: short runs end at a lower held-out loss than with QLoRA's constant step size.
+    # Falls to 0: short runs end at a lower held-out loss than with QLoRA's constant learning rate.
     "lr_scheduler_type": "cosine",
     # QLoRA clips the gradient's norm here (appendix B.2).
     "max_grad_norm": 0.3,
@@ -34,7 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "save_strategy": "no",
     "save_total_limit": 2,
 }
-"""Our defaults, under the preset's and the user's. Where absent, transformers' own default holds."""
+"""Our defaults; the preset's and the user's override them. transformers' own apply to other keys."""
 
 EFFECTIVE_BATCH = 16
 """Rows of one optimizer step over all ranks when the user sets no batch size (QLoRA, table 9)."""
@@ -175,7 +175,7 @@ KINDS: dict[str, str] = {
 """Every argument of transformers 5.23's class: a type name (`?`: may be null) or its choices."""
 
 RENAMED = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps", "no_cuda": "use_cpu"}
-"""Names of transformers 4 that only changed."""
+"""Names of transformers 4 for arguments that were only renamed."""
 
 _OBSOLETE = (
     "overwrite_output_dir save_safetensors logging_dir group_by_length fp16_opt_level half_precision_backend "
@@ -185,7 +185,7 @@ _OBSOLETE = (
     "train_sampling_strategy"
 )
 OBSOLETE = frozenset(_OBSOLETE.split())
-"""Accepted and without effect: their job is done always, or by our own encoding and batching."""
+"""Accepted without effect: what they do is always done, or done by our own encoding and batching."""
 
 REFUSED = {
     "deepspeed": "DeepSpeed is not part of this image; several GPUs work through DDP",
@@ -193,7 +193,7 @@ REFUSED = {
     "parallelism_config": "tensor and context parallelism are not supported here",
     "hub_token": "a token must not stand in a file; set the environment variable HF_TOKEN",
 }
-"""Arguments that are errors when they ask for something."""
+"""Arguments that are errors unless they are empty or false."""
 
 SFT = frozenset(
     {
@@ -205,9 +205,9 @@ SFT = frozenset(
         "dataset_text_field",
     }
 )
-"""Names of trl's SFTConfig that say something about rows: see `elsewhere`."""
+"""Names of trl's SFTConfig for how rows are encoded: see `sft_settings`."""
 
-_WORDS = {
+_BOOLEANS = {
     "true": True,
     "yes": True,
     "on": True,
@@ -222,7 +222,7 @@ _WORDS = {
 def check(training: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the section's `TrainingArguments`, each of its right type; ConfigError for the first wrong one.
 
-    SFTConfig's names for rows are taken out (`elsewhere` gives them) and obsolete ones dropped.
+    SFTConfig's names for rows are left to `sft_settings`, and obsolete ones are dropped.
     `where` names the file and section in errors.
     """
     checked: dict[str, Any] = {}
@@ -237,12 +237,12 @@ def check(training: Mapping[str, Any], where: str) -> dict[str, Any]:
             expected = hint or "; expected an argument of transformers.TrainingArguments"
             raise ConfigError(f"{where}: unknown key '{written}'{expected}")
         checked[name] = _value(value, KINDS[name], f"{where}: '{written}'")
-    _ranges(checked, where)
+    _check_ranges(checked, where)
     return checked
 
 
-def elsewhere(training: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
-    """Return what SFTConfig's names in the section mean for {"encoding": {...}, "data": {...}}."""
+def sft_settings(training: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """Return the settings {"encoding": {...}, "data": {...}} for SFTConfig's names in the section."""
     encoding: dict[str, Any] = {}
     data: dict[str, Any] = {}
     for name in ("max_length", "max_seq_length"):
@@ -263,7 +263,7 @@ def elsewhere(training: Mapping[str, Any], where: str) -> dict[str, dict[str, An
 
 
 def _value(value: Any, kind: str, what: str) -> Any:
-    """Return `value` as `kind`, which is a word, a word with `?` (null allowed) or choices with `|`."""
+    """Return `value` as `kind`: the name of a type, with `?` where null is allowed, or choices with `|`."""
     if kind.endswith("?"):
         if value is None or value == "null":
             return None
@@ -271,10 +271,10 @@ def _value(value: Any, kind: str, what: str) -> Any:
     if "|" in kind:
         return _choice(value, kind.split("|"), what)
     if kind == "bool":
-        found = value if isinstance(value, bool) else _WORDS.get(str(value).strip().lower())
-        if found is None:
+        boolean = value if isinstance(value, bool) else _BOOLEANS.get(str(value).strip().lower())
+        if boolean is None:
             raise ConfigError(f"{what} is {describe(value)}, expected true or false")
-        return found
+        return boolean
     if kind in ("int", "float"):
         return _number(value, kind, what)
     if kind == "list":
@@ -284,17 +284,17 @@ def _value(value: Any, kind: str, what: str) -> Any:
             raise ConfigError(f"{what} is {describe(value)}, expected keys and values")
         return dict(value)
     if isinstance(value, Mapping | list) or value is None:
-        raise ConfigError(f"{what} is {describe(value)}, expected a word")
+        raise ConfigError(f"{what} is {describe(value)}, expected a string")
     return str(value)
 
 
 def _choice(value: Any, choices: list[str], what: str) -> str:
     # YAML 1.1 readers upstream may have turned an unquoted `no` into false already.
-    word = "no" if value is False and "no" in choices else str(value).strip()
-    if word not in choices:
-        hint = nearest(word, choices) or f", expected one of {', '.join(choices)}"
+    choice = "no" if value is False and "no" in choices else str(value).strip()
+    if choice not in choices:
+        hint = nearest(choice, choices) or f", expected one of {', '.join(choices)}"
         raise ConfigError(f"{what} is {describe(value)}{hint}")
-    return word
+    return choice
 
 
 def _number(value: Any, kind: str, what: str) -> int | float:
@@ -303,19 +303,19 @@ def _number(value: Any, kind: str, what: str) -> int | float:
     except (TypeError, ValueError):
         number = None
     if number is None or math.isnan(number) or (kind == "int" and not number.is_integer()):
-        wanted = "a whole number" if kind == "int" else "a number"
-        raise ConfigError(f"{what} is {describe(value)}, expected {wanted}")
+        expected = "a whole number" if kind == "int" else "a number"
+        raise ConfigError(f"{what} is {describe(value)}, expected {expected}")
     return int(number) if kind == "int" else number
 
 
-_ABOVE_ZERO = (
+_POSITIVE = (
     "learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "per_device_eval_batch_size", "logging_steps", "save_steps", "eval_steps",
 )  # fmt: skip
 
 
-def _ranges(checked: Mapping[str, Any], where: str) -> None:
-    for name in _ABOVE_ZERO:
+def _check_ranges(checked: Mapping[str, Any], where: str) -> None:
+    for name in _POSITIVE:
         if checked.get(name) is not None and checked[name] <= 0:
             raise ConfigError(f"{where}: '{name}' is {checked[name]}, expected a number above 0")
     if checked.get("fp16") and checked.get("bf16"):

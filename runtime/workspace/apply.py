@@ -85,7 +85,7 @@ def _apply_training(settings: LayeredSettings, config: TrainingConfig, file: Con
         )
     for key, value in checked.items():
         settings.put(f"training.{key}", value, label(f"TrainingArguments.{key}"))
-    for group, values in training_arguments.elsewhere(config.training, where).items():
+    for group, values in training_arguments.sft_settings(config.training, where).items():
         for key, value in values.items():
             settings.put(f"{group}.{key}", value, label("TrainingArguments"))
     for key in sorted(training_arguments.OBSOLETE & config.training.keys()):

@@ -14,7 +14,7 @@ WHERE = "config.yaml TrainingArguments"
 
 
 def kind_of(annotation: object) -> str:
-    """Return the table's word for a field's annotation."""
+    """Return the table's type name for a field's annotation."""
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     parts = list(typing.get_args(annotation)) if union else [annotation]
     optional = "?" if type(None) in parts else ""
@@ -63,7 +63,7 @@ def test_values_get_their_types() -> None:
     assert isinstance(checked["num_train_epochs"], float)
 
 
-def test_a_logger_that_nobody_knows_is_named() -> None:
+def test_unknown_logger_is_named() -> None:
     with pytest.raises(ConfigError, match=r"'report_to' holds 'tensorbord' \(did you mean 'tensorboard'\?\)"):
         training_arguments.check({"report_to": ["tensorbord"]}, WHERE)
 
@@ -83,7 +83,7 @@ def test_both_default_templates_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "said"),
+    ("section", "message"),
     [
         ({"learning_rte": 1}, "unknown key 'learning_rte' (did you mean 'learning_rate'"),
         ({"learning_rate": "fast"}, "'learning_rate' is 'fast', expected a number"),
@@ -98,16 +98,16 @@ def test_both_default_templates_pass() -> None:
         ({"hub_token": "hf_secretsecret"}, "set the environment variable HF_TOKEN"),
     ],
 )
-def test_wrong_value_says_key_value_and_what_was_expected(section: dict[str, object], said: str) -> None:
+def test_error_names_key_value_and_expectation(section: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         training_arguments.check(section, WHERE)
     assert WHERE in str(caught.value)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "hf_secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_names_of_older_transformers_are_understood() -> None:
+def test_names_of_older_transformers_are_accepted() -> None:
     given = {"evaluation_strategy": "epoch", "warmup_ratio": 0.1, "overwrite_output_dir": True}
     assert training_arguments.check(given, WHERE) == {"eval_strategy": "epoch", "warmup_steps": 0.1}
 
@@ -115,10 +115,10 @@ def test_names_of_older_transformers_are_understood() -> None:
 def test_names_of_sft_config_become_our_settings() -> None:
     given = {"max_length": "512", "packing": True, "completion_only_loss": True, "dataset_text_field": "body"}
     assert training_arguments.check(given, WHERE) == {}
-    assert training_arguments.elsewhere(given, WHERE) == {
+    assert training_arguments.sft_settings(given, WHERE) == {
         "encoding": {"max_tokens": 512, "batching": "packed", "loss_on": "assistant"},
         "data": {"response_column": "body"},
     }
-    assert training_arguments.elsewhere({"assistant_only_loss": False}, WHERE)["encoding"] == {
+    assert training_arguments.sft_settings({"assistant_only_loss": False}, WHERE)["encoding"] == {
         "loss_on": "all"
     }

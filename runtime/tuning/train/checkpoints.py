@@ -38,8 +38,8 @@ def listed(folder: Path) -> list[Path]:
     """Return all checkpoint directories below `folder`, oldest first, complete or not."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if path.is_dir() and _NAME.match(path.name)]
-    return sorted(found, key=step_of)
+    paths = [path for path in folder.iterdir() if path.is_dir() and _NAME.match(path.name)]
+    return sorted(paths, key=step_of)
 
 
 def step_of(path: Path) -> int:
