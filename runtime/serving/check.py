@@ -49,7 +49,7 @@ def check(config: ServeConfig, *, access: oci.Access) -> Checked:
             model=served.name,
             weights=served.weights,
             context_tokens=served.prompts.context_tokens,
-            rows=config.limits.rows,
+            rows=served.engine.max_sequences,
             adapters=names,
             refused=tuple(source.name for source in config.adapters if source.name not in names),
             load_s=round(loaded - started, 2),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from runtime import adapters, hardware, models, oci
 from runtime.errors import ConfigError, Failure
 from runtime.hardware import Hardware
-from runtime.serving import engine
+from runtime.serving.engine.create import create
 from runtime.serving.lifecycle import ServedModel
 from runtime.serving.settings import AdapterSource, ServeConfig
 from runtime.serving.tokenizer import PromptTokenizer, sampling_defaults
@@ -60,7 +60,7 @@ def _by_rows(config: ServeConfig, devices: Hardware) -> ServedModel:
     tokenizer = models.load_tokenizer(config.model)
     with contextlib.ExitStack() as undo:
         model, workers, rank = _model(config, devices, undo)
-        running = engine.create(config, model, rank=rank)
+        running = create(config, model, rank=rank)
         if workers is not None:
             workers.watch(running.abort)
         undo.pop_all()

@@ -162,7 +162,7 @@ def load(folder: Path, device: str) -> Any:
 def decode(folder: Path, device: str, counts: Iterable[int], graphs: bool) -> dict[str, Any]:
     """Return tokens/s of our engine at each number of rows, CUDA graphs or none, and the roofline's."""
     from runtime.model_source import ModelSource
-    from runtime.serving import engine
+    from runtime.serving.engine.create import create
     from runtime.serving.engine.protocol import Request, Sampling
     from runtime.serving.settings import Limits, ServeConfig
 
@@ -177,7 +177,7 @@ def decode(folder: Path, device: str, counts: Iterable[int], graphs: bool) -> di
     config = ServeConfig(
         model=source, served_name="m", limits=limits, speculative_tokens=0, cuda_graphs=graphs
     )
-    running = engine.create(config, model)
+    running = create(config, model)
 
     async def ask(prompt: list[int], times: list[float]) -> None:
         sampling = Sampling(max_new_tokens=NEW_TOKENS)

@@ -137,7 +137,7 @@ def write_adapter(model: Any, folder: Path, *, seed: int, rank: int = 8) -> None
 
 def run_rows(at: int, begun: float, *, adapters: int = 0) -> dict[str, float]:
     from runtime.model_source import ModelSource
-    from runtime.serving import engine
+    from runtime.serving.engine.create import create
     from runtime.serving.engine.protocol import Request, Sampling
     from runtime.serving.settings import Limits, ServeConfig
 
@@ -151,7 +151,7 @@ def run_rows(at: int, begun: float, *, adapters: int = 0) -> dict[str, float]:
         folders = [Path(scratch) / str(number) for number in range(adapters)]
         for seed, folder in enumerate(folders):
             write_adapter(model, folder, seed=seed)
-        made = engine.create(config, model)
+        made = create(config, model)
         for folder in folders:
             made.add_adapter(folder.name, folder)
 

@@ -61,6 +61,14 @@ def test_model_is_loaded_in_the_format_asked_for_and_gives_a_token(
     assert found["peak_memory_bytes"] > 1 << 20
 
 
+def test_rows_are_those_of_the_engine_not_of_the_settings(
+    tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert check(capsys, str(tiny_llama_dir))[1]["rows"] == 32
+    monkeypatch.setattr("runtime.serving.engine.patch.refusal", lambda _: "unknown architecture")
+    assert check(capsys, str(tiny_llama_dir))[1]["rows"] == 1
+
+
 def test_table_is_for_people(tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["serve", str(tiny_llama_dir), "--check"], {}) == 0
     text = capsys.readouterr().out

@@ -18,7 +18,7 @@ from runtime import hardware, models
 from runtime.errors import RequestError
 from runtime.metrics import ServingMetrics
 from runtime.model_source import ModelSource
-from runtime.serving import engine
+from runtime.serving.engine.create import create
 from runtime.serving.engine.protocol import Grammar, Request, Sampling
 from runtime.serving.http.app import create_app
 from runtime.serving.lifecycle import Lifecycle, ServedModel
@@ -53,7 +53,7 @@ def served(tiny_llama_dir: Path) -> Iterator[ServedModel]:
     model = models.load(source, hardware=devices, device=hardware.device(devices))
     tokenizer = models.load_tokenizer(source)
     tokenizer.chat_template = TEMPLATE
-    running = engine.create(config, model)
+    running = create(config, model)
     assert tokenizer.eos_token_id is not None
     prompts = PromptTokenizer(
         tokenizer,

@@ -16,6 +16,9 @@ from dataclasses import replace
 from runtime.serving.engine import failures
 from runtime.serving.engine.protocol import FinishReason, Request, Start, Token
 
+LAST_STEP_S = 10.0
+"""How long a closed engine is waited for; a step of a large model on a CPU takes seconds."""
+
 
 class RequestHandle:
     """A request in flight; made in the event loop that reads the answer."""
@@ -58,10 +61,6 @@ class RequestHandle:
                     return
         finally:
             on_exit()
-
-
-LAST_STEP_S = 10.0
-"""How long a closed engine is waited for; a step of a large model on a CPU takes seconds."""
 
 
 class RequestQueue:

@@ -15,7 +15,7 @@ from runtime.serving.engine.backends.vllm_process import VllmProcess
 from runtime.serving.engine.prompt_lookup import PromptLookup
 from runtime.serving.settings import ServeConfig
 from tests.conftest import write_tiny_llama
-from tests.serving.engine.asking import Oracle, load
+from tests.serving.engine.calls import Oracle, load
 
 SOURCE = ModelSource(name="tiny", repository="someone/tiny")
 

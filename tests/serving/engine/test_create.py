@@ -12,12 +12,12 @@ from runtime import families
 from runtime.errors import CapacityError
 from runtime.memory import serving
 from runtime.model_source import ModelSource
-from runtime.serving import engine
 from runtime.serving.engine.backends.simple import SimpleEngine
+from runtime.serving.engine.create import create
 from runtime.serving.engine.engine import BatchingEngine
 from runtime.serving.engine.patch import refusal
 from runtime.serving.settings import Limits, ServeConfig
-from tests.serving.engine.asking import ask, generate, load, run
+from tests.serving.engine.calls import generate, load, make_request, run
 
 
 def config(**limits: Any) -> ServeConfig:
@@ -25,7 +25,7 @@ def config(**limits: Any) -> ServeConfig:
 
 
 def test_a_known_architecture_gets_the_batching_engine(tiny_llama_dir: Path) -> None:
-    made = engine.create(config(rows=3, context_tokens=300), load(tiny_llama_dir))
+    made = create(config(rows=3, context_tokens=300), load(tiny_llama_dir))
     assert isinstance(made, BatchingEngine)
     assert made.context_tokens == 300
     made.close()
@@ -48,10 +48,10 @@ def test_an_unknown_architecture_is_served_one_at_a_time_with_a_warning(
         getattr(transformers, kind)(**options, num_attention_heads=4, eos_token_id=2)
     ).eval()
     with caplog.at_level(logging.WARNING):
-        made = engine.create(config(), model)
+        made = create(config(), model)
     assert isinstance(made, SimpleEngine)
     assert "Serving one request at a time" in caplog.text
-    assert run(made, ask())[0][0] == generate(model)
+    assert run(made, make_request())[0][0] == generate(model)
     made.close()
 
 
@@ -67,7 +67,7 @@ LONGROPE = {
 
 def test_a_longrope_model_gets_its_full_context() -> None:
     phi = transformers.Phi3Config(**SHAPE, original_max_position_embeddings=128, rope_parameters=LONGROPE)
-    made = engine.create(config(rows=2), AutoModelForCausalLM.from_config(phi).eval())
+    made = create(config(rows=2), AutoModelForCausalLM.from_config(phi).eval())
     assert isinstance(made, BatchingEngine)
     assert made.context_tokens == 512
     made.close()
@@ -78,7 +78,7 @@ def test_a_longrope_model_served_one_at_a_time_gets_its_original_context(
 ) -> None:
     monkeypatch.delitem(families.FAMILIES, "phi3")  # type: ignore[arg-type]
     phi = transformers.Phi3Config(**SHAPE, original_max_position_embeddings=128, rope_parameters=LONGROPE)
-    made = engine.create(config(), AutoModelForCausalLM.from_config(phi).eval())
+    made = create(config(), AutoModelForCausalLM.from_config(phi).eval())
     assert made.context_tokens == 128
     assert "Serving 128 of 512 context tokens: longrope needs the batching engine" in caplog.text
     made.close()
@@ -97,7 +97,7 @@ def test_a_rope_type_that_was_never_tested_is_refused_by_name() -> None:
         ((32, 4096), 32 * 4096, (32, 4096)),
         ((32, 4096), 32 * 3000, (32, 3000)),  # context gives way first
         ((32, 4096), 10 * 2048, (10, 2048)),  # then sequences
-        ((32, 1024), 10 * 1024, (10, 1024)),  # a context asked for below the floor is kept
+        ((32, 1024), 10 * 1024, (10, 1024)),  # a stated context below the floor is kept
         ((32, 4096), 500, (1, 500)),  # then context again
     ],
 )
@@ -113,10 +113,10 @@ def test_a_stated_context_is_kept_at_the_cost_of_sequences(
 ) -> None:
     token_bytes = 2 * 2 * 2 * 32 * 4  # keys and values, 2 layers, 2 heads of 32, float32
     free = int(3.5 * 512 * token_bytes / serving.CACHE_SHARE)
-    monkeypatch.setattr("runtime.serving.engine.free_bytes", lambda _: free)
-    monkeypatch.setattr("runtime.serving.engine.LEAST_CONTEXT_TOKENS", 64)
-    for asked, expected in [(512, (3, 512)), (None, (8, 224))]:
-        made = engine.create(config(rows=8, context_tokens=asked), load(tiny_llama_dir))
+    monkeypatch.setattr("runtime.serving.engine.create.free_bytes", lambda _: free)
+    monkeypatch.setattr("runtime.serving.engine.create.LEAST_CONTEXT_TOKENS", 64)
+    for stated, expected in [(512, (3, 512)), (None, (8, 224))]:
+        made = create(config(rows=8, context_tokens=stated), load(tiny_llama_dir))
         assert isinstance(made, BatchingEngine)
         assert (made.max_sequences, made.context_tokens) == expected
         made.close()

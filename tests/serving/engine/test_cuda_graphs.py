@@ -21,8 +21,8 @@ from runtime.serving.engine.cuda_graphs import Block, CudaGraphs, GraphKey
 from runtime.serving.engine.engine import BatchingEngine
 from runtime.serving.engine.kernels import Kernels
 from runtime.serving.engine.model_runner import ModelRunner
-from tests.serving.engine.asking import Oracle, ask, generate, load, run
-from tests.serving.engine.test_engine import FAMILIES, longrope_model, model_of, some_prompts
+from tests.serving.engine.calls import Oracle, generate, load, make_request, run
+from tests.serving.engine.models import FAMILIES, longrope_model, model_of, some_prompts
 
 FORBIDDEN = {"_local_scalar_dense", "nonzero", "lift_fresh", "lift_fresh_copy", "masked_select"}
 """Operations that wait for the device or bring numbers from the host: a CUDA graph holds none."""
@@ -73,11 +73,11 @@ def test_recorded_steps_answer_as_generate_does_alone_and_among_others(
     engine = BatchingEngine(
         model, max_sequences=6, context_tokens=200, max_waiting=8, draft_tokens=8, graph_backend=traces
     )
-    asked = [ask(prompt, max_new_tokens=24, id=str(number)) for number, prompt in enumerate(prompts)]
-    together = [ids for ids, _ in run(engine, *asked)]
+    requests = [make_request(prompt, max_new_tokens=24, id=str(n)) for n, prompt in enumerate(prompts)]
+    together = [ids for ids, _ in run(engine, *requests)]
     among = traces.replays
-    alone = [run(engine, request)[0][0] for request in asked]
-    again = [ids for ids, _ in run(engine, *asked)]
+    alone = [run(engine, request)[0][0] for request in requests]
+    again = [ids for ids, _ in run(engine, *requests)]
     right = engine.stats().accepted_tokens
     engine.close()
     assert together == expected
@@ -96,9 +96,9 @@ def test_recorded_steps_of_a_longrope_model_keep_each_row_to_its_factors(traces:
     engine = BatchingEngine(
         copy.deepcopy(model), max_sequences=5, context_tokens=400, max_waiting=8, graph_backend=traces
     )
-    asked = [ask(prompt, id=str(number)) for number, prompt in enumerate(prompts)]
-    together = [ids for ids, _ in run(engine, *asked)]
-    alone = [run(engine, request)[0][0] for request in asked]
+    requests = [make_request(prompt, id=str(n)) for n, prompt in enumerate(prompts)]
+    together = [ids for ids, _ in run(engine, *requests)]
+    alone = [run(engine, request)[0][0] for request in requests]
     engine.close()
     assert together == alone == expected
     assert traces.replays > 20
@@ -133,10 +133,10 @@ def test_adapters_come_and_go_between_graphs(
         change(engine)
         change(plain)
         names = [None, *engine.stats().adapters, None, *engine.stats().adapters]
-        asked = [ask(adapter=name, id=str(number)) for number, name in enumerate(names)]
+        requests = [make_request(adapter=name, id=str(number)) for number, name in enumerate(names)]
         before = traces.replays
-        assert run(engine, *asked) == run(plain, *asked)
-        assert [run(engine, each) for each in asked] == [run(plain, each) for each in asked]
+        assert run(engine, *requests) == run(plain, *requests)
+        assert [run(engine, each) for each in requests] == [run(plain, each) for each in requests]
         assert traces.replays > before + 20
     assert traces.forgotten == 4
 
@@ -148,10 +148,10 @@ def test_more_adapters_than_one_product_takes_run_as_they_come(
     for each in (engine, plain):
         for number, name in enumerate(names):
             each.add_adapter(name, adapter_dirs["second"], strength=number / 25)
-    asked = [ask(adapter=name, id=name) for name in names[-4:]]
-    assert run(engine, *asked) == run(plain, *asked)
+    requests = [make_request(adapter=name, id=name) for name in names[-4:]]
+    assert run(engine, *requests) == run(plain, *requests)
     assert not traces.recorded
-    assert run(engine, ask()) == run(plain, ask())
+    assert run(engine, make_request()) == run(plain, make_request())
     assert traces.recorded, "who has no adapter is recorded still"
 
 
@@ -162,8 +162,8 @@ def test_drawn_answers_and_log_probabilities_are_those_of_steps_as_they_come(
         {"temperature": 1.0, "seed": 5}, {"repetition_penalty": 1.3}, {"top_logprobs": 2}, {},
         {"temperature": 0.7, "top_p": 0.9, "seed": 6},
     ]  # fmt: skip
-    asked = [ask(id=str(number), max_new_tokens=40, **each) for number, each in enumerate(options)]
-    assert run(engine, *asked) == run(plain, *asked)
+    requests = [make_request(id=str(n), max_new_tokens=40, **each) for n, each in enumerate(options)]
+    assert run(engine, *requests) == run(plain, *requests)
     assert traces.replays > 20
 
 
@@ -171,13 +171,13 @@ def test_a_recording_leaves_what_idle_slots_hold_for_prompts_that_begin_alike(
     engine: BatchingEngine, tiny_llama_dir: Path, traces: Traces
 ) -> None:
     prompts = some_prompts(60, 60, 60, 60, vocabulary=512)
-    run(engine, *(ask(prompt, id=str(number)) for number, prompt in enumerate(prompts)))
-    run(engine, ask(max_new_tokens=100, id="a"), ask((7, 8, 9), max_new_tokens=100, id="b"))
+    run(engine, *(make_request(prompt, id=str(n)) for n, prompt in enumerate(prompts)))
+    run(engine, make_request(max_new_tokens=100, id="a"), make_request((7, 8, 9), max_new_tokens=100, id="b"))
     assert traces.replays > 60
     cached = engine.stats().cached_tokens
     model = load(tiny_llama_dir)
     for prompt in prompts:
-        assert run(engine, ask((*prompt, 9, 8)))[0][0] == generate(model, (*prompt, 9, 8))
+        assert run(engine, make_request((*prompt, 9, 8)))[0][0] == generate(model, (*prompt, 9, 8))
     assert engine.stats().cached_tokens == cached + 4 * 60
 
 
@@ -213,7 +213,7 @@ def test_a_recording_that_fails_or_differs_is_said_once_and_never_replayed(
         graph_backend=Broken(failure),
     )
     with caplog.at_level(logging.WARNING, logger="runtime.serving"):
-        answers = [run(engine, ask(id=str(number)))[0][0] for number in range(3)]
+        answers = [run(engine, make_request(id=str(number)))[0][0] for number in range(3)]
     engine.close()
     assert answers == [generate(load(tiny_llama_dir))] * 3
     (line,) = (each.getMessage() for each in caplog.records if each.name.endswith(".cuda_graphs"))
@@ -232,8 +232,8 @@ def test_a_row_that_becomes_nan_costs_its_own_answer_and_no_recording(traces: Tr
     bias = {unused: 1e9}
     for _ in range(4):  # its second token is chosen from NaN
         with pytest.raises(Exception, match="not a number"):
-            run(engine, ask((5, 6), logit_bias=bias))
-    assert run(engine, ask(prompt, max_new_tokens=30))[0][0] == expected
+            run(engine, make_request((5, 6), logit_bias=bias))
+    assert run(engine, make_request(prompt, max_new_tokens=30))[0][0] == expected
     engine.close()
     assert traces.replays > 10
 
@@ -242,7 +242,7 @@ def test_the_recording_replayed_longest_ago_gives_way(
     engine: BatchingEngine, plain: BatchingEngine, traces: Traces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_graphs, "MOST", 2)
-    request = ask(max_new_tokens=150)  # passes five bounds
+    request = make_request(max_new_tokens=150)  # passes five bounds
     expected = run(plain, request)
     assert run(engine, request) == expected
     recorded = traces.recorded
@@ -307,7 +307,7 @@ def test_no_tensor_of_a_step_is_left_on_the_host(
 def test_cuda_graphs_answer_as_steps_that_run_as_they_come(family: str, oracle: Oracle) -> None:
     model = model_of(family).cuda()
     prompts = some_prompts(3, 40, 1, 70, 17)
-    asked = [ask(prompt, max_new_tokens=60, id=str(number)) for number, prompt in enumerate(prompts)]
+    requests = [make_request(prompt, max_new_tokens=60, id=str(n)) for n, prompt in enumerate(prompts)]
     answers = []
     for backend in (None, CudaGraphs()):
         engine = BatchingEngine(
@@ -318,7 +318,7 @@ def test_cuda_graphs_answer_as_steps_that_run_as_they_come(family: str, oracle: 
             draft_tokens=8,
             graph_backend=backend,
         )
-        answers.append([run(engine, *asked), *(run(engine, each) for each in (*asked, *asked))])
+        answers.append([run(engine, *requests), *(run(engine, each) for each in (*requests, *requests))])
         kept = engine._runner._graphs
         engine.close()
         oracle.known = [(*p, *ids) for p, (ids, _) in zip(prompts, answers[0][0], strict=True)][:2]

@@ -2,7 +2,6 @@
 
 import asyncio
 import copy
-import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,88 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from runtime.errors import ConfigError, RequestError, UnavailableError
 from runtime.serving.engine.engine import CHUNK_TOKENS, PREFILL_ONLY_TOKENS, BatchingEngine
 from runtime.serving.engine.protocol import Start
-from tests.serving.engine.asking import ask, collect, generate, load, run
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
-}  # fmt: skip
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", {"attention_bias": True}),
-    "mistral, sliding window": ("MistralConfig", {"sliding_window": 16}),
-    "qwen2": ("Qwen2Config", {}),
-    "qwen2, window in the upper layer": (
-        "Qwen2Config",
-        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
-    ),
-    "qwen3": ("Qwen3Config", {"head_dim": 32}),
-    "phi-3, sliding window": ("Phi3Config", {"sliding_window": 16}),
-    "phi-4-mini, partial rotation": ("Phi3Config", {"partial_rotary_factor": 0.5}),
-    "phi-2": ("PhiConfig", {}),
-    "falcon, one key-value head": ("FalconConfig", {"multi_query": True}),
-    "falcon, groups": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}),
-    "falcon, all heads": ("FalconConfig", {"multi_query": False}),
-    "gemma": ("GemmaConfig", {"head_dim": 32}),
-    "gemma 2, soft caps and windows": ("Gemma2Config", {"head_dim": 32, "sliding_window": 16}),
-    "llama, linear": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
-    "llama, dynamic": ("LlamaConfig", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}),
-    "llama 3": (
-        "LlamaConfig",
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            }
-        },
-    ),
-    "qwen2, yarn": (
-        "Qwen2Config",
-        {"rope_parameters": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}},
-    ),
-    "gemma 3, windows": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 16}),
-}
-
-
-def some_prompts(*lengths: int, vocabulary: int = 128) -> list[tuple[int, ...]]:
-    draw = random.Random(1)
-    return [tuple(draw.randrange(3, vocabulary) for _ in range(length)) for length in lengths]
-
-
-def model_of(family: str) -> Any:
-    """Return a small model of `family` with random weights, large enough that its answers vary."""
-    kind, options = FAMILIES[family]
-    torch.manual_seed(0)
-    return vary(AutoModelForCausalLM.from_config(getattr(transformers, kind)(**SIZES, **options)).eval())
-
-
-def longrope_model() -> Any:
-    """Phi-4-mini's shape, 64 positions in its youth and 512 now; both sets of factors change its answers."""
-    torch.manual_seed(0)
-    draw = torch.rand(2, 4).tolist()
-    rope = {
-        "rope_type": "longrope", "partial_rotary_factor": 0.5, "original_max_position_embeddings": 64,
-        "short_factor": [1 + x for x in draw[0]], "long_factor": [2 + 6 * x for x in draw[1]],
-    }  # fmt: skip
-    config = transformers.Phi3Config(**SIZES, original_max_position_embeddings=64, rope_parameters=rope)
-    return vary(AutoModelForCausalLM.from_config(config).eval())
-
-
-def vary(model: Any) -> Any:
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-    return model
+from tests.serving.engine.calls import collect, generate, load, make_request, run
+from tests.serving.engine.models import FAMILIES, longrope_model, model_of, some_prompts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,9 +24,9 @@ def test_greedy_equals_generate_alone_and_among_others(family: str) -> None:
     prompts = some_prompts(3, 40, 1, 70, 17, 300)
     expected = [generate(model, prompt) for prompt in prompts]
     engine = BatchingEngine(model, max_sequences=4, context_tokens=400, max_waiting=8)
-    asked = [ask(prompt, id=str(number)) for number, prompt in enumerate(prompts)]
-    alone = [run(engine, request)[0][0] for request in asked]
-    together = [ids for ids, _ in run(engine, *asked)]
+    requests = [make_request(prompt, id=str(n)) for n, prompt in enumerate(prompts)]
+    alone = [run(engine, request)[0][0] for request in requests]
+    together = [ids for ids, _ in run(engine, *requests)]
     engine.close()
     assert alone == expected
     assert together == expected
@@ -118,9 +42,9 @@ def test_each_sequence_of_a_longrope_model_has_its_own_factors(longrope: Any) ->
     prompts = some_prompts(5, 65, 48, 300, 20)  # of 16 new tokens the last is never run: 48 stays short
     expected = [generate(longrope, prompt) for prompt in prompts]
     engine = BatchingEngine(copy.deepcopy(longrope), max_sequences=5, context_tokens=400, max_waiting=8)
-    asked = [ask(prompt, id=str(number)) for number, prompt in enumerate(prompts)]
-    alone = [run(engine, request)[0][0] for request in asked]
-    together = [ids for ids, _ in run(engine, *asked)]
+    requests = [make_request(prompt, id=str(n)) for n, prompt in enumerate(prompts)]
+    alone = [run(engine, request)[0][0] for request in requests]
+    together = [ids for ids, _ in run(engine, *requests)]
     engine.close()
     assert alone == expected
     assert together == expected
@@ -130,7 +54,7 @@ def test_an_answer_that_may_become_long_has_the_long_factors_from_its_first_toke
     (prompt,) = some_prompts(60)
     engine = BatchingEngine(copy.deepcopy(longrope), max_sequences=2, context_tokens=400, max_waiting=8)
     short, long, again = (
-        run(engine, ask(prompt, max_new_tokens=count, id=str(count)))[0][0] for count in (5, 40, 5)
+        run(engine, make_request(prompt, max_new_tokens=count, id=str(count)))[0][0] for count in (5, 40, 5)
     )
     engine.close()
     forced = copy.deepcopy(longrope)
@@ -150,10 +74,10 @@ def engine(tiny_llama_dir: Path) -> Iterator[BatchingEngine]:
 
 def test_fault_53_an_answer_is_the_same_alone_and_among_31_others(engine: BatchingEngine) -> None:
     prompts = some_prompts(*range(5, 37), vocabulary=512)
-    greedy = ask(prompts[3], max_new_tokens=40)
-    drawn = ask(prompts[4], max_new_tokens=40, temperature=1.2, top_p=0.9, seed=5)
+    greedy = make_request(prompts[3], max_new_tokens=40)
+    drawn = make_request(prompts[4], max_new_tokens=40, temperature=1.2, top_p=0.9, seed=5)
     others = [
-        ask(prompt, id=str(n), max_new_tokens=20 + n, temperature=1.0 * (n % 2), seed=n)
+        make_request(prompt, id=str(n), max_new_tokens=20 + n, temperature=1.0 * (n % 2), seed=n)
         for n, prompt in enumerate(prompts[:30])
     ]
     alone = [*run(engine, greedy), *run(engine, drawn)]
@@ -172,9 +96,9 @@ def test_sequences_with_different_adapters_in_one_step_answer_as_plain_peft_does
     for name, folder in adapter_dirs.items():
         model = PeftModel.from_pretrained(load(tiny_llama_dir), str(folder))
         expected[name] = [generate(model, prompt) for prompt in prompts]
-    asked = [(name, n) for n in range(len(prompts)) for name in (*adapter_dirs, None)]
-    answers = run(engine, *(ask(prompts[n], adapter=name, id=f"{name} {n}") for name, n in asked))
-    assert [ids for ids, _ in answers] == [expected[name][n] for name, n in asked]
+    cases = [(name, n) for n in range(len(prompts)) for name in (*adapter_dirs, None)]
+    answers = run(engine, *(make_request(prompts[n], adapter=name, id=f"{name} {n}") for name, n in cases))
+    assert [ids for ids, _ in answers] == [expected[name][n] for name, n in cases]
 
 
 def test_many_adapters_come_and_go_and_each_answers_as_alone(
@@ -188,8 +112,8 @@ def test_many_adapters_come_and_go_and_each_answers_as_alone(
     engine.add_adapter("first", adapter_dirs["my.first-one"])  # takes the free place, with other targets
     engine.remove_adapter("s5")
     names = [name for name in (*strengths, "first") if name not in ("s2", "s5")]
-    alone = [run(engine, ask(adapter=name))[0] for name in names]
-    assert run(engine, *(ask(adapter=name, id=name) for name in names)) == alone
+    alone = [run(engine, make_request(adapter=name))[0] for name in names]
+    assert run(engine, *(make_request(adapter=name, id=name) for name in names)) == alone
     assert len(set(map(str, alone))) > 4
 
 
@@ -197,14 +121,14 @@ def test_a_cached_prefix_is_not_used_across_adapters(
     engine: BatchingEngine, adapter_dirs: dict[str, Path]
 ) -> None:
     prompt = some_prompts(50, vocabulary=512)[0]
-    base = run(engine, ask(prompt))
+    base = run(engine, make_request(prompt))
     engine.add_adapter("x", adapter_dirs["second"])
-    first = run(engine, ask(prompt, adapter="x"))
+    first = run(engine, make_request(prompt, adapter="x"))
     engine.remove_adapter("x")
     engine.add_adapter("x", adapter_dirs["second"], strength=0.5)
-    second = run(engine, ask(prompt, adapter="x"))
+    second = run(engine, make_request(prompt, adapter="x"))
     assert len({str(base), str(first), str(second)}) == 3
-    assert run(engine, ask(prompt)) == base
+    assert run(engine, make_request(prompt)) == base
 
 
 def test_a_cached_prefix_is_reused_and_the_answer_is_the_same(
@@ -220,10 +144,10 @@ def test_a_cached_prefix_is_reused_and_the_answer_is_the_same(
 
     monkeypatch.setattr(engine._runner, "run", counted)
     model = load(tiny_llama_dir)
-    run(engine, ask(system + users[0]))
+    run(engine, make_request(system + users[0]))
     assert sum(ran) == 209
     ran.clear()
-    answers = run(engine, *(ask(system + user, id=str(n)) for n, user in enumerate(users)))
+    answers = run(engine, *(make_request(system + user, id=str(n)) for n, user in enumerate(users)))
     assert [ids for ids, _ in answers] == [generate(model, system + user) for user in users]
     assert sum(ran) <= 1 + 14 + 6 + 2, "only what differs is run, and the last token"
 
@@ -231,7 +155,7 @@ def test_a_cached_prefix_is_reused_and_the_answer_is_the_same(
 def test_a_running_sequence_shares_its_prefix_too(engine: BatchingEngine, tiny_llama_dir: Path) -> None:
     prompt = some_prompts(64, vocabulary=512)[0]
     model = load(tiny_llama_dir)
-    answers = run(engine, *(ask(prompt, id=str(n)) for n in range(6)))
+    answers = run(engine, *(make_request(prompt, id=str(n)) for n in range(6)))
     assert [ids for ids, _ in answers] == [generate(model, prompt)] * 6
 
 
@@ -248,7 +172,10 @@ def test_fault_40_a_cancelled_sequence_ends_by_the_next_step(
     monkeypatch.setattr(engine._runner, "run", counted)
 
     async def leave_one_of_two() -> tuple[list[int], str | None]:
-        stays, leaves = engine.submit(ask(max_new_tokens=300, id="a")), engine.submit(ask(max_new_tokens=300))
+        stays, leaves = (
+            engine.submit(make_request(max_new_tokens=300, id="a")),
+            engine.submit(make_request(max_new_tokens=300)),
+        )
         for _ in range(5):
             await anext(leaves)
         await leaves.aclose()  # type: ignore[attr-defined]
@@ -274,9 +201,11 @@ def test_others_get_tokens_while_a_long_prompt_runs(
     monkeypatch.setattr(engine._runner, "run", counted)
 
     async def long_beside_short() -> None:
-        short = engine.submit(ask(max_new_tokens=500, id="short"))
+        short = engine.submit(make_request(max_new_tokens=500, id="short"))
         await anext(short)
-        await collect(engine.submit(ask(some_prompts(590, vocabulary=512)[0], max_new_tokens=2, id="long")))
+        await collect(
+            engine.submit(make_request(some_prompts(590, vocabulary=512)[0], max_new_tokens=2, id="long"))
+        )
         await short.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(long_beside_short())
@@ -291,36 +220,38 @@ def test_a_prompt_of_several_steps_runs_when_no_other_sequence_does(
     """The first of its steps chooses no token at all."""
     prompt = some_prompts(590, vocabulary=512)[0]
     assert len(prompt) > PREFILL_ONLY_TOKENS
-    assert run(engine, ask(prompt, max_new_tokens=4))[0][0] == generate(
+    assert run(engine, make_request(prompt, max_new_tokens=4))[0][0] == generate(
         load(tiny_llama_dir), prompt, max_new_tokens=4
     )
 
 
 def test_a_prompt_longer_than_the_context_is_refused_before_the_queue(engine: BatchingEngine) -> None:
     with pytest.raises(RequestError, match="has 600 tokens, expected 1 to 599"):
-        run(engine, ask(tuple([5] * 600)))
+        run(engine, make_request(tuple([5] * 600)))
 
 
 def test_a_sequence_with_nan_ends_alone_and_its_slot_is_cleared(
     engine: BatchingEngine, adapter_dirs: dict[str, Path]
 ) -> None:
-    good = run(engine, ask())
+    good = run(engine, make_request())
     engine.add_adapter("broken", adapter_dirs["second"], strength=float("nan"))
 
     async def both() -> list[Any]:
-        asked = [ask(adapter="broken"), ask(id="2")]
-        return await asyncio.gather(*(collect(engine.submit(each)) for each in asked), return_exceptions=True)
+        requests = [make_request(adapter="broken"), make_request(id="2")]
+        return await asyncio.gather(
+            *(collect(engine.submit(each)) for each in requests), return_exceptions=True
+        )
 
     failed, answered = asyncio.run(both())
     assert isinstance(failed, UnavailableError)
     assert answered == good[0]
-    assert run(engine, *(ask(id=str(n)) for n in range(32))) == good * 32
+    assert run(engine, *(make_request(id=str(n)) for n in range(32))) == good * 32
 
 
 def test_out_of_memory_costs_the_newest_request_and_the_others_go_on(
     engine: BatchingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = run(engine, ask(max_new_tokens=60))
+    expected = run(engine, make_request(max_new_tokens=60))
     original = engine._runner.run
 
     def scarce(plan: Any) -> Any:
@@ -329,9 +260,9 @@ def test_out_of_memory_costs_the_newest_request_and_the_others_go_on(
         return original(plan)
 
     async def two() -> tuple[Any, Any]:
-        first = engine.submit(ask(max_new_tokens=60))
+        first = engine.submit(make_request(max_new_tokens=60))
         begun = [(await anext(first)).id]
-        second = engine.submit(ask(some_prompts(7)[0], id="2"))
+        second = engine.submit(make_request(some_prompts(7)[0], id="2"))
         with pytest.raises(UnavailableError, match="out of GPU memory"):
             await collect(second)
         rest, reason = await collect(first)
@@ -345,7 +276,7 @@ def test_out_of_memory_costs_the_newest_request_and_the_others_go_on(
 def test_out_of_memory_in_a_step_with_two_prompts_still_answers_the_first(
     engine: BatchingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, two = (ask(each, id=str(len(each))) for each in some_prompts(9, 11))
+    one, two = (make_request(each, id=str(len(each))) for each in some_prompts(9, 11))
     expected = run(engine, one)
     original = engine._runner.run
 
@@ -367,7 +298,7 @@ def test_out_of_memory_in_a_step_with_two_prompts_still_answers_the_first(
 
 def test_the_first_token_carries_the_waiting_time_and_the_cached_tokens(engine: BatchingEngine) -> None:
     async def begin() -> list[Start | None]:
-        return [token.start async for token in engine.submit(ask(prompt))]
+        return [token.start async for token in engine.submit(make_request(prompt))]
 
     prompt = some_prompts(50, vocabulary=512)[0]
     first, again = asyncio.run(begin()), asyncio.run(begin())
@@ -388,21 +319,21 @@ def test_fault_48_an_engine_whose_steps_all_fail_stops(
     monkeypatch.setattr(engine._runner, "run", broken)
     for _ in range(3):
         with pytest.raises(UnavailableError):
-            run(engine, ask())
+            run(engine, make_request())
     engine._thread.join(5)
     assert not engine.stats().alive
     with pytest.raises(UnavailableError, match="has stopped"):
-        run(engine, ask())
+        run(engine, make_request())
 
 
 def test_an_adapter_name_in_use_is_refused_and_the_first_adapter_stays(
     engine: BatchingEngine, adapter_dirs: dict[str, Path]
 ) -> None:
     engine.add_adapter("x", adapter_dirs["second"])
-    before = run(engine, ask(adapter="x"))
+    before = run(engine, make_request(adapter="x"))
     with pytest.raises(ConfigError, match="adapter x: is resident already"):
         engine.add_adapter("x", adapter_dirs["my.first-one"])
-    assert run(engine, ask(adapter="x")) == before
+    assert run(engine, make_request(adapter="x")) == before
 
 
 def test_a_model_that_cannot_be_prepared_leaves_no_thread(
@@ -442,9 +373,9 @@ def test_stop_ids_and_lengths_end_sequences_at_different_times(
 ) -> None:
     text = generate(load(tiny_llama_dir), max_new_tokens=30)
     stop = text[10]
-    asked = [ask(max_new_tokens=n, id=str(n)) for n in (1, 7, 30)]
-    stopped = ask(max_new_tokens=30, stop_ids=frozenset({stop}), id="stop")
-    answers = run(engine, *asked, stopped)
+    requests = [make_request(max_new_tokens=n, id=str(n)) for n in (1, 7, 30)]
+    stopped = make_request(max_new_tokens=30, stop_ids=frozenset({stop}), id="stop")
+    answers = run(engine, *requests, stopped)
     assert answers[:3] == [(text[:n], "length") for n in (1, 7, 30)]
     assert answers[3] == (text[: text.index(stop)], "stop")
     assert engine.stats().running == 0
@@ -459,9 +390,11 @@ def test_both_ways_of_computing_many_adapters_answer_as_each_alone(
     for number, name in enumerate(names):
         folder = adapter_dirs["second" if number % 2 else "my.first-one"]
         engine.add_adapter(name, folder, strength=1 - number / 10)
-    alone = [run(engine, ask(adapter=name))[0] for name in names]
+    alone = [run(engine, make_request(adapter=name))[0] for name in names]
     monkeypatch.setattr("runtime.serving.engine.lora.MASKED", most_masked)
-    asked = [ask(adapter=name, id=f"{name} {turn}") for turn in range(2) for name in (*names, None)]
-    base = run(engine, ask())
-    assert run(engine, *asked) == [*alone, *base] * 2
+    requests = [
+        make_request(adapter=name, id=f"{name} {turn}") for turn in range(2) for name in (*names, None)
+    ]
+    base = run(engine, make_request())
+    assert run(engine, *requests) == [*alone, *base] * 2
     assert len(set(map(str, [*alone, *base]))) == 7

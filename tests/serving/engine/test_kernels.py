@@ -21,8 +21,8 @@ from runtime.serving.engine.kernels import LIBRARY, Kernels, checksum
 from runtime.serving.engine.kv_cache import SlotCache, store
 from runtime.serving.engine.layers import rotate
 from runtime.serving.engine.lora import AdapterGroups, LoraLinear, PerToken, StepContext
-from tests.serving.engine.asking import ask, generate, run
-from tests.serving.engine.test_engine import FAMILIES, model_of, some_prompts
+from tests.serving.engine.calls import generate, make_request, run
+from tests.serving.engine.models import FAMILIES, model_of, some_prompts
 
 SOURCES = sorted(LIBRARY.parent.glob("*.c"))
 PROCESSORS = {"x86-64-v4": ["avx512f", "avx512bw", "avx512vl"], "x86-64-v3": ["avx2", "fma"], "x86-64": []}
@@ -259,7 +259,9 @@ def test_without_kernels_the_answers_are_the_same(
     prompts = some_prompts(3, 40, 1, 70)
     expected = [generate(model, prompt) for prompt in prompts]
     engine = BatchingEngine(model, max_sequences=4, context_tokens=200, max_waiting=8)
-    answers = [ids for ids, _ in run(engine, *(ask(prompt, id=str(n)) for n, prompt in enumerate(prompts)))]
+    answers = [
+        ids for ids, _ in run(engine, *(make_request(prompt, id=str(n)) for n, prompt in enumerate(prompts)))
+    ]
     engine.close()
     assert answers == expected
     assert "Without compiled kernels, serving on a CPU is slower" in caplog.text

@@ -1,16 +1,27 @@
-"""Prompt lookup: a draft is what followed the same tokens before; rejection pauses it."""
+"""Prompt lookup: what it drafts, and that the text is that of one token per step whatever it drafts."""
 
+import asyncio
 import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.serving.engine import scheduler
+from runtime.serving.engine.engine import BatchingEngine
 from runtime.serving.engine.prompt_lookup import (
     FIRST_DRAFT_TOKENS,
     MAX_PAUSE_TOKENS,
     NGRAM_SIZES,
     PromptLookup,
 )
+from runtime.serving.engine.protocol import Request, Token
+from tests.serving.engine.calls import PROMPT, Oracle, generate, load, make_request, run
+from tests.serving.engine.models import FAMILIES, model_of, some_prompts
 
 A, B, C, D = 11, 12, 13, 14
 
@@ -77,3 +88,137 @@ def test_a_growing_sequence_gets_the_same_drafts_as_a_complete_one(
             places = [p for p in range(length) if tuple(begin[p : p + len(drafted)]) == drafted]
             shortest = NGRAM_SIZES[-1]
             assert any(begin[p - shortest : p] == begin[-shortest:] for p in places)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_accepted_and_rejected_drafts_leave_the_same_text_and_cache(
+    family: str, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "MAX_DRAFTING_SEQUENCES", 2)
+    model = model_of(family)
+    prompts = some_prompts(3, 40)
+    texts = [(*prompt, *generate(model, prompt, max_new_tokens=40)) for prompt in prompts]
+    engine = BatchingEngine(model, max_sequences=2, context_tokens=400, max_waiting=8, draft_tokens=8)
+    oracle.known = texts
+    requests = [make_request(prompt, max_new_tokens=25, id=str(n)) for n, prompt in enumerate(prompts)]
+    alone = [run(engine, request)[0][0] for request in requests]
+    together = [ids for ids, _ in run(engine, *requests)]
+    longer = [text[: len(prompt) + 25] for prompt, text in zip(prompts, texts, strict=True)]
+    later = [run(engine, make_request(prompt, max_new_tokens=15))[0][0] for prompt in longer]
+    figures = engine.stats()
+    engine.close()
+    assert alone == together == [list(a[len(p) :]) for a, p in zip(longer, prompts, strict=True)]
+    assert later == [list(text[-15:]) for text in texts], "rejected tokens were left in the cache"
+    assert figures.drafted_tokens > figures.accepted_tokens > 60
+    assert figures.cached_tokens > 60
+
+
+def test_a_rejected_token_that_gives_nan_is_cleared_from_the_cache(oracle: Oracle) -> None:
+    model = model_of("llama")
+    prompts = some_prompts(3, 40)
+    texts = [(*prompt, *generate(model, prompt, max_new_tokens=30)) for prompt in prompts]
+    unused = next(token for token in range(3, 128) if not any(token in text for text in texts))
+    oracle.wrong = unused
+    with torch.no_grad():
+        model.get_input_embeddings().weight[unused] = torch.nan
+    engine = BatchingEngine(model, max_sequences=2, context_tokens=400, max_waiting=8, draft_tokens=8)
+    oracle.known = texts
+    requests = [make_request(prompt, max_new_tokens=30, id=str(n)) for n, prompt in enumerate(prompts)]
+    alone = [run(engine, request)[0][0] for request in requests]
+    together = [ids for ids, _ in run(engine, *requests)]
+    drafted = engine.stats().drafted_tokens
+    engine.close()
+    assert alone == together == [list(text[-30:]) for text in texts]
+    assert drafted > 0
+
+
+@pytest.fixture
+def engine(tiny_llama_dir: Path, oracle: Oracle) -> Iterator[BatchingEngine]:
+    made = BatchingEngine(
+        load(tiny_llama_dir), max_sequences=2, context_tokens=100, max_waiting=8, draft_tokens=8
+    )
+    oracle.known = [(*PROMPT, *generate(load(tiny_llama_dir), max_new_tokens=95))]
+    yield made
+    made.close()
+
+
+def test_an_answer_ends_where_it_would_without_drafts(engine: BatchingEngine, tiny_llama_dir: Path) -> None:
+    text = generate(load(tiny_llama_dir), max_new_tokens=95)
+    for count in (1, 2, 8, 9, 30):
+        assert run(engine, make_request(max_new_tokens=count)) == [(text[:count], "length")]
+    assert run(engine, make_request(max_new_tokens=500)) == [(text[:95], "length")], "the context's end"
+    for place in range(2, 12):
+        stop = frozenset({text[place]})
+        expected = (text[: text.index(text[place])], "stop")
+        assert run(engine, make_request(max_new_tokens=30, stop_ids=stop)) == [expected]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"repetition_penalty": 1.3},
+        {"presence_penalty": 0.5, "frequency_penalty": 0.5},
+        {"top_logprobs": 2},
+        {"logit_bias": {5: 3.0}},
+    ],
+    ids=lambda sampling: next(iter(sampling)),
+)
+def test_penalties_and_logprobs_count_accepted_tokens(
+    tiny_llama_dir: Path, oracle: Oracle, sampling: dict[str, Any]
+) -> None:
+    request = make_request(max_new_tokens=40, **sampling)
+    plain = BatchingEngine(load(tiny_llama_dir), max_sequences=1, context_tokens=100, max_waiting=8)
+    expected = tokens(plain, request)
+    plain.close()
+    oracle.known = [(*PROMPT, *(token.id for token in expected if token.id is not None))]
+    drafting = BatchingEngine(
+        load(tiny_llama_dir), max_sequences=1, context_tokens=100, max_waiting=8, draft_tokens=8
+    )
+    found = tokens(drafting, request)
+    accepted = drafting.stats().accepted_tokens
+    drafting.close()
+    assert [token.id for token in found] == [token.id for token in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert [pair[0] for pair in one.top] == [pair[0] for pair in other.top]
+    assert accepted > 20
+
+
+def tokens(engine: BatchingEngine, request: Request) -> list[Token]:
+    async def all_of_them() -> list[Token]:
+        return [token async for token in engine.submit(request)]
+
+    return asyncio.run(all_of_them())
+
+
+def test_drafts_make_fewer_steps(engine: BatchingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    run_step = engine._runner.run
+    monkeypatch.setattr(engine._runner, "run", lambda plan: steps.append(plan) or run_step(plan))
+    run(engine, make_request(max_new_tokens=60))
+    assert 60 / 6 <= len(steps) <= 60 / 3
+
+
+def test_a_seeded_answer_has_no_drafts(engine: BatchingEngine) -> None:
+    run(engine, make_request(max_new_tokens=40, temperature=0.8, seed=3))
+    assert engine.stats().drafted_tokens == 0
+    run(engine, make_request(max_new_tokens=40, temperature=0.8))
+    assert engine.stats().drafted_tokens > 0
+
+
+def test_a_sequence_that_decodes_beside_another_has_no_drafts(engine: BatchingEngine) -> None:
+    run(engine, make_request(max_new_tokens=40, id="1"), make_request(max_new_tokens=40, id="2"))
+    assert engine.stats().drafted_tokens < 40, "drafts only before the other begins and after it ends"
+
+
+def test_a_repetitive_answer_is_drafted_from_itself(tiny_llama_dir: Path) -> None:
+    prompt = (*range(20, 50), *range(20, 40))
+    model = load(tiny_llama_dir)
+    engine = BatchingEngine(
+        load(tiny_llama_dir), max_sequences=1, context_tokens=400, max_waiting=8, draft_tokens=8
+    )
+    answer = run(engine, make_request(prompt, max_new_tokens=200))[0][0]
+    accepted = engine.stats().accepted_tokens
+    engine.close()
+    assert answer == generate(model, prompt, max_new_tokens=200)
+    assert accepted > 0, "a random model falls into loops"

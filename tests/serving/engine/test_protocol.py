@@ -15,7 +15,7 @@ from runtime.serving.engine.backends.vllm import VllmEngine
 from runtime.serving.engine.backends.vllm_process import VllmProcess
 from runtime.serving.engine.engine import BatchingEngine
 from runtime.serving.engine.protocol import Engine
-from tests.serving.engine.asking import ask, collect, generate, load, run
+from tests.serving.engine.calls import collect, generate, load, make_request, run
 
 
 @pytest.fixture(params=["simple", "batching", "vllm"])
@@ -47,26 +47,26 @@ def vllm_engine(server: VllmProcess) -> Iterator[VllmEngine]:
 
 
 def test_greedy_equals_generate(engine: Engine, tiny_llama_dir: Path) -> None:
-    ((ids, reason),) = run(engine, ask())
+    ((ids, reason),) = run(engine, make_request())
     assert (ids, reason) == (generate(load(tiny_llama_dir)), "length")
 
 
 def test_a_repetition_penalty_equals_that_of_generate(engine: Engine, tiny_llama_dir: Path) -> None:
-    ((ids, _),) = run(engine, ask(repetition_penalty=1.3))
+    ((ids, _),) = run(engine, make_request(repetition_penalty=1.3))
     assert ids == generate(load(tiny_llama_dir), repetition_penalty=1.3)
 
 
 def test_a_stop_id_ends_the_answer_and_is_not_part_of_it(engine: Engine) -> None:
     varied = {"temperature": 1.5, "seed": 7}
-    ((ids, _),) = run(engine, ask(**varied))
+    ((ids, _),) = run(engine, make_request(**varied))
     stop = next(token for token in ids[2:] if token not in ids[:2])
-    ((stopped, reason),) = run(engine, ask(**varied, stop_ids=frozenset({stop})))
+    ((stopped, reason),) = run(engine, make_request(**varied, stop_ids=frozenset({stop})))
     assert (stopped, reason) == (ids[: ids.index(stop)], "stop")
 
 
 def test_min_new_tokens_keeps_stop_ids_away(engine: Engine) -> None:
-    ((ids, _),) = run(engine, ask())
-    ((kept, _),) = run(engine, ask(stop_ids=frozenset({ids[0]}), min_new_tokens=3))
+    ((ids, _),) = run(engine, make_request())
+    ((kept, _),) = run(engine, make_request(stop_ids=frozenset({ids[0]}), min_new_tokens=3))
     assert len(kept) >= 3
     assert ids[0] not in kept[:3]
 
@@ -74,24 +74,24 @@ def test_min_new_tokens_keeps_stop_ids_away(engine: Engine) -> None:
 def test_the_same_seed_gives_the_same_text_and_another_seed_another(engine: Engine) -> None:
     once, again, other = run(
         engine,
-        ask(temperature=1.5, seed=7, id="a"),
-        ask(temperature=1.5, seed=7, id="b"),
-        ask(temperature=1.5, seed=8, id="c"),
+        make_request(temperature=1.5, seed=7, id="a"),
+        make_request(temperature=1.5, seed=7, id="b"),
+        make_request(temperature=1.5, seed=8, id="c"),
     )
     assert once == again
     assert once != other
 
 
 def test_the_context_is_never_exceeded(engine: Engine) -> None:
-    ((ids, reason),) = run(engine, ask(tuple(range(3, 253)), max_new_tokens=100))
+    ((ids, reason),) = run(engine, make_request(tuple(range(3, 253)), max_new_tokens=100))
     assert (len(ids), reason) == (256 - 250, "length")
 
 
 def test_a_full_queue_refuses_at_once(engine: Engine) -> None:
     async def flood() -> None:
-        tokens = [engine.submit(ask(id=str(number), max_new_tokens=200)) for number in range(3)]
+        tokens = [engine.submit(make_request(id=str(number), max_new_tokens=200)) for number in range(3)]
         with pytest.raises(OverloadedError, match="2 requests are waiting"):
-            tokens.extend(engine.submit(ask(id=str(number))) for number in range(3, 5))
+            tokens.extend(engine.submit(make_request(id=str(number))) for number in range(3, 5))
         for number in range(5):
             engine.cancel(str(number))
         assert {(await collect(each))[1] for each in tokens} == {"cancelled"}
@@ -101,7 +101,7 @@ def test_a_full_queue_refuses_at_once(engine: Engine) -> None:
 
 def test_closing_the_iterator_ends_the_request(engine: Engine) -> None:
     async def leave() -> None:
-        tokens = engine.submit(ask(max_new_tokens=240))
+        tokens = engine.submit(make_request(max_new_tokens=240))
         await anext(tokens)
         await tokens.aclose()  # type: ignore[attr-defined]
         async with asyncio.timeout(2):
@@ -114,11 +114,13 @@ def test_closing_the_iterator_ends_the_request(engine: Engine) -> None:
 def test_an_adapter_answers_as_plain_peft_does(
     engine: Engine, tiny_llama_dir: Path, adapter_dirs: dict[str, Path]
 ) -> None:
-    base = run(engine, ask())
+    base = run(engine, make_request())
     for name, folder in adapter_dirs.items():
         engine.add_adapter(name, folder)
-    asked = [ask(adapter=name, id=str(n)) for n, name in enumerate([*adapter_dirs, None, *adapter_dirs])]
-    answers = [ids for ids, _ in run(engine, *asked[:3])] + [ids for ids, _ in run(engine, *asked[3:])]
+    requests = [
+        make_request(adapter=name, id=str(n)) for n, name in enumerate([*adapter_dirs, None, *adapter_dirs])
+    ]
+    answers = [ids for ids, _ in run(engine, *requests[:3])] + [ids for ids, _ in run(engine, *requests[3:])]
     expected = [
         generate(PeftModel.from_pretrained(load(tiny_llama_dir), str(folder)))
         for folder in adapter_dirs.values()
@@ -136,28 +138,33 @@ def test_strength_scales_the_update(
     for module in model.modules():
         if hasattr(module, "scaling") and isinstance(module.scaling, dict):
             module.scaling["default"] *= 0.5
-    answers = [ids for ids, _ in run(engine, ask(adapter="none"), ask(adapter="half", id="2"), ask(id="3"))]
+    answers = [
+        ids
+        for ids, _ in run(
+            engine, make_request(adapter="none"), make_request(adapter="half", id="2"), make_request(id="3")
+        )
+    ]
     assert answers[0] == answers[2]
     assert answers[1] == generate(model)
 
 
 def test_an_unknown_or_removed_adapter_is_refused(engine: Engine, adapter_dirs: dict[str, Path]) -> None:
-    base = run(engine, ask())
+    base = run(engine, make_request())
     engine.add_adapter("x", adapter_dirs["second"])
     engine.remove_adapter("x")
-    assert run(engine, ask()) == base
+    assert run(engine, make_request()) == base
     with pytest.raises(UnknownModelError, match="adapter 'x' is not resident"):
-        run(engine, ask(adapter="x"))
+        run(engine, make_request(adapter="x"))
 
 
 def test_fault_50_removal_waits_for_the_answer_in_flight(
     engine: Engine, adapter_dirs: dict[str, Path]
 ) -> None:
     engine.add_adapter("x", adapter_dirs["second"])
-    expected = run(engine, ask(adapter="x", max_new_tokens=200))
+    expected = run(engine, make_request(adapter="x", max_new_tokens=200))
 
     async def remove_meanwhile() -> tuple[list[int], str | None]:
-        tokens = engine.submit(ask(adapter="x", max_new_tokens=200))
+        tokens = engine.submit(make_request(adapter="x", max_new_tokens=200))
         removal = threading.Thread(target=engine.remove_adapter, args=("x",))
         removal.start()
         answer = await collect(tokens)
@@ -173,7 +180,7 @@ def test_an_adapter_of_another_shape_is_refused_and_the_base_still_served(
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    base = run(engine, ask())
+    base = run(engine, make_request())
     for file in adapter_dirs["second"].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = load_file(str(tmp_path / "adapter_model.safetensors"))
@@ -184,9 +191,9 @@ def test_an_adapter_of_another_shape_is_refused_and_the_base_still_served(
     with pytest.raises(ConfigError, match="adapter bad: does not fit this model"):
         engine.add_adapter("bad", tmp_path)
     assert engine.stats().adapters == ()
-    assert run(engine, ask()) == base
+    assert run(engine, make_request()) == base
     engine.add_adapter("good", adapter_dirs["second"])
-    assert run(engine, ask(adapter="good")) != base
+    assert run(engine, make_request(adapter="good")) != base
 
 
 def test_fault_48_a_failure_answers_its_request_and_the_next_is_served(
@@ -203,18 +210,18 @@ def test_fault_48_a_failure_answers_its_request_and_the_next_is_served(
         else:
             patch.setattr(engine._runner, "run", broken)
         with pytest.raises(UnavailableError, match="failed on this request") as caught:
-            run(engine, ask())
+            run(engine, make_request())
         assert "0x7f" not in str(caught.value)
-    assert run(engine, ask())[0][1] == "length"
+    assert run(engine, make_request())[0][1] == "length"
 
 
 def test_close_ends_what_is_in_flight_as_cancelled(engine: Engine) -> None:
     async def close_meanwhile() -> list[tuple[list[int], str | None]]:
-        tokens = [engine.submit(ask(id=str(n), max_new_tokens=240)) for n in range(2)]
+        tokens = [engine.submit(make_request(id=str(n), max_new_tokens=240)) for n in range(2)]
         await anext(tokens[0])
         engine.close()
         return await asyncio.gather(*(collect(each) for each in tokens))
 
     assert {reason for _, reason in asyncio.run(close_meanwhile())} == {"cancelled"}
     with pytest.raises(UnavailableError):
-        run(engine, ask())
+        run(engine, make_request())

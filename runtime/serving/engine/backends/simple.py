@@ -22,6 +22,11 @@ from runtime.serving.engine.sampling import Sampler
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+log = logging.getLogger(__name__)
+
+PREFILL_TOKENS = 512
+"""Prompt tokens per forward pass: a cancelled request ends between two passes."""
+
 
 class PeftAdapters:
     """A base model with any number of adapters of any rank; `model` is what is called."""
@@ -88,12 +93,6 @@ class PeftAdapters:
             self.model.delete_adapter(peft_name)
         else:
             self.model = self.model.unload()
-
-
-log = logging.getLogger(__name__)
-
-PREFILL_TOKENS = 512
-"""Prompt tokens per forward pass: a cancelled request ends between two passes."""
 
 
 class SimpleEngine:

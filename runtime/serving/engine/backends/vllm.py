@@ -37,6 +37,16 @@ ADAPTER_S = 600.0
 HOST_ADAPTERS = 64
 """Adapters that vLLM keeps in host memory; a further one is read from the disk for each request."""
 TOKEN = "token_id:"  # noqa: S105 - how vLLM writes a token's id where its text would stand
+SAME_NAME = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+"""Fields of `Sampling` that vLLM takes under the same name and in the same sense."""
 KV_SHARE = re.compile(r"^vllm:kv_cache_usage_perc\S* (\S+)", re.MULTILINE)
 
 
@@ -261,13 +271,7 @@ def _body(request: Request, *, model: str, context_tokens: int) -> dict[str, Any
         "prompt": request.prompt_ids,
         "max_tokens": min(sampling.max_new_tokens, context_tokens - len(request.prompt_ids)),
         "min_tokens": sampling.min_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-        "repetition_penalty": sampling.repetition_penalty,
-        "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
+        **{name: getattr(sampling, name) for name in SAME_NAME},
         "logit_bias": {str(token): bias for token, bias in sampling.logit_bias.items()},
         "stop_token_ids": sorted(sampling.stop_ids),
         "ignore_eos": True,

@@ -62,7 +62,7 @@ def run(task: WorkerTask) -> None:
     import torch
 
     from runtime import models
-    from runtime.serving import engine
+    from runtime.serving.engine.create import free_bytes
     from runtime.serving.engine.model_runner import ModelRunner, Rank
     from runtime.serving.engine.parallel import shard
     from runtime.serving.engine.parallel.group import Group, PrepareModel, rendezvous
@@ -75,7 +75,7 @@ def run(task: WorkerTask) -> None:
     model = shard.load(models.locate(task.model), config, own_shard, dtype=dtype, device=task.device)
     store.set(loaded_key(task.rank), "")
     group = Group(store, rank=task.rank, world=task.world, device=task.device)
-    group.all_reduce_min(engine.free_bytes(model, processes=task.world))
+    group.all_reduce_min(free_bytes(model, processes=task.world))
     first = group.receive()
     if isinstance(first, PrepareModel):  # else rank 0 has failed in between
         rank = Rank(group, own_shard)

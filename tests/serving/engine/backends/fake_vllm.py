@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Speaks vLLM's HTTP on a Unix socket without a model: `fake_vllm.py serve DIR --uds=SOCKET …`.
 
-It says what it was asked through files in DIR. A prompt's first id chooses what happens: 1 an answer, 2 one
-that never begins, 3 a bad request, 4 a failure before the first token, 5 a failure behind it, 6 an abort.
+It writes what it receives to files in DIR. A prompt's first id decides what happens: 1 an answer, 2 one that
+never begins, 3 a bad request, 4 a failure before the first token, 5 a failure after it, 6 an abort.
 """
 
 import asyncio
@@ -68,7 +68,7 @@ def unload(body: dict[str, str]) -> Response:
 
 @app.post("/v1/completions")
 async def complete(body: dict[str, Any]) -> Response:
-    note("asked.json", body)
+    note("body.json", body)
     kind = body["prompt"][0]
     if kind == 3:
         return refused(400, "this grammar is not one")

@@ -1,4 +1,4 @@
-"""The engine over vLLM against a program that speaks vLLM's HTTP; test_engines.py asks a real one."""
+"""The engine over vLLM, against a program that speaks vLLM's HTTP; test_protocol.py can use a real one."""
 
 import asyncio
 import json
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from runtime import hardware
 from runtime.errors import ConfigError, RequestError, UnavailableError, UnknownModelError
 from runtime.model_source import ModelSource, Quantization
 from runtime.serving.engine.backends import vllm
-from runtime.serving.engine.protocol import Grammar, Token
+from runtime.serving.engine.protocol import Grammar, Sampling, Token
 from runtime.serving.settings import AdapterSource, ServeConfig
 from tests.serving.conftest import until
-from tests.serving.engine.asking import ask, collect, run
+from tests.serving.engine.calls import collect, make_request, run
 
 ANSWER, SILENCE, BAD, FAILURE, LATE_FAILURE, ABORT = range(1, 7)
-"""First ids of prompts to fake_vllm.py."""
+"""First ids of prompts, which decide what fake_vllm.py does."""
 
 Start = Callable[..., vllm.VllmEngine]
 
@@ -38,7 +39,7 @@ def program(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The model directory, where the fake says what it was asked."""
+    """The model directory, where the fake writes what it received."""
     (tmp_path / "model").mkdir()
     return tmp_path / "model"
 
@@ -64,19 +65,19 @@ def start(program: Path, folder: Path) -> Iterator[Start]:
         engine.close()
 
 
-def said(folder: Path, name: str) -> Any:
+def received(folder: Path, name: str) -> Any:
     return json.loads((folder / f"{name}.json").read_text())
 
 
-def gone(pid: int) -> bool:
-    """Whether the process has ended; one that nobody has waited for yet has."""
+def has_ended(pid: int) -> bool:
+    """Whether the process has ended, waited for or not."""
     stat = Path(f"/proc/{pid}/stat")
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_the_answer_is_vllms_tokens_without_the_stop_id(start: Start) -> None:
     engine = start()
-    ((ids, reason),) = run(engine, ask((ANSWER, 5), stop_ids=frozenset({2})))
+    ((ids, reason),) = run(engine, make_request((ANSWER, 5), stop_ids=frozenset({2})))
     assert (ids, reason) == ([10, 11, 12], "stop")
     assert engine.stats().prompt_tokens == 2
     assert engine.stats().cached_tokens == 4
@@ -84,13 +85,13 @@ def test_the_answer_is_vllms_tokens_without_the_stop_id(start: Start) -> None:
 
 def test_every_sampling_setting_reaches_vllm(start: Start, folder: Path) -> None:
     grammar = Grammar("regex", "[ab]+", begin=lambda: pytest.fail("vLLM compiles it itself"))
-    asked = ask(
+    request = make_request(
         (ANSWER, 5), max_new_tokens=500, temperature=0.7, top_p=0.9, top_k=40, min_p=0.1, seed=-1,
         repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.3, logit_bias={7: 1.5},
         stop_ids=frozenset({9, 2}), min_new_tokens=3, grammar=grammar, top_logprobs=2,
     )  # fmt: skip
-    run(start(), asked)
-    body = said(folder, "asked")
+    run(start(), request)
+    body = received(folder, "body")
     assert body["max_tokens"] == 64 - 2
     assert {name: body[name] for name in ("temperature", "top_p", "top_k", "min_p", "min_tokens")} == {
         "temperature": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.1, "min_tokens": 3
@@ -107,9 +108,17 @@ def test_every_sampling_setting_reaches_vllm(start: Start, folder: Path) -> None
     assert body["logprobs"] == 2
 
 
+def test_no_sampling_setting_is_left_out() -> None:
+    """A new field of `Sampling` goes into SAME_NAME or gets a line in `_body`."""
+    converted = {
+        "max_new_tokens", "min_new_tokens", "logit_bias", "seed", "stop_ids", "grammar", "top_logprobs"
+    }  # fmt: skip
+    assert {field.name for field in fields(Sampling)} == converted | set(vllm.SAME_NAME)
+
+
 def test_log_probabilities_are_the_tokens_own_and_the_likeliest(start: Start) -> None:
     async def first(engine: vllm.VllmEngine) -> Token:
-        return await anext(engine.submit(ask((ANSWER,), top_logprobs=2)))
+        return await anext(engine.submit(make_request((ANSWER,), top_logprobs=2)))
 
     token = asyncio.run(first(start()))
     assert (token.id, token.logprob, token.top) == (10, -3.0, ((1, -0.5), (2, -1.0)))
@@ -130,15 +139,15 @@ def test_fault_48_a_failure_answers_its_request_and_the_next_is_served(
 ) -> None:
     engine = start()
     with pytest.raises(kind, match=message):
-        run(engine, ask((prompt,)))
-    assert run(engine, ask((ANSWER,)))[0][1] == "stop"
+        run(engine, make_request((prompt,)))
+    assert run(engine, make_request((ANSWER,)))[0][1] == "stop"
 
 
-def test_a_request_nobody_reads_is_broken_off_before_its_first_token(start: Start, folder: Path) -> None:
+def test_a_cancelled_request_ends_before_its_first_token(start: Start, folder: Path) -> None:
     async def leave(engine: vllm.VllmEngine) -> None:
-        tokens = engine.submit(ask((SILENCE, 9)))
+        tokens = engine.submit(make_request((SILENCE, 9)))
         first = asyncio.ensure_future(anext(tokens))
-        while not (folder / "asked.json").exists():
+        while not (folder / "body.json").exists():
             await asyncio.sleep(0.01)
         assert engine.stats().running == 1
         engine.cancel("1")
@@ -146,12 +155,12 @@ def test_a_request_nobody_reads_is_broken_off_before_its_first_token(start: Star
 
     asyncio.run(leave(start()))
     until((folder / "broken_off.json").exists)
-    assert said(folder, "broken_off") == [SILENCE, 9]
+    assert received(folder, "broken_off") == [SILENCE, 9]
 
 
-def test_vllm_has_as_many_requests_as_there_are_rows_and_the_rest_wait_here(start: Start) -> None:
+def test_vllm_gets_at_most_max_sequences_requests_and_the_rest_wait_here(start: Start) -> None:
     async def ask_four(engine: vllm.VllmEngine) -> None:
-        tokens = [engine.submit(ask((SILENCE,), id=str(n))) for n in range(4)]
+        tokens = [engine.submit(make_request((SILENCE,), id=str(n))) for n in range(4)]
         async with asyncio.timeout(5):
             while engine.stats().kv_cache_share != 0.25:
                 await asyncio.sleep(0.01)
@@ -163,21 +172,21 @@ def test_vllm_has_as_many_requests_as_there_are_rows_and_the_rest_wait_here(star
     asyncio.run(ask_four(start()))
 
 
-def test_an_adapter_is_kept_for_vllm_while_it_is_resident(
+def test_vllm_reads_a_copy_of_an_adapter_that_lasts_until_removal(
     start: Start, folder: Path, adapter_dirs: dict[str, Path]
 ) -> None:
     engine = start(adapter_root="/")
     engine.add_adapter("x", adapter_dirs["second"])
-    kept = Path(said(folder, "loras")["x"])
+    kept = Path(received(folder, "loras")["x"])
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (kept / file).read_bytes() == (adapter_dirs["second"] / file).read_bytes()
-    run(engine, ask((ANSWER,), adapter="x"))
-    assert said(folder, "asked")["model"] == "x"
+    run(engine, make_request((ANSWER,), adapter="x"))
+    assert received(folder, "body")["model"] == "x"
     engine.remove_adapter("x")
-    assert said(folder, "loras") == {}
+    assert received(folder, "loras") == {}
     assert not kept.exists()
     with pytest.raises(UnknownModelError):
-        run(engine, ask((ANSWER,), adapter="x"))
+        run(engine, make_request((ANSWER,), adapter="x"))
 
 
 def test_strength_is_in_the_copy_that_vllm_reads(
@@ -186,7 +195,7 @@ def test_strength_is_in_the_copy_that_vllm_reads(
     from safetensors.torch import load_file
 
     start().add_adapter("half", adapter_dirs["second"], strength=0.5)
-    kept = Path(said(folder, "loras")["half"])
+    kept = Path(received(folder, "loras")["half"])
     before = load_file(str(adapter_dirs["second"] / "adapter_model.safetensors"))
     after = load_file(str(kept / "adapter_model.safetensors"))
     stated = json.loads((adapter_dirs["second"] / "adapter_config.json").read_text())
@@ -205,10 +214,10 @@ def test_an_adapter_that_vllm_refuses_is_refused_with_its_reason(
     assert engine.stats().adapters == ()
 
 
-def test_its_end_is_noticed_and_what_is_in_flight_is_answered(start: Start, folder: Path) -> None:
+def test_the_end_of_vllm_fails_the_requests_in_flight(start: Start, folder: Path) -> None:
     async def kill_meanwhile(engine: vllm.VllmEngine) -> None:
-        tokens = engine.submit(ask((SILENCE,)))
-        os.kill(said(folder, "pid"), signal.SIGKILL)
+        tokens = engine.submit(make_request((SILENCE,)))
+        os.kill(received(folder, "pid"), signal.SIGKILL)
         with pytest.raises(UnavailableError):
             await collect(tokens)
 
@@ -217,18 +226,18 @@ def test_its_end_is_noticed_and_what_is_in_flight_is_answered(start: Start, fold
     asyncio.run(kill_meanwhile(engine))
     until(lambda: not engine.stats().alive)
     with pytest.raises(UnavailableError):
-        run(engine, ask((ANSWER,)))
+        run(engine, make_request((ANSWER,)))
 
 
-def test_close_ends_it(start: Start, folder: Path) -> None:
+def test_close_ends_vllm(start: Start, folder: Path) -> None:
     engine = start()
     engine.close()
-    assert gone(said(folder, "pid"))
+    assert has_ended(received(folder, "pid"))
     with pytest.raises(UnavailableError):
-        run(engine, ask((ANSWER,)))
+        run(engine, make_request((ANSWER,)))
 
 
-def test_it_does_not_outlive_a_server_that_is_killed(program: Path, folder: Path) -> None:
+def test_vllm_does_not_outlive_a_server_that_is_killed(program: Path, folder: Path) -> None:
     code = (
         "import sys, time; from runtime.serving.engine.backends.vllm_process import VllmProcess\n"
         "VllmProcess(sys.argv[1], [sys.argv[2], '--served-model-name=base']).wait_ready()\n"
@@ -239,15 +248,15 @@ def test_it_does_not_outlive_a_server_that_is_killed(program: Path, folder: Path
         assert server.stdout is not None
         assert server.stdout.readline() == "up\n"
         server.kill()
-    until(lambda: gone(said(folder, "pid")))
+    until(lambda: has_ended(received(folder, "pid")))
 
 
-def test_its_last_words_say_why_it_did_not_start(start: Start) -> None:
+def test_the_last_error_line_says_why_vllm_did_not_start(start: Start) -> None:
     with pytest.raises(ConfigError, match="ended with status 1 while it loaded: ValueError: Free memory"):
         start(vllm={"flags": {"end": True}})
 
 
-def test_a_missing_vllm_is_named_with_what_to_do() -> None:
+def test_a_missing_vllm_is_named_with_the_remedy() -> None:
     with pytest.raises(ConfigError, match=r"no program '/nowhere/vllm'.*--set vllm.program="):
         vllm.start(config(Path("/nowhere/vllm")), Path("/"), hardware.detect())
 

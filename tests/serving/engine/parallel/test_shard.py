@@ -24,8 +24,8 @@ from runtime.serving.engine.parallel import shard
 from runtime.serving.engine.parallel.group import Group, rendezvous
 from runtime.serving.engine.parallel.shard import Shard
 from runtime.serving.engine.parallel.worker import WorkerTask, loaded_key
-from tests.serving.engine.asking import ask, generate, load, run
-from tests.serving.engine.test_engine import SIZES, some_prompts
+from tests.serving.engine.calls import generate, load, make_request, run
+from tests.serving.engine.models import SIZES, some_prompts
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
@@ -99,8 +99,8 @@ def test_two_ranks_answer_as_one_process(family: str, divided: Divided, tmp_path
     expected = [generate(load(folder), prompt) for prompt in prompts]
     with divided(folder) as engine:
         cache = engine._runner.cache.keys[0]
-        together = run(engine, *(ask(prompt, id=str(number)) for number, prompt in enumerate(prompts)))
-        again = run(engine, ask(prompts[4]))
+        together = run(engine, *(make_request(prompt, id=str(n)) for n, prompt in enumerate(prompts)))
+        again = run(engine, make_request(prompts[4]))
     assert [ids for ids, _ in together] == expected
     assert again[0][0] == expected[4], "read from the cache on every rank"
     whole = AutoModelForCausalLM.from_pretrained(str(folder)).config.num_key_value_heads
@@ -131,10 +131,10 @@ def test_adapters_are_divided_like_the_layers_they_adapt(
         with pytest.raises(ConfigError, match="adapter bad: does not fit this model"):
             engine.add_adapter("bad", bad)
         engine.add_adapter("good", good)
-        with_and_without = run(engine, ask(prompt, adapter="good"), ask(prompt, id="2"))
+        with_and_without = run(engine, make_request(prompt, adapter="good"), make_request(prompt, id="2"))
         engine.remove_adapter("good")
         engine.add_adapter("weak", good, strength=0.0)
-        weak = run(engine, ask(prompt, adapter="weak"))
+        weak = run(engine, make_request(prompt, adapter="weak"))
     assert [ids for ids, _ in with_and_without] == [expected, base]
     assert weak[0][0] == base
 

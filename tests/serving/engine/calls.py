@@ -20,7 +20,7 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(str(folder)).eval()
 
 
-def ask(
+def make_request(
     prompt: tuple[int, ...] = PROMPT,
     *,
     adapter: str | None = None,
