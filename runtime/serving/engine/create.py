@@ -54,7 +54,7 @@ def _simple(config: ServeConfig, model: "PreTrainedModel", context_tokens: int) 
 def _batching(
     config: ServeConfig, model: "PreTrainedModel", context_tokens: int, rank: "Rank | None"
 ) -> "Engine":
-    from runtime.serving.engine.engine import BatchingEngine
+    from runtime.serving.engine.engine import BatchingEngine, EngineLimits
 
     free = free_bytes(model)
     if rank is not None:
@@ -70,16 +70,15 @@ def _batching(
         log.warning(
             "Memory allows %d sequences of %d tokens, not %d of %d", sequences, context_tokens, *wanted
         )
-    return BatchingEngine(
-        model,
+    limits = EngineLimits(
         max_sequences=sequences,
         context_tokens=context_tokens,
         max_waiting=config.limits.queue,
         # a product of 4-bit weights with more than one token dequantises them first
         draft_tokens=0 if config.quantization else config.speculative_tokens,
-        rank=rank,
-        graph_backend=_graph_backend(config, model) if rank is None else None,
     )
+    graph_backend = _graph_backend(config, model) if rank is None else None
+    return BatchingEngine(model, limits, rank=rank, graph_backend=graph_backend)
 
 
 def _graph_backend(config: ServeConfig, model: "PreTrainedModel") -> "GraphBackend | None":

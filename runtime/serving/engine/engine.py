@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,20 @@ FAILURES_IN_A_ROW = 3
 """Steps that fail one after another before the engine gives up, so that a restart can help."""
 
 
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """How many requests an engine answers and keeps waiting, and how long they may be."""
+
+    max_sequences: int
+    """Requests answered at the same time."""
+    context_tokens: int
+    """Longest prompt and answer together."""
+    max_waiting: int
+    """Requests that wait for one of those to end; a further one is refused."""
+    draft_tokens: int = 0
+    """Most draft tokens per sequence and step; 0 drafts none."""
+
+
 class RunningRequest:
     """A request being answered: its handle, its sequence in the cache, and its sampler."""
 
@@ -49,35 +64,34 @@ class RunningRequest:
 
 
 class BatchingEngine:
-    """Answers `max_sequences` requests at a time in one thread; more wait in order of arrival."""
+    """Answers many requests at a time in one thread; more wait in order of arrival."""
 
-    def __init__(  # noqa: PLR0913 - numbers of one server
+    def __init__(
         self,
         model: "PreTrainedModel",
+        limits: EngineLimits,
         *,
-        max_sequences: int,
-        context_tokens: int,
-        max_waiting: int,
-        draft_tokens: int = 0,
         rank: Rank | None = None,
         graph_backend: GraphBackend | None = None,
     ) -> None:
-        """Drafts up to `draft_tokens` per sequence and step; records steps with `graph_backend`.
+        """`rank` where `model` is rank 0's shard of one that several processes serve.
 
-        `rank` where `model` is rank 0's shard of one that several processes serve.
+        Steps are recorded with `graph_backend` where there is one.
         """
-        self.context_tokens = context_tokens
-        self.max_sequences = max_sequences
+        self.context_tokens = limits.context_tokens
+        self.max_sequences = limits.max_sequences
         self._rank = rank
         self._aborted = False
         self._scheduler = Scheduler(
-            max_sequences,
+            limits.max_sequences,
             chunk_tokens=CHUNK_TOKENS,
             prefill_only_tokens=PREFILL_ONLY_TOKENS,
-            draft_tokens=draft_tokens,
+            draft_tokens=limits.draft_tokens,
         )
         self._queue = RequestQueue(
-            max_running=max_sequences, max_waiting=max_waiting, adapters=lambda: self._runner.adapters.names
+            max_running=limits.max_sequences,
+            max_waiting=limits.max_waiting,
+            adapters=lambda: self._runner.adapters.names,
         )
         self._running: dict[Sequence, RunningRequest] = {}
         self._failures = 0

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from runtime.serving.engine import cuda_graphs
 from runtime.serving.engine.batch import HostBatch, SlotChunk
 from runtime.serving.engine.cuda_graphs import Block, CudaGraphs, GraphKey
-from runtime.serving.engine.engine import BatchingEngine
+from runtime.serving.engine.engine import BatchingEngine, EngineLimits
 from runtime.serving.engine.kernels import Kernels
 from runtime.serving.engine.model_runner import ModelRunner
 from tests.serving.engine.calls import Oracle, generate, load, make_request, run
@@ -71,7 +71,9 @@ def test_recorded_steps_answer_as_generate_does_alone_and_among_others(
     expected = [generate(model, prompt, max_new_tokens=24) for prompt in prompts]
     oracle.known = [(*prompt, *answer) for prompt, answer in zip(prompts[:2], expected[:2], strict=True)]
     engine = BatchingEngine(
-        model, max_sequences=6, context_tokens=200, max_waiting=8, draft_tokens=8, graph_backend=traces
+        model,
+        EngineLimits(max_sequences=6, context_tokens=200, max_waiting=8, draft_tokens=8),
+        graph_backend=traces,
     )
     requests = [make_request(prompt, max_new_tokens=24, id=str(n)) for n, prompt in enumerate(prompts)]
     together = [ids for ids, _ in run(engine, *requests)]
@@ -94,7 +96,9 @@ def test_recorded_steps_of_a_longrope_model_keep_each_row_to_its_factors(traces:
     prompts = some_prompts(5, 65, 48, 100, 20)
     expected = [generate(model, prompt) for prompt in prompts]
     engine = BatchingEngine(
-        copy.deepcopy(model), max_sequences=5, context_tokens=400, max_waiting=8, graph_backend=traces
+        copy.deepcopy(model),
+        EngineLimits(max_sequences=5, context_tokens=400, max_waiting=8),
+        graph_backend=traces,
     )
     requests = [make_request(prompt, id=str(n)) for n, prompt in enumerate(prompts)]
     together = [ids for ids, _ in run(engine, *requests)]
@@ -107,7 +111,9 @@ def test_recorded_steps_of_a_longrope_model_keep_each_row_to_its_factors(traces:
 @pytest.fixture
 def engine(tiny_llama_dir: Path, traces: Traces) -> Iterator[BatchingEngine]:
     made = BatchingEngine(
-        load(tiny_llama_dir), max_sequences=8, context_tokens=200, max_waiting=8, graph_backend=traces
+        load(tiny_llama_dir),
+        EngineLimits(max_sequences=8, context_tokens=200, max_waiting=8),
+        graph_backend=traces,
     )
     yield made
     made.close()
@@ -115,7 +121,9 @@ def engine(tiny_llama_dir: Path, traces: Traces) -> Iterator[BatchingEngine]:
 
 @pytest.fixture
 def plain(tiny_llama_dir: Path) -> Iterator[BatchingEngine]:
-    made = BatchingEngine(load(tiny_llama_dir), max_sequences=8, context_tokens=200, max_waiting=8)
+    made = BatchingEngine(
+        load(tiny_llama_dir), EngineLimits(max_sequences=8, context_tokens=200, max_waiting=8)
+    )
     yield made
     made.close()
 
@@ -207,9 +215,7 @@ def test_a_recording_that_fails_or_differs_is_said_once_and_never_replayed(
 ) -> None:
     engine = BatchingEngine(
         load(tiny_llama_dir),
-        max_sequences=4,
-        context_tokens=200,
-        max_waiting=8,
+        EngineLimits(max_sequences=4, context_tokens=200, max_waiting=8),
         graph_backend=Broken(failure),
     )
     with caplog.at_level(logging.WARNING, logger="runtime.serving"):
@@ -228,7 +234,9 @@ def test_a_row_that_becomes_nan_costs_its_own_answer_and_no_recording(traces: Tr
     unused = next(token for token in range(3, 128) if token not in expected and token not in prompt)
     with torch.no_grad():
         model.get_input_embeddings().weight[unused] = torch.nan
-    engine = BatchingEngine(model, max_sequences=2, context_tokens=100, max_waiting=8, graph_backend=traces)
+    engine = BatchingEngine(
+        model, EngineLimits(max_sequences=2, context_tokens=100, max_waiting=8), graph_backend=traces
+    )
     bias = {unused: 1e9}
     for _ in range(4):  # its second token is chosen from NaN
         with pytest.raises(Exception, match="not a number"):
@@ -312,10 +320,7 @@ def test_cuda_graphs_answer_as_steps_that_run_as_they_come(family: str, oracle: 
     for backend in (None, CudaGraphs()):
         engine = BatchingEngine(
             copy.deepcopy(model),
-            max_sequences=6,
-            context_tokens=400,
-            max_waiting=8,
-            draft_tokens=8,
+            EngineLimits(max_sequences=6, context_tokens=400, max_waiting=8, draft_tokens=8),
             graph_backend=backend,
         )
         answers.append([run(engine, *requests), *(run(engine, each) for each in (*requests, *requests))])

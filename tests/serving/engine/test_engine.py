@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from runtime.errors import ConfigError, RequestError, UnavailableError
-from runtime.serving.engine.engine import CHUNK_TOKENS, PREFILL_ONLY_TOKENS, BatchingEngine
+from runtime.serving.engine.engine import CHUNK_TOKENS, PREFILL_ONLY_TOKENS, BatchingEngine, EngineLimits
 from runtime.serving.engine.protocol import Start
 from tests.serving.engine.calls import collect, generate, load, make_request, run
 from tests.serving.engine.models import FAMILIES, longrope_model, model_of, some_prompts
@@ -23,7 +23,7 @@ def test_greedy_equals_generate_alone_and_among_others(family: str) -> None:
     model = model_of(family)
     prompts = some_prompts(3, 40, 1, 70, 17, 300)
     expected = [generate(model, prompt) for prompt in prompts]
-    engine = BatchingEngine(model, max_sequences=4, context_tokens=400, max_waiting=8)
+    engine = BatchingEngine(model, EngineLimits(max_sequences=4, context_tokens=400, max_waiting=8))
     requests = [make_request(prompt, id=str(n)) for n, prompt in enumerate(prompts)]
     alone = [run(engine, request)[0][0] for request in requests]
     together = [ids for ids, _ in run(engine, *requests)]
@@ -41,7 +41,9 @@ def longrope() -> Any:
 def test_each_sequence_of_a_longrope_model_has_its_own_factors(longrope: Any) -> None:
     prompts = some_prompts(5, 65, 48, 300, 20)  # of 16 new tokens the last is never run: 48 stays short
     expected = [generate(longrope, prompt) for prompt in prompts]
-    engine = BatchingEngine(copy.deepcopy(longrope), max_sequences=5, context_tokens=400, max_waiting=8)
+    engine = BatchingEngine(
+        copy.deepcopy(longrope), EngineLimits(max_sequences=5, context_tokens=400, max_waiting=8)
+    )
     requests = [make_request(prompt, id=str(n)) for n, prompt in enumerate(prompts)]
     alone = [run(engine, request)[0][0] for request in requests]
     together = [ids for ids, _ in run(engine, *requests)]
@@ -52,7 +54,9 @@ def test_each_sequence_of_a_longrope_model_has_its_own_factors(longrope: Any) ->
 
 def test_an_answer_that_may_become_long_has_the_long_factors_from_its_first_token(longrope: Any) -> None:
     (prompt,) = some_prompts(60)
-    engine = BatchingEngine(copy.deepcopy(longrope), max_sequences=2, context_tokens=400, max_waiting=8)
+    engine = BatchingEngine(
+        copy.deepcopy(longrope), EngineLimits(max_sequences=2, context_tokens=400, max_waiting=8)
+    )
     short, long, again = (
         run(engine, make_request(prompt, max_new_tokens=count, id=str(count)))[0][0] for count in (5, 40, 5)
     )
@@ -67,7 +71,9 @@ def test_an_answer_that_may_become_long_has_the_long_factors_from_its_first_toke
 
 @pytest.fixture
 def engine(tiny_llama_dir: Path) -> Iterator[BatchingEngine]:
-    made = BatchingEngine(load(tiny_llama_dir), max_sequences=32, context_tokens=600, max_waiting=8)
+    made = BatchingEngine(
+        load(tiny_llama_dir), EngineLimits(max_sequences=32, context_tokens=600, max_waiting=8)
+    )
     yield made
     made.close()
 
@@ -344,7 +350,7 @@ def test_a_model_that_cannot_be_prepared_leaves_no_thread(
 
     monkeypatch.setattr("runtime.serving.engine.engine.ModelRunner", broken)
     with pytest.raises(RuntimeError, match="no memory for the cache"):
-        BatchingEngine(load(tiny_llama_dir), max_sequences=1, context_tokens=32, max_waiting=1)
+        BatchingEngine(load(tiny_llama_dir), EngineLimits(max_sequences=1, context_tokens=32, max_waiting=1))
     for thread in threading.enumerate():
         if thread.name == "engine":
             thread.join(5)

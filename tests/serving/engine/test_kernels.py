@@ -252,13 +252,13 @@ def test_without_kernels_the_answers_are_the_same(
     family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With them test_rows.py asks; here torch's operations answer, as where there was no compiler."""
-    from runtime.serving.engine.engine import BatchingEngine
+    from runtime.serving.engine.engine import BatchingEngine, EngineLimits
 
     monkeypatch.setattr(Kernels, "find", lambda: None)
     model = model_of(family)
     prompts = some_prompts(3, 40, 1, 70)
     expected = [generate(model, prompt) for prompt in prompts]
-    engine = BatchingEngine(model, max_sequences=4, context_tokens=200, max_waiting=8)
+    engine = BatchingEngine(model, EngineLimits(max_sequences=4, context_tokens=200, max_waiting=8))
     answers = [
         ids for ids, _ in run(engine, *(make_request(prompt, id=str(n)) for n, prompt in enumerate(prompts)))
     ]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.serving.engine import scheduler
-from runtime.serving.engine.engine import BatchingEngine
+from runtime.serving.engine.engine import BatchingEngine, EngineLimits
 from runtime.serving.engine.prompt_lookup import (
     FIRST_DRAFT_TOKENS,
     MAX_PAUSE_TOKENS,
@@ -98,7 +98,9 @@ def test_accepted_and_rejected_drafts_leave_the_same_text_and_cache(
     model = model_of(family)
     prompts = some_prompts(3, 40)
     texts = [(*prompt, *generate(model, prompt, max_new_tokens=40)) for prompt in prompts]
-    engine = BatchingEngine(model, max_sequences=2, context_tokens=400, max_waiting=8, draft_tokens=8)
+    engine = BatchingEngine(
+        model, EngineLimits(max_sequences=2, context_tokens=400, max_waiting=8, draft_tokens=8)
+    )
     oracle.known = texts
     requests = [make_request(prompt, max_new_tokens=25, id=str(n)) for n, prompt in enumerate(prompts)]
     alone = [run(engine, request)[0][0] for request in requests]
@@ -121,7 +123,9 @@ def test_a_rejected_token_that_gives_nan_is_cleared_from_the_cache(oracle: Oracl
     oracle.wrong = unused
     with torch.no_grad():
         model.get_input_embeddings().weight[unused] = torch.nan
-    engine = BatchingEngine(model, max_sequences=2, context_tokens=400, max_waiting=8, draft_tokens=8)
+    engine = BatchingEngine(
+        model, EngineLimits(max_sequences=2, context_tokens=400, max_waiting=8, draft_tokens=8)
+    )
     oracle.known = texts
     requests = [make_request(prompt, max_new_tokens=30, id=str(n)) for n, prompt in enumerate(prompts)]
     alone = [run(engine, request)[0][0] for request in requests]
@@ -135,7 +139,7 @@ def test_a_rejected_token_that_gives_nan_is_cleared_from_the_cache(oracle: Oracl
 @pytest.fixture
 def engine(tiny_llama_dir: Path, oracle: Oracle) -> Iterator[BatchingEngine]:
     made = BatchingEngine(
-        load(tiny_llama_dir), max_sequences=2, context_tokens=100, max_waiting=8, draft_tokens=8
+        load(tiny_llama_dir), EngineLimits(max_sequences=2, context_tokens=100, max_waiting=8, draft_tokens=8)
     )
     oracle.known = [(*PROMPT, *generate(load(tiny_llama_dir), max_new_tokens=95))]
     yield made
@@ -167,12 +171,14 @@ def test_penalties_and_logprobs_count_accepted_tokens(
     tiny_llama_dir: Path, oracle: Oracle, sampling: dict[str, Any]
 ) -> None:
     request = make_request(max_new_tokens=40, **sampling)
-    plain = BatchingEngine(load(tiny_llama_dir), max_sequences=1, context_tokens=100, max_waiting=8)
+    plain = BatchingEngine(
+        load(tiny_llama_dir), EngineLimits(max_sequences=1, context_tokens=100, max_waiting=8)
+    )
     expected = tokens(plain, request)
     plain.close()
     oracle.known = [(*PROMPT, *(token.id for token in expected if token.id is not None))]
     drafting = BatchingEngine(
-        load(tiny_llama_dir), max_sequences=1, context_tokens=100, max_waiting=8, draft_tokens=8
+        load(tiny_llama_dir), EngineLimits(max_sequences=1, context_tokens=100, max_waiting=8, draft_tokens=8)
     )
     found = tokens(drafting, request)
     accepted = drafting.stats().accepted_tokens
@@ -215,7 +221,7 @@ def test_a_repetitive_answer_is_drafted_from_itself(tiny_llama_dir: Path) -> Non
     prompt = (*range(20, 50), *range(20, 40))
     model = load(tiny_llama_dir)
     engine = BatchingEngine(
-        load(tiny_llama_dir), max_sequences=1, context_tokens=400, max_waiting=8, draft_tokens=8
+        load(tiny_llama_dir), EngineLimits(max_sequences=1, context_tokens=400, max_waiting=8, draft_tokens=8)
     )
     answer = run(engine, make_request(prompt, max_new_tokens=200))[0][0]
     accepted = engine.stats().accepted_tokens

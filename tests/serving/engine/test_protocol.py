@@ -13,7 +13,7 @@ from runtime.errors import ConfigError, OverloadedError, UnavailableError, Unkno
 from runtime.serving.engine.backends.simple import SimpleEngine
 from runtime.serving.engine.backends.vllm import VllmEngine
 from runtime.serving.engine.backends.vllm_process import VllmProcess
-from runtime.serving.engine.engine import BatchingEngine
+from runtime.serving.engine.engine import BatchingEngine, EngineLimits
 from runtime.serving.engine.protocol import Engine
 from tests.serving.engine.calls import collect, generate, load, make_request, run
 
@@ -28,7 +28,7 @@ def engine(request: pytest.FixtureRequest, tiny_llama_dir: Path) -> Iterator[Eng
     made: Engine = (
         SimpleEngine(model, context_tokens=256, max_waiting=2)
         if request.param == "simple"
-        else BatchingEngine(model, max_sequences=1, context_tokens=256, max_waiting=2)
+        else BatchingEngine(model, EngineLimits(max_sequences=1, context_tokens=256, max_waiting=2))
     )
     yield made
     made.close()

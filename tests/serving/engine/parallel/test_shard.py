@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from runtime import adapters
 from runtime.errors import ConfigError
 from runtime.model_source import ModelSource
-from runtime.serving.engine.engine import BatchingEngine
+from runtime.serving.engine.engine import BatchingEngine, EngineLimits
 from runtime.serving.engine.model_runner import Rank
 from runtime.serving.engine.parallel import shard
 from runtime.serving.engine.parallel.group import Group, rendezvous
@@ -70,7 +70,9 @@ def divided(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Divided]:
         group = Group(store, rank=0, world=2, device="cpu")
         group.all_reduce_min(1)
         engine = BatchingEngine(
-            model, max_sequences=4, context_tokens=400, max_waiting=8, rank=Rank(group, own_shard)
+            model,
+            EngineLimits(max_sequences=4, context_tokens=400, max_waiting=8),
+            rank=Rank(group, own_shard),
         )
         yield engine
         engine.close()
