@@ -1,1 +1,1 @@
-"""The command line: one module a command. Start at main."""
+"""The command line: one module per command. Start at main.py."""

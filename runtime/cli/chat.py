@@ -1,6 +1,6 @@
 """`runtime chat`: a conversation in the terminal with a running server.
 
-Knows flags, the key's variable and the terminal; what is said to the server lies in serving/terminal.py.
+Knows flags, the key's variable and the terminal; the conversation lies in serving/terminal.py.
 Start at `chat`.
 """
 
@@ -10,11 +10,10 @@ from typing import Annotated
 import typer
 
 from runtime import ports
-from runtime.cli.serve import KeyFrom, api_key, port_variable
-from runtime.cli.tune import Debug
+from runtime.cli.options import Debug, KeyFrom, api_key, port_variable
 
 READ_TIMEOUT_S = 600.0
-"""Silence from the server after which it is given up; it sends a comment every few seconds."""
+"""Longest silence of the server before the request fails; it sends a comment every few seconds."""
 
 Url = Annotated[
     str | None,
@@ -24,7 +23,7 @@ Url = Annotated[
     ),
 ]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="The base model or an adapter.")]
-System = Annotated[str, typer.Option(help="Rules the model is given before the conversation.")]
+System = Annotated[str, typer.Option(help="System prompt of the conversation.")]
 
 
 def chat(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as flags
@@ -33,7 +32,7 @@ def chat(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     model: Model = None,
     system: System = "",
     api_key_env: KeyFrom = None,
-    debug: Debug = False,  # read by cli.run, before anything else
+    debug: Debug = False,
 ) -> None:
     """Talk to a server: type a question, Ctrl-C stops an answer, Ctrl-D ends. A pipe asks line by line."""
     import httpx

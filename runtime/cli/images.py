@@ -1,6 +1,6 @@
-"""`runtime push`, `runtime pull`, `runtime inspect`: folders to images and back.
+"""`runtime push`, `runtime pull` and `runtime inspect`: folders to images and back.
 
-Knows flags. What they do lies in runtime/oci. Start at `add_to`.
+Knows flags. The work lies in runtime/oci. Start at `add_to`.
 """
 
 import json
@@ -12,6 +12,7 @@ import typer
 
 from runtime import oci
 from runtime.cli import render
+from runtime.cli.options import AsJson
 from runtime.errors import ConfigError
 from runtime.oci import Access
 
@@ -21,7 +22,9 @@ Image = Annotated[
 ]
 Auth = Annotated[
     Path | None,
-    typer.Option("--auth", metavar="PATH", help="A Docker config.json, or a folder of them, to try first."),
+    typer.Option(
+        "--auth", metavar="PATH", help="A Docker config.json, or a folder of them, tried before all others."
+    ),
 ]
 Insecure = Annotated[bool, typer.Option(help="Allow plain HTTP and untrusted certificates.")]
 Ca = Annotated[Path | None, typer.Option("--ca-file", metavar="FILE", help="CA certificates to trust.")]
@@ -33,14 +36,15 @@ Notes = Annotated[
 ]
 BaseImage = Annotated[
     str | None,
-    typer.Option("--base", metavar="REF", help="Put the files on this image, such as busybox, for controllers"
+    typer.Option("--base", metavar="REF", help="Base image for the files, such as busybox, for controllers"
                  " that run commands in it."),
 ]  # fmt: skip
-AsModelPack = Annotated[bool, typer.Option("--modelpack", help="Make a CNCF ModelPack artifact, no image.")]
+AsModelPack = Annotated[
+    bool, typer.Option("--modelpack", help="Make a CNCF ModelPack artifact instead of an image.")
+]
 Cache = Annotated[
     Path | None, typer.Option("--cache", metavar="DIR", help="Keep downloaded blobs here, by digest.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -108,16 +112,16 @@ def inspect(  # noqa: PLR0913, PLR0917
 ) -> None:
     """Show digest, kind, layers and annotations of an image."""
     info = oci.inspect(oci.parse(reference), _access(context, auth, insecure, ca_file))
-    found = info.contents
+    contents = info.contents
     if as_json:
-        layers = [layer.as_json() for layer in found.layers]
-        facts = {"reference": str(info.reference), "digest": info.digest, "kind": found.kind}
-        typer.echo(json.dumps({**facts, "layers": layers, "annotations": found.annotations}, indent=2))
+        layers = [layer.as_json() for layer in contents.layers]
+        facts = {"reference": str(info.reference), "digest": info.digest, "kind": contents.kind}
+        typer.echo(json.dumps({**facts, "layers": layers, "annotations": contents.annotations}, indent=2))
         return
-    rows = [("digest", info.digest), ("kind", found.kind), ("bytes", str(found.size))]
+    rows = [("digest", info.digest), ("kind", contents.kind), ("bytes", str(contents.size))]
     rows += [(f"layer {number}", f"{layer.media_type} {layer.digest} {layer.size}") for number, layer in
-             enumerate(found.layers, 1)]  # fmt: skip
-    rows += sorted(found.annotations.items())
+             enumerate(contents.layers, 1)]  # fmt: skip
+    rows += sorted(contents.annotations.items())
     render.table(("fact", "value"), rows)
 
 
@@ -136,8 +140,8 @@ def _access(
     return oci.from_environment(environ, files=files, insecure=insecure, ca_file=ca_file, cache=cache)
 
 
-def _annotations(given: list[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in given]
+def _annotations(words: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in words]
     for key, equals, _ in pairs:
         if not equals or not key:
             raise ConfigError(f"--annotation {key!r}: expected KEY=VALUE")

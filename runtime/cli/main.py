@@ -1,7 +1,7 @@
-"""The console script `runtime`: commands, and what every failure becomes: one line and an exit status.
+"""The console script `runtime`: its commands, and how every failure becomes one line and an exit status.
 
-Here, and only in this package, are the environment and the arguments read. What a command does lies
-elsewhere and is imported when it runs, so that help and dry runs answer at once. Start at `main`.
+Reads the environment and the arguments of the process. What a command does lies elsewhere and is imported
+when it runs, so that help and dry runs answer at once. Start at `main`.
 """
 
 import logging
@@ -60,12 +60,12 @@ def version() -> None:
 
 
 def main() -> None:
-    """Run the command line of this process and leave with its exit status."""
+    """Run the command line of this process and exit with its status."""
     garbage_collection.exit_without(run(sys.argv[1:], os.environ))
 
 
 def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Run one command and return its exit status; nothing but KeyboardInterrupt's kin gets out."""
+    """Run one command and return its exit status; every Exception becomes one line."""
     debug = "--debug" in arguments or environ.get("DEBUG_MODE", "").lower() in ("true", "1")
     logs.configure(debug=debug)
     try:
@@ -87,14 +87,14 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 def _denied(error: PermissionError) -> str:
-    """Return what to do about a file that this process may not use: in a container, most often a mount."""
+    """Return what to do about a file that this process may not use; in a container, usually a mount."""
     whom = f"user {os.geteuid()} with group {os.getegid()}"
     remedy = "open it and the folders above it, or run as its owner"
     return f"{error.filename}: permission denied for {whom}; {remedy}"
 
 
 def _explain(error: BaseException, message: str, status: int, *, debug: bool) -> int:
-    """Write the one line, after the traceback where that is wanted, and return `status`."""
+    """Write the one line, with --debug after the traceback, and return `status`."""
     if debug:
         log.debug("traceback", exc_info=error)
     typer.echo(f"error: {logs.redact(' '.join(message.split()))}", err=True)

@@ -1,6 +1,6 @@
-"""`runtime manifest`: a Workspace as objects for `kubectl apply`, where no controller makes them.
+"""`runtime manifest`: a Workspace as objects for `kubectl apply`, for clusters without the controller.
 
-Knows flags and YAML. What the objects are lies in runtime/workspace/kubernetes.py. Start at `manifest`.
+Knows flags and YAML. The objects are made by runtime/workspace/kubernetes.py. Start at `manifest`.
 """
 
 import logging
@@ -10,33 +10,37 @@ from typing import Annotated
 import typer
 import yaml
 
+from runtime.workspace import kubernetes
+
 log = logging.getLogger(__name__)
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A Workspace manifest, for tuning or inference.")]
-Image = Annotated[str, typer.Option(metavar="REF", help="This project's image, as the nodes pull it.")]
+Image = Annotated[
+    str, typer.Option(metavar="REF", help="This project's image, under the name by which the nodes pull it.")
+]
 Gpus = Annotated[int, typer.Option(min=0, help="GPUs of each pod.")]
 ImageVolumes = Annotated[
     bool,
     typer.Option(
         "--image-volumes",
-        help="Mount adapter images as volumes (Kubernetes 1.35, or 1.33 with ImageVolume), do not pull.",
+        help="Mount adapter images as volumes, not pull them (Kubernetes 1.35, or 1.33 with ImageVolume).",
     ),
 ]
 
 
 def manifest(file: File, image: Image, gpus: Gpus = 1, image_volumes: ImageVolumes = False) -> None:
     """Print a Workspace as a Job, or a Deployment and a Service, for clusters without the controller."""
-    from runtime.workspace import kubernetes
-
-    choices = kubernetes.PodOptions(image=image, gpus=gpus, image_volumes=image_volumes)
-    found, sentences = kubernetes.objects(file, choices)
-    for sentence in sentences:
-        log.warning("%s", sentence)
-    typer.echo(yaml.dump_all(found, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True), nl=False)
+    options = kubernetes.PodOptions(image=image, gpus=gpus, image_volumes=image_volumes)
+    objects, warnings = kubernetes.objects(file, options)
+    for warning in warnings:
+        log.warning("%s", warning)
+    typer.echo(
+        yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True), nl=False
+    )
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that writes texts of several lines as they are, and indents lists."""
+    """SafeDumper that writes multi-line texts as block scalars, and indents lists."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, indentless=False)

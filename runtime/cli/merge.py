@@ -1,4 +1,4 @@
-"""`runtime merge`: an adapter and its base as one model directory.
+"""`runtime merge`: an adapter and its base model as one model directory.
 
 Knows flags. The work lies in runtime/merge.py. Start at `merge`.
 """
@@ -19,16 +19,23 @@ Target = Annotated[Path, typer.Argument(metavar="DIR", help="The new model direc
 Model = Annotated[
     str | None,
     typer.Option(
-        metavar="MODEL", help="The base: a preset, repository id or directory; the adapter's own by default."
+        metavar="MODEL",
+        help="The base model: a preset, repository id or directory; the one named by the adapter by default.",
     ),
 ]
-As = Annotated[Dtype, typer.Option("--dtype", help="Type of the written weights; auto keeps the base's own.")]
+WeightsDtype = Annotated[
+    Dtype, typer.Option("--dtype", help="Type of the written weights; auto keeps that of the base model.")
+]
 
 
 def merge(
-    context: typer.Context, adapter: Adapter, target: Target, model: Model = None, dtype: As = "auto"
+    context: typer.Context,
+    adapter: Adapter,
+    target: Target,
+    model: Model = None,
+    dtype: WeightsDtype = "auto",
 ) -> None:
-    """Add an adapter to its 16-bit base: the result is a plain model that transformers loads."""
+    """Merge an adapter into its 16-bit base model, into a plain model that transformers loads."""
     from runtime import merge as merging
 
     with adapters.local_copy(adapter, access=oci.from_environment(context.obj or {})) as folder:

@@ -1,11 +1,12 @@
 """`runtime plan`: does a tuning job or a server fit, with which settings, and why; before a GPU is rented.
 
-Knows flags and how a plan looks. The arithmetic lies in runtime/memory, the choice in runtime/tuning/fit.py.
-Imports no torch. Start at `plan`.
+Knows flags and how a report looks. The arithmetic lies in runtime/memory, the choice of settings in
+runtime/tuning/fit.py. Imports no torch. Start at `plan`.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +14,16 @@ import typer
 
 from runtime import hardware
 from runtime.cli import render
-from runtime.cli.tune import Config, Processes, Set, set_flags
+from runtime.cli.options import Config, Processes, Set, set_flags
 from runtime.errors import CapacityError, exit_code
 from runtime.hardware import Hardware
+from runtime.memory import serving, shape
 from runtime.memory.tuning import MemoryItem
+from runtime.serving.settings import ServeConfig
+from runtime.tuning.settings import TuningJob
+from runtime.workspace import load_job, load_server
+from runtime.workspace.instances import gpus_of
+from runtime.workspace.manifest import is_manifest, read
 
 GIB = 2**30
 
@@ -30,12 +37,28 @@ Gpu = Annotated[
     str | None,
     typer.Option(
         metavar="GPU|auto",
-        help=f"Plan for this GPU: {', '.join(hardware.names())}; or auto, what this machine has. "
-        "By default what the manifest's instanceType has, else auto.",
+        help=f"Plan for this GPU: {', '.join(hardware.names())}; or auto, the one of this machine. "
+        "By default the one of the manifest's instanceType, else auto.",
     ),
 ]
 Serve = Annotated[bool, typer.Option("--serve", help="With a model: plan a server, not a tuning job.")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, sizes in bytes.")]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """What a job or a server takes on a machine, ready to print."""
+
+    fits: bool
+    title: str
+    items: tuple[MemoryItem, ...]
+    total_bytes: int
+    available_bytes: int
+    notes: tuple[str, ...]
+    """Lines below the table."""
+    verdict: str
+    facts: Mapping[str, Any]
+    """What --json prints, beside the items."""
 
 
 def plan(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as flags
@@ -48,49 +71,30 @@ def plan(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     processes: Processes = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say how much memory a job or a server takes, and what fits. Exit status 6 when it does not."""
-    from runtime.workspace.manifest import is_manifest
-
-    machine = _machine(target, gpu) if is_manifest(target) else _named(gpu)
-    overrides = set_flags(settings or [])
-    if is_manifest(target):
-        from runtime.workspace.manifest import read
-
+    """Show how much memory a job or a server takes, and what fits. Exit status 6 when it does not."""
+    environ, overrides = context.obj or {}, set_flags(settings)
+    manifest = is_manifest(target)
+    machine = _machine_of(target, gpu) if manifest else _machine(gpu)
+    if manifest:
         serve = read(Path(target)).workspace.inference is not None
     if serve:
-        fits = _server(context, target, machine, overrides, as_json)
+        report = server_report(target, machine, environ=environ, overrides=overrides)
     else:
-        fits = _job(context, target, machine, (overrides, config, processes), as_json)
-    if not fits:
+        job = _job(target, environ, config, overrides)
+        report = job_report(job, machine, processes=processes)
+    if as_json:
+        typer.echo(json.dumps({**report.facts, "parts": _json_items(report.items)}, indent=2))
+    else:
+        _print(report)
+    if not report.fits:
         raise typer.Exit(exit_code(CapacityError()))
 
 
-def _named(gpu: str | None) -> Hardware:
-    return hardware.detect() if gpu in (None, "auto") else hardware.named(gpu or "")
-
-
-def _machine(manifest: str, gpu: str | None) -> Hardware:
-    from runtime.workspace.instances import gpus_of
-
-    rented = gpus_of(Path(manifest)) if gpu is None else None
-    return hardware.named(rented[0], count=rented[1]) if rented else _named(gpu)
-
-
-def _job(
-    context: typer.Context,
-    target: str,
-    machine: Hardware,
-    given: tuple[dict[str, Any], Path | None, int | None],
-    as_json: bool,
-) -> bool:
-    """Show a tuning job's plan; return whether it fits."""
+def job_report(job: TuningJob, machine: Hardware, *, processes: int | None) -> MemoryReport:
+    """Return the memory plan of a tuning job on `machine`."""
     from runtime.tuning import fit as fits
-    from runtime.workspace import load_job
 
-    overrides, config, processes = given
-    overrides.setdefault("data.folder", Path("/mnt/data"))  # a plan needs no rows
-    resolved = load_job(target, environ=context.obj or {}, config=config, overrides=overrides)
-    fit = fits.plan(resolved.config, machine, processes=processes)
+    fit = fits.plan(job, machine, processes=processes)
     chosen, run = fit.chosen, fit.chosen.run
     facts: dict[str, Any] = {
         "fits": chosen.fits,
@@ -106,69 +110,94 @@ def _job(
         "fits_on": list(fits.fits_on(fit.shape, fit.asked, fit.wish)),
         "advice": list(fit.advice),
     }
-    if as_json:
-        _as_json(facts, chosen.parts)
-        return chosen.fits
-    typer.echo(
-        f"{resolved.config.name}: {resolved.config.method} of {fit.shape.name} on {_described(machine)}\n"
+    return MemoryReport(
+        fits=chosen.fits,
+        title=f"{job.name}: {job.method} of {fit.shape.name} on {_described(machine)}",
+        items=tuple(chosen.parts),
+        total_bytes=chosen.total_bytes,
+        available_bytes=chosen.available_bytes,
+        notes=_job_notes(facts),
+        verdict=fit.line,
+        facts=facts,
     )
-    _table(chosen.parts, chosen.total_bytes, chosen.available_bytes)
-    how = "on" if run.checkpointing else "off"
-    typer.echo(
-        f"Settings: {run.dtype}, rows of at most {chosen.row_tokens} tokens, {run.tokens} tokens in a pass, "
-        f"gradient checkpointing {how}."
-    )
-    if chosen.fits:
-        typer.echo(
-            f"With them {fit.largest_tokens} tokens in a pass would fit; with checkpointing rows of up to "
-            f"{fit.longest_row} tokens."
-        )
-    typer.echo(f"One of these is enough: {', '.join(facts['fits_on']) or 'none known here'}.")
-    _verdict(chosen.fits, fit.line)
-    return chosen.fits
 
 
-def _server(
-    context: typer.Context, target: str, machine: Hardware, overrides: dict[str, Any], as_json: bool
-) -> bool:
-    """Show a server's plan; return whether it fits."""
-    from runtime.memory import serving, shape
-    from runtime.workspace import load_server
-
-    config = load_server(target, environ=context.obj or {}, overrides=overrides).config
-    model, quantization = shape.of(config.model), config.quantization
-    wanted = serving.ServingRun(
-        rows=config.limits.rows,
-        context_tokens=config.limits.context_tokens or model.context_tokens,
-        least_context_tokens=config.limits.context_tokens or serving.LEAST_CONTEXT_TOKENS,
-        dtype=hardware.compute_dtype(machine, config.model.dtype),
-        bits=quantization.bits if quantization else None,
-        double_quant=bool(quantization and quantization.double_quant),
+def _job_notes(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    settings = (
+        f"Settings: {facts['dtype']}, rows of at most {facts['row_tokens']} tokens, "
+        f"{facts['tokens_per_pass']} tokens in a pass, "
+        f"gradient checkpointing {'on' if facts['gradient_checkpointing'] else 'off'}."
     )
-    capacity = serving.forecast(model, wanted, machine)
-    rows = f"{capacity.rows} rows of {capacity.context_tokens} tokens"
+    largest = (
+        f"With them {facts['largest_tokens_per_pass']} tokens in a pass would fit; with checkpointing rows "
+        f"of up to {facts['longest_row_that_fits']} tokens."
+    )
+    enough = f"One of these is enough: {', '.join(facts['fits_on']) or 'none known here'}."
+    return (settings, largest, enough) if facts["fits"] else (settings, enough)
+
+
+def server_report(
+    target: str, machine: Hardware, *, environ: Mapping[str, str], overrides: Mapping[str, Any]
+) -> MemoryReport:
+    """Return the memory plan of the server that `target` describes on `machine`."""
+    config = load_server(target, environ=environ, overrides=overrides).config
+    model = shape.of(config.model)
+    run = _serving_run(config, machine, model)
+    capacity = serving.forecast(model, run, machine)
     facts: dict[str, Any] = {
         "fits": capacity.fits,
         "device": machine.name,
         "available_bytes": capacity.room_bytes,
-        "dtype": wanted.dtype,
+        "dtype": run.dtype,
         "rows": capacity.rows,
         "context_tokens": capacity.context_tokens,
         "cache_bytes_per_token": capacity.token_bytes,
-        "fits_on": list(serving.fits_on(model, wanted)),
+        "fits_on": list(serving.fits_on(model, run)),
     }
-    if as_json:
-        _as_json(facts, capacity.parts)
-        return capacity.fits
-    typer.echo(f"Server of {config.served_name} on {_described(machine)}\n")
-    _table(capacity.parts, sum(part.size_bytes for part in capacity.parts), capacity.room_bytes)
-    typer.echo(f"Asked for: {wanted.rows} rows of {wanted.context_tokens} tokens, {wanted.dtype}.")
-    typer.echo(f"One of these is enough for a row: {', '.join(facts['fits_on']) or 'none known here'}.")
-    advice = "quantise it (--set quantization.bits=4), or take a larger GPU"
-    _verdict(
-        capacity.fits, f"{rows}" if capacity.fits else f"{model.name} leaves no room for a row; {advice}"
+    too_large = "quantise it (--set quantization.bits=4), or take a larger GPU"
+    return MemoryReport(
+        fits=capacity.fits,
+        title=f"Server of {config.served_name} on {_described(machine)}",
+        items=tuple(capacity.parts),
+        total_bytes=sum(item.size_bytes for item in capacity.parts),
+        available_bytes=capacity.room_bytes,
+        notes=(
+            f"Asked for: {run.rows} rows of {run.context_tokens} tokens, {run.dtype}.",
+            f"One of these is enough for a row: {', '.join(facts['fits_on']) or 'none known here'}.",
+        ),
+        verdict=f"{capacity.rows} rows of {capacity.context_tokens} tokens"
+        if capacity.fits
+        else f"{model.name} leaves no room for a row; {too_large}",
+        facts=facts,
     )
-    return capacity.fits
+
+
+def _serving_run(config: ServeConfig, machine: Hardware, model: shape.Shape) -> serving.ServingRun:
+    limits, quantization = config.limits, config.quantization
+    return serving.ServingRun(
+        rows=limits.rows,
+        context_tokens=limits.context_tokens or model.context_tokens,
+        least_context_tokens=limits.context_tokens or serving.LEAST_CONTEXT_TOKENS,
+        dtype=hardware.compute_dtype(machine, config.model.dtype),
+        bits=quantization.bits if quantization else None,
+        double_quant=bool(quantization and quantization.double_quant),
+    )
+
+
+def _job(
+    target: str, environ: Mapping[str, str], config: Path | None, overrides: dict[str, Any]
+) -> TuningJob:
+    overrides.setdefault("data.folder", Path("/mnt/data"))  # a plan needs no rows
+    return load_job(target, environ=environ, config=config, overrides=overrides).config
+
+
+def _machine(gpu: str | None) -> Hardware:
+    return hardware.detect() if gpu in (None, "auto") else hardware.named(gpu or "")
+
+
+def _machine_of(manifest: str, gpu: str | None) -> Hardware:
+    rented = gpus_of(Path(manifest)) if gpu is None else None
+    return hardware.named(rented[0], count=rented[1]) if rented else _machine(gpu)
 
 
 def _described(machine: Hardware) -> str:
@@ -176,23 +205,23 @@ def _described(machine: Hardware) -> str:
     return f"{kind} ({machine.memory_bytes / GIB:.1f} GiB{' each' if machine.count > 1 else ''})"
 
 
-def _table(parts: Iterable[MemoryItem], total: int, available: int) -> None:
-    rows = [(part.name, f"{part.size_bytes / GIB:8.2f}", part.how) for part in parts]
-    rows += [("total", f"{total / GIB:8.2f}", ""), ("usable", f"{available / GIB:8.2f}", "")]
+def _print(report: MemoryReport) -> None:
+    typer.echo(f"{report.title}\n")
+    rows = [(item.name, f"{item.size_bytes / GIB:8.2f}", item.how) for item in report.items]
+    rows += [("total", f"{report.total_bytes / GIB:8.2f}", "")]
+    rows += [("usable", f"{report.available_bytes / GIB:8.2f}", "")]
     render.table(("part", "     GiB", "how"), rows)
     typer.echo()
-
-
-def _verdict(fits: bool, line: str) -> None:
-    if fits:
-        typer.echo(f"Fits: {line}")
+    for note in report.notes:
+        typer.echo(note)
+    if report.fits:
+        typer.echo(f"Fits: {report.verdict}")
     else:
-        typer.echo(f"Does not fit: {line}", err=True)
+        typer.echo(f"Does not fit: {report.verdict}", err=True)
 
 
-def _as_json(facts: dict[str, Any], parts: Iterable[MemoryItem]) -> None:
-    listed = [
-        {"name": part.name, "bytes": part.size_bytes, "how": part.how, "reclaimable": part.reclaimable}
-        for part in parts
+def _json_items(items: tuple[MemoryItem, ...]) -> list[dict[str, Any]]:
+    return [
+        {"name": item.name, "bytes": item.size_bytes, "how": item.how, "reclaimable": item.reclaimable}
+        for item in items
     ]
-    typer.echo(json.dumps({**facts, "parts": listed}, indent=2))

@@ -1,6 +1,6 @@
-"""`runtime presets`: the models known by name, as a table, as JSON, or one in full.
+"""`runtime presets`: the models known by name, as a table or as JSON, or all facts about one.
 
-Start at `presets`.
+Knows how a preset is printed; runtime/presets.py finds them. Start at `presets`.
 """
 
 import json
@@ -10,11 +10,11 @@ import typer
 
 from runtime import families
 from runtime.cli import render
+from runtime.cli.options import AsJson
 from runtime.config import flatten
 from runtime.presets import Preset, all_presets, find
 
-Name = Annotated[str | None, typer.Argument(metavar="NAME", help="Show everything about this one.")]
-AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+Name = Annotated[str | None, typer.Argument(metavar="NAME", help="Show all facts about this preset.")]
 
 
 def presets(name: Name = None, as_json: AsJson = False) -> None:
@@ -26,7 +26,7 @@ def presets(name: Name = None, as_json: AsJson = False) -> None:
         else:
             render.table(
                 ("fact", "value"),
-                [(key, render.text(value)) for key, value in flatten(facts).items()],
+                [(key, render.cell(value)) for key, value in flatten(facts).items()],
             )
     elif as_json:
         typer.echo(json.dumps([_facts(preset) for preset in all_presets()], indent=2))
@@ -46,7 +46,7 @@ def _facts(preset: Preset) -> dict[str, Any]:
 def _row(preset: Preset) -> tuple[str, ...]:
     return (
         preset.name,
-        render.count(preset.dimensions.parameters),
+        render.parameter_count(preset.dimensions.parameters),
         str(preset.context_tokens),
         f"{preset.download_gib:.1f} GiB",
         preset.licence,

@@ -75,7 +75,7 @@ def test_data_that_training_would_refuse_is_shown_with_a_warning(
     found = preview(make_job(model=without_weights, encoding=strict), count=1)
     assert found.shown[0].rows == ()
     assert found.dropped == found.counted == 59
-    assert "training refuses such data" in render.counts(found)[-1]
+    assert "training refuses such data" in render.preview_counts(found)[-1]
 
 
 def write_manifest(folder: Path, data: Path) -> Path:

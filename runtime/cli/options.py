@@ -1,0 +1,82 @@
+"""Options that several commands share, and how their values are read.
+
+Does not know what a setting means. Start at `set_flags`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import SecretStr
+
+from runtime.config import yaml_documents
+from runtime.errors import ConfigError
+
+KEY_VARIABLE = "RUNTIME_API_KEY"
+
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Show what would run and where each setting comes from; run nothing."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DryRunAsJson = Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")]
+Config = Annotated[
+    Path | None, typer.Option(help="A training_config.yaml, or a ConfigMap manifest that holds one.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="One setting, e.g. lora.r=8 or TrainingArguments.seed=1."
+    ),
+]
+Processes = Annotated[
+    int | None, typer.Option(min=1, help="Training processes on this machine; one per GPU by default.")
+]
+KeyFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key-env",
+        metavar="VARIABLE",
+        help=f"Environment variable that holds the API key; {KEY_VARIABLE} by default.",
+    ),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Log everything; show tracebacks.")]
+"""Read by main.run, before a command runs."""
+
+
+def set_flags(words: list[str] | None) -> dict[str, Any]:
+    """Return `KEY=VALUE` words as settings; a value is read as YAML, or kept as text where it is none."""
+    settings: dict[str, Any] = {}
+    for word in words or ():
+        key, equals, text = word.partition("=")
+        if not equals or not key.strip() or key.startswith("-"):
+            raise ConfigError(f"--set {word}: expected KEY=VALUE, such as lora.r=8")
+        try:
+            settings[key.strip()] = yaml_documents(f"value: {text}", "--set")[0]["value"]
+        except ConfigError:
+            settings[key.strip()] = text
+    return settings
+
+
+def without_defaults(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags that the user gave: all but None and False."""
+    return {name: value for name, value in flags.items() if value is not None and value is not False}
+
+
+def port_variable(environ: Mapping[str, str]) -> int | None:
+    """Return the port in the variable PORT, which hosting platforms set; None without it."""
+    text = environ.get("PORT", "").strip()
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) > 65535:
+        raise ConfigError(f"environment PORT is {text!r}, expected a number from 0 to 65535")
+    return int(text)
+
+
+def api_key(environ: Mapping[str, str], variable: str | None) -> SecretStr | None:
+    """Return the key in `variable`, or in RUNTIME_API_KEY; ConfigError when a named one is not set."""
+    key: Any = environ.get(variable or KEY_VARIABLE)
+    if variable and not key:
+        raise ConfigError(f"--api-key-env {variable}: this variable is not set, expected the key in it")
+    return SecretStr(key) if key else None
