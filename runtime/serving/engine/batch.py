@@ -1,8 +1,8 @@
-"""One step as tensors: the flat tokens of all rows, and where each belongs.
+"""One step of the model: as plain numbers, as tensors, and as the context in which its layers read them.
 
-Decoding rows come first, one token each, in slot order; then rows with guesses, then prompt chunks, one
-after another. `N` flat tokens, `R` decoding rows, `L` positions. Does not know models or requests. Start
-at `describe` and `assemble`.
+The flat tokens of a step: decoding sequences first, one token each, in slot order; then sequences with
+drafts, then prompt chunks, one after another. Shapes: `N` flat tokens, `R` tokens of decoding sequences, `L`
+positions. Does not know models or requests. Start at `describe` and `assemble`.
 """
 
 from dataclasses import dataclass, field
@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from runtime.serving.engine.lora import AdapterGroups, AdapterStore
+from runtime.serving.engine.adapter_groups import AdapterGroups
+from runtime.serving.engine.kernels import Kernels
 from runtime.serving.engine.scheduler import StepPlan
 
 
 @dataclass(frozen=True, slots=True)
 class SlotRun:
-    """Decoding rows in `count` neighbouring slots, `first` up: flat tokens `offset` up, `queries` of each."""
+    """Decoding sequences in `count` neighbouring slots from `first` on, with flat tokens from `offset` on."""
 
     offset: int
     first: int
@@ -24,19 +25,29 @@ class SlotRun:
     longest: int
     """Positions of the longest of them, the new token included."""
     lengths: Tensor
-    """(count * queries,) positions that each token sees, itself included."""
+    """(count * slot_tokens,) positions that each token sees, itself included."""
     ragged: bool
     """Whether some of them see fewer than `longest`."""
-    queries: int = 1
+    slot_tokens: int = 1
+    """Tokens of each slot."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlotChunk:
-    """A chunk of one row: flat tokens `offset` up are positions `start` up of `slot`."""
+    """`count` flat tokens from `offset` on are positions of `slot` from `start` on."""
 
     offset: int
     slot: int
     start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotCopy:
+    """The first `count` positions of slot `source` are copied to slot `target` before the step."""
+
+    source: int
+    target: int
     count: int
 
 
@@ -48,103 +59,125 @@ class Batch:
     """(1, N) token ids."""
     positions: Tensor
     """(1, N)"""
-    decodes: int
+    decode_tokens: int
     """R"""
     slots: Tensor
     """(N,) slot of each token."""
-    places: Tensor
-    """(R,) position of each decoding row's token."""
+    decode_positions: Tensor
+    """(R,) positions of the tokens of decoding sequences."""
     runs: tuple[SlotRun, ...]
     chunks: tuple[SlotChunk, ...]
-    chosen: Tensor
-    """Flat indices after which a token is chosen: decoding rows, all of those ahead, ends of prompts."""
-    groups: AdapterGroups | None
-    """Which flat tokens use which adapter; None when all are the base's."""
+    logit_indices: Tensor
+    """Flat indices of the tokens whose logits are needed: decoding ones, drafts, and the last of prompts."""
+    adapter_groups: AdapterGroups | None
+    """Which flat tokens use which adapter; None when all use the base model."""
     long: Tensor | None
     """(N,) which flat tokens have rotary factors for long contexts; None when none has."""
+    decode_reads: int = 0
+    """Positions that the decoding sequences read together."""
     masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
     """Attention masks, made in the first layer that needs one and shared by the rest."""
 
 
+@dataclass(slots=True)
+class StepContext:
+    """What the layers of one model share: their kernels, and the batch under way, set by the model runner."""
+
+    kernels: Kernels | None = None
+    batch: Batch | None = None
+
+    @property
+    def running(self) -> Batch:
+        """The batch under way; RuntimeError outside a step."""
+        if self.batch is None:
+            raise RuntimeError("the model was called outside a step of its engine")
+        return self.batch
+
+
 @dataclass(frozen=True, slots=True)
 class HostBatch:
-    """One step as plain numbers, which every process that shares the model can be told."""
+    """One step as plain numbers, which rank 0 can broadcast."""
 
     ids: list[int]
     positions: list[int]
-    slots: list[int]
-    """Of the decoding rows, whose tokens come first."""
-    pieces: tuple[SlotChunk, ...]
-    chosen: list[int]
-    owners: list[tuple[int | None, int]]
-    """(adapter version or None, tokens) in flat order."""
+    decode_slots: list[int]
+    """Of the decoding sequences, whose tokens come first."""
+    chunks: tuple[SlotChunk, ...]
+    logit_indices: list[int]
+    adapters: list[int | None]
+    """Adapter version of each token, None for the base model."""
     long: list[bool]
-    copies: list[tuple[int, int, int]]
-    """(source slot, target slot, positions) to make first."""
+    """Whether each token has rotary factors for long contexts."""
+    copies: list[SlotCopy]
 
 
 def describe(plan: StepPlan) -> HostBatch:
     """Return the numbers of `plan`."""
-    ids, positions = [], []
-    for row in plan.decode:
-        ids.append(row.ids[row.filled])
-        positions.append(row.filled)
-    pieces = []
+    ids: list[int] = []
+    positions: list[int] = []
+    adapters: list[int | None] = []
+    long: list[bool] = []
+    chunks = []
+    for sequence in plan.decode:
+        ids.append(sequence.ids[sequence.filled])
+        positions.append(sequence.filled)
+        adapters.append(sequence.adapter)
+        long.append(sequence.long)
     for draft in plan.drafts:
-        row = draft.sequence
-        pieces.append(SlotChunk(len(ids), row.slot, row.filled, draft.count))
-        ids += [row.ids[row.filled], *draft.tokens]
-        positions.extend(range(row.filled, row.filled + draft.count))
-    chosen = list(range(len(ids)))
+        sequence = draft.sequence
+        chunks.append(SlotChunk(len(ids), sequence.slot, sequence.filled, draft.count))
+        ids += [sequence.ids[sequence.filled], *draft.tokens]
+        positions.extend(range(sequence.filled, sequence.filled + draft.count))
+        adapters += [sequence.adapter] * draft.count
+        long += [sequence.long] * draft.count
+    logit_indices = list(range(len(ids)))
     for chunk in plan.chunks:
-        start = chunk.start
-        pieces.append(SlotChunk(len(ids), chunk.sequence.slot, start, chunk.count))
-        ids.extend(chunk.sequence.ids[start : start + chunk.count])
+        sequence, start = chunk.sequence, chunk.start
+        chunks.append(SlotChunk(len(ids), sequence.slot, start, chunk.count))
+        ids.extend(sequence.ids[start : start + chunk.count])
         positions.extend(range(start, start + chunk.count))
+        adapters += [sequence.adapter] * chunk.count
+        long += [sequence.long] * chunk.count
         if chunk.completes:
-            chosen.append(len(ids) - 1)
-    counts = [(row, 1) for row in plan.decode]
-    counts += [(draft.sequence, draft.count) for draft in plan.drafts]
-    counts += [(chunk.sequence, chunk.count) for chunk in plan.chunks]
-    owners = [(row.adapter, count) for row, count in counts]
-    long = [row.long for row, count in counts for _ in range(count)]
-    slots = [row.slot for row in plan.decode]
-    copies = [(copy.source, copy.sequence.slot, copy.count) for copy in plan.copies]
-    return HostBatch(ids, positions, slots, tuple(pieces), chosen, owners, long, copies)
+            logit_indices.append(len(ids) - 1)
+    decode_slots = [sequence.slot for sequence in plan.decode]
+    copies = [SlotCopy(copy.source, copy.sequence.slot, copy.count) for copy in plan.copies]
+    return HostBatch(ids, positions, decode_slots, tuple(chunks), logit_indices, adapters, long, copies)
 
 
-def assemble(work: HostBatch, bank: AdapterStore) -> Batch:
-    """Return the tensors of `work`, on the device of `bank`."""
-    ids, positions, slots, chosen, long = work.ids, work.positions, work.slots, work.chosen, work.long
-    places = positions[: len(slots)]
+def assemble(host: HostBatch, adapter_groups: AdapterGroups | None, *, device: torch.device) -> Batch:
+    """Return the tensors of `host` on `device`."""
+    decodes = len(host.decode_slots)
+    decode_positions = host.positions[:decodes]
+    slots = [*host.decode_slots, *(chunk.slot for chunk in host.chunks for _ in range(chunk.count))]
     # one transfer for all the numbers of a step
-    owners = [*slots, *(piece.slot for piece in work.pieces for _ in range(piece.count))]
-    numbers = torch.tensor([*ids, *positions, *owners, *places, *chosen]).to(bank.device, non_blocking=True)
-    sizes = [len(ids), len(positions), len(owners), len(places), len(chosen)]
-    id_part, position_part, slot_part, place_part, chosen_part = torch.split(numbers, sizes)
+    numbers = [*host.ids, *host.positions, *slots, *decode_positions, *host.logit_indices]
+    sizes = [len(host.ids), len(host.positions), len(slots), decodes, len(host.logit_indices)]
+    parts = torch.split(torch.tensor(numbers).to(device, non_blocking=True), sizes)
+    runs = _runs(host.decode_slots, decode_positions, parts[3])
     return Batch(
-        ids=id_part[None],
-        positions=position_part[None],
-        decodes=len(slots),
-        slots=slot_part,
-        places=place_part,
-        runs=_runs(slots, places, place_part),
-        chunks=work.pieces,
-        chosen=chosen_part,
-        groups=bank.group(work.owners),
-        long=torch.tensor(long).to(bank.device, non_blocking=True) if any(long) else None,
+        ids=parts[0][None],
+        positions=parts[1][None],
+        decode_tokens=decodes,
+        slots=parts[2],
+        decode_positions=parts[3],
+        runs=runs,
+        chunks=host.chunks,
+        logit_indices=parts[4],
+        adapter_groups=adapter_groups,
+        long=torch.tensor(host.long).to(device, non_blocking=True) if any(host.long) else None,
+        decode_reads=sum(run.count * run.longest for run in runs),
     )
 
 
-def _runs(slots: list[int], places: list[int], place_part: Tensor) -> tuple[SlotRun, ...]:
-    """Split the decoding rows where their slots are not neighbours."""
+def _runs(slots: list[int], positions: list[int], on_device: Tensor) -> tuple[SlotRun, ...]:
+    """Split the decoding sequences where slots are not neighbours; `on_device` (R,) are the positions."""
     runs, begin = [], 0
     for end in range(1, len(slots) + 1):
         if end == len(slots) or slots[end] != slots[end - 1] + 1:
-            own = places[begin:end]
-            longest, ragged = max(own) + 1, min(own) < max(own)
-            runs.append(
-                SlotRun(begin, slots[begin], end - begin, longest, place_part[begin:end] + 1, ragged=ragged)
-            )
+            last = positions[begin:end]
+            longest, ragged = max(last) + 1, min(last) < max(last)
+            lengths = on_device[begin:end] + 1
+            runs.append(SlotRun(begin, slots[begin], end - begin, longest, lengths, ragged=ragged))
             begin = end
     return tuple(runs)

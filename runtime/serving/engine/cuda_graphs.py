@@ -15,8 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from runtime.serving.engine.adapter_groups import AdapterGroups, Masked
 from runtime.serving.engine.batch import Batch, HostBatch, SlotRun
-from runtime.serving.engine.lora import AdapterGroups, AdapterStore, Masked
+from runtime.serving.engine.lora import AdapterStore
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class GraphCache:
         self._seen[form] += 1
         # where each token of the work is among those of the recording
         place = {slot: number for number, slot in enumerate(form.slots)}
-        at = [place[slot] for slot in work.slots] or list(range(len(work.ids)))
+        at = [place[slot] for slot in work.decode_slots] or list(range(len(work.ids)))
         if form in self._kept:
             self._kept.move_to_end(form)
             inputs, replay = self._kept[form]
@@ -169,14 +170,14 @@ class GraphCache:
 
     def _form(self, work: HostBatch) -> GraphKey | None:
         """Return the form that `work` has, or None: prompts, and more adapters than one product takes."""
-        adapted = any(owner is not None for owner, _ in work.owners)
+        adapted = any(version is not None for version in work.adapters)
         if not work.ids or (adapted and not self._bank.is_masked):
             return None
-        if not work.pieces:
-            ends = {slot: place + 1 for slot, place in zip(work.slots, work.positions, strict=True)}
+        if not work.chunks:
+            ends = {slot: place + 1 for slot, place in zip(work.decode_slots, work.positions, strict=True)}
             queries = 1
-        elif len(work.pieces) == 1 and len(work.chosen) == len(work.ids):  # guesses of a lone row
-            ends = {work.pieces[0].slot: work.positions[-1] + 1}
+        elif len(work.chunks) == 1 and len(work.logit_indices) == len(work.ids):  # guesses of a lone row
+            ends = {work.chunks[0].slot: work.positions[-1] + 1}
             queries = 1 + _power(len(work.ids) - 1)
         else:
             return None
@@ -200,10 +201,9 @@ class GraphCache:
         ids, places = [0] * tokens, [self._positions - 1] * tokens
         owners: list[int | None] = [None] * tokens
         long = [False] * tokens
-        each = [owner for owner, count in work.owners for _ in range(count)]
         for place, token in enumerate(at):
             ids[token], places[token] = work.ids[place], work.positions[place]
-            owners[token], long[token] = each[place], work.long[place]
+            owners[token], long[token] = work.adapters[place], work.long[place]
         inputs.numbers.copy_(torch.tensor([ids, places]), non_blocking=True)
         if inputs.mask is not None:
             inputs.mask.copy_(self._bank.mask(owners), non_blocking=True)
@@ -242,22 +242,23 @@ class GraphCache:
         runs: list[SlotRun] = []
         for block in form.blocks:
             slots.append(torch.arange(block.first, block.first + block.count, device=ids.device))
-            offset, count = sum(run.count * run.queries for run in runs), block.count * form.queries
+            offset, count = sum(run.count * run.slot_tokens for run in runs), block.count * form.queries
             lengths = places[offset : offset + count] + 1
             run = SlotRun(
-                offset, block.first, block.count, block.reach, lengths, ragged=True, queries=form.queries
+                offset, block.first, block.count, block.reach, lengths, ragged=True, slot_tokens=form.queries
             )
             runs.append(run)
+        groups = AdapterGroups((), Masked(form.tokens, inputs.mask)) if inputs.mask is not None else None
         batch = Batch(
             ids=ids[None],
             positions=places[None],
-            decodes=form.tokens,
+            decode_tokens=form.tokens,
             slots=torch.cat(slots)[:, None].expand(-1, form.queries).flatten(),
-            places=places,
+            decode_positions=places,
             runs=tuple(runs),
             chunks=(),
-            chosen=torch.arange(form.tokens, device=ids.device),
-            groups=AdapterGroups((), Masked(form.tokens, inputs.mask)) if inputs.mask is not None else None,
+            logit_indices=torch.arange(form.tokens, device=ids.device),
+            adapter_groups=groups,
             long=inputs.long,
         )
         return self._forward(batch)

@@ -1,7 +1,7 @@
-"""Keys and values of every row: one slot per row, all slots of a layer in one tensor.
+"""The key-value cache: one slot per sequence, all slots of a layer in one tensor.
 
-Shapes: `S` slots, `K` key-value heads, `L` positions, `D` head dim; `N` flat tokens of a step. Stands
-where transformers' models expect their cache and stores what they hand to `update`. Does not know
+Shapes: `S` slots, `K` key-value heads, `L` positions, `D` head dim; `N` flat tokens of a step. Takes the
+place of the cache that transformers' models expect, and stores what they hand to `update`. Does not know
 requests. Start at `SlotCache.update`.
 """
 
@@ -11,8 +11,7 @@ import mmap
 import torch
 from torch import Tensor
 
-from runtime.serving.engine.batch import Batch
-from runtime.serving.engine.kernels import Kernels
+from runtime.serving.engine.batch import Batch, StepContext
 
 
 class SlotCache:
@@ -23,33 +22,22 @@ class SlotCache:
     def __init__(
         self,
         layers: int,
+        step: StepContext,
         *,
         shape: tuple[int, int, int, int],
         dtype: torch.dtype,
         device: torch.device,
-        kernels: Kernels | None = None,
     ) -> None:
-        """Reserve zeros: a hidden position still counts 0 times its value, and 0 times NaN is NaN.
-
-        `kernels` read and write it on a CPU.
-        """
-        self.kernels = kernels
+        """Reserve zeros: a hidden position still counts 0 times its value, and 0 times NaN is NaN."""
+        self.step = step
         self.keys = [_zeros(shape, dtype, device) for _ in range(layers)]
         self.values = [_zeros(shape, dtype, device) for _ in range(layers)]
-        self.batch: Batch | None = None
-        """The step under way; set by the runner."""
-
-    @property
-    def running(self) -> Batch:
-        """The step under way."""
-        if self.batch is None:
-            raise RuntimeError("the model was called outside a step of its engine")
-        return self.batch
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object) -> tuple[Tensor, Tensor]:
-        """Store the step's keys and values (1, K, N, D) in their rows' slots and return them unchanged."""
-        store(self.keys[layer_idx], key[0].transpose(0, 1), self.running)
-        store(self.values[layer_idx], value[0].transpose(0, 1), self.running)
+        """Store the step's keys and values (1, K, N, D) in their slots and return them unchanged."""
+        batch = self.step.running
+        store(self.keys[layer_idx], key[0].transpose(0, 1), batch)
+        store(self.values[layer_idx], value[0].transpose(0, 1), batch)
         return key, value
 
     def copy(self, source: int, target: int, count: int) -> None:
@@ -77,8 +65,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def store(layer: Tensor, new: Tensor, batch: Batch) -> None:
     """Write `new` (N, K, D) into `layer` (S, K, L, D) at the batch's slots and positions."""
-    if batch.decodes:
-        layer[batch.slots[: batch.decodes], :, batch.places] = new[: batch.decodes]
+    if count := batch.decode_tokens:
+        layer[batch.slots[:count], :, batch.decode_positions] = new[:count]
     for chunk in batch.chunks:
         target = layer[chunk.slot, :, chunk.start : chunk.start + chunk.count]
         target.copy_(new[chunk.offset : chunk.offset + chunk.count].transpose(0, 1))

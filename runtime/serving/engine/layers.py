@@ -1,7 +1,8 @@
-"""Attention, MLP and norm modules over flat tokens, in place of transformers' own in the families alike.
+"""Attention, MLP and norm modules over flat tokens, in place of transformers' own in families that are alike.
 
 The same arithmetic in fewer, larger operations. Shapes: `N` flat tokens, `H` query heads, `K` key-value
-heads, `D` head dim. Does not know model classes (fuse.py picks) or requests. Start at `FusedAttention`.
+heads, `D` head dim, `d` rotary dims. Does not know model classes (patch.py chooses) or requests. Start at
+`FusedAttention`.
 """
 
 from typing import Any
@@ -11,31 +12,36 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
 from runtime.serving.engine.attention import AttentionLayer, attend
-from runtime.serving.engine.batch import Batch
+from runtime.serving.engine.batch import Batch, StepContext
 from runtime.serving.engine.kernels import Kernels
 from runtime.serving.engine.kv_cache import SlotCache, store
-from runtime.serving.engine.linear import HooklessModule, LinearLayouts, is_plain, join
-from runtime.serving.engine.lora import LoraLinear, LoraTarget, StepContext
+from runtime.serving.engine.linear import HooklessModule, LinearLayouts, is_plain, merge
+from runtime.serving.engine.lora import LoraLinear, LoraTarget
 from runtime.serving.engine.parallel.group import ROW_PARALLEL, Group, RowParallel, VocabParallel
 
 
 class LayerFactory:
-    """Makes the linear layers that take adapters, and keeps account of them by their module paths."""
+    """Makes the linear layers that take adapters, and keeps them by their module paths."""
 
     def __init__(self, step: StepContext, layouts: LinearLayouts, *, group: Group | None = None) -> None:
-        self.parts: dict[str, LoraTarget] = {}
-        self._step, self._layouts, self._group = step, layouts, group
+        self.targets: dict[str, LoraTarget] = {}
+        self.step = step
+        self._layouts, self._group = layouts, group
 
-    def one(self, name: str, module: nn.Module) -> nn.Module:
+    def linear(self, name: str, module: nn.Module) -> nn.Module:
         """Return `module`, found at `name`, as one that takes adapters, summed over ranks if row-parallel."""
-        layer = self._alone(name, module)
+        layer = self._adaptable(name, module)
         partial = self._group is not None and name.endswith(ROW_PARALLEL)
         return RowParallel(layer, self._group) if partial and self._group is not None else layer
 
-    def _alone(self, name: str, module: nn.Module) -> LoraLinear:
-        size = (int(module.in_features), (int(module.out_features),))  # type: ignore[arg-type]
-        layer = LoraLinear(self._layouts.fast(module), size, self._step)
-        self.parts[name] = LoraTarget(layer, 0)
+    def _adaptable(self, name: str, module: nn.Module) -> LoraLinear:
+        layer = LoraLinear(
+            self._layouts.fast(module),
+            self.step,
+            in_features=int(module.in_features),  # type: ignore[arg-type]
+            out_features=(int(module.out_features),),  # type: ignore[arg-type]
+        )
+        self.targets[name] = LoraTarget(layer, 0)
         return layer
 
     def head(self, module: nn.Module) -> nn.Module:
@@ -47,28 +53,32 @@ class LayerFactory:
         ):
             return self._layouts.fast(module)
         width = module.out_features // self._group.world
-        part = slice(self._group.rank * width, (self._group.rank + 1) * width)
+        tokens = slice(self._group.rank * width, (self._group.rank + 1) * width)
         with torch.device("meta"):
             own = nn.Linear(module.in_features, width, bias=module.bias is not None)
-        own.weight = nn.Parameter(module.weight[part].clone(), requires_grad=False)
+        own.weight = nn.Parameter(module.weight[tokens].clone(), requires_grad=False)
         if module.bias is not None:
-            own.bias = nn.Parameter(module.bias[part].clone(), requires_grad=False)
+            own.bias = nn.Parameter(module.bias[tokens].clone(), requires_grad=False)
         return VocabParallel(self._layouts.fast(own), self._group)
 
-    def joined(self, named: dict[str, nn.Module]) -> nn.Module:
+    def merged(self, named: dict[str, nn.Module]) -> nn.Module:
         """Return one layer for several with the same input: one product where their weights allow it."""
         plain = [module for module in named.values() if isinstance(module, nn.Linear) and is_plain(module)]
         if len(plain) < len(named):
-            return SideBySide([self._alone(name, module) for name, module in named.items()])
-        size = (plain[0].in_features, tuple(module.out_features for module in plain))
-        layer = LoraLinear(self._layouts.fast(join(plain)), size, self._step)
+            return SideBySide([self._adaptable(name, module) for name, module in named.items()])
+        layer = LoraLinear(
+            self._layouts.fast(merge(plain)),
+            self.step,
+            in_features=plain[0].in_features,
+            out_features=tuple(module.out_features for module in plain),
+        )
         for index, name in enumerate(named):
-            self.parts[name] = LoraTarget(layer, index)
+            self.targets[name] = LoraTarget(layer, index)
         return layer
 
 
 class SideBySide(HooklessModule):
-    """Several layers side by side: quantised weights are not joined."""
+    """Several layers side by side: quantised weights are not merged."""
 
     def __init__(self, layers: list[LoraLinear]) -> None:
         super().__init__()
@@ -85,103 +95,97 @@ class FusedAttention(HooklessModule):
     def __init__(self, name: str, source: Any, cache: SlotCache, layers: LayerFactory) -> None:
         super().__init__()
         config = source.config
-        self._cache, self._layer = cache, int(source.layer_idx)
-        self._dim = int(source.head_dim)
-        self._heads, self._groups = config.num_attention_heads, config.num_key_value_heads
+        self._step, self._dim = cache.step, int(source.head_dim)
+        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         window = getattr(source, "sliding_window", getattr(config, "sliding_window", None))
-        self._rules = AttentionLayer(
-            cache.keys[self._layer],
-            cache.values[self._layer],
-            float(source.scaling),
-            window,
-            softcap=None,
-            kernels=cache.kernels,
+        self._attention = AttentionLayer.of(
+            cache, int(source.layer_idx), scaling=float(source.scaling), window=window
         )
         if hasattr(source, "qkv_proj"):
-            self.qkv: nn.Module = layers.one(f"{name}.qkv_proj", source.qkv_proj)
+            self.qkv: nn.Module = layers.linear(f"{name}.qkv_proj", source.qkv_proj)
         else:
             names = [f"{each}_proj" for each in "qkv"]
-            self.qkv = layers.joined({f"{name}.{each}": getattr(source, each) for each in names})
-        self.out = layers.one(f"{name}.o_proj", source.o_proj)
+            self.qkv = layers.merged({f"{name}.{each}": getattr(source, each) for each in names})
+        self.out = layers.linear(f"{name}.o_proj", source.o_proj)
         self.q_norm, self.k_norm = getattr(source, "q_norm", None), getattr(source, "k_norm", None)
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: object
     ) -> tuple[Tensor, None]:
         """Return (1, N, hidden) for (1, N, hidden); cos and sin are (1, N, rotary dim)."""
-        batch = self._cache.running
+        batch = self._step.running
         tokens = hidden_states.shape[1]
-        mixed = self.qkv(hidden_states).view(tokens, -1, self._dim)  # (N, H + 2 K, D)
+        qkv = self.qkv(hidden_states).view(tokens, -1, self._dim)  # (N, H + 2 K, D)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key, value = mixed.split((self._heads, self._groups, self._groups), 1)
-            mixed = torch.cat((self.q_norm(query), self.k_norm(key), value), 1)
-        query = self._turn(mixed, position_embeddings, batch)
-        seen = attend(query, self._rules, batch)
-        return self.out(seen.view(1, tokens, -1)), None
+            query, key, value = qkv.split((self._heads, self._kv_heads, self._kv_heads), 1)
+            qkv = torch.cat((self.q_norm(query), self.k_norm(key), value), 1)
+        query = self._rotate(qkv, position_embeddings, batch)
+        attended = attend(query, self._attention, batch)
+        return self.out(attended.view(1, tokens, -1)), None
 
-    def _turn(self, mixed: Tensor, angles: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        """Store keys and values of mixed (N, H + 2 K, D), and return the queries (N, H, D), all rotated."""
-        if self._rules.kernels is not None:
-            self._rules.kernels.turn(mixed, angles, self._rules, batch)
-            return mixed[:, : self._heads]
-        turned = rotate(mixed[:, : self._heads + self._groups], *angles)
-        store(self._rules.keys, turned[:, self._heads :], batch)
-        store(self._rules.values, mixed[:, self._heads + self._groups :], batch)
-        return turned[:, : self._heads]
+    def _rotate(self, qkv: Tensor, cos_sin: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        """Store keys and values of qkv (N, H + 2 K, D), and return the queries (N, H, D), all rotated."""
+        layer = self._attention
+        if layer.kernel is not None:
+            layer.kernel.rotate(qkv, cos_sin, slots=batch.slots, positions=batch.positions)
+            return qkv[:, : self._heads]
+        rotated = rotate(qkv[:, : self._heads + self._kv_heads], *cos_sin)
+        store(layer.keys, rotated[:, self._heads :], batch)
+        store(layer.values, qkv[:, self._heads + self._kv_heads :], batch)
+        return rotated[:, : self._heads]
 
 
 class FalconAttention(HooklessModule):
-    """Falcon's attention over flat tokens, for its three layouts of the joined projection."""
+    """Falcon's attention over flat tokens, for its three layouts of the fused projection."""
 
     def __init__(self, source: Any, cache: SlotCache) -> None:
         super().__init__()
-        self._cache, self._dim = cache, int(source.head_dim)
-        self._heads, self._groups = int(source.num_heads), int(source.num_kv_heads)
+        self._step, self._dim = cache.step, int(source.head_dim)
+        self._kv_heads = int(source.num_kv_heads)
         self._interleaved = bool(source.new_decoder_architecture) or not source.multi_query
-        layer = int(source.layer_idx)
-        keys, values = cache.keys[layer], cache.values[layer]
-        self._rules = AttentionLayer(keys, values, self._dim**-0.5, None, None, cache.kernels)
+        self._attention = AttentionLayer.of(cache, int(source.layer_idx), scaling=self._dim**-0.5)
         self.query_key_value, self.dense = source.query_key_value, source.dense
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: object
     ) -> tuple[Tensor, None]:
         """Return (1, N, hidden) for (1, N, hidden)."""
-        batch = self._cache.running
+        batch = self._step.running
         tokens = hidden_states.shape[1]
         fused = self.query_key_value(hidden_states)
-        if self._interleaved:  # each group: its queries, its key, its value
-            grouped = fused.view(tokens, self._groups, -1, self._dim)
+        if self._interleaved:  # each key-value head: its queries, its key, its value
+            grouped = fused.view(tokens, self._kv_heads, -1, self._dim)
             query, key, value = grouped[:, :, :-2].flatten(1, 2), grouped[:, :, -2], grouped[:, :, -1]
         else:
             flat = fused.view(tokens, -1, self._dim)
             query, key, value = flat[:, :-2], flat[:, -2:-1], flat[:, -1:]
-        store(self._rules.keys, rotate(key, *position_embeddings), batch)
-        store(self._rules.values, value, batch)
-        seen = attend(rotate(query, *position_embeddings), self._rules, batch)
-        return self.dense(seen.view(1, tokens, -1)), None
+        store(self._attention.keys, rotate(key, *position_embeddings), batch)
+        store(self._attention.values, value, batch)
+        attended = attend(rotate(query, *position_embeddings), self._attention, batch)
+        return self.dense(attended.view(1, tokens, -1)), None
 
 
 class FusedMlp(HooklessModule):
     """Gated MLP with one product for gate and up."""
 
-    def __init__(self, name: str, source: Any, layers: LayerFactory, kernels: Kernels | None) -> None:
+    def __init__(self, name: str, source: Any, layers: LayerFactory) -> None:
         super().__init__()
-        self.gate_up = layers.joined(
+        self.gate_up = layers.merged(
             {f"{name}.gate_proj": source.gate_proj, f"{name}.up_proj": source.up_proj}
         )
-        self.down = layers.one(f"{name}.down_proj", source.down_proj)
+        self.down = layers.linear(f"{name}.down_proj", source.down_proj)
         self.act = source.act_fn
         sample = torch.linspace(-4, 4, 9)
-        self._kernels = kernels if torch.allclose(self.act(sample), silu(sample)) else None
+        is_silu = torch.allclose(self.act(sample), silu(sample))
+        self._kernels = layers.step.kernels if is_silu else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (1, N, hidden) for (1, N, hidden)."""
-        mixed = self.gate_up(x)
+        gate_up = self.gate_up(x)
         if self._kernels is not None:
-            inner = self._kernels.gate(mixed)
+            inner = self._kernels.gate(gate_up)
         else:
-            gate, up = mixed.chunk(2, dim=-1)
+            gate, up = gate_up.chunk(2, dim=-1)
             inner = self.act(gate).mul_(up)
         out: Tensor = self.down(inner)
         return out
@@ -199,7 +203,7 @@ class RMSNorm(HooklessModule):
         """Return x (..., hidden) over its root mean square, times the weight."""
         return rms_norm(x, self.weight.shape, self.weight, self._eps)
 
-    def after(self, hidden: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+    def add(self, hidden: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return hidden plus `update`, and the norm of that; hidden may be changed in place."""
         if self._kernels is not None:
             return hidden, self._kernels.norm(hidden, update, self.weight, self._eps)
@@ -211,8 +215,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x (N, heads, D) by cos and sin (1, N, d): the first d dims, halves paired (arXiv:2104.09864)."""
     size, half = cos.shape[-1], cos.shape[-1] // 2
     cos, sin = cos[0][:, None], sin[0][:, None]
-    turned = x.clone() if size < x.shape[-1] else torch.empty_like(x)
-    torch.mul(x[..., :size], cos, out=turned[..., :size])
-    turned[..., :half].addcmul_(x[..., half:size], sin[..., :half], value=-1)
-    turned[..., half:size].addcmul_(x[..., :half], sin[..., half:])
-    return turned
+    rotated = x.clone() if size < x.shape[-1] else torch.empty_like(x)
+    torch.mul(x[..., :size], cos, out=rotated[..., :size])
+    rotated[..., :half].addcmul_(x[..., half:size], sin[..., :half], value=-1)
+    rotated[..., half:size].addcmul_(x[..., :half], sin[..., half:])
+    return rotated

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime.serving.engine.kernels import MOST_TOKENS, WIDTH, Kernels
+from runtime.serving.engine.kernels import MAX_TOKENS, WIDTH, Kernels
 
 FEW = (1, 2, 4, 8, 16)
 """Numbers of rows at which two layouts are compared, until the transposed one is no longer the faster."""
@@ -53,24 +53,24 @@ class TransposedLinear(HooklessModule):
         return out.view(*x.shape[:-1], -1)
 
 
-def join(layers: Sequence[nn.Linear]) -> nn.Linear:
+def merge(layers: Sequence[nn.Linear]) -> nn.Linear:
     """Return one linear layer whose output is theirs one after another; they are left without weights."""
     with torch.device("meta"):
-        joined = nn.Linear(
+        merged = nn.Linear(
             layers[0].in_features,
             sum(layer.out_features for layer in layers),
             bias=any(layer.bias is not None for layer in layers),
         )
-    joined.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]), requires_grad=False)
-    if joined.bias is not None:
+    merged.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]), requires_grad=False)
+    if merged.bias is not None:
         parts = [
             layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
             for layer in layers
         ]
-        joined.bias = nn.Parameter(torch.cat(parts), requires_grad=False)
+        merged.bias = nn.Parameter(torch.cat(parts), requires_grad=False)
     for layer in layers:
         layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
-    return joined
+    return merged
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -140,7 +140,7 @@ class StreamedLinear(HooklessModule):
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (..., out) for x (..., in), of MOST_TOKENS rows at most."""
+        """Return (..., out) for x (..., in), of MAX_TOKENS rows at most."""
         return self._kernels.multiply(x.contiguous(), self.weight, self.bias)
 
 
@@ -219,5 +219,5 @@ class LinearLayouts:
         copies = range(min(1 + COLD_BYTES // weight.nbytes, MOST_COPIES))
         few = [self._few(weight, None) for _ in copies]
         packed = [PackedLinear(weight, None, packing) for _ in copies]
-        limit = MOST_TOKENS if isinstance(few[0], StreamedLinear) else FEW[-1]
+        limit = MAX_TOKENS if isinstance(few[0], StreamedLinear) else FEW[-1]
         return most_few(few, packed, weight.shape[1], limit=limit)

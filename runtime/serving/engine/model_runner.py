@@ -1,4 +1,4 @@
-"""Runs one step of the model: a plan in, the logits of the rows that choose a token out.
+"""Runs one step of the model: a plan in, the logits of the tokens after which one is sampled out.
 
 Knows the model and its cache, not requests or sampling. Start at `ModelRunner.run`.
 """
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from runtime import families, hardware
 from runtime.errors import ConfigError
 from runtime.memory.shape import dimensions
-from runtime.serving.engine.batch import Batch, HostBatch, assemble, describe
+from runtime.serving.engine.batch import Batch, HostBatch, StepContext, assemble, describe
 from runtime.serving.engine.cuda_graphs import GraphBackend, GraphCache
 from runtime.serving.engine.kernels import WIDTH, Kernels
 from runtime.serving.engine.kv_cache import SlotCache
 from runtime.serving.engine.layers import LayerFactory
 from runtime.serving.engine.linear import LinearLayouts
-from runtime.serving.engine.lora import AdapterStore, StepContext
+from runtime.serving.engine.lora import AdapterStore
 from runtime.serving.engine.parallel.group import (
     AddAdapter,
     ClearSlot,
@@ -46,7 +46,7 @@ class DecoderForward:
     def __init__(self, model: "PreTrainedModel") -> None:
         decoder: Any = model.get_decoder()
         self._embed: nn.Module = decoder.embed_tokens
-        self._angles: nn.Module = decoder.rotary_emb
+        self._rope: nn.Module = decoder.rotary_emb
         self._layers = [
             (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp)
             for layer in decoder.layers
@@ -55,20 +55,20 @@ class DecoderForward:
         self._head = model.get_output_embeddings()
 
     def run(self, batch: Batch) -> Tensor:
-        """Return logits (C, V) of the batch's chosen tokens; (0, 1) when there are none."""
+        """Return logits (C, V) of the batch's `logit_indices`; (0, 1) when there are none."""
         hidden: Tensor = self._embed(batch.ids)  # (1, N, hidden)
-        angles = self._angles(hidden, batch.positions)
+        cos_sin = self._rope(hidden, batch.positions)
         update = None
         for before, attention, after, mlp in self._layers:
-            hidden, normed = before.after(hidden, update)
-            hidden, normed = after.after(hidden, attention(normed, angles)[0])
+            hidden, normed = before.add(hidden, update)
+            hidden, normed = after.add(hidden, attention(normed, cos_sin)[0])
             update = mlp(normed)
-        if not batch.chosen.numel():  # all tokens are the middle of prompts
+        if not batch.logit_indices.numel():  # all tokens are the middle of prompts
             return hidden.new_empty(0, 1)
-        # every step runs its last norm on the chosen tokens alone
-        last = hidden[0, batch.chosen]
+        # the last norm and the head run on these tokens alone
+        last = hidden[0, batch.logit_indices]
         if update is not None:
-            last += update[0, batch.chosen]
+            last += update[0, batch.logit_indices]
         logits: Tensor = self._head(self._norm(last))
         return logits
 
@@ -114,38 +114,42 @@ class ModelRunner:
         self._step = StepContext(kernels)
         self.cache = SlotCache(
             layers,
+            self._step,
             shape=(slots, heads, positions, dim),
             dtype=model.dtype,
             device=model.device,
-            kernels=kernels,
         )
         linears = LayerFactory(
             self._step, LinearLayouts(twice=_is_small(model), kernels=kernels), group=self._group
         )
         prepare(model, self.cache, linears)
-        own = families.find(model.config.model_type).engine == "decoder"
-        self._trunk = DecoderForward(model) if own else None
-        cut = rank.shard.slice_adapter if rank is not None else None
+        is_decoder = families.find(model.config.model_type).engine == "decoder"
+        self._decoder = DecoderForward(model) if is_decoder else None
+        slice_adapter = rank.shard.slice_adapter if rank is not None else None
         self.adapters = AdapterStore(
-            linears.parts, dtype=model.dtype, device=model.device, cut=cut, own=kernels is not None
+            linears.targets,
+            dtype=model.dtype,
+            device=model.device,
+            slice_adapter=slice_adapter,
+            per_token=kernels is not None,
         )
-        self._graphs = None
+        self._graphs: GraphCache | None = None
         if graph_backend is not None:
             self._graphs = GraphCache(
                 self._forward, self.adapters, slots=slots, positions=positions, backend=graph_backend
             )
-        # a ready-made mask, so that no model builds one: the attention of rows makes its own
+        # a ready-made mask, so that no model builds one: slot attention makes its own
         self._no_mask = torch.zeros(1, 1, 1, 1, device=model.device, dtype=model.dtype)
 
     def is_long(self, positions: int) -> bool:
-        """Whether a row that will fill so many `positions` needs rotary factors for long contexts."""
+        """Whether a sequence that will fill so many `positions` needs rotary factors for long contexts."""
         return self._short_tokens is not None and positions > self._short_tokens
 
     def run(self, plan: StepPlan) -> Tensor:
-        """Run `plan` and return logits (R + C, V): its decoding rows, then its chunks that end a prompt."""
-        work = describe(plan)
-        self._broadcast(work)
-        return self._execute(work)
+        """Run `plan` and return logits (C, V): decoding sequences, drafts, then chunks that end a prompt."""
+        host = describe(plan)
+        self._broadcast(host)
+        return self._execute(host)
 
     def add_adapter(self, name: str, folder: Path, strength: float) -> None:
         """Read an adapter on every rank, or on none; ConfigError when it does not fit."""
@@ -199,32 +203,36 @@ class ModelRunner:
         return self.adapters.remove(name)
 
     @torch.inference_mode()
-    def _execute(self, work: HostBatch) -> Tensor:
-        for source, target, count in work.copies:
-            self.cache.copy(source, target, count)
-        logits = self._graphs.run(work) if self._graphs is not None else None
-        return self._forward(assemble(work, self.adapters)) if logits is None else logits
+    def _execute(self, host: HostBatch) -> Tensor:
+        for copy in host.copies:
+            self.cache.copy(copy.source, copy.target, copy.count)
+        logits = self._graphs.run(host) if self._graphs is not None else None
+        if logits is not None:
+            return logits
+        groups = self.adapters.group(host.adapters)
+        return self._forward(assemble(host, groups, device=self.adapters.device))
 
     def _forward(self, batch: Batch) -> Tensor:
-        self.cache.batch, self._step.groups = batch, batch.groups
+        self._step.batch = batch
         try:
-            return self._trunk.run(batch) if self._trunk is not None else self._whole(batch)
+            return self._decoder.run(batch) if self._decoder is not None else self._run_model(batch)
         finally:
-            self.cache.batch = self._step.groups = None
+            self._step.batch = None
 
-    def _whole(self, batch: Batch) -> Tensor:
-        """Run a model through its own `forward`."""
-        chosen = batch.chosen if batch.chosen.numel() else batch.ids.new_zeros(1)
+    def _run_model(self, batch: Batch) -> Tensor:
+        """Run the model through its own `forward`."""
+        count = batch.logit_indices.numel()
+        indices = batch.logit_indices if count else batch.ids.new_zeros(1)
         output = self._model(
             input_ids=batch.ids,
             position_ids=batch.positions,
             attention_mask=self._no_mask,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=chosen,
+            logits_to_keep=indices,
         )
         logits: Tensor = output.logits[0]
-        return logits[: batch.chosen.numel()]
+        return logits[:count]
 
 
 def _find_kernels(model: "PreTrainedModel") -> Kernels | None:

@@ -1,7 +1,7 @@
-"""Prepares a transformers model for rows: own attention, joined projections, layers that take adapters.
+"""Prepares a transformers model for flat tokens: slot attention, merged projections, layers with adapters.
 
-The module tree stays transformers'; attention, MLP and norm modules of families alike are replaced
-by those of blocks.py. Does not know requests. Start at `prepare`.
+The module tree stays transformers'; attention, MLP and norm modules of families that are alike are replaced
+by those of layers.py. Does not know requests. Start at `prepare`.
 """
 
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def refusal(model: "PreTrainedModel") -> str | None:
-    """Return why the row engine cannot drive `model`, or None when it can."""
+    """Return why the batching engine cannot drive `model`, or None when it can."""
     config = model.config.get_text_config()
     if families.find(model.config.model_type).engine is None:
         return f"architecture '{model.config.model_type}' is not one it knows"
@@ -41,15 +41,15 @@ def prepare(model: "PreTrainedModel", cache: SlotCache, layers: LayerFactory) ->
         elif family.own_layers and hasattr(module, "o_proj"):
             _replace(model, name, FusedAttention(name, module, cache, layers))
         elif family.own_layers and hasattr(module, "down_proj") and hasattr(module, "gate_proj"):
-            _replace(model, name, FusedMlp(name, module, layers, cache.kernels))
+            _replace(model, name, FusedMlp(name, module, layers))
         elif family.engine == "decoder" and hasattr(module, "variance_epsilon"):
-            _replace(model, name, RMSNorm(module.weight, module.variance_epsilon, cache.kernels))
+            _replace(model, name, RMSNorm(module.weight, module.variance_epsilon, cache.step.kernels))
         elif not replaced and hasattr(module, "layer_idx") and hasattr(module, "config"):
-            register(module.config, cache)
+            register(module, cache)
     for name, module in list(model.named_modules()):
         if _is_linear(module) and module is not model.get_output_embeddings() and not _inside(model, name):
-            _replace(model, name, layers.one(name, module))
-    _choose_angles_by_row(model, cache)
+            _replace(model, name, layers.linear(name, module))
+    _choose_rope_by_sequence(model, cache)
     head = model.get_output_embeddings()
     if head is not None:
         model.set_output_embeddings(layers.head(head))
@@ -58,10 +58,10 @@ def prepare(model: "PreTrainedModel", cache: SlotCache, layers: LayerFactory) ->
             parameter.data = parameter.data.clone()
 
 
-def _choose_angles_by_row(model: "PreTrainedModel", cache: SlotCache) -> None:
+def _choose_rope_by_sequence(model: "PreTrainedModel", cache: SlotCache) -> None:
     for name, module in list(model.named_modules()):
         if getattr(module, "rope_type", None) == "longrope":
-            _replace(model, name, rope.LongRope(module, cache))
+            _replace(model, name, rope.LongRope(module, cache.step))
         elif getattr(module, "rope_type", None) == "dynamic":
             module.rope_type = "default"  # else the longest position goes to the host in each step; see KNOWN
 
@@ -71,7 +71,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _inside(model: nn.Module, name: str) -> bool:
-    """Whether the module at `name` is already part of a row layer."""
+    """Whether the module at `name` is already inside a `LoraLinear`."""
     ancestors = name.split(".")
     return any(
         isinstance(model.get_submodule(".".join(ancestors[:depth])), LoraLinear)
@@ -80,5 +80,5 @@ def _inside(model: nn.Module, name: str) -> bool:
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, module)
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)

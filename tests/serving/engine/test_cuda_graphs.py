@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from runtime.serving.engine import cuda_graphs
-from runtime.serving.engine.batch import HostBatch, SlotChunk
+from runtime.serving.engine.batch import HostBatch, SlotChunk, SlotCopy
 from runtime.serving.engine.cuda_graphs import Block, CudaGraphs, GraphKey
 from runtime.serving.engine.engine import BatchingEngine, EngineLimits
 from runtime.serving.engine.kernels import Kernels
@@ -297,15 +297,15 @@ def test_no_tensor_of_a_step_is_left_on_the_host(
     runner = ModelRunner(model.to("meta"), slots=4, positions=100, graph_backend=traces)
     if family == "tiny":
         runner.add_adapter("a", adapter_dirs["second"], strength=1)
-    owner = runner.adapters.version("a") if family == "tiny" else None
-    numbers = {"ids": [1, 2, 3, 4, 5, 6], "positions": [3, 4, 5, 0, 1, 2], "slots": [0, 1, 3]}
-    rest = {"owners": [(None, 1), (owner, 5)], "long": [False] * 6, "copies": [(0, 2, 3)]}
+    version = runner.adapters.version("a") if family == "tiny" else None
+    numbers = {"ids": [1, 2, 3, 4, 5, 6], "positions": [3, 4, 5, 0, 1, 2], "decode_slots": [0, 1, 3]}
+    rest = {"adapters": [None] + 5 * [version], "long": [False] * 6, "copies": [SlotCopy(0, 2, 3)]}
     with torch.inference_mode():
-        work = HostBatch(**numbers, **rest, pieces=(SlotChunk(3, 2, 0, 3),), chosen=[0, 1, 2, 5])
-        assert runner._execute(work).shape == (4, model.config.vocab_size)
+        host = HostBatch(**numbers, **rest, chunks=(SlotChunk(3, 2, 0, 3),), logit_indices=[0, 1, 2, 5])
+        assert runner._execute(host).shape == (4, model.config.vocab_size)
         assert runner._graphs is not None
         one, some = Block(2, 1, 32), (Block(0, 1, 64), Block(2, 2, 32))
-        for form in (GraphKey(some, 1, owner is not None, False), GraphKey((one,), 5, False, False)):
+        for form in (GraphKey(some, 1, version is not None, False), GraphKey((one,), 5, False, False)):
             logits = runner._graphs._step(form, runner._graphs._inputs(form))
             assert (logits.device.type, len(logits)) == ("meta", form.tokens)
 

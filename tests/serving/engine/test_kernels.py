@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,12 +14,13 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
 from runtime.serving.engine import kernels
+from runtime.serving.engine.adapter_groups import AdapterGroups, PerToken
 from runtime.serving.engine.attention import AttentionLayer, attend
-from runtime.serving.engine.batch import Batch, HostBatch, SlotChunk, assemble
+from runtime.serving.engine.batch import Batch, HostBatch, SlotChunk, StepContext, assemble
 from runtime.serving.engine.kernels import LIBRARY, Kernels, checksum
 from runtime.serving.engine.kv_cache import SlotCache, store
 from runtime.serving.engine.layers import rotate
-from runtime.serving.engine.lora import AdapterGroups, LoraLinear, PerToken, StepContext
+from runtime.serving.engine.lora import LoraLinear
 from tests.serving.engine.calls import generate, make_request, run
 from tests.serving.engine.models import FAMILIES, model_of, some_prompts
 
@@ -65,50 +65,44 @@ def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         subprocess.run(command, check=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "LIBRARY", library)
-        patch.setattr(kernels, "SMALL", 1 << 10)  # so that some run in a team, and some do not
+        patch.setattr(kernels, "SMALL", 1 << 10)  # so that some run in several threads, and some do not
         found = Kernels.find()
         assert found is not None, "was built when the project was installed"
         yield found
 
 
-class Rows:
-    """A cache of five slots with random contents, and a step: three rows, one of them far, and a chunk."""
+class Step:
+    """A cache of five slots with random contents; a step of three sequences, one of them far, and a chunk."""
 
     positions = (0, 200, 63)
     slots = (0, 1, 4)
 
-    def __init__(self, native: Kernels | None, *, groups: int = 2, dim: int = 64) -> None:
+    def __init__(self, native: Kernels | None, *, kv_heads: int = 2, dim: int = 64) -> None:
         torch.manual_seed(0)
+        cpu = torch.device("cpu")
         self.cache = SlotCache(
-            1, shape=(5, groups, 256, dim), dtype=torch.float32, device=torch.device("cpu"), kernels=native
+            1, StepContext(native), shape=(5, kv_heads, 256, dim), dtype=torch.float32, device=cpu
         )
         for layer in (*self.cache.keys, *self.cache.values):
             layer.normal_()
-        work = HostBatch(
-            ids=[1] * 8, positions=[*self.positions, *range(7, 12)], slots=list(self.slots),
-            pieces=(SlotChunk(3, 3, 7, 5),), chosen=[0], owners=[(None, 8)], long=[False] * 8, copies=[],
+        host = HostBatch(
+            ids=[1] * 8, positions=[*self.positions, *range(7, 12)], decode_slots=list(self.slots),
+            chunks=(SlotChunk(3, 3, 7, 5),), logit_indices=[0],
+            adapters=[None] * 8, long=[False] * 8, copies=[],
         )  # fmt: skip
-
-        class Nobody:
-            device = torch.device("cpu")
-
-            @staticmethod
-            def group(_: Any) -> None:
-                return None
-
-        self.batch: Batch = assemble(work, Nobody())  # type: ignore[arg-type]
+        self.batch: Batch = assemble(host, None, device=cpu)
 
     def layer(self, *, window: int | None = None) -> AttentionLayer:
-        return AttentionLayer(self.cache.keys[0], self.cache.values[0], 0.2, window, None, self.cache.kernels)
+        return AttentionLayer.of(self.cache, 0, scaling=0.2, window=window)
 
 
-def both(native: Kernels, compute: Callable[[Rows], Tensor], **sizes: int) -> tuple[Tensor, Tensor]:
-    return compute(Rows(native, **sizes)), compute(Rows(None, **sizes))
+def both(native: Kernels, compute: Callable[[Step], Tensor], **sizes: int) -> tuple[Tensor, Tensor]:
+    return compute(Step(native, **sizes)), compute(Step(None, **sizes))
 
 
 @pytest.mark.parametrize("window", [None, 16, 64])
 @pytest.mark.parametrize(
-    ("queries", "groups", "dim"),
+    ("group", "kv_heads", "dim"),
     [
         (3, 3, 64),
         (1, 4, 96),
@@ -122,23 +116,22 @@ def both(native: Kernels, compute: Callable[[Rows], Tensor], **sizes: int) -> tu
     ],
 )
 def test_attention_sees_what_torchs_sees(
-    native: Kernels, queries: int, groups: int, dim: int, window: int | None
+    native: Kernels, group: int, kv_heads: int, dim: int, window: int | None
 ) -> None:
-    query = torch.randn(8, 2 * queries * groups, dim)[
-        :, : queries * groups
-    ]  # as it lies beside keys and values
+    heads = group * kv_heads
+    query = torch.randn(8, 2 * heads, dim)[:, :heads]  # as it lies beside keys and values
     found, expected = both(
-        native, lambda rows: attend(query, rows.layer(window=window), rows.batch), groups=groups, dim=dim
+        native, lambda step: attend(query, step.layer(window=window), step.batch), kv_heads=kv_heads, dim=dim
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-6)
 
 
 def test_attention_of_large_scores_and_of_an_infinite_one(native: Kernels) -> None:
     query = 1000 * torch.randn(8, 4, 64)
-    found, expected = both(native, lambda rows: attend(query, rows.layer(), rows.batch))
+    found, expected = both(native, lambda step: attend(query, step.layer(), step.batch))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     query[1, 2, 5] = torch.inf
-    found, expected = both(native, lambda rows: attend(query, rows.layer(), rows.batch))
+    found, expected = both(native, lambda step: attend(query, step.layer(), step.batch))
     assert found[1, 2].isnan().all()
     assert torch.equal(found.isnan(), expected.isnan())
 
@@ -149,37 +142,41 @@ def test_attention_of_large_scores_and_of_an_infinite_one(native: Kernels) -> No
 def test_a_chunk_sees_its_slot_up_to_each_token(
     native: Kernels, tokens: int, start: int, window: int | None
 ) -> None:
-    rows = Rows(native)
+    step = Step(native)
     query = torch.randn(tokens, 8, 64)[:, :6]
-    rows.cache.keys[0][3, :, start + tokens :] = torch.nan  # what an earlier row left there
-    piece = SlotChunk(0, 3, start, tokens)
-    alone = dataclasses.replace(rows.batch, decodes=0, runs=(), chunks=(piece,))
-    found = attend(query, rows.layer(window=window), alone)
-    expected = attend(query, dataclasses.replace(rows.layer(window=window), kernels=None), alone)
+    step.cache.keys[0][3, :, start + tokens :] = torch.nan  # what an earlier sequence left there
+    chunk = SlotChunk(0, 3, start, tokens)
+    alone = dataclasses.replace(step.batch, decode_tokens=0, runs=(), chunks=(chunk,))
+    found = attend(query, step.layer(window=window), alone)
+    expected = attend(query, dataclasses.replace(step.layer(window=window), kernel=None), alone)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-6)
 
 
-@pytest.mark.parametrize("place", [0, 100, 200])
-def test_a_row_with_nan_in_its_slot_shows_it_and_the_others_do_not(native: Kernels, place: int) -> None:
-    def compute(rows: Rows) -> Tensor:
-        rows.cache.keys[0][1, 1, place, 3] = torch.nan
-        return attend(torch.ones(8, 4, 64), rows.layer(), rows.batch)
+@pytest.mark.parametrize("position", [0, 100, 200])
+def test_a_sequence_with_nan_in_its_slot_shows_it_and_the_others_do_not(
+    native: Kernels, position: int
+) -> None:
+    def compute(step: Step) -> Tensor:
+        step.cache.keys[0][1, 1, position, 3] = torch.nan
+        return attend(torch.ones(8, 4, 64), step.layer(), step.batch)
 
     found, expected = both(native, compute)
     assert found[1, 2:].isnan().all()
     assert torch.equal(found.isnan(), expected.isnan())
 
 
-@pytest.mark.parametrize("turned", [64, 32, 20])
-def test_queries_are_rotated_and_keys_and_values_stored(native: Kernels, turned: int) -> None:
-    mixed = torch.randn(8, 4 + 2 + 2, 64)
-    angles = torch.randn(1, 8, turned), torch.randn(1, 8, turned)
-    new, old = Rows(native), Rows(None)
-    own = mixed.clone()
-    native.turn(own, angles, new.layer(), new.batch)
-    expected = rotate(mixed[:, :6], *angles)
+@pytest.mark.parametrize("rotary_dim", [64, 32, 20])
+def test_queries_are_rotated_and_keys_and_values_stored(native: Kernels, rotary_dim: int) -> None:
+    qkv = torch.randn(8, 4 + 2 + 2, 64)
+    cos_sin = torch.randn(1, 8, rotary_dim), torch.randn(1, 8, rotary_dim)
+    new, old = Step(native), Step(None)
+    own = qkv.clone()
+    kernel = new.layer().kernel
+    assert kernel is not None
+    kernel.rotate(own, cos_sin, slots=new.batch.slots, positions=new.batch.positions)
+    expected = rotate(qkv[:, :6], *cos_sin)
     store(old.cache.keys[0], expected[:, 4:], old.batch)
-    store(old.cache.values[0], mixed[:, 6:], old.batch)
+    store(old.cache.values[0], qkv[:, 6:], old.batch)
     torch.testing.assert_close(own[:, :4], expected[:, :4])
     torch.testing.assert_close(new.cache.keys[0], old.cache.keys[0])
     assert torch.equal(new.cache.values[0], old.cache.values[0])
@@ -188,7 +185,7 @@ def test_queries_are_rotated_and_keys_and_values_stored(native: Kernels, turned:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("size", "outs"), [(16, 5), (48, 960), (576, 33), (1536, 64)])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4])
-def test_a_product_with_few_rows(native: Kernels, tokens: int, size: int, outs: int, bias: bool) -> None:
+def test_a_product_with_few_tokens(native: Kernels, tokens: int, size: int, outs: int, bias: bool) -> None:
     x, weight = torch.randn(1, tokens, size), torch.randn(outs, size) / size**0.5
     added = torch.randn(outs) if bias else None
     found = native.multiply(x, weight, added)
@@ -228,21 +225,22 @@ def test_gate_is_silu_of_one_half_times_the_other(native: Kernels, tokens: int) 
 def test_each_token_gets_its_own_adapter(native: Kernels, rank: int, outs: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     base = torch.nn.Linear(96, sum(outs), bias=False)
-    step = StepContext(native)
-    layer = LoraLinear(base, (96, outs), step)
-    parts = {n: (torch.randn(rank, 96), torch.randn(out, rank)) for n, out in enumerate(outs)}
-    layer.place(1, parts, lanes=3)
-    layer.place(2, {0: (2 * parts[0][0], parts[0][1])}, lanes=3)
+    step = Step(None)
+    context = StepContext(native)
+    layer = LoraLinear(base, context, in_features=96, out_features=outs)
+    weights = {n: (torch.randn(rank, 96), torch.randn(out, rank)) for n, out in enumerate(outs)}
+    layer.place(1, weights, adapter_slots=3)
+    layer.place(2, {0: (2 * weights[0][0], weights[0][1])}, adapter_slots=3)
     x = torch.randn(1, 9, 96)
-    lanes = torch.tensor([-1, 1, 2, 1, 0, 2, 2, -1])
-    step.groups = AdapterGroups((), PerToken(lanes))
+    adapters = torch.tensor([-1, 1, 2, 1, 0, 2, 2, -1])
+    context.batch = dataclasses.replace(step.batch, adapter_groups=AdapterGroups((), PerToken(adapters)))
     with torch.inference_mode():
         found, expected = layer(x), base(x)
-        for token, lane in enumerate(lanes.tolist()):
-            updates = [x[0, token] @ down.T @ up.T for down, up in parts.values()]
-            if lane == 1:
+        for token, adapter in enumerate(adapters.tolist()):
+            updates = [x[0, token] @ down.T @ up.T for down, up in weights.values()]
+            if adapter == 1:
                 expected[0, token] += torch.cat(updates)
-            elif lane == 2:
+            elif adapter == 2:
                 expected[0, token, : outs[0]] += 2 * updates[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -251,7 +249,7 @@ def test_each_token_gets_its_own_adapter(native: Kernels, rank: int, outs: tuple
 def test_without_kernels_the_answers_are_the_same(
     family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With them test_rows.py asks; here torch's operations answer, as where there was no compiler."""
+    """With them test_engine.py asks; here torch's operations answer, as where there was no compiler."""
     from runtime.serving.engine.engine import BatchingEngine, EngineLimits
 
     monkeypatch.setattr(Kernels, "find", lambda: None)
@@ -259,20 +257,19 @@ def test_without_kernels_the_answers_are_the_same(
     prompts = some_prompts(3, 40, 1, 70)
     expected = [generate(model, prompt) for prompt in prompts]
     engine = BatchingEngine(model, EngineLimits(max_sequences=4, context_tokens=200, max_waiting=8))
-    answers = [
-        ids for ids, _ in run(engine, *(make_request(prompt, id=str(n)) for n, prompt in enumerate(prompts)))
-    ]
+    requests = [make_request(prompt, id=str(n)) for n, prompt in enumerate(prompts)]
+    answers = [ids for ids, _ in run(engine, *requests)]
     engine.close()
     assert answers == expected
     assert "Without compiled kernels, serving on a CPU is slower" in caplog.text
 
 
-@pytest.mark.parametrize("broken", ["no library", "no team", "older than its sources"])
+@pytest.mark.parametrize("broken", ["no library", "no threads", "older than its sources"])
 def test_what_is_missing_is_no_failure(broken: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if broken == "no library":
         monkeypatch.setattr(kernels, "LIBRARY", tmp_path / "libkernels.so")
-    elif broken == "no team":
-        monkeypatch.setattr(kernels, "TEAM", "GOMP_nobody")
+    elif broken == "no threads":
+        monkeypatch.setattr(kernels, "PARALLEL", "GOMP_unknown")
     else:
         monkeypatch.setattr(kernels, "checksum", lambda: 1)
     assert Kernels.find() is None

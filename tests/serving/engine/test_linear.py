@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from runtime.serving.engine import linear
-from runtime.serving.engine.kernels import MOST_TOKENS, Kernels
+from runtime.serving.engine.kernels import MAX_TOKENS, Kernels
 from runtime.serving.engine.layers import rotate
 from runtime.serving.engine.linear import (
     LinearBySize,
@@ -14,7 +14,7 @@ from runtime.serving.engine.linear import (
     Packing,
     StreamedLinear,
     TransposedLinear,
-    join,
+    merge,
 )
 
 
@@ -58,9 +58,9 @@ def test_with_kernels_a_few_rows_are_streamed_and_more_are_packed(
         fast = LinearLayouts(twice=True, kernels=kernels).fast(layer)
         assert isinstance(fast, LinearBySize)
         assert isinstance(fast.few, StreamedLinear)
-        assert asked == [MOST_TOKENS]
+        assert asked == [MAX_TOKENS]
         assert fast.few.weight.data_ptr() != layer.weight.data_ptr(), "is no view of a file that others keep"
-        for rows in range(1, MOST_TOKENS + 2):
+        for rows in range(1, MAX_TOKENS + 2):
             x = torch.randn(1, rows, 96)
             torch.testing.assert_close(fast(x), layer(x), rtol=1e-5, atol=1e-5)
     odd = LinearLayouts(twice=True, kernels=kernels).fast(nn.Linear(40, 8))
@@ -112,11 +112,11 @@ def test_without_packing_or_with_a_wrong_one_the_plain_layout_is_used(
     assert isinstance(LinearLayouts(twice=False).fast(layer.to(torch.bfloat16)), TransposedLinear)
 
 
-def test_joined_layers_give_their_outputs_side_by_side() -> None:
+def test_merged_layers_give_their_outputs_side_by_side() -> None:
     layers = [nn.Linear(16, 8), nn.Linear(16, 24, bias=False), nn.Linear(16, 4)]
     x = torch.randn(3, 16)
     expected = torch.cat([layer(x) for layer in layers], dim=-1)
-    torch.testing.assert_close(join(layers)(x), expected)
+    torch.testing.assert_close(merge(layers)(x), expected)
     assert all(layer.weight.numel() == 0 for layer in layers), "one copy of the weights"
 
 
@@ -127,5 +127,5 @@ def test_rotation_is_that_of_transformers(size: int) -> None:
     q, k = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 5, 16)
     angle = torch.randn(1, 5, size // 2).repeat(1, 1, 2)
     expected, _ = apply_rotary_pos_emb(q, k, angle.cos(), angle.sin())
-    turned = rotate(q[0].transpose(0, 1), angle.cos(), angle.sin())
-    torch.testing.assert_close(turned.transpose(0, 1)[None], expected)
+    rotated = rotate(q[0].transpose(0, 1), angle.cos(), angle.sin())
+    torch.testing.assert_close(rotated.transpose(0, 1)[None], expected)
