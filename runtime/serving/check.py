@@ -1,4 +1,4 @@
-"""`runtime serve --check`: everything that serving needs, once, and what came of it.
+"""`runtime serve --check`: loads everything that serving needs, once, and measures it.
 
 Loads as the server does and generates one token; opens no port. Start at `check`.
 """
@@ -13,8 +13,8 @@ from runtime.serving.settings import ServeConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """What a server of this configuration is, measured."""
+class CheckResult:
+    """Measurements of one configuration."""
 
     model: str
     weights: str
@@ -22,21 +22,21 @@ class Checked:
     context_tokens: int
     """Prompt and answer together, per request."""
     rows: int
-    """Requests at the same time, at most."""
+    """Sequences (answers) at the same time, at most."""
     adapters: tuple[str, ...]
     refused: tuple[str, ...]
-    """Adapters asked for that would not be served; the log says why."""
+    """Configured adapters that would not be served; the log says why."""
     load_s: float
     first_token_s: float
     """From a short prompt to one token, the first time."""
     peak_memory_bytes: int
-    """Most host memory that this process held."""
+    """Peak host memory of this process."""
 
 
-def check(config: ServeConfig, *, access: oci.Access) -> Checked:
-    """Load what `config` names, generate one token, and return what a server of it would be.
+def check(config: ServeConfig, *, access: oci.Access) -> CheckResult:
+    """Load what `config` names, generate one token, and return the measurements.
 
-    Raises what serving would end with: ConfigError, CapacityError, TransientError, UnavailableError.
+    Raises the failures of serving: ConfigError, CapacityError, TransientError, UnavailableError.
     """
     started = time.monotonic()
     served = loading.load(config, access)
@@ -45,10 +45,10 @@ def check(config: ServeConfig, *, access: oci.Access) -> Checked:
         asyncio.run(served.first_token())
         answered = time.monotonic()
         names = served.engine.stats().adapters
-        return Checked(
+        return CheckResult(
             model=served.name,
             weights=served.weights,
-            context_tokens=served.prompts.context_tokens,
+            context_tokens=served.tokenizer.context_tokens,
             rows=served.engine.max_sequences,
             adapters=names,
             refused=tuple(source.name for source in config.adapters if source.name not in names),
@@ -58,4 +58,4 @@ def check(config: ServeConfig, *, access: oci.Access) -> Checked:
         )
     finally:
         served.engine.close()
-        served.prompts.close()
+        served.tokenizer.close()

@@ -1,7 +1,7 @@
-"""From token ids to text, piece by piece: what a client may be shown now, and what must wait.
+"""From token ids to text, token by token: what can be sent now, and what must be held back.
 
-Two things wait: bytes of an unfinished character (an emoji spans several tokens), and text that may
-become a stop string (which may span tokens too, and is never shown). Knows ids and strings, not
+Two things are held back: bytes of an unfinished character (an emoji spans several tokens), and text that
+may become a stop string (which may span tokens too, and is never sent). Knows ids and strings, not
 engines or HTTP. Start at `TextStream.push`.
 """
 
@@ -10,24 +10,24 @@ from collections.abc import Callable, Sequence
 Decode = Callable[[Sequence[int]], str]
 
 UNFINISHED = "\ufffd"
-"""What a tokenizer decodes bytes to that are no whole character (yet)."""
+"""What a tokenizer decodes the bytes of an incomplete character to."""
 TAIL_TOKENS = 6
 """Prompt tokens decoded before the answer's first one, so that its leading space survives."""
 PENDING_TOKENS = 8
-"""No character needs more tokens than this: what is still unfinished then is noise, and is shown."""
+"""No character needs more tokens than this: what is still unfinished then is noise, and is returned."""
 
 
 class Detokenizer:
-    """Decodes a growing list of tokens; the pieces joined are the decoded whole.
+    """Decodes a growing list of tokens; the texts returned, joined, are the decoded list.
 
-    Decoding token by token would lose spaces (sentencepiece) and break characters, and decoding the
-    whole list each time is quadratic. So a short window is decoded with and without the new tokens,
-    and the difference is the piece.
+    Decoding token by token would lose spaces (sentencepiece) and break characters, and decoding all
+    tokens each time is quadratic. So a short window is decoded with and without the new tokens, and the
+    difference is returned.
     """
 
     def __init__(self, decode: Decode, tail: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._window = list(tail)  # tokens whose text is out, then the pending ones
+        self._window = list(tail)  # tokens whose text was returned, then the pending ones
         self._shown = len(self._window)
 
     def push(self, token: int) -> str:
@@ -41,7 +41,7 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """Return what is left at the end of the answer, an unfinished character as U+FFFD."""
+        """Return the rest at the end of the answer, an unfinished character as U+FFFD."""
         text = self._new_text()
         self._advance()
         return text
@@ -56,34 +56,34 @@ class Detokenizer:
 
 
 class StopScanner:
-    """Finds the first of some strings in text that comes in pieces, holding back what may begin one."""
+    """Finds the first stop string in text that arrives in chunks, holding back what may begin one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
         self.after = ""
-        """What followed the stop string in the piece that held it."""
+        """What followed the stop string in the chunk that completed it."""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Return the text that is safe to show, and whether a stop string ends the answer there."""
+        """Return the text that is safe to send, and whether a stop string ends the answer there."""
         text = self._held + text
-        found = [(text.find(stop), len(stop)) for stop in self._stops if stop in text]
-        if found:
-            at, length = min(found)
-            self._held, self.after = "", text[at + length :]
-            return text[:at], True
+        matches = [(text.find(stop), len(stop)) for stop in self._stops if stop in text]
+        if matches:
+            start, length = min(matches)
+            self._held, self.after = "", text[start + length :]
+            return text[:start], True
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
     def flush(self) -> str:
-        """Return the text held back, once it is known that no stop string follows."""
+        """Return the text held back, at the end of the answer."""
         text, self._held = self._held, ""
         return text
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that `stop` begins with."""
+    """Return the length of the longest suffix of `text` that is a prefix of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length
@@ -91,17 +91,17 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class TextStream:
-    """One answer's tokens on their way to text: `push` each, then `finish`."""
+    """Turns one answer's tokens into text: `push` each, then `finish`."""
 
     def __init__(self, decode: Decode, *, stops: Sequence[str] = (), tail: Sequence[int] = ()) -> None:
         self._detokenizer = Detokenizer(decode, tail)
         self._scanner = StopScanner(stops)
 
     def push(self, token: int) -> tuple[str, bool]:
-        """Return the text to show after `token`, and whether a stop string was met."""
+        """Return the text to send after `token`, and whether a stop string was met."""
         return self._scanner.push(self._detokenizer.push(token))
 
     def finish(self) -> tuple[str, bool]:
-        """Return the text still to show, and whether a stop string was met in it."""
+        """Return the text still to send, and whether a stop string was met in it."""
         text, met = self._scanner.push(self._detokenizer.flush())
         return (text, True) if met else (text + self._scanner.flush(), False)

@@ -1,7 +1,9 @@
 """One request's way through the engine, and its answer's way back as text.
 
-Between the routes (chat.py, openai.py) and the engine: admits, decodes, finds stop strings, keeps the
-deadline, counts. Does not know any route's JSON. Start at `Generator.start`.
+The walk of POST /chat: body (http/chat.py, http/schema.py) -> token ids (tokenizer.py) and `Sampling`
+(http/parameters.py) -> `GenerationRequest` -> engine `Request` -> `Token`s -> `TextChunk`s (detokenize.py)
+-> JSON (http/chat.py) or events (http/sse.py). Here: admission, deadline, stop strings, metrics. Does not
+know any route's JSON. Start at `Generator.start`.
 """
 
 import asyncio
@@ -20,110 +22,109 @@ from runtime.serving.lifecycle import Lifecycle, ServedModel
 
 log = logging.getLogger(__name__)
 
-Finish = Literal["stop", "length"]
-
-GREEDY = Sampling(max_new_tokens=1)
+TextFinish = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What is to be generated, whichever route asked."""
+    """One prompt to answer, the same for every route."""
 
     prompt_ids: tuple[int, ...]
-    sampling: Sampling = GREEDY
+    sampling: Sampling
     stops: tuple[str, ...] = ()
+    """Strings that end the answer; they are not part of it."""
     adapter: str | None = None
     request_id: str = ""
-    continues: bool = False
+    continues_prompt: bool = False
     """The answer continues the prompt's text (no chat template): its first space counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextChunk:
-    """Text to show, and the tokens that came with it; the last piece says how the answer ended."""
+    """Text to send, and the tokens that it was decoded from; the last chunk says how the answer ended."""
 
     text: str
     tokens: tuple[Token, ...] = ()
-    finish: Finish | None = None
+    finish: TextFinish | None = None
 
 
 @dataclass(slots=True)
-class Generated:
-    """An answer collected to its end."""
+class GeneratedText:
+    """A complete answer."""
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
-    finish: Finish = "stop"
+    finish: TextFinish = "stop"
 
 
 class Generation:
-    """One answer under way. Iterate `pieces` once, then call `close`, whatever happened."""
+    """One answer in progress. Iterate `chunks` once, then call `close` in any case."""
 
     def __init__(
-        self, served: ServedModel, ask: GenerationRequest, *, metrics: ServingMetrics, deadline: float
+        self, served: ServedModel, request: GenerationRequest, *, metrics: ServingMetrics, deadline: float
     ) -> None:
         self.new_tokens = 0
         self.cached_tokens = 0
-        """Prompt tokens that the engine found in its cache; known with the first token."""
+        """Prompt tokens that the engine had in its cache; known with the first token."""
         self._arrived = time.monotonic()
-        self._ask = ask
+        self._request = request
         self._metrics = metrics
         self._deadline = deadline
         self._engine = served.engine
         self._stack = ExitStack()
         self._tokens = served.engine.submit(
-            Request(ask.prompt_ids, ask.sampling, adapter=ask.adapter, id=ask.request_id)
+            Request(request.prompt_ids, request.sampling, adapter=request.adapter, id=request.request_id)
         )
-        self._started = self._stack.enter_context(metrics.adapter(ask.adapter))
-        tail = ask.prompt_ids[-TAIL_TOKENS:] if ask.continues else ()
-        self._text = TextStream(served.prompts.decode, stops=ask.stops, tail=tail)
-        metrics.admitted(len(ask.prompt_ids))
+        self._mark_running = self._stack.enter_context(metrics.adapter(request.adapter))
+        tail = request.prompt_ids[-TAIL_TOKENS:] if request.continues_prompt else ()
+        self._text = TextStream(served.tokenizer.decode, stops=request.stops, tail=tail)
+        metrics.admitted(len(request.prompt_ids))
 
-    async def pieces(self) -> AsyncIterator[TextChunk]:
-        """Yield the answer piece by piece; the last has `finish` set.
+    async def chunks(self) -> AsyncIterator[TextChunk]:
+        """Yield the answer chunk by chunk; the last has `finish` set.
 
-        Raises DeadlineError, UnavailableError when the server gives the answer up, or what the engine
-        failed with.
+        Raises DeadlineError, UnavailableError when the server shuts down, or the engine's own failure.
         """
-        waiting: list[Token] = []  # tokens whose text is not out yet
-        at = self._arrived
-        async for token in self._in_time():
+        pending: list[Token] = []  # tokens whose text is not sent yet
+        last_at = self._arrived
+        async for token in self._tokens_until_deadline():
             if token.start is not None:
                 self.cached_tokens = token.start.cached_tokens
                 self._metrics.got_row(token.start.queued_s)
-                self._started()
+                self._mark_running()
             if token.id is None:
                 if token.finish_reason == "cancelled":
                     raise UnavailableError("the server is shutting down and gave this answer up")
-                text, met = self._text.finish()
-                yield self._end(text, waiting, "stop" if met or token.finish_reason == "stop" else "length")
+                text, stopped = self._text.finish()
+                stopped = stopped or token.finish_reason == "stop"
+                yield self._last_chunk(text, pending, "stop" if stopped else "length")
                 return
-            at = self._count(at)
-            waiting.append(token)
-            text, met = self._text.push(token.id)
-            if met:
-                yield self._end(text, waiting, "stop")
+            last_at = self._record_token(last_at)
+            pending.append(token)
+            text, stopped = self._text.push(token.id)
+            if stopped:
+                yield self._last_chunk(text, pending, "stop")
                 return
             if text:
-                yield TextChunk(text, tuple(waiting))
-                waiting = []
+                yield TextChunk(text, tuple(pending))
+                pending = []
         raise UnavailableError("the engine ended this answer without a reason")
 
-    async def whole(self) -> Generated:
+    async def complete(self) -> GeneratedText:
         """Return the answer once it is complete."""
-        whole = Generated()
-        async for piece in self.pieces():
-            whole.text += piece.text
-            whole.tokens += piece.tokens
-            whole.finish = piece.finish or "stop"
-        return whole
+        answer = GeneratedText()
+        async for chunk in self.chunks():
+            answer.text += chunk.text
+            answer.tokens += chunk.tokens
+            answer.finish = chunk.finish or "stop"
+        return answer
 
     def close(self) -> None:
-        """Free the engine's row, if it still works for this answer."""
-        self._engine.cancel(self._ask.request_id)
+        """Stop the engine's work on this answer, if it still goes on."""
+        self._engine.cancel(self._request.request_id)
         self._stack.close()
 
-    async def _in_time(self) -> AsyncIterator[Token]:
+    async def _tokens_until_deadline(self) -> AsyncIterator[Token]:
         tokens = aiter(self._tokens)
         while True:
             try:
@@ -137,30 +138,31 @@ class Generation:
                 ) from None
             yield token
 
-    def _count(self, before: float) -> float:
+    def _record_token(self, last_at: float) -> float:
+        """Count and time one token; `last_at` is when the one before it came."""
         now = time.monotonic()
         if self.new_tokens == 0:
             self._metrics.first_token(now - self._arrived)
         else:
-            self._metrics.next_token(now - before)
+            self._metrics.next_token(now - last_at)
         self.new_tokens += 1
         return now
 
-    def _end(self, text: str, tokens: Sequence[Token], finish: Finish) -> TextChunk:
+    def _last_chunk(self, text: str, tokens: Sequence[Token], finish: TextFinish) -> TextChunk:
         seconds = time.monotonic() - self._arrived
         self._metrics.finished(finish, seconds=seconds, tokens=self.new_tokens)
         log.info(
             "Answered %s: %s prompt and %s new tokens in %.2f s (%s)",
-            self._ask.request_id,
-            len(self._ask.prompt_ids),
+            self._request.request_id,
+            len(self._request.prompt_ids),
             self.new_tokens,
             seconds,
             finish,
             extra={
                 "fields": {
-                    "request_id": self._ask.request_id,
-                    "adapter": self._ask.adapter,
-                    "prompt_tokens": len(self._ask.prompt_ids),
+                    "request_id": self._request.request_id,
+                    "adapter": self._request.adapter,
+                    "prompt_tokens": len(self._request.prompt_ids),
                     "new_tokens": self.new_tokens,
                     "seconds": round(seconds, 3),
                     "finish": finish,
@@ -170,80 +172,80 @@ class Generation:
         return TextChunk(text, tuple(tokens), finish)
 
 
-class Generations:
-    """The answers to one HTTP request (`n` choices, several prompts), all admitted or none."""
+class GenerationGroup:
+    """The answers to one HTTP request (`n` of them, or several prompts), all admitted or none."""
 
-    def __init__(self, answers: Sequence[Generation], prompt_tokens: int, stack: ExitStack) -> None:
-        self.answers = answers
+    def __init__(self, generations: Sequence[Generation], prompt_tokens: int, stack: ExitStack) -> None:
+        self.generations = generations
         self.prompt_tokens = prompt_tokens
         self._stack = stack
 
     @property
     def new_tokens(self) -> int:
         """Tokens generated so far, over all answers."""
-        return sum(answer.new_tokens for answer in self.answers)
+        return sum(generation.new_tokens for generation in self.generations)
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens that were in the engine's cache, of the answer that found fewest."""
-        return min(answer.cached_tokens for answer in self.answers)
+        """Prompt tokens that were in the engine's cache, of the answer that had fewest."""
+        return min(generation.cached_tokens for generation in self.generations)
 
-    async def whole(self) -> list[Generated]:
+    async def complete(self) -> list[GeneratedText]:
         """Return all answers once they are complete; the first failure cancels the rest."""
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(answer.whole()) for answer in self.answers]
+            async with asyncio.TaskGroup() as running:
+                tasks = [running.create_task(generation.complete()) for generation in self.generations]
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def pieces(self) -> AsyncIterator[tuple[int, TextChunk]]:
-        """Yield (index of the answer, piece) as they come."""
-        if len(self.answers) == 1:
-            async for piece in self.answers[0].pieces():
-                yield 0, piece
+    async def chunks(self) -> AsyncIterator[tuple[int, TextChunk]]:
+        """Yield (index of the answer, chunk) in the order in which they come."""
+        if len(self.generations) == 1:
+            async for chunk in self.generations[0].chunks():
+                yield 0, chunk
             return
-        streams = [answer.pieces() for answer in self.answers]
-        following = {asyncio.ensure_future(_next(stream)): i for i, stream in enumerate(streams)}
+        streams = [generation.chunks() for generation in self.generations]
+        pending = {asyncio.ensure_future(_next(stream)): i for i, stream in enumerate(streams)}
         try:
-            while following:
-                done, _ = await asyncio.wait(following, return_when=asyncio.FIRST_COMPLETED)
+            while pending:
+                done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    index, piece = following.pop(task), task.result()
-                    if piece.finish is None:
-                        following[asyncio.ensure_future(_next(streams[index]))] = index
-                    yield index, piece
+                    index, chunk = pending.pop(task), task.result()
+                    if chunk.finish is None:
+                        pending[asyncio.ensure_future(_next(streams[index]))] = index
+                    yield index, chunk
         finally:
-            for task in following:
+            for task in pending:
                 task.cancel()
-            await asyncio.gather(*following, return_exceptions=True)
+            await asyncio.gather(*pending, return_exceptions=True)
 
     def close(self) -> None:
-        """Free what the answers still hold; called once, whatever happened."""
+        """Free what the answers still hold; call it once, in any case."""
         self._stack.close()
 
 
-async def _next(pieces: AsyncIterator[TextChunk]) -> TextChunk:
-    return await anext(pieces)
+async def _next(chunks: AsyncIterator[TextChunk]) -> TextChunk:
+    return await anext(chunks)
 
 
 class Generator:
-    """Starts answers: what the routes have in common."""
+    """Starts answers: what all routes share."""
 
     def __init__(self, lifecycle: Lifecycle, metrics: ServingMetrics, *, timeout_s: float) -> None:
-        self.lifecycle = lifecycle
-        self.metrics = metrics
+        self._lifecycle = lifecycle
+        self._metrics = metrics
         self._timeout_s = timeout_s
 
     def served(self) -> ServedModel:
         """Return what is served; UnavailableError while loading."""
-        return self.lifecycle.served()
+        return self._lifecycle.served()
 
-    def adapter(self, model: str | None, *, param: str = "model") -> str | None:
-        """Return the adapter that `model` means, None for the base; UnknownModelError otherwise."""
+    def adapter_for(self, model: str | None, *, param: str = "model") -> str | None:
+        """Return the adapter that `model` names, None for the base model; UnknownModelError otherwise."""
         served = self.served()
         if model is None or model == served.name:
-            return served.default
+            return served.default_adapter
         if model not in served.engine.stats().adapters:
             raise UnknownModelError(
                 f"model '{model}' is not served here; GET /v1/models lists {', '.join(served.models())}",
@@ -252,33 +254,34 @@ class Generator:
             )
         return model
 
-    def start(self, asks: Sequence[GenerationRequest], *, n: int = 1) -> Generations:
-        """Queue `n` answers to each of `asks`: all of them, or none and OverloadedError.
+    def start(self, requests: Sequence[GenerationRequest], *, n: int = 1) -> GenerationGroup:
+        """Queue `n` answers to each of `requests`: all of them, or none and OverloadedError.
 
-        The caller closes the batch when it is answered or given up.
+        The caller closes the group when it is answered or given up.
         """
         served = self.served()
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         with ExitStack() as stack:
-            answers = []
-            for ask in _choices(asks, n):
-                answer = Generation(served, ask, metrics=self.metrics, deadline=deadline)
-                stack.callback(answer.close)
-                answers.append(answer)
-            return Generations(answers, sum(len(ask.prompt_ids) for ask in asks), stack.pop_all())
+            generations = []
+            for request in _one_per_answer(requests, n):
+                generation = Generation(served, request, metrics=self._metrics, deadline=deadline)
+                stack.callback(generation.close)
+                generations.append(generation)
+            prompt_tokens = sum(len(request.prompt_ids) for request in requests)
+            return GenerationGroup(generations, prompt_tokens, stack.pop_all())
         raise AssertionError("an exit stack swallows nothing")
 
 
-def _choices(asks: Sequence[GenerationRequest], n: int) -> list[GenerationRequest]:
-    """Return every answer to generate, each with an id of its own and a seed that differs by choice."""
-    choices: list[GenerationRequest] = []
-    for ask in asks:
+def _one_per_answer(requests: Sequence[GenerationRequest], n: int) -> list[GenerationRequest]:
+    """Return one request per answer, each with an id of its own; `n` answers to a prompt differ by seed."""
+    expanded: list[GenerationRequest] = []
+    for request in requests:
         for choice in range(n):
-            seed = ask.sampling.seed
-            sampling = (
-                replace(ask.sampling, seed=seed + choice) if seed is not None and choice else ask.sampling
-            )
-            number = len(choices)
-            name = f"{ask.request_id}-{number}" if len(asks) * n > 1 else ask.request_id
-            choices.append(replace(ask, sampling=sampling, request_id=name))
-    return choices
+            sampling = request.sampling
+            if sampling.seed is not None and choice:
+                sampling = replace(sampling, seed=sampling.seed + choice)
+            number = len(expanded)
+            several = len(requests) * n > 1
+            request_id = f"{request.request_id}-{number}" if several else request.request_id
+            expanded.append(replace(request, sampling=sampling, request_id=request_id))
+    return expanded

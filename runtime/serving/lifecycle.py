@@ -1,9 +1,9 @@
-"""Where the server is in its life, and what the probes may say about it.
+"""The state of the server, and what the probes answer in it.
 
     loading → ready → draining
 
-Knows the engine by its figures only; does not know HTTP, signals or how a model is loaded
-(server.py drives it). Start at `Lifecycle`.
+Knows the engine by its statistics only; does not know HTTP, signals or how a model is loaded
+(http/server.py drives it). Start at `Lifecycle`.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from runtime.serving.engine.protocol import Engine, Request, Sampling
 from runtime.serving.tokenizer import PromptTokenizer
 
 STALL_S = 60.0
-"""Requests running and no token for this long: the engine hangs, and a restart is the cure."""
+"""Requests running and no token for this long: the engine hangs and must be restarted."""
 
 
 class Phase(Enum):
@@ -32,24 +32,24 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What there is to answer with, once it is loaded."""
+    """The loaded model: what all routes answer with."""
 
     name: str
     """The base model, as clients call it."""
     engine: Engine
-    prompts: PromptTokenizer
+    tokenizer: PromptTokenizer
     created: int
     """Unix time of loading, for /v1/models."""
-    default: str | None = None
-    """The adapter that answers for the base model's name; None is the base itself."""
-
+    default_adapter: str | None = None
+    """The adapter that answers requests for the base model; None is the base model itself."""
     weights: str = ""
-    """Type, size and device of the base weights, for people."""
+    """Type, size and device of the base weights, as text."""
 
     async def first_token(self) -> None:
-        """Generate one token, which proves that the engine works; UnavailableError when it gives up."""
+        """Generate one token, which proves that the engine works; UnavailableError when it does not."""
         sampling = Sampling(max_new_tokens=1)
-        request = Request(self.prompts.warm_up(), sampling, adapter=self.default, id="warm-up")
+        prompt_ids = self.tokenizer.warm_up_prompt()
+        request = Request(prompt_ids, sampling, adapter=self.default_adapter, id="warm-up")
         async for token in self.engine.submit(request):
             if token.finish_reason == "cancelled":
                 raise UnavailableError("the engine gave up its first generation")
@@ -80,13 +80,13 @@ class Lifecycle:
         self._idle.set()
 
     def ready(self, served: ServedModel) -> None:
-        """Open the doors, unless the process was asked to stop while it loaded."""
+        """Answer requests with `served` and report "ready", unless the server is draining already."""
         self._served = served
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY
 
     def drain(self) -> None:
-        """Say "not ready" from now on; requests are still answered until `refuse`."""
+        """Report "not ready" from now on; requests are still answered until `refuse`."""
         self.phase = Phase.DRAINING
 
     def refuse(self) -> None:
@@ -95,11 +95,11 @@ class Lifecycle:
 
     @property
     def loaded(self) -> ServedModel | None:
-        """What is served, or None before it is loaded; for figures, not for requests."""
+        """What is served, or None before it is loaded; for metrics, not for requests."""
         return self._served
 
     def served(self) -> ServedModel:
-        """Return what answers requests; UnavailableError while there is nothing yet."""
+        """Return what answers requests; UnavailableError before it is loaded."""
         if self._served is None:
             raise UnavailableError("the model is still loading; /readyz answers 200 when it is there")
         return self._served
@@ -127,10 +127,10 @@ class Lifecycle:
         return self.liveness()
 
     def admit(self) -> None:
-        """Check that a request may come in; asked before its body is read, so that a flood costs no bodies.
+        """Check that a request may be accepted: before its body is read, so that a burst costs no bodies.
 
-        Raises OverloadedError when as many are under way as can be generated and wait, UnavailableError
-        when none is taken any more.
+        Raises OverloadedError when as many are in flight as can be generated and queued, UnavailableError
+        when none is accepted any more.
         """
         if not self.accepting:
             raise UnavailableError("the server is shutting down; send the request to another replica")
@@ -138,8 +138,8 @@ class Lifecycle:
             raise OverloadedError(f"{self._in_flight} requests are running or waiting; try again shortly")
 
     @contextmanager
-    def under_way(self) -> Iterator[None]:
-        """Hold a place for one request while the block runs; raises as `admit` does."""
+    def in_flight(self) -> Iterator[None]:
+        """Count one request as in flight while the block runs; raises as `admit` does."""
         self.admit()
         self._in_flight += 1
         self._idle.clear()
@@ -151,5 +151,5 @@ class Lifecycle:
                 self._idle.set()
 
     async def idle(self) -> None:
-        """Wait until no request is under way."""
+        """Wait until no request is in flight."""
         await self._idle.wait()

@@ -1,6 +1,6 @@
-"""From a ServeConfig to something that answers: weights, tokenizer, engine, adapters.
+"""From a ServeConfig to a ServedModel: weights, tokenizer, engine, adapters.
 
-Runs in a thread of its own, once (server.py). A bad adapter is refused by name and the rest is served;
+Runs in a thread of its own, once (http/server.py). A bad adapter is refused by name and the rest is served;
 a bad model ends the process. Does not know HTTP. Start at `load`.
 """
 
@@ -16,9 +16,10 @@ from runtime import adapters, hardware, models, oci
 from runtime.errors import ConfigError, Failure
 from runtime.hardware import Hardware
 from runtime.serving.engine.create import create
+from runtime.serving.generation_config import end_ids, sampling_defaults
 from runtime.serving.lifecycle import ServedModel
 from runtime.serving.settings import AdapterSource, ServeConfig
-from runtime.serving.tokenizer import PromptTokenizer, sampling_defaults
+from runtime.serving.tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,17 +30,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 COMBINED = "combined_adapter"
-"""The name of all adapters in one; KAITO's runtime calls it so."""
+"""The adapter that all others are combined into, by the name it has in KAITO's runtime."""
 
 
 def load(config: ServeConfig, access: oci.Access) -> ServedModel:
-    """Return the model of `config` behind an engine, with every adapter that could be had.
+    """Return the model of `config` behind an engine, with every adapter that could be loaded.
 
     Raises ConfigError, CapacityError or TransientError when the base model cannot be served.
     """
     started = time.monotonic()
     devices = hardware.detect()
-    served = _by_vllm(config, devices) if config.engine == "vllm" else _by_rows(config, devices)
+    served = _with_vllm(config, devices) if config.engine == "vllm" else _with_own_engine(config, devices)
     if config.combine_adapters and config.adapters:
         served = _combined(served, config, access)
     else:
@@ -52,7 +53,7 @@ def load(config: ServeConfig, access: oci.Access) -> ServedModel:
     return served
 
 
-def _by_rows(config: ServeConfig, devices: Hardware) -> ServedModel:
+def _with_own_engine(config: ServeConfig, devices: Hardware) -> ServedModel:
     """Return the model behind this project's own engine."""
     import torch
 
@@ -64,29 +65,29 @@ def _by_rows(config: ServeConfig, devices: Hardware) -> ServedModel:
         if workers is not None:
             workers.watch(running.abort)
         undo.pop_all()
-    stated = model.generation_config.to_diff_dict() if model.generation_config else {}
+    generation_config = model.generation_config.to_diff_dict() if model.generation_config else {}
     return ServedModel(
         name=config.served_name,
         engine=running,
-        prompts=_prompts(config, stated, tokenizer, running.context_tokens),
+        tokenizer=_prompt_tokenizer(config, generation_config, tokenizer, running.context_tokens),
         created=int(time.time()),
         weights=f"{_format(config, model)}, {model.get_memory_footprint() / 2**20:.1f} MiB on {devices.name}"
         + (f", on each of {rank.group.world}" if rank is not None else ""),
     )
 
 
-def _by_vllm(config: ServeConfig, devices: Hardware) -> ServedModel:
+def _with_vllm(config: ServeConfig, devices: Hardware) -> ServedModel:
     """Return the model behind a vLLM that reads the weights itself."""
     from runtime.serving.engine.backends import vllm
 
     folder = models.locate(config.model)
     source = config.model.model_copy(update={"path": folder})
-    tokenizer, stated = models.load_tokenizer(source), models.load_generation(folder)
+    tokenizer, generation_config = models.load_tokenizer(source), models.load_generation(folder)
     running = vllm.start(config, folder, devices)
     return ServedModel(
         name=config.served_name,
         engine=running,
-        prompts=_prompts(config, stated, tokenizer, running.context_tokens),
+        tokenizer=_prompt_tokenizer(config, generation_config, tokenizer, running.context_tokens),
         created=int(time.time()),
         weights=f"by vLLM on {devices.name}",
     )
@@ -125,7 +126,7 @@ def _model(
 
 
 def add_adapter(served: ServedModel, source: AdapterSource, *, base: str | None, access: oci.Access) -> None:
-    """Make one adapter answerable under its name; blocks while it is pulled, checked and read.
+    """Serve one adapter under its name; blocks while it is pulled, checked and read.
 
     Raises ConfigError when it must not be loaded or the name is taken, RegistryError or TransientError
     when it cannot be pulled.
@@ -138,7 +139,7 @@ def add_adapter(served: ServedModel, source: AdapterSource, *, base: str | None,
 
 
 def _combined(served: ServedModel, config: ServeConfig, access: oci.Access) -> ServedModel:
-    """Load all adapters, and all as one, which then answers for the base; bad ones are left out by name."""
+    """Load all adapters, and their combination, which then answers for the base; log those refused."""
     with contextlib.ExitStack() as stack:
         parts: list[tuple[Path, float]] = []
         for source in config.adapters:
@@ -157,7 +158,7 @@ def _combined(served: ServedModel, config: ServeConfig, access: oci.Access) -> S
         adapters.combine(parts, scratch)
         served.engine.add_adapter(COMBINED, scratch)
     log.info("Combined %d adapters: they answer requests that name none", len(parts))
-    return replace(served, default=COMBINED)
+    return replace(served, default_adapter=COMBINED)
 
 
 def _attach(served: ServedModel, source: AdapterSource, folder: Path, base: str | None) -> None:
@@ -172,22 +173,16 @@ def _format(config: ServeConfig, model: "PreTrainedModel") -> str:
     return f"{kind} computed in {str(model.dtype).removeprefix('torch.')}"
 
 
-def _prompts(
-    config: ServeConfig, stated: dict[str, Any], tokenizer: "PreTrainedTokenizerBase", context_tokens: int
+def _prompt_tokenizer(
+    config: ServeConfig,
+    generation_config: dict[str, Any],
+    tokenizer: "PreTrainedTokenizerBase",
+    context_tokens: int,
 ) -> PromptTokenizer:
-    """Return the model's tokenizer and limits; `stated` is its generation_config."""
     return PromptTokenizer(
         tokenizer,
         context_tokens=context_tokens,
         new_tokens=config.limits.new_tokens,
-        stop_ids=end_ids(stated.get("eos_token_id"), tokenizer.eos_token_id),
-        defaults=sampling_defaults(stated),
+        stop_ids=end_ids(generation_config.get("eos_token_id"), tokenizer.eos_token_id),
+        defaults=sampling_defaults(generation_config),
     )
-
-
-def end_ids(*stated: Any) -> frozenset[int]:
-    """Return every end-of-answer id that generation_config (one or a list) and tokenizer state."""
-    ids: set[int] = set()
-    for entry in stated:
-        ids.update(entry if isinstance(entry, list | tuple) else () if entry is None else (entry,))
-    return frozenset(ids)

@@ -28,16 +28,16 @@ class AdapterSource(Strict):
 
 
 class Limits(Strict):
-    """What one client may ask of the server."""
+    """How much the server takes on, per request and in all."""
 
     rows: int = Field(32, ge=1)
-    """Requests generated at the same time."""
+    """Sequences (answers) generated at the same time."""
     queue: int = Field(64, ge=0)
-    """Requests waiting for a row; one more is answered 429."""
+    """Requests waiting to be generated; one more is answered 429."""
     context_tokens: int | None = Field(None, ge=16)
     """Prompt and answer together, per request; None takes what the model and the memory allow."""
     new_tokens: int = Field(512, ge=1)
-    """Answer length when the request names none."""
+    """Answer length when the request states none."""
     body_bytes: int = Field(4 << 20, ge=1024)
     """Largest request body."""
     header_timeout_s: float = Field(15.0, gt=0)
@@ -56,26 +56,26 @@ class Vllm(Strict):
     max_adapter_rank: int = Field(64, ge=1)
     """Largest rank of an adapter; vLLM reserves memory for it."""
     flags: dict[str, Any] = {}
-    """More of its flags, by their names without dashes; they win over those that are set here."""
+    """More of its flags, by their names without dashes; they take precedence over those that are set here."""
 
 
 class ServeConfig(Strict):
-    """One server, whole."""
+    """The configuration of one server."""
 
     model: ModelSource
     served_name: str
     """The base model's name in /v1/models and in answers."""
     adapters: tuple[AdapterSource, ...] = ()
     combine_adapters: bool = False
-    """Answer who names no adapter with all at once, by their strengths, as KAITO's runtime does."""
+    """Answer requests that name no adapter with all of them, weighted by strength, as KAITO does."""
     quantization: Quantization | None = None
     """bitsandbytes quantisation of the base weights; None serves them as they are."""
     speculative_tokens: int = Field(16, ge=0)
-    """Most tokens guessed ahead of a lone answer, from its prompt and itself (own engine); 0 guesses none."""
+    """Most draft tokens per step of a lone sequence, from its own text (own engine); 0 turns drafts off."""
     cuda_graphs: bool = True
-    """Record decode steps on a GPU and replay them (own engine); false launches each operation by itself."""
+    """Capture decode steps on a GPU as CUDA graphs (own engine); false launches each operation by itself."""
     engine: Literal["own", "vllm"] = "own"
-    """What generates: this project's engine, or a vLLM that it starts and stops."""
+    """The engine: this project's own, or a vLLM that it starts and stops."""
     vllm: Vllm = Vllm()
     parallel: Literal["tp"] | None = None
     """Divide the model among processes, one per GPU: "tp" is tensor parallelism."""
@@ -86,10 +86,10 @@ class ServeConfig(Strict):
     """TCP port; 0 takes a free one and logs it."""
     limits: Limits = Limits()
     api_key: SecretStr | None = None
-    """Bearer token that every route but health and metrics then demands."""
+    """Bearer token that every route except health and metrics then requires."""
     adapter_root: Path | None = None
     """Directory from which adapters may be loaded while serving; needs `api_key`. None allows none."""
     drain_delay_s: float = Field(0.0, ge=0)
-    """Time after SIGTERM in which requests are still accepted while /readyz already says no."""
+    """Time after SIGTERM in which requests are still accepted while /readyz already answers 503."""
     drain_timeout_s: float = Field(25.0, ge=0)
-    """Time that answers in flight are given to finish after that."""
+    """Time that answers in flight have to finish after that."""

@@ -1,19 +1,17 @@
-"""Answers that must have a form: JSON, JSON of a schema, a pattern, or one of some texts.
+"""Constrained answers: JSON, JSON of a schema, a regular expression, or one of some texts.
 
-A grammar says at each place which tokens may come; the sampler drops the others. Knows grammars through
-llguidance (extra `guided`) and token ids; does not know routes or engines. Start at
+A grammar says after each token which ones may come next; the sampler drops the others. Knows grammars
+through llguidance (extra `guided`) and token ids; does not know routes or engines. Start at
 `GrammarCompiler.compile`.
 """
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from runtime.errors import RequestError
 from runtime.serving.engine.protocol import Grammar
-from runtime.serving.http.schema import SamplingFields
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -30,7 +28,7 @@ JSON_STYLE: "JsonCompileOptions" = {
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """The form one answer must have, and the field of the request that asks for it."""
+    """What one answer must match, and the field of the request that asks for it."""
 
     kind: Literal["schema", "regex"]
     value: Any
@@ -38,44 +36,13 @@ class Constraint:
     param: str
 
 
-def constraint_of(fields: SamplingFields) -> Constraint | None:
-    """Return the form that a request asks for, None for free text; RequestError for two or an unknown one."""
-    forms = []
-    if (asked := fields.response_format) is not None and asked.type != "text":
-        if asked.type not in {"json_object", "json_schema"}:
-            raise RequestError(
-                f"response_format '{asked.type}' is not one of text, json_object, json_schema",
-                param="response_format",
-            )
-        if asked.type == "json_schema" and asked.json_schema is None:
-            raise RequestError("response_format json_schema needs 'json_schema'", param="response_format")
-        schema = asked.json_schema.schema_ if asked.type == "json_schema" and asked.json_schema else None
-        forms.append(
-            json_object("response_format")
-            if schema is None
-            else Constraint("schema", schema, "response_format")
-        )
-    if fields.guided_json is not None:
-        forms.append(Constraint("schema", fields.guided_json, "guided_json"))
-    if fields.guided_regex is not None:
-        forms.append(Constraint("regex", fields.guided_regex, "guided_regex"))
-    if fields.guided_choice is not None:
-        either = "|".join(f"(?:{re.escape(text)})" for text in fields.guided_choice)
-        forms.append(Constraint("regex", either, "guided_choice"))
-    if len(forms) > 1:
-        raise RequestError(
-            f"'{forms[0].param}' and '{forms[1].param}' exclude each other", param=forms[1].param
-        )
-    return forms[0] if forms else None
-
-
 def json_object(param: str) -> Constraint:
-    """Return the form of any JSON object."""
+    """Return the constraint that the answer is a JSON object."""
     return Constraint("schema", {"type": "object"}, param)
 
 
-def call_to(functions: Iterable[tuple[str, dict[str, Any] | None]], param: str) -> Constraint:
-    """Return the form of a call to one of some functions, given as (name, schema of its arguments)."""
+def function_call(functions: Iterable[tuple[str, dict[str, Any] | None]], param: str) -> Constraint:
+    """Return the constraint that the answer calls one of `functions`: (name, schema of its arguments)."""
     calls = [
         {
             "type": "object",
@@ -89,38 +56,40 @@ def call_to(functions: Iterable[tuple[str, dict[str, Any] | None]], param: str) 
 
 
 class GrammarCompiler:
-    """Compiles forms for one tokenizer, which is taken apart when the first form is asked for."""
+    """Compiles constraints for one tokenizer, whose vocabulary is read when the first one is compiled."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._stop_ids = stop_ids
         self._vocabulary: LLTokenizer | None = None
 
-    def compile(self, form: Constraint) -> Grammar:
-        """Return the grammar of `form`; blocks while it is built.
+    def compile(self, constraint: Constraint) -> Grammar:
+        """Return the grammar of `constraint`; blocks while it is built.
 
-        Raises RequestError: a form that is not well-formed, too complex, or no library for it here.
+        Raises RequestError: it is not well-formed, too complex, or the library is not installed.
         """
+        param = constraint.param
         try:
             from llguidance import LLMatcher
         except ImportError:
             raise RequestError(
-                f"'{form.param}' needs the extra 'guided' (pip install llguidance), which this server lacks",
-                param=form.param,
+                f"'{param}' needs the extra 'guided' (pip install llguidance), which this server lacks",
+                param=param,
             ) from None
         try:
-            if form.kind == "regex":
-                grammar = LLMatcher.grammar_from_regex(form.value)
+            if constraint.kind == "regex":
+                grammar = LLMatcher.grammar_from_regex(constraint.value)
             else:
-                grammar = LLMatcher.grammar_from_json_schema(json.dumps(form.value), overrides=JSON_STYLE)
+                schema = json.dumps(constraint.value)
+                grammar = LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
         except ValueError as error:
-            raise RequestError(f"'{form.param}': {_reason(str(error))}", param=form.param) from None
-        matcher = LLMatcher(self._words(), grammar, log_level=0)
+            raise RequestError(f"'{param}': {_reason(str(error))}", param=param) from None
+        matcher = LLMatcher(self._tokens(), grammar, log_level=0)
         if matcher.is_error():
-            raise RequestError(f"'{form.param}': {_reason(matcher.get_error())}", param=form.param)
-        return Grammar(form.kind, form.value, lambda: _Matched(matcher.deep_copy(), form.param))
+            raise RequestError(f"'{param}': {_reason(matcher.get_error())}", param=param)
+        return Grammar(constraint.kind, constraint.value, lambda: _GrammarMask(matcher.deep_copy(), param))
 
-    def _words(self) -> "LLTokenizer":
+    def _tokens(self) -> "LLTokenizer":
         from llguidance.hf import from_tokenizer
 
         if self._vocabulary is None:
@@ -131,24 +100,24 @@ class GrammarCompiler:
         return self._vocabulary
 
 
-class _Matched:
-    """One answer's place in its grammar."""
+class _GrammarMask:
+    """One answer's position in its grammar; the engine's `Mask`."""
 
     def __init__(self, matcher: "LLMatcher", param: str) -> None:
         self._matcher = matcher
         self._param = param
 
     def allowed(self) -> bytes:
-        """Return one byte a token, 0 where it may not come."""
+        """Return one byte per token, 0 where it may not come next."""
         allowed = self._matcher.compute_logit_bias()
-        if self._matcher.is_error():  # it ran into the limits that keep a grammar from taking the machine
+        if self._matcher.is_error():  # it ran into the limits that keep a grammar from using up the machine
             raise RequestError(
                 f"'{self._param}' is too complex: {_reason(self._matcher.get_error())}", param=self._param
             )
         return allowed
 
     def take(self, token: int) -> None:
-        """Go on behind `token`."""
+        """Advance past `token`."""
         self._matcher.consume_token(token)
 
 

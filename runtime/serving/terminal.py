@@ -16,11 +16,11 @@ from runtime.errors import ConfigError, TransientError, UnknownModelError
 
 HELP = """\
 /models            what is served
-/model NAME        ask this one from now on
-/also NAME         ask this one too, below the other; /also alone ends that
+/model NAME        talk to this model from now on
+/also NAME         ask this model too, shown first; /also alone ends that
 /set NAME VALUE    a setting: temperature, top_p, top_k, max_tokens, seed …; without VALUE the model's own
-/system TEXT       rules for the model
-/new               forget what was said
+/system TEXT       system message for the model
+/new               start a new conversation
 /quit              end (or Ctrl-D); Ctrl-C stops an answer"""
 
 SETTINGS = (
@@ -39,13 +39,13 @@ SETTINGS = (
 
 @dataclass(slots=True)
 class Conversation:
-    """One conversation: what was said, and with whom."""
+    """One conversation: its turns, and the models that answer."""
 
     client: httpx.Client
     model: str
     models: tuple[str, ...]
     also: str | None = None
-    """A second model that is asked the same, with the history of the first."""
+    """A second model that gets the same questions, with the history of the first."""
     system: str = ""
     settings: dict[str, float] = field(default_factory=dict)
     turns: list[dict[str, str]] = field(default_factory=list)
@@ -53,17 +53,17 @@ class Conversation:
     """Tokens of the last answer, as the server counted them."""
 
     def ask(self, question: str, *, model: str | None = None) -> Iterator[str]:
-        """Yield the answer to `question` in pieces, and remember both once it is complete.
+        """Yield the answer to `question` in chunks, and add both to the turns once it is complete.
 
-        A caller that stops early keeps what came. An answer of another `model` is not remembered. Raises
+        A caller that stops early keeps the chunks so far. An answer of another `model` is not added. Raises
         TransientError when the server does not answer or gives up.
         """
-        rules = [{"role": "system", "content": self.system}] if self.system else []
-        asked = {"role": "user", "content": question}
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        user_turn = {"role": "user", "content": question}
         body = {
             **self.settings,
             "model": model or self.model,
-            "messages": [*rules, *self.turns, asked],
+            "messages": [*system, *self.turns, user_turn],
             "stream": True,
             "stream_options": {"include_usage": True},
         }
@@ -73,18 +73,18 @@ class Conversation:
             for event in _events(self.client, body):
                 self.new_tokens = (event.get("usage") or {}).get("completion_tokens", self.new_tokens)
                 for choice in event["choices"]:
-                    piece = choice["delta"].get("content") or ""
-                    text += piece
-                    yield piece
+                    chunk = choice["delta"].get("content") or ""
+                    text += chunk
+                    yield chunk
         finally:
             if text and model is None:
-                self.turns += [asked, {"role": "assistant", "content": text}]
+                self.turns += [user_turn, {"role": "assistant", "content": text}]
 
 
 def connect(client: httpx.Client, model: str | None = None) -> Conversation:
-    """Return a conversation with `model`, or with the first one the server has.
+    """Return a conversation with `model`, or with the first one that the server lists.
 
-    Raises UnknownModelError for a model that is not there, ConfigError for a wrong key, TransientError
+    Raises UnknownModelError for a model that is not served, ConfigError for a wrong key, TransientError
     when there is no server or it is not ready.
     """
     try:
@@ -109,8 +109,8 @@ def talk(
 ) -> None:
     """Read questions and write answers until `read` raises EOFError or the user leaves.
 
-    An interrupt (Ctrl-C) ends the answer under way, not the conversation. `greet` says who answers, what
-    can be typed, and after each answer how fast it came.
+    An interrupt (Ctrl-C) ends the current answer, not the conversation. `greet` writes the model and the
+    commands, and after each answer its speed.
     """
     if greet:
         write(f"{conversation.model} at {conversation.client.base_url}\n{HELP}\n")
@@ -128,7 +128,7 @@ def talk(
             write(_command(conversation, line) + "\n")
         elif line:
             if conversation.also is not None:
-                # asked first: its answer is not remembered, so that both see the same history
+                # asked first: its answer is not added to the turns, so both see the same history
                 write(f"[{conversation.also}]\n")
                 _answer(conversation, conversation.ask(line, model=conversation.also), write, rate=greet)
                 write(f"[{conversation.model}]\n")
@@ -136,13 +136,13 @@ def talk(
 
 
 def _answer(
-    conversation: Conversation, pieces: Iterator[str], write: Callable[[str], None], *, rate: bool
+    conversation: Conversation, chunks: Iterator[str], write: Callable[[str], None], *, rate: bool
 ) -> None:
     first: float | None = None
     try:
-        for piece in pieces:
+        for chunk in chunks:
             first = first or time.monotonic()
-            write(piece)
+            write(chunk)
     except KeyboardInterrupt:
         write(" [stopped]")
     except TransientError as failure:
@@ -170,10 +170,10 @@ def _command(conversation: Conversation, line: str) -> str:
         return _set(conversation, *rest.partition(" ")[::2])
     if name == "/system":
         conversation.system = rest
-        return "rules set" if rest else "no rules"
+        return "system message set" if rest else "no system message"
     if name == "/new":
         conversation.turns.clear()
-        return "forgotten"
+        return "new conversation"
     return HELP
 
 

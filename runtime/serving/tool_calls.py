@@ -1,6 +1,6 @@
-"""Finds the function calls that a model writes into its answer.
+"""Finds the function calls in a model's answer.
 
-Two spellings cover the model families served here: `<tool_call>{…}</tool_call>` blocks (Qwen, Hermes,
+Two formats cover the model families served here: `<tool_call>{…}</tool_call>` blocks (Qwen, Hermes,
 SmolLM) and an answer that is one JSON object or a list of them (Llama 3, Mistral). Knows text only.
 Start at `split`.
 """
@@ -17,7 +17,7 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One function the model wants called; `arguments` is JSON text."""
+    """One call that the model asks for; `arguments` is JSON text."""
 
     name: str
     arguments: str
@@ -33,9 +33,9 @@ class Call:
 
 
 def split(text: str, names: frozenset[str]) -> tuple[str, list[Call]]:
-    """Return the answer's text and the calls in it to functions of these names.
+    """Return the answer's text without the calls to functions of these names, and the calls.
 
-    What is no call (broken JSON, an unknown name) stays text: nothing the model wrote is lost.
+    Broken JSON and unknown names stay text: nothing the model wrote is lost.
     """
     if OPEN not in text:
         calls = _calls(text, names)
@@ -45,9 +45,9 @@ def split(text: str, names: frozenset[str]) -> tuple[str, list[Call]]:
     content.append(before)
     for block in blocks:
         inside, _, after = block.partition(CLOSE)
-        found = _calls(inside, names)
-        calls += found
-        content.append(after if found else OPEN + block)
+        in_block = _calls(inside, names)
+        calls += in_block
+        content.append(after if in_block else OPEN + block)
     return "".join(content).strip(), calls
 
 
@@ -68,7 +68,7 @@ def _calls(text: str, names: frozenset[str]) -> list[Call]:
 
 
 class ToolStream:
-    """A streamed answer: text goes on as it comes until a call may have begun, then all waits for the end."""
+    """A streamed answer: text passes until a call may have begun, then the rest is held until the end."""
 
     def __init__(self, names: frozenset[str]) -> None:
         self._names = names
@@ -78,19 +78,19 @@ class ToolStream:
         self._begun = False
 
     def push(self, text: str) -> str:
-        """Return what may be shown of `text`."""
+        """Return the text that can be sent now."""
         if not self._begun and text.strip():
             self._begun = True
             self._holding = text.lstrip()[0] in "{["
         if self._holding:
             self._held += text
             return ""
-        shown, met = self._scanner.push(text)
-        if met:
+        passed, opened = self._scanner.push(text)
+        if opened:
             self._holding = True
             self._held = OPEN + self._scanner.after
-        return shown
+        return passed
 
     def finish(self) -> tuple[str, list[Call]]:
-        """Return the text still to show, and the calls."""
+        """Return the text still to send, and the calls."""
         return split(self._scanner.flush() + self._held, self._names)

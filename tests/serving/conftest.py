@@ -19,10 +19,11 @@ import pytest
 from fastapi import FastAPI
 
 from runtime.metrics import ServingMetrics
+from runtime.serving.generation_config import SamplingDefaults
 from runtime.serving.http.app import create_app
 from runtime.serving.lifecycle import Lifecycle, ServedModel
 from runtime.serving.settings import Limits
-from runtime.serving.tokenizer import PromptTokenizer, SamplingDefaults
+from runtime.serving.tokenizer import PromptTokenizer
 from tests.serving.echo_engine import EchoEngine
 
 TEMPLATE = (
@@ -174,7 +175,7 @@ def open_site(tokenizer: Any) -> OpenSite:
         defaults: SamplingDefaults | None = None,
         ready: bool = True,
         template: str | None = TEMPLATE,
-        door: Any = None,
+        adapter_loader: Any = None,
         **engine: Any,
     ) -> AsyncIterator[Site]:
         running = EchoEngine(**engine)
@@ -190,9 +191,15 @@ def open_site(tokenizer: Any) -> OpenSite:
         )
         lifecycle = Lifecycle(stall_s=0.3, capacity=limits.rows + limits.queue)
         metrics = ServingMetrics("base", running.stats)
-        app = create_app(lifecycle=lifecycle, metrics=metrics, limits=limits, api_key=api_key, door=door)
+        app = create_app(
+            lifecycle=lifecycle,
+            metrics=metrics,
+            limits=limits,
+            api_key=api_key,
+            adapter_loader=adapter_loader,
+        )
         if ready:
-            lifecycle.ready(ServedModel(name="base", engine=running, prompts=prompts, created=1))
+            lifecycle.ready(ServedModel(name="base", engine=running, tokenizer=prompts, created=1))
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30) as client:
             yield Site(app, client, running, prompts, lifecycle, metrics)

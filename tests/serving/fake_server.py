@@ -7,10 +7,11 @@ from typing import Any
 
 from runtime import errors, logs
 from runtime.model_source import ModelSource
+from runtime.serving.generation_config import SamplingDefaults
 from runtime.serving.http import server
 from runtime.serving.lifecycle import ServedModel
 from runtime.serving.settings import ServeConfig
-from runtime.serving.tokenizer import PromptTokenizer, SamplingDefaults
+from runtime.serving.tokenizer import PromptTokenizer
 from tests.serving.conftest import make_tokenizer
 from tests.serving.echo_engine import EchoEngine
 
@@ -32,7 +33,7 @@ def main(options: dict[str, Any]) -> None:
             stop_ids=frozenset({tokenizer.eos_token_id}),
             defaults=SamplingDefaults(),
         )
-        return ServedModel(name=config.served_name, engine=engine, prompts=prompts, created=1)
+        return ServedModel(name=config.served_name, engine=engine, tokenizer=prompts, created=1)
 
     settings = {"model": ModelSource(name="echo"), "served_name": "base", "host": "127.0.0.1", "port": 0}
     config = ServeConfig.model_validate(settings | options.get("config", {}))

@@ -110,14 +110,14 @@ def combined(tiny_llama_dir: Path, folders: Path, tmp_path: Path, caplog: Any) -
     served = loading.load(config, oci.Access())
     yield served
     served.engine.close()
-    served.prompts.close()
+    served.tokenizer.close()
 
 
 def test_combined_adapters_answer_for_the_base_as_merged_weights_would(
     combined: ServedModel, tiny_llama_dir: Path, folders: Path, caplog: Any
 ) -> None:
     """What KAITO's runtime does at each start, but exact: greedy tokens equal those of merged weights."""
-    assert combined.default == "combined_adapter"
+    assert combined.default_adapter == "combined_adapter"
     assert combined.models() == ("tiny", "red", "blue", "combined_adapter")
     added = [record.getMessage() for record in caplog.get_records("setup")]
     assert "Adapter added: red" in added
@@ -131,7 +131,7 @@ def test_combined_adapters_answer_for_the_base_as_merged_weights_would(
     tuned.load_adapter(str(folders / "blue"), adapter_name="blue")
     tuned.add_weighted_adapter(["red", "blue"], [1.0, 0.5], "both", combination_type="cat")
     tuned.set_adapter("both")
-    prompt = combined.prompts.warm_up()
+    prompt = combined.tokenizer.warm_up_prompt()
     with torch.inference_mode():
         expected = tuned.generate(
             input_ids=torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None,
@@ -142,5 +142,5 @@ def test_combined_adapters_answer_for_the_base_as_merged_weights_would(
         request = Request(prompt, Sampling(max_new_tokens=12), adapter=adapter, id="one")
         return [token.id async for token in combined.engine.submit(request) if token.id is not None]
 
-    assert asyncio.run(generated(combined.default)) == expected
+    assert asyncio.run(generated(combined.default_adapter)) == expected
     assert asyncio.run(generated(None)) != expected, "these adapters change nothing: the test is blind"

@@ -20,10 +20,11 @@ from runtime.metrics import ServingMetrics
 from runtime.model_source import ModelSource
 from runtime.serving.engine.create import create
 from runtime.serving.engine.protocol import Grammar, Request, Sampling
+from runtime.serving.generation_config import SamplingDefaults
 from runtime.serving.http.app import create_app
 from runtime.serving.lifecycle import Lifecycle, ServedModel
 from runtime.serving.settings import Limits, ServeConfig
-from runtime.serving.tokenizer import PromptTokenizer, SamplingDefaults
+from runtime.serving.tokenizer import PromptTokenizer
 
 pytestmark = pytest.mark.anyio
 
@@ -223,7 +224,7 @@ class Endless:
 
 
 async def test_form_beyond_its_limits_ends_that_answer_alone(served: ServedModel) -> None:
-    prompt = served.prompts.warm_up()
+    prompt = served.tokenizer.warm_up_prompt()
     other = served.engine.submit(Request(prompt, Sampling(max_new_tokens=30), id="other"))
     first = await anext(other)
     with pytest.raises(RequestError, match="too complex"):

@@ -49,8 +49,8 @@ def test_commands_change_model_and_rules(client: httpx.Client) -> None:
     assert "base, shop" in text
     assert "now shop" in text
     assert "'nobody' is not served" in text
-    assert "rules set" in text
-    assert text.count("forget what was said") == 2
+    assert "system message set" in text
+    assert text.count("start a new conversation") == 2
 
 
 def test_settings_go_along_and_nonsense_is_said(client: httpx.Client) -> None:

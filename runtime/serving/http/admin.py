@@ -1,4 +1,4 @@
-"""Routes beside generation: token ids for text and back, adapters loaded and unloaded while serving.
+"""Routes next to generation: token ids for text and back, adapters loaded and unloaded while serving.
 
 Loading is off unless the server has an API key and an adapter directory, and takes nothing from outside
 that directory. Start at `router`.
@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from runtime.errors import ConfigError, ForbiddenError, RequestError, UnknownModelError
 from runtime.serving.generation import Generator
-from runtime.serving.http.schema import Body, Message, Name, Text, TokenId
+from runtime.serving.http.schema import Body, Message, Name, Text, TokenId, turns_of
 from runtime.serving.lifecycle import ServedModel
 from runtime.serving.settings import ADAPTER_NAME, AdapterSource
 
@@ -54,14 +54,14 @@ class UnloadBody(Body):
 
 @dataclass(frozen=True, slots=True)
 class AdapterLoader:
-    """From where adapters may come at run time, and who reads them."""
+    """Where adapters may be loaded from at run time, and the function that loads one."""
 
     root: Path
     add: Callable[[ServedModel, AdapterSource], None]
-    """Blocks while it reads; raises ConfigError for what must not be served."""
+    """Blocks while it reads; raises ConfigError for an adapter that must not be served."""
 
     def folder(self, path: str) -> Path:
-        """Return the directory `path` means; RequestError when it lies outside the root, links followed."""
+        """Return the directory at `path`; RequestError when it lies outside the root, links followed."""
         root = self.root.resolve()
         try:
             folder = (root / path).resolve()
@@ -73,48 +73,55 @@ class AdapterLoader:
         return folder
 
 
-def router(answers: Generator, door: AdapterLoader | None) -> APIRouter:
-    """Return the routes; `door` None refuses to load and unload."""
+def router(generator: Generator, adapter_loader: AdapterLoader | None) -> APIRouter:
+    """Return the routes; `adapter_loader` None refuses to load and unload."""
     routes = APIRouter(tags=["tools"])
-    changing = asyncio.Lock()
+    _add_tokenizer_routes(routes, generator)
+    _add_adapter_routes(routes, generator, adapter_loader)
+    return routes
 
-    def opened() -> AdapterLoader:
-        if door is None:
-            raise ForbiddenError("adapters are fixed here: loading needs an API key and an adapter directory")
-        return door
 
+def _add_tokenizer_routes(routes: APIRouter, generator: Generator) -> None:
     @routes.post("/tokenize", summary="Token ids of a text or a conversation", response_model=None)
     async def tokenize(body: TokenizeBody) -> Response:
-        prompts = answers.served().prompts
+        tokenizer = generator.served().tokenizer
         if body.messages:
-            ids = await prompts.rendered(body.messages)
+            ids = await tokenizer.tokenize_chat(turns_of(body.messages))
         else:
-            ids = await prompts.count(body.prompt or "", special=body.add_special_tokens)
-        strings = [prompts.token_text(i) for i in ids] if body.return_token_strs else None
-        counted = {"count": len(ids), "max_model_len": prompts.context_tokens, "tokens": ids}
+            ids = await tokenizer.tokenize_text(body.prompt or "", special=body.add_special_tokens)
+        strings = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
+        counted = {"count": len(ids), "max_model_len": tokenizer.context_tokens, "tokens": ids}
         return JSONResponse({**counted, "token_strs": strings})
 
     @routes.post("/detokenize", summary="The text of token ids", response_model=None)
     async def detokenize(body: DetokenizeBody) -> Response:
-        prompts = answers.served().prompts
-        return JSONResponse({"prompt": prompts.written(body.tokens)})
+        return JSONResponse({"prompt": generator.served().tokenizer.decode_verbatim(body.tokens)})
+
+
+def _add_adapter_routes(routes: APIRouter, generator: Generator, loader: AdapterLoader | None) -> None:
+    one_change_at_a_time = asyncio.Lock()
+
+    def allowed() -> AdapterLoader:
+        if loader is None:
+            raise ForbiddenError("adapters are fixed here: loading needs an API key and an adapter directory")
+        return loader
 
     @routes.post("/v1/load_lora_adapter", summary="Serve one more adapter", response_model=None)
     async def load(body: LoadBody) -> Response:
-        served, opening = answers.served(), opened()
-        source = AdapterSource(name=body.lora_name, reference=str(opening.folder(body.lora_path)))
-        async with changing:
+        served, adapter_loader = generator.served(), allowed()
+        source = AdapterSource(name=body.lora_name, reference=str(adapter_loader.folder(body.lora_path)))
+        async with one_change_at_a_time:
             try:
-                await asyncio.to_thread(opening.add, served, source)
+                await asyncio.to_thread(adapter_loader.add, served, source)
             except ConfigError as failure:
                 raise RequestError(str(failure), param="lora_path") from None
         return JSONResponse({"message": f"adapter '{body.lora_name}' is served"})
 
     @routes.post("/v1/unload_lora_adapter", summary="Stop serving an adapter", response_model=None)
     async def unload(body: UnloadBody) -> Response:
-        served = answers.served()
-        opened()
-        async with changing:
+        served = generator.served()
+        allowed()
+        async with one_change_at_a_time:
             if body.lora_name not in served.engine.stats().adapters:
                 raise UnknownModelError(
                     f"no adapter '{body.lora_name}' is served", param="lora_name", code="model_not_found"
@@ -122,5 +129,3 @@ def router(answers: Generator, door: AdapterLoader | None) -> APIRouter:
             await asyncio.to_thread(served.engine.remove_adapter, body.lora_name)
         log.info("Adapter removed: %s", body.lora_name)
         return JSONResponse({"message": f"adapter '{body.lora_name}' is served no more"})
-
-    return routes

@@ -1,10 +1,10 @@
 """Puts the routes together: `create_app` takes every collaborator, and nothing happens at import.
 
-Here are the routes that know no model (health, metrics, version, the page); chat.py and openai.py hold
-the others. Does not know how a model is loaded or when the process ends. Start at `create_app`.
+Here are the routes that know no model (health, metrics, version, the page). Each other group of routes is
+a module with a function `router`, included by one line below: that line and the module are what a new route
+takes. Does not know how a model is loaded or when the process ends. Start at `create_app`.
 """
 
-from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
@@ -25,8 +25,8 @@ from runtime.serving.http.sse import error_object, failure_reply, reply
 from runtime.serving.lifecycle import Lifecycle
 from runtime.serving.settings import Limits
 
-EITHER: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}, "application/json": {}}}}
-HTML: dict[int | str, dict[str, Any]] = {200: {"content": {"text/html": {}, "application/json": {}}}}
+TEXT_OR_JSON: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}, "application/json": {}}}}
+HTML_OR_JSON: dict[int | str, dict[str, Any]] = {200: {"content": {"text/html": {}, "application/json": {}}}}
 
 
 def create_app(
@@ -35,9 +35,9 @@ def create_app(
     metrics: ServingMetrics,
     limits: Limits,
     api_key: str | None = None,
-    door: admin.AdapterLoader | None = None,
+    adapter_loader: admin.AdapterLoader | None = None,
 ) -> FastAPI:
-    """Return the server's routes behind its gates; `door` lets adapters in at run time."""
+    """Return the server's routes behind its middleware; `adapter_loader` loads adapters at run time."""
     app = FastAPI(
         title="Workspace runtime",
         version=__version__,
@@ -45,11 +45,11 @@ def create_app(
         redoc_url=None,
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
-    answers = Generator(lifecycle, metrics, timeout_s=limits.request_timeout_s)
-    app.include_router(chat.router(answers))
-    app.include_router(openai.router(answers))
-    app.include_router(responses.router(answers))
-    app.include_router(admin.router(answers, door))
+    generator = Generator(lifecycle, metrics, timeout_s=limits.request_timeout_s)
+    app.include_router(chat.router(generator))
+    app.include_router(openai.router(generator))
+    app.include_router(responses.router(generator))
+    app.include_router(admin.router(generator, adapter_loader))
     _add_health(app, lifecycle)
     _add_pages(app, metrics)
     _add_failures(app, metrics)
@@ -60,24 +60,19 @@ def create_app(
 
 
 def _add_health(app: FastAPI, lifecycle: Lifecycle) -> None:
-    def probe(reason: Callable[[], str | None]) -> Callable[[], JSONResponse]:
-        def answer() -> JSONResponse:
-            why = reason()
-            if why is None:
-                return JSONResponse({"status": "Healthy"})
-            error = error_object(why, 503, code="not_ready")
-            body = {"status": "Unhealthy", "detail": why, "error": error}
-            return JSONResponse(body, 503, {"Retry-After": "1"})
-
-        return answer
+    def answer(unhealthy: str | None) -> JSONResponse:
+        if unhealthy is None:
+            return JSONResponse({"status": "Healthy"})
+        error = error_object(unhealthy, 503, code="not_ready")
+        body = {"status": "Unhealthy", "detail": unhealthy, "error": error}
+        return JSONResponse(body, 503, {"Retry-After": "1"})
 
     # async, so that a probe is answered on the event loop even when every worker thread is busy
-    live, ready = probe(lifecycle.liveness), probe(lifecycle.readiness)
 
     @app.get("/livez", tags=["health"], summary="Should this process be restarted?")
     @app.get("/v2/health/live", include_in_schema=False)
     async def livez() -> JSONResponse:
-        return live()
+        return answer(lifecycle.liveness())
 
     @app.get("/readyz", tags=["health"], summary="Should requests be sent here?")
     @app.get("/health", tags=["health"], summary="The same as /readyz")
@@ -85,12 +80,15 @@ def _add_health(app: FastAPI, lifecycle: Lifecycle) -> None:
     @app.get("/ping", include_in_schema=False)
     @app.get("/v2/health/ready", include_in_schema=False)
     async def readyz() -> JSONResponse:
-        return ready()
+        return answer(lifecycle.readiness())
 
 
 def _add_pages(app: FastAPI, metrics: ServingMetrics) -> None:
     @app.get(
-        "/", tags=["health"], summary="The chat page for browsers, a sign of life for others", responses=HTML
+        "/",
+        tags=["health"],
+        summary="The chat page for browsers, a sign of life for others",
+        responses=HTML_OR_JSON,
     )
     async def root(request: Request) -> Response:
         if "text/html" in request.headers.get("accept", ""):
@@ -104,9 +102,9 @@ def _add_pages(app: FastAPI, metrics: ServingMetrics) -> None:
     @app.get(
         "/metrics",
         tags=["health"],
-        summary="Prometheus figures; the machine's load for who accepts JSON",
+        summary="Prometheus metrics; the machine's load as JSON for clients that accept JSON",
         response_class=PlainTextResponse,
-        responses=EITHER,
+        responses=TEXT_OR_JSON,
     )
     async def prometheus(request: Request) -> Response:
         if "application/json" in request.headers.get("accept", ""):  # as KAITO's own server answers
@@ -119,7 +117,7 @@ def _add_pages(app: FastAPI, metrics: ServingMetrics) -> None:
 
 
 def page(name: str) -> HTMLResponse:
-    """Return a page of the package; it may load nothing but from this server."""
+    """Return a page of the package; its policy lets it load from this server only."""
     text = files("runtime.serving.http").joinpath("page", name).read_text(encoding="utf-8")
     policy = (
         "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
@@ -161,13 +159,13 @@ def _add_failures(app: FastAPI, metrics: ServingMetrics) -> None:
 
 
 def _explain(failure: RequestValidationError) -> tuple[str, str | None]:
-    """Return one line on the first thing wrong with a body, and the field it is in."""
+    """Return one line about the first error in a body, and the field it is in."""
     problem = failure.errors()[0]
     if problem["type"] == "json_invalid":
         return f"the body is not valid JSON: {problem['ctx']['error']}", None
     location = [str(part) for part in problem["loc"] if part != "body"]
     param = ".".join(location) or None
-    what = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    text = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input ")
     if problem["type"] == "missing":
         return f"'{param}' is missing" if param else "the request has no body, expected JSON", param
-    return f"'{param}' {what}" if param else f"the body {what}", param
+    return f"'{param}' {text}" if param else f"the body {text}", param

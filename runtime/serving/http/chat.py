@@ -1,25 +1,24 @@
-"""POST /chat: the route this runtime is known by, and the shapes that older clients send to it.
+"""POST /chat: the route this runtime is known by. `{"prompt"}` or `{"messages"}` in, `{"Result"}` out.
 
-`{"prompt"}` or `{"messages"}` in, `{"Result"}` out. Knows JSON bodies; what generation is, answers.py
-knows. Start at `chat`.
+Knows this route's JSON; what generation is, runtime/serving/generation.py knows. Start at `router`, then
+`_generation_request`.
 """
 
 from collections.abc import AsyncGenerator
-from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
-from runtime.serving.generation import GenerationRequest, Generations, Generator
-from runtime.serving.http.schema import ChatBody, GenerateFields, Message
+from runtime.serving.generation import GenerationGroup, GenerationRequest, Generator
+from runtime.serving.http import parameters
+from runtime.serving.http.schema import ChatBody, GenerateFields, Message, turns_of
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
-from runtime.serving.structured_output import constraint_of
-from runtime.serving.tokenizer import AnswerLength
+from runtime.serving.tokenizer import PromptTokenizer
 
 
-def router(answers: Generator) -> APIRouter:
+def router(generator: Generator) -> APIRouter:
     """Return the route /chat."""
     routes = APIRouter(tags=["chat"])
 
@@ -28,33 +27,56 @@ def router(answers: Generator) -> APIRouter:
     )
     async def chat(body: ChatBody, request: Request) -> Response:
         request_id = request.state.request_id
-        ask, before = await _ask(answers, body, request_id)
-        batch = answers.start([ask])
-        name = ask.adapter or answers.served().name
+        generation_request = await _generation_request(generator, body, request_id)
+        group = generator.start([generation_request])
+        model = generation_request.adapter or generator.served().name
+        prefix = _prompt_text(body) if body.return_full_text else ""
         if body.stream:
-            events = _events(batch, name, before if body.return_full_text else "")
-            return EventStream(events, close=batch.close, request_id=request_id)
+            return EventStream(_events(group, model, prefix), close=group.close, request_id=request_id)
         try:
-            (whole,) = await unless_gone(request, batch.whole(), request_id=request_id)
+            (answer,) = await unless_gone(request, group.complete(), request_id=request_id)
         finally:
-            batch.close()
-        text = before + whole.text if body.return_full_text else whole.text
-        return JSONResponse({"Result": text, **_end(batch, name, whole.finish)})
+            group.close()
+        return JSONResponse({"Result": prefix + answer.text, **_summary(group, model, answer.finish)})
 
     return routes
 
 
-async def _ask(answers: Generator, body: ChatBody, request_id: str) -> tuple[GenerationRequest, str]:
-    """Return what to generate, and the text that `return_full_text` puts before it."""
+async def _generation_request(generator: Generator, body: ChatBody, request_id: str) -> GenerationRequest:
     if body.input_data is not None:
         raise RequestError(
             "'input_data' (llama-2's request shape) is not supported; send the conversation as 'messages'",
             param="input_data",
         )
-    prompts = answers.served().prompts
+    tokenizer = generator.served().tokenizer
     param = "adapter" if body.adapter is not None else "model"
-    adapter = answers.adapter(body.adapter if body.adapter is not None else body.model, param=param)
-    before = (body.prefix or "") + (body.prompt or "")
+    adapter = generator.adapter_for(body.adapter if body.adapter is not None else body.model, param=param)
+    continues_prompt = not body.messages and (body.raw or not tokenizer.template)
+    ids = await _prompt_ids(body, tokenizer, continues_prompt=continues_prompt)
+    fields = _canonical(body.merged_parameters())
+    sampling = parameters.sampling(
+        fields,
+        tokenizer,
+        max_new_tokens=parameters.max_new_tokens(_length(fields), tokenizer, prompt_tokens=len(ids)),
+        sample=fields.do_sample,
+    )
+    return GenerationRequest(
+        ids,
+        await tokenizer.constrained(sampling, parameters.constraint(fields)),
+        stops=fields.stops(),
+        adapter=adapter,
+        request_id=request_id,
+        continues_prompt=continues_prompt,
+    )
+
+
+def _prompt_text(body: ChatBody) -> str:
+    return (body.prefix or "") + (body.prompt or "")
+
+
+async def _prompt_ids(
+    body: ChatBody, tokenizer: PromptTokenizer, *, continues_prompt: bool
+) -> tuple[int, ...]:
     if body.messages:
         if body.raw:
             raise RequestError(
@@ -62,65 +84,56 @@ async def _ask(answers: Generator, body: ChatBody, request_id: str) -> tuple[Gen
             )
         if body.prompt:
             raise RequestError("send 'prompt' or 'messages', not both", param="prompt")
-        ids = await prompts.chat(body.messages)
-        continues = False
-    elif not body.prompt:
+        return await tokenizer.prompt_from_chat(turns_of(body.messages))
+    if not body.prompt:
         raise RequestError(
             "Text generation parameter prompt required: send 'prompt' or 'messages'", param="prompt"
         )
-    elif body.raw or not prompts.template:
-        ids = await prompts.text(before)
-        continues = True
-    else:
-        ids = await prompts.chat([Message(role="user", content=before)], param="prompt")
-        continues = False
-    ask = GenerationRequest(ids, adapter=adapter, request_id=request_id, continues=continues)
-    return await _settled(answers, ask, body.settings()), before
+    text = _prompt_text(body)
+    if continues_prompt:
+        return await tokenizer.prompt_from_text(text)
+    return await tokenizer.prompt_from_chat(turns_of([Message(role="user", content=text)]), param="prompt")
 
 
-async def _settled(answers: Generator, ask: GenerationRequest, fields: GenerateFields) -> GenerationRequest:
-    """Return `ask` with the sampling settings that `fields` ask for."""
+def _canonical(fields: GenerateFields) -> GenerateFields:
+    """Return `fields` with transformers' names replaced by those of `SamplingFields`."""
     for name in ("num_beams", "num_return_sequences", "typical_p"):
         if getattr(fields, name) != 1:
             raise RequestError(f"'{name}' other than 1 is not supported", param=name)
+    renamed: dict[str, Any] = {}
     if fields.min_new_tokens is not None:
-        fields = fields.model_copy(update={"min_tokens": fields.min_new_tokens})
+        renamed["min_tokens"] = fields.min_new_tokens
     if fields.stop is None and fields.stop_strings is not None:
-        fields = fields.model_copy(update={"stop": fields.stop_strings})
-    prompts = answers.served().prompts
-    sampling = prompts.sampling(
-        fields, prompt_tokens=len(ask.prompt_ids), extent=_extent(fields), sample=fields.do_sample
-    )
-    sampling = await prompts.shaped(sampling, constraint_of(fields))
-    return replace(ask, sampling=sampling, stops=fields.stops())
+        renamed["stop"] = fields.stop_strings
+    return fields.model_copy(update=renamed)
 
 
-def _extent(fields: GenerateFields) -> AnswerLength:
+def _length(fields: GenerateFields) -> parameters.AnswerLength:
     """Return the length asked for: `max_new_tokens` by any of its names before `max_length`."""
     for name in ("max_new_tokens", "max_tokens", "max_gen_len"):
-        if (wanted := getattr(fields, name)) is not None:
-            return AnswerLength(new_tokens=wanted, param=name)
-    return AnswerLength(total_tokens=fields.max_length, param="max_length")
+        if (new_tokens := getattr(fields, name)) is not None:
+            return parameters.AnswerLength(new_tokens=new_tokens, param=name)
+    return parameters.AnswerLength(total_tokens=fields.max_length, param="max_length")
 
 
-def _end(batch: Generations, name: str, finish: str) -> dict[str, Any]:
+def _summary(group: GenerationGroup, model: str, finish: str) -> dict[str, Any]:
     return {
-        "model": name,
+        "model": model,
         "finish_reason": finish,
         "usage": {
-            "prompt_tokens": batch.prompt_tokens,
-            "completion_tokens": batch.new_tokens,
-            "total_tokens": batch.prompt_tokens + batch.new_tokens,
+            "prompt_tokens": group.prompt_tokens,
+            "completion_tokens": group.new_tokens,
+            "total_tokens": group.prompt_tokens + group.new_tokens,
         },
     }
 
 
-async def _events(batch: Generations, name: str, before: str) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield `{"text": piece}` events, and a last one that also says how the answer ended."""
-    if before:
-        yield {"text": before}
-    async for _, piece in batch.pieces():
-        if piece.finish is None:
-            yield {"text": piece.text}
+async def _events(group: GenerationGroup, model: str, prefix: str) -> AsyncGenerator[dict[str, Any], None]:
+    """Yield `{"text": …}` events; the last one also says how the answer ended."""
+    if prefix:
+        yield {"text": prefix}
+    async for _, chunk in group.chunks():
+        if chunk.finish is None:
+            yield {"text": chunk.text}
         else:
-            yield {"text": piece.text, **_end(batch, name, piece.finish)}
+            yield {"text": chunk.text, **_summary(group, model, chunk.finish)}

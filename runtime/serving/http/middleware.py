@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: its id, the key, admission, its body's size and time.
+"""What every request passes before its route: request id, API key, admission, size and time of the body.
 
 Plain ASGI, because a body must be refused while it arrives, or before. Knows paths only as "open" or
 not; does not know routes, models or the engine. Start at `RequestMiddleware.__call__`.
@@ -28,7 +28,7 @@ OPEN_PATHS = frozenset(
 
 SMALL_BYTES = 64 << 10
 LINGER_S = 5.0
-"""How long the rest of a refused body is read and dropped, so that the client sees the answer."""
+"""How long the rest of a refused body is read and dropped, so that the client reads the answer."""
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}$")
 _JSON = re.compile(
@@ -79,7 +79,7 @@ class RequestMiddleware:
             )
             await reply(path, 415, error_object(message, 415))(scope, receive, send)
         else:
-            # curl -d says it sends a form; what it sends is JSON, or it will be refused as bad JSON.
+            # curl -d declares a form. What it sends is JSON, or is refused as invalid JSON.
             MutableHeaders(scope=scope)["content-type"] = "application/json"
             await self._with_body(scope, receive, send)
 
@@ -87,11 +87,11 @@ class RequestMiddleware:
         try:
             self._lifecycle.admit()
             body = await self._read(Headers(scope=scope), receive)
-            with self._lifecycle.under_way():  # not before: a slow body must not hold a place
+            with self._lifecycle.in_flight():  # not before: a slow body must not count
                 await self._app(scope, _replay(body, receive), send)
         except ClientGoneError:
             return
-        except RequestError as failure:  # the app answers its own: this is the body's, or admission's
+        except RequestError as failure:  # from the body or admission: the app answers its own
             response = failure_reply(scope["path"], failure, scope["state"]["request_id"])
             self._count(response.status_code)
             await _linger(response, receive, scope, send)
@@ -120,7 +120,7 @@ class RequestMiddleware:
 def authorized(headers: Mapping[str, str], api_key: str) -> bool:
     """Return whether the request carries the key: as a bearer token, or as a browser's password.
 
-    A browser sends a password on its own, also for other sites' requests: those do not count.
+    A browser adds a password by itself, also to requests of other sites' pages: those are refused.
     """
     scheme, _, credentials = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "basic":
@@ -139,20 +139,20 @@ def _unauthorized(path: str, headers: Mapping[str, str]) -> ASGIApp:
     message = "wrong or missing API key; send 'Authorization: Bearer KEY'"
     response = reply(path, 401, error_object(message, 401))
     if "text/html" in headers.get("accept", ""):
-        # A browser then asks for it; any user name, the key as the password.
+        # A browser then asks its user for it: any user name, the key as the password.
         response.headers["WWW-Authenticate"] = 'Basic realm="API key as password", charset="UTF-8"'
     return response
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body read before, then what comes after it."""
-    given = False
+    """Return a `receive` that first gives the body read before, then the messages after it."""
+    replayed = False
 
     async def replay() -> Message:
-        nonlocal given
-        if given:
+        nonlocal replayed
+        if replayed:
             return await receive()
-        given = True
+        replayed = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
@@ -168,14 +168,14 @@ def _with_id(send: Send, request_id: str) -> Send:
 
 
 async def _linger(response: JSONResponse, receive: Receive, scope: Scope, send: Send) -> None:
-    """Answer a request whose body is not in yet, and drop the rest of it.
+    """Answer a request whose body has not arrived in full, and drop the rest of it.
 
-    Closing at once would reset the connection under a client that is still sending, and it would never
-    read the answer. A small body is dropped first: it is there already, and the connection can be kept.
+    Closing at once would reset the connection while the client is still sending, and it would never read
+    the answer. A small body is dropped first: it has arrived already, and the connection can be kept.
     """
     length = Headers(scope=scope).get("content-length", "")
     if response.status_code == 408 or (length.isdecimal() and int(length) <= SMALL_BYTES):
-        if response.status_code != 408:  # nothing was coming any more
+        if response.status_code != 408:  # that client has stopped sending
             await _drop(receive)
         await response(scope, receive, send)
         return

@@ -1,7 +1,7 @@
 """The OpenAI routes: /v1/chat/completions, /v1/completions and /v1/models.
 
-Knows OpenAI's JSON, nothing of how text is made (answers.py). Start at `_ask_chat` for what a request
-means and choices.py for what an answer looks like.
+Knows OpenAI's JSON, nothing of how text is generated (runtime/serving/generation.py). Start at
+`_chat_request` for what a request means and at `ChatFormat` for what an answer looks like.
 """
 
 import time
@@ -15,10 +15,18 @@ from starlette.responses import JSONResponse, Response
 from runtime.errors import RequestError
 from runtime.serving import structured_output
 from runtime.serving.engine.protocol import Token
-from runtime.serving.generation import Generated, GenerationRequest, Generations, Generator, TextChunk
-from runtime.serving.http.schema import ChatCompletionBody, CompletionBody, OpenAIFields, ToolChoice
+from runtime.serving.generation import GeneratedText, GenerationGroup, GenerationRequest, Generator, TextChunk
+from runtime.serving.http import parameters
+from runtime.serving.http.schema import (
+    MAX_CHOICES,
+    ChatCompletionBody,
+    CompletionBody,
+    OpenAIFields,
+    ToolChoice,
+    turns_of,
+)
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
-from runtime.serving.tokenizer import AnswerLength, PromptTokenizer
+from runtime.serving.tokenizer import PromptTokenizer
 from runtime.serving.tool_calls import Call, ToolStream, split
 
 
@@ -26,43 +34,43 @@ from runtime.serving.tool_calls import Call, ToolStream, split
 class ChatFormat:
     """The JSON of chat completions."""
 
-    prompts: PromptTokenizer
+    tokenizer: PromptTokenizer
     logprobs: bool
     tools: frozenset[str] = frozenset()
-    calling: dict[int, ToolStream] = field(default_factory=dict)
-    """Answers in which a call may hide, by their index."""
+    tool_streams: dict[int, ToolStream] = field(default_factory=dict)
+    """Of a streamed answer, by its index."""
     id_prefix = "chatcmpl"
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def whole(self, index: int, whole: Generated) -> dict[str, Any]:
-        """Return one choice of a complete answer."""
-        text, calls = split(whole.text, self.tools) if self.tools else (whole.text, [])
+    def choice(self, index: int, answer: GeneratedText) -> dict[str, Any]:
+        """Return one complete answer."""
+        text, calls = split(answer.text, self.tools) if self.tools else (answer.text, [])
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if calls:
             message |= {"content": text or None, "tool_calls": [call.as_json() for call in calls]}
         return {
             "index": index,
             "message": message,
-            "logprobs": self._logprobs(whole.tokens),
-            "finish_reason": "tool_calls" if calls else whole.finish,
+            "logprobs": self._logprobs(answer.tokens),
+            "finish_reason": "tool_calls" if calls else answer.finish,
         }
 
-    def first(self, index: int) -> list[dict[str, Any]]:
-        """Return the chunk that opens an answer: the role."""
+    def opening_events(self, index: int) -> list[dict[str, Any]]:
+        """Return the events that open an answer: the role."""
         delta = {"role": "assistant", "content": ""}
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
-    def chunks(self, index: int, piece: TextChunk) -> list[dict[str, Any]]:
-        """Return the chunks of one piece: text, then how it ended in a chunk of its own."""
-        text, finish, calls = piece.text, str(piece.finish or ""), list[Call]()
+    def events(self, index: int, chunk: TextChunk) -> list[dict[str, Any]]:
+        """Return the events of one chunk: its text, tool calls, and how the answer ended, each on its own."""
+        text, finish, calls = chunk.text, str(chunk.finish or ""), list[Call]()
         if self.tools:
-            stream = self.calling.setdefault(index, ToolStream(self.tools))
+            stream = self.tool_streams.setdefault(index, ToolStream(self.tools))
             text = stream.push(text)
             if finish:
                 rest, calls = stream.finish()
                 text, finish = text + rest, "tool_calls" if calls else finish
-        logprobs = self._logprobs(piece.tokens) if piece.tokens else None
+        logprobs = self._logprobs(chunk.tokens) if chunk.tokens else None
         deltas: list[tuple[dict[str, Any], Any, str | None]] = []
         if text or logprobs:
             deltas.append(({"content": text}, logprobs, None))
@@ -80,16 +88,16 @@ class ChatFormat:
             return None
         content = [
             {
-                **self._scored(token.id, token.logprob),
-                "top_logprobs": [self._scored(other, logprob) for other, logprob in token.top],
+                **self._token(token.id, token.logprob),
+                "top_logprobs": [self._token(other, logprob) for other, logprob in token.top],
             }
             for token in tokens
             if token.id is not None
         ]
         return {"content": content, "refusal": None}
 
-    def _scored(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self.prompts.token_text(token)
+    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text = self.tokenizer.token_text(token)
         # Part of a character has no text of its own; OpenAI's `bytes` is null where it is not known.
         known = list(text.encode()) if "\ufffd" not in text else None
         return {"token": text, "logprob": finite(logprob), "bytes": known}
@@ -99,41 +107,41 @@ class ChatFormat:
 class CompletionFormat:
     """The JSON of completions."""
 
-    prompts: PromptTokenizer
+    tokenizer: PromptTokenizer
     logprobs: int | None
     echoes: Sequence[str]
     id_prefix = "cmpl"
     object = "text_completion"
     chunk_object = "text_completion"
 
-    def whole(self, index: int, whole: Generated) -> dict[str, Any]:
-        """Return one choice of a complete answer."""
-        text = self.echoes[index] + whole.text
-        logprobs = self._logprobs(whole.tokens)
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": whole.finish}
+    def choice(self, index: int, answer: GeneratedText) -> dict[str, Any]:
+        """Return one complete answer."""
+        text = self.echoes[index] + answer.text
+        logprobs = self._logprobs(answer.tokens)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.finish}
 
-    def first(self, index: int) -> list[dict[str, Any]]:
-        """Return the chunk that opens an answer: the prompt where `echo` asks for it."""
+    def opening_events(self, index: int) -> list[dict[str, Any]]:
+        """Return the events that open an answer: the prompt where `echo` asks for it."""
         text = self.echoes[index]
         return [{"index": index, "text": text, "logprobs": None, "finish_reason": None}] if text else []
 
-    def chunks(self, index: int, piece: TextChunk) -> list[dict[str, Any]]:
-        """Return the chunk of one piece."""
-        if not piece.text and not piece.finish and not piece.tokens:
+    def events(self, index: int, chunk: TextChunk) -> list[dict[str, Any]]:
+        """Return the event of one chunk, none for an empty one."""
+        if not chunk.text and not chunk.finish and not chunk.tokens:
             return []
-        logprobs = self._logprobs(piece.tokens) if piece.tokens else None
-        return [{"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish}]
+        logprobs = self._logprobs(chunk.tokens) if chunk.tokens else None
+        return [{"index": index, "text": chunk.text, "logprobs": logprobs, "finish_reason": chunk.finish}]
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if self.logprobs is None:
             return None
-        texts = [self.prompts.token_text(token.id) for token in tokens if token.id is not None]
+        texts = [self.tokenizer.token_text(token.id) for token in tokens if token.id is not None]
         offsets = [sum(map(len, texts[:i])) for i in range(len(texts))]
         return {
             "tokens": texts,
             "token_logprobs": [finite(token.logprob) for token in tokens],
             "top_logprobs": [
-                {self.prompts.token_text(i): finite(p) for i, p in token.top} for token in tokens
+                {self.tokenizer.token_text(i): finite(p) for i, p in token.top} for token in tokens
             ],
             "text_offset": offsets,
         }
@@ -144,49 +152,49 @@ def finite(logprob: float | None) -> float:
     return max(logprob, -9999.0) if logprob is not None else -9999.0
 
 
-def router(answers: Generator) -> APIRouter:
+def router(generator: Generator) -> APIRouter:
     """Return the /v1 routes for text."""
     routes = APIRouter(prefix="/v1", tags=["openai"])
 
     @routes.get("/models", summary="The base model and its adapters", response_model=None)
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": model_list(answers)})
+        return JSONResponse({"object": "list", "data": model_list(generator)})
 
     @routes.get("/models/{name}", summary="One model", response_model=None)
     async def model(name: str) -> Response:
-        answers.adapter(name)
-        return JSONResponse(next(entry for entry in model_list(answers) if entry["id"] == name))
+        generator.adapter_for(name)
+        return JSONResponse(next(entry for entry in model_list(generator) if entry["id"] == name))
 
     @routes.post(
         "/chat/completions", responses=STREAMED, summary="Answer a conversation", response_model=None
     )
     async def chat_completions(body: ChatCompletionBody, request: Request) -> Response:
-        ask = await _ask_chat(answers, body, request.state.request_id)
-        form = ChatFormat(answers.served().prompts, body.logprobs, tool_names(body))
-        return await _respond(answers, [ask], body, request, form)
+        requests = [await _chat_request(generator, body, request.state.request_id)]
+        json_format = ChatFormat(generator.served().tokenizer, body.logprobs, tool_names(body))
+        return await _respond(generator, requests, body, request, json_format)
 
     @routes.post("/completions", responses=STREAMED, summary="Continue a text", response_model=None)
     async def completions(body: CompletionBody, request: Request) -> Response:
-        asks, echoes = await _ask_texts(answers, body, request.state.request_id)
-        form = CompletionFormat(answers.served().prompts, body.logprobs, echoes)
-        return await _respond(answers, asks, body, request, form)
+        requests, echoes = await _completion_requests(generator, body, request.state.request_id)
+        json_format = CompletionFormat(generator.served().tokenizer, body.logprobs, echoes)
+        return await _respond(generator, requests, body, request, json_format)
 
     return routes
 
 
-def model_list(answers: Generator) -> list[dict[str, Any]]:
+def model_list(generator: Generator) -> list[dict[str, Any]]:
     """Return what is served as OpenAI's model objects, the base first; adapters name it as parent."""
-    served = answers.served()
+    served = generator.served()
     base, *adapters = served.models()
     entry = {"object": "model", "created": served.created, "owned_by": "runtime"}
-    context = served.prompts.context_tokens
+    context = served.tokenizer.context_tokens
     return [
         {"id": base, **entry, "root": base, "parent": None, "max_model_len": context},
         *({"id": name, **entry, "root": name, "parent": base, "max_model_len": context} for name in adapters),
     ]
 
 
-async def _ask_chat(answers: Generator, body: ChatCompletionBody, request_id: str) -> GenerationRequest:
+async def _chat_request(generator: Generator, body: ChatCompletionBody, request_id: str) -> GenerationRequest:
     _check_common(body)
     for name in ("functions", "audio", "modalities"):
         value = getattr(body, name)
@@ -194,40 +202,40 @@ async def _ask_chat(answers: Generator, body: ChatCompletionBody, request_id: st
             raise RequestError(f"'{name}' is not supported here", param=name)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("'top_logprobs' needs 'logprobs': true", param="top_logprobs")
-    adapter = answers.adapter(body.model)
-    prompts = answers.served().prompts
+    adapter = generator.adapter_for(body.model)
+    tokenizer = generator.served().tokenizer
     names = tool_names(body)
-    if names and "tools" not in prompts.template:
+    if names and "tools" not in tokenizer.template:
         raise RequestError("this model's chat template knows no tools", param="tools")
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if names else None
-    ids = await prompts.chat(body.messages, tools=tools)
+    ids = await tokenizer.prompt_from_chat(turns_of(body.messages), tools=tools)
     if body.max_completion_tokens is not None:
-        extent = AnswerLength(body.max_completion_tokens, param="max_completion_tokens")
+        length = parameters.AnswerLength(body.max_completion_tokens, param="max_completion_tokens")
     else:
-        extent = AnswerLength(body.max_tokens)
-    sampling = prompts.sampling(
+        length = parameters.AnswerLength(body.max_tokens)
+    sampling = parameters.sampling(
         body,
-        prompt_tokens=len(ids),
-        extent=extent,
+        tokenizer,
+        max_new_tokens=parameters.max_new_tokens(length, tokenizer, prompt_tokens=len(ids)),
         sample=_sample(body),
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    form = structured_output.constraint_of(body) or _forced_call(body)
-    return GenerationRequest(ids, await prompts.shaped(sampling, form), body.stops(), adapter, request_id)
+    sampling = await tokenizer.constrained(sampling, parameters.constraint(body) or _forced_call(body))
+    return GenerationRequest(ids, sampling, body.stops(), adapter, request_id)
 
 
 def _forced_call(body: ChatCompletionBody) -> structured_output.Constraint | None:
-    """Return the form of an answer that must be a call: `tool_choice` "required" or a named function."""
+    """Return the constraint of an answer that must be a call: `tool_choice` "required" or a function."""
     choice = body.tool_choice
     if not body.tools or choice is None or choice in {"auto", "none"}:
         return None
     tools = [tool.function for tool in body.tools]
     if isinstance(choice, ToolChoice):
-        wanted = choice.function.name
-        tools = [tool for tool in tools if tool.name == wanted]
+        name = choice.function.name
+        tools = [tool for tool in tools if tool.name == name]
         if not tools:
-            raise RequestError(f"'tool_choice' names '{wanted}', which is no tool here", param="tool_choice")
-    return structured_output.call_to(((tool.name, tool.parameters) for tool in tools), "tool_choice")
+            raise RequestError(f"'tool_choice' names '{name}', which is no tool here", param="tool_choice")
+    return structured_output.function_call(((tool.name, tool.parameters) for tool in tools), "tool_choice")
 
 
 def tool_names(body: ChatCompletionBody) -> frozenset[str]:
@@ -239,10 +247,10 @@ def tool_names(body: ChatCompletionBody) -> frozenset[str]:
     return frozenset(tool.function.name for tool in body.tools)
 
 
-async def _ask_texts(
-    answers: Generator, body: CompletionBody, request_id: str
+async def _completion_requests(
+    generator: Generator, body: CompletionBody, request_id: str
 ) -> tuple[list[GenerationRequest], list[str]]:
-    """Return what to generate for each prompt, and the prompts' texts that `echo` puts first."""
+    """Return what to generate for each prompt, and per answer the text that `echo` puts first."""
     _check_common(body)
     if body.suffix:
         raise RequestError("'suffix' is not supported here", param="suffix")
@@ -250,26 +258,38 @@ async def _ask_texts(
         raise RequestError("'best_of' other than 'n' is not supported here", param="best_of")
     if body.echo and body.logprobs is not None:
         raise RequestError("'logprobs' of the prompt ('echo') are not supported here", param="logprobs")
-    adapter = answers.adapter(body.model)
-    form = structured_output.constraint_of(body)
-    prompts = answers.served().prompts
-    asks, echoes = [], []
+    adapter = generator.adapter_for(body.model)
+    constraint = parameters.constraint(body)
+    length = parameters.AnswerLength(body.max_tokens)
+    tokenizer = generator.served().tokenizer
+    requests, echoes = [], []
     for prompt in _prompts(body.prompt):
-        ids = await prompts.text(prompt) if isinstance(prompt, str) else prompts.ids(prompt)
-        sampling = prompts.sampling(
-            body, prompt_tokens=len(ids), extent=AnswerLength(body.max_tokens), sample=_sample(body),
+        if isinstance(prompt, str):
+            ids = await tokenizer.prompt_from_text(prompt)
+        else:
+            ids = tokenizer.prompt_from_ids(prompt)
+        sampling = parameters.sampling(
+            body,
+            tokenizer,
+            max_new_tokens=parameters.max_new_tokens(length, tokenizer, prompt_tokens=len(ids)),
+            sample=_sample(body),
             top_logprobs=body.logprobs,
-        )  # fmt: skip
-        sampling = await prompts.shaped(sampling, form)
-        asks.append(GenerationRequest(ids, sampling, body.stops(), adapter, request_id, continues=True))
-        echoes.append((prompt if isinstance(prompt, str) else prompts.decode(ids)) if body.echo else "")
-    if len(asks) * body.n > 8:
-        raise RequestError("at most 8 answers a request: fewer prompts or a smaller 'n'", param="n")
-    return asks, [echo for echo in echoes for _ in range(body.n)]
+        )
+        sampling = await tokenizer.constrained(sampling, constraint)
+        requests.append(
+            GenerationRequest(ids, sampling, body.stops(), adapter, request_id, continues_prompt=True)
+        )
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
+        echoes += [text if body.echo else ""] * body.n
+    if len(echoes) > MAX_CHOICES:
+        raise RequestError(
+            f"at most {MAX_CHOICES} answers a request: fewer prompts or a smaller 'n'", param="n"
+        )
+    return requests, echoes
 
 
 def _prompts(prompt: str | Sequence[str] | Sequence[int] | Sequence[list[int]]) -> list[str | list[int]]:
-    """Return the prompts of a body as a list of texts and id lists, whichever of the four it was."""
+    """Return the prompts of a body as a list of texts and lists of ids."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
@@ -284,56 +304,61 @@ def _check_common(body: OpenAIFields) -> None:
 
 
 def _sample(body: OpenAIFields) -> bool | None:
-    """Several answers to one prompt are asked for to differ."""
+    """Several answers to one prompt are meant to differ, so they are sampled."""
     return True if body.n > 1 and body.temperature is None else None
 
 
 async def _respond(
-    answers: Generator,
-    asks: Sequence[GenerationRequest],
+    generator: Generator,
+    requests: Sequence[GenerationRequest],
     body: OpenAIFields,
     request: Request,
-    form: ChatFormat | CompletionFormat,
+    json_format: ChatFormat | CompletionFormat,
 ) -> Response:
     request_id = request.state.request_id
-    batch = answers.start(asks, n=body.n)
+    group = generator.start(requests, n=body.n)
     head = {
-        "id": f"{form.id_prefix}-{request_id}",
-        "object": form.object,
+        "id": f"{json_format.id_prefix}-{request_id}",
+        "object": json_format.object,
         "created": int(time.time()),
-        "model": asks[0].adapter or answers.served().name,
+        "model": requests[0].adapter or generator.served().name,
         "system_fingerprint": None,
     }
     if body.stream:
-        events = _events(batch, {**head, "object": form.chunk_object}, form, include_usage=body.include_usage)
-        return EventStream(events, close=batch.close, request_id=request_id)
+        head["object"] = json_format.chunk_object
+        events = _events(group, head, json_format, include_usage=body.include_usage)
+        return EventStream(events, close=group.close, request_id=request_id)
     try:
-        wholes = await unless_gone(request, batch.whole(), request_id=request_id)
+        answers = await unless_gone(request, group.complete(), request_id=request_id)
     finally:
-        batch.close()
-    choices = [form.whole(index, whole) for index, whole in enumerate(wholes)]
-    return JSONResponse({**head, "choices": choices, "usage": usage(batch)})
+        group.close()
+    choices = [json_format.choice(index, answer) for index, answer in enumerate(answers)]
+    return JSONResponse({**head, "choices": choices, "usage": usage(group)})
 
 
 async def _events(
-    batch: Generations, head: dict[str, Any], form: ChatFormat | CompletionFormat, *, include_usage: bool
+    group: GenerationGroup,
+    head: dict[str, Any],
+    json_format: ChatFormat | CompletionFormat,
+    *,
+    include_usage: bool,
 ) -> AsyncGenerator[dict[str, Any], None]:
-    rest: dict[str, Any] = {"usage": None} if include_usage else {}
-    for index in range(len(batch.answers)):
-        for first in form.first(index):
-            yield {**head, "choices": [first], **rest}
-    async for index, piece in batch.pieces():
-        for choice in form.chunks(index, piece):
-            yield {**head, "choices": [choice], **rest}
+    tail: dict[str, Any] = {"usage": None} if include_usage else {}
+    for index in range(len(group.generations)):
+        for choice in json_format.opening_events(index):
+            yield {**head, "choices": [choice], **tail}
+    async for index, chunk in group.chunks():
+        for choice in json_format.events(index, chunk):
+            yield {**head, "choices": [choice], **tail}
     if include_usage:
-        yield {**head, "choices": [], "usage": usage(batch)}
+        yield {**head, "choices": [], "usage": usage(group)}
 
 
-def usage(batch: Generations) -> dict[str, Any]:
+def usage(group: GenerationGroup) -> dict[str, Any]:
     """Return OpenAI's token counts."""
     return {
-        "prompt_tokens": batch.prompt_tokens,
-        "completion_tokens": batch.new_tokens,
-        "total_tokens": batch.prompt_tokens + batch.new_tokens,
-        "prompt_tokens_details": {"cached_tokens": batch.cached_tokens},
+        "prompt_tokens": group.prompt_tokens,
+        "completion_tokens": group.new_tokens,
+        "total_tokens": group.prompt_tokens + group.new_tokens,
+        "prompt_tokens_details": {"cached_tokens": group.cached_tokens},
     }

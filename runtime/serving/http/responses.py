@@ -1,6 +1,7 @@
 """POST /v1/responses: OpenAI's newer route, for text. Nothing is stored between requests.
 
-Knows that route's JSON and events; what generation is, answers.py knows. Start at `_ask`.
+Knows that route's JSON and events; what generation is, runtime/serving/generation.py knows. Start at
+`router`, then `_generation_request`.
 """
 
 import time
@@ -13,10 +14,19 @@ from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
 from runtime.serving import structured_output
-from runtime.serving.generation import GenerationRequest, Generations, Generator
-from runtime.serving.http.schema import Body, Message, Name, SamplingFields, Text, TextPart, TokenCount
+from runtime.serving.generation import GenerationGroup, GenerationRequest, Generator
+from runtime.serving.http import parameters
+from runtime.serving.http.schema import (
+    Body,
+    Message,
+    Name,
+    SamplingFields,
+    Text,
+    TextPart,
+    TokenCount,
+    turns_of,
+)
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
-from runtime.serving.tokenizer import AnswerLength
 
 
 class Item(Message):
@@ -41,7 +51,7 @@ class Item(Message):
 
 
 class Format(Body):
-    """The form of the answer: text, json_object, or json_schema with its schema."""
+    """What the answer must be: text, json_object, or json_schema with its schema."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: Name = "answer"
@@ -49,7 +59,7 @@ class Format(Body):
 
 
 class TextFormat(Body):
-    """How the text of the answer is to be."""
+    """How the answer's text is constrained."""
 
     format: Format = Format()
 
@@ -67,86 +77,95 @@ class ResponsesBody(SamplingFields):
     """Refused: nothing is stored."""
     tools: list[Any] | None = None
     text: TextFormat | None = None
-    """The form the answer must have."""
+    """What the answer must be: text, json_object or json_schema."""
     metadata: dict[Name, Text] | None = Field(None, max_length=16)
 
 
-def router(answers: Generator) -> APIRouter:
-    """Return the route."""
+def router(generator: Generator) -> APIRouter:
+    """Return the route /v1/responses."""
     routes = APIRouter(prefix="/v1", tags=["openai"])
 
     @routes.post("/responses", responses=STREAMED, summary="Answer an input (text)", response_model=None)
     async def responses(body: ResponsesBody, request: Request) -> Response:
         request_id = request.state.request_id
-        ask = await _ask(answers, body, request_id)
-        batch = answers.start([ask])
-        shape = _Shape(body, ask, ask.adapter or answers.served().name, batch)
+        generation_request = await _generation_request(generator, body, request_id)
+        group = generator.start([generation_request])
+        model = generation_request.adapter or generator.served().name
+        json_format = _ResponseFormat(body, generation_request, model, group)
         if body.stream:
-            events = _events(batch, shape)
-            return EventStream(events, close=batch.close, request_id=request_id, named=True)
+            events = _events(group, json_format)
+            return EventStream(events, close=group.close, request_id=request_id, named=True)
         try:
-            (whole,) = await unless_gone(request, batch.whole(), request_id=request_id)
+            (answer,) = await unless_gone(request, group.complete(), request_id=request_id)
         finally:
-            batch.close()
-        return JSONResponse(shape.response(whole.text, whole.finish))
+            group.close()
+        return JSONResponse(json_format.response(answer.text, answer.finish))
 
     return routes
 
 
-async def _ask(answers: Generator, body: ResponsesBody, request_id: str) -> GenerationRequest:
+async def _generation_request(
+    generator: Generator, body: ResponsesBody, request_id: str
+) -> GenerationRequest:
     for name in ("previous_response_id", "tools"):
         if getattr(body, name):
             raise RequestError(f"'{name}' is not supported here", param=name)
-    adapter = answers.adapter(body.model)
+    adapter = generator.adapter_for(body.model)
     if isinstance(body.input, str):
-        turns = [Message(role="user", content=body.input)]
+        messages = [Message(role="user", content=body.input)]
     else:
-        turns = [item.as_message(index) for index, item in enumerate(body.input)]
+        messages = [item.as_message(index) for index, item in enumerate(body.input)]
     if body.instructions:
-        turns.insert(0, Message(role="system", content=body.instructions))
-    prompts = answers.served().prompts
-    ids = await prompts.chat(turns, param="input")
-    extent = AnswerLength(body.max_output_tokens, param="max_output_tokens")
-    sampling = prompts.sampling(body, prompt_tokens=len(ids), extent=extent)
-    sampling = await prompts.shaped(sampling, _form(body))
+        messages.insert(0, Message(role="system", content=body.instructions))
+    tokenizer = generator.served().tokenizer
+    ids = await tokenizer.prompt_from_chat(turns_of(messages), param="input")
+    length = parameters.AnswerLength(body.max_output_tokens, param="max_output_tokens")
+    sampling = parameters.sampling(
+        body,
+        tokenizer,
+        max_new_tokens=parameters.max_new_tokens(length, tokenizer, prompt_tokens=len(ids)),
+    )
+    sampling = await tokenizer.constrained(sampling, _constraint(body))
     return GenerationRequest(ids, sampling, body.stops(), adapter, request_id)
 
 
-def _form(body: ResponsesBody) -> structured_output.Constraint | None:
-    form = body.text.format if body.text else Format()
-    if form.type == "text":
-        return structured_output.constraint_of(body)
-    if form.type == "json_object" or form.schema_ is None:
+def _constraint(body: ResponsesBody) -> structured_output.Constraint | None:
+    text_format = body.text.format if body.text else Format()
+    if text_format.type == "text":
+        return parameters.constraint(body)
+    if text_format.type == "json_object" or text_format.schema_ is None:
         return structured_output.json_object("text.format")
-    return structured_output.Constraint("schema", form.schema_, "text.format")
+    return structured_output.Constraint("schema", text_format.schema_, "text.format")
 
 
-class _Shape:
+class _ResponseFormat:
     """The JSON of one response, at its beginning and at its end."""
 
-    def __init__(self, body: ResponsesBody, ask: GenerationRequest, name: str, batch: Generations) -> None:
-        self._batch = batch
-        self.item_id = f"msg_{ask.request_id}"
+    def __init__(
+        self, body: ResponsesBody, request: GenerationRequest, model: str, group: GenerationGroup
+    ) -> None:
+        self._group = group
+        self.item_id = f"msg_{request.request_id}"
         self._head: dict[str, Any] = {
-            "id": f"resp_{ask.request_id}",
+            "id": f"resp_{request.request_id}",
             "object": "response",
             "created_at": int(time.time()),
             "error": None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
-            "model": name,
+            "model": model,
             "parallel_tool_calls": False,
             "previous_response_id": None,
             "store": False,
-            "temperature": ask.sampling.temperature,
+            "temperature": request.sampling.temperature,
             "text": (body.text or TextFormat()).model_dump(by_alias=True, exclude_none=True),
             "tool_choice": "none",
             "tools": [],
-            "top_p": ask.sampling.top_p,
+            "top_p": request.sampling.top_p,
         }
 
-    def begun(self) -> dict[str, Any]:
+    def in_progress(self) -> dict[str, Any]:
         """Return the response before its first token."""
         return {
             **self._head,
@@ -157,7 +176,7 @@ class _Shape:
         }
 
     def item(self, text: str | None, status: str) -> dict[str, Any]:
-        """Return the one output item; `text` None is its beginning."""
+        """Return the one output item; `text` None is the item before its first token."""
         content = [] if text is None else [self.part(text)]
         return {
             "id": self.item_id,
@@ -173,46 +192,48 @@ class _Shape:
 
     def response(self, text: str, finish: str) -> dict[str, Any]:
         """Return the response with its answer."""
-        cut = finish == "length"
-        status = "incomplete" if cut else "completed"
-        batch = self._batch
+        truncated = finish == "length"
+        status = "incomplete" if truncated else "completed"
+        group = self._group
         return {
             **self._head,
             "status": status,
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "incomplete_details": {"reason": "max_output_tokens"} if truncated else None,
             "output": [self.item(text, status)],
             "usage": {
-                "input_tokens": batch.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": batch.cached_tokens},
-                "output_tokens": batch.new_tokens,
+                "input_tokens": group.prompt_tokens,
+                "input_tokens_details": {"cached_tokens": group.cached_tokens},
+                "output_tokens": group.new_tokens,
                 "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": batch.prompt_tokens + batch.new_tokens,
+                "total_tokens": group.prompt_tokens + group.new_tokens,
             },
         }
 
 
-async def _events(batch: Generations, shape: _Shape) -> AsyncGenerator[dict[str, Any], None]:
+async def _events(
+    group: GenerationGroup, json_format: _ResponseFormat
+) -> AsyncGenerator[dict[str, Any], None]:
     """Yield the route's events in OpenAI's order, numbered."""
     number = 0
-    at = {"item_id": shape.item_id, "output_index": 0, "content_index": 0}
+    at = {"item_id": json_format.item_id, "output_index": 0, "content_index": 0}
 
     def numbered(kind: str, **fields: Any) -> dict[str, Any]:
         nonlocal number
         number += 1
         return {"type": f"response.{kind}", "sequence_number": number - 1, **fields}
 
-    yield numbered("created", response=shape.begun())
-    yield numbered("in_progress", response=shape.begun())
-    yield numbered("output_item.added", output_index=0, item=shape.item(None, "in_progress"))
-    yield numbered("content_part.added", **at, part=shape.part(""))
+    yield numbered("created", response=json_format.in_progress())
+    yield numbered("in_progress", response=json_format.in_progress())
+    yield numbered("output_item.added", output_index=0, item=json_format.item(None, "in_progress"))
+    yield numbered("content_part.added", **at, part=json_format.part(""))
     text, finish = "", "stop"
-    async for _, piece in batch.pieces():
-        text += piece.text
-        finish = piece.finish or finish
-        if piece.text:
-            yield numbered("output_text.delta", **at, delta=piece.text, logprobs=[])
-    whole = shape.response(text, finish)
+    async for _, chunk in group.chunks():
+        text += chunk.text
+        finish = chunk.finish or finish
+        if chunk.text:
+            yield numbered("output_text.delta", **at, delta=chunk.text, logprobs=[])
+    response = json_format.response(text, finish)
     yield numbered("output_text.done", **at, text=text, logprobs=[])
-    yield numbered("content_part.done", **at, part=shape.part(text))
-    yield numbered("output_item.done", output_index=0, item=whole["output"][0])
-    yield numbered("incomplete" if finish == "length" else "completed", response=whole)
+    yield numbered("content_part.done", **at, part=json_format.part(text))
+    yield numbered("output_item.done", output_index=0, item=response["output"][0])
+    yield numbered("incomplete" if finish == "length" else "completed", response=response)

@@ -5,12 +5,16 @@ ones. Known fields are checked for type and range. Knows no model and no tokeniz
 torch. Start at `SamplingFields`, then `ChatBody` and `ChatCompletionBody`.
 """
 
+import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from runtime.errors import RequestError
+
 MAX_CHOICES = 8
-"""Answers to one request (`n`): each takes a row of the engine."""
+"""Answers to one request (`n`): each is a sequence of the engine."""
 MAX_STOPS = 16
 MAX_BIASES = 1024
 MAX_CHOICE_TEXTS = 256
@@ -20,7 +24,7 @@ SEED_LIMIT = 2**63
 
 
 def _encodable(text: str) -> str:
-    """Refuse half of a surrogate pair: JSON can spell it, no tokenizer can read it."""
+    """Refuse half of a surrogate pair: JSON can write it, no tokenizer can read it."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -33,6 +37,7 @@ ShortText = Annotated[Text, Field(max_length=256)]
 Name = Annotated[Text, Field(max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenCount = Annotated[int, Field(ge=1, lt=2**31)]
+TopK = Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(lambda k: max(k, 0))]
 
 
 class Body(BaseModel):
@@ -57,7 +62,7 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """The form the answer must have."""
+    """What the answer must be: text, json_object or json_schema."""
 
     type: Name = "text"
     json_schema: JsonSchema | None = None
@@ -70,7 +75,7 @@ class SamplingFields(Body):
     """0 always takes the likeliest token."""
     top_p: float | None = Field(None, ge=0, le=1)
     """Keep the likeliest tokens that make up this share of the probability."""
-    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    top_k: TopK | None = None
     """Keep the k likeliest tokens; 0 and -1 keep all."""
     min_p: float | None = Field(None, ge=0, le=1)
     """Drop tokens less likely than this share of the likeliest one."""
@@ -95,13 +100,13 @@ class SamplingFields(Body):
     min_tokens: int | None = Field(None, ge=0, lt=2**31)
     """Tokens before an end token may be chosen."""
     response_format: ResponseFormat | None = None
-    """The form the answer must have: text, json_object or json_schema."""
+    """What the answer must be: text, json_object or json_schema."""
     guided_json: dict[str, Any] | None = None
     """The same as a response_format json_schema with this schema."""
     guided_regex: Annotated[Text, Field(max_length=4096)] | None = None
     """A regular expression that the answer matches as a whole."""
     guided_choice: Annotated[list[ShortText], Field(min_length=1, max_length=MAX_CHOICE_TEXTS)] | None = None
-    """Texts of which the answer is one."""
+    """The answer is one of these texts."""
 
     def stops(self) -> tuple[str, ...]:
         """Return the stop strings as a tuple, however they were written."""
@@ -142,6 +147,48 @@ class Message(Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: Name | None = None
 
+    def as_turn(self, index: int) -> dict[str, Any]:
+        """Return the message as chat templates know it: text parts joined, absent keys absent.
+
+        Raises RequestError, naming the message by its `index`, for content that is not text.
+        """
+        content = self.content
+        if isinstance(content, list):
+            other = next((part.type for part in content if part.type != "text" or part.text is None), None)
+            if other is not None:
+                raise RequestError(
+                    f"content parts of type '{other}' are not served here, only 'text'",
+                    param=f"messages[{index}].content",
+                )
+            content = "".join(part.text or "" for part in content)
+        if content is None and not self.tool_calls:
+            raise RequestError("a message needs 'content'", param=f"messages[{index}].content")
+        turn: dict[str, Any] = {"role": self.role, "content": content or ""}
+        if self.tool_calls:
+            turn["tool_calls"] = [_tool_call(call, index) for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            turn["tool_call_id"] = self.tool_call_id
+        if self.name is not None:
+            turn["name"] = self.name
+        return turn
+
+
+def turns_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return a conversation as chat templates know it."""
+    return [message.as_turn(index) for index, message in enumerate(messages)]
+
+
+def _tool_call(call: ToolCall, index: int) -> dict[str, Any]:
+    """Return a tool call with its arguments as a mapping, which is what templates print."""
+    fields = call.model_dump()
+    try:
+        fields["function"]["arguments"] = json.loads(call.function.arguments)
+    except ValueError:
+        raise RequestError(
+            "'arguments' of a tool call must be JSON text", param=f"messages[{index}].tool_calls"
+        ) from None
+    return fields
+
 
 class GenerateFields(SamplingFields):
     """The parameters of /chat, by the names `transformers.generate` gives them."""
@@ -175,7 +222,7 @@ class ChatBody(GenerateFields):
     messages: list[Message] | None = None
     """A whole conversation."""
     generate_kwargs: GenerateFields | None = None
-    """Parameters; they win over the flat ones."""
+    """Parameters; they take precedence over the flat ones."""
     parameters: GenerateFields | None = None
     """Another name for `generate_kwargs`."""
     return_full_text: bool = False
@@ -187,25 +234,23 @@ class ChatBody(GenerateFields):
     model: Name | None = None
     """The base model or an adapter; None is the base model."""
     adapter: Name | None = None
-    """The same as `model`, and wins over it."""
+    """The same as `model`; takes precedence over it."""
     prefix: Text | None = None
     """Text put before `prompt`."""
     input_data: Any = None
     """Refused: llama-2's request shape, superseded by `messages`."""
 
-    def settings(self) -> GenerateFields:
-        """Return the parameters, from wherever the client wrote them."""
-        settings: GenerateFields = self
+    def merged_parameters(self) -> GenerateFields:
+        """Return the flat parameters, overridden by `parameters` and then by `generate_kwargs`."""
+        merged: GenerateFields = self
         for nested in (self.parameters, self.generate_kwargs):
             if nested is not None:
-                settings = settings.model_copy(
-                    update={k: getattr(nested, k) for k in nested.model_fields_set}
-                )
-        return settings
+                merged = merged.model_copy(update={k: getattr(nested, k) for k in nested.model_fields_set})
+        return merged
 
 
 class StreamOptions(Body):
-    """What a stream carries beside the text."""
+    """What a stream carries in addition to the text."""
 
     include_usage: bool = False
     """Send one more chunk with the token counts before [DONE]."""
@@ -264,12 +309,12 @@ class ChatCompletionBody(OpenAIFields):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: TokenCount | None = None
-    """Longest answer, in tokens; wins over `max_tokens`."""
+    """Longest answer, in tokens; takes precedence over `max_tokens`."""
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[Tool] | None = Field(None, max_length=128)
     tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
-    """Whether the model may or must call a function; an object names the one."""
+    """Whether the model may or must call a function; an object names one that it must call."""
     functions: Any = None
     """Superseded by `tools`, refused."""
     modalities: Any = None
@@ -297,7 +342,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every refusal; outside /v1 with `detail`, the message once more."""
+    """The body of every error; outside /v1 also with `detail`, which repeats the message."""
 
     error: ErrorDetail
     detail: str | None = None

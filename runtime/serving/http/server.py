@@ -1,7 +1,7 @@
-"""Runs the server: port, loading, signals, drain. `run` returns when it ended well.
+"""Runs the server: port, loading, signals, drain. `run` returns when it has ended in order.
 
-uvicorn speaks HTTP and is kept away from signals: its own handling closes the listener at once, so that
-no probe ever sees "not ready", and waits for streams for ever. Does not know routes. Start at `run`.
+uvicorn speaks HTTP and does not handle signals: its own handling closes the listener at once, so that no
+probe ever sees "not ready", and waits for streams for ever. Does not know routes. Start at `run`.
 """
 
 import asyncio
@@ -30,9 +30,22 @@ from runtime.serving.http.app import create_app
 from runtime.serving.lifecycle import Lifecycle, ServedModel
 from runtime.serving.settings import ServeConfig
 
+log = logging.getLogger(__name__)
+
+Load = Callable[[ServeConfig], ServedModel]
+
+KEEP_ALIVE_S = 75.0
+"""Longer than load balancers keep idle connections (60 s), so that they close first."""
+WATCH_S = 1.0
+"""How often the engine is checked for being alive."""
+WAITING_CONNECTIONS = 2048
+ACCEPTED_AT_ONCE = 64
+CLOSE_TIMEOUT_S = 5
+"""For connections to close after the last answer was cut off."""
+
 
 class DeadlineProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 protocol, closing connections whose headers do not arrive in time."""
+    """uvicorn's HTTP/1.1 protocol, which closes connections whose headers do not arrive in time."""
 
     header_timeout_s: float
 
@@ -43,33 +56,33 @@ class DeadlineProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock."""
         super().connection_made(transport)
-        self._start()
+        self._start_clock()
 
     def data_received(self, data: bytes) -> None:
         """Start the clock with a request's first bytes, stop it with the end of its headers."""
         if self._deadline is None and self._between_requests():
-            self._start()
+            self._start_clock()
         super().data_received(data)
         if not self._between_requests():
-            self._stop()
+            self._stop_clock()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clock."""
-        self._stop()
+        self._stop_clock()
         super().connection_lost(exc)
 
     def _between_requests(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 
-    def _start(self) -> None:
-        self._deadline = self.loop.call_later(self.header_timeout_s, self._cut)
+    def _start_clock(self) -> None:
+        self._deadline = self.loop.call_later(self.header_timeout_s, self._close_if_late)
 
-    def _stop(self) -> None:
+    def _stop_clock(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
-    def _cut(self) -> None:
+    def _close_if_late(self) -> None:
         self._deadline = None
         if self._between_requests() and not self.transport.is_closing():
             self.transport.close()
@@ -80,45 +93,31 @@ def protocol(header_timeout_s: float) -> type[asyncio.Protocol]:
     return type("Protocol", (DeadlineProtocol,), {"header_timeout_s": header_timeout_s})
 
 
-log = logging.getLogger(__name__)
-
-Load = Callable[[ServeConfig], ServedModel]
-
-KEEP_ALIVE_S = 75.0
-"""Longer than load balancers keep idle connections (60 s), so that they close first."""
-WATCH_S = 1.0
-"""How often a dead engine is looked for."""
-WAITING_CONNECTIONS = 2048
-ACCEPTED_AT_ONCE = 64
-CLOSE_TIMEOUT_S = 5
-"""For connections to close after the last answer was cut off."""
-
-
 def run(config: ServeConfig, *, access: Access | None = None, load: Load | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; return once everything in flight is answered or called off.
+    """Serve until SIGTERM or SIGINT; return once everything in flight is answered or cancelled.
 
     `access` holds the credentials for adapters in registries. Raises ConfigError when the port cannot be
-    bound, and whatever Failure loading ended with.
+    bound, and the Failure that loading ended with.
     """
     hardware.limit_kernel_caches()
     with garbage_collection.paused():
-        from runtime.serving import loading  # torch comes with it: not before somebody serves
+        from runtime.serving import loading  # imports torch: only when a model is served
 
     access = access or Access()
-    door = None
+    adapter_loader = None
     if config.adapter_root is not None:
         if config.api_key is None:
-            raise ConfigError("adapter_root needs an API key: whoever loads adapters must be known")
+            raise ConfigError("adapter_root needs an API key: only known clients may load adapters")
         add = partial(loading.add_adapter, base=config.model.repository, access=access)
-        door = AdapterLoader(config.adapter_root, add)
+        adapter_loader = AdapterLoader(config.adapter_root, add)
     with bind(config.host, config.port) as listener:
         load = load or partial(loading.load, access=access)
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
-            runner.run(Serving(config, load, door).run(listener))
+            runner.run(Serving(config, load, adapter_loader).run(listener))
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a listening socket; ConfigError says what to do when the port cannot be had."""
+    """Return a listening socket; ConfigError says what to do when the port cannot be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol by name, or asyncio does not take it for TCP and leaves Nagle's algorithm on: with a
     # client's delayed acknowledgement every second write of a reply or a stream would wait 40 ms.
@@ -150,9 +149,9 @@ def _why_unbound(error: OSError, host: str, port: int) -> str:
 class Serving:
     """One run of the server, from the open port to the last answer."""
 
-    def __init__(self, config: ServeConfig, load: Load, door: AdapterLoader | None = None) -> None:
+    def __init__(self, config: ServeConfig, load: Load, adapter_loader: AdapterLoader | None = None) -> None:
         self._config = config
-        self._door = door
+        self._adapter_loader = adapter_loader
         self._load = load
         self._lifecycle = Lifecycle(capacity=config.limits.rows + config.limits.queue)
         self._stop = asyncio.Event()
@@ -172,14 +171,14 @@ class Serving:
         try:
             await asyncio.wait((loading, stop), return_when=asyncio.FIRST_COMPLETED)
             if not self._stop.is_set():
-                await self._open(loading.result())
+                await self._begin_serving(loading.result())
                 await self._until_stopped()
             await self._drain()
         finally:
             self._lifecycle.refuse()
             if (served := self._lifecycle.loaded) is not None:
                 served.engine.close()
-                served.prompts.close()
+                served.tokenizer.close()
             stop.cancel()
             server.should_exit = True
             await serving
@@ -187,10 +186,14 @@ class Serving:
 
     def _http_server(self) -> uvicorn.Server:
         config = self._config
-        metrics = ServingMetrics(config.served_name, self._figures)
+        metrics = ServingMetrics(config.served_name, self._engine_stats)
         key = config.api_key.get_secret_value() if config.api_key else None
         app = create_app(
-            lifecycle=self._lifecycle, metrics=metrics, limits=config.limits, api_key=key, door=self._door
+            lifecycle=self._lifecycle,
+            metrics=metrics,
+            limits=config.limits,
+            api_key=key,
+            adapter_loader=self._adapter_loader,
         )
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         return _Server(
@@ -209,42 +212,42 @@ class Serving:
             )
         )
 
-    def _figures(self) -> Stats | None:
+    def _engine_stats(self) -> Stats | None:
         served = self._lifecycle.loaded
         return served.engine.stats() if served is not None else None
 
     def _load_into(self, loop: asyncio.AbstractEventLoop, loading: "asyncio.Future[ServedModel]") -> None:
-        """Load in this thread and hand the outcome, whichever it is, to the event loop."""
+        """Load in this thread and hand the model or the failure to the event loop."""
         outcome: ServedModel | BaseException
         try:
             with garbage_collection.paused():
                 outcome = self._load(self._config)
         except BaseException as failure:  # raised again where it is awaited
             outcome = failure
-        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
-            loop.call_soon_threadsafe(_settle, loading, outcome)
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nothing waits for it
+            loop.call_soon_threadsafe(_set_outcome, loading, outcome)
 
-    async def _open(self, served: ServedModel) -> None:
+    async def _begin_serving(self, served: ServedModel) -> None:
         """Say "ready" once the engine has given a first token."""
         await served.first_token()
         gc.collect()
-        gc.freeze()  # what loading made stays: a full collection over it would stop every answer for 60 ms
+        gc.freeze()  # the loaded model stays: collecting over its objects would stop every answer for 60 ms
         self._lifecycle.ready(served)
         log.info("Model loaded successfully")
         log.info("Serving %s", ", ".join(served.models()))
 
     async def _until_stopped(self) -> None:
-        """Wait for a signal; a dead engine ends the process, for whoever restarts it."""
+        """Wait for a signal; a dead engine ends the process, so that it is restarted."""
         while not self._stop.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(WATCH_S):
                     await self._stop.wait()
             served = self._lifecycle.loaded
             if served is not None and not served.engine.stats().alive:
-                raise Failure("the engine has died; its last log line says of what")
+                raise Failure("the engine has died; the log says why")
 
     async def _drain(self) -> None:
-        """Not ready, then refuse, then wait; what is left when `run` closes the engine is cut off."""
+        """Report "not ready", then refuse requests, then wait; `run` then cancels what is still in flight."""
         config, lifecycle = self._config, self._lifecycle
         lifecycle.drain()
         if lifecycle.loaded is None:
@@ -255,24 +258,25 @@ class Serving:
             async with asyncio.timeout(config.drain_timeout_s):
                 await lifecycle.idle()
         except TimeoutError:
-            log.warning("Not all answers were complete after %g s; calling them off", config.drain_timeout_s)
+            log.warning("Not all answers were complete after %g s; cancelling them", config.drain_timeout_s)
 
     def _on_signal(self, number: int) -> None:
         name = signal.Signals(number).name
         if self._stop.is_set():
-            log.warning("Second %s: leaving at once", name)
+            log.warning("Second %s: exiting at once", name)
             os._exit(128 + number)
         log.info("%s: draining", name)
         self._stop.set()
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handling, and fair to open connections when a thousand new ones come."""
+    """uvicorn without its signal handling, and fair to open connections when a thousand new ones arrive."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        # asyncio takes one number for two things: how many wait in the kernel, and how many are accepted
-        # in a row before anything else is served. A flood must wait in the kernel, not before a probe.
+        # asyncio uses one number for two things: how many connections wait in the kernel, and how many are
+        # accepted one after another before anything else is served. A burst must wait in the kernel, not
+        # in front of a probe: of 1,000 requests at once the slowest /livez takes 0.3 s on two cores.
         for listener in sockets or ():
             listener.listen(WAITING_CONNECTIONS)
 
@@ -281,7 +285,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _settle(loading: "asyncio.Future[ServedModel]", outcome: ServedModel | BaseException) -> None:
+def _set_outcome(loading: "asyncio.Future[ServedModel]", outcome: ServedModel | BaseException) -> None:
     if loading.cancelled():
         return
     if isinstance(outcome, BaseException):

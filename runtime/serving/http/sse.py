@@ -1,4 +1,4 @@
-"""How failures look to clients, how streams are sent, and what ends when a client goes away.
+"""How errors look to clients, how streams are sent, and how work ends when a client disconnects.
 
 Knows HTTP and the error tree; does not know any route. Start at `failure_reply` and `EventStream`.
 """
@@ -21,12 +21,12 @@ T = TypeVar("T")
 
 RETRY_AFTER_S = 1
 PING_S = 15.0
-"""A comment this often keeps proxies from closing a stream whose first token is not there yet."""
+"""A comment this often keeps proxies from closing a stream that still waits for its first token."""
 
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "text/event-stream": {}}}
 }
-"""For the routes' description: what answers a request with and without `stream`."""
+"""For the routes' description: the content types without and with `stream`."""
 
 DONE = b"data: [DONE]\n\n"
 
@@ -53,7 +53,7 @@ def error_object(
 
 
 def failure_object(failure: BaseException, request_id: str) -> tuple[int, dict[str, Any]]:
-    """Return status and error object for `failure`; what nobody foresaw is logged and not shown."""
+    """Return status and error object for `failure`; an unexpected one is logged and not shown."""
     if isinstance(failure, errors.Failure):
         status = errors.http_status(failure)
         param = failure.param if isinstance(failure, errors.RequestError) else None
@@ -66,7 +66,7 @@ def failure_object(failure: BaseException, request_id: str) -> tuple[int, dict[s
 
 
 def reply(path: str, status: int, error: dict[str, Any]) -> JSONResponse:
-    """Return an error response: OpenAI's body, and `detail` beside it where older clients read that."""
+    """Return an error response: OpenAI's body, and outside /v1 also `detail`, which older clients read."""
     headers = {}
     if status in {429, 503}:
         headers["Retry-After"] = str(RETRY_AFTER_S)
@@ -85,16 +85,16 @@ def failure_reply(path: str, failure: BaseException, request_id: str) -> JSONRes
 
 
 def event(data: dict[str, Any], *, named: bool = False) -> bytes:
-    """Return one server-sent event; `named` repeats its type in a line of its own, as /v1/responses does."""
+    """Return one server-sent event; `named` repeats its type in an `event:` line, as /v1/responses does."""
     name = f"event: {data['type']}\n".encode() if named else b""
     return name + b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 class EventStream(Response):
-    """A stream of server-sent events that ends with [DONE], an error event, or the client's going.
+    """A stream of server-sent events that ends with [DONE], an error event, or the client's disconnect.
 
     `named` events carry their type in a line of its own, and no [DONE] ends them.
-    `events` is closed, and `close` called, within one event loop turn of the client going away.
+    `events` is closed, and `close` called, within one event loop turn of the disconnect.
     """
 
     media_type = "text/event-stream"
@@ -119,65 +119,65 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events as an ASGI response."""
-        gone = asyncio.create_task(_disconnected(receive))
-        following: asyncio.Task[dict[str, Any]] | None = None
+        disconnected = asyncio.create_task(_wait_for_disconnect(receive))
+        pending: asyncio.Task[dict[str, Any]] | None = None
         try:
             await send(
                 {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
             )
             while True:
-                following = following or asyncio.create_task(_next(self._events))
+                pending = pending or asyncio.create_task(_next(self._events))
                 done, _ = await asyncio.wait(
-                    (following, gone), timeout=PING_S, return_when=asyncio.FIRST_COMPLETED
+                    (pending, disconnected), timeout=PING_S, return_when=asyncio.FIRST_COMPLETED
                 )
-                if gone in done:
+                if disconnected in done:
                     log.info("Client of request %s went away", self._request_id)
                     return
-                if following not in done:
+                if pending not in done:
                     await _chunk(send, b": still working\n\n")
                     continue
-                failure = following.exception()
+                failure = pending.exception()
                 if isinstance(failure, StopAsyncIteration):
                     break
-                if failure is not None:  # the status is sent: an event is the only way left to say it
+                if failure is not None:  # the status is sent already: only an event can report it
                     error = failure_object(failure, self._request_id)[1]
                     fields = {**error, "type": "error"} if self._named else {"error": error}
                     await _chunk(send, event(fields, named=self._named), more=False)
                     return
-                chunk = event(following.result(), named=self._named)
-                following = None
+                chunk = event(pending.result(), named=self._named)
+                pending = None
                 await _chunk(send, chunk)
             await _chunk(send, b"" if self._named else DONE, more=False)
         finally:
-            gone.cancel()
-            if following is not None:
-                following.cancel()
-                await asyncio.wait((following,))
+            disconnected.cancel()
+            if pending is not None:
+                pending.cancel()
+                await asyncio.wait((pending,))
             await self._events.aclose()
             self._close()
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T], *, request_id: str) -> T:
     """Return what `work` returns; cancel it as soon as the client has gone (ASGI would let it run on)."""
-    gone = asyncio.create_task(_disconnected(request.receive))
+    disconnected = asyncio.create_task(_wait_for_disconnect(request.receive))
     task = asyncio.create_task(work)
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, disconnected), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             log.info("Client of request %s went away", request_id)
             raise errors.ClientGoneError("the client closed the connection")
         return task.result()
     finally:
-        gone.cancel()
+        disconnected.cancel()
         task.cancel()
-        await asyncio.wait((task, gone))
+        await asyncio.wait((task, disconnected))
 
 
 async def _next(events: AsyncIterator[T]) -> T:
     return await anext(events)
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 

@@ -34,8 +34,8 @@ async def test_conversation_to_ids_is_what_chat_would_generate_from(open_site: A
 
 
 @pytest.fixture
-def door(tmp_path: Path) -> AdapterLoader:
-    """A door whose reader looks only at the name: what an adapter is, runtime.adapters' tests say."""
+def adapter_loader(tmp_path: Path) -> AdapterLoader:
+    """A loader that looks only at the name: what an adapter is, runtime.adapters' tests say."""
     for name in ("shop", "bad"):
         (tmp_path / "adapters" / name).mkdir(parents=True)
     (tmp_path / "outside").mkdir()
@@ -49,8 +49,8 @@ def door(tmp_path: Path) -> AdapterLoader:
     return AdapterLoader(tmp_path / "adapters", add)
 
 
-async def test_adapter_is_loaded_used_and_unloaded(open_site: Any, door: AdapterLoader) -> None:
-    async with open_site(door=door) as site:
+async def test_adapter_is_loaded_used_and_unloaded(open_site: Any, adapter_loader: AdapterLoader) -> None:
+    async with open_site(adapter_loader=adapter_loader) as site:
         post = site.client.post
         loaded = await post("/v1/load_lora_adapter", json={"lora_name": "new", "lora_path": "shop"})
         assert loaded.status_code == 200
@@ -61,9 +61,11 @@ async def test_adapter_is_loaded_used_and_unloaded(open_site: Any, door: Adapter
         assert (await post("/v1/unload_lora_adapter", json={"lora_name": "new"})).status_code == 404
 
 
-async def test_absolute_path_within_the_directory_is_taken(open_site: Any, door: AdapterLoader) -> None:
-    async with open_site(door=door) as site:
-        body = {"lora_name": "new", "lora_path": str(door.root / "shop")}
+async def test_absolute_path_within_the_directory_is_taken(
+    open_site: Any, adapter_loader: AdapterLoader
+) -> None:
+    async with open_site(adapter_loader=adapter_loader) as site:
+        body = {"lora_name": "new", "lora_path": str(adapter_loader.root / "shop")}
         assert (await site.client.post("/v1/load_lora_adapter", json=body)).status_code == 200
 
 
@@ -86,18 +88,18 @@ async def test_absolute_path_within_the_directory_is_taken(open_site: Any, door:
     ],
 )
 async def test_path_outside_and_bad_names_are_400(
-    open_site: Any, door: AdapterLoader, name: str, path: str
+    open_site: Any, adapter_loader: AdapterLoader, name: str, path: str
 ) -> None:
     """Fault 51."""
-    async with open_site(door=door) as site:
+    async with open_site(adapter_loader=adapter_loader) as site:
         reply = await site.client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
         assert reply.status_code == 400
         assert reply.json()["error"]["param"] in {"lora_path", "lora_name"}
         assert site.engine.stats().adapters == ()
 
 
-async def test_bad_adapter_is_refused_with_its_reason(open_site: Any, door: AdapterLoader) -> None:
-    async with open_site(door=door) as site:
+async def test_bad_adapter_is_refused_with_its_reason(open_site: Any, adapter_loader: AdapterLoader) -> None:
+    async with open_site(adapter_loader=adapter_loader) as site:
         reply = await site.client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "bad"})
     assert reply.status_code == 400
     assert "half-written" in reply.json()["error"]["message"]

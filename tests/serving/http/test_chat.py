@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from runtime.serving.generation_config import SamplingDefaults
 from runtime.serving.settings import Limits
-from runtime.serving.tokenizer import SamplingDefaults
 
 pytestmark = pytest.mark.anyio
 
@@ -278,7 +278,7 @@ async def test_default_adapter_answers_for_the_base(open_site: Any) -> None:
     """`--combine-adapters`: who names none, or the base, is answered by all of them."""
     async with open_site(adapters=["combined_adapter"]) as site:
         served = site.lifecycle.served()
-        site.lifecycle.ready(dataclasses.replace(served, default="combined_adapter"))
+        site.lifecycle.ready(dataclasses.replace(served, default_adapter="combined_adapter"))
         await site.chat()
         await site.chat(model="base")
         await site.complete()
