@@ -95,7 +95,7 @@ def job_report(job: TuningJob, machine: Hardware, *, processes: int | None) -> M
     from runtime.tuning import fit as fits
 
     fit = fits.plan(job, machine, processes=processes)
-    chosen, run = fit.chosen, fit.chosen.run
+    chosen, run = fit.forecast, fit.forecast.run
     facts: dict[str, Any] = {
         "fits": chosen.fits,
         "device": machine.name,
@@ -107,7 +107,7 @@ def job_report(job: TuningJob, machine: Hardware, *, processes: int | None) -> M
         "gradient_checkpointing": run.checkpointing,
         "largest_tokens_per_pass": fit.largest_tokens,
         "longest_row_that_fits": fit.longest_row,
-        "fits_on": list(fits.fits_on(fit.shape, fit.asked, fit.wish)),
+        "fits_on": list(fits.gpus_that_fit(fit.shape, fit.requested, fit.adjustable)),
         "advice": list(fit.advice),
     }
     return MemoryReport(
@@ -117,7 +117,7 @@ def job_report(job: TuningJob, machine: Hardware, *, processes: int | None) -> M
         total_bytes=chosen.total_bytes,
         available_bytes=chosen.available_bytes,
         notes=_job_notes(facts),
-        verdict=fit.line,
+        verdict=fit.summary,
         facts=facts,
     )
 

@@ -23,7 +23,7 @@ from runtime.workspace.layers import Resolved
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from runtime.tuning.data.preview import Preview, PreviewRow, TextRun
+    from runtime.tuning.data.preview import Preview, PreviewExample, TextRun
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -153,7 +153,7 @@ def preview(preview: "Preview") -> None:
 
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     coloured = console.is_terminal and not console.no_color
-    for example in preview.shown:
+    for example in preview.examples:
         console.print(Text(_title(example), style="bold"))
         for number, row in enumerate(example.rows):
             if number:
@@ -167,28 +167,29 @@ def preview(preview: "Preview") -> None:
 
 def preview_counts(preview: "Preview") -> list[str]:
     """Return the counts, one line each."""
-    data, fates = preview.data, preview.fates
-    share = f"{preview.trained / preview.tokens:.0%}" if preview.tokens else "0%"
+    data, outcomes = preview.data, preview.outcomes
+    share = f"{preview.labelled_tokens / preview.tokens:.0%}" if preview.tokens else "0%"
     examined = "all" if preview.counted == preview.train_rows else f"the first {preview.counted:,}"
     files = f"{len(data.files)} file{'' if len(data.files) == 1 else 's'}"
     lines = [
         f"rows     {len(data.examples):,} from {files}: {preview.train_rows:,} to train on, "
         f"{preview.held_out_rows:,} held out, {data.skipped:,} skipped as bad",
-        f"tokens   {preview.tokens:,}, {preview.trained:,} of them trained ({share}), "
+        f"tokens   {preview.tokens:,}, {preview.labelled_tokens:,} of them trained ({share}), "
         f"in {examined} training rows",
-        f"length   at most {preview.max_tokens:,} tokens: {fates['truncated'] + fates['split']:,} rows cut, "
-        f"{fates['too long']:,} dropped as too long, {fates['unlabelled']:,} dropped without a trained token",
+        f"length   at most {preview.max_tokens:,} tokens: {outcomes['truncated'] + outcomes['split']:,} rows "
+        f"cut, {outcomes['too long']:,} dropped as too long, {outcomes['unlabelled']:,} dropped without a "
+        "trained token",
     ]
     if preview.dropped * 2 > preview.counted:
         lines.append("warning  more than half of the rows are dropped: training refuses such data")
     return lines
 
 
-def _title(example: "PreviewRow") -> str:
-    note = OUTCOMES[example.fate].format(full_tokens=f"{example.full_tokens:,}")
+def _title(example: "PreviewExample") -> str:
+    note = OUTCOMES[example.outcome].format(full_tokens=f"{example.full_tokens:,}")
     if not example.rows:
         return f"── {example.origin}: {note}"
-    return f"── {example.origin}: {example.tokens:,} tokens{note}, {example.trained:,} trained"
+    return f"── {example.origin}: {example.tokens:,} tokens{note}, {example.labelled_tokens:,} trained"
 
 
 def _marked(row: "Sequence[TextRun]", *, coloured: bool) -> "Text":
@@ -198,9 +199,9 @@ def _marked(row: "Sequence[TextRun]", *, coloured: bool) -> "Text":
     for run in row:
         printable = run.text.translate(CONTROL_PICTURES)
         if coloured:
-            marked.append(printable, "green" if run.trained else "")
+            marked.append(printable, "green" if run.labelled else "")
         else:
-            marked.append(f"⟦{printable}⟧" if run.trained else printable)
+            marked.append(f"⟦{printable}⟧" if run.labelled else printable)
     return marked
 
 

@@ -1,7 +1,8 @@
-"""A job's memory plan: what it asks for, which settings are chosen on this hardware, what would help.
+"""Whether a job fits into memory: its plan on this hardware, the settings that follow, what would help.
 
-Turns settings into the numbers of runtime/memory and its answer back into settings. The parent process
-refuses by it before data is fetched, each worker chooses by it when the rows are known. Start at `plan`.
+Turns settings into the numbers of runtime/memory and its forecast back into settings. The parent process
+refuses by it before data is fetched (`check`), each worker chooses settings by it when the rows are known
+(`resolve`). Does not know weights or devices beyond their numbers. Start at `plan`.
 """
 
 import logging
@@ -27,90 +28,95 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
-    """A job on some hardware: what it would take, and what was or could be chosen."""
+class MemoryPlan:
+    """A job on some hardware: what it would take as requested, and with the settings chosen for it."""
 
     shape: Shape
     machine: Hardware
-    asked: TuningRun
+    requested: TuningRun
     """As the job says, before anything was chosen."""
-    wish: Adjustable
-    chosen: Forecast
+    adjustable: Adjustable
+    """What of it may be changed to make it fit."""
+    forecast: Forecast
+    """With the settings that were chosen."""
     advice: tuple[str, ...]
     """What would make it fit, when it does not."""
 
     @property
     def largest_tokens(self) -> int:
         """Most tokens of one pass that fit with the chosen settings."""
-        return fitting.largest_tokens(self.shape, self.chosen.run, room=self.chosen.available_bytes)
+        return fitting.largest_tokens(self.shape, self.forecast.run, room=self.forecast.available_bytes)
 
     @property
     def longest_row(self) -> int:
         """Longest row that fits, alone in a pass and with checkpointing; the model's context at most."""
-        run = replace(self.chosen.run, checkpointing=True, row_tokens=self.shape.context_tokens)
-        length = fitting.largest_tokens(self.shape, run, room=self.chosen.available_bytes)
+        run = replace(self.forecast.run, checkpointing=True, row_tokens=self.shape.context_tokens)
+        length = fitting.largest_tokens(self.shape, run, room=self.forecast.available_bytes)
         return min(length, self.shape.context_tokens)
 
     @property
-    def line(self) -> str:
-        """The outcome in one line, the advice with it."""
-        need, room = self.chosen.total_bytes / GIB, self.chosen.available_bytes / GIB
+    def summary(self) -> str:
+        """The forecast in one line, with the advice when it does not fit."""
+        need, room = self.forecast.total_bytes / GIB, self.forecast.available_bytes / GIB
         where = f"{self.machine.name} ({room:.1f} GiB usable)"
-        passes = f"passes of {self.chosen.run.tokens} tokens"
-        how = f"{passes} {'with' if self.chosen.run.checkpointing else 'without'} gradient checkpointing"
-        if self.chosen.fits:
+        passes = f"passes of {self.forecast.run.tokens} tokens"
+        how = f"{passes} {'with' if self.forecast.run.checkpointing else 'without'} gradient checkpointing"
+        if self.forecast.fits:
             return f"{need:.1f} GiB on {where}: {how}"
         return f"{self.shape.name} needs {need:.1f} GiB for {how} on {where}; {', or '.join(self.advice)}"
 
 
 def plan(
     job: TuningJob, machine: Hardware, *, processes: int | None = None, rows: Sequence[TokenizedRow] = ()
-) -> Fit:
+) -> MemoryPlan:
     """Return the plan of `job` on `machine` with `processes` there (None: one for each GPU).
 
-    Without `rows` every row is taken to be as long as it may be, and all of it learnt. Raises ConfigError
+    Without `rows` every row is taken to be as long as it may be, and all of it labelled. Raises ConfigError
     when the model's shape cannot be told.
     """
     shape = of(job.model)
     count = processes or machine.count
     longest = max((len(row) for row in rows), default=0)
     row_tokens = longest or job.encoding.max_tokens or min(shape.context_tokens, MAX_TOKENS)
-    asked = _run(job, shape, machine, processes=count, row_tokens=row_tokens)
+    requested = _run(job, shape, machine, processes=count, row_tokens=row_tokens)
     if rows:
-        asked = replace(asked, labelled_share=max(row.targets / len(row) for row in rows))
-    word = requested_checkpointing(job)
-    wish = Adjustable(
+        requested = replace(requested, labelled_share=max(row.labelled_tokens / len(row) for row in rows))
+    checkpointing = requested_checkpointing(job)
+    adjustable = Adjustable(
         row_tokens,
-        checkpointing=word if word or job.fit == "refuse" else None,
+        checkpointing=checkpointing if checkpointing or job.fit == "refuse" else None,
         smaller_passes=job.fit != "refuse" or "per_device_train_batch_size" not in job.training,
         shorter_rows=job.fit == "shorten" and not rows,
     )
     room = fitting.available(machine, processes=count)
-    chosen = fitting.choose(shape, asked, wish, room=room)
-    advice = () if chosen.fits else _advice(job, Fit(shape, machine, asked, wish, chosen, ()))
-    return Fit(shape, machine, asked, wish, chosen, advice)
+    forecast = fitting.choose(shape, requested, adjustable, room=room)
+    planned = MemoryPlan(shape, machine, requested, adjustable, forecast, ())
+    return planned if forecast.fits else replace(planned, advice=_advice(job, planned))
 
 
 def check(job: TuningJob, machine: Hardware, *, processes: int | None = None) -> None:
-    """Say what `job` will take; CapacityError, with advice, when it cannot fit on `machine`."""
-    fit = _plan_if_known(job, machine, processes or machine.count)
-    if fit is not None and not fit.chosen.fits:
-        raise CapacityError(fit.line)
-    if fit is not None:
-        log.info("memory plan: %s", fit.line)
+    """Log what `job` will take; CapacityError, with advice, when it cannot fit on `machine`."""
+    planned = _plan_if_known(job, machine, processes or machine.count)
+    if planned is not None and not planned.forecast.fits:
+        raise CapacityError(planned.summary)
+    if planned is not None:
+        log.info("memory plan: %s", planned.summary)
 
 
 def shorten(job: TuningJob, machine: Hardware, *, processes: int) -> TuningJob:
     """Return `job` with its rows cut as short as its memory needs, where it allows that."""
-    fit = _plan_if_known(job, machine, processes) if job.fit == "shorten" else None
-    if fit is None or fit.chosen.row_tokens == fit.wish.row_tokens:
+    planned = _plan_if_known(job, machine, processes) if job.fit == "shorten" else None
+    if planned is None:
         return job
-    log.warning("rows are cut at %d tokens, not %d, to fit", fit.chosen.row_tokens, fit.wish.row_tokens)
-    encoding = job.encoding.model_copy(update={"max_tokens": fit.chosen.row_tokens})
+    requested, chosen = planned.adjustable.row_tokens, planned.forecast.row_tokens
+    if chosen == requested:
+        return job
+    log.warning("rows are cut at %d tokens, not %d, to fit", chosen, requested)
+    encoding = job.encoding.model_copy(update={"max_tokens": chosen})
     return job.model_copy(update={"encoding": encoding})
 
 
-def settle(
+def resolve(
     job: TuningJob, machine: Hardware, *, processes: int, rows: Sequence[TokenizedRow]
 ) -> tuple[TuningJob, int | None]:
     """Return `job` with the pass size and the checkpointing that fit for these `rows`, and the bytes planned.
@@ -118,23 +124,25 @@ def settle(
     The same on every rank: it depends on lengths and on the kind of device alone. None bytes without a
     plan. Raises CapacityError when nothing fits.
     """
-    fit = _plan_if_known(job, machine, processes, rows)
-    if fit is None:  # the thrifty way where memory is dear
-        word = requested_checkpointing(job)
-        return _with_checkpointing(job, machine.kind == "cuda" if word is None else word), None
-    if not fit.chosen.fits:
-        raise CapacityError(fit.line)
-    log.info("memory: %s", fit.line)
-    run = fit.chosen.run
+    planned = _plan_if_known(job, machine, processes, rows)
+    if planned is None:  # checkpointing saves memory where it is scarce
+        checkpointing = requested_checkpointing(job)
+        return _with_checkpointing(
+            job, machine.kind == "cuda" if checkpointing is None else checkpointing
+        ), None
+    if not planned.forecast.fits:
+        raise CapacityError(planned.summary)
+    log.info("memory: %s", planned.summary)
+    run = planned.forecast.run
     if run.compact:
         hardware.return_freed_memory()
     job = _with_checkpointing(job, run.checkpointing)
-    return job.model_copy(update={"tokens_per_pass": run.tokens}), fit.chosen.total_bytes
+    return job.model_copy(update={"tokens_per_pass": run.tokens}), planned.forecast.total_bytes
 
 
 def _plan_if_known(
     job: TuningJob, machine: Hardware, processes: int, rows: Sequence[TokenizedRow] = ()
-) -> Fit | None:
+) -> MemoryPlan | None:
     try:
         return plan(job, machine, processes=processes, rows=rows)
     except ConfigError as error:
@@ -167,35 +175,39 @@ def _run(job: TuningJob, shape: Shape, machine: Hardware, *, processes: int, row
     )
 
 
-def _advice(job: TuningJob, fit: Fit) -> tuple[str, ...]:
+def _advice(job: TuningJob, planned: MemoryPlan) -> tuple[str, ...]:
     """Return what would make it fit, the mildest first; each was computed to."""
-    shape, room = fit.shape, fit.chosen.available_bytes
-    found: list[str] = []
-    thrifty = replace(fit.asked, checkpointing=True, row_tokens=shape.context_tokens)
-    free = Adjustable(fit.wish.row_tokens)
-    if job.fit == "refuse" and fitting.choose(shape, fit.asked, free, room=room).fits:
-        found.append("--fit adapts checkpointing and pass size to the memory")
-    length = fitting.largest_tokens(shape, thrifty, room=room)
-    if fitting.LEAST_ROW <= length < fit.wish.row_tokens:
-        found.append(f"max_length {length} with --fit would fit")
-    if fit.asked.bits != 4:
-        four = replace(thrifty, bits=4, double_quant=True)
-        if fitting.choose(shape, four, free, room=room).fits:
-            found.append("method qlora with load_in_4bit would fit")
-    found.append(_other_device(shape, fit, free))
-    return tuple(found)
+    shape, room = planned.shape, planned.forecast.available_bytes
+    advice: list[str] = []
+    checkpointed = replace(planned.requested, checkpointing=True, row_tokens=shape.context_tokens)
+    row_tokens = planned.adjustable.row_tokens
+    free = Adjustable(row_tokens)
+    if job.fit == "refuse" and fitting.choose(shape, planned.requested, free, room=room).fits:
+        advice.append("--fit adapts checkpointing and pass size to the memory")
+    length = fitting.largest_tokens(shape, checkpointed, room=room)
+    if fitting.LEAST_ROW <= length < row_tokens:
+        advice.append(f"max_length {length} with --fit would fit")
+    if planned.requested.bits != 4:
+        four_bit = replace(checkpointed, bits=4, double_quant=True)
+        if fitting.choose(shape, four_bit, free, room=room).fits:
+            advice.append("method qlora with load_in_4bit would fit")
+    advice.append(_larger_device(planned, free))
+    return tuple(advice)
 
 
-def _other_device(shape: Shape, fit: Fit, free: Adjustable) -> str:
-    if fit.machine.kind == "cpu":
-        least = fitting.choose(shape, replace(fit.asked, tokens=free.row_tokens), free, room=0).total_bytes
+def _larger_device(planned: MemoryPlan, free: Adjustable) -> str:
+    """Return which device would hold the job: memory on a CPU, or a known GPU."""
+    shape, requested = planned.shape, planned.requested
+    if planned.machine.kind == "cpu":
+        one_row = replace(requested, tokens=free.row_tokens)
+        least = fitting.choose(shape, one_row, free, room=0).total_bytes
         return f"{least / fitting.USABLE['cpu'] / GIB:.1f} GiB of memory would do"
-    names = fits_on(shape, fit.asked, fit.wish)
+    names = gpus_that_fit(shape, requested, planned.adjustable)
     return f"a larger GPU, such as {names[0]}" if names else "no single GPU known here would hold it"
 
 
-def fits_on(shape: Shape, run: TuningRun, wish: Adjustable) -> tuple[str, ...]:
+def gpus_that_fit(shape: Shape, run: TuningRun, adjustable: Adjustable) -> tuple[str, ...]:
     """Return the known GPUs that one process of `run` fits into, smallest first."""
     rooms = ((name, fitting.available(hardware.named(name))) for name in hardware.names())
     on_gpu = replace(run, device="cuda", dtype="float16" if run.device == "cpu" else run.dtype)
-    return tuple(name for name, room in rooms if fitting.choose(shape, on_gpu, wish, room=room).fits)
+    return tuple(name for name, room in rooms if fitting.choose(shape, on_gpu, adjustable, room=room).fits)

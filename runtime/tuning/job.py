@@ -18,7 +18,7 @@ from runtime.tuning.data import dataset, download, formats, tokenize
 from runtime.tuning.data.dataset import Dataset, Example
 from runtime.tuning.data.tokenize import TokenizedSplit
 from runtime.tuning.output import OutputPaths
-from runtime.tuning.precision import settle
+from runtime.tuning.precision import resolve_precision
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.process.signals import StopSignal
 from runtime.tuning.report import report
@@ -78,7 +78,7 @@ def run(
         if ranks.is_main:
             publish.publish_again(requested, access)
         return
-    job, precision = settle(requested, machine)
+    job, precision = resolve_precision(requested, machine)
     job = fit.shorten(job, machine, processes=ranks.local_world_size)
     rank = RankSetup(machine, device, precision, ranks, stop, progress)
     result = _tune(requested, job, rank, access)
@@ -103,7 +103,7 @@ def _tune(requested: TuningJob, job: TuningJob, rank: RankSetup, access: oci.Acc
     with garbage_collection.paused():
         tokenizer = models.load_tokenizer(job.model)
     job, tokenized = _tokenize(job, tokenizer, data)
-    job, planned = fit.settle(job, rank.machine, processes=ranks.local_world_size, rows=tokenized.rows)
+    job, planned = fit.resolve(job, rank.machine, processes=ranks.local_world_size, rows=tokenized.rows)
     progress.enter("model")
     with garbage_collection.paused():
         training = setup.prepare(job, tokenizer, tokenized, rank=rank)
@@ -125,7 +125,7 @@ def _read(job: TuningJob, ranks: Ranks, access: oci.Access) -> SplitDataset:
     if ranks.is_local_main:
         download.fetch(job.data, token=job.hub_token, access=access)
     ranks.barrier()
-    data = dataset.load(job.data, formats.targets(job.data))
+    data = dataset.load(job.data, formats.local_paths(job.data.urls, job.data.folder))
     train, held_out = dataset.split(data.examples, job.data)
     log.info(
         "%d rows from %d files: %d to train on, %d held out, %d skipped",
@@ -146,7 +146,7 @@ def _tokenize(
         held_out = tokenize.encode(data.held_out, tokenizer, job.encoding, max_tokens=limit)
     log.info(
         "%d tokens, %d of them labelled; %d rows cut at %d tokens, %d dropped as too long, %d unlabelled",
-        train.tokens, train.targets, train.truncated, limit, train.too_long, train.unlabelled,
+        train.tokens, train.labelled_tokens, train.truncated, limit, train.too_long, train.unlabelled,
     )  # fmt: skip
     return job, TokenizedSplit(train, held_out)
 

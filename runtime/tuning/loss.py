@@ -1,7 +1,8 @@
 """The loss of a batch of rows, and of a whole held-out set.
 
-Logits are computed only where a token is learnt: the vocabulary is the widest layer of a small model, and
-most tokens of a row are prompt. B rows, T tokens, N learnt places, V vocabulary. Start at `batch_loss`.
+Logits are computed only where a token is labelled: the vocabulary is the widest layer of a small model,
+and most tokens of a row are prompt. Does not know optimizers or jobs. B rows, N columns with a label,
+V vocabulary. Start at `batch_loss`.
 """
 
 from collections.abc import Sequence
@@ -33,19 +34,20 @@ def token_loss(logits: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor"
 
 def batch_loss(model: "torch.nn.Module", batch: MicroBatch, device: str) -> "torch.Tensor":
     """Run `model` over `batch` and return its summed loss, a scalar with gradients."""
-    from runtime.tuning.model.fused_ops import find
+    from runtime.tuning.model.fused_ops import loss_head
 
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-    places, labels = batch.places.to(device), batch.labels.to(device)
-    head = find(model)
-    if head is not None and len(places):
+    columns, labels = batch.logits_to_keep.to(device), batch.labels.to(device)
+    head = loss_head(model)
+    if head is not None and len(columns):
         with head.expecting(labels):
-            loss: torch.Tensor = model(**inputs, logits_to_keep=places, use_cache=False).logits
+            loss: torch.Tensor = model(**inputs, logits_to_keep=columns, use_cache=False).logits
         return loss
-    if not len(places):  # an idle rank: take part in every collective, add nothing
-        places = places.new_zeros(1)
-    logits: torch.Tensor = model(**inputs, logits_to_keep=places, use_cache=False).logits  # (B, N, V)
-    if not len(batch.places):
+    idle = not len(columns)  # takes part in every collective, adds nothing
+    if idle:
+        columns = columns.new_zeros(1)
+    logits: torch.Tensor = model(**inputs, logits_to_keep=columns, use_cache=False).logits  # (B, N, V)
+    if idle:
         return 0.0 * logits.float().sum()
     return token_loss(logits, labels)
 
@@ -58,21 +60,21 @@ def mean_loss(
     layout: Layout,
     budget_tokens: int,
 ) -> float:
-    """Return the mean loss per learnt token of `rows`, which the ranks share; no gradients."""
+    """Return the mean loss per labelled token of `rows`, which are divided among the ranks; no gradients."""
     import torch
 
     device = next(parameter.device for parameter in model.parameters() if parameter.requires_grad)
     lengths = [len(row) for row in rows]
-    mine = list(range(ranks.rank, len(rows), ranks.world_size))
-    sums = torch.zeros(2, dtype=torch.float64)
-    passes = [*(pack if layout == "packed" else group)(mine, lengths, budget_tokens)]
+    own_rows = range(ranks.rank, len(rows), ranks.world_size)
+    sums = torch.zeros(2, dtype=torch.float64)  # the loss, and the number of labels
+    passes = [*(pack if layout == "packed" else group)(own_rows, lengths, budget_tokens)]
     if is_sharded(model):  # each pass is a collective: a rank with fewer goes through one row more often
         idle = ranks.all_reduce_max(len(passes), str(device)) - len(passes)
         passes += [()] * idle
     with evaluating(model):
         for numbers in passes:
-            chosen = [rows[number] for number in numbers or (lengths.index(min(lengths)),)]
-            batch = collate(chosen, layout, pad_id=0, counts=bool(numbers))
+            selected = [rows[number] for number in numbers or (lengths.index(min(lengths)),)]
+            batch = collate(selected, layout, pad_id=0, with_labels=bool(numbers))
             sums[0] += batch_loss(model, batch, str(device)).double().cpu()
             sums[1] += int((batch.labels != IGNORE).sum())
     total = ranks.all_reduce_sum(sums.to(device if device.type == "cuda" else "cpu"))

@@ -1,7 +1,7 @@
-"""Which number types a job computes in on the hardware that is there.
+"""Which number type a job computes in on the hardware that is there.
 
-A manifest says bfloat16 (KAITO's default template does) and the GPU may be a V100: the job goes on in the
-type that works and says so. Does not know models. Start at `settle`.
+A manifest says bfloat16 (KAITO's default template does) and the GPU may be a V100: the job is computed in
+the type that works, with a warning. Does not know models. Start at `resolve_precision`.
 """
 
 import logging
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """The settled compute type, and how Trainer is told."""
+    """The compute type, and the flags of TrainingArguments for it."""
 
     dtype: Dtype
 
@@ -32,7 +32,7 @@ class Precision:
 
 
 def choose_dtype(job: TuningJob, hardware: Hardware) -> Literal["float32", "float16", "bfloat16"]:
-    """Return the type that `job` is computed in on `hardware`, by the rule of `settle`."""
+    """Return the type that `job` is computed in on `hardware`, by the rule of `resolve_precision`."""
     wanted = _wanted(job)
     if wanted == "float32" or (wanted == "float16" and hardware.kind == "cuda"):
         return wanted
@@ -45,7 +45,7 @@ def _wanted(job: TuningJob) -> Dtype:
     return "float16" if job.training.get("fp16") else job.model.dtype
 
 
-def settle(job: TuningJob, hardware: Hardware) -> tuple[TuningJob, Precision]:
+def resolve_precision(job: TuningJob, hardware: Hardware) -> tuple[TuningJob, Precision]:
     """Return `job` with types that `hardware` computes natively, and that type.
 
     float32 stays when asked for; bfloat16 and float16 become the hardware's own choice where they would
@@ -57,5 +57,5 @@ def settle(job: TuningJob, hardware: Hardware) -> tuple[TuningJob, Precision]:
     model = job.model.model_copy(update={"dtype": chosen})
     quantization = job.quantization and job.quantization.model_copy(update={"compute_dtype": chosen})
     training = {key: value for key, value in job.training.items() if key not in ("bf16", "fp16")}
-    settled = job.model_copy(update={"model": model, "quantization": quantization, "training": training})
-    return settled, Precision(chosen)
+    resolved = job.model_copy(update={"model": model, "quantization": quantization, "training": training})
+    return resolved, Precision(chosen)

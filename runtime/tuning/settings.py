@@ -5,16 +5,23 @@ torch. The parent process writes a `TuningJob` to a file, and each torchrun work
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr
 
 from runtime import ports
 from runtime.config import Strict
 from runtime.model_source import ModelSource, Quantization
+from runtime.tuning.data.formats import FORMATS
 
 CHECKPOINT_GRACE_S = 27
 """Time for a checkpoint after SIGTERM, then torchrun kills its workers: Kubernetes gives 30 s to all."""
+
+
+def _known_format(name: str) -> str:
+    if name not in FORMATS:
+        raise ValueError(f"is {name!r}, expected one of {', '.join(FORMATS)}")
+    return name
 
 
 class DataSource(Strict):
@@ -28,7 +35,7 @@ class DataSource(Strict):
     """Directory that holds the data files, or into which `urls` and `image` are fetched."""
     file: Path | None = None
     """One file to use instead of all files in `folder`."""
-    extension: Literal["parquet", "json", "jsonl", "csv", "arrow"] | None = None
+    extension: Annotated[str, AfterValidator(_known_format)] | None = None
     """File format, when file names do not show it."""
     messages_column: str | None = None
     """Column with a list of messages; found by name when None."""

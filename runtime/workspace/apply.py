@@ -8,14 +8,13 @@ from pathlib import Path
 
 from runtime.errors import ConfigError
 from runtime.tuning import training_arguments
+from runtime.tuning.data.formats import FORMATS
 from runtime.workspace import sections
 from runtime.workspace.base_model import Label, apply_model, put_dtype
 from runtime.workspace.config_file import ConfigFile
 from runtime.workspace.layers import LayeredSettings
 from runtime.workspace.mounts import Mounts
 from runtime.workspace.sections import DataCollator, DatasetConfig, QuantizationConfig, TrainingConfig
-
-_EXTENSIONS = ("parquet", "jsonl", "json", "csv", "arrow")
 
 
 def apply_training_config(
@@ -104,8 +103,8 @@ def _apply_dataset(settings: LayeredSettings, section: DatasetConfig, label: Lab
     if section.dataset_extension:
         extension = section.dataset_extension.lower().lstrip(".")
         where = label("DatasetConfig.dataset_extension")
-        if extension not in _EXTENSIONS:
-            raise ConfigError(f"{where} is {extension!r}, expected one of {', '.join(_EXTENSIONS)}")
+        if extension not in FORMATS:
+            raise ConfigError(f"{where} is {extension!r}, expected one of {', '.join(FORMATS)}")
         settings.put("data.extension", extension, where)
     if section.dataset_path:
         path = Path(section.dataset_path)

@@ -7,7 +7,7 @@ measurement is a process of its own, so that its peak memory is its own; what th
 for is left out by name. Without a GPU it says so and ends well; `--device cpu --shape tiny` runs the same
 code in a minute and proves nothing but that it runs.
 
-QLoRA: a pass of T tokens in four documents, half of each learnt, the trainer's own steps; tokens/s without
+QLoRA: a pass of T tokens in four documents, half of each labelled, the trainer's own steps; tokens/s without
 the first step; the peak beside what the plan said. Decode: prompts of 128 tokens, 64 new ones, greedy, N at
 a time; tokens/s once all have begun, with CUDA graphs and ("launched") without. The roofline is one read of
 the weights and of the rows' keys and values per token, at the bandwidth that a copy on this device reaches.
@@ -86,7 +86,7 @@ def tune(folder: Path, device: str, tokens: int, checkpointing: bool) -> dict[st
     from runtime.model_source import ModelSource
     from runtime.tuning import fit
     from runtime.tuning.data.tokenize import TokenizedData, TokenizedRow, TokenizedSplit
-    from runtime.tuning.precision import settle
+    from runtime.tuning.precision import resolve_precision
     from runtime.tuning.process.ranks import Ranks
     from runtime.tuning.process.signals import StopSignal
     from runtime.tuning.settings import Output, TuningJob
@@ -95,9 +95,9 @@ def tune(folder: Path, device: str, tokens: int, checkpointing: bool) -> dict[st
 
     here = machine(device)
     draw = np.random.default_rng(0)
-    learnt = np.arange(tokens // 4) >= tokens // 8
+    loss_mask = np.arange(tokens // 4) >= tokens // 8
     rows = [
-        TokenizedRow(draw.integers(3, 500, tokens // 4, dtype=np.int32), learnt) for _ in range(4 * STEPS)
+        TokenizedRow(draw.integers(3, 500, tokens // 4, dtype=np.int32), loss_mask) for _ in range(4 * STEPS)
     ]
     with tempfile.TemporaryDirectory() as scratch:
         job = TuningJob(
@@ -109,8 +109,8 @@ def tune(folder: Path, device: str, tokens: int, checkpointing: bool) -> dict[st
             checkpoint_minutes=None,
         )
         planned = fit.plan(job, here, rows=rows)
-        parts = tuning.parts(planned.shape, planned.asked)
-        job, precision = settle(job, here)
+        parts = tuning.parts(planned.shape, planned.requested)
+        job, precision = resolve_precision(job, here)
         rank = setup.RankSetup(here, hardware.device(here), precision, Ranks(), StopSignal(), JobProgress())
         made = setup.prepare(
             job, models.load_tokenizer(job.model), TokenizedSplit(TokenizedData(tuple(rows))), rank=rank

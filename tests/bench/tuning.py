@@ -76,7 +76,7 @@ def ours(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any,
     from runtime import models
     from runtime.hardware import detect
     from runtime.tuning.data.tokenize import TokenizedSplit
-    from runtime.tuning.precision import settle
+    from runtime.tuning.precision import resolve_precision
     from runtime.tuning.process.ranks import Ranks
     from runtime.tuning.process.signals import StopSignal
     from runtime.tuning.settings import Encoding, Output, TuningJob
@@ -88,7 +88,7 @@ def ours(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any,
         "per_device_train_batch_size": options.step_rows,
         "learning_rate": LEARNING_RATE,
     }
-    job, precision = settle(
+    job, precision = resolve_precision(
         TuningJob(
             name="bench",
             model=source(),
@@ -138,7 +138,7 @@ def trl(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any, 
 
 
 def kaito(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any, Callable[[], Any]]:
-    """What the KAITO image does: one row a pass, checkpointing, all tokens learnt, cache emptied."""
+    """What the KAITO image does: one row a pass, checkpointing, all tokens labelled, cache emptied."""
     from transformers import TrainerCallback
 
     class EmptyCache(TrainerCallback):
@@ -228,7 +228,7 @@ def contend(options: argparse.Namespace) -> None:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     figures = {
         "tokens": kept.tokens,
-        "learnt": kept.targets,
+        "labelled": kept.labelled_tokens,
         "wall_s": wall,
         "cpu_s": cpu,
         "memory_gib": memory / 2**30,

@@ -34,8 +34,8 @@ def cpu(gib: float) -> Hardware:
 def test_layers_are_computed_again_only_where_that_is_needed() -> None:
     a100 = Hardware("cuda", "A100", (8, 0), 80 << 30, 1)
     long = job(encoding=Encoding(max_tokens=4096))
-    assert not fit.plan(long, a100).chosen.run.checkpointing
-    assert fit.plan(long, V100).chosen.run.checkpointing
+    assert not fit.plan(long, a100).forecast.run.checkpointing
+    assert fit.plan(long, V100).forecast.run.checkpointing
 
 
 def test_the_users_word_stands_unless_fit_is_asked_for() -> None:
@@ -45,11 +45,11 @@ def test_the_users_word_stands_unless_fit_is_asked_for() -> None:
     assert "\n" not in str(refused.value)
     fit.check(job(stubborn, fit="adapt"), V100)
     rows = [TokenizedRow(np.ones(2048, dtype=np.int32), np.ones(2048, dtype=np.bool_))]
-    settled, planned = fit.settle(job(stubborn, fit="adapt"), V100, processes=1, rows=rows)
-    assert planned == fit.plan(settled, V100, rows=rows).chosen.total_bytes
+    settled, planned = fit.resolve(job(stubborn, fit="adapt"), V100, processes=1, rows=rows)
+    assert planned == fit.plan(settled, V100, rows=rows).forecast.total_bytes
     assert settled.tokens_per_pass is not None
     assert 2048 <= settled.tokens_per_pass <= 8 * 2048
-    assert fit.plan(settled, V100, rows=rows).chosen.fits
+    assert fit.plan(settled, V100, rows=rows).forecast.fits
 
 
 def test_rows_are_cut_only_on_request(caplog: pytest.LogCaptureFixture) -> None:
@@ -66,16 +66,16 @@ def test_rows_are_cut_only_on_request(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_cpus_memory_is_planned_with_too() -> None:
     with pytest.raises(CapacityError, match=r"on CPU \(1\.9 GiB usable\).*GiB of memory would do"):
         fit.check(job(), cpu(2))
-    assert fit.plan(job(), cpu(64)).chosen.fits
+    assert fit.plan(job(), cpu(64)).forecast.fits
 
 
 def test_rows_known_to_be_short_and_mostly_prompt_need_less() -> None:
-    learnt = np.arange(100) >= 90
-    rows = [TokenizedRow(np.ones(100, dtype=np.int32), learnt)] * 4
+    loss_mask = np.arange(100) >= 90
+    rows = [TokenizedRow(np.ones(100, dtype=np.int32), loss_mask)] * 4
     known, unknown = fit.plan(job(), V100, rows=rows), fit.plan(job(), V100)
-    assert known.asked.row_tokens == 100
-    assert known.asked.labelled_share == pytest.approx(0.1)
-    assert known.chosen.total_bytes < unknown.chosen.total_bytes
+    assert known.requested.row_tokens == 100
+    assert known.requested.labelled_share == pytest.approx(0.1)
+    assert known.forecast.total_bytes < unknown.forecast.total_bytes
 
 
 def write_small_model(folder: Path) -> None:
@@ -94,7 +94,7 @@ def write_small_model(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(str(folder))
 
 
-def measured(job: TuningJob, script: str) -> tuple[int, fit.Fit]:
+def measured(job: TuningJob, script: str) -> tuple[int, fit.MemoryPlan]:
     """Return the peak resident bytes of a worker after two steps, and its plan."""
     path = job.output.folder / "job.json"
     job.output.folder.mkdir(parents=True)
@@ -139,14 +139,14 @@ def _hold(made: TuningJob, how: str) -> None:
 
     compact = how != "as it comes"
     peak, plan = measured(made, COMPACT if compact else WORKER)
-    run = replace(plan.asked, compact=compact)
+    run = replace(plan.requested, compact=compact)
     planned = tuning.resident(tuning.parts(plan.shape, run))
     assert planned == pytest.approx(peak, rel=0.2), f"planned {planned >> 20} MiB, measured {peak >> 20} MiB"
 
 
 @pytest.fixture
 def make_long_job(tmp_path: Path) -> Callable[..., TuningJob]:
-    """Return a maker of jobs whose rows are all cut at the same length, one to a pass, all of it learnt."""
+    """Return a maker of jobs whose rows are all cut at the same length, one to a pass, all of it labelled."""
 
     def make(model: ModelSource, tokens: int, training: dict[str, Any]) -> TuningJob:
         lines = [

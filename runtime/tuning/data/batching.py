@@ -1,7 +1,8 @@
-"""Which rows make an optimizer step, which rank takes which, and how they lie in a forward pass.
+"""Which rows make an optimizer step, which rank computes which, and the tensors of a forward pass.
 
 Everything here is a pure function of lengths and seeds, so that every rank knows the whole plan
-without asking the others, and a resumed run finds the same one. Start at `BatchPlan.steps`.
+without asking the others, and a resumed run finds the same one. Does not know files, models or losses.
+B rows of a batch, T tokens, N columns with a label. Start at `BatchPlan.steps`, then `collate`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 IGNORE = -100
-"""Label of a token that does not count in the loss."""
+"""Label of a token that is not in the loss (cross_entropy's `ignore_index`)."""
 
 Layout = Literal["packed", "sorted"]
 
@@ -26,11 +27,11 @@ class RankBatch:
     """What one rank computes of one optimizer step."""
 
     micro_batches: tuple[tuple[int, ...], ...]
-    """Row numbers of each forward pass. A rank without rows has one pass over a row that counts nothing."""
-    targets: int
+    """Row numbers of each forward pass. A rank without rows has one pass over a row without labels."""
+    labelled_tokens: int
     """Tokens in the loss of this step over all ranks: what its summed loss is divided by."""
     idle: bool = False
-    """The rank has no rows in this step and only keeps the others company."""
+    """The rank has no rows in this step and only takes part in the collectives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,9 @@ class BatchPlan:
     """How rows become steps; the same on every rank."""
 
     lengths: tuple[int, ...]
-    targets: tuple[int, ...]
+    """Tokens of each row."""
+    labelled_tokens: tuple[int, ...]
+    """Of each row."""
     rows_per_step: int
     """Over all ranks."""
     budget_tokens: int
@@ -55,51 +58,51 @@ class BatchPlan:
         return full if self.drop_last and full else full + bool(rest)
 
     def steps(self, epoch: int) -> Iterator[tuple[int, ...]]:
-        """Yield the rows of each step of `epoch`: every row once, in an order of (seed, epoch)."""
+        """Yield the rows of each step of `epoch`: every row once, in an order that (seed, epoch) decides."""
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
         for step in range(self.steps_per_epoch):
             start = step * self.rows_per_step
             yield tuple(int(row) for row in order[start : start + self.rows_per_step])
 
-    def share(self, rows: Sequence[int], rank: int) -> RankBatch:
+    def rank_batch(self, rows: Sequence[int], rank: int) -> RankBatch:
         """Return what `rank` computes of the step with `rows`."""
-        mine = partition(rows, self.lengths, self.world)[rank]
-        targets = sum(self.targets[row] for row in rows)
-        if not mine:
+        own_rows = partition(rows, self.lengths, self.world)[rank]
+        labelled_tokens = sum(self.labelled_tokens[row] for row in rows)
+        if not own_rows:
             shortest = min(rows, key=lambda row: self.lengths[row])
-            return RankBatch(((shortest,),), targets, idle=True)
-        return RankBatch(self.passes(mine), targets)
+            return RankBatch(((shortest,),), labelled_tokens, idle=True)
+        return RankBatch(self.micro_batches(own_rows), labelled_tokens)
 
-    def passes(self, rows: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    def micro_batches(self, rows: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Return `rows` as the forward passes of one rank."""
         arrange = pack if self.layout == "packed" else group
         return arrange(rows, self.lengths, self.budget_tokens)
 
 
 def partition(rows: Sequence[int], lengths: Sequence[int], world: int) -> list[list[int]]:
-    """Deal `rows` to `world` ranks with token counts as even as longest-first gives."""
-    shares: list[list[int]] = [[] for _ in range(world)]
-    loads = [0] * world
+    """Distribute `rows` over `world` ranks, longest first to the rank with the fewest tokens so far."""
+    per_rank: list[list[int]] = [[] for _ in range(world)]
+    tokens = [0] * world
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):
-        lightest = loads.index(min(loads))
-        shares[lightest].append(row)
-        loads[lightest] += lengths[row]
-    return shares
+        rank = tokens.index(min(tokens))
+        per_rank[rank].append(row)
+        tokens[rank] += lengths[row]
+    return per_rank
 
 
 def pack(rows: Sequence[int], lengths: Sequence[int], budget_tokens: int) -> tuple[tuple[int, ...], ...]:
-    """Fill sequences of at most `budget_tokens` with `rows`, longest first into the first that has room."""
-    bins: list[list[int]] = []
+    """Pack `rows` into sequences of at most `budget_tokens`, longest first into the first that has room."""
+    packs: list[list[int]] = []
     room: list[int] = []
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):
-        place = next((index for index, left in enumerate(room) if left >= lengths[row]), None)
-        if place is None:
-            bins.append([row])
+        first = next((index for index, left in enumerate(room) if left >= lengths[row]), None)
+        if first is None:
+            packs.append([row])
             room.append(budget_tokens - lengths[row])
         else:
-            bins[place].append(row)
-            room[place] -= lengths[row]
-    return tuple(tuple(content) for content in bins)
+            packs[first].append(row)
+            room[first] -= lengths[row]
+    return tuple(tuple(packed) for packed in packs)
 
 
 def group(rows: Sequence[int], lengths: Sequence[int], budget_tokens: int) -> tuple[tuple[int, ...], ...]:
@@ -110,61 +113,63 @@ def group(rows: Sequence[int], lengths: Sequence[int], budget_tokens: int) -> tu
             groups[-1].append(row)
         else:
             groups.append([row])
-    return tuple(tuple(content) for content in groups)
+    return tuple(tuple(grouped) for grouped in groups)
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """The tensors of one forward pass. B rows, T tokens, N tokens that count."""
+    """The tensors of one forward pass."""
 
     inputs: "dict[str, torch.Tensor]"
     """Arguments of the model: input_ids (B, T) and what keeps its rows apart."""
-    places: "torch.Tensor"
-    """(N,) columns t whose hidden state predicts a learnt token."""
+    logits_to_keep: "torch.Tensor"
+    """(N,) columns whose next token is labelled in some row: logits are computed there alone."""
     labels: "torch.Tensor"
-    """(B, N) the token after each place, IGNORE where that row learns nothing there."""
+    """(B, N) the next token at each of these columns, IGNORE where it is not labelled in that row."""
     tokens: int
     """Tokens of the rows, without padding."""
 
 
-def collate(rows: Sequence[TokenizedRow], layout: Layout, *, pad_id: int, counts: bool = True) -> MicroBatch:
-    """Lay `rows` out for one forward pass; with `counts` false no token is a label."""
-    return _packed(rows, counts) if layout == "packed" else _padded(rows, pad_id, counts)
+def collate(
+    rows: Sequence[TokenizedRow], layout: Layout, *, pad_id: int, with_labels: bool = True
+) -> MicroBatch:
+    """Lay `rows` out for one forward pass, without any label unless `with_labels`."""
+    return _packed(rows, with_labels) if layout == "packed" else _padded(rows, pad_id, with_labels)
 
 
-def _packed(rows: Sequence[TokenizedRow], counts: bool) -> MicroBatch:
+def _packed(rows: Sequence[TokenizedRow], with_labels: bool) -> MicroBatch:
     """One row of all documents end to end: restarting positions, no mask, borders for the attention."""
     import torch
 
     ids = np.concatenate([row.ids for row in rows]).astype(np.int64)
-    learnt = np.concatenate([row.learnt for row in rows])
+    loss_mask = np.concatenate([row.loss_mask for row in rows])
     borders = np.cumsum([0, *(len(row) for row in rows)])
-    learnt[borders[:-1]] = False  # nothing predicts a document's first token
-    places = np.flatnonzero(learnt) - 1 if counts else np.zeros(0, dtype=np.int64)
+    loss_mask[borders[:-1]] = False  # nothing predicts a document's first token
+    columns = np.flatnonzero(loss_mask) - 1 if with_labels else np.zeros(0, dtype=np.int64)
     inputs = {
         "input_ids": torch.from_numpy(ids)[None],  # (1, T)
         "position_ids": torch.from_numpy(np.concatenate([np.arange(len(row)) for row in rows]))[None],
         "cu_seq_lens_q": torch.from_numpy(borders.astype(np.int32)),
         "cu_seq_lens_k": torch.from_numpy(borders.astype(np.int32)),
     }
-    labels = torch.from_numpy(ids[places + 1])[None]  # (1, N)
-    return MicroBatch(inputs, torch.from_numpy(places), labels, len(ids))
+    labels = torch.from_numpy(ids[columns + 1])[None]  # (1, N)
+    return MicroBatch(inputs, torch.from_numpy(columns), labels, len(ids))
 
 
-def _padded(rows: Sequence[TokenizedRow], pad_id: int, counts: bool) -> MicroBatch:
+def _padded(rows: Sequence[TokenizedRow], pad_id: int, with_labels: bool) -> MicroBatch:
     """A rectangle, padded on the right and masked there."""
     import torch
 
     width = max(len(row) for row in rows)
     ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     mask = np.zeros((len(rows), width), dtype=np.int64)
-    labels = np.full((len(rows), width), IGNORE, dtype=np.int64)  # label of the *next* token at each place
+    labels = np.full((len(rows), width), IGNORE, dtype=np.int64)  # label of the *next* token in each column
     for number, row in enumerate(rows):
         ids[number, : len(row)] = row.ids
         mask[number, : len(row)] = 1
-        if counts:
-            labels[number, : len(row) - 1] = np.where(row.learnt[1:], row.ids[1:], IGNORE)
-    places = np.flatnonzero((labels != IGNORE).any(axis=0))
+        if with_labels:
+            labels[number, : len(row) - 1] = np.where(row.loss_mask[1:], row.ids[1:], IGNORE)
+    columns = np.flatnonzero((labels != IGNORE).any(axis=0))
     inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-    kept = torch.from_numpy(labels[:, places])  # (B, N)
-    return MicroBatch(inputs, torch.from_numpy(places), kept, int(mask.sum()))
+    kept = torch.from_numpy(labels[:, columns])  # (B, N)
+    return MicroBatch(inputs, torch.from_numpy(columns), kept, int(mask.sum()))

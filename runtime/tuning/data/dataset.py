@@ -1,7 +1,7 @@
-"""Data files of any common shape become examples: a list of messages, or plain text.
+"""Rows of any common shape become examples: a list of messages, or plain text.
 
-Every file below the folder is used, in the order of its path. Knows column names and formats, does not
-know tokens or templates. Start at `load`; `normalise` decides what a row is.
+Every file below the folder is used, in the order of its path. Knows column names, does not know file
+formats, tokens or templates. Start at `load`; `normalise` decides what a row is.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,8 +37,16 @@ PAIRS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("question", ("context",), ("answer", "response", "output")),
     ("input", (), ("output", "response")),
 )
-"""Columns of a question, of what stands under it, and of its answer, in the order they are looked for."""
+"""Columns of a question, of the context put under it, and of its answer, in the order they are looked for."""
 
+HOLD_OUT_FROM_ROWS = 50
+"""With fewer rows nothing is held out unless asked for: each row is worth more in training."""
+
+HELD_OUT_FRACTION = 0.05
+MOST_HELD_OUT_ROWS = 100
+"""Held out unless set: one row in twenty, at least 5 and at most 100; enough to see over-fitting."""
+
+Item = TypeVar("Item")
 Message = dict[str, str]
 
 
@@ -49,7 +57,7 @@ class Example:
     messages: tuple[Message, ...]
     """Turns with keys role and content, the last one the assistant's."""
     text: str = ""
-    """Text to learn whole, for rows that are no conversation."""
+    """Text of which every token is labelled, for rows that are no conversation."""
     origin: str = ""
     """File and row, for error messages."""
 
@@ -83,7 +91,7 @@ def load(source: DataSource, files: Sequence[Path] | None = None) -> Dataset:
     examples: list[Example] = []
     used: list[DataFile] = []
     skipped = 0
-    for path in files or formats.find(source):
+    for path in files or formats.find(source.folder, file=source.file, extension=source.extension):
         count = 0
         for number, row in enumerate(formats.read(path, source.extension), start=1):
             where = f"{path.name}: row {number}"
@@ -110,16 +118,16 @@ def normalise(row: Mapping[str, Any], source: DataSource, where: str) -> Example
         return next((columns[name] for name in names if name in columns), None)
 
     messages = source.messages_column or column("messages", "conversations", "conversation")
-    asks = source.context_column or column("prompt", "instruction", "question", "input")
+    prompt = source.context_column or column("prompt", "instruction", "question", "input")
     answer = source.response_column if source.response_column in row else None
-    if source.messages_column is None and asks and (answer or source.context_column):
-        said = answer or column("completion", "response", "output", "answer")
-        return _pair(row, asks, said, where=where)
+    if source.messages_column is None and prompt and (answer or source.context_column):
+        response = answer or column("completion", "response", "output", "answer")
+        return _pair(row, prompt, response, where=where)
     if messages and (source.messages_column or not answer):
         return Example(_messages(_cell(row, messages, where), f"{where} column '{messages}'"), origin=where)
-    for prompt, extra, replies in PAIRS if not answer else ():
-        if column(prompt) and column(*replies):
-            return _pair(row, column(prompt), column(*replies), where=where, context=column(*extra))
+    for question, contexts, responses in PAIRS if not answer else ():
+        if column(question) and column(*responses):
+            return _pair(row, column(question), column(*responses), where=where, context=column(*contexts))
     text = answer or column("text")
     if text:
         return Example((), text=_text(_cell(row, text, where), f"{where} column '{text}'"), origin=where)
@@ -132,23 +140,30 @@ def normalise(row: Mapping[str, Any], source: DataSource, where: str) -> Example
 
 
 def _pair(
-    row: Mapping[str, Any], prompt: str | None, answer: str | None, *, where: str, context: str | None = None
+    row: Mapping[str, Any],
+    prompt: str | None,
+    response: str | None,
+    *,
+    where: str,
+    context: str | None = None,
 ) -> Example:
     """Return a question and its answer; either may already be a list of messages."""
-    if prompt is None or answer is None:
+    if prompt is None or response is None:
         raise DataError(f"{where}: no column with the prompt (has {', '.join(row)}); set context_column")
-    asked, said = _cell(row, prompt, where), _cell(row, answer, where)
-    if isinstance(asked, list) or isinstance(said, list):
+    asked, answered = _cell(row, prompt, where), _cell(row, response, where)
+    if isinstance(asked, list) or isinstance(answered, list):
         turns = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
-        turns = turns + (said if isinstance(said, list) else [{"role": "assistant", "content": said}])
-        return Example(_messages(turns, f"{where} column '{answer}'"), origin=where)
+        turns = turns + (
+            answered if isinstance(answered, list) else [{"role": "assistant", "content": answered}]
+        )
+        return Example(_messages(turns, f"{where} column '{response}'"), origin=where)
     question = _text(asked, f"{where} column '{prompt}'")
     extra = row.get(context) if context else None
     if extra:
         question = f"{question}\n\n{_text(extra, f'{where} column {context!r}')}"
-    reply = _text(said, f"{where} column '{answer}'")
+    answer = _text(answered, f"{where} column '{response}'")
     return Example(
-        ({"role": "user", "content": question}, {"role": "assistant", "content": reply}), origin=where
+        ({"role": "user", "content": question}, {"role": "assistant", "content": answer}), origin=where
     )
 
 
@@ -191,16 +206,6 @@ def _messages(value: Any, where: str) -> tuple[Message, ...]:
     return tuple(turns)
 
 
-Item = TypeVar("Item")
-
-FROM_ROWS = 50
-"""With fewer rows nothing is held out unless asked: each row is worth more in training."""
-
-SHARE = 0.05
-MOST_ROWS = 100
-"""Held out when nobody says: one row in twenty, at least 5 and at most 100; enough to see over-fitting."""
-
-
 def split(rows: Sequence[Item], source: DataSource) -> tuple[list[Item], list[Item]]:
     """Return (train, held out), shuffled by `shuffle_seed`; without `shuffle` the last rows are held out."""
     count = held_out_rows(len(rows), source.train_share)
@@ -217,6 +222,6 @@ def held_out_rows(rows: int, train_share: float | None) -> int:
     """Return how many of `rows` to hold out."""
     if train_share is not None:
         return round(rows * (1 - train_share))
-    if rows < FROM_ROWS:
+    if rows < HOLD_OUT_FROM_ROWS:
         return 0
-    return min(MOST_ROWS, max(5, round(rows * SHARE)))
+    return min(MOST_HELD_OUT_ROWS, max(5, round(rows * HELD_OUT_FRACTION)))

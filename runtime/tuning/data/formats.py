@@ -1,49 +1,38 @@
-"""The data files of a folder, and their rows as mappings: parquet, JSON, JSONL, CSV, Arrow.
+"""The data files of a folder, and their rows as mappings: one table of formats, and a reader for each.
 
-Knows formats, not columns. Start at `find` and `read`; `targets` names the files of addresses.
+Knows formats, not columns. A new one is an entry of `FORMATS` and its reader. Start at `find` and `read`;
+`local_paths` says under which names addresses are stored. pyarrow is imported when a file is read.
 """
 
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import pyarrow as pa
-import pyarrow.ipc
-import pyarrow.parquet
-
 from runtime.config import describe
 from runtime.errors import DataError
-from runtime.tuning.settings import DataSource
 
-SUFFIXES = {
-    ".parquet": "parquet",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".arrow": "arrow",
-}
-"""Format by file suffix."""
+Row = dict[str, Any]
 
 
-def targets(source: DataSource) -> list[Path]:
-    """Return the file of each URL, in their order: its base name, made different where two are alike.
+def local_paths(urls: Sequence[str], folder: Path) -> list[Path]:
+    """Return the file in `folder` of each URL, in their order: its base name, changed where two are alike.
 
-    An address that is listed twice is one file.
+    A URL that is listed twice is one file.
     """
-    urls = tuple(dict.fromkeys(source.urls))
-    names = [_base_name(url) for url in urls]
+    distinct = tuple(dict.fromkeys(urls))
+    names = [_base_name(url) for url in distinct]
     lowered = [name.lower() for name in names]  # some file systems do not tell a.parquet from A.parquet
     paths: list[Path] = []
-    for url, name in zip(urls, names, strict=True):
+    for url, name in zip(distinct, names, strict=True):
         if lowered.count(name.lower()) > 1:
             path = Path(name)
             name = f"{path.stem}-{hashlib.sha256(url.encode()).hexdigest()[:12]}{path.suffix}"  # noqa: PLW2901
-        paths.append(source.folder / name)
+        paths.append(folder / name)
     return paths
 
 
@@ -53,24 +42,28 @@ def _base_name(url: str) -> str:
     return kept[-120:] or "data"
 
 
-def find(source: DataSource) -> list[Path]:
-    """Return the data files of `source` in path order; DataError telling what is there when none is."""
-    if source.file is not None:
-        if not source.file.is_file():
-            raise DataError(f"{source.file}: no such data file")
-        return [source.file]
-    if not source.folder.is_dir():
-        raise DataError(f"{source.folder}: no such directory, expected one with data files")
-    present = sorted(
-        path for path in source.folder.rglob("*") if path.is_file() and not _hidden(path, source.folder)
-    )
-    found = [path for path in present if source.extension or file_format(path)]
+def find(folder: Path, *, file: Path | None = None, extension: str | None = None) -> list[Path]:
+    """Return the data files below `folder` in path order, or `file` alone where it is given.
+
+    With `extension` files of any suffix are data. DataError, listing what is there, when there is none.
+    """
+    if file is not None:
+        if not file.is_file():
+            raise DataError(f"{file}: no such data file")
+        return [file]
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such directory, expected one with data files")
+    present = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder))
+    found = [path for path in present if extension or file_format(path)]
     if not found:
         names = ", ".join(path.name for path in present[:5]) or "nothing"
-        raise DataError(
-            f"{source.folder}: no data file (found {names}); expected parquet, json, jsonl, csv or arrow"
-        )
+        *others, last = FORMATS
+        raise DataError(f"{folder}: no data file (found {names}); expected {', '.join(others)} or {last}")
     return found
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts) or path.suffix == ".part"
 
 
 def file_format(path: Path) -> str | None:
@@ -80,47 +73,48 @@ def file_format(path: Path) -> str | None:
     kept the URL's query in it.
     """
     name = path.name.lower()
-    exact = SUFFIXES.get(path.suffix.lower())
+    suffixes = {suffix: kind for kind, entry in FORMATS.items() for suffix in entry.suffixes}
+    exact = suffixes.get(path.suffix.lower())
     if exact:
         return exact
-    places = {name.rfind(suffix): kind for suffix, kind in SUFFIXES.items() if suffix in name}
-    return places[max(places)] if places else None
+    positions = {name.rfind(suffix): kind for suffix, kind in suffixes.items() if suffix in name}
+    return positions[max(positions)] if positions else None
 
 
-def read(path: Path, extension: str | None = None) -> Iterator[dict[str, Any]]:
+def read(path: Path, extension: str | None = None) -> Iterator[Row]:
     """Yield the rows of one file as mappings; DataError when it is not what its name says."""
-    kind = extension or file_format(path) or _sniff(path)
+    kind = extension or file_format(path) or _format_by_content(path)
     try:
-        if kind == "parquet":
-            yield from _read_parquet(path)
-        elif kind == "arrow":
-            yield from _read_arrow(path)
-        elif kind == "csv":
-            yield from _read_csv(path)
-        else:
-            yield from _read_json(path)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        yield from FORMATS[kind].read(path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except (ValueError, NotImplementedError, OSError, csv.Error) as error:  # pyarrow's are of the first three
         start = path.read_bytes()[:40] if path.is_file() else b""
         reason = " ".join(str(error).split())[:160]
         raise DataError(f"{path}: not a readable {kind} file ({reason}); it starts with {start!r}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from None
 
 
-def _sniff(path: Path) -> str:
+def _format_by_content(path: Path) -> str:
     """Return the format by the file's first bytes: a URL's base name may tell nothing."""
     with path.open("rb") as stream:
-        start = stream.read(6)
-    return {b"PAR1": "parquet", b"ARRO": "arrow"}.get(start[:4], "json")
+        start = stream.read(max(len(entry.magic) for entry in FORMATS.values()))
+    return next(
+        (kind for kind, entry in FORMATS.items() if entry.magic and start.startswith(entry.magic)), "json"
+    )
 
 
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    with pa.parquet.ParquetFile(path) as file:
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=1000):
             yield from batch.to_pylist()
 
 
-def _read_arrow(path: Path) -> Iterator[dict[str, Any]]:
+def _read_arrow(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.ipc
+
     with pa.OSFile(str(path), "rb") as stream:
         is_file = stream.read(6) == b"ARROW1"
         stream.seek(0)
@@ -130,7 +124,7 @@ def _read_arrow(path: Path) -> Iterator[dict[str, Any]]:
             yield from pa.ipc.open_stream(stream).read_all().to_pylist()
 
 
-def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+def _read_csv(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream)
         for number, row in enumerate(reader, start=1):
@@ -141,7 +135,7 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _read_json(path: Path) -> Iterator[dict[str, Any]]:
+def _read_json(path: Path) -> Iterator[Row]:
     """Read a JSON list, an object with one list in it, or one object a line, whatever the suffix says."""
     with path.open(encoding="utf-8-sig") as stream:
         first = stream.read(1)
@@ -173,9 +167,9 @@ def _json_objects(lines: Iterator[str], name: str) -> Iterator[Any]:
         except json.JSONDecodeError:
             if number > 1:
                 raise DataError(f"{name}: row {number} is not valid JSON") from None
-            whole = parse_json(line + "".join(lines), name)
-            lists = [value for value in whole.values() if isinstance(value, list)]
-            yield from lists[0] if len(lists) == 1 else [whole]
+            single = parse_json(line + "".join(lines), name)
+            lists = [value for value in single.values() if isinstance(value, list)]
+            yield from lists[0] if len(lists) == 1 else [single]
             return
         yield first
 
@@ -188,5 +182,21 @@ def parse_json(text: str, name: str) -> Any:
         raise DataError(f"{name}: not valid JSON: {error.msg} (line {error.lineno})") from None
 
 
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts) or path.suffix == ".part"
+@dataclass(frozen=True, slots=True)
+class DataFormat:
+    """How files of one format are recognised and read."""
+
+    suffixes: tuple[str, ...]
+    read: Callable[[Path], Iterator[Row]]
+    magic: bytes = b""
+    """The first bytes of such files, where they have some of their own."""
+
+
+FORMATS = {
+    "parquet": DataFormat((".parquet",), _read_parquet, magic=b"PAR1"),
+    "json": DataFormat((".json",), _read_json),
+    "jsonl": DataFormat((".jsonl", ".ndjson"), _read_json),
+    "csv": DataFormat((".csv",), _read_csv),
+    "arrow": DataFormat((".arrow",), _read_arrow, magic=b"ARROW1"),
+}
+"""Formats by the names that `dataset_extension` takes."""

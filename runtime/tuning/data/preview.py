@@ -1,11 +1,10 @@
-"""A few rows exactly as the model would see them, and what becomes of all the others.
+"""A few rows exactly as the model would see them, and the outcome of encoding the others.
 
-The job's own data, tokenizer and encoding, but no weights. Does not know how rows are drawn on a screen.
-Start at `preview`.
+Uses the job's own data, tokenizer and encoding, but no weights. Does not know how rows are drawn on a
+screen. Start at `preview`.
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -14,35 +13,35 @@ from runtime import models, oci
 from runtime.oci.access import DEFAULT
 from runtime.tuning.data import dataset, download, formats, tokenize
 from runtime.tuning.data.dataset import Dataset, Example, split
-from runtime.tuning.data.tokenize import RowOutcome, TokenizedRow, longest_row
+from runtime.tuning.data.tokenize import EncodedExample, RowOutcome, TokenizedRow
 from runtime.tuning.settings import TuningJob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COUNTED_ROWS = 1000
-"""Rows that are encoded for the counts: enough for shares to the percent, done in a second or two."""
+"""Rows that are encoded for the counts: enough for percentages, done in a second or two."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextRun:
-    """Neighbouring tokens that are all trained on, or all not."""
+    """Neighbouring tokens that are all labelled, or all not."""
 
     text: str
-    trained: bool
+    labelled: bool
 
 
 @dataclass(frozen=True, slots=True)
-class PreviewRow:
+class PreviewExample:
     """One example and the rows it becomes."""
 
     origin: str
     """File and row."""
-    fate: RowOutcome
+    outcome: RowOutcome
     full_tokens: int
     """Its length before anything was cut."""
     tokens: int
-    trained: int
+    labelled_tokens: int
     rows: tuple[tuple[TextRun, ...], ...]
     """More than one after a split, none when it is dropped."""
 
@@ -51,35 +50,36 @@ class PreviewRow:
 class Preview:
     """What `runtime tune` would train on."""
 
-    shown: tuple[PreviewRow, ...]
+    examples: tuple[PreviewExample, ...]
     data: Dataset
     train_rows: int
     held_out_rows: int
     max_tokens: int
     counted: int
     """Training rows that the counts below are of, from the first."""
-    fates: Counter[RowOutcome]
+    outcomes: Counter[RowOutcome]
     tokens: int
-    trained: int
+    labelled_tokens: int
 
     @property
     def dropped(self) -> int:
-        """Rows of `counted` that teach nothing."""
-        return self.fates["too long"] + self.fates["unlabelled"]
+        """Rows of `counted` that are too long or have no labelled token."""
+        return self.outcomes["too long"] + self.outcomes["unlabelled"]
 
 
 def preview(job: TuningJob, *, count: int, access: oci.Access = DEFAULT) -> Preview:
     """Return the first `count` training rows of `job` as they are encoded, and counts over many."""
     download.fetch(job.data, token=job.hub_token, access=access)
-    data = dataset.load(job.data, formats.targets(job.data))
+    data = dataset.load(job.data, formats.local_paths(job.data.urls, job.data.folder))
     train, held_out = split(data.examples, job.data)
-    tokenizer, limit = models.load_tokenizer(job.model), longest_row(job)
+    tokenizer, limit = models.load_tokenizer(job.model), tokenize.longest_row(job)
     examined = train[: max(count, COUNTED_ROWS)]
-    encoded = [tokenize.fit(example, tokenizer, job.encoding, max_tokens=limit) for example in examined]
-    rows = [row for _, pieces in encoded for row in pieces]
+    encoded = [
+        tokenize.encode_within(example, tokenizer, job.encoding, max_tokens=limit) for example in examined
+    ]
     return Preview(
-        shown=tuple(
-            _show(example, result, tokenizer, job)
+        examples=tuple(
+            _preview_example(example, result, tokenizer, job)
             for example, result in zip(examined[:count], encoded, strict=False)
         ),
         data=data,
@@ -87,42 +87,38 @@ def preview(job: TuningJob, *, count: int, access: oci.Access = DEFAULT) -> Prev
         held_out_rows=len(held_out),
         max_tokens=limit,
         counted=len(examined),
-        fates=Counter(fate for fate, _ in encoded),
-        tokens=sum(len(row) for row in rows),
-        trained=sum(row.targets for row in rows),
+        outcomes=Counter(result.outcome for result in encoded),
+        tokens=sum(result.tokens for result in encoded),
+        labelled_tokens=sum(result.labelled_tokens for result in encoded),
     )
 
 
-def _show(
-    example: Example,
-    encoded: tuple[RowOutcome, Sequence[TokenizedRow]],
-    tokenizer: "PreTrainedTokenizerBase",
-    job: TuningJob,
-) -> PreviewRow:
-    fate, rows = encoded
-    return PreviewRow(
+def _preview_example(
+    example: Example, encoded: EncodedExample, tokenizer: "PreTrainedTokenizerBase", job: TuningJob
+) -> PreviewExample:
+    return PreviewExample(
         origin=example.origin,
-        fate=fate,
+        outcome=encoded.outcome,
         full_tokens=len(tokenize.encode_one(example, tokenizer, job.encoding)),
-        tokens=sum(len(row) for row in rows),
-        trained=sum(row.targets for row in rows),
-        rows=tuple(runs(row, tokenizer) for row in rows),
+        tokens=encoded.tokens,
+        labelled_tokens=encoded.labelled_tokens,
+        rows=tuple(runs(row, tokenizer) for row in encoded.rows),
     )
 
 
 def runs(row: TokenizedRow, tokenizer: "PreTrainedTokenizerBase") -> tuple[TextRun, ...]:
-    """Return the text of `row`, special tokens included, cut where training on it begins or ends."""
-    found: list[TextRun] = []
+    """Return the text of `row`, special tokens included, cut where labels begin or end."""
+    texts: list[TextRun] = []
     ids = row.ids.tolist()
     end, before = 0, ""
-    for trained, flags in groupby(row.learnt.tolist()):
+    for labelled, flags in groupby(row.loss_mask.tolist()):
         start, end = end, end + len(list(flags))
         # Sentencepiece drops the space before a text's first token: a run's text is what it adds.
-        upto = _text(ids[:end], tokenizer)
-        text = upto[len(before) :] if upto.startswith(before) else _text(ids[start:end], tokenizer)
-        found.append(TextRun(text, trained))
-        before = upto
-    return tuple(found)
+        prefix = _text(ids[:end], tokenizer)
+        text = prefix[len(before) :] if prefix.startswith(before) else _text(ids[start:end], tokenizer)
+        texts.append(TextRun(text, labelled))
+        before = prefix
+    return tuple(texts)
 
 
 def _text(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -1,7 +1,7 @@
 """A conversation becomes token ids and labels, with any model's chat template.
 
-Labels are the assistant's turns with the token that ends each; where they lie is read off the template
-itself. Does not know files, tensors or batches. Start at `encode`, then `_spans`.
+Labelled are the assistant's turns with the token that ends each; where they lie is read off the template
+itself. Does not know files, tensors or batches. T tokens. Start at `encode`, then `_assistant_spans`.
 """
 
 import re
@@ -29,18 +29,20 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRow:
-    """One encoded example: ids (T,) int32, and which of them are learnt, (T,) bool."""
+    """One encoded example."""
 
     ids: NDArray[np.int32]
-    learnt: NDArray[np.bool_]
+    """(T,)"""
+    loss_mask: NDArray[np.bool_]
+    """(T,) which tokens are labelled: the loss is over these alone."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
-    def targets(self) -> int:
-        """Tokens that count in the loss: the first one is never predicted."""
-        return int(self.learnt[1:].sum())
+    def labelled_tokens(self) -> int:
+        """How many tokens the loss is over: the first one is never predicted."""
+        return int(self.loss_mask[1:].sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +54,15 @@ class TokenizedData:
     too_long: int = 0
     """Rows dropped because of their length."""
     unlabelled: int = 0
-    """Rows dropped because no token of them would be learnt."""
+    """Rows dropped because no token of them is labelled."""
 
     @property
     def tokens(self) -> int:
         return sum(len(row) for row in self.rows)
 
     @property
-    def targets(self) -> int:
-        return sum(row.targets for row in self.rows)
+    def labelled_tokens(self) -> int:
+        return sum(row.labelled_tokens for row in self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,22 @@ RowOutcome = Literal["whole", "truncated", "split", "too long", "unlabelled"]
 """What became of one example; the last two have no rows."""
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedExample:
+    """The rows of one example, none when it is dropped."""
+
+    outcome: RowOutcome
+    rows: tuple[TokenizedRow, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row) for row in self.rows)
+
+    @property
+    def labelled_tokens(self) -> int:
+        return sum(row.labelled_tokens for row in self.rows)
+
+
 def longest_row(job: TuningJob) -> int:
     """Return the most tokens of a row: the user's setting, else the model's context, up to MAX_TOKENS."""
     return job.encoding.max_tokens or min(models.context_tokens(models.load_config(job.model)), MAX_TOKENS)
@@ -90,37 +108,37 @@ def encode(
 ) -> TokenizedData:
     """Encode `examples`, each to at most `max_tokens`; DataError when more than half teach nothing."""
     rows: list[TokenizedRow] = []
-    fates: Counter[RowOutcome] = Counter()
+    outcomes: Counter[RowOutcome] = Counter()
     for example in examples:
-        fate, pieces = fit(example, tokenizer, encoding, max_tokens=max_tokens)
-        fates[fate] += 1
-        rows += pieces
-    too_long, unlabelled = fates["too long"], fates["unlabelled"]
-    lost = too_long + unlabelled
-    if lost * 2 > len(examples) or not rows:
+        encoded = encode_within(example, tokenizer, encoding, max_tokens=max_tokens)
+        outcomes[encoded.outcome] += 1
+        rows += encoded.rows
+    too_long, unlabelled = outcomes["too long"], outcomes["unlabelled"]
+    dropped = too_long + unlabelled
+    if dropped * 2 > len(examples) or not rows:
         raise DataError(
-            f"{lost} of {len(examples)} rows teach nothing ({too_long} longer than {max_tokens} tokens, "
+            f"{dropped} of {len(examples)} rows teach nothing ({too_long} longer than {max_tokens} tokens, "
             f"{unlabelled} without an answer); raise max_length or check the answers"
         )
-    return TokenizedData(tuple(rows), fates["truncated"] + fates["split"], too_long, unlabelled)
+    return TokenizedData(tuple(rows), outcomes["truncated"] + outcomes["split"], too_long, unlabelled)
 
 
-def fit(
+def encode_within(
     example: Example, tokenizer: "PreTrainedTokenizerBase", encoding: Encoding, *, max_tokens: int
-) -> tuple[RowOutcome, tuple[TokenizedRow, ...]]:
-    """Encode `example` as rows of at most `max_tokens`, by the user's choice for longer ones."""
+) -> EncodedExample:
+    """Encode `example` as rows of at most `max_tokens`, with what `encoding.too_long` does to longer ones."""
     row = encode_one(example, tokenizer, encoding)
-    fate: RowOutcome = "whole"
-    pieces = [row]
+    outcome: RowOutcome = "whole"
+    rows = [row]
     if len(row) > max_tokens:
         if encoding.too_long == "drop":
-            return "too long", ()
+            return EncodedExample("too long")
         if encoding.too_long == "split":
-            fate, pieces = "split", _split(row, max_tokens)
+            outcome, rows = "split", _split(row, max_tokens)
         else:
-            fate, pieces = "truncated", [_truncate(example, tokenizer, encoding, max_tokens=max_tokens)]
-    kept = tuple(piece for piece in pieces if piece.targets)
-    return (fate if kept else "unlabelled"), kept
+            outcome, rows = "truncated", [_truncate(example, tokenizer, encoding, max_tokens=max_tokens)]
+    labelled = tuple(row for row in rows if row.labelled_tokens)
+    return EncodedExample(outcome, labelled) if labelled else EncodedExample("unlabelled")
 
 
 def encode_one(example: Example, tokenizer: "PreTrainedTokenizerBase", encoding: Encoding) -> TokenizedRow:
@@ -140,14 +158,14 @@ def encode_one(example: Example, tokenizer: "PreTrainedTokenizerBase", encoding:
         ids = ids if ended else [*ids, _eos(tokenizer)]
         return _row(ids, [True] * len(ids))
     if _GENERATION.search(_template(tokenizer)):
-        learnt = _marked(example.messages, tokenizer)
+        mask = _template_mask(example.messages, tokenizer)
     else:
-        learnt = _covered(offsets, _spans(example.messages, text, tokenizer))
-    return _row(*_end_turns(ids, learnt, tokenizer))
+        mask = _span_mask(offsets, _assistant_spans(example.messages, text, tokenizer))
+    return _row(*_end_turns(ids, mask, tokenizer))
 
 
-def _row(ids: Sequence[int], learnt: Sequence[bool]) -> TokenizedRow:
-    return TokenizedRow(np.asarray(ids, dtype=np.int32), np.asarray(learnt, dtype=np.bool_))
+def _row(ids: Sequence[int], loss_mask: Sequence[bool]) -> TokenizedRow:
+    return TokenizedRow(np.asarray(ids, dtype=np.int32), np.asarray(loss_mask, dtype=np.bool_))
 
 
 def _template(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -169,34 +187,34 @@ def _render(
 
 
 def _tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[tuple[int, int]]]:
-    """Return ids and the characters (start, end) of `text` that each stands for."""
+    """Return ids and the character range (start, end) of `text` that each stands for."""
     if not tokenizer.is_fast:
         raise ConfigError(
             f"{type(tokenizer).__name__} gives no character offsets; a tokenizer.json is needed"
         )
-    # Rows longer than the context are cut by us, so the tokenizer need not warn of them.
+    # Rows longer than the context are cut here, so the tokenizer need not warn of them.
     batch: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return batch["input_ids"], batch["offset_mapping"]
 
 
-def _marked(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase") -> list[bool]:
-    """Return the tokens inside the template's own {% generation %} blocks."""
+def _template_mask(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase") -> list[bool]:
+    """Return which tokens are inside the template's own {% generation %} blocks."""
     batch: Any = tokenizer.apply_chat_template(
         list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     return [bool(flag) for flag in batch["assistant_masks"]]
 
 
-def _spans(
+def _assistant_spans(
     messages: Sequence[Message], text: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> list[tuple[int, int]]:
-    """Return the characters of `text` that the assistant writes, end-of-turn text included.
+    """Return the character ranges of `text` that the assistant writes, end-of-turn text included.
 
-    A turn begins where the prompt for it ends. Templates that rewrite earlier turns (reasoning models
-    cut old thoughts) or prompt with more than they keep are met by looking for the content itself.
+    A turn begins where the prompt for it ends. Where a template rewrites earlier turns (reasoning models
+    cut old thoughts) or prompts with more than it keeps, the content itself is looked for.
     """
     spans: list[tuple[int, int]] = []
-    place = 0
+    previous_end = 0
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -204,53 +222,55 @@ def _spans(
         if prompt and text.startswith(prompt):
             start = len(prompt)
         else:
-            start = text.find(message["content"].strip(), place)
+            start = text.find(message["content"].strip(), previous_end)
             if start < 0:
                 continue
-        upto = _render(messages[: index + 1], tokenizer)
+        prefix = _render(messages[: index + 1], tokenizer)
         content = text.find(message["content"].strip(), start)
-        end = len(upto) if text.startswith(upto) else max(content, start) + len(message["content"].strip())
+        end = (
+            len(prefix) if text.startswith(prefix) else max(content, start) + len(message["content"].strip())
+        )
         spans.append((start, end))
-        place = end
+        previous_end = end
     return spans
 
 
-def _covered(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Return which tokens touch a span; one that begins before it is learnt too."""
-    learnt = [False] * len(offsets)
+def _span_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Return which tokens touch a span; one that begins before it is labelled too."""
+    mask = [False] * len(offsets)
     for start, end in spans:
         for index, (first, last) in enumerate(offsets):
             if last > start and first < end and last > first:
-                learnt[index] = True
-    return learnt
+                mask[index] = True
+    return mask
 
 
 def _end_turns(
-    ids: list[int], learnt: list[bool], tokenizer: "PreTrainedTokenizerBase"
+    ids: list[int], loss_mask: list[bool], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[int], list[bool]]:
-    """Let every learnt run end with exactly one end-of-turn token, also when pad and eos are one token."""
+    """End every labelled run with exactly one end-of-turn token, also when pad and eos are one token."""
     control = _control_ids(tokenizer)
-    learnt = list(learnt)
+    mask = list(loss_mask)
     index = 0
     while index < len(ids):
-        if not learnt[index]:
+        if not mask[index]:
             index += 1
             continue
         end = index
-        while end < len(ids) and learnt[end] and not (end > index and ids[end] in control):
+        while end < len(ids) and mask[end] and not (end > index and ids[end] in control):
             end += 1
         # `end` is the turn's end token, or the first token after the run.
         if end < len(ids) and ids[end] in control:
-            learnt[end] = True
+            mask[end] = True
             end += 1
-        while end < len(ids) and learnt[end]:  # what the template adds after the turn's end
-            learnt[end] = False
+        while end < len(ids) and mask[end]:  # what the template adds after the turn's end
+            mask[end] = False
             end += 1
         index = end
-    last = max((place for place, flag in enumerate(learnt) if flag), default=None)
+    last = max((number for number, labelled in enumerate(mask) if labelled), default=None)
     if last is not None and last == len(ids) - 1 and ids[last] not in control:
-        ids, learnt = [*ids, _eos(tokenizer)], [*learnt, True]
-    return ids, learnt
+        ids, mask = [*ids, _eos(tokenizer)], [*mask, True]
+    return ids, mask
 
 
 def _control_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
@@ -273,14 +293,14 @@ def _truncate(
     turns = list(example.messages[len(system) :])
     row = encode_one(example, tokenizer, encoding)
     while len(row) > max_tokens:
-        starts = [place for place, message in enumerate(turns) if message["role"] == "user" and place]
-        if not starts:
+        later = next((i for i, message in enumerate(turns) if message["role"] == "user" and i), None)
+        if later is None:
             break
-        turns = turns[starts[0] :]
+        turns = turns[later:]
         row = encode_one(Example((*system, *turns)), tokenizer, encoding)
-    return TokenizedRow(row.ids[-max_tokens:], row.learnt[-max_tokens:])
+    return TokenizedRow(row.ids[-max_tokens:], row.loss_mask[-max_tokens:])
 
 
 def _split(row: TokenizedRow, max_tokens: int) -> list[TokenizedRow]:
-    cuts = range(0, len(row), max_tokens)
-    return [TokenizedRow(row.ids[cut : cut + max_tokens], row.learnt[cut : cut + max_tokens]) for cut in cuts]
+    slices = [slice(start, start + max_tokens) for start in range(0, len(row), max_tokens)]
+    return [TokenizedRow(row.ids[piece], row.loss_mask[piece]) for piece in slices]

@@ -26,7 +26,7 @@ def fuse(model: nn.Module) -> int:
     """
     layers: list[Any] = [layer for layer in model.modules() if is_plain(layer)]
     for layer in layers:
-        layer.forward = functools.partial(forward, layer)
+        layer.forward = functools.partial(lora_forward, layer)
     return len(layers)
 
 
@@ -39,13 +39,13 @@ def is_plain(layer: Any) -> bool:
     return linear and not layer.lora_variant and layer.lora_B[name].bias is None
 
 
-def compute_type(x: Tensor, adapter: Tensor) -> torch.dtype:
+def update_dtype(x: Tensor, adapter: Tensor) -> torch.dtype:
     """Return the type of an update: autocast's, or the adapter's where there is none."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else adapter.dtype
 
 
-def forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def lora_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Return the layer's output for x (…, features); peft's own way without gradients or without adapter."""
     if layer.disable_adapters or layer.merged or not torch.is_grad_enabled():
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
@@ -62,7 +62,7 @@ class _AddUpdate(torch.autograd.Function):
     def forward(ctx: Any, base: Tensor, x: Tensor, *update: Any) -> Tensor:
         """base (…, out), x (…, in); update: down (r, in), up (out, r), scale."""
         down, up, scale = update
-        dtype = compute_type(base, down)
+        dtype = update_dtype(base, down)
         rows = x.flatten(0, -2).to(dtype)
         low = rows @ down.to(dtype).t()  # (B·T, r)
         ctx.save_for_backward(rows, low, down, up)
@@ -88,7 +88,7 @@ class _AddUpdate(torch.autograd.Function):
         return gradient, to_x, to_down, to_up, None
 
 
-def able(layers: Sequence[Any]) -> bool:
+def can_fuse(layers: Sequence[Any]) -> bool:
     """Whether `layers` are LoRA layers that this module can write out: 4-bit or whole, without dropout."""
     return all(
         is_plain(layer)
@@ -102,15 +102,15 @@ def _ready(layers: Sequence[Any], x: Tensor) -> bool:
     """Whether this call is one of training in one number type; others are the layers' own."""
     return (
         torch.is_grad_enabled()
-        and x.dtype == compute_type(x, _down(layers[0]))
+        and x.dtype == update_dtype(x, _down(layers[0]))
         and not any(
-            layer.disable_adapters or layer.merged or not layer.training or computed_type(layer) != x.dtype
+            layer.disable_adapters or layer.merged or not layer.training or base_dtype(layer) != x.dtype
             for layer in layers
         )
     )
 
 
-def computed_type(layer: Any) -> torch.dtype:
+def base_dtype(layer: Any) -> torch.dtype:
     """Return the number type of the products of a LoRA layer's base."""
     base = layer.get_base_layer()
     quantised = isinstance(base, Linear4bit)
@@ -204,7 +204,7 @@ class FusedProjections:
         """Return the output of layer `number` for x (…, in)."""
         if x is not self._input or number not in self._outputs:
             if not _ready(self.layers, x):
-                return forward(self.layers[number], x, *args, **kwargs)
+                return lora_forward(self.layers[number], x, *args, **kwargs)
             outputs = _Projections.apply(x, self.layers, *_adapters(self.layers))  # type: ignore[no-untyped-call]
             self._input, self._outputs = x, dict(enumerate(outputs))
         out = self._outputs.pop(number)

@@ -1,7 +1,7 @@
 """Puts written-out operations in place of a model's own where they compute the same.
 
 A module is recognised by its parts, and one of each class is compared with the original on random input
-before any of that class is replaced: a family whose formula differs keeps its own. Start at `rewrite`.
+before any of that class is replaced: a family whose formula differs keeps its own. Start at `install`.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class LossHead:
             self.labels = None
 
 
-def install(model: Any) -> bool:
+def install_loss(model: Any) -> bool:
     """Let `model`'s output layer compute the loss, where its family and the layer allow; say whether."""
     layer = model.get_output_embeddings()
     plain = type(layer) is nn.Linear and not any(weight.requires_grad for weight in layer.parameters())
@@ -57,8 +57,8 @@ def install(model: Any) -> bool:
     return True
 
 
-def find(model: nn.Module) -> LossHead | None:
-    """Return what `install` put into `model`, under whatever it is wrapped in."""
+def loss_head(model: nn.Module) -> LossHead | None:
+    """Return what `install_loss` put into `model`, under whatever it is wrapped in."""
     heads = (module.__dict__.get("forward") for module in model.modules())
     return next((head for head in heads if isinstance(head, LossHead)), None)
 
@@ -117,7 +117,7 @@ ROTARY = "apply_rotary_pos_emb"
 
 
 @contextlib.contextmanager
-def rotating(model: nn.Module) -> Iterator[None]:
+def fused_rotary(model: nn.Module) -> Iterator[None]:
     """Within: rotary embeddings of `model`'s family are turned in one operation, where it has the usual ones.
 
     Families call a function of their module, so that one is replaced, for this process.
@@ -126,7 +126,7 @@ def rotating(model: nn.Module) -> Iterator[None]:
     homes = [vars(sys.modules[name]) for name in sorted(sources) if name in sys.modules]
     replaced = [(home, home[ROTARY]) for home in homes if ROTARY in home and _rotates(home[ROTARY])]
     for home, _ in replaced:
-        home[ROTARY] = rotate
+        home[ROTARY] = apply_rotary
     try:
         yield
     finally:
@@ -135,18 +135,18 @@ def rotating(model: nn.Module) -> Iterator[None]:
 
 
 def _rotates(original: Callable[..., tuple[Tensor, Tensor]]) -> bool:
-    """Whether `original` does what `rotate` does, on random input."""
+    """Whether `original` does what `apply_rotary` does, on random input."""
     if list(inspect.signature(original).parameters) != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
         return False
     made = torch.Generator().manual_seed(0)
     shapes = ((1, 4, 3, 8), (1, 2, 3, 8), (1, 3, 8), (1, 3, 8))
     queries, keys, cos, sin = (torch.randn(shape, generator=made) for shape in shapes)
-    turned = rotate(queries, keys, cos, sin)
+    turned = apply_rotary(queries, keys, cos, sin)
     pairs = zip(original(queries, keys, cos, sin), turned, strict=True)
     return all(torch.allclose(theirs, ours, rtol=1e-4, atol=1e-5) for theirs, ours in pairs)
 
 
-def rotate(
+def apply_rotary(
     queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Return `queries` and `keys` (B, H, T, D) turned by cos and sin (B, T, R); features after R stay."""
@@ -183,7 +183,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     return out
 
 
-def norm(module: Any, x: Tensor) -> Tensor:
+def rms_norm(module: Any, x: Tensor) -> Tensor:
     """Return weight * x / rms(x) for x (…, features); the module's own way where its weight learns."""
     if not torch.is_grad_enabled() or module.weight.requires_grad:
         return type(module).forward(module, x)  # type: ignore[no-any-return]
@@ -232,7 +232,7 @@ class Candidate:
     dtype: torch.dtype
 
 
-def rewrite(adapted: Any) -> None:
+def install(adapted: Any) -> None:
     """Rewrite LoRA layers, MLPs, norms and the output layer of a PeftModel, each where it can be."""
     fuse(adapted)
     counts = {"MLPs": 0, "norms": 0, "shared inputs": 0}
@@ -248,7 +248,7 @@ def rewrite(adapted: Any) -> None:
                 module.forward = found.forward
                 counts[kind] += 1
         counts["shared inputs"] += _share(module)
-    learns = install(adapted.get_base_model())
+    learns = install_loss(adapted.get_base_model())
     log.debug("rewritten: %s, loss in the output layer: %s", counts, learns)
 
 
@@ -259,10 +259,10 @@ def _mlp(module: nn.Module) -> Candidate | None:
         return None
     names = ("gate_proj", "up_proj") if hasattr(module, "gate_proj") else ("gate_up_proj",)
     layers: list[Any] = [getattr(module, name, None) for name in (*names, "down_proj")]
-    if len(list(module.children())) != len(layers) + 1 or not fused_lora.able(layers):
+    if len(list(module.children())) != len(layers) + 1 or not fused_lora.can_fuse(layers):
         return None
     forward = functools.partial(fused_lora.run_mlp, module, tuple(layers[:-1]), layers[-1])
-    return Candidate(module, forward, layers[0].in_features, fused_lora.computed_type(layers[0]))
+    return Candidate(module, forward, layers[0].in_features, fused_lora.base_dtype(layers[0]))
 
 
 def _norm(module: nn.Module) -> Candidate | None:
@@ -270,13 +270,13 @@ def _norm(module: nn.Module) -> Candidate | None:
     weight: Any = getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
         return None
-    return Candidate(module, functools.partial(norm, module), len(weight), weight.dtype)
+    return Candidate(module, functools.partial(rms_norm, module), len(weight), weight.dtype)
 
 
 def _share(module: nn.Module) -> bool:
     """Let the query, key and value projections of an attention compute together."""
     layers = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
-    if not fused_lora.able(layers):
+    if not fused_lora.can_fuse(layers):
         return False
     shared = fused_lora.FusedProjections(tuple(layers))
     for number, layer in enumerate(layers):

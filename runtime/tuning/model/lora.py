@@ -29,16 +29,18 @@ def attach(model: "PreTrainedModel", lora: Lora, *, checkpointing: bool = False)
     """Freeze `model` and return it with a fresh adapter; ConfigError when `lora` does not fit it."""
     from peft import LoraConfig, get_peft_model
 
-    from runtime.tuning.model.fused_ops import rewrite
+    from runtime.tuning.model.fused_ops import install
 
-    targets = lora.targets if isinstance(lora.targets, str) else resolve_targets(lora.targets, linears(model))
+    targets = (
+        lora.targets if isinstance(lora.targets, str) else resolve_targets(lora.targets, linear_names(model))
+    )
     settings: dict[str, Any] = {
         "r": lora.r,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "task_type": "CAUSAL_LM",
-        **lora_init.options(lora),
+        **lora_init.peft_options(lora),
     }
     model.requires_grad_(False)
     if checkpointing:
@@ -50,7 +52,7 @@ def attach(model: "PreTrainedModel", lora: Lora, *, checkpointing: bool = False)
             adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"LoraConfig does not fit this model: {' '.join(str(error).split())}") from None
-    rewrite(adapted)
+    install(adapted)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     log.info("LoRA r=%d alpha=%d on %s: %d trained weights", lora.r, lora.alpha, targets, trained)
     return adapted
@@ -82,7 +84,7 @@ def evaluating(model: "nn.Module") -> Iterator[None]:
         reslice(model)
 
 
-def linears(model: "nn.Module") -> set[str]:
+def linear_names(model: "nn.Module") -> set[str]:
     """Return the last name parts of the model's linear layers, the output head left out."""
     from torch import nn
 

@@ -3,7 +3,7 @@
 PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) move the largest part of each weight into the adapter
 and train that; `initial` remembers it, so that what is saved is an update of the whole base again. LoftQ
 (arXiv:2310.08659) begins with what 4-bit quantisation took from each weight. Does not know training. Start
-at `begin`.
+at `initialise`.
 """
 
 from collections.abc import Iterator
@@ -51,14 +51,14 @@ def check(lora: Lora, *, bits: int | None) -> None:
         raise ConfigError("init_lora_weights 'loftq' makes up for 4 bits: use it with load_in_4bit")
 
 
-def options(lora: Lora) -> dict[str, Any]:
+def peft_options(lora: Lora) -> dict[str, Any]:
     """Return the options of `lora` for peft, which attaches what LoftQ then fills."""
     if lora.options.get("init_lora_weights") != "loftq":
         return lora.options
     return {k: v for k, v in lora.options.items() if k not in {"init_lora_weights", "loftq_config"}}
 
 
-def begin(model: "PeftModel", lora: Lora, folder: Path) -> "dict[str, Tensor] | None":
+def initialise(model: "PeftModel", lora: Lora, folder: Path) -> "dict[str, Tensor] | None":
     """Fill a fresh adapter by LoftQ where asked, from the base's weights in `folder`.
 
     Returns the adapter's first weights, by their names in its file, where the base has lost them to it; else

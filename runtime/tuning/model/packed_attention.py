@@ -2,7 +2,7 @@
 
 With it packing wastes nothing even without flash-attention: no padding in the matrix products, and no
 T x T mask over a pack in the attention. Does not know rows or batches. H heads, T tokens, D head dim.
-Start at `documents`.
+Start at `attention`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ def register() -> None:
     """Make `NAME` known to transformers; calling it again changes nothing."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, documents)
+    AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, _no_mask)
 
 
@@ -26,7 +26,7 @@ def _no_mask(*_: Any, **__: Any) -> None:
     """The borders say all that a mask would."""
 
 
-def documents(  # noqa: PLR0913 (transformers' signature)
+def attention(  # noqa: PLR0913 (transformers' signature)
     module: "torch.nn.Module",
     query: "torch.Tensor",
     key: "torch.Tensor",

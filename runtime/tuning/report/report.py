@@ -121,7 +121,7 @@ def _data(data: Dataset, tokenized: TokenizedSplit) -> dict[str, Any]:
         "train_rows": len(train.rows),
         "held_out_rows": len(held_out.rows) if held_out else 0,
         "tokens": train.tokens,
-        "trained_tokens": train.targets,
+        "trained_tokens": train.labelled_tokens,
         "truncated_rows": train.truncated,
         "too_long_rows": train.too_long,
         "unlabelled_rows": train.unlabelled,

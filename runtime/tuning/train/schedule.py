@@ -74,7 +74,7 @@ def batch_plan(
         step_rows = per_device * accumulation * ranks.world_size
     return BatchPlan(
         lengths=tuple(len(row) for row in rows),
-        targets=tuple(row.targets for row in rows),
+        labelled_tokens=tuple(row.labelled_tokens for row in rows),
         rows_per_step=min(step_rows, len(rows)),
         budget_tokens=max(budget, *(len(row) for row in rows)) if rows else budget,
         layout=layout,

@@ -165,7 +165,7 @@ def _load(job: TuningJob, rank: RankSetup, *, seed: int) -> AdapterModel:
     )
     set_seed(seed)
     model = lora.attach(base, job.lora, checkpointing=bool(requested_checkpointing(job)))
-    first_weights = lora_init.begin(model, job.lora, models.locate(job.model))
+    first_weights = lora_init.initialise(model, job.lora, models.locate(job.model))
     if sharded:
         fsdp.shard(model, world=rank.ranks.world_size, device=rank.device)
     return AdapterModel(model, first_weights)
@@ -209,7 +209,7 @@ def run_training(setup: TrainingSetup, *, folder: Path, fingerprint: str) -> Non
         with (
             setup.rank.stop.deferred(),
             training_attention(setup),
-            fused_ops.rotating(setup.model),
+            fused_ops.fused_rotary(setup.model),
             contextlib.closing(setup.callbacks.reporter),
         ):
             setup.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

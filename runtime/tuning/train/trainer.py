@@ -86,7 +86,7 @@ class AdapterTrainer(Trainer):
                 batch = self._regroup(batch)
 
     def _run_step(self, model: Any, batch: RankBatch) -> torch.Tensor:
-        ranks, scale = self.workload.ranks, self.workload.ranks.world_size / batch.targets
+        ranks, scale = self.workload.ranks, self.workload.ranks.world_size / batch.labelled_tokens
         total = torch.zeros((), device=self.args.device)
         tokens = 0
         passes = [(rows, not batch.idle) for rows in batch.micro_batches]
@@ -98,7 +98,7 @@ class AdapterTrainer(Trainer):
                 [self.workload.rows[row] for row in rows],
                 self.plan.layout,
                 pad_id=self.workload.pad_id,
-                counts=counts,
+                with_labels=counts,
             )
             final = number == len(passes) and not self.averages
             with contextlib.nullcontext() if final else self.accelerator.no_sync(model):
@@ -106,7 +106,7 @@ class AdapterTrainer(Trainer):
             tokens += micro_batch.tokens if counts else 0
         if self.averages:
             average_gradients(model.parameters(), ranks.world_size)
-        self.throughput.count(tokens, batch.targets)
+        self.throughput.count(tokens, batch.labelled_tokens)
         return total
 
     def _run_micro_batch(self, model: Any, micro_batch: MicroBatch, scale: float) -> torch.Tensor:
@@ -137,7 +137,7 @@ class AdapterTrainer(Trainer):
 
     def _regroup(self, batch: RankBatch) -> RankBatch:
         """Return `batch` in passes of the present budget: the loader prefetches one step ahead."""
-        return replace(batch, micro_batches=self.plan.passes(_rows(batch)))
+        return replace(batch, micro_batches=self.plan.micro_batches(_rows(batch)))
 
     def get_train_dataloader(self) -> DataLoader[RankBatch]:
         """Return the steps; not sharded by accelerate, as a `StepSampler` yields this rank's part only."""
@@ -190,7 +190,7 @@ class StepSampler(Sampler[list[RankBatch]]):
 
     def __iter__(self) -> Iterator[list[RankBatch]]:
         for rows in self.plan.steps(self.epoch):
-            yield [self.plan.share(rows, self.rank)]
+            yield [self.plan.rank_batch(rows, self.rank)]
 
     def __len__(self) -> int:
         return self.plan.steps_per_epoch

@@ -44,8 +44,8 @@ def test_an_epoch_uses_every_row_once_over_all_ranks(sizes: list[int], world: in
     plan = BatchPlan(tuple(sizes), tuple(sizes), step_rows, 400, "packed", world=world)
     seen: Counter[int] = Counter()
     for rows in plan.steps(0):
-        shares = [plan.share(rows, rank) for rank in range(world)]
-        assert len({share.targets for share in shares}) == 1
+        shares = [plan.rank_batch(rows, rank) for rank in range(world)]
+        assert len({share.labelled_tokens for share in shares}) == 1
         seen.update(
             row for share in shares if not share.idle for batch in share.micro_batches for row in batch
         )
@@ -90,7 +90,7 @@ def plain_loss(model: Any, rows: list[TokenizedRow]) -> tuple[float, dict[str, t
     total = torch.zeros(())
     for row in rows:
         ids = torch.from_numpy(row.ids.astype(np.int64))[None]
-        labels = torch.where(torch.from_numpy(row.learnt)[None], ids, IGNORE)
+        labels = torch.where(torch.from_numpy(row.loss_mask)[None], ids, IGNORE)
         labels[:, 0] = IGNORE
         count = int((labels != IGNORE).sum())
         if count:
@@ -151,7 +151,7 @@ def test_every_packable_family_was_compared() -> None:
 
 def test_idle_rank_adds_nothing_but_takes_part(tiny_llama_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir))
-    loss = batch_loss(model, collate(some_rows(1), "sorted", pad_id=0, counts=False), "cpu")
+    loss = batch_loss(model, collate(some_rows(1), "sorted", pad_id=0, with_labels=False), "cpu")
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)

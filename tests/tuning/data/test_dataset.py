@@ -42,7 +42,7 @@ def test_known_columns_become_messages(row: dict[str, Any]) -> None:
     assert dataset.normalise(row, DataSource(), "row 1").messages == PAIR
 
 
-def test_text_column_is_learnt_whole() -> None:
+def test_text_column_is_an_example_of_plain_text() -> None:
     example = dataset.normalise({"text": "once"}, DataSource(), "row 1")
     assert (example.messages, example.text) == ((), "once")
 

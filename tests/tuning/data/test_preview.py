@@ -1,4 +1,4 @@
-"""Rows as the model sees them: what is marked as trained, what is counted, and that no weights are read."""
+"""Rows as the model sees them: what is labelled, what is counted, and that no weights are read."""
 
 import shutil
 from collections.abc import Callable
@@ -23,49 +23,49 @@ def without_weights(tiny_llama_dir: Path, tmp_path: Path) -> ModelSource:
     return ModelSource(name="tiny", path=folder)
 
 
-def trained_texts(found: Preview) -> list[list[str]]:
-    return [[run.text for run in shown.rows[0] if run.trained] for shown in found.shown]
+def labelled_texts(found: Preview) -> list[list[str]]:
+    return [[run.text for run in shown.rows[0] if run.labelled] for shown in found.examples]
 
 
-def test_answers_with_their_end_are_trained_and_the_rest_is_not(
+def test_answers_with_their_end_are_labelled_and_the_rest_is_not(
     make_job: Maker, without_weights: ModelSource
 ) -> None:
     found = preview(make_job(model=without_weights), count=3)
-    assert len(found.shown) == 3
-    for shown, texts in zip(found.shown, trained_texts(found), strict=True):
+    assert len(found.examples) == 3
+    for shown, texts in zip(found.examples, labelled_texts(found), strict=True):
         number = int(shown.origin.rpartition(" ")[2]) - 1
         assert texts == [f"it is {number * 7}<|im_end|>"]
         whole = "".join(run.text for run in shown.rows[0])
         assert whole.startswith(f"<|im_start|>user\nwhat is {number}?")
-        assert shown.fate == "whole"
-        assert 0 < shown.trained < shown.tokens == shown.full_tokens
+        assert shown.outcome == "whole"
+        assert 0 < shown.labelled_tokens < shown.tokens == shown.full_tokens
     assert (found.train_rows, found.held_out_rows, found.counted) == (59, 5, 59)
-    assert found.tokens > found.trained > 0
+    assert found.tokens > found.labelled_tokens > 0
 
 
 def test_counts_are_those_that_training_logs(make_job: Maker, without_weights: ModelSource) -> None:
     from transformers import AutoTokenizer
 
-    from runtime.tuning.data import dataset, tokenize
-    from runtime.tuning.data.download import targets
+    from runtime.tuning.data import dataset, formats, tokenize
 
     job = make_job(model=without_weights, encoding=Encoding(max_tokens=100, too_long="drop"))
     found = preview(job, count=1)
-    train, _ = dataset.split(dataset.load(job.data, targets(job.data)).examples, job.data)
+    paths = formats.local_paths(job.data.urls, job.data.folder)
+    train, _ = dataset.split(dataset.load(job.data, paths).examples, job.data)
     tokenizer = AutoTokenizer.from_pretrained(str(without_weights.path))
     encoded = tokenize.encode(train, tokenizer, job.encoding, max_tokens=100)
-    assert (found.tokens, found.trained) == (encoded.tokens, encoded.targets)
-    assert found.fates["too long"] == encoded.too_long > 0
+    assert (found.tokens, found.labelled_tokens) == (encoded.tokens, encoded.labelled_tokens)
+    assert found.outcomes["too long"] == encoded.too_long > 0
 
 
 def test_rows_over_the_limit_show_what_is_left_of_them(make_job: Maker, without_weights: ModelSource) -> None:
     cut = preview(make_job(model=without_weights, encoding=Encoding(max_tokens=24)), count=59)
-    long = [shown for shown in cut.shown if shown.full_tokens > 24]
-    assert {shown.fate for shown in long} == {"truncated"}
-    assert all(shown.tokens == 24 and shown.trained for shown in long)
+    long = [shown for shown in cut.examples if shown.full_tokens > 24]
+    assert {shown.outcome for shown in long} == {"truncated"}
+    assert all(shown.tokens == 24 and shown.labelled_tokens for shown in long)
     pieces = Encoding(max_tokens=24, too_long="split")
     split = preview(make_job(model=without_weights, encoding=pieces), count=59)
-    assert {shown.fate for shown in split.shown if shown.full_tokens > 24} == {"split"}
+    assert {shown.outcome for shown in split.examples if shown.full_tokens > 24} == {"split"}
 
 
 def test_data_that_training_would_refuse_is_shown_with_a_warning(
@@ -73,7 +73,7 @@ def test_data_that_training_would_refuse_is_shown_with_a_warning(
 ) -> None:
     strict = Encoding(max_tokens=8, too_long="drop")
     found = preview(make_job(model=without_weights, encoding=strict), count=1)
-    assert found.shown[0].rows == ()
+    assert found.examples[0].rows == ()
     assert found.dropped == found.counted == 59
     assert "training refuses such data" in render.preview_counts(found)[-1]
 

@@ -1,4 +1,4 @@
-"""Which tokens are learnt, for several chat templates; long rows; rows that teach nothing."""
+"""Which tokens are labelled, for several chat templates; long rows; rows that teach nothing."""
 
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,11 @@ def tokenizer(tiny_llama_dir: Path) -> PreTrainedTokenizerFast:
     return loaded
 
 
-def learnt(row: TokenizedRow, tokenizer: Any) -> list[str]:
-    """Return the text of each learnt run."""
+def labelled_texts(row: TokenizedRow, tokenizer: Any) -> list[str]:
+    """Return the text of each labelled run."""
     runs: list[list[int]] = []
     before = False
-    for token, flag in zip(row.ids.tolist(), row.learnt.tolist(), strict=True):
+    for token, flag in zip(row.ids.tolist(), row.loss_mask.tolist(), strict=True):
         if flag:
             if not before:
                 runs.append([])
@@ -61,14 +61,16 @@ def learnt(row: TokenizedRow, tokenizer: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("template", [CHATML, FORGETFUL], ids=["chatml", "forgetful"])
-def test_fault_26_answers_with_their_end_are_learnt_though_pad_is_eos(tokenizer: Any, template: str) -> None:
+def test_fault_26_answers_with_their_end_are_labelled_though_pad_is_eos(
+    tokenizer: Any, template: str
+) -> None:
     tokenizer.chat_template = template
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     row = encode_one(Example(TURNS), tokenizer, Encoding())
-    assert learnt(row, tokenizer) == ["first answer<|im_end|>", "second answer<|im_end|>"]
+    assert labelled_texts(row, tokenizer) == ["first answer<|im_end|>", "second answer<|im_end|>"]
 
 
-def test_thoughts_of_the_last_turn_are_learnt(tokenizer: Any) -> None:
+def test_thoughts_of_the_last_turn_are_labelled(tokenizer: Any) -> None:
     tokenizer.chat_template = FORGETFUL
     turns = (
         *TURNS[1:2],
@@ -76,22 +78,22 @@ def test_thoughts_of_the_last_turn_are_learnt(tokenizer: Any) -> None:
         TURNS[3],
         {"role": "assistant", "content": "<think>so</think>second"},
     )
-    runs = learnt(encode_one(Example(turns), tokenizer, Encoding()), tokenizer)
+    runs = labelled_texts(encode_one(Example(turns), tokenizer, Encoding()), tokenizer)
     assert runs[-1].endswith("so</think>second<|im_end|>")
 
 
 def test_generation_blocks_of_the_template_are_used(tokenizer: Any) -> None:
     tokenizer.chat_template = MARKED
     row = encode_one(Example(TURNS[1:]), tokenizer, Encoding())
-    assert learnt(row, tokenizer) == ["first answer<|im_end|>", "second answer<|im_end|>"]
+    assert labelled_texts(row, tokenizer) == ["first answer<|im_end|>", "second answer<|im_end|>"]
 
 
 def test_template_without_end_of_turn_gets_one(tokenizer: Any) -> None:
     tokenizer.chat_template = PLAIN
     row = encode_one(Example(TURNS[1:3]), tokenizer, Encoding())
     assert row.ids[-1] == tokenizer.eos_token_id
-    assert row.learnt[-1]
-    assert learnt(row, tokenizer)[0].startswith("first answer")
+    assert row.loss_mask[-1]
+    assert labelled_texts(row, tokenizer)[0].startswith("first answer")
 
 
 def test_ids_are_the_templates_own(tokenizer: Any) -> None:
@@ -100,15 +102,15 @@ def test_ids_are_the_templates_own(tokenizer: Any) -> None:
     assert encode_one(Example(TURNS), tokenizer, Encoding()).ids.tolist() == own
 
 
-def test_all_tokens_can_be_learnt(tokenizer: Any) -> None:
+def test_all_tokens_can_be_labelled(tokenizer: Any) -> None:
     row = encode_one(Example(TURNS), tokenizer, Encoding(loss_on="all"))
-    assert row.learnt.all()
-    assert row.targets == len(row) - 1
+    assert row.loss_mask.all()
+    assert row.labelled_tokens == len(row) - 1
 
 
-def test_text_is_learnt_whole_and_ends(tokenizer: Any) -> None:
+def test_text_is_labelled_whole_and_ends(tokenizer: Any) -> None:
     row = encode_one(Example((), text="once upon"), tokenizer, Encoding())
-    assert row.learnt.all()
+    assert row.loss_mask.all()
     assert row.ids[-1] == tokenizer.eos_token_id
 
 
@@ -131,7 +133,7 @@ def test_fault_24_long_row_loses_old_turns_and_keeps_the_last_answer(tokenizer: 
     (row,) = encoded.rows
     assert encoded.truncated == 1
     assert len(row) <= limit
-    assert learnt(row, tokenizer) == ["second answer<|im_end|>"]
+    assert labelled_texts(row, tokenizer) == ["second answer<|im_end|>"]
     assert tokenizer.decode(row.ids[:3]) == tokenizer.decode(whole.ids[:3])  # the system turn stays
 
 

@@ -15,22 +15,22 @@ from runtime import families
 from runtime.tuning.data.batching import IGNORE, collate
 from runtime.tuning.loss import batch_loss
 from runtime.tuning.model import fused_ops, packed_attention
-from runtime.tuning.model.fused_ops import rotate
+from runtime.tuning.model.fused_ops import apply_rotary
 from runtime.tuning.model.lora import attach
 from runtime.tuning.settings import Lora
 from tests.tuning.data.test_batching import FAMILIES, some_rows
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-WHOLE = {"run_mlp": 2, "norm": 5, "call": 6, "LossHead": 1}
+WHOLE = {"run_mlp": 2, "rms_norm": 5, "call": 6, "LossHead": 1}
 """Two layers of a family of which everything is recognised."""
 FOUND = {
     "llama": WHOLE,
     "mistral": WHOLE,
     "qwen2": WHOLE,
     "smollm3": WHOLE,
-    "qwen3": WHOLE | {"norm": 9},
-    "olmo2": WHOLE | {"norm": 9},
-    "phi3": {"run_mlp": 2, "norm": 5, "LossHead": 1},
+    "qwen3": WHOLE | {"rms_norm": 9},
+    "olmo2": WHOLE | {"rms_norm": 9},
+    "phi3": {"run_mlp": 2, "rms_norm": 5, "LossHead": 1},
     "phi": {"call": 6, "LossHead": 1},
     "gemma": {"call": 6, "LossHead": 1},
     "gemma3_text": {"call": 6},
@@ -64,7 +64,7 @@ def step(model: Any, *, packed: bool, rotating: bool = True) -> tuple[float, dic
     batch = collate(some_rows(5), "packed" if packed else "sorted", pad_id=0)
     packed_attention.register()
     model.get_base_model().set_attn_implementation(packed_attention.NAME if packed else "sdpa")
-    with fused_ops.rotating(model) if rotating else contextlib.nullcontext():
+    with fused_ops.fused_rotary(model) if rotating else contextlib.nullcontext():
         loss = batch_loss(model, batch, "cpu") / int((batch.labels != IGNORE).sum())
         loss.backward()
     return float(loss.detach()), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -88,7 +88,7 @@ def installed(model: Any) -> dict[str, int]:
             names.append(forward.func.__name__)
         elif forward is not None:
             names.append(type(forward).__name__)
-    return {name: names.count(name) for name in set(names) - {"forward"}}
+    return {name: names.count(name) for name in set(names) - {"lora_forward"}}
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -105,7 +105,7 @@ def test_loss_and_gradients_are_those_of_the_families_own_modules(family: str) -
 )
 def test_what_cannot_be_written_out_stays_pefts(lora: Lora) -> None:
     model = adapted("llama", lora)
-    assert installed(model) == {"norm": 5, "LossHead": 1}
+    assert installed(model) == {"rms_norm": 5, "LossHead": 1}
     if not lora.dropout:
         same(model)
 
@@ -142,7 +142,7 @@ class OddRMSNorm(nn.Module):
 def test_a_module_with_another_formula_is_left_alone() -> None:
     model = adapted("llama", Lora(r=4))
     model.get_base_model().model.norm = OddRMSNorm()
-    fused_ops.rewrite(model)
+    fused_ops.install(model)
     assert "forward" not in vars(model.get_base_model().model.norm)
 
 
@@ -150,8 +150,8 @@ def test_rotary_embeddings_are_the_families_own_again_afterwards() -> None:
     model = adapted("llama", Lora(r=4))
     home: Any = sys.modules["transformers.models.llama.modeling_llama"]
     original = home.apply_rotary_pos_emb
-    with pytest.raises(KeyError), fused_ops.rotating(model):
-        assert home.apply_rotary_pos_emb is rotate
+    with pytest.raises(KeyError), fused_ops.fused_rotary(model):
+        assert home.apply_rotary_pos_emb is apply_rotary
         raise KeyError
     assert home.apply_rotary_pos_emb is original
 

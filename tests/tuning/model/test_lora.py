@@ -24,7 +24,7 @@ from runtime.tuning.data.batching import IGNORE, collate
 from runtime.tuning.loss import batch_loss, mean_loss
 from runtime.tuning.model import packed_attention
 from runtime.tuning.model.lora import attach, resolve_targets
-from runtime.tuning.precision import settle
+from runtime.tuning.precision import resolve_precision
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.settings import Lora, TuningJob
 from tests.tuning.data.test_batching import some_rows
@@ -101,7 +101,7 @@ def test_one_step_equals_plain_peft_and_transformers(tiny_llama_dir: Path) -> No
     mine = float(batch_loss(ours, batch, "cpu").detach()) / int((batch.labels != IGNORE).sum())
     padded = collate(rows, "sorted", pad_id=0)
     labels = torch.full_like(padded.inputs["input_ids"], IGNORE)
-    labels[:, padded.places + 1] = padded.labels
+    labels[:, padded.logits_to_keep + 1] = padded.labels
     plain = float(theirs(**padded.inputs, labels=labels, use_cache=False).loss.detach())
     assert mine == pytest.approx(plain, rel=1e-6)
 
@@ -168,7 +168,7 @@ def test_fault_28_type_follows_the_hardware_and_is_logged(
     hardware: Hardware, training: dict[str, Any], wanted: Any, chosen: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = ModelSource(name="m", dtype=wanted)
-    job, precision = settle(TuningJob(name="j", model=model, training=training), hardware)
+    job, precision = resolve_precision(TuningJob(name="j", model=model, training=training), hardware)
     assert (precision.dtype, job.model.dtype, job.quantization and job.quantization.compute_dtype) == (
         chosen,
     ) * 3

@@ -71,7 +71,7 @@ def test_loftq_begins_with_what_four_bits_lost_and_leaves_the_base_alone(tiny_ll
     packed = base.model.layers[1].mlp.up_proj.weight.data.clone()
     lora = Lora(r=8, alpha=16, options={"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}})
     model = attach(base, lora)
-    assert lora_init.begin(model, lora, tiny_llama_dir) is None
+    assert lora_init.initialise(model, lora, tiny_llama_dir) is None
     layer = model.get_base_model().model.layers[1].mlp.up_proj
     weight = layer.get_base_layer().weight
     assert torch.equal(weight.data, packed)

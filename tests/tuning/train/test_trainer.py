@@ -12,7 +12,7 @@ from runtime.hardware import Hardware
 from runtime.model_source import Quantization
 from runtime.tuning.data import dataset, tokenize
 from runtime.tuning.data.tokenize import TokenizedSplit
-from runtime.tuning.precision import settle
+from runtime.tuning.precision import resolve_precision
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.process.signals import StopSignal
 from runtime.tuning.settings import Lora, TuningJob
@@ -32,7 +32,7 @@ def training_setup(job: TuningJob, machine: Hardware = CPU) -> TrainingSetup:
     """Set a job's model and trainer up in this process, on its CPU, as for `machine`."""
     tokenizer = models.load_tokenizer(job.model)
     rows = tokenize.encode(dataset.load(job.data, []).examples, tokenizer, job.encoding, max_tokens=256)
-    settled, precision = settle(job, machine)
+    settled, precision = resolve_precision(job, machine)
     rank = RankSetup(machine, "cpu", precision, Ranks(), StopSignal(), JobProgress())
     return prepare(settled, tokenizer, TokenizedSplit(rows), rank=rank)
 
