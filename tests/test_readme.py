@@ -19,17 +19,6 @@ def test_every_make_target_it_names_exists() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_every_file_of_its_tree_exists() -> None:
-    tree = re.search(r"^```\n(presets/.*?)^```", README, re.DOTALL | re.MULTILINE)
-    assert tree
-    parent = Path()
-    for line in tree[1].splitlines():
-        entry = line.split()[0]
-        path = Path(entry) if not line.startswith(" ") else parent / entry
-        parent = path if not line.startswith(" ") else parent
-        assert (ROOT / path).exists(), path
-
-
 @pytest.mark.parametrize(
     "line", re.findall(r"^runtime (?:presets|plan|tune --dry-run).*", README, re.MULTILINE)
 )
