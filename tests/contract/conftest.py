@@ -17,9 +17,9 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from tuning.conftest import write_rows
 
-from contract.kubelet import Node
+from tests.contract.kubelet import Node
+from tests.tuning.conftest import write_rows
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("buildah", "podman", "runc", "catatonit", "mmdebstrap", "iptables")

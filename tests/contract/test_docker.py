@@ -11,9 +11,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tuning.conftest import write_rows
 
-from contract.test_image import MANIFEST
+from tests.contract.test_image import MANIFEST
+from tests.tuning.conftest import write_rows
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(1800)]  # the image is built first
 

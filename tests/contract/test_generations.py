@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from contract.conftest import Registry
-from contract.kubelet import Document, Node, Pod, documents
+from tests.contract.conftest import Registry
+from tests.contract.kubelet import Document, Node, Pod, documents
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(1800)]  # the image is built first
 

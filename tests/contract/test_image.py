@@ -9,9 +9,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tuning.conftest import write_rows
 
-from contract.kubelet import Node
+from tests.contract.kubelet import Node
+from tests.tuning.conftest import write_rows
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(1800)]  # the image is built first
 

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from contract.conftest import ROOT, Registry
-from contract.kubelet import Document, Node, Pod, documents
 from runtime.cli.main import app
+from tests.contract.conftest import ROOT, Registry
+from tests.contract.kubelet import Document, Node, Pod, documents
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(1800)]  # the image is built first
 

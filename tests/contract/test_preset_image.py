@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from contract.conftest import ROOT
-from contract.kubelet import Node
+from tests.contract.conftest import ROOT
+from tests.contract.kubelet import Node
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(1800)]  # the image is built first
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from faults.registry import FaultyRegistry
-from faults.registry_tokens import TokenServer, make_certificate
 
 from runtime.oci import Access, Reference, parse
+from tests.faults.registry import FaultyRegistry
+from tests.faults.registry_tokens import TokenServer, make_certificate
 
 
 @pytest.fixture

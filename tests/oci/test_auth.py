@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from oci.conftest import AzureLike, Started, docker_config, fresh, quick
 from runtime import oci
 from runtime.errors import ConfigError, RegistryError
 from runtime.oci import Access, Azure, from_environment
 from runtime.oci.access import credential_places
 from runtime.oci.credentials import NULL_GUID, find
+from tests.oci.conftest import AzureLike, Started, docker_config, fresh, quick
 
 pytestmark = pytest.mark.system
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from oci.conftest import Started, fresh, quick
-from oci.test_layout import files
 from runtime import oci
 from runtime.oci import Access, Reference, checkpoints
+from tests.oci.conftest import Started, fresh, quick
+from tests.oci.test_layout import files
 
 pytestmark = pytest.mark.system
 

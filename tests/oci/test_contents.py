@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from oci.conftest import Started, fresh, quick
-from oci.test_layout import files, needs
 from runtime import oci
 from runtime.errors import CapacityError, Failure, RegistryError
 from runtime.oci import variants
 from runtime.oci.blobs import Blob, BlobParts, from_bytes
 from runtime.oci.extract import Unpacker, zstd
 from runtime.oci.image import CONFIG, LAYER_GZIP, LAYER_TAR, assemble, build
+from tests.oci.conftest import Started, fresh, quick
+from tests.oci.test_layout import files, needs
 
 IMAGE_CONFIG = "application/vnd.oci.image.config.v1+json"
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from oci.conftest import Started, fresh, quick
-from oci.test_layout import files, needs
 from runtime import oci
+from tests.oci.conftest import Started, fresh, quick
+from tests.oci.test_layout import files, needs
 
 pytestmark = [
     pytest.mark.system,

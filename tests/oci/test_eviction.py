@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from oci.conftest import Started, fresh, quick
 from runtime import oci
 from runtime.errors import RegistryError
 from runtime.oci import checkpoints
+from tests.oci.conftest import Started, fresh, quick
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
