@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tuning.conftest import write_rows
-
 from pod.processes import FILES, free_port, started
+
+from tests.tuning.conftest import write_rows
 
 ACCELERATE = str(Path(sys.executable).with_name("accelerate"))
 

@@ -9,8 +9,8 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from pod.processes import FILES, answer, free_port, started
+
 from runtime import ports
 from runtime.errors import ConfigError
 from runtime.pod import inference, probes
