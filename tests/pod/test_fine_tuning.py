@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pod.processes import FILES, free_port, started
 
+from tests.pod.processes import FILES, free_port, started
 from tests.tuning.conftest import write_rows
 
 ACCELERATE = str(Path(sys.executable).with_name("accelerate"))

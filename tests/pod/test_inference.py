@@ -9,12 +9,12 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pod.processes import FILES, answer, free_port, started
 
 from runtime import ports
 from runtime.errors import ConfigError
 from runtime.pod import inference, probes
 from runtime.pod.inference import transformers_server, vllm_server
+from tests.pod.processes import FILES, answer, free_port, started
 
 STOCK = ["--torch_dtype=auto", "--pipeline=text-generation", "--trust_remote_code"]
 HEAD = [

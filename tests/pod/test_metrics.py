@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from pod.processes import FILES, started
+from tests.pod.processes import FILES, started
 
 
 def test_metrics_server_leaves_its_port_to_the_training_process(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import subprocess
 
-from pod.processes import FILES
+from tests.pod.processes import FILES
 
 
 def test_multi_node_serving_is_refused_with_what_to_do() -> None:
