@@ -129,10 +129,36 @@ def combine(parts: Sequence[tuple[Path, float]], folder: Path) -> None:
     other than LoRA pairs of linear layers: DoRA's magnitudes, biases and embeddings do not add up so.
     """
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
-    downs: dict[str, list[torch.Tensor]] = {}
-    ups: dict[str, list[torch.Tensor]] = {}
+    pairs = _scaled_pairs(parts)
+    rank = max(sum(down.shape[0] for down, _ in found) for found in pairs.values())
+    joined = {}
+    for path, found in pairs.items():
+        down, up = torch.cat([down for down, _ in found]), torch.cat([up for _, up in found], dim=1)
+        pad = rank - down.shape[0]  # one rank everywhere, and alpha equal to it: no scaling is left
+        joined[f"{path}.lora_A.weight"] = torch.nn.functional.pad(down, (0, 0, 0, pad)).contiguous()
+        joined[f"{path}.lora_B.weight"] = torch.nn.functional.pad(up, (0, pad)).contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(joined, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+    targets = sorted(path.removeprefix(_INSIDE) for path in pairs)
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+    }
+    write_atomic(folder / CONFIG_FILE, json.dumps(config))
+
+
+def _scaled_pairs(
+    parts: Sequence[tuple[Path, float]],
+) -> "dict[str, list[tuple[torch.Tensor, torch.Tensor]]]":
+    """Return by layer the LoRA pairs (A, B) of all `parts`, in float32, B times strength and scaling."""
+    from safetensors.torch import load_file
+
+    pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for part, strength in parts:
         config, weights = _read_config(part), load_file(str(part / WEIGHTS_FILE))
         for key, down in weights.items():
@@ -143,26 +169,8 @@ def combine(parts: Sequence[tuple[Path, float]], folder: Path) -> None:
             if up is None or down.dim() != 2:
                 raise ConfigError(f"adapter {part.name}: {key} is no part of a LoRA pair of a linear layer")
             scale = strength * scaling(config, path.removeprefix(_INSIDE), down.shape[0])
-            downs.setdefault(path, []).append(down.float())
-            ups.setdefault(path, []).append(up.float() * scale)
-    rank = max(sum(down.shape[0] for down in found) for found in downs.values())
-    joined = {}
-    for path, found in downs.items():
-        down, up = torch.cat(found), torch.cat(ups[path], dim=1)
-        pad = rank - down.shape[0]  # one rank everywhere, and alpha equal to it: no scaling is left
-        joined[f"{path}.lora_A.weight"] = torch.nn.functional.pad(down, (0, 0, 0, pad)).contiguous()
-        joined[f"{path}.lora_B.weight"] = torch.nn.functional.pad(up, (0, pad)).contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(joined, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
-    targets = sorted(path.removeprefix(_INSIDE) for path in downs)
-    config = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": targets,
-        "task_type": "CAUSAL_LM",
-    }
-    write_atomic(folder / CONFIG_FILE, json.dumps(config))
+            pairs.setdefault(path, []).append((down.float(), up.float() * scale))
+    return pairs
 
 
 def save(

@@ -4,8 +4,10 @@
 adapters or what the model is for. torch and transformers are imported when something is loaded.
 """
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,16 +100,7 @@ def load(
     from transformers import AutoModelForCausalLM
 
     folder = locate(source)
-    dtype = getattr(torch, compute_dtype(hardware, source.dtype))
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "device_map": {"": device},
-        "local_files_only": True,
-        "trust_remote_code": source.trust_remote_code,
-        "use_safetensors": True,
-    }
-    if source.attention:
-        options["attn_implementation"] = source.attention
+    options = _load_options(source, hardware, device)
     if quantization is not None:
         options["quantization_config"] = _bitsandbytes(quantization, hardware)
     try:
@@ -124,6 +117,22 @@ def load(
     if not training:
         model.requires_grad_(False)
     return model
+
+
+def _load_options(source: ModelSource, hardware: Hardware, device: str) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that do not depend on quantisation."""
+    import torch
+
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, compute_dtype(hardware, source.dtype)),
+        "device_map": {"": device},
+        "local_files_only": True,
+        "trust_remote_code": source.trust_remote_code,
+        "use_safetensors": True,
+    }
+    if source.attention:
+        options["attn_implementation"] = source.attention
+    return options
 
 
 def load_config(source: ModelSource) -> "PreTrainedConfig":
@@ -215,28 +224,39 @@ def _from_image(name: str) -> Path:
 def _from_hub(source: ModelSource, *, offline: bool, weights: bool) -> Path | None:
     """Return the snapshot's directory; None when it is not cached (offline) or the hub is out of reach."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    page = f"the page of {source.repository} on the Hugging Face hub"
     try:
-        folder = snapshot_download(
-            source.repository or "",
-            revision=source.revision,
-            allow_patterns=[name for name in NEEDED_FILES if weights or name != WEIGHTS],
-            local_files_only=offline,
-            etag_timeout=10,
-        )
-        found = _checked(Path(folder), weights=weights)
-        # Of an interrupted download anything may be missing.
-        return found if weights or not offline or (found / "tokenizer_config.json").is_file() else None
+        with _readable_hub_errors(source):
+            snapshot = snapshot_download(
+                source.repository or "",
+                revision=source.revision,
+                allow_patterns=[name for name in NEEDED_FILES if weights or name != WEIGHTS],
+                local_files_only=offline,
+                etag_timeout=10,
+            )
+        folder = _checked(Path(snapshot), weights=weights)
+    except LocalEntryNotFoundError:
+        return None
+    except ConfigError:
+        if offline:  # an interrupted download left part of a snapshot
+            return None
+        raise
+    # Of an interrupted download anything may be missing.
+    return folder if weights or not offline or (folder / "tokenizer_config.json").is_file() else None
+
+
+@contextlib.contextmanager
+def _readable_hub_errors(source: ModelSource) -> Iterator[None]:
+    """Turn the hub's refusals into ConfigError."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        yield
     except GatedRepoError:
         raise ConfigError(
-            f"model {source.name} is gated: accept its licence on {page}, then set HF_TOKEN"
+            f"model {source.name} is gated: accept its licence on the page of {source.repository} on the "
+            "Hugging Face hub, then set HF_TOKEN"
         ) from None
     except RevisionNotFoundError:
         raise ConfigError(
@@ -247,12 +267,6 @@ def _from_hub(source: ModelSource, *, offline: bool, weights: bool) -> Path | No
             f"model {source.name}: no repository {source.repository} on the hub, or it is private and "
             "HF_TOKEN is missing"
         ) from None
-    except LocalEntryNotFoundError:
-        return None
-    except ConfigError:
-        if offline:  # an interrupted download left part of a snapshot
-            return None
-        raise
 
 
 def _one_line(error: Exception) -> str:

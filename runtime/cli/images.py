@@ -67,8 +67,9 @@ def push(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     ca_file: Ca = None,
 ) -> None:
     """Push a folder as an image with its files under /data, and print the digest."""
-    from runtime.oci import image, variants
-    from runtime.oci.images import scratch_folder
+    from runtime.oci import image
+    from runtime.oci.images import load_base, scratch_folder
+    from runtime.oci.modelpack import build as build_modelpack
 
     target, access = oci.parse(reference), _access(context, auth, insecure, ca_file)
     notes = _annotations(annotation or [])
@@ -80,8 +81,8 @@ def push(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
 
         def build() -> image.Image:
             if modelpack:
-                return variants.modelpack(folder, files=file, annotations=notes)
-            under = variants.load_base(source, scratch, access) if source else None
+                return build_modelpack(folder, files=file, annotations=notes)
+            under = load_base(source, scratch, access) if source else None
             return image.build(folder, scratch, files=file, annotations=notes, base=under)
 
         digest = oci.push_image(build, target, access=access, mount_from=mount or None)
@@ -112,16 +113,16 @@ def inspect(  # noqa: PLR0913, PLR0917
 ) -> None:
     """Show digest, kind, layers and annotations of an image."""
     info = oci.inspect(oci.parse(reference), _access(context, auth, insecure, ca_file))
-    contents = info.contents
+    manifest = info.manifest
     if as_json:
-        layers = [layer.as_json() for layer in contents.layers]
-        facts = {"reference": str(info.reference), "digest": info.digest, "kind": contents.kind}
-        typer.echo(json.dumps({**facts, "layers": layers, "annotations": contents.annotations}, indent=2))
+        layers = [layer.as_json() for layer in manifest.layers]
+        facts = {"reference": str(info.reference), "digest": info.digest, "kind": manifest.kind}
+        typer.echo(json.dumps({**facts, "layers": layers, "annotations": manifest.annotations}, indent=2))
         return
-    rows = [("digest", info.digest), ("kind", contents.kind), ("bytes", str(contents.size))]
+    rows = [("digest", info.digest), ("kind", manifest.kind), ("bytes", str(manifest.size))]
     rows += [(f"layer {number}", f"{layer.media_type} {layer.digest} {layer.size}") for number, layer in
-             enumerate(contents.layers, 1)]  # fmt: skip
-    rows += sorted(contents.annotations.items())
+             enumerate(manifest.layers, 1)]  # fmt: skip
+    rows += sorted(manifest.annotations.items())
     render.table(("fact", "value"), rows)
 
 

@@ -15,7 +15,7 @@ from runtime.errors import RegistryError
 from runtime.oci import images
 from runtime.oci.access import DEFAULT, Access
 from runtime.oci.reference import Reference, parse, with_suffix
-from runtime.oci.store import Manifest, Store
+from runtime.oci.store import Store, StoredManifest
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def delete(reference: Reference, *, access: Access = DEFAULT) -> None:
             store.delete(name.selector)
 
 
-def _keep_previous(store: Store, there: Manifest, reference: Reference) -> None:
+def _keep_previous(store: Store, there: StoredManifest, reference: Reference) -> None:
     """Name the current checkpoint the previous one, and let go of the one before."""
     previous = _previous(reference)
     older = store.find(previous.selector)
@@ -91,7 +91,7 @@ def _previous(reference: Reference) -> Reference:
     return parse(with_suffix(str(reference), "-previous"))
 
 
-def _step(manifest: Manifest, job: str) -> int | None:
+def _step(manifest: StoredManifest, job: str) -> int | None:
     """Return the step of a checkpoint manifest of this job, None for anything else."""
     try:
         notes = json.loads(manifest.data)["annotations"]

@@ -50,7 +50,7 @@ _ALONE_LAYERS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class BaseImage:
     """An image to put the files on: its config and the blobs of its layers."""
 
     config: dict[str, Any]
@@ -84,7 +84,7 @@ def build(
     *,
     files: Sequence[str] | None = None,
     annotations: Mapping[str, str] = {},
-    base: Base | None = None,
+    base: BaseImage | None = None,
 ) -> Image:
     """Return the image of `folder`.
 
@@ -226,7 +226,7 @@ def _gzip_layer(folder: Path, names: Sequence[str], scratch: Path) -> tuple[Blob
     return from_file(path, layer), f"sha256:{plain.hexdigest()}"
 
 
-def _config(diff_ids: list[str], base: Base | None) -> dict[str, Any]:
+def _config(diff_ids: list[str], base: BaseImage | None) -> dict[str, Any]:
     # One architecture has to be named; the files run on none, so the commonest is as good as any.
     config: dict[str, Any] = {"architecture": "amd64", "os": "linux", "config": {}}
     config |= base.config if base else {}

@@ -15,18 +15,19 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from runtime.errors import CapacityError, ConfigError, RegistryError
 from runtime.files import atomic_folder, disk_errors, locked
-from runtime.oci import contents
+from runtime.oci import manifests
 from runtime.oci.access import DEFAULT, Access
-from runtime.oci.blobs import Descriptor, file_digest
-from runtime.oci.contents import Contents
-from runtime.oci.image import MARKER, Image, build
+from runtime.oci.blobs import Descriptor, file_digest, from_file
+from runtime.oci.image import MARKER, BaseImage, Image, build
 from runtime.oci.layout import Layout
+from runtime.oci.manifests import ImageManifest
 from runtime.oci.progress import Progress
 from runtime.oci.reference import Reference
-from runtime.oci.store import Manifest, Report, Store
+from runtime.oci.store import Report, Store, StoredManifest
 
 _PARALLEL = 4
 """Blobs in flight at once; more only adds memory (one chunk buffer each) on one link."""
@@ -39,7 +40,7 @@ class ImageInfo:
     reference: Reference
     digest: str
     media_type: str
-    contents: Contents
+    manifest: ImageManifest
 
 
 def push(
@@ -95,7 +96,7 @@ def _send(image: Image, reference: Reference, store: Store, mount_from: str | No
         with progress, ThreadPoolExecutor(_PARALLEL, thread_name_prefix="push") as pool:
             jobs = [pool.submit(store.put_blob, blob, progress.add, mount_from) for blob in image.blobs]
             _wait(jobs, pool, progress)
-        store.put_manifest(Manifest(image.manifest, image.media_type), reference.selector)
+        store.put_manifest(StoredManifest(image.manifest, image.media_type), reference.selector)
         progress.done(image.digest)
     return image.digest
 
@@ -124,12 +125,12 @@ def _pull(store: Store, info: ImageInfo, folder: Path, cache: Path | None) -> No
     parts = folder.parent / f".{folder.name}.blobs"
     blobs_dir = cache or parts
     blobs_dir.mkdir(parents=True, exist_ok=True)
-    _check_space(info.contents, blobs_dir, folder.parent)
+    _check_space(info.manifest, blobs_dir, folder.parent)
     *layers, config = _download(store, info, blobs_dir)
     where = str(info.reference)
-    ids = contents.diff_ids(config, where) if info.contents.kind == "image" else []
+    ids = manifests.diff_ids(config, where) if info.manifest.kind == "image" else []
     with atomic_folder(folder, written_here=False) as new:
-        contents.lay_out(info.contents, layers, new, diff_ids=ids, where=where)
+        manifests.unpack(info.manifest, layers, new, diff_ids=ids, where=where)
         marker = {"reference": where, "digest": info.digest}
         (new / MARKER).write_text(json.dumps(marker), encoding="utf-8")
     shutil.rmtree(parts, ignore_errors=True)
@@ -153,6 +154,24 @@ def download(reference: Reference, folder: Path, access: Access = DEFAULT) -> tu
     with closing(open_store(reference, access)) as store:
         info = _inspect(store, reference)
         return info, _download(store, info, folder)
+
+
+def load_base(reference: Reference, scratch: Path, access: Access) -> BaseImage:
+    """Return the image to put files on, its layers downloaded to `scratch` as they are stored.
+
+    A base with a shell (busybox) serves old controllers, which run `cp -r /data/*` inside the image.
+    """
+    info, blobs = download(reference, scratch, access)
+    if info.manifest.kind != "image":
+        raise ConfigError(f"{reference}: an artifact, expected an image to put files on")
+    config: dict[str, Any] = json.loads(blobs[-1].read_bytes())
+    if len(config.get("rootfs", {}).get("diff_ids", [])) != len(info.manifest.layers):
+        raise ConfigError(f"{reference}: its configuration names no diff_ids; choose another base image")
+    layers = [
+        from_file(path, Descriptor(_oci_type(layer.media_type), layer.digest, layer.size))
+        for layer, path in zip(info.manifest.layers, blobs, strict=False)
+    ]
+    return BaseImage(config, tuple(layers), str(reference), info.digest)
 
 
 def check_push(reference: Reference, *, access: Access = DEFAULT) -> None:
@@ -196,13 +215,15 @@ def _close_unused(opened: Future[Store]) -> None:
 
 def _inspect(store: Store, reference: Reference) -> ImageInfo:
     manifest = _find(store, reference, reference.selector)
-    if contents.is_index(manifest):
+    if manifests.is_index(manifest):
         machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
-        manifest = _find(store, reference, contents.choose_platform(manifest, machine, str(reference)))
-    return ImageInfo(reference, manifest.digest, manifest.media_type, contents.read(manifest, str(reference)))
+        manifest = _find(store, reference, manifests.choose_platform(manifest, machine, str(reference)))
+    return ImageInfo(
+        reference, manifest.digest, manifest.media_type, manifests.read(manifest, str(reference))
+    )
 
 
-def _find(store: Store, reference: Reference, selector: str) -> Manifest:
+def _find(store: Store, reference: Reference, selector: str) -> StoredManifest:
     manifest = store.find(selector)
     if manifest is None:
         raise RegistryError(f"{reference}: no such image; check the name and the tag, or push it first")
@@ -211,7 +232,7 @@ def _find(store: Store, reference: Reference, selector: str) -> Manifest:
 
 def _download(store: Store, info: ImageInfo, folder: Path) -> list[Path]:
     """Return the verified files of all layers and, last, of the config."""
-    wanted = [*info.contents.layers, info.contents.config]
+    wanted = [*info.manifest.layers, info.manifest.config]
     progress = Progress(f"pull {info.reference}", sum(each.size for each in wanted))
     distinct = {each.digest: each for each in wanted}
     with progress, ThreadPoolExecutor(_PARALLEL, thread_name_prefix="pull") as pool:
@@ -255,11 +276,19 @@ def _pulled_digest(folder: Path) -> str | None:
         return None
 
 
-def _check_space(found: Contents, blobs: Path, target: Path) -> None:
+def _check_space(manifest: ImageManifest, blobs: Path, target: Path) -> None:
     """Raise CapacityError when blobs and files cannot both fit; files are no smaller than their blobs."""
-    for place, needed in ((blobs, found.size), (target, 2 * found.size)):
+    for place, needed in ((blobs, manifest.size), (target, 2 * manifest.size)):
         free = shutil.disk_usage(place).free
         if free < needed:
             raise CapacityError(
                 f"{place}: pulling needs {needed} bytes and {free} are free; free space or use another disk"
             )
+
+
+def _oci_type(media_type: str) -> str:
+    """Name a Docker layer's type as OCI does: one manifest holds one kind."""
+    docker = "application/vnd.docker.image.rootfs.diff.tar"
+    return media_type.replace(docker, "application/vnd.oci.image.layer.v1.tar").replace(
+        "tar.gzip", "tar+gzip"
+    )

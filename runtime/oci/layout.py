@@ -17,7 +17,7 @@ from runtime.errors import ConfigError, RegistryError
 from runtime.files import atomic_file, disk_errors, locked
 from runtime.oci.blobs import READ_BYTES, Blob, Descriptor, read_all
 from runtime.oci.image import INDEX, MANIFEST
-from runtime.oci.store import Manifest, Report, check_manifest
+from runtime.oci.store import Report, StoredManifest, check_manifest
 
 _TAG = "org.opencontainers.image.ref.name"
 
@@ -56,7 +56,7 @@ class Layout:
         with disk_errors(place), tempfile.NamedTemporaryFile(dir=place):
             pass
 
-    def find(self, selector: str) -> Manifest | None:
+    def find(self, selector: str) -> StoredManifest | None:
         """Return the manifest under a tag or digest."""
         entry = self._entry(selector)
         if entry is None and selector.startswith("sha256:"):
@@ -69,7 +69,7 @@ class Layout:
             raise RegistryError(
                 f"{self}: blob {entry['digest']} of {selector!r} is missing; push the image again"
             )
-        manifest = Manifest(path.read_bytes(), entry.get("mediaType", MANIFEST))
+        manifest = StoredManifest(path.read_bytes(), entry.get("mediaType", MANIFEST))
         return check_manifest(manifest, entry["digest"], str(self))
 
     def tags(self) -> list[str]:
@@ -96,7 +96,7 @@ class Layout:
                     f"{self}: a file changed while it was being pushed; do not write to it meanwhile"
                 )
 
-    def put_manifest(self, manifest: Manifest, selector: str) -> None:
+    def put_manifest(self, manifest: StoredManifest, selector: str) -> None:
         """Write the manifest and, when `selector` is a tag, point the tag at it."""
         with disk_errors(self._root):
             with _new_file(self._path(manifest.digest)) as file:

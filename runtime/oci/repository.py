@@ -10,28 +10,28 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import requests
 
 from runtime.errors import RegistryError
 from runtime.files import disk_errors
 from runtime.net import RetriableError, first_byte, part_of
-from runtime.oci import contents
+from runtime.oci import manifests
 from runtime.oci.access import Access
 from runtime.oci.auth import Login
 from runtime.oci.blobs import READ_BYTES, Blob, Descriptor
 from runtime.oci.image import INDEX, MANIFEST
 from runtime.oci.reference import Reference
-from runtime.oci.store import Manifest, Report, check_manifest
+from runtime.oci.store import Report, StoredManifest, check_manifest
 from runtime.oci.transport import Transport, raise_if_busy, unexpected
-from runtime.oci.upload import upload
+from runtime.oci.upload import BlobUrls, upload
 
 log = logging.getLogger(__name__)
 
 _HUB_HOST = "registry-1.docker.io"
 _MAX_MANIFEST_BYTES = 4 << 20
-_ACCEPTED = ", ".join((MANIFEST, INDEX, contents.DOCKER_MANIFEST, contents.DOCKER_LIST))
+_ACCEPTED = ", ".join((MANIFEST, INDEX, manifests.DOCKER_MANIFEST, manifests.DOCKER_LIST))
 
 
 class Repository:
@@ -73,7 +73,7 @@ class Repository:
             with contextlib.suppress(RegistryError, RetriableError):
                 self._transport.send("DELETE", session)
 
-    def find(self, selector: str) -> Manifest | None:
+    def find(self, selector: str) -> StoredManifest | None:
         """Return the manifest under a tag or digest."""
         url = self._container.manifest_url(selector)
         response = self._request("GET", url, headers={"Accept": _ACCEPTED})
@@ -85,7 +85,7 @@ class Repository:
         if len(data) > _MAX_MANIFEST_BYTES:
             raise RegistryError(f"{self}: manifest {selector} has {len(data)} bytes; expected at most 4 MiB")
         media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
-        manifest = Manifest(data, _stated_type(data) or media_type)
+        manifest = StoredManifest(data, _stated_type(data) or media_type)
         stated = response.headers.get("Docker-Content-Digest", manifest.digest)
         if stated.startswith("sha256:"):
             check_manifest(manifest, stated, str(self))
@@ -93,20 +93,22 @@ class Repository:
 
     def put_blob(self, blob: Blob, report: Report, mount_from: str | None = None) -> None:
         """Upload `blob` unless the registry has it."""
-        uploads = f"{self._transport.prefix}://{self._container.upload_blob_url()}"
-        address = f"{self._transport.prefix}://{self._container.get_blob_url(blob.descriptor.digest)}"
+        urls = BlobUrls(
+            uploads=self._url(self._container.upload_blob_url()),
+            blob=self._url(self._container.get_blob_url(blob.descriptor.digest)),
+        )
         if mount_from:
             self._login.add_source(mount_from)
         try:
-            upload(self._transport, (uploads, address), blob, report, mount_from)
+            upload(self._transport, urls, blob, report, mount_from)
         except RegistryError:
             if not mount_from:
                 raise
             # We may not read the other repository, or not both at once: push as if it were not there.
             self._login = Login(self._transport, self._reference, "pull,push")
-            upload(self._transport, (uploads, address), blob, report, None)
+            upload(self._transport, urls, blob, report, None)
 
-    def put_manifest(self, manifest: Manifest, selector: str) -> None:
+    def put_manifest(self, manifest: StoredManifest, selector: str) -> None:
         """Upload a manifest; RegistryError when the registry stored another one."""
         url = self._container.manifest_url(selector)
         headers = {"Content-Type": manifest.media_type}
@@ -158,27 +160,22 @@ class Repository:
         return deleted
 
     def _continue(self, descriptor: Descriptor, part: Path, report: Report) -> str:
-        """Append what is missing to `part`; return the hexadecimal digest of the whole."""
+        """Append the missing bytes to `part`; return the hexadecimal digest of the whole."""
         with disk_errors(part, descriptor.size), part.open("a+b") as file:
-            sha = hashlib.sha256()
-            file.seek(0)
-            while chunk := file.read(READ_BYTES):
-                sha.update(chunk)
-            have = file.tell()
-            if have < descriptor.size:
-                response = self._ask_from(descriptor, have)
-                if have and not first_byte(response, have):  # it sends everything
-                    file.truncate(0)
-                    have, sha = 0, hashlib.sha256()
-                report(have)
-                self._receive(response, descriptor.size - have, file, (sha, report))
+            arrived = _ArrivedBytes(file, report)
+            if arrived.size < descriptor.size:
+                response = self._ask_from(descriptor, arrived.size)
+                if arrived.size and not first_byte(response, arrived.size):  # it sends everything
+                    arrived.discard()
+                report(arrived.size)
+                self._receive(response, descriptor.size, arrived)
             else:
-                report(have)
-        return sha.hexdigest()
+                report(arrived.size)
+        return arrived.sha256
 
     def _ask_from(self, descriptor: Descriptor, start: int) -> requests.Response:
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-        url = f"{self._transport.prefix}://{self._container.get_blob_url(descriptor.digest)}"
+        url = self._url(self._container.get_blob_url(descriptor.digest))
         response = self._transport.send("GET", url, headers=headers, stream=True)
         raise_if_busy(response)
         if first_byte(response, start) is not None:
@@ -191,32 +188,62 @@ class Repository:
             )
         raise unexpected(response, f"{self}: downloading {descriptor.digest}")
 
-    def _receive(self, response: requests.Response, left: int, file: Any, sinks: tuple[Any, Report]) -> None:
-        """Write the body to `file`, hashing and reporting it; RetriableError when it ends early."""
-        sha, report = sinks
+    def _receive(self, response: requests.Response, size: int, arrived: "_ArrivedBytes") -> None:
+        """Take in the body until there are `size` bytes; RetriableError when it ends before."""
         try:
             for chunk in response.iter_content(READ_BYTES):
-                left -= len(chunk)
-                if left < 0:
+                if arrived.size + len(chunk) > size:
                     raise RegistryError(
                         f"{self}: a blob is longer than the manifest says; push the image again"
                     )
-                file.write(chunk)
-                sha.update(chunk)
-                report(len(chunk))
+                arrived.append(chunk)
         except requests.exceptions.RequestException as error:
-            file.flush()
-            report(-file.tell())
+            arrived.interrupted()
             raise RetriableError(f"connection lost in the middle ({type(error).__name__})") from None
         finally:
             response.close()
-        if left:
-            file.flush()
-            report(-file.tell())
+        if arrived.size < size:
+            arrived.interrupted()
             raise RetriableError("connection closed in the middle")
 
     def _request(self, method: str, address: str, **options: Any) -> requests.Response:
-        return self._transport.do_request(f"{self._transport.prefix}://{address}", method, **options)
+        return self._transport.do_request(self._url(address), method, **options)
+
+    def _url(self, address: str) -> str:
+        return f"{self._transport.prefix}://{address}"
+
+
+class _ArrivedBytes:
+    """The file that a blob grows in: hashes and reports what is in it and what is appended."""
+
+    def __init__(self, file: BinaryIO, report: Report):
+        self._file, self._report = file, report
+        self._sha256 = hashlib.sha256()
+        file.seek(0)
+        while chunk := file.read(READ_BYTES):
+            self._sha256.update(chunk)
+        self.size = file.tell()
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal digest of all bytes."""
+        return self._sha256.hexdigest()
+
+    def append(self, chunk: bytes) -> None:
+        self._file.write(chunk)
+        self._sha256.update(chunk)
+        self.size += len(chunk)
+        self._report(len(chunk))
+
+    def discard(self) -> None:
+        """Begin with an empty file."""
+        self._file.truncate(0)
+        self._sha256, self.size = hashlib.sha256(), 0
+
+    def interrupted(self) -> None:
+        """Take back what was reported: the next request reports the bytes that it continues after."""
+        self._file.flush()
+        self._report(-self.size)
 
 
 def _stated_type(data: bytes) -> str:

@@ -25,7 +25,7 @@ class CalledOffError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
+class StoredManifest:
     """A manifest as stored: its exact bytes."""
 
     data: bytes
@@ -52,7 +52,7 @@ class Store(Protocol):
         """Prove that a push would be allowed, leaving nothing behind."""
         ...
 
-    def find(self, selector: str) -> Manifest | None:
+    def find(self, selector: str) -> StoredManifest | None:
         """Return the manifest under a tag or digest, None when there is none."""
         ...
 
@@ -60,7 +60,7 @@ class Store(Protocol):
         """Store `blob` unless it is there."""
         ...
 
-    def put_manifest(self, manifest: Manifest, selector: str) -> None:
+    def put_manifest(self, manifest: StoredManifest, selector: str) -> None:
         """Store `manifest` under a tag or its digest; everything it names must be there."""
         ...
 
@@ -73,7 +73,7 @@ class Store(Protocol):
         ...
 
 
-def check_manifest(manifest: Manifest, selector: str, where: str) -> Manifest:
+def check_manifest(manifest: StoredManifest, selector: str, where: str) -> StoredManifest:
     """Return `manifest`; RegistryError when it was asked for by a digest that it does not have."""
     if selector.startswith("sha256:") and manifest.digest != selector:
         raise RegistryError(

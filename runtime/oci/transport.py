@@ -4,7 +4,8 @@
 500 (and everything else for 131 s), and sends an expired token again. Start at `Transport.send`.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit, urlunsplit
 
@@ -111,18 +112,29 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
         """Send one request as it is; RetriableError when the connection broke."""
         payload = data() if callable(data) else data
         try:
-            response: requests.Response = self.session.request(
-                method,
-                url,
-                data=payload,
-                headers=dict(headers or {}),
-                stream=stream,
-                verify=self.verify,
-                timeout=(self.access.connect_timeout_s, self.access.read_timeout_s),
-                # The node's metadata service answers on the node alone: a proxy would be another node.
-                proxies={"no_proxy": "*"} if "//169.254." in url else None,
-                auth=_keep_header,  # else requests looks into ~/.netrc and overwrites ours
-            )
+            with self._readable_errors(url):
+                response: requests.Response = self.session.request(
+                    method,
+                    url,
+                    data=payload,
+                    headers=dict(headers or {}),
+                    stream=stream,
+                    verify=self.verify,
+                    timeout=(self.access.connect_timeout_s, self.access.read_timeout_s),
+                    # The node's metadata service answers on the node alone: a proxy would be another node.
+                    proxies={"no_proxy": "*"} if "//169.254." in url else None,
+                    auth=_keep_header,  # else requests looks into ~/.netrc and overwrites ours
+                )
+        finally:
+            if isinstance(payload, _Closable):  # a body that was not read to its end keeps a file open
+                payload.close()
+        return response
+
+    @contextlib.contextmanager
+    def _readable_errors(self, url: str) -> Iterator[None]:
+        """Turn the errors of requests into RetriableError, or RegistryError where a retry cannot help."""
+        try:
+            yield
         except requests.exceptions.SSLError as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise RegistryError(
@@ -130,17 +142,11 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
                 ) from None
             raise RetriableError(_reason(error)) from None
         except requests.exceptions.TooManyRedirects:
-            raise RegistryError(
-                f"{_short(url)}: redirects without end; check the registry's address"
-            ) from None
+            raise RegistryError(f"{_short(url)}: too many redirects; check the registry's address") from None
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema):
             raise RegistryError(f"{_short(url)}: the registry sent an address that cannot be used") from None
         except (requests.exceptions.RequestException, OSError) as error:
             raise RetriableError(_reason(error)) from None
-        finally:
-            if isinstance(payload, _Closable):  # a body that was not read to its end keeps a file open
-                payload.close()
-        return response
 
     def _probe(self) -> str:
         """Return "https" where the registry speaks TLS, "http" where it does not."""
@@ -213,7 +219,7 @@ def _reason(error: Exception) -> str:
         "RemoteDisconnected": "connection closed without an answer",
         "IncompleteRead": "connection closed in the middle of the answer",
     }
-    return next((said for words, said in known.items() if words in text), type(error).__name__)
+    return next((plain for words, plain in known.items() if words in text), type(error).__name__)
 
 
 def _keep_header(request: requests.PreparedRequest) -> requests.PreparedRequest:

@@ -16,9 +16,9 @@ import requests
 from runtime.errors import RegistryError
 from runtime.net import RetriableError, Retries
 from runtime.oci.blobs import Blob, Reader
-from runtime.oci.sessions import Sessions
 from runtime.oci.store import Report
 from runtime.oci.transport import Transport, raise_if_busy, unexpected
+from runtime.oci.upload_sessions import UploadSessions
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +33,21 @@ _SESSIONS = 4
 _RANGE = re.compile(r"(?:bytes=)?(\d+)-(\d+)")
 
 
+@dataclass(frozen=True, slots=True)
+class BlobUrls:
+    """Addresses of one blob in a repository."""
+
+    uploads: str
+    """Where upload sessions are started."""
+    blob: str
+
+
 @dataclass(slots=True)
 class _Upload:
     """The state of one upload session."""
 
     transport: Transport
-    uploads_url: str
-    """Where sessions are started."""
-    blob_url: str
+    urls: BlobUrls
     blob: Blob
     report: Report
     chunk: int
@@ -50,11 +57,11 @@ class _Upload:
     offset: int = 0
     """Bytes the registry has."""
     sessions: int = 0
-    memory: Sessions = field(init=False)
+    memory: UploadSessions = field(init=False)
     """Remembers `session` for a process that comes after this one was killed."""
 
     def __post_init__(self) -> None:
-        self.memory = Sessions(self.transport.access.sessions)
+        self.memory = UploadSessions(self.transport.access.sessions)
         self.retries = self.transport.retries(f"upload of {self.blob.descriptor.digest[:19]}")
 
     @property
@@ -62,16 +69,13 @@ class _Upload:
         return self.blob.descriptor.size
 
 
-def upload(
-    transport: Transport, urls: tuple[str, str], blob: Blob, report: Report, source: str | None
-) -> None:
+def upload(transport: Transport, urls: BlobUrls, blob: Blob, report: Report, source: str | None) -> None:
     """Send `blob` unless the registry has it.
 
-    urls: the repository's address for new uploads, and that of the blob.
     source: another repository of the registry from which it may be mounted.
     """
     azure = ".azurecr." in transport.host
-    state = _Upload(transport, urls[0], urls[1], blob, report, AZURE_CHUNK_BYTES if azure else CHUNK_BYTES)
+    state = _Upload(transport, urls, blob, report, AZURE_CHUNK_BYTES if azure else CHUNK_BYTES)
     if _exists(state):
         report(blob.descriptor.size)
         return
@@ -93,7 +97,7 @@ def upload(
 
 def _continue(state: _Upload) -> bool:
     """Go on with the upload that a killed process left; False when there is none or it has ended."""
-    left = state.memory.take(state.uploads_url, state.blob.descriptor.digest)
+    left = state.memory.take(state.urls.uploads, state.blob.descriptor.digest)
     if left is None:
         return False
     response = state.transport.do_request(left, "GET")
@@ -114,7 +118,7 @@ def _start(state: _Upload, source: str | None = None) -> bool:
             f"{state.transport.host}: lost the upload of {state.blob.descriptor.digest} {_SESSIONS} times"
         )
     query = f"?{urlencode({'mount': state.blob.descriptor.digest, 'from': source})}" if source else ""
-    response = state.transport.do_request(state.uploads_url + query, "POST", headers={"Content-Length": "0"})
+    response = state.transport.do_request(state.urls.uploads + query, "POST", headers={"Content-Length": "0"})
     if response.status_code == 201 and source:
         return True
     if response.status_code != 202 or not response.headers.get("Location"):
@@ -162,7 +166,7 @@ def _finish(state: _Upload, whole: bool) -> bool:
         if stored != digest:
             raise RegistryError(f"{state.transport.host}: stored {stored} instead of {digest}; push again")
         _moved(state, state.size)
-        state.memory.forget(state.uploads_url, digest)
+        state.memory.forget(state.urls.uploads, digest)
         return True
     if response.status_code == 400:  # the registry has other bytes than we sent: begin again
         if state.sessions > 1:
@@ -208,16 +212,16 @@ def _resynchronise(state: _Upload) -> bool:
 
 
 def _exists(state: _Upload) -> bool:
-    response = state.transport.do_request(state.blob_url, "HEAD")
+    response = state.transport.do_request(state.urls.blob, "HEAD")
     if response.status_code not in {200, 404}:
         raise unexpected(response, f"{state.transport.host}: looking for a blob")
     return bool(response.status_code == 200)
 
 
 def _follow(state: _Upload, response: requests.Response) -> None:
-    state.session = urljoin(state.uploads_url, response.headers.get("Location") or state.session)
+    state.session = urljoin(state.urls.uploads, response.headers.get("Location") or state.session)
     if state.size > MONOLITHIC_BYTES:
-        state.memory.keep(state.uploads_url, state.blob.descriptor.digest, state.session)
+        state.memory.keep(state.urls.uploads, state.blob.descriptor.digest, state.session)
 
 
 def _moved(state: _Upload, offset: int) -> None:

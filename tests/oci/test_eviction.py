@@ -99,6 +99,6 @@ def test_evicted_run_ends_with_the_bytes_of_the_uninterrupted_one(
 
 def oci_step(image: oci.Reference) -> str | None:
     try:
-        return oci.inspect(image, quick()).contents.annotations["sh.kaito.tuning.checkpoint.step"]
+        return oci.inspect(image, quick()).manifest.annotations["sh.kaito.tuning.checkpoint.step"]
     except RegistryError:
         return None

@@ -257,7 +257,7 @@ def test_35_killed_push_sends_only_what_is_missing(faulty: FaultyRegistry, tmp_p
     assert faulty.seen[-1].method == "PUT"
     assert "/manifests/v1" in faulty.seen[-1].path
     info = oci.inspect(reference, quick())
-    assert len(info.contents.layers) == 5
+    assert len(info.manifest.layers) == 5
 
 
 @pytest.mark.slow
@@ -286,7 +286,7 @@ def test_35_killed_push_of_one_file_goes_on_inside_it(faulty: FaultyRegistry, tm
     subprocess.run(push, env=environment, check=True)
     assert stored >= 192 << 20
     assert faulty.sent() < (501 << 20) - stored + 10_000
-    assert oci.inspect(reference, quick()).contents.size > 500 << 20
+    assert oci.inspect(reference, quick()).manifest.size > 500 << 20
     assert not list((tmp_path / ".cache/workspace-runtime/uploads").iterdir())
 
 
@@ -362,7 +362,7 @@ def test_killed_pull_leaves_no_folder_and_keeps_what_it_has(
 ) -> None:
     reference = fresh(faulty.host, "a")
     oci.push(adapter, reference, access=quick())
-    weights = max(oci.inspect(reference, quick()).contents.layers, key=lambda layer: layer.size)
+    weights = max(oci.inspect(reference, quick()).manifest.layers, key=lambda layer: layer.size)
     faulty.fault("GET", weights.digest, "cut", times=99)
     with pytest.raises(TransientError):
         oci.pull(reference, tmp_path / "x/back", access=Access((), attempts=1))

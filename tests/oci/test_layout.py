@@ -64,7 +64,7 @@ def test_same_files_give_the_same_digest_whatever_their_times_and_modes(
 def test_weights_go_plain_and_text_goes_compressed(adapter: Path, tmp_path: Path) -> None:
     reference = oci.parse(f"oci:{tmp_path}/out")
     oci.push(adapter, reference)
-    layers = oci.inspect(reference).contents.layers
+    layers = oci.inspect(reference).manifest.layers
     assert sorted(layer.media_type for layer in layers) == sorted([LAYER_GZIP, LAYER_TAR])
     weights = next(layer for layer in layers if layer.media_type == LAYER_TAR)
     blob = tmp_path / "out/blobs/sha256" / weights.digest.removeprefix("sha256:")
@@ -77,7 +77,7 @@ def test_diff_ids_are_the_digests_of_the_unpacked_layers(adapter: Path, tmp_path
 
     reference = oci.parse(f"oci:{tmp_path}/out")
     oci.push(adapter, reference)
-    found = oci.inspect(reference).contents
+    found = oci.inspect(reference).manifest
     blobs = tmp_path / "out/blobs/sha256"
     config = json.loads((blobs / found.config.digest[7:]).read_bytes())
     expected = []

@@ -121,8 +121,8 @@ def test_inspect_tells_digest_kind_and_annotations(open_registry: Started, adapt
     reference = fresh(open_registry.host, "adapter")
     digest = oci.push(adapter, reference, annotations={"sh.kaito.model.name": "phi-3"}, access=quick())
     info = oci.inspect(reference, quick())
-    assert (info.digest, info.contents.kind) == (digest, "image")
-    assert info.contents.annotations == {"sh.kaito.model.name": "phi-3"}
+    assert (info.digest, info.manifest.kind) == (digest, "image")
+    assert info.manifest.annotations == {"sh.kaito.model.name": "phi-3"}
 
 
 @pytest.fixture

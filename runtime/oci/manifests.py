@@ -1,4 +1,4 @@
-"""What a manifest holds, and how its layers become a folder.
+"""Reads manifests, and lays their layers out as a folder.
 
 Three kinds are read: images with the files under /data (ours, and the controller's old and new form),
 artifacts as `oras push` makes them (titles, unpacked folders), and CNCF ModelPack artifacts.
@@ -15,7 +15,7 @@ from runtime.errors import RegistryError
 from runtime.oci.blobs import Descriptor
 from runtime.oci.extract import Unpacker
 from runtime.oci.image import CONFIG, INDEX, LAYER_GZIP
-from runtime.oci.store import Manifest
+from runtime.oci.store import StoredManifest
 
 Kind = Literal["image", "artifact", "modelpack"]
 
@@ -30,8 +30,8 @@ _MAX_CONFIG_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
-    """A manifest, read."""
+class ImageManifest:
+    """The manifest of an image or artifact, as far as it is used here."""
 
     kind: Kind
     config: Descriptor
@@ -44,7 +44,7 @@ class Contents:
         return sum(layer.size for layer in self.layers)
 
 
-def read(manifest: Manifest, where: str) -> Contents:
+def read(manifest: StoredManifest, where: str) -> ImageManifest:
     """Return what `manifest` holds; RegistryError when it is not an image or artifact manifest."""
     try:
         document = json.loads(manifest.data)
@@ -61,10 +61,10 @@ def read(manifest: Manifest, where: str) -> Contents:
         kind = "modelpack"
     elif config.media_type in {CONFIG, DOCKER_CONFIG}:
         kind = "image"
-    return Contents(kind, config, layers, annotations)
+    return ImageManifest(kind, config, layers, annotations)
 
 
-def choose_platform(index: Manifest, machine: str, where: str) -> str:
+def choose_platform(index: StoredManifest, machine: str, where: str) -> str:
     """Return the digest of the manifest for this machine in an index of several, else of the first."""
     try:
         entries = [e for e in json.loads(index.data)["manifests"] if _is_image(e)]
@@ -77,7 +77,7 @@ def choose_platform(index: Manifest, machine: str, where: str) -> str:
         raise RegistryError(f"{where}: an image index without an image for linux/{machine}") from None
 
 
-def is_index(manifest: Manifest) -> bool:
+def is_index(manifest: StoredManifest) -> bool:
     """Whether `manifest` lists manifests."""
     return manifest.media_type in {INDEX, DOCKER_LIST}
 
@@ -93,9 +93,11 @@ def diff_ids(config: Path, where: str) -> list[str]:
         return []
 
 
-def lay_out(contents: Contents, blobs: list[Path], target: Path, *, diff_ids: list[str], where: str) -> None:
+def unpack(
+    manifest: ImageManifest, blobs: list[Path], target: Path, *, diff_ids: list[str], where: str
+) -> None:
     """Turn the downloaded `blobs` of the layers into files in the empty folder `target`."""
-    if contents.kind == "image":
+    if manifest.kind == "image":
         if diff_ids and len(diff_ids) != len(blobs):
             raise RegistryError(
                 f"{where}: {len(blobs)} layers but {len(diff_ids)} diff_ids; the image is malformed"
@@ -110,9 +112,9 @@ def lay_out(contents: Contents, blobs: list[Path], target: Path, *, diff_ids: li
             )
         return
     unpacker = Unpacker(target)
-    for layer, blob in zip(contents.layers, blobs, strict=True):
+    for layer, blob in zip(manifest.layers, blobs, strict=True):
         name = layer.annotations.get(FILE_PATH) or layer.annotations.get(TITLE)
-        if _is_folder(contents.kind, layer, name or ""):
+        if _is_folder(manifest.kind, layer, name or ""):
             unpacker.unpack(blob)
         elif name:
             _place(blob, target, name, where)
@@ -150,11 +152,11 @@ def _lift(target: Path) -> None:
     """Make the content of a lone folder the content of `target`: `oras push adapter/` means what is in it."""
     entries = list(target.iterdir())
     if len(entries) == 1 and entries[0].is_dir() and not entries[0].is_symlink():
-        aside = target / f".lift-{entries[0].name}"
-        entries[0].rename(aside)
-        for entry in aside.iterdir():
+        emptied = target / f".lift-{entries[0].name}"  # one of its entries may have its own name
+        entries[0].rename(emptied)
+        for entry in emptied.iterdir():
             entry.rename(target / entry.name)
-        aside.rmdir()
+        emptied.rmdir()
 
 
 def _descriptor(entry: dict[str, Any]) -> Descriptor:

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from oci.conftest import Started, fresh, quick
+from oci.test_layout import files, needs
 from runtime import oci
 from runtime.errors import CapacityError, Failure, RegistryError
-from runtime.oci import variants
+from runtime.oci import modelpack
 from runtime.oci.blobs import Blob, BlobParts, from_bytes
 from runtime.oci.extract import Unpacker, zstd
 from runtime.oci.image import CONFIG, LAYER_GZIP, LAYER_TAR, assemble, build
-from tests.oci.conftest import Started, fresh, quick
-from tests.oci.test_layout import files, needs
+from runtime.oci.images import load_base
 
 IMAGE_CONFIG = "application/vnd.oci.image.config.v1+json"
 
@@ -152,13 +153,13 @@ def test_artifact_title_that_leads_out_is_refused(tmp_path: Path, name: str) -> 
 def test_modelpack_artifact_is_read(tmp_path: Path, adapter: Path, form: str) -> None:
     reference = oci.parse(f"oci:{tmp_path}/layout:v1")
     if form == "raw":
-        oci.push_image(lambda: variants.modelpack(adapter), reference)
+        oci.push_image(lambda: modelpack.build(adapter), reference)
     else:
         data = archive(*((name, data) for name, data in files(adapter).items()))
         layer = from_bytes(data, "application/vnd.cncf.model.weight.v1.tar")
         config = from_bytes(b"{}", "application/vnd.cncf.model.config.v1+json")
         oci.push_image(lambda: assemble([layer], config, annotations={}), reference)
-    assert oci.inspect(reference).contents.kind == "modelpack"
+    assert oci.inspect(reference).manifest.kind == "modelpack"
     assert files(oci.pull(reference, tmp_path / "back")) == files(adapter)
 
 
@@ -166,7 +167,7 @@ def test_index_gives_the_image_of_this_machine(tmp_path: Path) -> None:
     import platform
 
     from runtime.oci.layout import Layout
-    from runtime.oci.store import Manifest
+    from runtime.oci.store import StoredManifest
 
     here = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
     other = "arm64" if here == "amd64" else "amd64"
@@ -179,7 +180,7 @@ def test_index_gives_the_image_of_this_machine(tmp_path: Path) -> None:
         entries.append(entry | {"platform": {"os": "linux", "architecture": machine}})
     index = "application/vnd.oci.image.index.v1+json"
     data = json.dumps({"schemaVersion": 2, "mediaType": index, "manifests": entries}).encode()
-    Layout(tmp_path / "layout").put_manifest(Manifest(data, index), "all")
+    Layout(tmp_path / "layout").put_manifest(StoredManifest(data, index), "all")
     back = oci.pull(oci.parse(f"oci:{tmp_path}/layout:all"), tmp_path / "back")
     assert files(back) == {"machine": here.encode()}
 
@@ -189,11 +190,11 @@ def test_index_gives_the_image_of_this_machine(tmp_path: Path) -> None:
 )
 def test_strange_manifest_is_an_error(tmp_path: Path, data: bytes) -> None:
     from runtime.oci.layout import Layout
-    from runtime.oci.store import Manifest
+    from runtime.oci.store import StoredManifest
 
     layout = Layout(tmp_path / "layout")
     with layout.writing():
-        layout.put_manifest(Manifest(data, "application/vnd.oci.image.manifest.v1+json"), "v1")
+        layout.put_manifest(StoredManifest(data, "application/vnd.oci.image.manifest.v1+json"), "v1")
     with pytest.raises(RegistryError, match="not an image manifest"):
         oci.pull(oci.parse(f"oci:{tmp_path}/layout:v1"), tmp_path / "back")
 
@@ -268,7 +269,7 @@ def test_layers_that_a_tool_recompressed_with_zstd_are_read(adapter: Path, tmp_p
          f"oci:{tmp_path}/plain:v1", f"oci:{tmp_path}/packed:v1"], check=True,
     )  # fmt: skip
     packed = oci.parse(f"oci:{tmp_path}/packed:v1")
-    assert {layer.media_type.rpartition("+")[2] for layer in oci.inspect(packed).contents.layers} == {"zstd"}
+    assert {layer.media_type.rpartition("+")[2] for layer in oci.inspect(packed).manifest.layers} == {"zstd"}
     pulled = oci.pull(packed, tmp_path / "pulled")
     for file in (path for path in adapter.rglob("*") if path.is_file()):
         assert (pulled / file.relative_to(adapter)).read_bytes() == file.read_bytes()
@@ -325,14 +326,14 @@ def test_files_on_a_base_image_serve_old_controllers(
 
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    image = build(adapter, scratch, base=variants.load_base(base, scratch, quick()))
+    image = build(adapter, scratch, base=load_base(base, scratch, quick()))
     oci.push_image(lambda: image, target, access=quick(), mount_from=base.repository)
 
     inspect = ["skopeo", "inspect", "--tls-verify=false", "--config", f"docker://{target}"]
     config = json.loads(subprocess.check_output(inspect))
     assert config["config"]["Env"] == ["A=b"]
     assert len(config["rootfs"]["diff_ids"]) == 3
-    assert oci.inspect(target, quick()).contents.annotations["org.opencontainers.image.base.name"] == str(
+    assert oci.inspect(target, quick()).manifest.annotations["org.opencontainers.image.base.name"] == str(
         base
     )
     copy = ["skopeo", "copy", "-q", "--src-tls-verify=false", f"docker://{target}", f"oci:{tmp_path}/out:v1"]

@@ -1,7 +1,7 @@
 """Remembers where an upload goes on, so that a killed push does not begin its blob again.
 
 One small file per upload in a folder of the user's; taken (removed) by whoever continues it, so two
-processes never write to one upload. Without a folder nothing is remembered. Start at `Sessions`.
+processes never write to one upload. Without a folder nothing is remembered. Start at `UploadSessions`.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ _OLDEST_S = 7 * 24 * 3600.0
 """Registries forget uploads after about a week; older files are passed over."""
 
 
-class Sessions:
+class UploadSessions:
     """The open uploads that this user has."""
 
     def __init__(self, folder: Path | None):
