@@ -1,6 +1,6 @@
 """Images in registries and in layouts on disk: push and pull. The only importer of `oras`.
 
-`oras` and `requests` are imported when a registry is first spoken to, never by `import runtime.oci`.
+`oras` and `requests` are imported when a registry is first contacted, never by `import runtime.oci`.
 Start at images.py.
 """
 

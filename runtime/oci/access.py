@@ -1,7 +1,7 @@
-"""How to reach a registry: where credentials lie, which certificates to trust, whether plain HTTP will do.
+"""How to reach a registry: where credentials are, which certificates to trust, whether plain HTTP is allowed.
 
-Plain values; `from_environment` is for the edges, which own the environment. Reads no file: see
-credentials.py.
+Plain values; reads no file (credentials.py does) and not the environment, which callers pass in. Start at
+`from_environment`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,12 +19,12 @@ MOUNTED = (
 
 
 @dataclass(frozen=True, slots=True)
-class CredentialPlace:
+class CredentialFile:
     """A Docker config.json, or a folder of them."""
 
     path: Path
     origin: str
-    """Who writes it, for people."""
+    """Who writes it, for messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Azure:
     metadata: str = "http://169.254.169.254"
     """The node's metadata service, which gives managed identities their tokens."""
     registries: tuple[str, ...] = ("*.azurecr.io", "*.azurecr.cn", "*.azurecr.us")
-    """Hosts that the identity is shown to, and no others."""
+    """Hosts that the identity is used for, and no others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Access:
     """Credentials and transport settings for registries; the default reads the usual Docker files."""
 
     files: tuple[Path, ...] | None = None
-    """Docker `config.json` files, or folders of them, in the order to try; None means the usual places."""
+    """Docker `config.json` files, or folders of them, in the order to try; None means the default ones."""
     azure: Azure | None = None
     """Identity to log in with at `*.azurecr.io` when no file has credentials for it."""
     insecure: bool = False
@@ -60,7 +60,7 @@ class Access:
     cache: Path | None = None
     """Folder that keeps pulled blobs by digest; None keeps only what an interrupted pull needs."""
     sessions: Path | None = None
-    """Folder that remembers open uploads, so that a killed push goes on inside a blob; None does not."""
+    """Folder for the addresses of open uploads, with which a killed push resumes inside a blob."""
     connect_timeout_s: float = 10.0
     """Seconds to wait for a connection."""
     read_timeout_s: float = 60.0
@@ -72,7 +72,7 @@ class Access:
 
 
 DEFAULT = Access()
-"""The usual places, no exceptions to TLS."""
+"""Credentials in the default locations, no exceptions to TLS."""
 
 
 def from_environment(
@@ -98,7 +98,7 @@ def from_environment(
     # Never in a folder that all users share: an address that another one planted there would get the upload.
     private = any(environment.get(name) for name in ("RUNTIME_CACHE", "XDG_CACHE_HOME", "HOME"))
     return Access(
-        files=tuple(dict.fromkeys([*files, *(place.path for place in credential_places(environment))])),
+        files=tuple(dict.fromkeys([*files, *(file.path for file in credential_files(environment))])),
         azure=azure,
         insecure=insecure,
         ca_file=ca_file,
@@ -107,29 +107,29 @@ def from_environment(
     )
 
 
-def credential_places(environment: Mapping[str, str]) -> tuple[CredentialPlace, ...]:
-    """Return where registry credentials may lie for a process with this environment, in the order to try."""
-    places = [
-        CredentialPlace(Path(environment[name]), f"environment {name}")
+def credential_files(environment: Mapping[str, str]) -> tuple[CredentialFile, ...]:
+    """Return where a process with this environment may find registry credentials, in the order to try."""
+    found = [
+        CredentialFile(Path(environment[name]), f"environment {name}")
         for name in ("REGISTRY_AUTH_FILE", "DOCKER_CONFIG")
         if environment.get(name)
     ]
     if home := environment.get("HOME"):
-        places += [
-            CredentialPlace(Path(home, ".docker/config.json"), "docker login"),
-            CredentialPlace(Path(home, ".docker/config.d"), "docker login"),
-            CredentialPlace(Path(home, ".config/containers/auth.json"), "podman login"),
+        found += [
+            CredentialFile(Path(home, ".docker/config.json"), "docker login"),
+            CredentialFile(Path(home, ".docker/config.d"), "docker login"),
+            CredentialFile(Path(home, ".config/containers/auth.json"), "podman login"),
         ]
     if runtime := environment.get("XDG_RUNTIME_DIR"):
-        places.append(CredentialPlace(Path(runtime, "containers/auth.json"), "podman login"))
-    by_path = {place.path: place for place in places}
-    return tuple((by_path | {path: CredentialPlace(path, "mounted secret") for path in MOUNTED}).values())
+        found.append(CredentialFile(Path(runtime, "containers/auth.json"), "podman login"))
+    by_path = {file.path: file for file in found}
+    return tuple((by_path | {path: CredentialFile(path, "mounted secret") for path in MOUNTED}).values())
 
 
-def usual_places() -> tuple[Path, ...]:
-    """Return where Docker, podman and the controller leave credentials for this user."""
+def default_credential_files() -> tuple[Path, ...]:
+    """Return where Docker, podman and the controller store credentials for this user."""
     try:
         environment = {"HOME": str(Path.home())}
     except RuntimeError:  # a user id without a passwd entry and without HOME
         environment = {}
-    return tuple(place.path for place in credential_places(environment))
+    return tuple(file.path for file in credential_files(environment))

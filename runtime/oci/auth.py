@@ -1,7 +1,7 @@
-"""Who we are to a registry: answers its challenges with Basic or a token, fetched when needed.
+"""Logs in to a registry: answers its challenges with Basic credentials or a token, fetched when needed.
 
-Tokens live as long as the registry says, are renewed a little before, and once more when refused.
-A refused credential is an error at once, naming registry, user and file. Start at `Login`.
+Tokens are renewed a little before they expire, and once more when refused. When all credentials are
+refused, the error names registry, user and file of each. Start at `Login`.
 """
 
 import base64
@@ -23,8 +23,8 @@ from runtime.oci.credentials import Credential, find
 from runtime.oci.reference import Reference
 from runtime.oci.transport import Transport, explain, raise_if_busy
 
-_LIFE_S = 60.0
-"""How long a token lives when nothing says it (the token specification's default)."""
+_TOKEN_LIFETIME_S = 60.0
+"""Lifetime of a token whose issuer does not state one (the token specification's default)."""
 _PARAMETER = re.compile(r'(\w+)\s*=\s*(?:"([^"]*)"|([^\s,"]+))')
 
 
@@ -34,7 +34,7 @@ class _Token:
     renew_at: float
     """`time.monotonic()` from when on a new one is fetched first."""
     accepted: bool = False
-    """Whether the registry took it at least once; one never taken lacks the right, one taken has expired."""
+    """Whether the registry accepted it at least once: then a refusal means expired, else not permitted."""
 
 
 class Login:
@@ -73,7 +73,7 @@ class Login:
             return self._token.header
 
     def refused(self, response: requests.Response, header: str | None) -> None:
-        """Prepare another try after a 401; RegistryError when there is nothing else to try."""
+        """Prepare another try after a 401; RegistryError when no credential is left."""
         with self._lock:
             if self._challenge is None:
                 self._challenge = _challenge(response, str(self._reference))
@@ -82,15 +82,15 @@ class Login:
                 if self._token is None or header != self._token.header:
                     return  # another thread is renewing it
                 if not self._token.accepted:
-                    self._next(f"may not {self._actions}{explain(response)}")
+                    self._try_next(f"may not {self._actions}{explain(response)}")
                 self._token = None
             elif header is not None:
-                self._next(f"refused{explain(response)}")
+                self._try_next(f"refused{explain(response)}")
             if self._challenge["scheme"] == "basic" and self._credential is None:
                 raise self._denied()
 
     def accepted(self) -> None:
-        """Note that the registry took the current token."""
+        """Note that the registry accepted the current token."""
         if self._token is not None:
             self._token.accepted = True
 
@@ -101,8 +101,8 @@ class Login:
         if identity and any(fnmatch.fnmatchcase(reference.registry, host) for host in identity.registries):
             yield azure.refresh_token(identity, self._transport)
 
-    def _next(self, refusal: str) -> None:
-        """Take the next credential after `refusal` of the current one."""
+    def _try_next(self, refusal: str) -> None:
+        """Switch to the next credential after `refusal` of the current one."""
         self._refusals.append(f"{self._credential or 'without credentials'}: {refusal}")
         self._credential = next(self._candidates, None)
         if self._credential is None:
@@ -118,19 +118,19 @@ class Login:
     def _log_in(self) -> _Token:
         """Fetch a token with the first credential that is not refused."""
         while True:
-            response = self._ask_token()
+            response = self._request_token()
             if response.status_code == 200:
                 break
-            self._next(f"login refused with {response.status_code}{explain(response)}")
+            self._try_next(f"login refused with {response.status_code}{explain(response)}")
         try:
-            answer = response.json()
-            token = str(answer.get("access_token") or answer["token"])
-            life = float(answer.get("expires_in") or _life_in(token) or _LIFE_S)
+            reply = response.json()
+            token = str(reply.get("access_token") or reply["token"])
+            lifetime_s = float(reply.get("expires_in") or _jwt_lifetime_s(token) or _TOKEN_LIFETIME_S)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise RegistryError(f"{self._reference.registry}: its token server sent no token") from None
-        return _Token(f"Bearer {token}", time.monotonic() + life - min(60.0, life / 5))
+        return _Token(f"Bearer {token}", time.monotonic() + lifetime_s - min(60.0, lifetime_s / 5))
 
-    def _ask_token(self) -> requests.Response:
+    def _request_token(self) -> requests.Response:
         challenge = self._challenge or {}
         realm = urljoin(f"{self._transport.prefix}://{self._transport.host}/", challenge.get("realm", ""))
         if urlsplit(realm).scheme != "https" and self._transport.prefix == "https":
@@ -151,11 +151,11 @@ class Login:
                 return response
 
     def _exchange(self, realm: str, fields: dict[str, object]) -> requests.Response:
-        who = self._credential
-        if who is not None and who.kind == "identity":
+        credential = self._credential
+        if credential is not None and credential.kind == "identity":
             form = {
                 "grant_type": "refresh_token",
-                "refresh_token": who.secret,
+                "refresh_token": credential.secret,
                 "client_id": "workspace-runtime",
             }
             form |= {"scope": " ".join(self._scopes)} | {
@@ -164,7 +164,7 @@ class Login:
             return self._transport.plain("POST", realm, data=form)
         query = requests.models.PreparedRequest()
         query.prepare_url(realm, fields)
-        headers = {"Authorization": who.basic} if who else {}
+        headers = {"Authorization": credential.basic} if credential else {}
         return self._transport.plain("GET", query.url or realm, headers=headers)
 
 
@@ -180,8 +180,8 @@ def _challenge(response: requests.Response, where: str) -> dict[str, str]:
     return found | {"scheme": scheme.lower()}
 
 
-def _life_in(token: str) -> float | None:
-    """Return seconds from issue to expiry that a JWT states of itself; our clock may differ, so no dates."""
+def _jwt_lifetime_s(token: str) -> float | None:
+    """Return the seconds from issue to expiry of a JWT; clocks may differ, so its dates are not used."""
     try:
         body = token.split(".")[1]
         claims = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))

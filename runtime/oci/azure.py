@@ -61,9 +61,9 @@ def _managed_token(identity: Azure, transport: Transport) -> str:
     return _post(transport, url, None, "access_token", "managed identity")
 
 
-def _post(transport: Transport, url: str, form: Mapping[str, str] | None, wanted: str, who: str) -> str:
-    """Return field `wanted` of the answer to `form` (or to a GET of the node's metadata service)."""
-    retries = transport.retries(f"log in as {who}")
+def _post(transport: Transport, url: str, form: Mapping[str, str] | None, wanted: str, name: str) -> str:
+    """Return field `wanted` of the reply to `form`; None sends a GET, as the node's metadata service expects."""
+    retries = transport.retries(f"log in as {name}")
     while True:
         try:
             if form is None:
@@ -75,13 +75,13 @@ def _post(transport: Transport, url: str, form: Mapping[str, str] | None, wanted
         except RetriableError as error:
             retries.failed(error)
     try:
-        answer = response.json()
+        reply = response.json()
         if response.status_code == 200:
-            return str(answer[wanted])
-        # Entra's description ends in trace ids over several lines; its first line says what is wrong.
-        said = str(answer.get("error_description") or answer.get("error") or "").split("\n")[0][:200]
+            return str(reply[wanted])
+        # Entra's description ends in trace ids over several lines; its first line has the reason.
+        reason = str(reply.get("error_description") or reply.get("error") or "").split("\n")[0][:200]
     except (ValueError, KeyError, TypeError, AttributeError):
-        said = "no token in the answer"
+        reason = "no token in the reply"
     raise RegistryError(
-        f"{transport.host}: {who} was refused ({response.status_code} {said}); check its role"
+        f"{transport.host}: {name} was refused ({response.status_code} {reason}); check its role"
     )

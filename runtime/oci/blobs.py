@@ -1,4 +1,4 @@
-"""Blobs: bytes with a digest that can be read again from any offset, wherever they come from.
+"""Blobs: bytes with a digest that can be read again from any offset, from files or memory.
 
 A plain tar layer is never written to disk: its headers are kept and the files are read in place, so a
 push of any size costs no space and an upload can resume anywhere. Does not know images or registries.
@@ -69,7 +69,7 @@ class BlobPart:
 
 @dataclass(frozen=True, slots=True)
 class BlobParts:
-    """A blob laid out as consecutive parts."""
+    """A blob that consists of consecutive parts."""
 
     descriptor: Descriptor
     parts: tuple[BlobPart, ...]
@@ -120,7 +120,7 @@ class PartsReader:
         return data
 
     def close(self) -> None:
-        """Close the file at hand; a later read opens it again."""
+        """Close the open file; a later read opens it again."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -161,7 +161,7 @@ def file_digest(path: Path) -> str:
 
 
 def read_all(reader: Reader) -> Iterator[bytes]:
-    """Yield the bytes of `reader` in pieces and close it."""
+    """Yield the bytes of `reader` in chunks and close it."""
     try:
         while chunk := reader.read(READ_BYTES):
             yield chunk

@@ -1,7 +1,7 @@
-"""Checkpoints in a registry: a run that loses its node and its disk goes on from here.
+"""Checkpoints in a registry, from which a run that lost its node and its disk resumes.
 
 Each is an image beside the job's output (`…:TAG-checkpoint`), the one before it under
-`…:TAG-checkpoint-previous`. A tag moves when all bytes are there, so what a tag names is whole. Does not
+`…:TAG-checkpoint-previous`. A tag is written after all blobs, so what it names is complete. Does not
 know what is in a checkpoint. Start at `push` and `find`.
 """
 
@@ -29,7 +29,7 @@ class Checkpoint:
 
     step: int
     image: Reference
-    """By digest, so that it stays the same one when the tag moves on."""
+    """By digest, so that it stays the same one when the tag is overwritten."""
 
 
 def beside(output: str) -> str:
@@ -44,12 +44,13 @@ def push(folder: Path, reference: Reference, *, step: int, job: str, access: Acc
     of this run are not (a pod that was cut off must not undo the work of its successor).
     """
     with closing(images.open_store(reference, access)) as store:
-        there = store.find(reference.selector)
-        if there is not None and (held := _step(there, job)) is not None and held > step:
-            log.warning("%s holds step %s of this job, later than %s: kept", reference, held, step)
+        current = store.find(reference.selector)
+        stored_step = _step(current, job) if current is not None else None
+        if stored_step is not None and stored_step > step:
+            log.warning("%s holds step %s of this job, later than %s: kept", reference, stored_step, step)
             return None
-        if there is not None and _step(there, job) != step:
-            _keep_previous(store, there, reference)
+        if current is not None and stored_step != step:
+            _keep_previous(store, current, reference)
     notes = {_STEP: str(step), _JOB: job}
     return images.push(folder, reference, annotations=notes, access=access)
 
@@ -62,7 +63,7 @@ def find(reference: Reference, *, job: str, access: Access = DEFAULT) -> list[Ch
             try:
                 manifest = store.find(name.selector)
             except RegistryError as error:
-                log.warning("checkpoint %s cannot be read and is passed over: %s", name, error)
+                log.warning("checkpoint %s cannot be read and is skipped: %s", name, error)
                 continue
             step = _step(manifest, job) if manifest is not None else None
             if manifest is not None and step is not None:
@@ -71,20 +72,20 @@ def find(reference: Reference, *, job: str, access: Access = DEFAULT) -> list[Ch
 
 
 def delete(reference: Reference, *, access: Access = DEFAULT) -> None:
-    """Remove the checkpoints under this name; what the registry does not let go of is logged, not raised."""
+    """Delete the checkpoints under this name; a registry that refuses is logged, not raised."""
     with closing(images.open_store(reference, access)) as store:
         for name in (reference, _previous(reference)):
             store.delete(name.selector)
 
 
-def _keep_previous(store: Store, there: StoredManifest, reference: Reference) -> None:
-    """Name the current checkpoint the previous one, and let go of the one before."""
+def _keep_previous(store: Store, current: StoredManifest, reference: Reference) -> None:
+    """Tag the current checkpoint as the previous one, and delete the one before."""
     previous = _previous(reference)
     older = store.find(previous.selector)
-    if older is not None and older.digest != there.digest:
+    if older is not None and older.digest != current.digest:
         store.delete(previous.selector)
     with store.writing():
-        store.put_manifest(there, previous.selector)
+        store.put_manifest(current, previous.selector)
 
 
 def _previous(reference: Reference) -> Reference:

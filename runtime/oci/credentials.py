@@ -1,4 +1,4 @@
-"""Credentials as Docker, podman and Kubernetes store them, read anew at each use.
+"""Credentials as Docker, podman and Kubernetes store them, read again at each use.
 
 Reads `config.json` files, mounted secrets and credential helpers; sends nothing. Start at `find`.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from runtime.oci.access import Access, usual_places
+from runtime.oci.access import Access, default_credential_files
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +46,9 @@ class Credential:
 
 
 def find(registry: str, repository: str, access: Access) -> Iterator[Credential]:
-    """Yield the credentials for a repository, file by file; unreadable files are logged and passed over."""
+    """Yield the credentials for a repository, file by file; unreadable files are logged and skipped."""
     seen: set[tuple[str, str]] = set()
-    for path in _files(usual_places() if access.files is None else access.files):
+    for path in _files(default_credential_files() if access.files is None else access.files):
         document = _read(path)
         if document is None:
             continue
@@ -58,23 +58,23 @@ def find(registry: str, repository: str, access: Access) -> Iterator[Credential]
             yield found
 
 
-def _files(places: tuple[Path, ...]) -> Iterator[Path]:
-    """Yield the files in `places`; a folder stands for its config.json and every secret mounted below it."""
-    for place in places:
+def _files(locations: tuple[Path, ...]) -> Iterator[Path]:
+    """Yield the files in `locations`; a folder stands for its config.json and the secrets mounted below."""
+    for location in locations:
         try:
-            if place.is_file():
-                yield place
-            elif place.is_dir():
+            if location.is_file():
+                yield location
+            elif location.is_dir():
                 # Kubernetes mounts a secret as links into a hidden folder: take the links, not the folder.
                 names = ("config.json", ".dockerconfigjson", ".dockercfg")
-                yield from (place / name for name in names if (place / name).is_file())
+                yield from (location / name for name in names if (location / name).is_file())
                 for pattern in ("*.json", "*/*.json", "*/.dockerconfigjson"):
-                    for path in sorted(place.glob(pattern)):
-                        hidden = path.parent.name.startswith("..") or path == place / "config.json"
+                    for path in sorted(location.glob(pattern)):
+                        hidden = path.parent.name.startswith("..") or path == location / "config.json"
                         if path.is_file() and not hidden:
                             yield path
         except OSError as error:
-            log.warning("%s: credentials cannot be read (%s)", place, error.strerror)
+            log.warning("%s: credentials cannot be read (%s)", location, error.strerror)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -84,10 +84,10 @@ def _read(path: Path) -> dict[str, Any] | None:
         log.warning("%s: credentials cannot be read (%s)", path, error.strerror)
         return None
     except ValueError:
-        log.warning("%s: not JSON, expected a Docker config.json; passed over", path)
+        log.warning("%s: not JSON, expected a Docker config.json; skipped", path)
         return None
     if not isinstance(document, dict):
-        log.warning("%s: not a JSON object, expected a Docker config.json; passed over", path)
+        log.warning("%s: not a JSON object, expected a Docker config.json; skipped", path)
         return None
     known = {"auths", "credHelpers", "credsStore"} & document.keys()
     return document if known else {"auths": document}  # a .dockercfg is the inner table alone
@@ -123,7 +123,7 @@ def _from_entry(entry: dict[str, Any], path: Path) -> Credential | None:
         try:
             user, _, password = base64.b64decode(str(entry["auth"])).decode().partition(":")
         except (binascii.Error, UnicodeDecodeError):
-            log.warning("%s: an 'auth' that is not base64 of user:password; passed over", path)
+            log.warning("%s: an 'auth' that is not base64 of user:password; skipped", path)
             return None
     if entry.get("identitytoken"):
         return Credential(user or NULL_GUID, str(entry["identitytoken"]), "identity", str(path))
@@ -135,7 +135,7 @@ def _from_entry(entry: dict[str, Any], path: Path) -> Credential | None:
 def _from_helper(helper: str, server: str, path: Path) -> Credential | None:
     program = f"docker-credential-{helper}"
     if "/" in helper:
-        log.warning("%s: credential helper %r is not a plain name; passed over", path, helper)
+        log.warning("%s: credential helper %r is not a plain name; skipped", path, helper)
         return None
     try:
         ended = subprocess.run(  # noqa: S603 - the user's own configuration names the program

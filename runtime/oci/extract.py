@@ -1,4 +1,4 @@
-"""Unpacks layers from strangers: nothing is written outside the target, and no bomb fills the disk.
+"""Unpacks untrusted layers: nothing is written outside the target, and no archive bomb fills the disk.
 
 Refuses absolute names, `..`, links that lead out, devices and pipes, and archives that grow out of
 proportion. Knows tar, gzip and zstd, not manifests. Start at `Unpacker`.
@@ -25,16 +25,16 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-_RATIO = 100
-"""Refuse an archive that unpacks to more than this many times its compressed size (weights: about 1.1)."""
-_SMALL_BYTES = 256 << 20
-"""… unless it stays below this size anyway."""
-_ENTRIES = 100_000
+_MAX_RATIO = 100
+"""Refuse an archive that unpacks to more than this many times its compressed size (weights: about 1.1)"""
+_ALWAYS_ALLOWED_BYTES = 256 << 20
+"""… unless it stays below this size."""
+_MAX_ENTRIES = 100_000
 _WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
 
 
 class Unpacker:
-    """Lays archives over each other in one directory, keeping only what lies under `root`/ in them.
+    """Unpacks archives on top of each other into one directory, keeping only the entries under `root`/.
 
     root: "data" keeps `data/x` as `x` and drops the rest, "" keeps everything.
     """
@@ -48,15 +48,15 @@ class Unpacker:
 
     def unpack(self, archive: Path, *, diff_id: str | None = None) -> None:
         """Unpack a tar archive, compressed or plain; RegistryError when unsafe, damaged or not `diff_id`."""
-        limit = max(_SMALL_BYTES, _RATIO * archive.stat().st_size)
+        limit = max(_ALWAYS_ALLOWED_BYTES, _MAX_RATIO * archive.stat().st_size)
         try:
-            with disk_errors(self._target), _plain(archive) as stream:
-                counted = _Counted(stream, limit, archive.name)
+            with disk_errors(self._target), _decompressed(archive) as stream:
+                counted = _LimitedReader(stream, limit, archive.name)
                 with tarfile.open(
                     fileobj=cast("BinaryIO", counted), mode="r|", bufsize=READ_BYTES
                 ) as entries:
                     for entry in entries:
-                        self._place(entries, entry)
+                        self._extract(entries, entry)
                         entries.members = []  # type: ignore[attr-defined]  # else it keeps every entry
                 while counted.read(READ_BYTES):
                     pass
@@ -68,17 +68,17 @@ class Unpacker:
             )
 
     def finish(self) -> None:
-        """Check that every link still leads to somewhere inside, now that all layers are laid."""
+        """Check that every link still leads to a path inside the target after the last layer."""
         for folder, folders, files in os.walk(self._target):
             for name in (*folders, *files):
                 path = Path(folder, name)
                 if path.is_symlink() and not self._inside(path):
                     raise RegistryError(f"layer entry {name!r}: a link that leads out of the image; refused")
 
-    def _place(self, archive: tarfile.TarFile, entry: tarfile.TarInfo) -> None:
+    def _extract(self, archive: tarfile.TarFile, entry: tarfile.TarInfo) -> None:
         self._entries += 1
-        if self._entries > _ENTRIES:
-            raise RegistryError(f"layers hold more than {_ENTRIES} entries; refused as a bomb")
+        if self._entries > _MAX_ENTRIES:
+            raise RegistryError(f"layers hold more than {_MAX_ENTRIES} entries; refused as a bomb")
         relative = self._relative(entry.name)
         if relative is None:
             return
@@ -108,7 +108,7 @@ class Unpacker:
             )
 
     def _relative(self, name: str) -> PurePosixPath | None:
-        """Return the path below the target, None when it lies outside `root`."""
+        """Return the path below the target, None when it is outside `root`."""
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
             raise RegistryError(f"layer entry {name!r}: an absolute path or '..'; refused")
@@ -131,7 +131,7 @@ class Unpacker:
         path.symlink_to(entry.linkname)
 
     def _copy(self, entry: tarfile.TarInfo, path: Path) -> None:
-        """Make a hard link's file a file of its own."""
+        """Write a hard link as a copy of its file."""
         relative = self._relative(entry.linkname)
         source = self._target / relative if relative is not None else None
         if source is None or not self._inside(source) or not source.is_file():
@@ -146,15 +146,15 @@ class Unpacker:
         hidden = path.parent if opaque else path.parent / path.name.removeprefix(_WHITEOUT)
         if hidden.name in ("", ".", "..") or not self._inside(hidden.parent):
             raise RegistryError(f"layer entry {path.name!r}: would remove files outside the image; refused")
-        for victim in sorted(hidden.iterdir()) if opaque and hidden.is_dir() else [hidden]:
-            if victim.is_dir() and not victim.is_symlink():
-                shutil.rmtree(victim)
+        for entry in sorted(hidden.iterdir()) if opaque and hidden.is_dir() else [hidden]:
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
             else:
-                victim.unlink(missing_ok=True)
+                entry.unlink(missing_ok=True)
 
 
-class _Counted:
-    """Hashes what is read, and stops when it is more than `limit` bytes."""
+class _LimitedReader:
+    """Hashes the bytes read, and raises CapacityError after more than `limit` of them."""
 
     def __init__(self, stream: Any, limit: int, name: str):
         self._stream, self._limit, self._name = stream, limit, name
@@ -174,7 +174,7 @@ class _Counted:
         self._bytes += len(data)
         if self._bytes > self._limit:
             raise CapacityError(
-                f"layer {self._name}: unpacks to more than {self._limit} bytes, {_RATIO} times its size;"
+                f"layer {self._name}: unpacks to more than {self._limit} bytes, {_MAX_RATIO} times its size;"
                 " refused as a bomb"
             )
         self._sha.update(data)
@@ -182,7 +182,7 @@ class _Counted:
 
 
 @contextmanager
-def _plain(archive: Path) -> Iterator[Any]:
+def _decompressed(archive: Path) -> Iterator[Any]:
     with archive.open("rb") as file:
         magic = file.read(4)
         file.seek(0)

@@ -1,8 +1,8 @@
-"""Builds images: a folder's files under /data, reproducible byte for byte, with a config every tool accepts.
+"""Builds images: a folder's files under /data, reproducible byte for byte, with a complete image config.
 
 The same files and annotations give the same digest: entries are sorted, owners, times and modes are
-fixed. Weights go as plain tar (they hardly compress: 500 MB cost gzip 26 s and save nothing), what does
-compress goes into one gzip layer. Does not know where images go. Start at `build`.
+fixed. Weights go into plain tar layers (they hardly compress: 500 MB cost gzip 26 s and save
+nothing), compressible files into one gzip layer. Does not know where images go. Start at `build`.
 """
 
 import gzip
@@ -36,17 +36,17 @@ LAYER_TAR = "application/vnd.oci.image.layer.v1.tar"
 LAYER_GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
 
 MARKER = ".oci.json"
-"""File that `pull` leaves in a folder to know its own work again; it is never pushed."""
+"""File by which `pull` recognises a folder that it made; it is never pushed."""
 
 _EPOCH = "1970-01-01T00:00:00Z"
-_PAYS = 0.9
-"""Compress a file when a sample shrinks below this share of itself."""
+_MAX_RATIO = 0.9
+"""Compress a file when a sample of it shrinks to less than this ratio."""
 _SAMPLE_BYTES = 1 << 18
 _SMALL_BYTES = 1 << 16
-"""Files below this size are compressed together unmeasured."""
-_ALONE_BYTES = 64 << 20
-"""Files from this size on get a layer of their own, so that they upload side by side."""
-_ALONE_LAYERS = 32
+"""Files below this size are compressed without a sample."""
+_OWN_LAYER_BYTES = 64 << 20
+"""Files from this size on get a layer of their own, so that they are uploaded in parallel."""
+_MAX_OWN_LAYERS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +190,7 @@ def _groups(folder: Path, names: Sequence[str]) -> tuple[list[str], list[list[st
         path = folder / name
         if _compresses(path):
             packed.append(name)
-        elif path.stat().st_size >= _ALONE_BYTES and len(alone) < _ALONE_LAYERS:
+        elif path.stat().st_size >= _OWN_LAYER_BYTES and len(alone) < _MAX_OWN_LAYERS:
             alone.append([name])
         else:
             rest.append(name)
@@ -207,7 +207,7 @@ def _compresses(path: Path) -> bool:
             for offset in (size // 2, size - _SAMPLE_BYTES):
                 file.seek(offset)
                 sample += file.read(_SAMPLE_BYTES)
-    return len(zlib.compress(sample, 1)) < _PAYS * len(sample)
+    return len(zlib.compress(sample, 1)) < _MAX_RATIO * len(sample)
 
 
 def _gzip_layer(folder: Path, names: Sequence[str], scratch: Path) -> tuple[BlobParts, str]:
@@ -227,7 +227,7 @@ def _gzip_layer(folder: Path, names: Sequence[str], scratch: Path) -> tuple[Blob
 
 
 def _config(diff_ids: list[str], base: BaseImage | None) -> dict[str, Any]:
-    # One architecture has to be named; the files run on none, so the commonest is as good as any.
+    # An image must name an architecture; these files depend on none, so the commonest is taken.
     config: dict[str, Any] = {"architecture": "amd64", "os": "linux", "config": {}}
     config |= base.config if base else {}
     kept = len(base.layers) if base else 0

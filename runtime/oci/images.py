@@ -1,7 +1,7 @@
 """Push and pull: a folder becomes an image, an image becomes a folder.
 
-One path for registries and for layouts on disk, behind `Store`. A tag moves only when every byte is
-there; a folder appears whole or not at all. Does not know HTTP. Start at `push` and `pull`.
+The same code serves registries and layouts on disk, behind `Store`. A tag is written after all blobs; a
+folder appears complete or not at all. Does not know HTTP. Start at `push` and `pull`.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from runtime.oci.reference import Reference
 from runtime.oci.store import Report, Store, StoredManifest
 
 _PARALLEL = 4
-"""Blobs in flight at once; more only adds memory (one chunk buffer each) on one link."""
+"""Blobs transferred at once; more only adds memory (one chunk buffer each) on one link."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def push_image(
 
     mount_from: a repository of the same registry that may hold some of the blobs already.
     """
-    # Getting in touch with a registry takes about as long as hashing half a gigabyte.
+    # Connecting to a registry takes about as long as hashing half a gigabyte.
     with ThreadPoolExecutor(1, thread_name_prefix="open") as pool:
         opened = pool.submit(open_store, reference, access)
         try:
@@ -102,10 +102,10 @@ def _send(image: Image, reference: Reference, store: Store, mount_from: str | No
 
 
 def pull(reference: Reference, folder: Path, *, access: Access = DEFAULT) -> Path:
-    """Make `folder` the verified content of the image; it appears whole or stays as it was.
+    """Make `folder` the verified content of the image; it appears complete or stays as it was.
 
-    A folder that a former pull of the same image made is kept; one with other files in it is refused.
-    Interrupted downloads go on where they stopped.
+    A folder that an earlier pull of the same image made is kept; one with other files in it is refused.
+    Interrupted downloads resume.
     """
     _check_target(folder)
     with closing(open_store(reference, access)) as store:
@@ -138,7 +138,7 @@ def _pull(store: Store, info: ImageInfo, folder: Path, cache: Path | None) -> No
 
 @contextlib.contextmanager
 def _locked(parent: Path, cache: Path | None) -> Iterator[None]:
-    """Keep other processes from pulling into one place, or through one cache, meanwhile (ranks do)."""
+    """Keep other processes (ranks) from pulling below `parent`, or through `cache`, meanwhile."""
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
     folders = {path.resolve() for path in (parent, cache) if path is not None}
@@ -188,7 +188,7 @@ def inspect(reference: Reference, access: Access = DEFAULT) -> ImageInfo:
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Yield a temporary folder for compressed layers; ConfigError when there is no place for one."""
+    """Yield a temporary folder for compressed layers; ConfigError when none can be made."""
     try:
         made = tempfile.TemporaryDirectory(prefix="push-")
     except OSError as error:
@@ -200,7 +200,7 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def open_store(reference: Reference, access: Access) -> Store:
-    """Return the place that `reference` names."""
+    """Return the registry repository or layout that `reference` names."""
     if reference.layout is not None:
         return Layout(reference.layout)
     from runtime.oci.repository import Repository  # imports requests and oras: a fifth of a second
@@ -251,13 +251,13 @@ def _fetch(store: Store, descriptor: Descriptor, folder: Path, report: Report) -
 
 
 def _wait(jobs: Sequence[Future[None]], pool: ThreadPoolExecutor, progress: Progress) -> None:
-    """Wait for all jobs; a failure of one, or SIGTERM meanwhile, calls the others off."""
+    """Wait for all jobs; a failure of one, or SIGTERM meanwhile, cancels the others."""
     try:
         finished, _ = wait(jobs, return_when=FIRST_EXCEPTION)
         for job in finished:
             job.result()
     except BaseException:
-        progress.call_off()
+        progress.cancel()
         pool.shutdown(cancel_futures=True)
         raise
 
@@ -278,11 +278,11 @@ def _pulled_digest(folder: Path) -> str | None:
 
 def _check_space(manifest: ImageManifest, blobs: Path, target: Path) -> None:
     """Raise CapacityError when blobs and files cannot both fit; files are no smaller than their blobs."""
-    for place, needed in ((blobs, manifest.size), (target, 2 * manifest.size)):
-        free = shutil.disk_usage(place).free
+    for folder, needed in ((blobs, manifest.size), (target, 2 * manifest.size)):
+        free = shutil.disk_usage(folder).free
         if free < needed:
             raise CapacityError(
-                f"{place}: pulling needs {needed} bytes and {free} are free; free space or use another disk"
+                f"{folder}: pulling needs {needed} bytes and {free} are free; free space or use another disk"
             )
 
 

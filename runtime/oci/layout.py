@@ -1,7 +1,7 @@
-"""An OCI image layout on disk: the registry of those who have none.
+"""An OCI image layout on disk, for users without a registry.
 
-Blobs and the index appear whole or not at all; writers take turns through a lock, so two jobs may push
-to one layout. Tools read it as `oci:DIRECTORY:tag` (skopeo, umoci, podman). Start at `Layout`.
+Blobs and the index are written atomically, and writers hold a lock, so two jobs may push to one
+layout. Tools read it as `oci:DIRECTORY:tag` (skopeo, umoci, podman). Start at `Layout`.
 """
 
 import contextlib
@@ -52,8 +52,8 @@ class Layout:
             raise ConfigError(f"{self._root}: is a file, expected a directory for the OCI layout")
         if self._root.is_dir() and any(self._root.iterdir()) and not (self._root / "oci-layout").exists():
             raise ConfigError(f"{self._root}: holds files but no OCI layout; name an empty or new directory")
-        place = next(p for p in (self._root.absolute(), *self._root.absolute().parents) if p.exists())
-        with disk_errors(place), tempfile.NamedTemporaryFile(dir=place):
+        existing = next(p for p in (self._root.absolute(), *self._root.absolute().parents) if p.exists())
+        with disk_errors(existing), tempfile.NamedTemporaryFile(dir=existing):
             pass
 
     def find(self, selector: str) -> StoredManifest | None:
@@ -189,5 +189,5 @@ class Layout:
 
 
 def _new_file(path: Path) -> AbstractContextManager[BinaryIO]:
-    """Yield a file that becomes `path` when the block ends well, readable to everybody as layouts are."""
+    """Yield a file that becomes `path` when the block ends well, readable to all users."""
     return atomic_file(path, mode=0o644)

@@ -83,7 +83,7 @@ def is_index(manifest: StoredManifest) -> bool:
 
 
 def diff_ids(config: Path, where: str) -> list[str]:
-    """Return the digests that an image's layers must have when unpacked ([] when it names none)."""
+    """Return the digests that an image's layers must have when unpacked ([] without any)."""
     size = config.stat().st_size
     if size > _MAX_CONFIG_BYTES:
         raise RegistryError(f"{where}: image configuration of {size} bytes; expected at most 4 MiB")
@@ -127,7 +127,7 @@ def unpack(
 
 
 def _is_folder(kind: Kind, layer: Descriptor, name: str) -> bool:
-    """Whether a layer of an artifact is a packed folder: the Go `oras` says so, oras-py only by the type."""
+    """Whether a layer of an artifact is a packed folder: Go's oras annotates it, oras-py sets the type."""
     if kind == "modelpack":
         return ".tar" in layer.media_type
     packed = layer.media_type == LAYER_GZIP and not name.endswith((".tar", ".gz", ".tgz"))
@@ -149,7 +149,7 @@ def _place(blob: Path, target: Path, name: str, where: str) -> None:
 
 
 def _lift(target: Path) -> None:
-    """Make the content of a lone folder the content of `target`: `oras push adapter/` means what is in it."""
+    """Move the content of a lone folder up into `target`: `oras push adapter/` means the folder's content."""
     entries = list(target.iterdir())
     if len(entries) == 1 and entries[0].is_dir() and not entries[0].is_symlink():
         emptied = target / f".lift-{entries[0].name}"  # one of its entries may have its own name

@@ -9,10 +9,10 @@ import threading
 import time
 from typing import Any, Self
 
-from runtime.oci.store import CalledOffError
+from runtime.oci.store import TransferCancelledError
 
 log = logging.getLogger(__name__)
-_EVERY_S = 5.0
+_LOG_INTERVAL_S = 5.0
 
 
 class Progress:
@@ -21,8 +21,8 @@ class Progress:
     def __init__(self, label: str, total: int):
         self._label, self._total = label, total
         self._bytes = 0
-        self._called_off = False
-        self._started = self._spoke = time.monotonic()
+        self._cancelled = False
+        self._started = self._logged_at = time.monotonic()
         self._lock = threading.Lock()
         self._bar: Any = None
 
@@ -42,26 +42,30 @@ class Progress:
             self._bar.stop()
 
     def add(self, count: int) -> None:
-        """Count bytes just moved; negative when some must be moved again. Raises after `call_off`."""
-        if self._called_off:
-            raise CalledOffError(self._label)
+        """Count transferred bytes, negative for bytes to be sent again. TransferCancelledError after `cancel`."""
+        if self._cancelled:
+            raise TransferCancelledError(self._label)
         with self._lock:
             self._bytes += count
             if self._bar is not None:
                 self._bar.update(self._bar.task_ids[0], completed=self._bytes)
                 return
             now = time.monotonic()
-            if now - self._spoke < _EVERY_S:
+            if now - self._logged_at < _LOG_INTERVAL_S:
                 return
-            self._spoke = now
-            moved, seconds = self._bytes, now - self._started
+            self._logged_at = now
+            transferred, seconds = self._bytes, now - self._started
         log.info(
-            "%s: %s of %s, %s/s", self._label, size(moved), size(self._total), size(int(moved / seconds))
+            "%s: %s of %s, %s/s",
+            self._label,
+            size(transferred),
+            size(self._total),
+            size(int(transferred / seconds)),
         )
 
-    def call_off(self) -> None:
-        """Make the threads of this transfer end at their next piece."""
-        self._called_off = True
+    def cancel(self) -> None:
+        """Make the threads of this transfer end at their next chunk."""
+        self._cancelled = True
 
     def done(self, result: str) -> None:
         """Log the end of the transfer."""

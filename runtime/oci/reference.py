@@ -48,7 +48,7 @@ class Reference:
 
     @property
     def selector(self) -> str:
-        """The digest, else the tag: what a manifest is asked for by."""
+        """The digest, else the tag: the name under which a manifest is requested."""
         return self.digest or self.tag or DEFAULT_TAG
 
     def tagged(self, tag: str) -> "Reference":
@@ -64,7 +64,7 @@ def is_path(text: str) -> bool:
 def is_image(text: str, *, or_repository_id: bool = False) -> bool:
     """Whether `text` is an image rather than a directory or, with `or_repository_id`, a model on the hub.
 
-    Tells by the text alone: a directory that exists under that name is for the caller to find first.
+    Tells by the text alone: a directory that exists under that name is for the caller to look for first.
     """
     pattern = _IMAGE_AND_NO_REPOSITORY_ID if or_repository_id else _IMAGE
     return not is_path(text) and pattern.match(text) is not None
@@ -73,8 +73,8 @@ def is_image(text: str, *, or_repository_id: bool = False) -> bool:
 def with_suffix(text: str, suffix: str) -> str:
     """Return the image name `text` with `suffix` added to its tag ("latest" where it has none).
 
-    A digest is dropped, since the result is another image. A tag that gets too long is cut, and told from
-    others that begin alike by part of its digest. `text` need not be valid: examples hold placeholders.
+    A digest is dropped, since the result is another image. A tag that gets too long is cut, and made
+    unique by part of its digest. `text` need not be valid: examples hold placeholders.
     """
     scheme = "oci:" if text.startswith("oci:") else ""
     name = text.removeprefix(scheme).partition("@sha256:")[0]

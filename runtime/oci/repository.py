@@ -1,7 +1,7 @@
-"""One repository in a registry, as a place to push to and pull from.
+"""One repository in a registry, to push to and pull from.
 
-The addresses, tags and the session are oras'; uploads and downloads are ours (upload.py, transport.py
-say why). Start at `Repository`.
+The addresses, tags and the session are oras'; uploads and downloads are ours (see upload.py and
+transport.py for why). Start at `Repository`.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ class Repository:
             if response.status_code != 202:
                 raise unexpected(response, f"{self}: starting an upload")
             session = requests.compat.urljoin(response.url, response.headers.get("Location", ""))
-            # Not every registry lets go of an upload; one that keeps it forgets it by itself.
+            # Not every registry deletes an upload on request; one that keeps it drops it after a while.
             self._login = Login(self._transport, self._reference, "pull,push,delete")
             with contextlib.suppress(RegistryError, RetriableError):
                 self._transport.send("DELETE", session)
@@ -104,7 +104,7 @@ class Repository:
         except RegistryError:
             if not mount_from:
                 raise
-            # We may not read the other repository, or not both at once: push as if it were not there.
+            # No right to read the other repository, or not both at once: push without it.
             self._login = Login(self._transport, self._reference, "pull,push")
             upload(self._transport, urls, blob, report, None)
 
@@ -138,7 +138,7 @@ class Repository:
                 return
             part.unlink(missing_ok=True)
             report(-descriptor.size)
-            if again:  # what an earlier run left may be to blame
+            if again:  # the bytes of an earlier run may be the damaged ones
                 log.warning("%s: blob %s arrived damaged; downloading it once more", self, descriptor.digest)
         raise RegistryError(
             f"{self}: blob {descriptor.digest} has other bytes in the registry; push the image again"
@@ -156,7 +156,7 @@ class Repository:
         except RegistryError:
             deleted = False
         if not deleted:
-            log.warning("%s: the registry did not let us delete tag %s; delete it by hand", self, tag)
+            log.warning("%s: the registry refused to delete tag %s; delete it by hand", self, tag)
         return deleted
 
     def _continue(self, descriptor: Descriptor, part: Path, report: Report) -> str:
@@ -164,8 +164,8 @@ class Repository:
         with disk_errors(part, descriptor.size), part.open("a+b") as file:
             arrived = _ArrivedBytes(file, report)
             if arrived.size < descriptor.size:
-                response = self._ask_from(descriptor, arrived.size)
-                if arrived.size and not first_byte(response, arrived.size):  # it sends everything
+                response = self._request_from(descriptor, arrived.size)
+                if arrived.size and not first_byte(response, arrived.size):  # the registry sends everything
                     arrived.discard()
                 report(arrived.size)
                 self._receive(response, descriptor.size, arrived)
@@ -173,7 +173,7 @@ class Repository:
                 report(arrived.size)
         return arrived.sha256
 
-    def _ask_from(self, descriptor: Descriptor, start: int) -> requests.Response:
+    def _request_from(self, descriptor: Descriptor, start: int) -> requests.Response:
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
         url = self._url(self._container.get_blob_url(descriptor.digest))
         response = self._transport.send("GET", url, headers=headers, stream=True)

@@ -1,4 +1,4 @@
-"""What pushing and pulling need of a place that holds images: a layout on disk or a repository.
+"""The interface that push and pull need of an image store: a layout on disk or a repository.
 
 Start at `Store`; layout.py and repository.py implement it.
 """
@@ -14,13 +14,13 @@ from runtime.errors import RegistryError
 from runtime.oci.blobs import Blob, Descriptor
 
 Report = Callable[[int], None]
-"""Called with the number of bytes just moved (negative when some must be moved again).
+"""Called with the number of bytes just transferred, negative for bytes to be transferred again.
 
-Raises CalledOffError when the transfer is to end at once.
+Raises TransferCancelledError when the transfer is to end at once.
 """
 
 
-class CalledOffError(Exception):
+class TransferCancelledError(Exception):
     """Another part of the same transfer failed, or the process was asked to stop."""
 
 
@@ -41,11 +41,11 @@ class Store(Protocol):
     """Manifests by tag or digest, and blobs by digest."""
 
     def writing(self) -> AbstractContextManager[None]:
-        """Keep other writers out while the block runs, where the place can."""
+        """Keep other writers out while the block runs, where the store can."""
         ...
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close connections."""
         ...
 
     def check_writable(self) -> None:
@@ -65,16 +65,16 @@ class Store(Protocol):
         ...
 
     def fetch(self, descriptor: Descriptor, path: Path, report: Report) -> None:
-        """Write the verified bytes of a blob to `path`, resuming what a former try left beside it."""
+        """Write the verified bytes of a blob to `path`, resuming an earlier try."""
         ...
 
     def delete(self, tag: str) -> bool:
-        """Remove the manifest under `tag`; False when the place does not allow that or has none."""
+        """Remove the manifest under `tag`; False when the store does not allow that or has none."""
         ...
 
 
 def check_manifest(manifest: StoredManifest, selector: str, where: str) -> StoredManifest:
-    """Return `manifest`; RegistryError when it was asked for by a digest that it does not have."""
+    """Return `manifest`; RegistryError when `selector` is a digest other than its own."""
     if selector.startswith("sha256:") and manifest.digest != selector:
         raise RegistryError(
             f"{where}: asked for {selector} and got {manifest.digest}; the stored image is damaged"

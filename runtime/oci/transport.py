@@ -1,4 +1,4 @@
-"""HTTP to one registry: timeouts, bounded retries, who we are, and errors a user can act on.
+"""HTTP to one registry: timeouts, bounded retries, authorization, and errors a user can act on.
 
 `Transport` is oras' `Registry` with its request function replaced: oras has no timeouts, retries only
 500 (and everything else for 131 s), and sends an expired token again. Start at `Transport.send`.
@@ -20,7 +20,7 @@ from runtime.oci.access import Access
 from runtime.oci.blobs import READ_BYTES
 
 Body = Callable[[], Any]
-"""Makes the body anew for each try: a file-like object with a length."""
+"""Makes a new body for each try: a file-like object with a length."""
 
 
 class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untyped
@@ -36,14 +36,14 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
         self.authorize: Callable[[], str | None] = lambda: None
         """Returns the Authorization header for a request to the registry."""
         self.refused: Callable[[requests.Response, str | None], None] = _raise_refused
-        """Takes a 401 and the header it answered; returns when another try makes sense, raises otherwise."""
+        """Takes a 401 and the header it replied to; returns when another try makes sense, raises otherwise."""
         self.accepted: Callable[[], None] = lambda: None
-        """Told that the registry took the header."""
+        """Called when the registry accepted the header."""
         if access.insecure or _is_loopback(host):
             self.prefix = self._probe()
 
     def retries(self, what: str) -> Retries:
-        """Return a count of failures of `what`, as patient as our access says."""
+        """Return the retries of `what`, as many as the access settings allow."""
         return Retries(what, attempts=self.access.attempts, backoff_s=self.access.backoff_s)
 
     def do_request(  # noqa: PLR0913, PLR0917 - oras' signature
@@ -55,7 +55,7 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
         json: Any = None,
         stream: bool = False,
     ) -> requests.Response:
-        """Send a request whose repetition does no harm, until it is answered (overrides oras)."""
+        """Send an idempotent request until it is answered (overrides oras)."""
         retries = self.retries(f"{method} {_short(url)}")
         while True:
             try:
@@ -77,14 +77,14 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
         body: Body | None = None,
         stream: bool = False,
     ) -> requests.Response:
-        """Send one request, twice if the registry wants to know (again) who we are.
+        """Send one request, again if the registry asks for credentials or newer ones.
 
-        Raises RetriableError when the connection broke, RegistryError when we are refused; any other status
-        is the caller's.
+        Raises RetriableError when the connection broke, RegistryError when access is denied; the caller
+        handles all other statuses.
         """
         parts = urlsplit(url)
         own = parts.netloc == self.host
-        if own:  # a registry behind a proxy may think that it speaks plain HTTP; credentials never do
+        if own:  # a registry behind a TLS proxy may return http URLs; credentials never go there
             url = urlunsplit(parts._replace(scheme=self.prefix))
         while True:
             header = self.authorize() if own else None
@@ -149,7 +149,7 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
             raise RetriableError(_reason(error)) from None
 
     def _probe(self) -> str:
-        """Return "https" where the registry speaks TLS, "http" where it does not."""
+        """Return "https" if the registry uses TLS, else "http"."""
         try:
             self.plain("GET", f"https://{self.host}/v2/")
         except RetriableError:
@@ -170,20 +170,20 @@ class _Adapter(HTTPAdapter):
 
 
 def raise_if_busy(response: requests.Response) -> None:
-    """Raise RetriableError for a status that asks to try again, with what the registry says of it."""
+    """Raise RetriableError for a status that asks to try again, with the registry's error message."""
     if response.status_code in RETRIED:  # a body that is wanted must not be read here
         raise_if_retriable(response, f" {response.reason}{explain(response)}")
 
 
 def unexpected(response: requests.Response, what: str) -> RegistryError:
-    """Return the error for an answer that the protocol does not foresee."""
+    """Return the error for a status that the protocol does not define."""
     return RegistryError(
         f"{what}: the registry answered {response.status_code} {response.reason}{explain(response)}"
     )
 
 
 def explain(response: requests.Response) -> str:
-    """Return the registry's own words, ": CODE message", as far as it sent any."""
+    """Return the registry's error, ": CODE message", or "" without one."""
     try:
         first = response.json()["errors"][0]
         words = f"{first.get('code', '')} {first.get('message', '')}".strip()

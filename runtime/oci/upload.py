@@ -1,7 +1,7 @@
-"""Sends one blob to a registry in chunks, and goes on where it stopped whatever happens in between.
+"""Sends one blob to a registry in chunks, and resumes after any interruption.
 
-After anything unclear (lost reply, 416, expired token, 5xx) the registry is asked how far it is; an
-upload it no longer knows starts anew. Chunks are streamed from disk and never held whole.
+After any doubt (lost reply, 416, expired token, 5xx) the registry is asked how many bytes it has; an
+upload it no longer knows is restarted. Chunks are streamed from disk, never held in open_sessions.
 Start at `upload`.
 """
 
@@ -23,13 +23,13 @@ from runtime.oci.upload_sessions import UploadSessions
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 64 << 20
-"""Each PATCH costs the registry some fixed work, so large ones are faster; they are streamed anyway."""
+"""Each PATCH has a fixed cost for the registry, so large ones are faster; they are streamed."""
 AZURE_CHUNK_BYTES = 16 << 20
 """Azure's registry answers 413 to bodies above about 20 MB."""
 MONOLITHIC_BYTES = 4 << 20
 """Blobs up to this size go in one PUT."""
 _SMALLEST_CHUNK_BYTES = 1 << 18
-_SESSIONS = 4
+_MAX_SESSIONS = 4
 _RANGE = re.compile(r"(?:bytes=)?(\d+)-(\d+)")
 
 
@@ -53,15 +53,15 @@ class _Upload:
     chunk: int
     retries: Retries = field(init=False)
     session: str = ""
-    """Where the next request of the session goes; it changes with every answer."""
+    """Where the next request of the session goes; every response may change it."""
     offset: int = 0
-    """Bytes the registry has."""
+    """Bytes that the registry has received."""
     sessions: int = 0
-    memory: UploadSessions = field(init=False)
-    """Remembers `session` for a process that comes after this one was killed."""
+    open_sessions: UploadSessions = field(init=False)
+    """Keeps `session` for the process that resumes after this one was killed."""
 
     def __post_init__(self) -> None:
-        self.memory = UploadSessions(self.transport.access.sessions)
+        self.open_sessions = UploadSessions(self.transport.access.sessions)
         self.retries = self.transport.retries(f"upload of {self.blob.descriptor.digest[:19]}")
 
     @property
@@ -96,26 +96,26 @@ def upload(transport: Transport, urls: BlobUrls, blob: Blob, report: Report, sou
 
 
 def _continue(state: _Upload) -> bool:
-    """Go on with the upload that a killed process left; False when there is none or it has ended."""
-    left = state.memory.take(state.urls.uploads, state.blob.descriptor.digest)
-    if left is None:
+    """Resume the upload of a killed process; False when there is none or it has ended."""
+    session = state.open_sessions.take(state.urls.uploads, state.blob.descriptor.digest)
+    if session is None:
         return False
-    response = state.transport.do_request(left, "GET")
+    response = state.transport.do_request(session, "GET")
     if response.status_code not in {200, 204}:
         return False
-    state.session = left
-    _follow(state, response)
-    _moved(state, _received(response, 0))
-    log.info("upload of %s goes on at byte %s", state.blob.descriptor.digest[:19], state.offset)
+    state.session = session
+    _update_session(state, response)
+    _set_offset(state, _bytes_received(response, 0))
+    log.info("upload of %s resumes at byte %s", state.blob.descriptor.digest[:19], state.offset)
     return True
 
 
 def _start(state: _Upload, source: str | None = None) -> bool:
     """Start a session; True when the registry mounted the blob instead."""
     state.sessions += 1
-    if state.sessions > _SESSIONS:
+    if state.sessions > _MAX_SESSIONS:
         raise RegistryError(
-            f"{state.transport.host}: lost the upload of {state.blob.descriptor.digest} {_SESSIONS} times"
+            f"{state.transport.host}: lost the upload of {state.blob.descriptor.digest} {_MAX_SESSIONS} times"
         )
     query = f"?{urlencode({'mount': state.blob.descriptor.digest, 'from': source})}" if source else ""
     response = state.transport.do_request(state.urls.uploads + query, "POST", headers={"Content-Length": "0"})
@@ -127,15 +127,15 @@ def _start(state: _Upload, source: str | None = None) -> bool:
     state.chunk = max(state.chunk, int(least)) if least.isdigit() else state.chunk
     state.report(-state.offset)
     state.offset = 0
-    _follow(state, response)
+    _update_session(state, response)
     return False
 
 
 def _step(state: _Upload) -> bool:
     """Send one chunk, or close the upload; True when the blob is stored."""
-    whole = state.offset == 0 and state.size <= min(MONOLITHIC_BYTES, state.chunk)
-    if whole or state.offset >= state.size:
-        return _finish(state, whole)
+    monolithic = state.offset == 0 and state.size <= min(MONOLITHIC_BYTES, state.chunk)
+    if monolithic or state.offset >= state.size:
+        return _finish(state, monolithic)
     start, end = state.offset, min(state.size, state.offset + state.chunk)
     headers = {
         "Content-Type": "application/octet-stream",
@@ -146,18 +146,18 @@ def _step(state: _Upload) -> bool:
     response = state.transport.send("PATCH", state.session, headers=headers, body=body)
     if response.status_code == 202:
         state.retries.progressed()
-        _follow(state, response)
-        _moved(state, _received(response, end))
+        _update_session(state, response)
+        _set_offset(state, _bytes_received(response, end))
         return False
     _recover(state, response, "a chunk")
     return False
 
 
-def _finish(state: _Upload, whole: bool) -> bool:
+def _finish(state: _Upload, monolithic: bool) -> bool:
     digest = state.blob.descriptor.digest
     parts = urlsplit(state.session)
     url = urlunsplit(parts._replace(query=urlencode([*parse_qsl(parts.query, True), ("digest", digest)])))
-    length = state.size if whole else 0
+    length = state.size if monolithic else 0
     headers = {"Content-Type": "application/octet-stream", "Content-Length": str(length)}
     body = _body(state, 0, length) if length else None
     response = state.transport.send("PUT", url, headers=headers, body=body)
@@ -165,10 +165,10 @@ def _finish(state: _Upload, whole: bool) -> bool:
         stored = response.headers.get("Docker-Content-Digest", digest)
         if stored != digest:
             raise RegistryError(f"{state.transport.host}: stored {stored} instead of {digest}; push again")
-        _moved(state, state.size)
-        state.memory.forget(state.urls.uploads, digest)
+        _set_offset(state, state.size)
+        state.open_sessions.forget(state.urls.uploads, digest)
         return True
-    if response.status_code == 400:  # the registry has other bytes than we sent: begin again
+    if response.status_code == 400:  # the registry has other bytes than were sent: begin again
         if state.sessions > 1:
             raise unexpected(response, f"{state.transport.host}: closing the upload of {digest}")
         _start(state)
@@ -178,7 +178,7 @@ def _finish(state: _Upload, whole: bool) -> bool:
 
 
 def _recover(state: _Upload, response: requests.Response, what: str) -> None:
-    """Prepare to go on after an answer that is no success; raises when there is no going on."""
+    """Prepare the next step after a failed one; raises when none is possible."""
     raise_if_busy(response)
     if response.status_code == 404:
         if not _exists(state):
@@ -195,18 +195,18 @@ def _recover(state: _Upload, response: requests.Response, what: str) -> None:
 
 
 def _resynchronise(state: _Upload) -> bool:
-    """Ask how far the registry is, and go on from there; True when it has the whole blob."""
+    """Ask the registry how many bytes it has, and continue there; True when it has the complete blob."""
     response = state.transport.do_request(state.session, "GET")
     if response.status_code in {200, 204} and response.headers.get("Range"):
-        _follow(state, response)
-        _moved(state, _received(response, 0))
+        _update_session(state, response)
+        _set_offset(state, _bytes_received(response, 0))
         return False
     if _exists(state):
-        _moved(state, state.size)
+        _set_offset(state, state.size)
         return True
     if response.status_code in {200, 204}:
-        _follow(state, response)
-        _moved(state, 0)
+        _update_session(state, response)
+        _set_offset(state, 0)
         return False
     return _start(state)
 
@@ -218,19 +218,19 @@ def _exists(state: _Upload) -> bool:
     return bool(response.status_code == 200)
 
 
-def _follow(state: _Upload, response: requests.Response) -> None:
+def _update_session(state: _Upload, response: requests.Response) -> None:
     state.session = urljoin(state.urls.uploads, response.headers.get("Location") or state.session)
     if state.size > MONOLITHIC_BYTES:
-        state.memory.keep(state.urls.uploads, state.blob.descriptor.digest, state.session)
+        state.open_sessions.keep(state.urls.uploads, state.blob.descriptor.digest, state.session)
 
 
-def _moved(state: _Upload, offset: int) -> None:
+def _set_offset(state: _Upload, offset: int) -> None:
     state.report(offset - state.offset)
     state.offset = offset
 
 
-def _received(response: requests.Response, expected: int) -> int:
-    """Return how many bytes the registry says it has; "0-0" is how it says none."""
+def _bytes_received(response: requests.Response, expected: int) -> int:
+    """Return how many bytes the registry reports; "0-0" means none."""
     found = _RANGE.fullmatch(response.headers.get("Range", ""))
     if found is None:
         return expected
@@ -239,10 +239,10 @@ def _received(response: requests.Response, expected: int) -> int:
 
 
 def _body(state: _Upload, start: int, end: int) -> Any:
-    return lambda: _Window(state.blob.open(start), end - start, state.report)
+    return lambda: _ChunkBody(state.blob.open(start), end - start, state.report)
 
 
-class _Window:
+class _ChunkBody:
     """The next `length` bytes of a reader, as a body with a known length."""
 
     def __init__(self, reader: Reader, length: int, report: Report):
@@ -252,7 +252,7 @@ class _Window:
         return self._length
 
     def read(self, size: int = -1) -> bytes:
-        self._report(0)  # nothing is stored before the registry says so, but the push may be called off
+        self._report(0)  # 0: counted when the registry confirms it; raises when the push was cancelled
         data = self._reader.read(self._left if size < 0 else min(size, self._left))
         self._left -= len(data)
         return data

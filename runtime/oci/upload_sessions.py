@@ -1,7 +1,7 @@
-"""Remembers where an upload goes on, so that a killed push does not begin its blob again.
+"""Keeps the addresses of open upload sessions, so that a killed push does not restart its blob.
 
-One small file per upload in a folder of the user's; taken (removed) by whoever continues it, so two
-processes never write to one upload. Without a folder nothing is remembered. Start at `UploadSessions`.
+One small file per upload in a folder of the user; the process that resumes an upload removes its file, so
+two processes never write to one upload. Without a folder nothing is kept. Start at `UploadSessions`.
 """
 
 import contextlib
@@ -15,35 +15,37 @@ from runtime.files import write_atomic
 
 log = logging.getLogger(__name__)
 
-_OLDEST_S = 7 * 24 * 3600.0
-"""Registries forget uploads after about a week; older files are passed over."""
+_MAX_AGE_S = 7 * 24 * 3600.0
+"""Registries drop uploads after about a week; older files are ignored."""
 
 
 class UploadSessions:
-    """The open uploads that this user has."""
+    """The open upload sessions of this user."""
 
     def __init__(self, folder: Path | None):
         self._folder = folder
 
     def take(self, uploads_url: str, digest: str) -> str | None:
-        """Return where the upload of a blob goes on, and forget it; None when none is known."""
+        """Return the session in which the upload of a blob resumes, and forget it; None without one."""
         path = self._path(uploads_url, digest)
         if path is None:
             return None
-        mine = path.with_name(f"{path.name}.{os.getpid()}")
+        claimed = path.with_name(f"{path.name}.{os.getpid()}")
         try:
-            path.rename(mine)
+            path.rename(claimed)
             return (
-                mine.read_text(encoding="utf-8") if time.time() - mine.stat().st_mtime < _OLDEST_S else None
+                claimed.read_text(encoding="utf-8")
+                if time.time() - claimed.stat().st_mtime < _MAX_AGE_S
+                else None
             )
         except (OSError, UnicodeDecodeError):
             return None
         finally:
             with contextlib.suppress(OSError):
-                mine.unlink()
+                claimed.unlink()
 
     def keep(self, uploads_url: str, digest: str, session: str) -> None:
-        """Remember where the upload of a blob goes on; a folder that cannot be written costs only that."""
+        """Remember the session of a blob's upload; a folder that cannot be written is only logged."""
         path = self._path(uploads_url, digest)
         if path is None:
             return

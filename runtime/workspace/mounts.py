@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.files import cache_folder
-from runtime.oci.access import MOUNTED, credential_places
+from runtime.oci.access import MOUNTED, credential_files
 
 WEIGHTS = ("/workspace/weights", "/workspace/tfs/weights", "/workspace/vllm/weights")
 """Model weights, baked into the image (before v0.5) or pulled by an init container."""
@@ -63,10 +63,10 @@ class Mounts:
 
     def credentials(self) -> tuple[Path, str] | None:
         """Return the registry credentials to use and who wrote them, None when there are none."""
-        for place in credential_places(self.environ):
-            path = self.at(place.path) if place.path in MOUNTED else place.path
+        for file in credential_files(self.environ):
+            path = self.at(file.path) if file.path in MOUNTED else file.path
             if _is_there(path):
-                return path, place.origin
+                return path, file.origin
         return None
 
     def cache(self) -> Path:

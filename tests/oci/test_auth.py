@@ -12,7 +12,7 @@ import pytest
 from runtime import oci
 from runtime.errors import ConfigError, RegistryError
 from runtime.oci import Access, Azure, from_environment
-from runtime.oci.access import credential_places
+from runtime.oci.access import credential_files
 from runtime.oci.credentials import NULL_GUID, find
 from tests.oci.conftest import AzureLike, Started, docker_config, fresh, quick
 
@@ -213,7 +213,7 @@ def test_environment_names_the_places_in_order(tmp_path: Path) -> None:
 
 
 def test_a_mounted_secret_is_called_so_wherever_the_home_is() -> None:
-    places = credential_places({"HOME": "/root", "XDG_RUNTIME_DIR": "/run/user/0"})
+    places = credential_files({"HOME": "/root", "XDG_RUNTIME_DIR": "/run/user/0"})
     assert len({place.path for place in places}) == len(places)
     origins = {str(place.path): place.origin for place in places}
     assert origins["/root/.docker/config.json"] == "mounted secret"
