@@ -1,7 +1,7 @@
-"""Adapters on disk: find, check and save them. An adapter folder is whole, or it is refused by name.
+"""Adapters on disk: find, check, combine and save them; an incomplete adapter folder is refused by name.
 
-Plain files: `adapter_config.json` and `adapter_model.safetensors` (peft's format). Does not know
-registries, and needs torch only to save. Start at `check` and `save`.
+Plain files: `adapter_config.json` and `adapter_model.safetensors` (peft's format). Images are pulled by
+runtime/oci. Needs torch only to combine and save. Start at `check`, `local_copy` and `save`.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _INSIDE = "base_model.model."
-"""Before the names of the base's own layers, in peft's files."""
+"""Prefix of the base model's module names in peft's files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What an adapter folder says of itself."""
+    """The facts that an adapter folder states."""
 
     folder: Path
     base: str | None
@@ -44,7 +44,7 @@ class Adapter:
 
 
 def find(root: Path) -> list[Path]:
-    """Return the directories directly below `root` that mean to be adapters, sorted by name.
+    """Return the directories directly below `root` that look like adapters, sorted by name.
 
     A directory counts when it holds an adapter_config.json or adapter weights of any kind, so that a
     half-written one is found and can be refused by name.
@@ -85,7 +85,7 @@ def check(folder: Path, *, base: str | None = None, max_rank: int | None = None)
 
     Refused: half-written or unreadable files, pickled weights, a kind other than LoRA, whole trained
     layers (`modules_to_save`), a rank over `max_rank`, and another base model than `base` where both are
-    public repository ids (a directory, as KAITO writes it, tells nothing and passes).
+    public repository ids (a directory, as KAITO writes it, cannot be compared and passes).
     """
     name = folder.name
     config = _read_config(folder)
@@ -122,11 +122,11 @@ def scaling(config: Mapping[str, Any], path: str, rank: int) -> float:
 
 
 def combine(parts: Sequence[tuple[Path, float]], folder: Path) -> None:
-    """Write to `folder` the one adapter that does what all of `parts`, given (folder, strength), do together.
+    """Write to `folder` one adapter equal to the sum of all `parts`, given as (folder, strength).
 
-    Exact: the updates' factors stand side by side, so the rank is the sum of the ranks (KAITO's runtime
+    Exact: the factors of the updates are concatenated, so the rank is the sum of the ranks (KAITO's runtime
     takes an SVD at one adapter's rank instead). The parts have been checked. ConfigError for weights
-    other than LoRA pairs of linear layers: DoRA's magnitudes, biases and embeddings do not add up so.
+    other than LoRA pairs of linear layers: DoRA's magnitudes, biases and embeddings cannot be summed so.
     """
     import torch
     from safetensors.torch import save_file
@@ -181,10 +181,10 @@ def save(
     first_weights: "Mapping[str, torch.Tensor] | None" = None,
     beside: Callable[[Path], object] | None = None,
 ) -> None:
-    """Write `model`'s adapter files directly into `folder`, each whole or absent, the weights last.
+    """Write `model`'s adapter files directly into `folder`, each atomically, the weights last.
 
     The config names the public repository and revision of the base, not a path of this machine.
-    `first_weights`, where the base lost those to the adapter before training, are taken away from it again.
+    `first_weights`, initial weights that were subtracted from the base before training, are subtracted again.
     `beside(scratch)` may write further files (tokenizer, report) that appear together with them.
     """
     with atomic_files(folder, last=WEIGHTS_FILE) as scratch:
@@ -199,7 +199,7 @@ def save(
 
 
 def _as_update(folder: Path, first_weights: "Mapping[str, torch.Tensor]") -> None:
-    """Make the adapter in `folder` one for the base as it was before it lost `first_weights`.
+    """Make the adapter in `folder` one for the base from which `first_weights` were not subtracted.
 
     B·A - B0·A0 is the product of [B, -B0] and [A; A0]: exact, at twice the rank.
     """
@@ -227,7 +227,7 @@ def _rewrite_config(path: Path, source: ModelSource) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = source.repository or source.name
     config["revision"] = source.revision
-    config["init_lora_weights"] = True  # the values are here; peft would take PiSSA's out of the base again
+    config["init_lora_weights"] = True  # the file has the values; peft would compute PiSSA's again
     for key, value in config.items():
         if key == "target_modules" and isinstance(value, list):
             config[key] = sorted(value)  # peft keeps a set: sorted, the same run writes the same bytes

@@ -1,6 +1,6 @@
-"""Files and folders that appear whole or not at all, locks, and where this project's cache is.
+"""Atomic writes of files and folders, locks, and the cache folder.
 
-Everything new is written beside its place and renamed into it. Plain files: does not know what is in them.
+New files are written under a temporary name in the same directory and renamed. Does not know what is in them.
 Start at `atomic_file` and `locked`.
 """
 
@@ -40,7 +40,7 @@ def cache_folder(environ: Mapping[str, str]) -> Path:
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
-    """Yield a new file that becomes `path`, on the disk, when the block ends well and is removed otherwise.
+    """Yield a new file, synced and renamed to `path` when the block ends well and removed otherwise.
 
     `mode` is its permissions whatever the user's umask, from its first byte on.
     """
@@ -70,8 +70,8 @@ def write_atomic(path: Path, text: str, *, mode: int | None = None) -> None:
 def atomic_folder(path: Path, *, written_here: bool = True) -> Iterator[Path]:
     """Yield a new folder that becomes `path` when the block ends well and is removed otherwise.
 
-    With `written_here` its files are brought to the disk, readable to whom the user's umask allows:
-    safetensors makes files that only their owner can read. A folder at `path` is replaced.
+    With `written_here` its files are synced to disk and get the permissions of the user's umask: safetensors
+    makes files that only their owner can read. An existing folder at `path` is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -91,7 +91,7 @@ def atomic_folder(path: Path, *, written_here: bool = True) -> Iterator[Path]:
 def atomic_files(folder: Path, *, last: str) -> Iterator[Path]:
     """Yield a scratch folder whose files move into `folder` when the block ends well, `last` last.
 
-    Each appears whole, readable to whom the user's umask allows; the other files of `folder` stay.
+    Each is moved atomically, with the permissions of the user's umask; the other files of `folder` stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / f".{last}.{os.getpid()}.part"
@@ -110,7 +110,7 @@ def atomic_files(folder: Path, *, last: str) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`, which may exist; ConfigError when that one cannot be moved (a mount)."""
+    """Rename `new` to `folder`; ConfigError when an existing `folder` cannot be moved (a mount)."""
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     if folder.exists():
         try:
@@ -127,7 +127,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def _sync_files(folder: Path) -> list[Path]:
-    """Bring the files below a new `folder` to the disk, with the permissions of the user's umask."""
+    """Sync the files below a new `folder` to disk and give them the permissions of the user's umask."""
     mode = folder.stat().st_mode & 0o666
     found = [path for path in folder.rglob("*") if path.is_file()]
     for path in found:
@@ -138,7 +138,7 @@ def _sync_files(folder: Path) -> list[Path]:
 
 
 def sync_directory(folder: Path) -> None:
-    """Bring a directory's own entries (names made or moved in it) to the disk."""
+    """Sync a directory's own entries (names made or moved in it) to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -174,15 +174,15 @@ def locked(path: Path, *, wait_s: float = math.inf, waiting: str = "") -> Iterat
 
     `waiting` is logged when another process holds it. A file that does not exist is created.
 
-    A child process that is given the descriptor holds it too: the lock is free when all of them have ended,
-    however they ended. Raises BlockingIOError when another still holds it after `wait_s`. On a file system
-    without locks nothing is held.
+    A child process that inherits the descriptor holds the lock too: it is free when all of them have ended,
+    however they ended. Raises BlockingIOError when another process still holds it after `wait_s`. On a file
+    system without locks nothing is held.
     """
     until = time.monotonic() + wait_s
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_APPEND | os.O_CREAT
     descriptor = os.open(path, flags, 0o666)
     try:
-        while not _take(descriptor):
+        while not _acquire(descriptor):
             if time.monotonic() >= until:
                 raise BlockingIOError(errno.EWOULDBLOCK, "locked by another process", str(path))
             if waiting:
@@ -194,8 +194,8 @@ def locked(path: Path, *, wait_s: float = math.inf, waiting: str = "") -> Iterat
         os.close(descriptor)  # not unlocked: a child may go on holding it
 
 
-def _take(descriptor: int) -> bool:
-    """Whether the lock is ours now, or the file system has none."""
+def _acquire(descriptor: int) -> bool:
+    """Whether the lock was acquired, or the file system has none."""
     from filelock import lock_descriptor  # as long as all imports of `runtime --help` otherwise take
 
     try:

@@ -1,7 +1,7 @@
-"""A base model and an adapter made into one model directory that needs neither peft nor this project.
+"""Merges a base model and an adapter into one model directory that needs neither peft nor this project.
 
-The base is read as it is stored, in 16 bits, never the quantised one: an update added to 4-bit weights
-would be rounded away. Does not know tuning or serving. Start at `merge`.
+The base is read as it is stored, in 16 bits, never quantised: an update added to 4-bit weights would be
+rounded away. Does not know tuning or serving. Start at `merge`.
 """
 
 import json
@@ -43,8 +43,8 @@ def base_of(folder: Path, model: str | None = None) -> ModelSource:
 def merge(folder: Path, target: Path, *, base: ModelSource, machine: Hardware, dtype: Dtype = "auto") -> Path:
     """Write `base` with the adapter in `folder` added to it to the new directory `target`; return `target`.
 
-    The directory is whole or absent. `dtype` is that of the written weights; "auto" keeps the base's own.
-    Raises ConfigError when `target` is taken or the base is quantised, CapacityError without enough memory.
+    The directory appears complete or not at all. `dtype` is that of the written weights; "auto" keeps that
+    of the base. Raises ConfigError when `target` is taken or the base is quantised, CapacityError without enough memory.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists already; give a new directory")
@@ -61,7 +61,7 @@ def merge(folder: Path, target: Path, *, base: ModelSource, machine: Hardware, d
 
 
 def _merged(base: ModelSource, folder: Path, machine: Hardware) -> "PreTrainedModel":
-    """Return the base with the adapter's update in its weights, computed in float32."""
+    """Return the base with the adapter's update added to its weights, computed in float32."""
     from peft import PeftModel
 
     model: Any = models.load(base, hardware=machine, device="cpu")
@@ -98,7 +98,7 @@ def _check_memory(base: ModelSource, weights: Path, growth: float, machine: Hard
 
 
 def _save_tokenizer(base: ModelSource, folder: Path, scratch: Path) -> None:
-    """Write the adapter's tokenizer and chat template where it brings them, else the base's."""
+    """Write the adapter's tokenizer and chat template if it has them, else the base's."""
     own = (folder / "tokenizer_config.json").is_file()
     source = ModelSource(name=base.name, path=folder) if own else base
     models.load_tokenizer(source).save_pretrained(str(scratch))

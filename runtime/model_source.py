@@ -1,6 +1,6 @@
-"""Which base model, and how to read it: what tuning and serving both say about a model.
+"""Which base model, and how to read it: the settings that tuning and serving have in common.
 
-Plain values: does not know presets (runtime/presets.py makes these), the hub or torch
+Plain values: does not know presets (runtime/presets.py creates these), the hub or torch
 (runtime/models.py reads the weights).
 """
 
@@ -29,7 +29,7 @@ class ModelSource(Strict):
     package: str | None = None
     """Python package that ships the weights as GGUF, used when the hub cannot be reached."""
     local_files_only: bool = False
-    """Never ask the hub."""
+    """Never contact the hub."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless the user asks."""
     dtype: Dtype = "auto"

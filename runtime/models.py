@@ -1,4 +1,4 @@
-"""Loads a base model and its tokenizer: the only `from_pretrained`, the only BitsAndBytesConfig.
+"""Loads a base model and its tokenizer: the only caller of `from_pretrained` and BitsAndBytesConfig.
 
 `locate` finds or fetches the weights, `load` and `load_tokenizer` read them. Does not know presets,
 adapters or what the model is for. torch and transformers are imported when something is loaded.
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "*.safetensors"
 NEEDED_FILES = ("*.json", WEIGHTS, "*.model", "*.jinja", "*.txt", "*.py")
-"""What is fetched of a repository. Pickled weights (.bin, .pt) are left out: loading them runs code."""
+"""Files fetched from a repository. Pickled weights (.bin, .pt) are left out: loading them runs code."""
 
 FALLBACK_CONTEXT_TOKENS = 2048
 """Context of a model whose configuration does not state one."""
@@ -38,7 +38,7 @@ def locate(source: ModelSource, *, weights: bool = True) -> Path:
     Without `weights` a directory may lack them, and the hub is not asked for them.
     In this order: its own `path` or `image`, the hub's cache, the hub, the package that ships it.
     Raises ConfigError when the model is gated, unknown or incomplete, TransientError when the hub cannot
-    be reached and nothing local stands in for it.
+    be reached and there is no local copy.
     """
     if source.path is not None:
         return _checked(source.path, weights=weights)
@@ -78,7 +78,9 @@ def config_file(source: ModelSource) -> Path:
         name, revision = source.repository, source.revision
         return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=offline))
     except LocalEntryNotFoundError:
-        raise TransientError(f"model {source.name}: no config.json in the cache, no way to the hub") from None
+        raise TransientError(
+            f"model {source.name}: no config.json in the cache, and the hub cannot be reached"
+        ) from None
     except HfHubHTTPError as error:
         raise ConfigError(f"model {source.name}: {_one_line(error)}") from None
 
@@ -94,7 +96,7 @@ def load(
     """Return the model on `device`, in evaluation mode, its weights in the compute type of `hardware`.
 
     With `quantization` the linear layers are quantised while they are read, so that the full-size weights
-    never stand in memory together. `training` keeps a half-precision model's other layers as they are.
+    are never in memory together. `training` keeps a half-precision model's other layers as they are.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -146,7 +148,7 @@ def load_config(source: ModelSource) -> "PreTrainedConfig":
 
 
 def load_generation(folder: Path) -> dict[str, Any]:
-    """Return what the generation_config.json of a model directory states; {} where there is none."""
+    """Return the settings in the generation_config.json of a model directory; {} without one."""
     from transformers import GenerationConfig
 
     if not (folder / "generation_config.json").is_file():

@@ -1,7 +1,7 @@
-"""HTTP as every client here does it: what is tried again, downloads that resume, event streams.
+"""HTTP mechanics that the clients here share: retries, downloads that resume, event streams.
 
-Works on httpx; `Retries` and `first_byte` also serve the registry client, whose requests are oras'. Does not
-know what is fetched, from whom or for what. Start at `Retries`, `Download` and `events`.
+Works on httpx; `Retries` and `first_byte` also serve the registry client, which sends through oras' session.
+Does not know what is fetched or why. Start at `Retries`, `Download` and `events`.
 """
 
 import logging
@@ -30,13 +30,13 @@ log = logging.getLogger(__name__)
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses after which the same request may succeed."""
 LONGEST_WAIT_S = 30.0
-"""Where the doubling of the waits ends."""
+"""The waits between tries double up to this."""
 LONGEST_RETRY_AFTER_S = 300.0
 """Longest Retry-After that is waited for: the window of the Hugging Face hub's rate limits."""
 
 
 class Response(Protocol):
-    """The part of an answer that httpx and requests have in common."""
+    """The part of a response that httpx and requests have in common."""
 
     @property
     def status_code(self) -> int: ...
@@ -119,21 +119,21 @@ def retry_after_s(value: str | None) -> float | None:
 
 
 def raise_if_retriable(response: Response, detail: str = "") -> None:
-    """Raise RetriableError for a status that asks to try again; `detail` is what the body says of it."""
+    """Raise RetriableError for a status that asks to try again; `detail` is added to its message."""
     if response.status_code in RETRIED:
         wait_s = retry_after_s(response.headers.get("Retry-After"))
         raise RetriableError(f"answered {response.status_code}{detail}", wait_s)
 
 
 def part_of(path: Path) -> Path:
-    """Return the file that a download to `path` grows in until it is whole."""
+    """Return the file that holds a download to `path` until it is complete."""
     return path.with_name(f"{path.name}.part")
 
 
 def first_byte(response: Response, asked: int) -> int | None:
-    """Return where the body begins in the file, after the bytes from `asked` on were requested.
+    """Return the offset in the file of the body's first byte, after the bytes from `asked` on were requested.
 
-    None when the answer is neither the file (200) nor the range that was asked for (206).
+    None when the response is neither the file (200) nor the requested range (206).
     """
     if response.status_code == 200:
         return 0
@@ -143,8 +143,8 @@ def first_byte(response: Response, asked: int) -> int | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
-    """How long a download goes on. One home for these defaults."""
+class DownloadLimits:
+    """When a download is tried again and when it is given up. One home for these defaults."""
 
     attempts: int = 6
     """Tries without progress before giving up."""
@@ -158,33 +158,33 @@ class Patience:
     """Least speed, over `stall_s`: a server that drips is as good as silent."""
 
 
-PATIENT = Patience()
-"""The defaults."""
+DEFAULT_LIMITS = DownloadLimits()
+"""One object for functions' defaults."""
 
 Get = Callable[[dict[str, str]], AbstractContextManager["httpx.Response"]]
 """Sends the GET request with these headers added; its errors are httpx'."""
 
 
 class Download:
-    """One file on its way into `part_of(path)`, which every try continues where the last one stopped.
+    """A download into `part_of(path)`, which every try continues where the last one stopped.
 
-    The server's validator (ETag or Last-Modified) is kept beside it and sent along as If-Range, so that a
-    file that changed in between is fetched anew (RFC 9110, 13.1.5). The caller checks `part` after `run`,
+    The server's validator (ETag or Last-Modified) is kept beside it and sent as If-Range, so that a file
+    that changed in between is sent from its start (RFC 9110, 13.1.5). The caller checks `part` after `run`,
     and calls `finish`.
     """
 
-    def __init__(self, path: Path, what: str, *, patience: Patience, stop: threading.Event):
+    def __init__(self, path: Path, what: str, *, limits: DownloadLimits, stop: threading.Event):
         self.path, self.part = path, part_of(path)
-        self._what, self._patience, self._stop = what, patience, stop
-        self._deadline = time.monotonic() + patience.deadline_s
+        self._what, self._limits, self._stop = what, limits, stop
+        self._deadline = time.monotonic() + limits.deadline_s
 
     @property
     def validator_file(self) -> Path:
-        """Where the server's name for the bytes is kept while the download is not whole."""
+        """Where the server's validator is kept until the download is complete."""
         return self.path.with_name(f".{self.path.name}.validator")
 
     def run(self, get: Get) -> None:
-        """Send requests until the whole body is in `part`; a try that brought bytes starts the count anew.
+        """Send requests until `part` is complete; a try that received bytes resets the count of failures.
 
         Raises TransientError when tries or time run out, DataError when the answer is not the file,
         CapacityError without space for it, StoppedError when `stop` is set.
@@ -193,8 +193,8 @@ class Download:
 
         retries = Retries(
             self._what,
-            attempts=self._patience.attempts,
-            backoff_s=self._patience.backoff_s,
+            attempts=self._limits.attempts,
+            backoff_s=self._limits.backoff_s,
             deadline=self._deadline,
             sleep=self._sleep,
         )
@@ -212,7 +212,7 @@ class Download:
                 return
 
     def finish(self) -> None:
-        """Give the file, once it is checked, its name."""
+        """Rename the checked file to `path`."""
         self.part.replace(self.path)
         self.validator_file.unlink(missing_ok=True)
 
@@ -241,7 +241,7 @@ class Download:
             self._receive(response, start)
 
     def _start(self, response: "httpx.Response", asked: int) -> int:
-        """Return the byte that the body begins at; raises for anything but the file or the rest of it."""
+        """Return the offset of the body's first byte; raises unless it is the file or the rest of it."""
         raise_if_retriable(response)
         start = first_byte(response, asked)
         if start is not None:
@@ -255,16 +255,14 @@ class Download:
         raise DataError(f"{self._what}: answered {response.status_code}, expected the file")
 
     def _receive(self, response: "httpx.Response", start: int) -> None:
-        pace = _Pace(self._what, self._patience)
+        pace = _Pace(self._what, self._limits)
         with disk_errors(self.part), self.part.open("ab" if start else "wb") as stream:
             for chunk in response.iter_raw():
                 stream.write(chunk)
                 if self._stop.is_set():
                     raise StoppedError(f"{self._what}: the download was stopped")
                 if time.monotonic() > self._deadline:
-                    raise TransientError(
-                        f"{self._what}: not complete after {self._patience.deadline_s:.0f} s"
-                    )
+                    raise TransientError(f"{self._what}: not complete after {self._limits.deadline_s:.0f} s")
                 pace.count(len(chunk))
 
     def _check_space(self, needed: int) -> None:
@@ -276,18 +274,18 @@ class Download:
 
 
 class _Pace:
-    """Raises TransientError for a server that sends too slowly."""
+    """Raises TransientError when a server sends too slowly."""
 
-    def __init__(self, what: str, patience: Patience):
-        self._what, self._patience = what, patience
+    def __init__(self, what: str, limits: DownloadLimits):
+        self._what, self._limits = what, limits
         self._since, self._bytes = time.monotonic(), 0
 
     def count(self, received: int) -> None:
         self._bytes += received
         seconds = time.monotonic() - self._since
-        if seconds < self._patience.stall_s:
+        if seconds < self._limits.stall_s:
             return
-        rate, least = self._bytes / seconds, self._patience.rate_bytes_s
+        rate, least = self._bytes / seconds, self._limits.rate_bytes_s
         if rate < least:
             raise TransientError(f"{self._what}: {rate:.0f} bytes/s, less than {least:.0f}")
         self._since, self._bytes = time.monotonic(), 0
@@ -298,22 +296,22 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class EventReader:
-    """Reads a stream of server-sent events, whatever the pieces it arrives in (WHATWG HTML, 9.2.6).
+    """Reads a stream of server-sent events from chunks of any size (WHATWG HTML, 9.2.6).
 
-    Lines end at CR, LF or CRLF and nowhere else: U+2028 and U+0085, at which `str.splitlines` breaks, stand
-    in JSON as they are. Types, ids and reconnection times of events have no use here and are skipped.
+    Lines end at CR, LF or CRLF only: JSON may contain U+2028 and U+0085, where `str.splitlines` breaks too.
+    Types, ids and reconnection times of events are not used here and are skipped.
     """
 
     def __init__(self) -> None:
         self._rest = b""
-        """The last line, as far as it has arrived."""
+        """The beginning of a line whose end has not arrived yet."""
         self._after_cr = False
-        """The last line ended with a CR: a LF that follows belongs to it."""
+        """The last chunk ended with a CR: a LF at the start of the next belongs to it."""
         self._begun = False
         self._data: list[str] = []
 
     def feed(self, chunk: bytes) -> list[str]:
-        """Return the data of the events that `chunk` completes; an event that the stream cuts off is none."""
+        """Return the data of the events that `chunk` completes; an event that is cut off is dropped."""
         if not chunk:
             return []
         if self._after_cr:
@@ -323,7 +321,7 @@ class EventReader:
         return [data for line in lines if (data := self._line(line)) is not None]
 
     def _line(self, line: bytes) -> str | None:
-        """Take in one line; return the event's data where the line, an empty one, ends an event with any."""
+        """Process one line; return the event's data when the line is empty and ends an event with data."""
         if not self._begun:
             self._begun = True
             line = line.removeprefix(_BOM)

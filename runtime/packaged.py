@@ -1,6 +1,6 @@
-"""A model that a Python package ships as GGUF, written out as a Hugging Face directory.
+"""Converts a model that a Python package ships as GGUF to a Hugging Face directory.
 
-For machines that cannot reach the hub, the demo's among them. Start at `convert`.
+For machines that cannot reach the hub, such as the demo's. Start at `convert`.
 """
 
 import logging

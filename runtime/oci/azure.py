@@ -62,7 +62,7 @@ def _managed_token(identity: Azure, transport: Transport) -> str:
 
 
 def _post(transport: Transport, url: str, form: Mapping[str, str] | None, wanted: str, name: str) -> str:
-    """Return field `wanted` of the reply to `form`; None sends a GET, as the node's metadata service expects."""
+    """Return field `wanted` of the reply to `form`; None sends a GET (the node's metadata service)."""
     retries = transport.retries(f"log in as {name}")
     while True:
         try:

@@ -42,7 +42,7 @@ class Progress:
             self._bar.stop()
 
     def add(self, count: int) -> None:
-        """Count transferred bytes, negative for bytes to be sent again. TransferCancelledError after `cancel`."""
+        """Count transferred bytes, negative for bytes to be sent again; raises after `cancel`."""
         if self._cancelled:
             raise TransferCancelledError(self._label)
         with self._lock:

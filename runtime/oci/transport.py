@@ -36,7 +36,7 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
         self.authorize: Callable[[], str | None] = lambda: None
         """Returns the Authorization header for a request to the registry."""
         self.refused: Callable[[requests.Response, str | None], None] = _raise_refused
-        """Takes a 401 and the header it replied to; returns when another try makes sense, raises otherwise."""
+        """Takes a 401 and the header that got it; returns when another try makes sense, raises otherwise."""
         self.accepted: Callable[[], None] = lambda: None
         """Called when the registry accepted the header."""
         if access.insecure or _is_loopback(host):

@@ -33,11 +33,8 @@ class UploadSessions:
         claimed = path.with_name(f"{path.name}.{os.getpid()}")
         try:
             path.rename(claimed)
-            return (
-                claimed.read_text(encoding="utf-8")
-                if time.time() - claimed.stat().st_mtime < _MAX_AGE_S
-                else None
-            )
+            fresh = time.time() - claimed.stat().st_mtime < _MAX_AGE_S
+            return claimed.read_text(encoding="utf-8") if fresh else None
         except (OSError, UnicodeDecodeError):
             return None
         finally:

@@ -1,6 +1,6 @@
-"""Fetches data files: in parallel, verified, under their final names only when whole.
+"""Downloads data files: in parallel, verified, under their final names only when complete.
 
-Knows which addresses may be asked and what a data file looks like; how a download resumes is in
+Knows which addresses are allowed and what a data file looks like; how a download resumes is in
 runtime/net.py. Does not know what rows are. Start at `fetch`.
 """
 
@@ -23,12 +23,12 @@ import pyarrow as pa
 import pyarrow.parquet
 from pydantic import SecretStr
 
-from runtime import net, oci
+from runtime import files, net, oci
 from runtime.errors import DataError, TransientError
 from runtime.files import locked, write_atomic
-from runtime.net import PATIENT, Patience
+from runtime.net import DEFAULT_LIMITS, DownloadLimits
 from runtime.oci.access import DEFAULT
-from runtime.tuning.data.formats import local_paths
+from runtime.tuning.data.formats import targets
 from runtime.tuning.settings import DataSource
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,10 @@ def fetch(
     source: DataSource,
     *,
     token: SecretStr | None = None,
-    patience: Patience = PATIENT,
+    limits: DownloadLimits = DEFAULT_LIMITS,
     access: oci.Access = DEFAULT,
 ) -> None:
-    """Bring every file of `source` into its folder; files that are there already are kept.
+    """Download every file of `source` into its folder; complete files are kept.
 
     Raises DataError for failures that a retry does not mend (404, HTML, a wrong digest), TransientError for
     the others.
@@ -63,12 +63,12 @@ def fetch(
     stop = threading.Event()
     allow_private = source.allow_private_addresses
     downloads = [
-        _DataFile(_Address(url, token, allow_private), path, patience, stop)
-        for url, path in zip(dict.fromkeys(source.urls), local_paths(source.urls, source.folder), strict=True)
+        _DataFile(_Address(url, token, allow_private), path, limits, stop)
+        for url, path in zip(dict.fromkeys(source.urls), targets(source), strict=True)
     ]
     source.folder.mkdir(parents=True, exist_ok=True)
     complete = all(download.is_there for download in downloads)
-    with contextlib.nullcontext() if complete else _locked(source.folder, patience.deadline_s):
+    with contextlib.nullcontext() if complete else _locked(source.folder, limits.deadline_s):
         _run(downloads, stop)
 
 
@@ -105,11 +105,13 @@ def _locked(folder: Path, wait_s: float) -> Iterator[None]:
 class _DataFile:
     """One address, and the file that its data goes to."""
 
-    def __init__(self, address: "_Address", path: Path, patience: Patience, stop: threading.Event) -> None:
+    def __init__(
+        self, address: "_Address", path: Path, limits: DownloadLimits, stop: threading.Event
+    ) -> None:
         self.address, self.path = address, path
         self._record = path.with_name(f".{path.name}.source")
-        self._timeout = httpx.Timeout(patience.stall_s, connect=10.0)
-        self._download = net.Download(path, shown(address.url), patience=patience, stop=stop)
+        self._timeout = httpx.Timeout(limits.stall_s, connect=10.0)
+        self._download = net.Download(path, shown(address.url), limits=limits, stop=stop)
 
     def run(self) -> None:
         """Download, verify and rename; or find that this was done before."""
@@ -127,7 +129,7 @@ class _DataFile:
 
     @property
     def is_there(self) -> bool:
-        """Whether an earlier run has fetched the whole file."""
+        """Whether an earlier run has downloaded the file completely."""
         try:
             known = json.loads(self._record.read_text(encoding="utf-8"))
             size = self.path.stat().st_size
@@ -137,7 +139,7 @@ class _DataFile:
 
 
 class _Address:
-    """Where a file is, `URL` or `URL#sha256=DIGEST`, and how it is asked for."""
+    """The address of a file, `URL` or `URL#sha256=DIGEST`, and the requests for it."""
 
     def __init__(self, url: str, token: SecretStr | None, allow_private: bool) -> None:
         self.url, _, fragment = url.partition("#")
@@ -147,7 +149,7 @@ class _Address:
 
     @property
     def identity(self) -> str:
-        """Which address a finished file came from, without its secrets."""
+        """Digest of the address, which may hold secrets: a finished file is recorded with it."""
         return hashlib.sha256(f"{self.url}#{self.sha256}".encode()).hexdigest()
 
     @contextlib.contextmanager
@@ -180,14 +182,14 @@ class _Address:
             self._connection = info["return_value"]
 
     def hang_up(self) -> None:
-        """End a request that waits for a silent server: called when all is over, from another thread."""
+        """End a request that waits for a silent server; called from another thread at the end."""
         opened = self._connection and self._connection.get_extra_info("socket")
         if opened:
             with contextlib.suppress(OSError):
                 opened.shutdown(socket.SHUT_RDWR)
 
     def _check_peer(self, response: httpx.Response, url: str) -> None:
-        """Check whom we are really connected to: a name may resolve differently the second time."""
+        """Check the address of the connection: a name may resolve differently the second time."""
         stream = response.extensions.get("network_stream")
         peer = stream.get_extra_info("server_addr") if stream is not None else None
         if peer:
@@ -195,7 +197,7 @@ class _Address:
 
 
 METADATA = frozenset(map(ipaddress.ip_address, ("169.254.169.254", "100.100.100.200", "fd00:ec2::254")))
-"""Where clouds hand out a machine's own credentials (AWS and Azure and GCP, Alibaba, AWS over IPv6)."""
+"""Metadata services, which return a machine's credentials (AWS and Azure and GCP, Alibaba, AWS over IPv6)."""
 
 
 def check_url(url: str, *, allow_private: bool) -> None:
@@ -237,7 +239,7 @@ def shown(url: str) -> str:
 
 
 def verify(path: Path, what: str, *, sha256: str | None = None) -> None:
-    """Raise DataError, and remove `path`, unless it is a whole data file; `what` names it in the message."""
+    """Raise DataError, and remove `path`, unless it is a complete data file; messages call it `what`."""
     try:
         _check(path, what, sha256)
     except DataError:
@@ -248,12 +250,10 @@ def verify(path: Path, what: str, *, sha256: str | None = None) -> None:
 def _check(path: Path, what: str, sha256: str | None) -> None:
     if not path.exists() or not path.stat().st_size:
         raise DataError(f"{what}: the file is empty")
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        stream.seek(0)
-        start = stream.read(64)
-    if sha256 is not None and digest != sha256:
+    if sha256 is not None and (digest := files.sha256(path)) != sha256:
         raise DataError(f"{what}: sha256 is {digest}, expected {sha256}")
+    with path.open("rb") as stream:
+        start = stream.read(64)
     if start.lstrip()[:5].lower() in (b"<!doc", b"<html", b"<?xml"):
         raise DataError(
             f"{what}: not data but a web page (a login or an error page?); it starts with {start!r}"

@@ -19,14 +19,14 @@ from pydantic import SecretStr
 
 from runtime import files
 from runtime.errors import CapacityError, DataError, TransientError
-from runtime.net import Patience
+from runtime.net import DownloadLimits
 from runtime.tuning.data import download as fetching
-from runtime.tuning.data import formats
 from runtime.tuning.data.download import check_address, check_url, fetch
+from runtime.tuning.data.formats import targets
 from runtime.tuning.settings import DataSource
 from tests.faults.dataset_server import DatasetServer, Reply
 
-QUICK = Patience(attempts=3, backoff_s=0.02, stall_s=0.3, deadline_s=5)
+QUICK = DownloadLimits(attempts=3, backoff_s=0.02, stall_s=0.3, deadline_s=5)
 
 
 def parquet(rows: int = 400) -> bytes:
@@ -38,19 +38,15 @@ def parquet(rows: int = 400) -> bytes:
 BODY = parquet()
 
 
-def get(folder: Path, *urls: str, patience: Patience = QUICK, **settings: Any) -> Path:
+def get(folder: Path, *urls: str, limits: DownloadLimits = QUICK, **settings: Any) -> Path:
     """Fetch `urls` into `folder` and return the first file's path."""
     source = DataSource(urls=urls, folder=folder, **settings)
-    fetch(source, patience=patience)
-    return local_paths(source)[0]
+    fetch(source, limits=limits)
+    return targets(source)[0]
 
 
 def leftovers(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-
-
-def local_paths(source: DataSource) -> list[Path]:
-    return formats.local_paths(source.urls, source.folder)
 
 
 def test_file_is_fetched_once_and_kept(tmp_path: Path) -> None:
@@ -82,12 +78,12 @@ def test_fault_13_dripping_server_is_left(tmp_path: Path) -> None:
 
 
 def test_deadline_ends_a_slow_download(tmp_path: Path) -> None:
-    slow = Patience(attempts=3, stall_s=9, deadline_s=0.4, rate_bytes_s=0)
+    slow = DownloadLimits(attempts=3, stall_s=9, deadline_s=0.4, rate_bytes_s=0)
     with (
         DatasetServer({"/a.parquet": [Reply(BODY, drip_s=0.02)]}) as server,
         pytest.raises(TransientError, match="not complete after"),
     ):
-        get(tmp_path, server.url("/a.parquet"), patience=slow)
+        get(tmp_path, server.url("/a.parquet"), limits=slow)
 
 
 def test_fault_14_truncated_body_is_resumed(tmp_path: Path) -> None:
@@ -136,11 +132,11 @@ def test_fault_16_server_errors_are_tried_again_and_retry_after_is_kept(tmp_path
 def test_fault_16_retry_after_may_be_a_date(tmp_path: Path) -> None:
     later = format_datetime(datetime.now(UTC) + timedelta(seconds=2.9), usegmt=True)
     past = {"Retry-After": "Mon, 01 Jan 2024 00:00:00 GMT"}
-    slow = Patience(attempts=3, backoff_s=30, stall_s=1, deadline_s=60)  # what is kept to is the date
+    slow = DownloadLimits(attempts=3, backoff_s=30, stall_s=1, deadline_s=60)  # what is kept to is the date
     replies = [Reply(status=429, headers={"Retry-After": later}), Reply(status=503, headers=past)]
     began = time.monotonic()
     with DatasetServer({"/a.parquet": [*replies, Reply(BODY)]}) as server:
-        assert get(tmp_path, server.url("/a.parquet"), patience=slow).read_bytes() == BODY
+        assert get(tmp_path, server.url("/a.parquet"), limits=slow).read_bytes() == BODY
     assert 1 <= time.monotonic() - began < 10
     with DatasetServer(
         {"/b.parquet": [Reply(status=429, headers={"Retry-After": "soon"}), Reply(BODY)]}
@@ -189,7 +185,7 @@ def test_fault_18_token_goes_to_the_hub_only(tmp_path: Path, monkeypatch: pytest
     with DatasetServer({"/a.parquet": [Reply(BODY)]}) as server:
         source = DataSource(urls=(server.url("/a.parquet"),), folder=tmp_path)
         monkeypatch.setattr(fetching, "HUB_HOSTS", frozenset({"127.0.0.1"}))  # plain http: still not sent
-        fetch(source, token=SecretStr("hf_aaaaaaaaaaaa"), patience=QUICK)
+        fetch(source, token=SecretStr("hf_aaaaaaaaaaaa"), limits=QUICK)
         assert all("authorization" not in request for request in server.requests["/a.parquet"])
 
 
@@ -246,15 +242,15 @@ def test_fault_22_files_of_one_name_are_kept_apart(tmp_path: Path) -> None:
             server.url(p) for p in ("/x/rows.parquet", "/y/rows.parquet?download=true", "/x/a%20b.parquet")
         )
         source = DataSource(urls=urls, folder=tmp_path)
-        fetch(source, patience=QUICK)
-        paths = local_paths(source)
+        fetch(source, limits=QUICK)
+        paths = targets(source)
     assert [path.read_bytes() for path in paths] == [first, second, first]
     assert paths[2].name == "a b.parquet"
     many = DataSource(urls=tuple(f"http://h/{n}/rows.parquet" for n in range(1000)), folder=tmp_path)
-    assert len(set(local_paths(many))) == 1000
-    assert local_paths(many) == local_paths(many)
+    assert len(set(targets(many))) == 1000
+    assert targets(many) == targets(many)
     nasty = DataSource(urls=("http://h/..%2f..%2fetc%2fpasswd", "http://h/", "http://h/.."), folder=tmp_path)
-    assert [path.parent for path in local_paths(nasty)] == [tmp_path] * 3
+    assert [path.parent for path in targets(nasty)] == [tmp_path] * 3
 
 
 def test_two_nodes_that_share_the_folder_fetch_each_file_once(tmp_path: Path) -> None:
@@ -268,12 +264,12 @@ def test_two_nodes_that_share_the_folder_fetch_each_file_once(tmp_path: Path) ->
 
 
 def test_a_folder_that_another_fetches_into_for_too_long_is_worth_a_retry(tmp_path: Path) -> None:
-    patience = replace(QUICK, deadline_s=0.2)
+    limits = replace(QUICK, deadline_s=0.2)
     with (
         files.locked(tmp_path / fetching.LOCK, wait_s=0),
         pytest.raises(TransientError, match="another process has been fetching into"),
     ):
-        get(tmp_path, "http://127.0.0.1:1/a.parquet", patience=patience)
+        get(tmp_path, "http://127.0.0.1:1/a.parquet", limits=limits)
 
 
 def test_files_that_are_there_need_no_lock(tmp_path: Path) -> None:
@@ -287,9 +283,9 @@ def test_address_listed_twice_is_one_file(tmp_path: Path) -> None:
     with DatasetServer({"/a.parquet": [Reply(BODY)], "/b/a.parquet": [Reply(parquet(3))]}) as server:
         urls = tuple(server.url(path) for path in ("/a.parquet", "/b/a.parquet", "/a.parquet"))
         source = DataSource(urls=urls, folder=tmp_path)
-        fetch(source, patience=QUICK)
+        fetch(source, limits=QUICK)
         assert len(server.requests["/a.parquet"]) == 1
-    assert [path.read_bytes() for path in local_paths(source)] == [BODY, parquet(3)]
+    assert [path.read_bytes() for path in targets(source)] == [BODY, parquet(3)]
 
 
 def test_folder_of_local_data_is_not_made(tmp_path: Path) -> None:
@@ -319,9 +315,9 @@ def test_one_failure_ends_the_other_downloads(tmp_path: Path) -> None:
     with DatasetServer(
         {"/slow.parquet": [Reply(BODY, drip_s=0.01)], "/gone.parquet": [Reply(status=404)]}
     ) as server:
-        patient = Patience(attempts=3, stall_s=30, rate_bytes_s=0)
+        patient = DownloadLimits(attempts=3, stall_s=30, rate_bytes_s=0)
         with pytest.raises(DataError, match="answered 404"):
-            get(tmp_path, server.url("/slow.parquet"), server.url("/gone.parquet"), patience=patient)
+            get(tmp_path, server.url("/slow.parquet"), server.url("/gone.parquet"), limits=patient)
     assert time.monotonic() - began < 2
 
 
