@@ -1,21 +1,26 @@
 """An adapter-like folder, and real registries: open, htpasswd, TLS, and one that does as Azure's."""
 
 import base64
+import io
 import json
 import random
 import shutil
 import socket
 import subprocess
+import tarfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from faults.registry import FaultyRegistry
+from faults.registry_tokens import TokenServer, make_certificate
 
+from runtime import oci
 from runtime.oci import Access, Reference, parse
-from tests.faults.registry import FaultyRegistry
-from tests.faults.registry_tokens import TokenServer, make_certificate
+from runtime.oci.blobs import Blob, BlobParts, from_bytes
+from runtime.oci.image import CONFIG, assemble
 
 
 @pytest.fixture
@@ -184,3 +189,56 @@ def quick(*files: Path, **options: object) -> Access:
 def fresh(host: str, name: str) -> Reference:
     """A repository no other test uses."""
     return parse(f"{host}/{name}-{random.SystemRandom().getrandbits(40):x}:v1")
+
+
+def needs(*programs: str) -> pytest.MarkDecorator:
+    missing = [name for name in programs if shutil.which(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = (p for p in folder.rglob("*") if p.is_file() and p.name != ".oci.json")
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
+
+
+def archive(*entries: tarfile.TarInfo | tuple[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for entry in entries:
+            if isinstance(entry, tarfile.TarInfo):
+                tar.addfile(entry)
+            else:
+                info = tarfile.TarInfo(entry[0])
+                info.size = len(entry[1])
+                tar.addfile(info, io.BytesIO(entry[1]))
+    return buffer.getvalue()
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def store(tmp_path: Path, layers: list[Blob], config: dict[str, object] | None = None) -> oci.Reference:
+    """Put an image of these layers into a layout."""
+    reference = oci.parse(f"oci:{tmp_path}/layout:v1")
+    blob = from_bytes(json.dumps(config or {}).encode(), CONFIG)
+    oci.push_image(lambda: assemble(layers, blob, annotations={}), reference)
+    return reference
+
+
+def titled(data: bytes, media_type: str, **notes: str) -> BlobParts:
+    blob = from_bytes(data, media_type)
+    blob.descriptor.annotations.update({key.replace("__", "."): value for key, value in notes.items()})
+    return blob
+
+
+def write(path: Path, document: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document))
+    return path
+
+
+def encoded(user: str, password: str) -> str:
+    return base64.b64encode(f"{user}:{password}".encode()).decode()

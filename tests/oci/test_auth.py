@@ -1,6 +1,5 @@
 """Logging in, by every way a pod or a laptop holds credentials (fault tests 33 and 34), and refusals."""
 
-import base64
 import json
 import logging
 import stat
@@ -9,24 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from oci.conftest import AzureLike, Started, docker_config, encoded, fresh, quick, write
 from runtime import oci
-from runtime.errors import ConfigError, RegistryError
-from runtime.oci import Access, Azure, from_environment
-from runtime.oci.access import credential_files
+from runtime.errors import RegistryError
+from runtime.oci import Access
 from runtime.oci.credentials import NULL_GUID, find
-from tests.oci.conftest import AzureLike, Started, docker_config, fresh, quick
 
 pytestmark = pytest.mark.system
-
-
-def write(path: Path, document: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document))
-    return path
-
-
-def encoded(user: str, password: str) -> str:
-    return base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
 def helper(folder: Path, name: str, answer: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,40 +81,6 @@ def test_34_mounted_secrets_are_tried_one_after_the_other(azure: AzureLike, tmp_
     assert azure.tokens.grants[:2] == ["basic pusher", "basic pusher"]
 
 
-def test_34_workload_identity_logs_in_and_rereads_its_token(azure: AzureLike, tmp_path: Path) -> None:
-    token_file = tmp_path / "token"
-    identity = Azure(
-        client_id="client-1",
-        tenant_id="tenant-1",
-        token_file=token_file,
-        authority=f"http://{azure.host}",
-        registries=("127.0.0.1:*",),
-    )
-    for turn in ("federated-1", "federated-2"):  # Kubernetes replaces the file every hour
-        azure.tokens.federated = turn
-        token_file.write_text(turn)
-        azure.tokens.grants.clear()
-        oci.check_push(fresh(azure.host, "a"), access=quick(azure=identity))
-        assert azure.tokens.grants[:3] == ["federated", "exchange", "refresh"]
-    token_file.write_text("stale")
-    with pytest.raises(RegistryError, match=r"identity client-1 was refused.*AADSTS700024") as caught:
-        oci.check_push(fresh(azure.host, "a"), access=quick(azure=identity))
-    assert "stale" not in str(caught.value)
-
-
-def test_34_managed_identity_logs_in(azure: AzureLike) -> None:
-    identity = Azure(metadata=f"http://{azure.host}", registries=("127.0.0.1:*",))
-    oci.check_push(fresh(azure.host, "a"), access=quick(azure=identity))
-    assert azure.tokens.grants[:3] == ["metadata", "exchange", "refresh"]
-
-
-def test_identity_is_shown_to_azure_registries_alone(azure: AzureLike) -> None:
-    identity = Azure(metadata=f"http://{azure.host}")
-    with pytest.raises(RegistryError):
-        oci.check_push(fresh(azure.host, "a"), access=quick(azure=identity))
-    assert "metadata" not in azure.tokens.grants
-
-
 def test_anonymous_may_pull_where_the_registry_lets_it(
     azure: AzureLike, adapter: Path, tmp_path: Path
 ) -> None:
@@ -188,77 +142,6 @@ def test_token_is_renewed_before_it_expires(
     assert all(s.status in {201, 202} for s in uploads)
 
 
-def test_environment_names_the_places_in_order(tmp_path: Path) -> None:
-    environment = {
-        "HOME": "/home/me",
-        "DOCKER_CONFIG": "/etc/docker-login",
-        "REGISTRY_AUTH_FILE": "/run/auth.json",
-        "AZURE_CLIENT_ID": "client",
-        "AZURE_TENANT_ID": "tenant",
-        "AZURE_FEDERATED_TOKEN_FILE": "/var/run/token",
-    }
-    access = from_environment(environment, files=[tmp_path])
-    places = [str(place) for place in access.files or ()]
-    assert places[:4] == [
-        str(tmp_path),
-        "/run/auth.json",
-        "/etc/docker-login",
-        "/home/me/.docker/config.json",
-    ]
-    assert {"/root/.docker/config.json", "/tmp/.docker/config/config.json", "/root/.docker/config.d"} <= {
-        *places
-    }
-    assert access.azure is not None
-    assert access.azure.token_file == Path("/var/run/token")
-
-
-def test_a_mounted_secret_is_called_so_wherever_the_home_is() -> None:
-    places = credential_files({"HOME": "/root", "XDG_RUNTIME_DIR": "/run/user/0"})
-    assert len({place.path for place in places}) == len(places)
-    origins = {str(place.path): place.origin for place in places}
-    assert origins["/root/.docker/config.json"] == "mounted secret"
-    assert origins["/root/.config/containers/auth.json"] == "podman login"
-    assert origins["/run/user/0/containers/auth.json"] == "podman login"
-
-
-def test_uploads_are_remembered_only_in_a_folder_of_the_users() -> None:
-    assert from_environment({"HOME": "/home/me"}).sessions == Path(
-        "/home/me/.cache/workspace-runtime/uploads"
-    )
-    assert from_environment({"RUNTIME_CACHE": "/cache/rt"}).sessions == Path("/cache/rt/uploads")
-    assert from_environment({}).sessions is None
-
-
-@pytest.mark.parametrize(
-    ("key", "registry", "repository", "matches"),
-    [
-        ("https://index.docker.io/v1/", "docker.io", "library/a", True),
-        ("docker.io", "docker.io", "me/a", True),
-        ("my.azurecr.io", "my.azurecr.io", "a", True),
-        ("https://my.azurecr.io", "my.azurecr.io", "a", True),
-        ("https://my.azurecr.io/v2/", "my.azurecr.io", "a", True),
-        ("my.azurecr.io/team", "my.azurecr.io", "team/a", True),
-        ("my.azurecr.io/team", "my.azurecr.io", "teams/a", False),
-        ("*.azurecr.io", "my.azurecr.io", "a", True),
-        ("my.azurecr.io", "my.azurecr.io.evil.net", "a", False),
-        ("my.azurecr.io", "notmy.azurecr.io", "a", False),
-    ],
-)
-def test_entry_is_used_for_its_own_registry_alone(
-    tmp_path: Path, key: str, registry: str, repository: str, matches: bool
-) -> None:
-    config = write(tmp_path / "config.json", {"auths": {key: {"auth": encoded("u", "p")}}})
-    found = list(find(registry, repository, Access(files=(config,))))
-    assert bool(found) == matches
-
-
-def test_longest_entry_wins_and_old_dockercfg_is_read(tmp_path: Path) -> None:
-    table = {"r.io": {"auth": encoded("wide", "1")}, "r.io/team": {"auth": encoded("narrow", "2")}}
-    config = write(tmp_path / ".dockercfg", table)
-    (found,) = find("r.io", "team/a", Access(files=(config,)))
-    assert (found.user, found.secret, found.source) == ("narrow", "2", str(config))
-
-
 def test_56_no_secret_reaches_a_log_line_or_a_message(
     azure: AzureLike, adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -292,10 +175,3 @@ def test_token_over_plain_http_is_refused_for_a_tls_registry() -> None:
     login.refused(response, None)
     with pytest.raises(RegistryError, match="plain HTTP"):
         login.authorize()
-
-
-def test_workload_identity_without_its_variables_is_said(azure: AzureLike, tmp_path: Path) -> None:
-    (tmp_path / "token").write_text("x")
-    identity = Azure(client_id="c", token_file=tmp_path / "token", registries=("127.0.0.1:*",))
-    with pytest.raises(ConfigError, match="AZURE_TENANT_ID"):
-        oci.check_push(fresh(azure.host, "a"), access=quick(azure=identity))

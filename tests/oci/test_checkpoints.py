@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from oci.conftest import Started, files, fresh, quick
 from runtime import oci
 from runtime.oci import Access, Reference, checkpoints
-from tests.oci.conftest import Started, fresh, quick
-from tests.oci.test_layout import files
 
 pytestmark = pytest.mark.system
 

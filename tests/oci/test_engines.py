@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from oci.conftest import Started, files, fresh, needs, quick
 from runtime import oci
-from tests.oci.conftest import Started, fresh, quick
-from tests.oci.test_layout import files, needs
 
 pytestmark = [
     pytest.mark.system,

@@ -10,13 +10,19 @@ import time
 from pathlib import Path
 
 import pytest
+from faults.registry import FaultyRegistry
 
+from oci.conftest import (
+    AzureLike,
+    Started,
+    docker_config,
+    files,
+    fresh,
+    quick,
+)
 from runtime import oci
 from runtime.errors import RegistryError, TransientError
 from runtime.oci import Access
-from tests.faults.registry import FaultyRegistry
-from tests.oci.conftest import AzureLike, Started, docker_config, fresh, quick
-from tests.oci.test_layout import files
 
 pytestmark = pytest.mark.system
 

@@ -9,13 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from faults.registry import FaultyRegistry
 
+from oci.conftest import (
+    AzureLike,
+    Started,
+    TlsRegistry,
+    docker_config,
+    files,
+    fresh,
+    needs,
+    quick,
+)
 from runtime import oci
 from runtime.errors import RegistryError, TransientError
 from runtime.oci import Access
-from tests.faults.registry import FaultyRegistry
-from tests.oci.conftest import AzureLike, Started, TlsRegistry, docker_config, fresh, quick
-from tests.oci.test_layout import files, needs
 
 pytestmark = pytest.mark.system
 

@@ -1,0 +1,53 @@
+"""Logging in as a pod's own identity (fault test 34), at a registry that does as Azure's."""
+
+from pathlib import Path
+
+import pytest
+
+from oci.conftest import AzureLike, fresh, quick
+from runtime import oci
+from runtime.errors import ConfigError, RegistryError
+from runtime.oci import Azure
+
+pytestmark = pytest.mark.system
+
+
+def test_34_workload_identity_logs_in_and_rereads_its_token(azure: AzureLike, tmp_path: Path) -> None:
+    token_file = tmp_path / "token"
+    identity = Azure(
+        client_id="client-1",
+        tenant_id="tenant-1",
+        token_file=token_file,
+        authority=f"http://{azure.host}",
+        registries=("127.0.0.1:*",),
+    )
+    for turn in ("federated-1", "federated-2"):  # Kubernetes replaces the file every hour
+        azure.tokens.federated = turn
+        token_file.write_text(turn)
+        azure.tokens.grants.clear()
+        oci.check_push(fresh(azure.host, "a"), access=quick(azure=identity))
+        assert azure.tokens.grants[:3] == ["federated", "exchange", "refresh"]
+    token_file.write_text("stale")
+    with pytest.raises(RegistryError, match=r"identity client-1 was refused.*AADSTS700024") as caught:
+        oci.check_push(fresh(azure.host, "a"), access=quick(azure=identity))
+    assert "stale" not in str(caught.value)
+
+
+def test_34_managed_identity_logs_in(azure: AzureLike) -> None:
+    identity = Azure(metadata=f"http://{azure.host}", registries=("127.0.0.1:*",))
+    oci.check_push(fresh(azure.host, "a"), access=quick(azure=identity))
+    assert azure.tokens.grants[:3] == ["metadata", "exchange", "refresh"]
+
+
+def test_identity_is_shown_to_azure_registries_alone(azure: AzureLike) -> None:
+    identity = Azure(metadata=f"http://{azure.host}")
+    with pytest.raises(RegistryError):
+        oci.check_push(fresh(azure.host, "a"), access=quick(azure=identity))
+    assert "metadata" not in azure.tokens.grants
+
+
+def test_workload_identity_without_its_variables_is_said(azure: AzureLike, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("x")
+    identity = Azure(client_id="c", token_file=tmp_path / "token", registries=("127.0.0.1:*",))
+    with pytest.raises(ConfigError, match="AZURE_TENANT_ID"):
+        oci.check_push(fresh(azure.host, "a"), access=quick(azure=identity))
