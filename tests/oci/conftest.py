@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from faults.registry import FaultyRegistry
-from faults.registry_tokens import TokenServer, make_certificate
 
 from runtime import oci
 from runtime.oci import Access, Reference, parse
 from runtime.oci.blobs import Blob, BlobParts, from_bytes
 from runtime.oci.image import CONFIG, assemble
+from tests.faults.registry import FaultyRegistry
+from tests.faults.registry_tokens import TokenServer, make_certificate
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from oci.conftest import AzureLike, Started, docker_config, encoded, fresh, quick, write
 from runtime import oci
 from runtime.errors import RegistryError
 from runtime.oci import Access
 from runtime.oci.credentials import NULL_GUID, find
+from tests.oci.conftest import AzureLike, Started, docker_config, encoded, fresh, quick, write
 
 pytestmark = pytest.mark.system
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from oci.conftest import AzureLike, fresh, quick
 from runtime import oci
 from runtime.errors import ConfigError, RegistryError
 from runtime.oci import Azure
+from tests.oci.conftest import AzureLike, fresh, quick
 
 pytestmark = pytest.mark.system
 

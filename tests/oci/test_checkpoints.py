@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from oci.conftest import Started, files, fresh, quick
 from runtime import oci
 from runtime.oci import Access, Reference, checkpoints
+from tests.oci.conftest import Started, files, fresh, quick
 
 pytestmark = pytest.mark.system
 

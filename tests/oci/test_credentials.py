@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from oci.conftest import encoded, write
 from runtime.oci import Access
 from runtime.oci.credentials import find
+from tests.oci.conftest import encoded, write
 
 
 @pytest.mark.parametrize(

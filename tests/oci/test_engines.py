@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from oci.conftest import Started, files, fresh, needs, quick
 from runtime import oci
+from tests.oci.conftest import Started, files, fresh, needs, quick
 
 pytestmark = [
     pytest.mark.system,

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from oci.conftest import archive, files, needs, special
 from runtime import oci
 from runtime.errors import CapacityError, Failure, RegistryError
 from runtime.oci.extract import Unpacker, zstd
+from tests.oci.conftest import archive, files, needs, special
 
 
 def unpack(tmp_path: Path, *layers: bytes, root: str = "data") -> Path:

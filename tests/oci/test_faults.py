@@ -10,9 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from faults.registry import FaultyRegistry
 
-from oci.conftest import (
+from runtime import oci
+from runtime.errors import RegistryError, TransientError
+from runtime.oci import Access
+from tests.faults.registry import FaultyRegistry
+from tests.oci.conftest import (
     AzureLike,
     Started,
     docker_config,
@@ -20,9 +23,6 @@ from oci.conftest import (
     fresh,
     quick,
 )
-from runtime import oci
-from runtime.errors import RegistryError, TransientError
-from runtime.oci import Access
 
 pytestmark = pytest.mark.system
 

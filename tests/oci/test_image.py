@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from oci.conftest import files
 from runtime import oci
 from runtime.errors import ConfigError
 from runtime.oci.image import LAYER_GZIP, LAYER_TAR
+from tests.oci.conftest import files
 
 
 def test_same_files_give_the_same_digest_whatever_their_times_and_modes(

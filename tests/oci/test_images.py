@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from oci.conftest import Started, files, fresh, needs, quick
 from runtime import oci
 from runtime.errors import CapacityError, ConfigError, RegistryError
 from runtime.oci import images
 from runtime.oci.image import build
 from runtime.oci.images import load_base
+from tests.oci.conftest import Started, files, fresh, needs, quick
 
 
 @pytest.mark.system

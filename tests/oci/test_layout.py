@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from oci.conftest import files, needs
 from runtime import oci
 from runtime.errors import ConfigError, RegistryError
 from runtime.oci.layout import Layout
+from tests.oci.conftest import files, needs
 
 
 @pytest.mark.system

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from oci.conftest import Started, archive, files, fresh, quick, special, store, titled
 from runtime import oci
 from runtime.errors import RegistryError
 from runtime.oci.blobs import Blob, from_bytes
 from runtime.oci.image import CONFIG, LAYER_GZIP, LAYER_TAR, assemble
+from tests.oci.conftest import Started, archive, files, fresh, quick, special, store, titled
 
 IMAGE_CONFIG = "application/vnd.oci.image.config.v1+json"
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from oci.conftest import archive, files
 from runtime import oci
 from runtime.oci import modelpack
 from runtime.oci.blobs import from_bytes
 from runtime.oci.image import assemble
+from tests.oci.conftest import archive, files
 
 
 @pytest.mark.parametrize("form", ["raw", "tar"])

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from faults.registry import FaultyRegistry
 
-from oci.conftest import (
+from runtime import oci
+from runtime.errors import RegistryError, TransientError
+from runtime.oci import Access
+from tests.faults.registry import FaultyRegistry
+from tests.oci.conftest import (
     AzureLike,
     Started,
     TlsRegistry,
@@ -21,9 +24,6 @@ from oci.conftest import (
     needs,
     quick,
 )
-from runtime import oci
-from runtime.errors import RegistryError, TransientError
-from runtime.oci import Access
 
 pytestmark = pytest.mark.system
 

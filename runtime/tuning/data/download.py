@@ -28,7 +28,7 @@ from runtime.errors import DataError, TransientError
 from runtime.files import locked, write_atomic
 from runtime.net import DEFAULT_LIMITS, DownloadLimits
 from runtime.oci.access import DEFAULT
-from runtime.tuning.data.formats import targets
+from runtime.tuning.data.formats import local_paths
 from runtime.tuning.settings import DataSource
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def fetch(
     allow_private = source.allow_private_addresses
     downloads = [
         _DataFile(_Address(url, token, allow_private), path, limits, stop)
-        for url, path in zip(dict.fromkeys(source.urls), targets(source), strict=True)
+        for url, path in zip(dict.fromkeys(source.urls), local_paths(source.urls, source.folder), strict=True)
     ]
     source.folder.mkdir(parents=True, exist_ok=True)
     complete = all(download.is_there for download in downloads)

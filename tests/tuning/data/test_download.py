@@ -21,8 +21,8 @@ from runtime import files
 from runtime.errors import CapacityError, DataError, TransientError
 from runtime.net import DownloadLimits
 from runtime.tuning.data import download as fetching
+from runtime.tuning.data import formats
 from runtime.tuning.data.download import check_address, check_url, fetch
-from runtime.tuning.data.formats import targets
 from runtime.tuning.settings import DataSource
 from tests.faults.dataset_server import DatasetServer, Reply
 
@@ -42,11 +42,15 @@ def get(folder: Path, *urls: str, limits: DownloadLimits = QUICK, **settings: An
     """Fetch `urls` into `folder` and return the first file's path."""
     source = DataSource(urls=urls, folder=folder, **settings)
     fetch(source, limits=limits)
-    return targets(source)[0]
+    return local_paths(source)[0]
 
 
 def leftovers(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def local_paths(source: DataSource) -> list[Path]:
+    return formats.local_paths(source.urls, source.folder)
 
 
 def test_file_is_fetched_once_and_kept(tmp_path: Path) -> None:
@@ -243,14 +247,14 @@ def test_fault_22_files_of_one_name_are_kept_apart(tmp_path: Path) -> None:
         )
         source = DataSource(urls=urls, folder=tmp_path)
         fetch(source, limits=QUICK)
-        paths = targets(source)
+        paths = local_paths(source)
     assert [path.read_bytes() for path in paths] == [first, second, first]
     assert paths[2].name == "a b.parquet"
     many = DataSource(urls=tuple(f"http://h/{n}/rows.parquet" for n in range(1000)), folder=tmp_path)
-    assert len(set(targets(many))) == 1000
-    assert targets(many) == targets(many)
+    assert len(set(local_paths(many))) == 1000
+    assert local_paths(many) == local_paths(many)
     nasty = DataSource(urls=("http://h/..%2f..%2fetc%2fpasswd", "http://h/", "http://h/.."), folder=tmp_path)
-    assert [path.parent for path in targets(nasty)] == [tmp_path] * 3
+    assert [path.parent for path in local_paths(nasty)] == [tmp_path] * 3
 
 
 def test_two_nodes_that_share_the_folder_fetch_each_file_once(tmp_path: Path) -> None:
@@ -285,7 +289,7 @@ def test_address_listed_twice_is_one_file(tmp_path: Path) -> None:
         source = DataSource(urls=urls, folder=tmp_path)
         fetch(source, limits=QUICK)
         assert len(server.requests["/a.parquet"]) == 1
-    assert [path.read_bytes() for path in targets(source)] == [BODY, parquet(3)]
+    assert [path.read_bytes() for path in local_paths(source)] == [BODY, parquet(3)]
 
 
 def test_folder_of_local_data_is_not_made(tmp_path: Path) -> None:
