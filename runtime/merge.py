@@ -44,7 +44,8 @@ def merge(folder: Path, target: Path, *, base: ModelSource, machine: Hardware, d
     """Write `base` with the adapter in `folder` added to it to the new directory `target`; return `target`.
 
     The directory appears complete or not at all. `dtype` is that of the written weights; "auto" keeps that
-    of the base. Raises ConfigError when `target` is taken or the base is quantised, CapacityError without enough memory.
+    of the base. Raises ConfigError when `target` is taken or the base is quantised, CapacityError without
+    enough memory.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists already; give a new directory")
