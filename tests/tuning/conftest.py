@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -42,33 +43,47 @@ def rows_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def tiny_job(
+    model: Path, rows: Path, folder: Path, *, training: dict[str, Any] | None = None, **settings: Any
+) -> TuningJob:
+    """Return a QLoRA job on the tiny model."""
+    defaults: dict[str, Any] = {
+        "name": "tiny",
+        "model": ModelSource(name="tiny", path=model),
+        "data": DataSource(folder=rows),
+        "lora": Lora(r=4, alpha=8, dropout=0.1),
+        "training": {**STEPS, **(training or {})},
+        "output": Output(folder=folder),
+        "metrics_port": None,
+    }
+    return TuningJob(**{**defaults, **settings})
+
+
 @pytest.fixture
 def make_job(tiny_llama_dir: Path, rows_dir: Path, tmp_path: Path) -> Callable[..., TuningJob]:
     """Return a maker of QLoRA jobs on the tiny model; `out` names the output folder."""
 
-    def make(out: str = "out", *, training: dict[str, Any] | None = None, **settings: Any) -> TuningJob:
-        given: dict[str, Any] = {
-            "name": "tiny",
-            "model": ModelSource(name="tiny", path=tiny_llama_dir),
-            "data": DataSource(folder=rows_dir),
-            "lora": Lora(r=4, alpha=8, dropout=0.1),
-            "training": {**STEPS, **(training or {})},
-            "output": Output(folder=tmp_path / out),
-            "metrics_port": None,
-        }
-        return TuningJob(**{**given, **settings})
+    def make(out: str = "out", **settings: Any) -> TuningJob:
+        return tiny_job(tiny_llama_dir, rows_dir, tmp_path / out, **settings)
 
     return make
+
+
+def free_port() -> int:
+    """Return a port of the loopback that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Worker:
     """One `python -m module` (under torchrun when there are several) in a process group of its own."""
 
     def __init__(self, job: TuningJob, processes: int = 1, *, module: str = "runtime.tuning") -> None:
-        self.places = OutputPaths(job.output.folder)
-        self.places.work.mkdir(parents=True, exist_ok=True)
-        self.places.job.write_text(job.model_dump_json())
-        command = [sys.executable, "-m", module, str(self.places.job)]
+        self.paths = OutputPaths(job.output.folder)
+        self.paths.work.mkdir(parents=True, exist_ok=True)
+        self.paths.job.write_text(job.model_dump_json())
+        command = [sys.executable, "-m", module, str(self.paths.job)]
         if processes > 1:
             command[1:2] = [
                 "-m",
@@ -77,7 +92,7 @@ class Worker:
                 f"--nproc-per-node={processes}",
                 "-m",
             ]
-        self.log = self.places.folder / "worker.log"
+        self.log = self.paths.folder / "worker.log"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         with self.log.open("ab") as stream:
             self.process = subprocess.Popen(command, stderr=stream, stdout=stream, env=environment)
@@ -87,29 +102,29 @@ class Worker:
         return self.process.wait(timeout_s)
 
     def wait_for_step(self, step: int, timeout_s: float = 90) -> None:
-        """Return once `step` is in the history; fail when the process ends before."""
+        """Return once `step` is in the metrics history; fail when the process ends before."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self.steps() and self.steps()[-1]["step"] >= step:
                 return
-            assert self.process.poll() is None, self.said()
+            assert self.process.poll() is None, self.output()
             time.sleep(0.005)
-        pytest.fail(f"step {step} did not come: {self.said()}")
+        pytest.fail(f"no step {step} in {timeout_s} s: {self.output()}")
 
     def steps(self) -> list[dict[str, Any]]:
         """Return the history so far."""
-        if not self.places.history.exists():
+        if not self.paths.history.exists():
             return []
-        lines = self.places.history.read_text().splitlines()
+        lines = self.paths.history.read_text().splitlines()
         return [json.loads(line) for line in lines if line.endswith("}")]
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
     def failure(self) -> dict[str, Any]:
         """Return what rank 0 recorded."""
-        recorded: dict[str, Any] = json.loads(self.places.failure(0).read_text())
-        return recorded
+        record: dict[str, Any] = json.loads(self.paths.failure(0).read_text())
+        return record
 
     def adapter(self) -> bytes:
-        return (self.places.folder / "adapter_model.safetensors").read_bytes()
+        return (self.paths.folder / "adapter_model.safetensors").read_bytes()

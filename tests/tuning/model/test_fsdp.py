@@ -27,14 +27,14 @@ SHAPE = {
 
 def test_sharded_qlora_ends_with_the_bytes_of_ddp_and_goes_on_from_its_checkpoints(make_job: Maker) -> None:
     whole = Worker(make_job("ddp", **SHAPE), processes=2)
-    assert whole.wait() == 0, whole.said()
+    assert whole.wait() == 0, whole.output()
 
     job = make_job("fsdp", **SHAPE, parallel="fsdp")
     first = Worker(job, processes=2)
     first.wait_for_step(8)
     first.process.send_signal(signal.SIGTERM)
     assert first.wait() == 1  # torchrun's own status
-    assert first.failure()["code"] == 143, first.said()
+    assert first.failure()["code"] == 143, first.output()
     stopped = listed(OutputPaths(job.output.folder).checkpoints)[-1]
     assert {path.name for path in stopped.iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json", "optimizer.pt",
@@ -42,11 +42,11 @@ def test_sharded_qlora_ends_with_the_bytes_of_ddp_and_goes_on_from_its_checkpoin
     }  # fmt: skip
 
     second = Worker(job, processes=2)
-    assert second.wait() == 0, second.said()
-    assert f"resuming from {stopped.name}" in second.said()
-    assert "base model in slices: 0.1 of 0.2 MiB on each of 2 ranks" in second.said()
+    assert second.wait() == 0, second.output()
+    assert f"resuming from {stopped.name}" in second.output()
+    assert "base model in slices: 0.1 of 0.2 MiB on each of 2 ranks" in second.output()
     assert second.adapter() == whole.adapter()
     assert [step["loss"] for step in second.steps()][-3:] == [step["loss"] for step in whole.steps()][-3:]
-    one, two = (json.loads(worker.places.report.read_text())["result"] for worker in (whole, second))
+    one, two = (json.loads(worker.paths.report.read_text())["result"] for worker in (whole, second))
     assert two["held_out_loss"] == one["held_out_loss"]
     assert two["samples"] == one["samples"]

@@ -1,4 +1,4 @@
-"""Which node this is: from flags, and from the variables that clusters set."""
+"""Nodes from flags, and from the variables that clusters set."""
 
 import pytest
 
@@ -20,7 +20,7 @@ from runtime.tuning.process.nodes import SINGLE_NODE, Nodes
         {"PET_NNODES": "1", "PET_NODE_RANK": "0"},
     ],
 )
-def test_one_machine_unless_told(environ: dict[str, str]) -> None:
+def test_single_node_by_default(environ: dict[str, str]) -> None:
     assert Nodes.read(environ) == SINGLE_NODE
     assert SINGLE_NODE.torchrun_options() == ["--standalone"]
 
@@ -41,13 +41,13 @@ def test_one_machine_unless_told(environ: dict[str, str]) -> None:
             {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"},
             Nodes(2, 1, "job-master-0", 23456),
         ),
-        (  # an indexed Job, whose manifest says how many and where
+        (  # an indexed Job, whose manifest sets count and address
             {"JOB_COMPLETION_INDEX": "1", "NNODES": "2", "MASTER_ADDR": "tune-0.tune"},
             Nodes(2, 1, "tune-0.tune", 29500),
         ),
     ],
 )
-def test_cluster_variables_are_understood(environ: dict[str, str], expected: Nodes) -> None:
+def test_cluster_variables_are_read(environ: dict[str, str], expected: Nodes) -> None:
     assert Nodes.read(environ) == expected
 
 
@@ -76,7 +76,7 @@ def test_ranks_of_a_node_follow_those_of_the_nodes_before() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "said"),
+    ("environ", "message"),
     [
         ({"NNODES": "2", "MASTER_ADDR": "a"}, "node rank is None of 2 nodes, expected 0 to 1"),
         ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "node rank is 2 of 2 nodes"),
@@ -84,11 +84,11 @@ def test_ranks_of_a_node_follow_those_of_the_nodes_before() -> None:
         ({"NNODES": "two"}, "NNODES is 'two', expected a whole number"),
     ],
 )
-def test_what_is_missing_is_named(environ: dict[str, str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_missing_setting_is_named(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         Nodes.read(environ)
 
 
-def test_endpoint_with_a_word_for_a_port_is_refused() -> None:
+def test_endpoint_with_a_port_that_is_no_number_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--rdzv-endpoint is 'a:b', expected HOST:PORT"):
         Nodes.read({}, count=2, rank=0, endpoint="a:b")

@@ -1,38 +1,15 @@
-"""Figures of a run: what they are, the line, the history, and the bar of a terminal."""
+"""The metrics of a run: their values, the log line and the history."""
 
-import io
 import json
-import logging
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from runtime.tuning.train.progress import MetricsHistory, Reporter, Throughput, duration
-from runtime.tuning.train.terminal_bar import TerminalBar
+from tests.tuning.train.conftest import Clock, take_step
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-def take_step(throughput: Throughput, step: int, clock: Clock, seconds: float = 2.0) -> None:
-    clock.now += seconds
-    throughput.count(tokens=100, trained_tokens=50)
-    throughput.advance(step, 0.1)
-    throughput.log(step, {"loss": 2.0, "learning_rate": 1e-4, "grad_norm": 0.5, "epoch": 0.1})
-
-
-def test_line_comes_every_few_seconds_and_names_every_figure(
+def test_log_line_comes_every_few_seconds_and_has_every_metric(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, clock: Clock
 ) -> None:
     caplog.set_level("INFO")
@@ -47,7 +24,7 @@ def test_line_comes_every_few_seconds_and_names_every_figure(
     assert throughput.trained_share == pytest.approx(0.25)
     assert throughput.remaining_s == pytest.approx(74)
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 1  # 4 s after the first, nothing more is said
+    assert len(lines) == 1  # 4 s after the first, no second line
     for part in ("step 11/50", "epoch 0.10", "loss 2.0000", "lr 1.00e-04", "grad 0.500", "100 tokens/s"):
         assert part in lines[0]
     for part in ("(25% trained)", "memory ", " GiB", "left 1:18"):
@@ -61,7 +38,7 @@ def test_line_comes_every_few_seconds_and_names_every_figure(
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 3
 
 
-def test_history_is_json_though_figures_are_no_numbers(tmp_path: Path) -> None:
+def test_history_is_json_though_metrics_are_not_finite(tmp_path: Path) -> None:
     history = MetricsHistory(tmp_path / "history.jsonl")
     throughput = Throughput()
     throughput.start(0, 5)
@@ -108,37 +85,3 @@ def test_run_without_a_step_for_far_longer_than_usual_is_stalled(clock: Clock) -
     assert throughput.stalled
     take_step(throughput, 2, clock)
     assert not throughput.stalled
-
-
-def test_terminal_shows_a_bar_and_log_lines_stay_whole_above_it(
-    monkeypatch: pytest.MonkeyPatch, clock: Clock
-) -> None:
-    screen = io.StringIO()
-    monkeypatch.setattr("sys.stderr", screen)
-    handler = logging.StreamHandler(screen)
-    logging.getLogger().addHandler(handler)
-    try:
-        bar = TerminalBar(Console(file=screen, force_terminal=True, width=100, highlight=False), clock)
-        throughput = Throughput(clock=clock)
-        reporter = Reporter(throughput, display=bar, clock=clock)
-        throughput.start(0, 4)
-        for step in (1, 2):
-            take_step(throughput, step, clock)
-            reporter.record()
-        logging.getLogger("test").warning("a line beside the bar")
-        take_step(throughput, 3, clock, 0.01)
-        reporter.show()  # too soon to draw again
-        take_step(throughput, 4, clock, 0.01)
-        reporter.show()
-        reporter.close()
-        assert handler.stream is screen
-        logging.getLogger("test").warning("and one after it")
-    finally:
-        logging.getLogger().removeHandler(handler)
-    shown = screen.getvalue()
-    assert "step 2/4" in shown
-    assert "step 3/4" not in shown
-    assert "step 4/4" in shown
-    assert "\x1b[2Ka line beside the bar\n" in shown or "\na line beside the bar\n" in shown
-    assert shown.endswith("and one after it\n")
-    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l") >= 0  # the cursor is back

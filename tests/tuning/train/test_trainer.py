@@ -87,11 +87,11 @@ def test_auto_find_batch_size_of_one_rank_leaves_the_others_and_the_losses_alone
         "lora": Lora(r=4, alpha=8, dropout=0.0),
     }  # what is dropped follows the passes
     plenty = Worker(make_job("plenty", **same), processes=2)
-    assert plenty.wait() == 0, plenty.said()
+    assert plenty.wait() == 0, plenty.output()
     short = Worker(make_job("short", **same), processes=2, module="tests.faults.short_of_memory")
-    assert short.wait() == 0, short.said()
-    assert "out of GPU memory: continuing with" in short.said()
-    assert "out of GPU memory" not in plenty.said()
+    assert short.wait() == 0, short.output()
+    assert "out of GPU memory: continuing with" in short.output()
+    assert "out of GPU memory" not in plenty.output()
     losses = [{step["step"]: step["loss"] for step in worker.steps()} for worker in (plenty, short)]
     assert sorted(losses[0]) == [1, 2, 3, 4]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

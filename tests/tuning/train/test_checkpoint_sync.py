@@ -53,11 +53,11 @@ class Node:
         with self.log.open("ab") as stream:
             self.process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
     def ends(self, status: int = 0) -> None:
-        assert self.process.wait(240) == status, self.said()
+        assert self.process.wait(240) == status, self.output()
 
     def adapter(self) -> bytes:
         return (self.out / "adapter_model.safetensors").read_bytes()
@@ -66,8 +66,8 @@ class Node:
         manifest = OutputPaths(self.out).checkpoints / f"checkpoint-{step}" / "manifest.json"
         deadline = time.monotonic() + 180
         while not manifest.exists():
-            assert self.process.poll() is None, self.said()
-            assert time.monotonic() < deadline, self.said()
+            assert self.process.poll() is None, self.output()
+            assert time.monotonic() < deadline, self.output()
             time.sleep(0.01)
 
 
@@ -91,9 +91,9 @@ def test_two_nodes_end_with_the_adapter_of_two_processes_though_one_is_evicted(
     second.process.send_signal(signal.SIGTERM)  # a spot node goes; all ranks agree on the step
     for node in (first, second):
         node.ends(143)
-        last = node.said().splitlines()[-1]
+        last = node.output().splitlines()[-1]
         assert "with a checkpoint; run the same command again to resume" in last
-        assert "Traceback" not in node.said()
+        assert "Traceback" not in node.output()
     assert not OutputPaths(second.out).checkpoints.exists() or not list(
         OutputPaths(second.out).checkpoints.iterdir()
     )
@@ -103,7 +103,7 @@ def test_two_nodes_end_with_the_adapter_of_two_processes_though_one_is_evicted(
     first, second = pair(tmp_path, tiny_llama_dir, address)
     for node in (first, second):
         node.ends()
-    assert "resuming from checkpoint-" in first.said()
+    assert "resuming from checkpoint-" in first.output()
     assert first.adapter() == alone.adapter()
     assert not (second.out / SENTINEL).exists()  # no pusher on that node must find half a result
     assert not (second.out / "adapter_model.safetensors").exists()
