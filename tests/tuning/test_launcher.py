@@ -57,18 +57,16 @@ def test_logger_that_is_not_installed_ends_the_job_before_data_is_fetched(make_j
 
 
 @pytest.mark.slow
-def test_health_is_served_before_there_are_workers(
-    make_job: Callable[..., TuningJob], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_health_is_served_before_there_are_workers(make_job: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     port, phases = free_port(), []
     fetching, looked = threading.Event(), threading.Event()
 
     def slow_fetch(*_: object, **__: object) -> None:
         fetching.set()
         assert looked.wait(30)
-        raise launcher.ConfigError("enough")
+        raise ConfigError("enough")
 
-    monkeypatch.setattr(launcher.download, "fetch", slow_fetch)
+    monkeypatch.setattr("runtime.tuning.data.download.fetch", slow_fetch)
 
     def look() -> None:
         assert fetching.wait(30)
@@ -77,7 +75,7 @@ def test_health_is_served_before_there_are_workers(
 
     watcher = threading.Thread(target=look)
     watcher.start()
-    with pytest.raises(launcher.ConfigError, match="enough"):
+    with pytest.raises(ConfigError, match="enough"):
         launcher.run(make_job(metrics_port=port))
     watcher.join()
     assert phases == ["data"]

@@ -1,0 +1,35 @@
+"""Ranks from torchrun's variables, and collectives of a single process."""
+
+import pytest
+
+from runtime.errors import ConfigError
+from runtime.tuning.process.ranks import Ranks
+
+
+def test_ranks_come_from_torchruns_variables() -> None:
+    environ = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    ranks = Ranks.read(environ)
+    assert ranks == Ranks(5, 1, 8, 4)
+    assert not ranks.is_main
+    assert not ranks.is_local_main
+    assert Ranks.read({}) == Ranks()
+    assert Ranks().is_main
+
+
+def test_rank_that_is_no_number_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="must be whole numbers"):
+        Ranks.read({"RANK": "first"})
+
+
+def test_collectives_of_a_single_process_return_its_own_values() -> None:
+    import torch
+
+    ranks = Ranks()
+    ranks.init_process_group("cpu")
+    assert not torch.distributed.is_initialized()
+    ranks.barrier()
+    assert ranks.broadcast("value") == "value"
+    assert ranks.gather("value") == ["value"]
+    assert ranks.all_reduce_max(3, "cpu") == 3
+    assert ranks.all_reduce_sum(torch.tensor([1, 2])).tolist() == [1, 2]
+    ranks.destroy_process_group()

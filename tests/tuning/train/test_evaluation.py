@@ -1,0 +1,29 @@
+"""Sample questions, and the model's answers to them."""
+
+from collections.abc import Callable
+
+from runtime.tuning.data.dataset import Example
+from runtime.tuning.settings import TuningJob
+from runtime.tuning.train.evaluation import QUESTIONS, evaluate, sample_questions
+from tests.tuning.train.test_trainer import training_setup
+
+
+def conversation(*roles: str) -> Example:
+    return Example(tuple({"role": role, "content": f"{role} {place}"} for place, role in enumerate(roles)))
+
+
+def test_questions_are_conversations_that_end_with_an_answer() -> None:
+    usable = conversation("user", "assistant")
+    others = [conversation("assistant"), conversation("user"), Example((), text="plain text")]
+    assert sample_questions([*others, usable]) == [usable]
+    assert len(sample_questions([usable] * 20)) == QUESTIONS
+
+
+def test_evaluation_without_held_out_rows_has_answers_and_no_loss(
+    make_job: Callable[..., TuningJob],
+) -> None:
+    setup = training_setup(make_job(training={"max_steps": 1}))
+    questions = [conversation("user", "assistant"), conversation("system", "user", "assistant")]
+    result = evaluate(setup, questions)
+    assert result.loss is None
+    assert len(result.answers) == 2
