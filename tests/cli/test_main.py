@@ -1,4 +1,4 @@
-"""The command line: quick without torch, readable dry runs, one line and the right status per failure."""
+"""The command line: quick without torch, one line and the right status per failure."""
 
 import json
 import os
@@ -11,32 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from cli.conftest import failure_line
 from runtime import __version__, errors
-from runtime.cli import main, render
+from runtime.cli import main
 
 ROOT = Path(__file__).parents[2]
 SEED = str(ROOT / "examples/fine-tuning/kaito_workspace_tuning_phi_3.yaml")
-QLORA = str(ROOT / "examples/fine-tuning/qlora-params-template.yaml")
 SERVE = str(ROOT / "examples/inference/kaito_workspace_phi_3_with_adapter.yaml")
 
-
 pytestmark = pytest.mark.usefixtures("restored_logging")
-
-
-@pytest.fixture
-def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def failure_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the one line on standard error, and hold that it is one and no traceback."""
-    captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in captured.err
-    assert len(lines) == 1, captured.err
-    return lines[0]
 
 
 @pytest.mark.parametrize(
@@ -74,71 +57,6 @@ def test_console_script_runs() -> None:
     assert done.stdout.count(".") == 2
 
 
-def test_dry_run_shows_values_sources_and_placeholders(
-    capsys: pytest.CaptureFixture[str], away: Path
-) -> None:
-    assert main.run(["tune", "--dry-run", SEED, "--config", QLORA, "--set", "lora.r=4"], {}) == 0
-    out = capsys.readouterr().out
-    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in out.splitlines() if line.strip()}
-    assert rows["lora.r"] == "4 flag --set lora.r"
-    assert rows["lora.alpha"] == "8 qlora-params-template.yaml LoraConfig.lora_alpha"
-    assert rows["training.num_train_epochs"] == "3.0 default"
-    assert "072cb7562cb8c4adf682a8e186aaafa49469eb5d" in rows["model.revision"]
-    assert "(MIT, 3.8B parameters" in out
-    assert "placeholder: " in out
-    assert "IMAGE_NAME_HERE" in out
-    assert "warning: " in out
-    assert "Standard_NC6s_v3" in out
-
-
-def test_dry_run_as_json_holds_the_same(capsys: pytest.CaptureFixture[str], away: Path) -> None:
-    assert main.run(["tune", "--dry-run", "--json", SEED], {}) == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert shown["settings"]["lora.targets"] == {"value": "all-linear", "source": "default"}
-    assert len(shown["placeholders"]) == 2
-
-
-def test_table_on_a_terminal_is_drawn_by_rich(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    render.table(("setting", "value"), [("lora.r", "[bold]8")])
-    out = capsys.readouterr().out
-    assert "setting" in out
-    assert "[bold]8" in out, "a value is text, never markup"
-
-
-def test_dry_run_shows_no_secret(capsys: pytest.CaptureFixture[str], away: Path) -> None:
-    url = "https://user:pw@x.example/rows.parquet?sig=SECRET1"
-    for extra in ([], ["--json"]):
-        arguments = ["tune", "phi-4", "--dry-run", "--data", url, *extra]
-        assert main.run(arguments, {"HF_TOKEN": "hf_SECRET2SECRET2"}) == 0
-        assert main.run(["serve", "phi-4", "--dry-run", *extra], {"RUNTIME_API_KEY": "SECRET3"}) == 0
-    captured = capsys.readouterr()
-    assert "SECRET" not in captured.out + captured.err
-    assert "user:pw" not in captured.out
-
-
-def test_presets_are_listed_shown_and_machine_readable(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.run(["presets"], {}) == 0
-    listed = capsys.readouterr().out.splitlines()
-    assert listed[0].split() == [
-        "name",
-        "parameters",
-        "context",
-        "download",
-        "licence",
-        "gated",
-        "tune",
-        "repository",
-    ]
-    assert main.run(["presets", "--json"], {}) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert len(facts) == len(listed) - 1
-    assert main.run(["presets", "PHI-4", "--json"], {}) == 0
-    assert json.loads(capsys.readouterr().out)["dimensions"]["vocabulary"] == 100352
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -174,56 +92,6 @@ def test_wrong_configuration_is_one_line_and_status_2(
 def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(arguments, {}) == 2
     assert "Error: " in capsys.readouterr().err
-
-
-def test_wrong_port_variable_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.run(["serve", "phi-4"], {"PORT": "eighty"}) == 2
-    assert "environment PORT is 'eighty'" in failure_line(capsys)
-
-
-@pytest.mark.parametrize(
-    ("environ", "flags", "port"),
-    [({"PORT": "81"}, [], 81), ({"PORT": "81"}, ["--port", "82"], 82), ({}, [], 80)],
-)
-def test_port_comes_from_flag_then_variable(
-    environ: dict[str, str], flags: list[str], port: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main.run(["serve", "phi-4", "--dry-run", "--json", *flags], environ) == 0
-    assert json.loads(capsys.readouterr().out)["settings"]["port"]["value"] == port
-
-
-def test_quantize_and_limits_reach_the_server(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [
-        "serve",
-        "phi-4",
-        "--quantize",
-        "int8",
-        "--rows",
-        "3",
-        "--served-name",
-        "mine",
-        "--dry-run",
-        "--json",
-    ]
-    assert main.run(arguments, {}) == 0
-    settings = json.loads(capsys.readouterr().out)["settings"]
-    assert settings["quantization.bits"]["value"] == 8
-    assert settings["limits.rows"]["value"] == 3
-    assert settings["served_name"]["value"] == "mine"
-
-
-def test_occupied_port_is_one_line(capsys: pytest.CaptureFixture[str], away: Path) -> None:
-    import socket
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        assert main.run(["serve", "phi-4", "--host", "127.0.0.1", "--port", str(port)], {}) == 2
-    assert f"port {port} is in use" in failure_line(capsys)
-
-
-# What a job ends with, ends the command: the job itself is replaced, its ways to end are not.
 
 
 def _run_ending_with(error: BaseException, monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:

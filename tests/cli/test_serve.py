@@ -1,0 +1,58 @@
+"""`runtime serve`: how its flags and variables reach the server."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cli.conftest import failure_line
+from runtime.cli import main
+
+pytestmark = pytest.mark.usefixtures("restored_logging")
+
+
+def test_wrong_port_variable_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["serve", "phi-4"], {"PORT": "eighty"}) == 2
+    assert "environment PORT is 'eighty'" in failure_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("environ", "flags", "port"),
+    [({"PORT": "81"}, [], 81), ({"PORT": "81"}, ["--port", "82"], 82), ({}, [], 80)],
+)
+def test_port_comes_from_flag_then_variable(
+    environ: dict[str, str], flags: list[str], port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(["serve", "phi-4", "--dry-run", "--json", *flags], environ) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["port"]["value"] == port
+
+
+def test_quantize_and_limits_reach_the_server(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "serve",
+        "phi-4",
+        "--quantize",
+        "int8",
+        "--rows",
+        "3",
+        "--served-name",
+        "mine",
+        "--dry-run",
+        "--json",
+    ]
+    assert main.run(arguments, {}) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert settings["quantization.bits"]["value"] == 8
+    assert settings["limits.rows"]["value"] == 3
+    assert settings["served_name"]["value"] == "mine"
+
+
+def test_occupied_port_is_one_line(capsys: pytest.CaptureFixture[str], away: Path) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main.run(["serve", "phi-4", "--host", "127.0.0.1", "--port", str(port)], {}) == 2
+    assert f"port {port} is in use" in failure_line(capsys)

@@ -1,0 +1,80 @@
+"""An inference manifest, a preset, mounts and flags become one server."""
+
+from pathlib import Path
+
+import pytest
+
+from runtime.errors import ConfigError
+from runtime.workspace import load_server
+from workspace.documents import SERVE
+
+
+def test_inference_manifest_becomes_its_server(tmp_path: Path) -> None:
+    resolved = load_server(SERVE, environ={}, root=tmp_path)
+    config = resolved.config
+    assert config.served_name == "phi-3-mini-128k-instruct"
+    adapter = config.adapters[0]
+    assert (adapter.name, adapter.strength) == ("dolly", 1.0)
+    assert adapter.reference.endswith("IMAGE_NAME_HERE:0.0.1")
+    with pytest.raises(ConfigError, match="placeholder"):
+        resolved.ready()
+
+
+def test_mounted_weights_are_all_a_server_needs(tmp_path: Path) -> None:
+    weights = tmp_path / "workspace/weights"
+    weights.mkdir(parents=True)
+    (weights / "config.json").write_text("{}")
+    server = load_server(None, environ={}, root=tmp_path).config
+    assert (server.served_name, server.model.path) == ("weights", weights)
+    (weights / "preset.txt").write_text("phi-3-mini-128k-instruct\n")
+    server = load_server(None, environ={}, root=tmp_path).config
+    assert (server.served_name, server.model.path) == ("phi-3-mini-128k-instruct", weights)
+
+
+def test_mounted_adapters_are_served_at_their_strength(tmp_path: Path) -> None:
+    for name in ("dolly", "my-lora.v2"):
+        (tmp_path / "mnt/adapter" / name).mkdir(parents=True)
+        (tmp_path / "mnt/adapter" / name / "adapter_config.json").write_text("{}")
+    config = load_server(SERVE, environ={"my-lora.v2": "0.25"}, root=tmp_path).ready()
+    assert {a.name: (a.reference, a.strength) for a in config.adapters} == {
+        "dolly": (str(tmp_path / "mnt/adapter/dolly"), 1.0),
+        "my-lora.v2": (str(tmp_path / "mnt/adapter/my-lora.v2"), 0.25),
+    }
+
+
+def test_wrong_strength_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="environment dolly: strength is '2', expected a number from 0 to 1"
+    ):
+        load_server(SERVE, environ={"dolly": "2"}, root=tmp_path)
+
+
+def test_engine_settings_of_inference_config_are_taken_or_named(tmp_path: Path) -> None:
+    (tmp_path / "mnt/config").mkdir(parents=True)
+    text = "max_probe_steps: 6\nvllm:\n  max-model-len: 4096\n  swap-space: 4\n"
+    (tmp_path / "mnt/config/inference_config.yaml").write_text(text)
+    resolved = load_server("phi-4", environ={}, root=tmp_path)
+    assert resolved.config.limits.context_tokens == 4096
+    assert any("vllm.swap-space" in w and "max_probe_steps" in w for w in resolved.warnings)
+    by_vllm = load_server("phi-4", environ={}, overrides={"engine": "vllm"}, root=tmp_path)
+    assert by_vllm.config.limits.context_tokens == 4096
+    assert by_vllm.config.vllm.flags == {"swap-space": 4}
+    assert by_vllm.sources["vllm.flags.swap-space"].endswith("inference_config.yaml")
+    assert not any("swap-space" in w for w in by_vllm.warnings)
+
+
+@pytest.mark.parametrize(
+    ("word", "reference", "strength"),
+    [
+        ("a=./x", "./x", 1.0),
+        ("a=oci:d:t@0.5", "oci:d:t", 0.5),
+        ("a=r.io/x@sha256:ab", "r.io/x@sha256:ab", 1.0),
+    ],
+)
+def test_adapter_flag_holds_reference_and_strength(
+    word: str, reference: str, strength: float, tmp_path: Path
+) -> None:
+    adapter = load_server(
+        "phi-4", environ={}, root=tmp_path, overrides={"--adapter": [word]}
+    ).config.adapters[0]
+    assert (adapter.reference, adapter.strength) == (reference, strength)
