@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from cli.conftest import failure_line
+
 from runtime import __version__, errors
 from runtime.cli import main
 

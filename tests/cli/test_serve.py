@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-
 from cli.conftest import failure_line
+
 from runtime.cli import main
 
 pytestmark = pytest.mark.usefixtures("restored_logging")

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from workspace.documents import QLORA, SEED, STOCK, config_map, load, manifest, write
 
 
