@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli.conftest import failure_line
 
 from runtime import __version__, errors
 from runtime.cli import main
+from tests.cli.conftest import failure_line
 
 ROOT = Path(__file__).parents[2]
 SEED = str(ROOT / "examples/fine-tuning/kaito_workspace_tuning_phi_3.yaml")

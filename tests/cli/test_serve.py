@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from cli.conftest import failure_line
 
 from runtime.cli import main
+from tests.cli.conftest import failure_line
 
 pytestmark = pytest.mark.usefixtures("restored_logging")
 

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from workspace.documents import STOCK
+
+from tests.workspace.documents import STOCK
 
 
 @pytest.fixture

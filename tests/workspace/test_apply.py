@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from workspace.documents import QLORA, SEED, STOCK, config_map, load, manifest, write
+
+from tests.workspace.documents import QLORA, SEED, STOCK, config_map, load, manifest, write
 
 
 def test_stock_bfloat16_is_a_preference_and_a_warning_on_v100(tmp_path: Path) -> None:

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from workspace.documents import STOCK, load, manifest, write
 
 from runtime.workspace import load_server
+from tests.workspace.documents import STOCK, load, manifest, write
 
 SPLIT = "k_proj,q_proj,v_proj,o_proj,gate_proj,down_proj,up_proj"
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from workspace.documents import STOCK, config_map, load, manifest, write
 
 from runtime.errors import ConfigError
+from tests.workspace.documents import STOCK, config_map, load, manifest, write
 
 
 def test_config_map_in_the_file_is_chosen_by_name(tmp_path: Path) -> None:

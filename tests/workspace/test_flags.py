@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from workspace.documents import QLORA, SEED, load
 
 from runtime.errors import ConfigError
 from runtime.workspace.flags import is_image
+from tests.workspace.documents import QLORA, SEED, load
 
 
 def test_flags_win_and_are_named_as_the_source(tmp_path: Path) -> None:

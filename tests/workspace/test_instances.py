@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from workspace.documents import manifest, write
 
 from runtime import hardware
 from runtime.workspace.instances import _GPUS, gpus_of
+from tests.workspace.documents import manifest, write
 
 
 @pytest.mark.parametrize(

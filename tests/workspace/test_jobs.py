@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from workspace.documents import LORA, QLORA, SEED, STOCK, config_map, load, manifest, write
 
 from runtime.config import flatten
 from runtime.errors import ConfigError
+from tests.workspace.documents import LORA, QLORA, SEED, STOCK, config_map, load, manifest, write
 
 
 def test_seed_manifest_becomes_its_job(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from workspace.documents import SEED, SERVE, load, manifest, write
 
 from runtime.errors import ConfigError
 from runtime.workspace import load_server
+from tests.workspace.documents import SEED, SERVE, load, manifest, write
 
 
 def test_both_api_versions_read_alike(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
-from workspace.documents import load
 
 from runtime.workspace.mounts import Mounts
+from tests.workspace.documents import load
 
 
 @pytest.mark.parametrize(

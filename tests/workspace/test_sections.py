@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from workspace.documents import LORA, QLORA, SEED, STOCK, config_map, load, manifest, write
 
 from runtime.errors import ConfigError
 from runtime.workspace.sections import LORA_OPTIONS, LORA_OURS, LoraSection
+from tests.workspace.documents import LORA, QLORA, SEED, STOCK, config_map, load, manifest, write
 
 
 @pytest.mark.parametrize(("method", "file"), [("qlora", QLORA), ("lora", LORA)])

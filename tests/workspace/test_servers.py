@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from workspace.documents import SERVE
 
 from runtime.errors import ConfigError
 from runtime.workspace import load_server
+from tests.workspace.documents import SERVE
 
 
 def test_inference_manifest_becomes_its_server(tmp_path: Path) -> None:
