@@ -57,7 +57,7 @@ class _Gauges(Collector):
             (figures.running, figures.waiting, figures.kv_cache_share) if figures else (0, 0, 0.0)
         )
         yield self._gauge("vllm:num_requests_running", "Requests being generated", running)
-        yield self._gauge("vllm:num_requests_waiting", "Requests waiting for a row", waiting)
+        yield self._gauge("vllm:num_requests_waiting", "Requests waiting in the queue", waiting)
         yield self._gauge("vllm:kv_cache_usage_perc", "Occupied part of the KV cache, 0 to 1", share)
         asked, found = (figures.prompt_tokens, figures.cached_tokens) if figures else (0, 0)
         yield self._total("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache", asked)
@@ -101,7 +101,9 @@ class ServingMetrics:
         self._new_tokens = self._counter("vllm:generation_tokens", "Tokens generated")
         self._success = self._counter("vllm:request_success", "Answers finished", "finished_reason")
         self._refused = self._counter("runtime:requests_refused", "Requests answered with an error", "status")
-        self._queued = self._histogram("vllm:request_queue_time_seconds", "Arrival to a row of the engine")
+        self._queued = self._histogram(
+            "vllm:request_queue_time_seconds", "Time a request waited in the queue"
+        )
         self._first = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first token")
         self._between = self._histogram("vllm:inter_token_latency_seconds", "One token to the next")
         self._whole = self._histogram("vllm:e2e_request_latency_seconds", "Arrival to last token")

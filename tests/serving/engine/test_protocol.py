@@ -15,6 +15,7 @@ from runtime.serving.engine.backends.vllm import VllmEngine
 from runtime.serving.engine.backends.vllm_process import VllmProcess
 from runtime.serving.engine.engine import BatchingEngine, EngineLimits
 from runtime.serving.engine.protocol import Engine
+from tests.serving.conftest import until
 from tests.serving.engine.calls import collect, generate, load, make_request, run
 
 
@@ -213,6 +214,20 @@ def test_fault_48_a_failure_answers_its_request_and_the_next_is_served(
             run(engine, make_request())
         assert "0x7f" not in str(caught.value)
     assert run(engine, make_request())[0][1] == "length"
+
+
+def test_abort_fails_what_is_in_flight(engine: Engine) -> None:
+    async def abort_meanwhile() -> None:
+        tokens = engine.submit(make_request(max_new_tokens=240))
+        await anext(tokens)
+        engine.abort()
+        with pytest.raises(UnavailableError):
+            await collect(tokens)
+
+    asyncio.run(abort_meanwhile())
+    with pytest.raises(UnavailableError):
+        run(engine, make_request())
+    until(lambda: not engine.stats().alive)
 
 
 def test_close_ends_what_is_in_flight_as_cancelled(engine: Engine) -> None:

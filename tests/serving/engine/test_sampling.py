@@ -1,4 +1,4 @@
-"""Choosing a token: truncation keeps what it must, penalties follow their formulas, logprobs are exact."""
+"""Choosing a token: what truncation keeps, the formulas of the penalties, exact log probabilities."""
 
 import pytest
 import torch
@@ -38,12 +38,12 @@ def test_repetition_divides_positive_and_multiplies_negative_logits() -> None:
     assert changed.tolist() == [1.0, 1.0, 0.5, -2.0, 0.0]
 
 
-def test_presence_and_frequency_count_what_was_generated_not_the_prompt() -> None:
+def test_presence_and_frequency_count_generated_tokens_not_the_prompt() -> None:
     sampler = Sampler(Sampling(9, presence_penalty=0.6, frequency_penalty=0.5), (0, 0, 0))
     assert [sampler.choose(LOGITS).id for _ in range(3)] == [0, 1, 0]
 
 
-def test_a_bias_of_a_hundred_decides() -> None:
+def test_a_bias_of_a_hundred_decides_the_token() -> None:
     assert Sampler(Sampling(1, logit_bias={3: 100.0}), (0,)).choose(LOGITS).id == 3
 
 
@@ -69,7 +69,7 @@ def test_sampling_follows_the_distribution() -> None:
     st.integers(0, 50),
     st.integers(-(2**63), 2**63 - 1),
 )
-def test_whatever_is_asked_a_likely_token_is_chosen(
+def test_a_token_of_the_vocabulary_is_chosen_whatever_the_settings(
     values: list[float], top_p: float, min_p: float, top_k: int, seed: int
 ) -> None:
     sampling = Sampling(1, temperature=0.7, top_p=top_p, min_p=min_p, top_k=top_k, seed=seed)
@@ -87,7 +87,7 @@ def test_whatever_is_asked_a_likely_token_is_chosen(
     st.sampled_from([0.1, 1.0, 8.0]),
     st.booleans(),
 )
-def test_the_shortlist_is_what_truncation_keeps_or_says_it_is_too_short(
+def test_the_shortlist_equals_truncation_or_is_none(
     seed: int, top_p: float, min_p: float, top_k: int, spread: float, ties: bool
 ) -> None:
     torch.manual_seed(seed)
