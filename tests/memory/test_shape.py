@@ -10,27 +10,15 @@ from runtime.errors import ConfigError
 from runtime.memory import shape
 from runtime.model_source import ModelSource
 from runtime.presets import all_presets, find, source
-
-SIZES = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": {"intermediate_size": 96, "num_key_value_heads": 2},
-    "mistral": {"intermediate_size": 96, "num_key_value_heads": 2},
-    "qwen2": {"intermediate_size": 96, "num_key_value_heads": 2},
-    "gemma": {"intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16},
-    "phi": {"intermediate_size": 96},
-    "phi3": {"intermediate_size": 96, "num_key_value_heads": 2, "pad_token_id": 0},
-    "gpt_neox": {"intermediate_size": 96},
-    "opt": {"ffn_dim": 96, "max_position_embeddings": 2, "word_embed_proj_dim": 64, "enable_bias": False},
-    "falcon": {"ffn_hidden_size": 96, "multi_query": True, "new_decoder_architecture": False},
-}
+from tests.families import TINY, config_of
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", [*TINY, "falcon, one key-value head"])
 def test_linear_modules_and_weights_are_those_of_the_model(kind: str, tmp_path: Path) -> None:
     from torch import device, nn
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.for_model(kind, **SIZES, **CONFIGS[kind])
+    config = config_of(kind)
     config.save_pretrained(str(tmp_path))
     with device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -21,8 +21,9 @@ from runtime.serving.engine.cuda_graphs import Block, CudaGraphs, GraphKey
 from runtime.serving.engine.engine import BatchingEngine, EngineLimits
 from runtime.serving.engine.kernels import Kernels
 from runtime.serving.engine.model_runner import ModelRunner
+from tests.families import SERVED, model_of
 from tests.serving.engine.calls import Oracle, generate, load, make_request, run
-from tests.serving.engine.models import FAMILIES, longrope_model, model_of, some_prompts
+from tests.serving.engine.models import longrope_model, some_prompts
 
 FORBIDDEN = {"_local_scalar_dense", "nonzero", "lift_fresh", "lift_fresh_copy", "masked_select"}
 """Operations that wait for the device or bring numbers from the host: a CUDA graph holds none."""
@@ -62,7 +63,7 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> Traces:
     return Traces()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SERVED)
 def test_recorded_steps_answer_as_generate_does_alone_and_among_others(
     family: str, traces: Traces, oracle: Oracle
 ) -> None:
@@ -288,12 +289,12 @@ def test_a_bound_on_lengths_is_a_quarter_too_long_at_most(positions: int, reach:
     assert cuda_graphs._reach(positions) == reach
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "tiny"])
+@pytest.mark.parametrize("family", [*SERVED, "tiny"])
 def test_no_tensor_of_a_step_is_left_on_the_host(
     family: str, traces: Traces, tiny_llama_dir: Path, adapter_dirs: dict[str, Path]
 ) -> None:
     """Torch's "meta" device computes nothing, and like a GPU refuses operations that mix it with the CPU."""
-    model = model_of(family) if family in FAMILIES else load(tiny_llama_dir)
+    model = model_of(family) if family in SERVED else load(tiny_llama_dir)
     runner = ModelRunner(model.to("meta"), slots=4, positions=100, graph_backend=traces)
     if family == "tiny":
         runner.add_adapter("a", adapter_dirs["second"], strength=1)
@@ -311,7 +312,7 @@ def test_no_tensor_of_a_step_is_left_on_the_host(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SERVED)
 def test_cuda_graphs_answer_as_steps_that_run_as_they_come(family: str, oracle: Oracle) -> None:
     model = model_of(family).cuda()
     prompts = some_prompts(3, 40, 1, 70, 17)

@@ -14,11 +14,12 @@ from peft import PeftModel
 from runtime.errors import ConfigError, RequestError, UnavailableError
 from runtime.serving.engine.engine import CHUNK_TOKENS, PREFILL_ONLY_TOKENS, BatchingEngine, EngineLimits
 from runtime.serving.engine.protocol import Start
+from tests.families import SERVED, model_of
 from tests.serving.engine.calls import collect, generate, load, make_request, run
-from tests.serving.engine.models import FAMILIES, longrope_model, model_of, some_prompts
+from tests.serving.engine.models import longrope_model, some_prompts
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SERVED)
 def test_greedy_equals_generate_alone_and_among_others(family: str) -> None:
     model = model_of(family)
     prompts = some_prompts(3, 40, 1, 70, 17, 300)

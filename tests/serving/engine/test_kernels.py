@@ -21,8 +21,9 @@ from runtime.serving.engine.kernels import LIBRARY, Kernels, checksum
 from runtime.serving.engine.kv_cache import SlotCache, store
 from runtime.serving.engine.layers import rotate
 from runtime.serving.engine.lora import LoraLinear
+from tests.families import SERVED, model_of
 from tests.serving.engine.calls import generate, make_request, run
-from tests.serving.engine.models import FAMILIES, model_of, some_prompts
+from tests.serving.engine.models import some_prompts
 
 SOURCES = sorted(LIBRARY.parent.glob("*.c"))
 PROCESSORS = {"x86-64-v4": ["avx512f", "avx512bw", "avx512vl"], "x86-64-v3": ["avx2", "fma"], "x86-64": []}
@@ -245,7 +246,7 @@ def test_each_token_gets_its_own_adapter(native: Kernels, rank: int, outs: tuple
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SERVED)
 def test_without_kernels_the_answers_are_the_same(
     family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -20,8 +20,9 @@ from runtime.serving.engine.prompt_lookup import (
     PromptLookup,
 )
 from runtime.serving.engine.protocol import Request, Token
+from tests.families import SERVED, model_of
 from tests.serving.engine.calls import PROMPT, Oracle, generate, load, make_request, run
-from tests.serving.engine.models import FAMILIES, model_of, some_prompts
+from tests.serving.engine.models import some_prompts
 
 A, B, C, D = 11, 12, 13, 14
 
@@ -90,7 +91,7 @@ def test_a_growing_sequence_gets_the_same_drafts_as_a_complete_one(
             assert any(begin[p - shortest : p] == begin[-shortest:] for p in places)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SERVED)
 def test_accepted_and_rejected_drafts_leave_the_same_text_and_cache(
     family: str, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from runtime import families
 from runtime.tuning.data.batching import IGNORE, BatchPlan, collate, group, pack, partition
@@ -17,6 +17,7 @@ from runtime.tuning.data.tokenize import TokenizedRow
 from runtime.tuning.loss import batch_loss
 from runtime.tuning.model import packed_attention
 from runtime.tuning.model.lora import evaluating
+from tests.families import PACKED, config_of
 
 lengths = st.lists(st.integers(1, 400), min_size=1, max_size=60)
 
@@ -101,37 +102,13 @@ def plain_loss(model: Any, rows: list[TokenizedRow]) -> tuple[float, dict[str, t
     }
 
 
-PACKED = {name for name, family in families.FAMILIES.items() if family.packed}
-FAMILIES = {
-    "llama": {"num_key_value_heads": 2},
-    "mistral": {"num_key_value_heads": 2, "sliding_window": 16},
-    "qwen2": {"num_key_value_heads": 2},
-    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
-    "phi": {},
-    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0, "sliding_window": 16},
-    "gemma": {"num_key_value_heads": 2, "head_dim": 16},
-    "gemma3_text": {
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "sliding_window": 16,
-        "sliding_window_pattern": 2,
-    },
-    "olmo2": {"num_key_value_heads": 2},
-    "smollm3": {"num_key_value_heads": 2, "pad_token_id": 0},
-    "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True},
-}
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", [*PACKED, "falcon"])
 def test_packed_and_padded_rows_equal_separate_rows(family: str) -> None:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = AutoConfig.for_model(family, vocab_size=100, **sizes, **FAMILIES[family])
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
+    model = AutoModelForCausalLM.from_config(config_of(family), attn_implementation="eager").train()
     model.train(mode=False)
     rows = some_rows(6)
     expected, gradients = plain_loss(model, rows)
-    assert family in PACKED or family == "falcon"
     for layout in ("packed", "sorted") if family in PACKED else ("sorted",):
         packed_attention.register()
         model.set_attn_implementation(packed_attention.NAME if layout == "packed" else "sdpa")
@@ -145,8 +122,8 @@ def test_packed_and_padded_rows_equal_separate_rows(family: str) -> None:
         model.set_attn_implementation("eager")
 
 
-def test_every_packable_family_was_compared() -> None:
-    assert FAMILIES.keys() >= PACKED
+def test_every_packed_family_was_compared() -> None:
+    assert set(PACKED) == {name for name, family in families.FAMILIES.items() if family.packed}
 
 
 def test_idle_rank_adds_nothing_but_takes_part(tiny_llama_dir: Path) -> None:

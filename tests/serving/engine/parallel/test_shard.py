@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from runtime import adapters
+from runtime import adapters, families
 from runtime.errors import ConfigError
 from runtime.model_source import ModelSource
 from runtime.serving.engine.engine import BatchingEngine, EngineLimits
@@ -24,19 +24,18 @@ from runtime.serving.engine.parallel import shard
 from runtime.serving.engine.parallel.group import Group, rendezvous
 from runtime.serving.engine.parallel.shard import Shard
 from runtime.serving.engine.parallel.worker import WorkerTask, loaded_key
+from tests.families import SIZES, TINY, config_of
 from tests.serving.engine.calls import generate, load, make_request, run
-from tests.serving.engine.models import SIZES, some_prompts
+from tests.serving.engine.models import some_prompts
 
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama, biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
-    "llama, one key-value head for both": ("LlamaConfig", {"num_key_value_heads": 1}),
-    "llama, tied and an odd vocabulary": ("LlamaConfig", {"tie_word_embeddings": True, "vocab_size": 127}),
-    "mistral, sliding window": ("MistralConfig", {"sliding_window": 16}),
-    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
-    "qwen3": ("Qwen3Config", {"head_dim": 32}),
-    "phi-3, fused layers": ("Phi3Config", {"partial_rotary_factor": 0.5}),
-    "gemma": ("GemmaConfig", {"head_dim": 32}),
+DIVIDED: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in TINY if families.find(name).own_layers},
+    "llama, biases": ("llama, biases", {}),
+    "llama, one key-value head for both": ("llama", {"num_key_value_heads": 1}),
+    "llama, tied and an odd vocabulary": ("llama", {"tie_word_embeddings": True, "vocab_size": 127}),
+    "phi-4-mini, partial rotation": ("phi-4-mini, partial rotation", {}),
 }
+"""Name: family or variant, and what its configuration has instead."""
 WORKER = """
 import sys
 from runtime.serving.engine.parallel.worker import WorkerTask, run
@@ -84,9 +83,9 @@ def divided(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Divided]:
 
 
 def save(family: str, folder: Path) -> Path:
-    kind, options = FAMILIES[family]
+    name, changed = DIVIDED[family]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**SIZES | options))
+    model = AutoModelForCausalLM.from_config(config_of(name, **changed))
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 or name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.15)
@@ -94,7 +93,7 @@ def save(family: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DIVIDED)
 def test_two_ranks_answer_as_one_process(family: str, divided: Divided, tmp_path: Path) -> None:
     folder = save(family, tmp_path)
     prompts = some_prompts(3, 40, 1, 70, 300, vocabulary=120)
@@ -110,7 +109,7 @@ def test_two_ranks_answer_as_one_process(family: str, divided: Divided, tmp_path
     assert len({token for ids in expected for token in ids}) > 8, "the model repeats itself: proves nothing"
 
 
-@pytest.mark.parametrize("family", ["llama, biases", "phi-3, fused layers"])
+@pytest.mark.parametrize("family", ["llama, biases", "phi3"])
 def test_adapters_are_divided_like_the_layers_they_adapt(
     family: str, divided: Divided, tmp_path: Path
 ) -> None:
@@ -142,7 +141,7 @@ def test_adapters_are_divided_like_the_layers_they_adapt(
 
 
 def test_a_rank_holds_its_shard_and_nothing_else(tmp_path: Path) -> None:
-    folder = save("phi-3, fused layers", tmp_path)
+    folder = save("phi3", tmp_path)
     whole = load(folder)
     config = copy.deepcopy(whole.config)
     halves = [
