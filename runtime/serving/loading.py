@@ -113,15 +113,15 @@ def _model(
     from runtime.serving.engine.parallel.workers import Workers
 
     source = config.model.model_copy(update={"path": models.locate(config.model)})
-    whole = models.load_config(source)
-    own_shard = shard.Shard.of(whole, 0, processes)
+    model_config = models.load_config(source)
+    own_shard = shard.Shard.of(model_config, 0, processes)
     threads = max(1, torch.get_num_threads() // processes)
     if devices.kind == "cpu":
         torch.set_num_threads(threads)
     workers = Workers(source, devices, world=processes, threads=threads)
     undo.callback(workers.kill)
     dtype = getattr(torch, hardware.compute_dtype(devices, source.dtype))
-    model = shard.load(models.locate(source), whole, own_shard, dtype=dtype, device=device)
+    model = shard.load(models.locate(source), model_config, own_shard, dtype=dtype, device=device)
     return model, workers, Rank(workers.connect(device), own_shard, workers.wait)
 
 

@@ -1,4 +1,4 @@
-"""Answers in a form, from a model of random weights: nothing but the mask makes them valid."""
+"""Constrained answers of a model of random weights: only the grammar's mask makes them valid."""
 
 import importlib
 import json
@@ -47,7 +47,7 @@ class Order(BaseModel):
 
 @pytest.fixture(scope="module")
 def served(tiny_llama_dir: Path) -> Iterator[ServedModel]:
-    """The tiny model of random weights behind whichever engine serves it."""
+    """The tiny model of random weights behind the engine that serves it."""
     source = ModelSource(name="tiny", path=tiny_llama_dir)
     config = ServeConfig(model=source, served_name="tiny", port=0)
     devices = hardware.detect()
@@ -96,7 +96,7 @@ async def test_official_client_parses_a_schema(served: ServedModel, seed: int) -
     assert isinstance(choice.message.parsed, Order)
 
 
-async def test_choices_of_one_request_each_keep_the_form(served: ServedModel) -> None:
+async def test_each_choice_of_one_request_keeps_the_constraint(served: ServedModel) -> None:
     async with opened(served) as client:
         answer = await client_of(client).chat.completions.create(
             model="tiny", messages=HI, n=4, extra_body={"guided_json": Order.model_json_schema()}
@@ -119,8 +119,8 @@ async def test_json_object_begins_as_one_and_is_cut_only_by_the_limit(served: Se
 
 @pytest.mark.parametrize("path", ["/chat", "/v1/completions", "/v1/chat/completions", "/v1/responses"])
 async def test_every_route_knows_choices_and_patterns(served: ServedModel, path: str) -> None:
-    asks = {"/v1/chat/completions": {"messages": HI}, "/v1/responses": {"input": "hi"}}
-    body = asks.get(path, {"prompt": "hi"})
+    bodies = {"/v1/chat/completions": {"messages": HI}, "/v1/responses": {"input": "hi"}}
+    body = bodies.get(path, {"prompt": "hi"})
     async with opened(served) as client:
         for extra, pattern in (
             ({"guided_choice": ["yes", "no (really)"]}, r"yes|no \(really\)"),
@@ -186,7 +186,9 @@ async def test_required_call_is_made(served: ServedModel, choice: Any) -> None:
         ({"guided_choice": []}, "guided_choice"),
     ],
 )
-async def test_wrong_form_is_400_and_names_its_field(served: ServedModel, extra: Any, param: str) -> None:
+async def test_wrong_constraint_is_400_and_names_its_field(
+    served: ServedModel, extra: Any, param: str
+) -> None:
     async with opened(served) as client:
         reply = await client.post("/v1/completions", json={"prompt": "hi", **extra})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), reply.text
@@ -204,8 +206,8 @@ async def test_missing_library_is_400_and_names_the_extra(
         assert (await client.post("/v1/completions", json={"prompt": "hi"})).status_code == 200
 
 
-async def test_form_ends_the_answer_whatever_else_was_asked(served: ServedModel) -> None:
-    """`min_tokens` and `ignore_eos` would leave no token at all where the form is complete."""
+async def test_constraint_ends_the_answer_in_spite_of_min_tokens_and_ignore_eos(served: ServedModel) -> None:
+    """`min_tokens` and `ignore_eos` would leave no allowed token where the grammar is complete."""
     async with opened(served) as client:
         body = {"prompt": "hi", "guided_choice": ["yes"], "min_tokens": 50, "ignore_eos": True}
         reply = await client.post("/v1/completions", json=body)
@@ -223,7 +225,7 @@ class Endless:
         raise AssertionError("nothing was allowed")
 
 
-async def test_form_beyond_its_limits_ends_that_answer_alone(served: ServedModel) -> None:
+async def test_constraint_beyond_its_limits_ends_that_answer_alone(served: ServedModel) -> None:
     prompt = served.tokenizer.warm_up_prompt()
     other = served.engine.submit(Request(prompt, Sampling(max_new_tokens=30), id="other"))
     first = await anext(other)

@@ -1,1 +1,4 @@
-"""The HTTP side: routes, bodies, middleware. Start at app, then chat."""
+"""The HTTP side of serving: routes, bodies, middleware, and the process around them (server.py).
+
+Does not know how tokens are generated: it calls runtime/serving/generation.py. Start at app.py, then chat.py.
+"""

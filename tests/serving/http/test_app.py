@@ -1,16 +1,13 @@
-"""Health, key, metrics and the gates, in this process."""
+"""Health, metrics and the pages, in this process; /openapi.json against the server as a process."""
 
 import asyncio
-import base64
-import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from starlette.routing import Route
-
-from runtime.serving.http.middleware import OPEN_PATHS
-from runtime.serving.settings import Limits
 
 pytestmark = pytest.mark.anyio
 
@@ -60,69 +57,6 @@ async def test_dead_engine_is_not_alive(open_site: Any) -> None:
 async def test_root_says_that_the_server_runs(open_site: Any) -> None:
     async with open_site() as site:
         assert (await site.client.get("/")).json() == {"message": "Server is running"}
-
-
-def operations(app: Any) -> list[tuple[str, str]]:
-    """Return every (method, path) of an app, parameters filled in."""
-    found = []
-    pending = list(app.routes)
-    while pending:
-        route = pending.pop()
-        if isinstance(route, Route) or hasattr(route, "methods"):
-            found += [(method, re.sub(r"\{.*?\}", "x", route.path)) for method in route.methods or ()]
-        pending += getattr(getattr(route, "original_router", None), "routes", [])
-    return found
-
-
-def basic(password: bytes) -> str:
-    """Return the header a browser sends for a password."""
-    return "Basic " + base64.b64encode(b"anyone:" + password).decode()
-
-
-@pytest.mark.parametrize("key", [None, "Bearer wrong", "Bearer", basic(b"wrong"), "Basic !"])
-async def test_every_route_but_health_and_metrics_demands_the_key(open_site: Any, key: str | None) -> None:
-    """Fault 54, by enumeration of the app's routes."""
-    headers = {"Authorization": key} if key else {}
-    async with open_site(api_key="sesame") as site:
-        listed = operations(site.app)
-        assert {"/chat", "/v1/chat/completions", "/", "/openapi.json"} <= {path for _, path in listed}
-        for method, path in [*listed, ("GET", "/nowhere")]:
-            reply = await site.client.request(method, path, headers=headers)
-            if path in OPEN_PATHS:
-                assert reply.status_code == 200, path
-            else:
-                assert reply.status_code == 401, path
-                assert reply.headers["www-authenticate"] == "Bearer"
-    assert {*HEALTH, "/metrics"} == OPEN_PATHS
-
-
-async def test_right_key_opens_as_bearer_and_as_a_browsers_password(open_site: Any) -> None:
-    async with open_site(api_key="sesame") as site:
-        for key in ("Bearer sesame", "bearer sesame", basic(b"sesame")):
-            reply = await site.client.get("/v1/models", headers={"Authorization": key})
-            assert reply.status_code == 200
-        page = await site.client.get("/", headers={"Accept": "text/html"})
-        assert page.headers["www-authenticate"].startswith("Basic ")
-        forged = {"Authorization": basic(b"sesame"), "Sec-Fetch-Site": "cross-site"}
-        assert (await site.client.get("/v1/models", headers=forged)).status_code == 401
-
-
-async def test_request_id_is_echoed_or_made(open_site: Any) -> None:
-    async with open_site() as site:
-        given = await site.client.get("/livez", headers={"X-Request-Id": "abc-1"})
-        made = await site.client.get("/livez")
-        forged = await site.client.get("/livez", headers={"X-Request-Id": "a b"})
-    assert given.headers["x-request-id"] == "abc-1"
-    assert len(made.headers["x-request-id"]) == 16
-    assert forged.headers["x-request-id"] != "a b"
-
-
-async def test_one_request_id_twice_at_the_same_time_is_two_requests(open_site: Any) -> None:
-    async with open_site(pace_s=0.01) as site:
-        post = site.client.post
-        ask = {"json": {"prompt": "hi"}, "headers": {"X-Request-Id": "same"}}
-        replies = await asyncio.gather(post("/chat", **ask), post("/chat", **ask))
-    assert [reply.status_code for reply in replies] == [200, 200]
 
 
 def figure(text: str, name: str, **labels: str) -> float:
@@ -183,9 +117,22 @@ async def test_metrics_are_there_before_the_model(open_site: Any) -> None:
         assert (await site.client.get("/metrics")).status_code == 200
 
 
-async def test_body_over_the_limit_is_413(open_site: Any) -> None:
-    async with open_site(limits=Limits(body_bytes=2048)) as site:
-        reply = await site.chat("x" * 3000)
-        assert reply.status_code == 413
-        assert "2048 bytes" in reply.json()["detail"]
-        assert (await site.chat()).status_code == 200
+@pytest.mark.long
+@pytest.mark.slow
+def test_schemathesis_finds_no_server_error_and_no_undescribed_answer(
+    start_server: Any, tmp_path: Path
+) -> None:
+    """Fault 45. schemathesis sends what /openapi.json allows, and what it does not.
+
+    Values are read leniently ("3" is 3) and checked beyond types: those two checks are left out.
+    """
+    server = start_server(engine={"rows": 8, "queue": 64})
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    command = [sys.executable, "-m", "schemathesis.cli", "run", server.url + "/openapi.json"]
+    options = ["--checks", checks, "-n", "12", "--seed", "1", "--phases", "fuzzing"]
+    ran = subprocess.run(
+        [*command, *options], capture_output=True, text=True, timeout=240, check=False, cwd=tmp_path
+    )
+    assert ran.returncode == 0, ran.stdout[-4000:]
+    assert " generated" in ran.stdout
+    assert server.running() == 0

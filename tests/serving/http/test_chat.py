@@ -106,15 +106,15 @@ async def test_return_full_text_puts_the_prompt_first(open_site: Any, tokenizer:
     assert reply.json()["Result"] == "the end"
 
 
-async def test_sampling_is_the_models_own_until_the_request_says_otherwise(open_site: Any) -> None:
+async def test_sampling_is_the_models_own_unless_the_request_sets_it(open_site: Any) -> None:
     own = SamplingDefaults(temperature=0.7, sampled_temperature=0.7, top_p=0.9, top_k=20)
     async with open_site(defaults=own) as site:
         await site.chat()
         await site.chat(temperature=0.2, generate_kwargs={"top_k": -1, "repetition_penalty": 1.1, "seed": 7})
         await site.chat(do_sample=False, temperature=0.9)
-        silent, asked, greedy = [request.sampling for request in site.engine.requests]
-    assert (silent.temperature, silent.top_p, silent.top_k) == (0.7, 0.9, 20)
-    assert (asked.temperature, asked.top_k, asked.repetition_penalty, asked.seed) == (0.2, 0, 1.1, 7)
+        default, given, greedy = [request.sampling for request in site.engine.requests]
+    assert (default.temperature, default.top_p, default.top_k) == (0.7, 0.9, 20)
+    assert (given.temperature, given.top_k, given.repetition_penalty, given.seed) == (0.2, 0, 1.1, 7)
     assert greedy.temperature == 0
 
 
@@ -126,7 +126,7 @@ async def test_greedy_model_samples_when_asked(open_site: Any) -> None:
         assert [r.sampling.temperature for r in site.engine.requests] == [0.0, 1.0, 1.0]
 
 
-async def test_stop_strings_end_the_answer_and_free_the_row(open_site: Any, tokenizer: Any) -> None:
+async def test_stop_strings_end_the_answer_and_free_its_sequence(open_site: Any, tokenizer: Any) -> None:
     async with open_site(script=say(tokenizer, "one\nUser: two " * 9), context_tokens=4096) as site:
         reply = await site.chat(stop=["\nUser:"], max_new_tokens=120)
         assert reply.json()["Result"] == "one"
@@ -153,7 +153,7 @@ async def test_adapter_is_chosen_by_name(open_site: Any, field: str) -> None:
     assert "base, shop" in unknown.json()["detail"]
 
 
-async def test_stream_gives_pieces_and_then_how_it_ended(open_site: Any, tokenizer: Any) -> None:
+async def test_stream_gives_chunks_and_then_how_it_ended(open_site: Any, tokenizer: Any) -> None:
     async with open_site(script=say(tokenizer, "a word 🦜")) as site:
         reply = await site.chat(stream=True)
     assert reply.headers["content-type"].startswith("text/event-stream")
@@ -183,13 +183,13 @@ async def test_prompt_is_required(open_site: Any) -> None:
         {"messages": [{"role": "user", "content": "x"}]},
     ],
 )
-async def test_what_is_not_supported_is_said(open_site: Any, body: Any) -> None:
+async def test_unsupported_parameters_are_400(open_site: Any, body: Any) -> None:
     async with open_site() as site:
         reply = await site.chat(**body)
     assert reply.status_code == 400
 
 
-async def test_dead_parameters_of_older_clients_do_no_harm(open_site: Any) -> None:
+async def test_unused_parameters_of_older_clients_are_ignored(open_site: Any) -> None:
     async with open_site() as site:
         reply = await site.chat(
             clean_up_tokenization_spaces=True,
@@ -246,7 +246,7 @@ async def test_full_queue_answers_429_with_retry_after(open_site: Any) -> None:
 
 
 async def test_engine_failure_is_500_without_its_text(open_site: Any) -> None:
-    """Fault 48, first part: the request is answered, and tells nothing of the inside."""
+    """Fault 48, first part: the request is answered, and the answer shows nothing internal."""
     async with open_site() as site:
         site.engine.failure = RuntimeError("tensor at 0x7f001122")
         reply = await site.chat()
@@ -275,7 +275,7 @@ async def test_answer_over_its_time_is_408(open_site: Any) -> None:
 
 
 async def test_default_adapter_answers_for_the_base(open_site: Any) -> None:
-    """`--combine-adapters`: who names none, or the base, is answered by all of them."""
+    """`--combine-adapters`: requests that name no adapter, or the base, are answered by all combined."""
     async with open_site(adapters=["combined_adapter"]) as site:
         served = site.lifecycle.served()
         site.lifecycle.ready(dataclasses.replace(served, default_adapter="combined_adapter"))

@@ -1,4 +1,4 @@
-"""The server as a process: port, loading, signals, slow and absent clients. Real sockets, no model."""
+"""The server as a process: port, loading, signals, slow and absent clients, bursts, leaks. Real sockets."""
 
 import contextlib
 import errno
@@ -18,7 +18,9 @@ import pytest
 
 from runtime.errors import ConfigError
 from runtime.serving.http.server import bind
+from tests.bench.soak import soak
 from tests.serving.conftest import until
+from tests.serving.test_loading import served
 
 SLOW = {"rows": 4, "queue": 8, "pace_s": 0.05, "context_tokens": 4096}
 
@@ -74,7 +76,7 @@ def test_sigterm_while_loading_exits_at_once(start_server: Any) -> None:
 
 
 def test_sigterm_lets_streams_finish(start_server: Any) -> None:
-    """Fault 46: not ready at once, new requests during the delay, then refused; streams end whole."""
+    """Fault 46: not ready at once, new requests during the delay, then refused; streams end complete."""
     server = start_server(engine=SLOW, config={"drain_delay_s": 0.6, "drain_timeout_s": 10})
 
     def stream() -> str:
@@ -95,15 +97,15 @@ def test_sigterm_lets_streams_finish(start_server: Any) -> None:
     assert server.process.wait(5) == 0
 
 
-def test_sigterm_calls_off_what_does_not_finish(start_server: Any) -> None:
+def test_sigterm_cancels_what_does_not_finish(start_server: Any) -> None:
     server = start_server(engine=SLOW, config={"drain_timeout_s": 0.3})
     with ThreadPoolExecutor(2) as pool, endless(server.url) as stream:
         body = {"prompt": "hi", "max_new_tokens": 2000}
-        whole = pool.submit(httpx.post, server.url + "/chat", json=body, timeout=20)
+        complete = pool.submit(httpx.post, server.url + "/chat", json=body, timeout=20)
         until(lambda: server.running() == 2)
         server.process.send_signal(signal.SIGTERM)
         text = stream.read().decode()
-        answer = whole.result()
+        answer = complete.result()
     last = json.loads(text.rstrip().split("\n\n")[-1].removeprefix("data: "))
     assert "shutting down" in last["error"]["message"]
     assert "[DONE]" not in text
@@ -111,11 +113,11 @@ def test_sigterm_calls_off_what_does_not_finish(start_server: Any) -> None:
     assert server.process.wait(5) == 0
 
 
-def test_second_sigterm_leaves_at_once(start_server: Any) -> None:
+def test_second_sigterm_exits_at_once(start_server: Any) -> None:
     server = start_server(engine=SLOW, config={"drain_timeout_s": 60})
     with endless(server.url) as stream:
-        pieces = stream.iter_text()
-        next(pieces)
+        chunks = stream.iter_text()
+        next(chunks)
         server.process.send_signal(signal.SIGTERM)
         until(lambda: server.get("/readyz").status_code == 503)
         started = time.monotonic()
@@ -123,17 +125,17 @@ def test_second_sigterm_leaves_at_once(start_server: Any) -> None:
     assert time.monotonic() - started < 1
 
 
-def test_client_that_goes_away_frees_its_row(start_server: Any) -> None:
+def test_client_that_disconnects_frees_its_sequence(start_server: Any) -> None:
     """Fault 40, streaming."""
     server = start_server(engine=SLOW)
     with endless(server.url) as stream:
-        pieces = stream.iter_text()
-        next(pieces)
+        chunks = stream.iter_text()
+        next(chunks)
         assert server.running() == 1
     assert until(lambda: server.running() == 0) < 1
 
 
-def test_client_that_goes_away_without_streaming_frees_its_row(start_server: Any) -> None:
+def test_client_that_disconnects_without_streaming_frees_its_sequence(start_server: Any) -> None:
     """Fault 40, not streaming."""
     server = start_server(engine=SLOW)
     body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2000}).encode()
@@ -145,11 +147,11 @@ def test_client_that_goes_away_without_streaming_frees_its_row(start_server: Any
     assert until(lambda: server.running() == 0) < 1
 
 
-def test_waiting_client_that_goes_away_never_runs(start_server: Any) -> None:
+def test_waiting_client_that_disconnects_never_runs(start_server: Any) -> None:
     server = start_server(engine={**SLOW, "rows": 1})
     with endless(server.url) as first:
-        pieces = first.iter_text()
-        next(pieces)
+        chunks = first.iter_text()
+        next(chunks)
         with endless(server.url) as second:
             assert second.status_code == 200
         until(lambda: 'num_requests_waiting{model_name="base"} 0.0' in server.get("/metrics").text, 1)
@@ -167,8 +169,8 @@ def test_huge_body_is_413_and_never_held(start_server: Any, chunked: bool) -> No
     """Fault 42."""
     server = start_server(config={"limits": {"body_bytes": 1 << 20}})
     before = resident_kb(server)
-    piece = b" " * (1 << 20)
-    content = (piece for _ in range(50)) if chunked else piece * 50
+    part = b" " * (1 << 20)
+    content = (part for _ in range(50)) if chunked else part * 50
     reply = httpx.post(server.url + "/v1/chat/completions", content=content, timeout=20)
     assert reply.status_code == 413
     assert reply.json()["error"]["code"] == "body_too_large"
@@ -255,6 +257,7 @@ def test_engine_that_dies_ends_the_process(start_server: Any) -> None:
     until(lambda: any("engine has died" in line for line in server.log))
 
 
+@pytest.mark.long
 def test_thousand_requests_at_once(start_server: Any) -> None:
     """Fault 41: only 200 and 429, probes stay fast, memory stays flat, nothing is left behind."""
     server = start_server(
@@ -312,3 +315,26 @@ def test_log_is_one_json_object_a_line(start_server: Any) -> None:
     answered = next(event for event in events if event["msg"].startswith("Answered"))
     assert answered["new_tokens"] > 0
     assert not any("cret" in line or "\r" in line for line in server.log)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.model
+def test_memory_and_descriptors_stay_flat_under_mixed_traffic(tiny_llama_dir: Path) -> None:
+    """Fault 59, briefly: twelve seconds of warming up (kernels for all sizes), then twenty measured."""
+    config = {
+        "model": {"name": "tiny", "path": str(tiny_llama_dir)},
+        "served_name": "tiny",
+        "host": "127.0.0.1",
+        "port": 0,
+    }
+    for server in served(config):
+        pid = server.process.pid
+        soak(server.url, pid, seconds=12)
+        report = soak(server.url, pid, seconds=20)
+        assert server.running() == 0
+    assert set(report.statuses) == {"200", "400", "left"}
+    assert min(report.statuses.values()) >= 10, report.statuses
+    assert report.files[1] <= report.files[0], report.files
+    # 1,024 kernels kept, as is the libraries' default, were 400,000 kB by now; a leak of 1 kB a token 50,000.
+    assert report.memory_kb[-1] - report.memory_kb[0] < 16_000, report.memory_kb

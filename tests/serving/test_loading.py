@@ -1,4 +1,4 @@
-"""The whole server with real models: the command's own entry, real weights, real adapters."""
+"""A server process with real models: weights, tokenizer, engine and adapters as loading returns them."""
 
 import json
 import logging
@@ -123,7 +123,7 @@ def test_greedy_answer_is_repeatable_and_differs_by_adapter(tiny: Process) -> No
     assert texts[0] != texts[2]
 
 
-def test_stream_and_whole_say_the_same(tiny: Process) -> None:
+def test_streamed_and_complete_answers_are_equal(tiny: Process) -> None:
     create = client_of(tiny).chat.completions.create
     whole = create(model="tiny", messages=HI, temperature=0, max_tokens=24)
     stream = create(model="tiny", messages=HI, temperature=0, max_tokens=24, stream=True)
@@ -171,20 +171,20 @@ def test_adapter_loads_and_unloads_while_others_are_answered(tiny: Process) -> N
         until(lambda: tiny.running() > 0)
         assert post("/v1/unload_lora_adapter", json={"lora_name": "again"}).status_code == 200
         texts = [one.result() for one in asked]
-    assert set(texts) <= {expected, None}  # whole and right, or 404 when it came too late
+    assert set(texts) <= {expected, None}  # complete and correct, or 404 when it came too late
     assert expected in texts
     refused = post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "half"})
     assert refused.status_code == 400
     assert "half" in refused.json()["error"]["message"]
 
 
-def test_client_that_goes_away_frees_the_real_engine(tiny: Process) -> None:
+def test_client_that_disconnects_frees_the_real_engine(tiny: Process) -> None:
     """Fault 40, with a real engine."""
     headers = {"Authorization": "Bearer sesame"}
     body = {"prompt": "hello", "stream": True, "max_new_tokens": 1900, "ignore_eos": True}
     with httpx.stream("POST", tiny.url + "/chat", json=body, headers=headers, timeout=20) as stream:
-        pieces = stream.iter_text()
-        next(pieces)
+        chunks = stream.iter_text()
+        next(chunks)
         assert tiny.running() == 1
     assert until(lambda: tiny.running() == 0) < 1
 
