@@ -146,6 +146,7 @@ class _Address:
         self.sha256 = fragment.removeprefix("sha256=").lower() if fragment.startswith("sha256=") else None
         self._token, self._allow_private = token, allow_private
         self._connection: Any = None
+        self._hung_up = False
 
     @property
     def identity(self) -> str:
@@ -177,12 +178,18 @@ class _Address:
         raise DataError(f"{shown(self.url)}: more than {_REDIRECTS} redirects")
 
     def _trace(self, event: str, info: dict[str, Any]) -> None:
-        """Remember the connection that httpx opened, for `hang_up`."""
+        """Remember the connection that httpx opened, for `hang_up`, which may have been called before."""
         if event == "connection.connect_tcp.complete":
             self._connection = info["return_value"]
+            if self._hung_up:
+                self._shut_down()
 
     def hang_up(self) -> None:
         """End a request that waits for a silent server; called from another thread at the end."""
+        self._hung_up = True
+        self._shut_down()
+
+    def _shut_down(self) -> None:
         opened = self._connection and self._connection.get_extra_info("socket")
         if opened:
             with contextlib.suppress(OSError):

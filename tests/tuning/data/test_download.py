@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import logging
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,6 +13,7 @@ from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -336,3 +338,12 @@ def test_fault_56_no_signature_is_logged(tmp_path: Path, caplog: pytest.LogCaptu
     for secret in ("topsecret", "passw0rd"):
         assert secret not in said
         assert secret.encode() not in files
+
+
+def test_fault_5_stop_before_the_connection_is_open_ends_the_request_too() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, httpx.Client(timeout=5) as client:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/a.parquet"
+        address = fetching._Address(url, None, allow_private=True)
+        address.hang_up()
+        with pytest.raises(httpx.RemoteProtocolError), address.get(client, {}):
+            pass
