@@ -8,9 +8,9 @@ from runtime.pod import bake
 
 if __name__ == "__main__":
     preset, *mounted = sys.argv[1:]
-    given = [Path(word) for word in mounted if (Path(word) / "config.json").is_file()]
+    weights = [Path(word) for word in mounted if (Path(word) / "config.json").is_file()]
     try:
-        bake.bake(preset, Path("/workspace/weights"), weights=given[0] if given else None)
+        bake.bake(preset, Path("/workspace/weights"), weights=weights[0] if weights else None)
     except Failure as failure:
         sys.stderr.write(f"error: {failure}\n")
         sys.exit(exit_code(failure))

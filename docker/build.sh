@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the image and prints what it weighs and how long it takes to start. `make image` calls this.
+# Builds the image and prints its size and how long it takes to start. `make image` calls this.
 #
 #   ACCELERATOR=cpu TORCH_INDEX=URL TAG=workspace-runtime:cpu docker/build.sh [the builder's own options]
 #
@@ -26,7 +26,7 @@ if [ "$builder" = buildah ]; then
   if [ -f "${PIP_CERT:-}" ]; then
     arguments+=(--build-arg PIP_CERT=/run/ca.crt --volume "$(realpath "$PIP_CERT"):/run/ca.crt:ro")
   fi
-  # The docker format keeps HEALTHCHECK, which OCI's has no place for.
+  # The docker format keeps HEALTHCHECK, which the OCI format cannot hold.
   buildah bud --quiet --layers --format docker ${ISOLATION:+--isolation "$ISOLATION"} "${arguments[@]}" .
 else
   runner=docker

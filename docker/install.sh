@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what pyproject.toml asks for, at the versions of constraints.txt, with the torch build of $ACCELERATOR.
+# Installs the dependencies of pyproject.toml at the versions of constraints.txt, with the torch build for $ACCELERATOR.
 set -euo pipefail
 cd "$(dirname "$0")"
 pip=/opt/venv/bin/pip
@@ -12,7 +12,7 @@ case "$ACCELERATOR" in
   *) echo "ACCELERATOR is '$ACCELERATOR', expected cu130, cu126 or cpu" >&2; exit 2 ;;
 esac
 
-# The usual index calls its build, which is the cu130 one, by the bare version.
+# The default index lists its build, which is the cu130 one, under the bare version.
 spec="torch==$torch+$ACCELERATOR"
 if [ -n "${TORCH_INDEX:-}" ]; then
   "$pip" install -q "$spec" --index-url "$TORCH_INDEX"
@@ -35,7 +35,7 @@ PYTHON
 "$pip" install -q -c constraints.txt -r requirements.txt
 
 # Not needed to run anything, and large: test suites, headers for compilers that are not in the image, and
-# bitsandbytes' kernels for other releases than torch's own, by which it chooses.
+# bitsandbytes' kernels for other CUDA releases than that of torch, by which it chooses.
 cd /opt/venv/lib/python3*/site-packages
 rm -rf torch/include torch/test pandas/tests pyarrow/tests pyarrow/include
 find numpy sympy networkx -type d -name tests -prune -exec rm -rf {} +

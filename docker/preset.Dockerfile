@@ -5,7 +5,7 @@
 #     --build-arg PRESET=phi-3-mini-128k-instruct -t kaito-phi-3-mini-128k-instruct .
 #
 # The weights come from the Hugging Face hub at the preset's revision, or from a directory mounted at /weights
-# (buildah: --volume DIR:/weights:ro). A preset whose licence forbids passing them on is refused.
+# (buildah: --volume DIR:/weights:ro). A preset whose licence forbids redistribution is refused.
 ARG IMAGE=workspace-runtime
 FROM ${IMAGE}
 ARG PRESET

@@ -1,6 +1,6 @@
-"""Reads YAML and TOML into strict, frozen pydantic models, and explains in one line what does not fit.
+"""Reads YAML and TOML into strict, frozen pydantic models, and explains a mistake in one line.
 
-Knows formats, not meanings. Start at `Strict` and `parse`.
+Knows formats, not what the values are for. Start at `Strict` and `parse`.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from runtime.errors import ConfigError
 
 
 class Strict(BaseModel):
-    """Base of all data from outside: unknown keys are errors, values never change after reading."""
+    """Base class of all data from outside: unknown keys are errors, values never change after reading."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
@@ -28,9 +28,9 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 scalars, which refuses a key written twice.
+    """SafeLoader with YAML 1.2 scalars that refuses duplicate keys.
 
-    `1e-5` is a number, and `no` stays a word: `save_strategy: no` means the strategy "no", while a
+    `1e-5` is a number, and `no` stays a string: `save_strategy: no` means the strategy "no", while a
     boolean field still takes `no` for false (pydantic reads it).
     """
 
@@ -120,7 +120,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def describe(value: Any) -> str:
-    """Return a short name for what `value` is, as a user of YAML would call it."""
+    """Return a short description of `value` in the terms of a YAML file."""
     if value is None:
         return "nothing"
     if isinstance(value, dict):

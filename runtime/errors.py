@@ -1,12 +1,12 @@
-"""Every failure a user can meet, as one tree, and what each means to a shell and to an HTTP client.
+"""Every failure a user can meet, as one tree, with its exit status and its HTTP status.
 
-    Failure                     1     500   our own bug, or one nobody foresaw
+    Failure                     1     500   our own bug, or an unexpected error
     ├── ConfigError             2     400   a manifest, file, flag or variable is wrong
-    ├── DataError               3           data is unreachable or not what it must be
+    ├── DataError               3           data is unreachable or invalid
     ├── DivergedError           4           the loss or a weight became NaN or Inf
     ├── RegistryError           5     502   a registry refused us, or broke its protocol
     ├── CapacityError           6           does not fit: GPU memory, host memory, disk
-    ├── TransientError         75     503   would probably work when tried again
+    ├── TransientError         75     503   another try would probably work
     ├── StoppedError          143           SIGTERM, after a checkpoint
     └── RequestError                  400   one HTTP request cannot be served
         ├── ForbiddenError            403   this server does not offer it
@@ -14,7 +14,7 @@
         ├── DeadlineError             408   the body or the answer took too long
         ├── TooLargeError             413
         ├── OverloadedError           429   the waiting queue is full
-        ├── ClientGoneError           499   nobody is left to answer
+        ├── ClientGoneError           499   the client has disconnected
         └── UnavailableError          503   loading, draining or broken
 
 A message says what, which value, what was expected and what to do, in one line, and never holds a
@@ -23,7 +23,7 @@ secret. Does not know argparse, HTTP or Kubernetes: the edges read `EXIT_CODES` 
 
 
 class Failure(Exception):
-    """Root of every expected failure; its text is fit to show to the user as it stands."""
+    """Root of every expected failure; its text can be shown to the user unchanged."""
 
 
 class ConfigError(Failure):
@@ -39,19 +39,19 @@ class DivergedError(Failure):
 
 
 class RegistryError(Failure):
-    """A registry refused the credentials or the request, or returned what it must not."""
+    """A registry refused the credentials or the request, or violated its protocol."""
 
 
 class CapacityError(Failure):
-    """The job does not fit into the memory or onto the disk that is there."""
+    """The job does not fit into the available memory or disk space."""
 
 
 class TransientError(Failure):
-    """A network or service failed in a way that a later try may not."""
+    """A network or service failed in a way that may pass: another try may succeed."""
 
 
 class StoppedError(Failure):
-    """The process was asked to stop and has saved what it could."""
+    """The process received a signal to stop and has saved what it could."""
 
 
 class RequestError(Failure):
@@ -64,7 +64,7 @@ class RequestError(Failure):
 
 
 class ForbiddenError(RequestError):
-    """This server does not offer what is asked, to anybody."""
+    """This server does not offer what is requested, to any client."""
 
 
 class UnknownModelError(RequestError):
@@ -120,7 +120,7 @@ HTTP_STATUSES: dict[type[Failure], int] = {
 """HTTP status by failure."""
 
 RETRIABLE = frozenset({TransientError, StoppedError})
-"""Failures after which the same command may succeed with nothing changed."""
+"""Failures after which the same command may succeed unchanged."""
 
 
 def exit_code(failure: Failure) -> int:

@@ -1,7 +1,7 @@
-"""Log lines: for people on a terminal, one JSON object a line elsewhere; secrets are cut out of both.
+"""Log lines: text on a terminal, one JSON object per line elsewhere; both without secrets.
 
 `configure` is called once by each process entry point, nothing here runs at import.
-Does not know what is logged. Start at `redact`: it is also used for text that is not a log line.
+Does not know what is logged. Start at `redact`, which is also used for text that is no log line.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ _AUTHORIZATION = re.compile(r"\b(?P<scheme>Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{6,
 def redact(text: str) -> str:
     """Return `text` without URL queries and user info, bearer and basic credentials and known token forms.
 
-    A query is cut whole: a SAS signature (`sig=`) and an S3 one (`X-Amz-Signature=`) are secrets, and
-    nobody debugs a download by its query.
+    The whole query is removed: a SAS signature (`sig=`) and an S3 one (`X-Amz-Signature=`) are secrets, and
+    the rest of it does not help to debug a download.
     """
     text = _USERINFO.sub(r"\g<scheme>", text)
     text = _QUERY.sub(r"\g<base>", text)
@@ -33,7 +33,7 @@ def redact(text: str) -> str:
 
 
 class _Redacting(logging.Formatter):
-    """Formats for people: time, level where it matters, text; every line redacted, tracebacks too."""
+    """Formats for people: time, level, text; every line is redacted, including tracebacks."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
@@ -43,7 +43,7 @@ class _Redacting(logging.Formatter):
 
 
 class _JsonLines(logging.Formatter):
-    """Formats for machines: one JSON object a line; keys passed as `extra={"fields": {...}}` join it."""
+    """Formats for machines: one JSON object per line, with the keys of `extra={"fields": {...}}` added."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -62,7 +62,7 @@ class _JsonLines(logging.Formatter):
 def configure(*, debug: bool = False, rank: int = 0, stream: TextIO | None = None) -> None:
     """Send log records to `stream` (standard error): plain lines on a terminal, JSON lines elsewhere.
 
-    Ranks above 0 speak only from WARNING on, so that a line is printed once however many GPUs work.
+    Ranks above 0 log only from WARNING on, so that a line is printed once for any number of GPUs.
     """
     stream = stream or sys.stderr
     handler = logging.StreamHandler(stream)
@@ -72,8 +72,8 @@ def configure(*, debug: bool = False, rank: int = 0, stream: TextIO | None = Non
     root.handlers[:] = [handler]
     root.setLevel(max(level, logging.WARNING) if rank else level)
     logging.captureWarnings(True)
-    for chatty in ("httpx", "httpcore", "urllib3", "filelock", "fsspec"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for verbose in ("httpx", "httpcore", "urllib3", "filelock", "fsspec"):
+        logging.getLogger(verbose).setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of optional kernels at every load
     if not stream.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; a bar tears log lines

@@ -40,7 +40,7 @@ class EngineFigures(Protocol):
 
 
 class _Gauges(Collector):
-    """Reads the engine's figures when somebody scrapes, and not before."""
+    """Reads the engine's figures at each scrape."""
 
     def __init__(self, model: str, figures: Callable[[], EngineFigures | None]) -> None:
         self._model = model
@@ -59,9 +59,9 @@ class _Gauges(Collector):
         yield self._gauge("vllm:num_requests_running", "Requests being generated", running)
         yield self._gauge("vllm:num_requests_waiting", "Requests waiting in the queue", waiting)
         yield self._gauge("vllm:kv_cache_usage_perc", "Occupied part of the KV cache, 0 to 1", share)
-        asked, found = (figures.prompt_tokens, figures.cached_tokens) if figures else (0, 0)
-        yield self._total("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache", asked)
-        yield self._total("vllm:prefix_cache_hits", "Prompt tokens found in the cache", found)
+        queried, hits = (figures.prompt_tokens, figures.cached_tokens) if figures else (0, 0)
+        yield self._total("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache", queried)
+        yield self._total("vllm:prefix_cache_hits", "Prompt tokens found in the cache", hits)
         drafted, accepted = (figures.drafted_tokens, figures.accepted_tokens) if figures else (0, 0)
         yield self._total("vllm:spec_decode_num_draft_tokens", "Draft tokens that were run", drafted)
         yield self._total("vllm:spec_decode_num_accepted_tokens", "Draft tokens that were accepted", accepted)
@@ -136,7 +136,7 @@ class ServingMetrics:
         self._new_tokens.labels(self._model).inc()
 
     def finished(self, reason: str, *, seconds: float, tokens: int) -> None:
-        """Record a whole answer."""
+        """Record a complete answer."""
         self._success.labels(self._model, reason).inc()
         self._whole.labels(self._model).observe(seconds)
         self._answer_size.labels(self._model).observe(tokens)
@@ -147,23 +147,23 @@ class ServingMetrics:
 
     @contextmanager
     def adapter(self, name: str | None) -> Iterator[Callable[[], None]]:
-        """Show `name` as waiting, and as running once the yielded function was called."""
+        """Count a request for `name` as waiting, and as running once the yielded function is called."""
         if name is None:
             yield lambda: None
             return
-        place = self._gauges.waiting
+        tally = self._gauges.waiting
 
         def started() -> None:
-            nonlocal place
-            place[name] -= 1
-            place = self._gauges.running
-            place[name] += 1
+            nonlocal tally
+            tally[name] -= 1
+            tally = self._gauges.running
+            tally[name] += 1
 
-        place[name] += 1
+        tally[name] += 1
         try:
             yield started
         finally:
-            place[name] -= 1
+            tally[name] -= 1
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, ["model_name", *labels], registry=self._registry)

@@ -1,4 +1,4 @@
-"""What controllers start for the vLLM runtime: this project's own server, told by vLLM's flags."""
+"""What controllers start for the vLLM runtime: this project's own server, configured by vLLM's flags."""
 
 import os
 import sys
