@@ -100,13 +100,13 @@ class Repository:
         if mount_from:
             self._login.add_source(mount_from)
         try:
-            upload(self._transport, urls, blob, report, mount_from)
+            upload(self._transport, blob, urls=urls, report=report, source=mount_from)
         except RegistryError:
             if not mount_from:
                 raise
             # No right to read the other repository, or not both at once: push without it.
             self._login = Login(self._transport, self._reference, "pull,push")
-            upload(self._transport, urls, blob, report, None)
+            upload(self._transport, blob, urls=urls, report=report)
 
     def put_manifest(self, manifest: StoredManifest, selector: str) -> None:
         """Upload a manifest; RegistryError when the registry stored another one."""

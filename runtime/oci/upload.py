@@ -69,7 +69,9 @@ class _Upload:
         return self.blob.descriptor.size
 
 
-def upload(transport: Transport, urls: BlobUrls, blob: Blob, report: Report, source: str | None) -> None:
+def upload(
+    transport: Transport, blob: Blob, *, urls: BlobUrls, report: Report, source: str | None = None
+) -> None:
     """Send `blob` unless the registry has it.
 
     source: another repository of the registry from which it may be mounted.

@@ -21,6 +21,8 @@ FOLDER = Path(sys.argv[2])
 FLAGS = dict(word.removeprefix("--").partition("=")[::2] for word in sys.argv[3:])
 LORAS: dict[str, str] = {}
 STOP = 2
+SEPARATORS = "a\u2028b\u2029c\x85d"
+"""No ends of lines in an event stream; vLLM writes them as they are."""
 
 app = FastAPI()
 
@@ -96,7 +98,7 @@ async def events(body: dict[str, Any], kind: int) -> AsyncIterator[str]:
 
 
 def choice(body: dict[str, Any], ids: list[int], reason: str | None) -> dict[str, Any]:
-    one: dict[str, Any] = {"index": 0, "text": "", "token_ids": ids, "finish_reason": reason}
+    one: dict[str, Any] = {"index": 0, "text": SEPARATORS, "token_ids": ids, "finish_reason": reason}
     if body.get("logprobs") is not None:
         likely = {f"token_id:{n}": -0.5 * n for n in range(1, body["logprobs"] + 1)}
         one["logprobs"] = {
@@ -107,7 +109,7 @@ def choice(body: dict[str, Any], ids: list[int], reason: str | None) -> dict[str
 
 
 def event(chunk: dict[str, Any]) -> str:
-    return f"data: {json.dumps(chunk)}\n\n"
+    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
 
 
 if __name__ == "__main__":
