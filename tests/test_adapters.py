@@ -12,9 +12,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from runtime import adapters
+from runtime import adapters, oci
 from runtime.errors import ConfigError
 from runtime.model_source import ModelSource
+from runtime.oci.access import DEFAULT
 
 SOURCE = ModelSource(name="tiny", repository="someone/tiny", revision="0" * 40)
 
@@ -177,3 +178,31 @@ def test_adapters_that_do_not_add_up_are_not_combined(tiny_llama_dir: Path, tmp_
     ):
         adapters.combine([(whole, 1.0), (dora, 1.0)], tmp_path / "both")
     assert not (tmp_path / "both").exists()
+
+
+def test_an_adapter_is_read_where_it_is_or_pulled_for_as_long_as_it_is_needed(tmp_path: Path) -> None:
+    folder = tmp_path / "pushed" / "deep" / "adapter"
+    folder.mkdir(parents=True)
+    (folder / adapters.CONFIG_FILE).write_text("{}")
+    image = f"oci:{tmp_path}/layout:v1"
+    oci.push(tmp_path / "pushed", oci.parse(image))
+    with adapters.local_copy(str(folder), access=DEFAULT) as found:
+        assert found == folder
+    with adapters.local_copy(image, access=DEFAULT) as found:
+        assert [path.name for path in found.iterdir()] == [adapters.CONFIG_FILE]
+    assert not found.exists()
+
+
+def test_a_reference_without_an_adapter_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no adapter")
+    image = f"oci:{tmp_path}/layout:v1"
+    oci.push(tmp_path, oci.parse(image), files=["notes.txt"])
+    for reference, message in (
+        (image, f"adapter support: {image} holds no adapter_config.json"),
+        (f"{tmp_path}/missing", f"adapter support: no directory {tmp_path}/missing"),
+    ):
+        with (
+            pytest.raises(ConfigError, match=message),
+            adapters.local_copy(reference, access=DEFAULT, name="support"),
+        ):
+            pass

@@ -5,13 +5,13 @@ Start at images.py.
 """
 
 from runtime.oci import checkpoints
-from runtime.oci.access import Access, Azure, from_environment
+from runtime.oci.access import Access, AzureIdentity, from_environment
 from runtime.oci.images import ImageInfo, check_push, inspect, pull, push, push_image
 from runtime.oci.reference import Reference, is_image, is_path, parse
 
 __all__ = [
     "Access",
-    "Azure",
+    "AzureIdentity",
     "ImageInfo",
     "Reference",
     "check_push",

@@ -28,7 +28,7 @@ class CredentialFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Azure:
+class AzureIdentity:
     """A pod's own identity (workload identity, or the managed identity of its node)."""
 
     client_id: str | None = None
@@ -51,7 +51,7 @@ class Access:
 
     files: tuple[Path, ...] | None = None
     """Docker `config.json` files, or folders of them, in the order to try; None means the default ones."""
-    azure: Azure | None = None
+    azure: AzureIdentity | None = None
     """Identity to log in with at `*.azurecr.io` when no file has credentials for it."""
     insecure: bool = False
     """Allow plain HTTP, and HTTPS without checking the certificate."""
@@ -87,7 +87,7 @@ def from_environment(
     azure = None
     if environment.get("AZURE_CLIENT_ID") or environment.get("AZURE_FEDERATED_TOKEN_FILE"):
         token_file = environment.get("AZURE_FEDERATED_TOKEN_FILE")
-        azure = Azure(
+        azure = AzureIdentity(
             client_id=environment.get("AZURE_CLIENT_ID"),
             tenant_id=environment.get("AZURE_TENANT_ID"),
             token_file=Path(token_file) if token_file else None,

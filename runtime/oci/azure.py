@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from runtime.errors import ConfigError, RegistryError
 from runtime.net import RetriableError
-from runtime.oci.access import Azure
+from runtime.oci.access import AzureIdentity
 from runtime.oci.credentials import NULL_GUID, Credential
 from runtime.oci.transport import Transport, raise_if_busy
 
@@ -18,7 +18,7 @@ _AUDIENCE = "https://containerregistry.azure.net"
 _ASSERTION = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 
 
-def refresh_token(identity: Azure, transport: Transport) -> Credential:
+def refresh_token(identity: AzureIdentity, transport: Transport) -> Credential:
     """Return the registry refresh token of `identity` (lives about 3 hours)."""
     token = (
         _workload_token(identity, transport) if identity.token_file else _managed_token(identity, transport)
@@ -31,7 +31,7 @@ def refresh_token(identity: Azure, transport: Transport) -> Credential:
     return Credential(NULL_GUID, _post(transport, url, form, "refresh_token", name), "identity", name)
 
 
-def _workload_token(identity: Azure, transport: Transport) -> str:
+def _workload_token(identity: AzureIdentity, transport: Transport) -> str:
     if not identity.client_id or not identity.tenant_id or not identity.token_file:
         raise ConfigError(
             "workload identity needs AZURE_CLIENT_ID, AZURE_TENANT_ID and AZURE_FEDERATED_TOKEN_FILE"
@@ -53,7 +53,7 @@ def _workload_token(identity: Azure, transport: Transport) -> str:
     return _post(transport, url, form, "access_token", f"workload identity {identity.client_id}")
 
 
-def _managed_token(identity: Azure, transport: Transport) -> str:
+def _managed_token(identity: AzureIdentity, transport: Transport) -> str:
     query = f"api-version=2018-02-01&resource={_AUDIENCE}"
     if identity.client_id:
         query += f"&client_id={identity.client_id}"

@@ -6,7 +6,7 @@ import pytest
 
 from runtime import oci
 from runtime.errors import ConfigError, RegistryError
-from runtime.oci import Azure
+from runtime.oci import AzureIdentity
 from tests.oci.conftest import AzureLike, fresh, quick
 
 pytestmark = pytest.mark.system
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.system
 
 def test_34_workload_identity_logs_in_and_rereads_its_token(azure: AzureLike, tmp_path: Path) -> None:
     token_file = tmp_path / "token"
-    identity = Azure(
+    identity = AzureIdentity(
         client_id="client-1",
         tenant_id="tenant-1",
         token_file=token_file,
@@ -34,13 +34,13 @@ def test_34_workload_identity_logs_in_and_rereads_its_token(azure: AzureLike, tm
 
 
 def test_34_managed_identity_logs_in(azure: AzureLike) -> None:
-    identity = Azure(metadata=f"http://{azure.host}", registries=("127.0.0.1:*",))
+    identity = AzureIdentity(metadata=f"http://{azure.host}", registries=("127.0.0.1:*",))
     oci.check_push(fresh(azure.host, "a"), access=quick(azure=identity))
     assert azure.tokens.grants[:3] == ["metadata", "exchange", "refresh"]
 
 
 def test_identity_is_shown_to_azure_registries_alone(azure: AzureLike) -> None:
-    identity = Azure(metadata=f"http://{azure.host}")
+    identity = AzureIdentity(metadata=f"http://{azure.host}")
     with pytest.raises(RegistryError):
         oci.check_push(fresh(azure.host, "a"), access=quick(azure=identity))
     assert "metadata" not in azure.tokens.grants
@@ -48,6 +48,6 @@ def test_identity_is_shown_to_azure_registries_alone(azure: AzureLike) -> None:
 
 def test_workload_identity_without_its_variables_is_said(azure: AzureLike, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("x")
-    identity = Azure(client_id="c", token_file=tmp_path / "token", registries=("127.0.0.1:*",))
+    identity = AzureIdentity(client_id="c", token_file=tmp_path / "token", registries=("127.0.0.1:*",))
     with pytest.raises(ConfigError, match="AZURE_TENANT_ID"):
         oci.check_push(fresh(azure.host, "a"), access=quick(azure=identity))
