@@ -34,7 +34,7 @@ def token_loss(logits: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor"
 
 def batch_loss(model: "torch.nn.Module", batch: MicroBatch, device: str) -> "torch.Tensor":
     """Run `model` over `batch` and return its summed loss, a scalar with gradients."""
-    from runtime.tuning.model.fused_ops import loss_head
+    from runtime.tuning.model.fused_loss import loss_head
 
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
     columns, labels = batch.logits_to_keep.to(device), batch.labels.to(device)

@@ -1,4 +1,4 @@
-"""float16 with a loss scaler, as on a V100: the real scaler, autocast and Trainer, on a CPU."""
+"""The type that a job computes in; float16 as on a V100: the real scaler, autocast, Trainer, on a CPU."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.errors import DivergedError, exit_code
 from runtime.hardware import Hardware
+from runtime.model_source import ModelSource
 from runtime.tuning.output import OutputPaths
+from runtime.tuning.precision import resolve_precision
 from runtime.tuning.settings import Lora, TuningJob
 from runtime.tuning.train.callbacks import MAX_SKIPPED_STEPS
 from runtime.tuning.train.setup import TrainingSetup, run_training
@@ -20,6 +22,33 @@ from tests.tuning.train.test_trainer import training_setup
 Maker = Callable[..., TuningJob]
 
 V100 = Hardware("cuda", "Tesla V100", (7, 0), 16 << 30, 1)
+A100 = Hardware("cuda", "A100", (8, 0), 80 << 30, 1)
+CPU = Hardware("cpu", "test", None, 8 << 30, 1)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "training", "wanted", "chosen"),
+    [
+        (V100, {}, "bfloat16", "float16"),
+        (V100, {"bf16": True}, "auto", "float16"),
+        (V100, {}, "float32", "float32"),
+        (A100, {}, "auto", "bfloat16"),
+        (A100, {"fp16": True}, "auto", "float16"),
+        (CPU, {}, "bfloat16", "float32"),
+        (CPU, {"fp16": True}, "auto", "float32"),
+    ],
+)
+def test_fault_28_type_follows_the_hardware_and_is_logged(
+    hardware: Hardware, training: dict[str, Any], wanted: Any, chosen: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = ModelSource(name="m", dtype=wanted)
+    job, precision = resolve_precision(TuningJob(name="j", model=model, training=training), hardware)
+    assert (precision.dtype, job.model.dtype, job.quantization and job.quantization.compute_dtype) == (
+        chosen,
+    ) * 3
+    assert (precision.fp16, precision.bf16) == (chosen == "float16", chosen == "bfloat16")
+    changed = chosen not in (wanted, "bfloat16" if training.get("bf16") else "float16" if training else "")
+    assert bool(caplog.records) == (changed and (wanted != "auto" or bool(training)))
 
 
 class Types(TorchDispatchMode):

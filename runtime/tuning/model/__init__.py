@@ -1,1 +1,1 @@
-"""What is done to the base model: LoRA, its start, sharding, and fused operations."""
+"""What is done to the base model: LoRA and how it starts, sharding, packed attention, fused operations."""

@@ -1,8 +1,9 @@
-"""FSDP2 for LoRA: each rank keeps a slice of the frozen base model, and the whole of the small adapter.
+"""FSDP2 for LoRA: each rank keeps a shard of the frozen base model, and all of the small adapter.
 
 The base is what does not fit. The adapter is a few thousandths of it and stays an ordinary tensor on every
-rank, so its checkpoints and files are those of DDP, and its gradients need one all-reduce a step.
-Every forward pass is a collective: all ranks make the same number of them. Start at `shard`.
+rank, so its checkpoints and files are those of DDP, and its gradients need one all-reduce a step. Every
+forward pass is a collective: all ranks make the same number of them. Does not know the trainer. Start at
+`shard`.
 """
 
 import logging
@@ -17,10 +18,10 @@ log = logging.getLogger(__name__)
 
 
 def shard(model: "PeftModel", *, world: int, device: str) -> None:
-    """Spread the base of `model` over `world` ranks, a decoder layer at a time.
+    """Shard the base of `model` over `world` ranks, a decoder layer at a time.
 
-    A layer moves to `device` whole, then all but this rank's slice of it goes: the device holds its slices
-    and never more than one layer more, wherever `model` was loaded.
+    A layer moves to `device` unsharded, then all but this rank's shard of it is freed: the device holds its
+    shards and at most one layer more, wherever `model` was loaded.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -28,15 +29,17 @@ def shard(model: "PeftModel", *, world: int, device: str) -> None:
     mesh = init_device_mesh(device.partition(":")[0], (world,))
     adapter = {parameter for parameter in model.parameters() if parameter.requires_grad}
     base = model.get_base_model()
-    whole = _mebibytes(base)
+    unsharded_mib = _mebibytes(base)
     for layer in (*decoder_layers(base), base):
         layer.to(device)  # not left to fully_shard: the constants of quantised weights have to move too
         fully_shard(layer, mesh=mesh, ignored_params=adapter)
-    log.info("base model in slices: %.1f of %.1f MiB on each of %d ranks", _mebibytes(base), whole, world)
+    log.info(
+        "base model sharded: %.1f of %.1f MiB on each of %d ranks", _mebibytes(base), unsharded_mib, world
+    )
 
 
 def _mebibytes(model: "nn.Module") -> float:
-    """Return the size of the frozen weights that lie on this rank."""
+    """Return the size of the frozen weights on this rank."""
     from torch.distributed.tensor import DTensor
 
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
@@ -52,17 +55,17 @@ def decoder_layers(model: "nn.Module") -> "Iterable[nn.Module]":
 
 
 def is_sharded(model: "nn.Module") -> bool:
-    """Whether `shard` has been here."""
+    """Whether `shard` was applied to `model`."""
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def reslice(model: "nn.Module") -> None:
-    """Return every module to its slice after forward passes that no backward pass followed.
+    """Free what forward passes gathered of every module when no backward pass followed them.
 
-    FSDP2 leaves the outermost module whole until a backward pass. Rank 0 alone writes checkpoints, and
-    reading a state_dict slices that module again there only: the next forward passes would not match.
+    FSDP2 leaves the outermost module gathered until a backward pass. Rank 0 alone writes checkpoints, and
+    reading a state_dict shards that module again there only: the next forward passes would not match.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -77,8 +80,8 @@ def average_gradients(parameters: "Iterable[nn.Parameter]", world: int) -> None:
     from torch import distributed
 
     gradients: list[torch.Tensor] = [p.grad for p in parameters if p.grad is not None]
-    together = torch.cat([gradient.flatten() for gradient in gradients]).div_(world)
-    distributed.all_reduce(together)
-    means = torch.split(together, [gradient.numel() for gradient in gradients])
+    flat = torch.cat([gradient.flatten() for gradient in gradients]).div_(world)
+    distributed.all_reduce(flat)
+    means = torch.split(flat, [gradient.numel() for gradient in gradients])
     for gradient, mean in zip(gradients, means, strict=True):
         gradient.copy_(mean.view_as(gradient))

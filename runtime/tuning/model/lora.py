@@ -29,7 +29,7 @@ def attach(model: "PreTrainedModel", lora: Lora, *, checkpointing: bool = False)
     """Freeze `model` and return it with a fresh adapter; ConfigError when `lora` does not fit it."""
     from peft import LoraConfig, get_peft_model
 
-    from runtime.tuning.model.fused_ops import install
+    from runtime.tuning.model import fused_ops
 
     targets = (
         lora.targets if isinstance(lora.targets, str) else resolve_targets(lora.targets, linear_names(model))
@@ -52,7 +52,7 @@ def attach(model: "PreTrainedModel", lora: Lora, *, checkpointing: bool = False)
             adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"LoraConfig does not fit this model: {' '.join(str(error).split())}") from None
-    install(adapted)
+    fused_ops.install(adapted)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     log.info("LoRA r=%d alpha=%d on %s: %d trained weights", lora.r, lora.alpha, targets, trained)
     return adapted

@@ -1,8 +1,8 @@
 """Attention that keeps packed documents apart on any hardware: one SDPA call per document.
 
 With it packing wastes nothing even without flash-attention: no padding in the matrix products, and no
-T x T mask over a pack in the attention. Does not know rows or batches. H heads, T tokens, D head dim.
-Start at `attention`.
+T x T mask over a pack in the attention. Does not know rows or batches. T tokens of the pack, H heads,
+K key-value heads, D head dim. Start at `attention`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ def register() -> None:
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """The borders say all that a mask would."""
+    """Return no mask: the documents' borders are passed as cu_seq_lens_q."""
 
 
 def attention(  # noqa: PLR0913 (transformers' signature)
@@ -42,7 +42,7 @@ def attention(  # noqa: PLR0913 (transformers' signature)
 ) -> "tuple[torch.Tensor, None]":
     """Causal attention inside each document of a pack.
 
-    query (1, H, T, D); key and value (1, Hkv, T, D); cu_seq_lens_q (documents + 1,) borders.
+    query (1, H, T, D); key and value (1, K, T, D); cu_seq_lens_q (documents + 1,) borders.
     Returns (1, T, H, D) and no weights.
     """
     import torch
@@ -68,7 +68,7 @@ def attention(  # noqa: PLR0913 (transformers' signature)
 
 
 def _repeated(states: "torch.Tensor", query: "torch.Tensor") -> "torch.Tensor":
-    """Return keys or values (1, Hkv, T, D), one head for each of `query`'s where SDPA's kernels want it.
+    """Return keys or values (1, K, T, D), one head for each of `query`'s where SDPA's kernels want it.
 
     On a CPU they do not. On a GPU only flash attention, from compute capability 8.0 on, takes fewer: with
     enable_gqa any other ends in the kernel that writes all T x T weights out.
@@ -88,6 +88,6 @@ def _window(length: int, window: int | None, device: "torch.device") -> "torch.T
 
     if not window or length <= window:
         return None
-    place = torch.arange(length, device=device)
-    distance = place[:, None] - place[None]
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions[None]
     return (distance >= 0) & (distance < window)

@@ -1,4 +1,4 @@
-"""FSDP2 on two gloo processes: the base in slices, and the very adapter that DDP makes."""
+"""FSDP2 on two gloo processes: the base sharded, and the very adapter that DDP makes."""
 
 import json
 import signal
@@ -44,7 +44,7 @@ def test_sharded_qlora_ends_with_the_bytes_of_ddp_and_goes_on_from_its_checkpoin
     second = Worker(job, processes=2)
     assert second.wait() == 0, second.output()
     assert f"resuming from {stopped.name}" in second.output()
-    assert "base model in slices: 0.1 of 0.2 MiB on each of 2 ranks" in second.output()
+    assert "base model sharded: 0.1 of 0.2 MiB on each of 2 ranks" in second.output()
     assert second.adapter() == whole.adapter()
     assert [step["loss"] for step in second.steps()][-3:] == [step["loss"] for step in whole.steps()][-3:]
     one, two = (json.loads(worker.paths.report.read_text())["result"] for worker in (whole, second))

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from runtime.tuning.model.fused_lora import fuse
+from runtime.tuning.model.fused_lora import install
 
 
 def layers(base: nn.Module, **options: Any) -> tuple[Any, Any]:
@@ -21,7 +21,7 @@ def layers(base: nn.Module, **options: Any) -> tuple[Any, Any]:
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)
     twin = copy.deepcopy(plain)
-    fuse(twin)
+    install(twin)
     return plain, twin
 
 
@@ -73,9 +73,9 @@ def test_variants_and_switched_off_adapters_are_pefts_own() -> None:
     dora, twin = layers(nn.Linear(64, 48), use_dora=True)
     x = torch.randn(3, 64)
     torch.testing.assert_close(twin(x), dora(x))
-    assert fuse(dora) == 0
+    assert install(dora) == 0
     plain, fused = layers(nn.Linear(64, 48))
-    assert fuse(fused) == 1
+    assert install(fused) == 1
     with plain.disable_adapter(), fused.disable_adapter():
         assert torch.equal(fused(x), plain(x))
 

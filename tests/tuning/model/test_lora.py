@@ -1,4 +1,4 @@
-"""The QLoRA step against a dequantised float32 reference; targets; precision."""
+"""The QLoRA step against a dequantised float32 reference; targets; evaluation mode."""
 
 import copy
 from pathlib import Path
@@ -23,11 +23,10 @@ from runtime.model_source import ModelSource, Quantization
 from runtime.tuning.data.batching import IGNORE, collate
 from runtime.tuning.loss import batch_loss, mean_loss
 from runtime.tuning.model import packed_attention
-from runtime.tuning.model.lora import attach, resolve_targets
-from runtime.tuning.precision import resolve_precision
+from runtime.tuning.model.lora import attach, evaluating, resolve_targets
 from runtime.tuning.process.ranks import Ranks
-from runtime.tuning.settings import Lora, TuningJob
-from tests.tuning.data.test_batching import some_rows
+from runtime.tuning.settings import Lora
+from tests.tuning.tiny_models import some_rows
 
 CPU = Hardware("cpu", "test", None, 8 << 30, 1)
 
@@ -148,30 +147,8 @@ def test_target_that_matches_nothing_names_what_is_there() -> None:
         resolve_targets(["q_prj"], {"q_proj", "v_proj"})
 
 
-V100 = Hardware("cuda", "Tesla V100", (7, 0), 16 << 30, 1)
-A100 = Hardware("cuda", "A100", (8, 0), 80 << 30, 1)
-
-
-@pytest.mark.parametrize(
-    ("hardware", "training", "wanted", "chosen"),
-    [
-        (V100, {}, "bfloat16", "float16"),
-        (V100, {"bf16": True}, "auto", "float16"),
-        (V100, {}, "float32", "float32"),
-        (A100, {}, "auto", "bfloat16"),
-        (A100, {"fp16": True}, "auto", "float16"),
-        (CPU, {}, "bfloat16", "float32"),
-        (CPU, {"fp16": True}, "auto", "float32"),
-    ],
-)
-def test_fault_28_type_follows_the_hardware_and_is_logged(
-    hardware: Hardware, training: dict[str, Any], wanted: Any, chosen: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = ModelSource(name="m", dtype=wanted)
-    job, precision = resolve_precision(TuningJob(name="j", model=model, training=training), hardware)
-    assert (precision.dtype, job.model.dtype, job.quantization and job.quantization.compute_dtype) == (
-        chosen,
-    ) * 3
-    assert (precision.fp16, precision.bf16) == (chosen == "float16", chosen == "bfloat16")
-    changed = chosen not in (wanted, "bfloat16" if training.get("bf16") else "float16" if training else "")
-    assert bool(caplog.records) == (changed and (wanted != "auto" or bool(training)))
+def test_evaluation_restores_the_mode(tiny_llama_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir)).train()
+    with evaluating(model):
+        assert not model.training
+    assert model.training

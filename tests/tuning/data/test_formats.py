@@ -1,0 +1,109 @@
+"""Files of every format read alike, and one that is not what its name says is named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from runtime.config import parse
+from runtime.errors import ConfigError, DataError
+from runtime.tuning.data import dataset, formats
+from runtime.tuning.settings import DataSource
+
+PAIR = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
+
+
+def source(folder: Path, **settings: Any) -> DataSource:
+    return DataSource(folder=folder, **settings)
+
+
+def test_every_format_reads_alike(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([{"prompt": "q", "completion": "a"}] * 3)
+    pq.write_table(table, tmp_path / "a.parquet")
+    pq.write_table(table, tmp_path / "b.parquet_download_true")
+    pa.csv.write_csv(table, tmp_path / "c.csv")
+    (tmp_path / "d.json").write_text(json.dumps(table.to_pylist()))
+    (tmp_path / "e.json").write_text(json.dumps({"version": 1, "rows": table.to_pylist()}, indent=1))
+    (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, table.to_pylist())) + "\n\n")
+    with pa.OSFile(str(tmp_path / "g.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    with pa.OSFile(str(tmp_path / "h.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data = dataset.load(source(tmp_path))
+    assert [file.rows for file in data.files] == [3] * 8
+    assert {example.messages for example in map(frozen, data.examples)} == {frozen_pair()}
+
+
+def frozen(example: dataset.Example) -> dataset.Example:
+    turns = tuple(tuple(sorted(turn.items())) for turn in example.messages)
+    return dataset.Example(turns)  # type: ignore[arg-type]
+
+
+def frozen_pair() -> Any:
+    return tuple(tuple(sorted(turn.items())) for turn in PAIR)
+
+
+def test_all_files_are_used_recursively_in_path_order(tmp_path: Path) -> None:
+    for name in ("z.jsonl", "data/b.jsonl", "data/a.jsonl", ".hidden.jsonl", "c.jsonl.part"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"text": name}))
+    (tmp_path / "README.md").write_text("no data")
+    texts = [example.text for example in dataset.load(source(tmp_path)).examples]
+    assert texts == ["data/a.jsonl", "data/b.jsonl", "z.jsonl"]
+
+
+def test_nothing_found_tells_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match=r"no data file \(found notes.txt\)"):
+        dataset.load(source(tmp_path))
+    with pytest.raises(DataError, match="no such directory"):
+        dataset.load(source(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.parquet", b"<html>login</html>", "it starts with b'<html>"),
+        ("a.parquet", b"", "not a readable parquet file"),
+        ("a.json", b"hello", "not a JSON file"),
+        ("a.jsonl", b'{"text": "x"}\n{"text"', "row 2 is not valid JSON"),
+        ("a.csv", b"prompt,completion\nq\n", "row 1 does not have 2 columns"),
+        ("a.csv", b"prompt,completion\nq," + b"a" * 200_000, "not a readable csv file (field larger than"),
+        ("a.json", b'[{"n": ' + b"1" * 5000 + b"}]", "not a readable json file"),
+        ("a.jsonl", b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_fault_20_file_that_is_not_what_its_name_says(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        dataset.load(source(tmp_path))
+    assert said in str(caught.value)
+
+
+def test_fault_21_corrupt_page_is_a_data_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([{"text": f"row {n}" * 50} for n in range(500)]), path)
+    content = bytearray(path.read_bytes())
+    content[4:200] = bytes(196)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="not a readable parquet file"):
+        dataset.load(source(tmp_path))
+
+
+def test_a_format_is_chosen_by_suffix_by_content_and_by_setting(tmp_path: Path) -> None:
+    names = ("a.parquet", "a.PARQUET", "a.parquet_x", "a.ndjson", "a.jsonl_x", "a.csv", "a.arrow", "a.txt")
+    kinds = [formats.file_format(Path(name)) for name in names]
+    assert kinds == ["parquet", "parquet", "parquet", "jsonl", "jsonl", "csv", "arrow", None]
+    pq.write_table(pa.Table.from_pylist([{"text": "t"}]), tmp_path / "blob")
+    assert list(formats.read(tmp_path / "blob")) == [{"text": "t"}]
+    (tmp_path / "rows.txt").write_text("text\nt\n")
+    assert list(formats.read(tmp_path / "rows.txt", "csv")) == [{"text": "t"}]
+    with pytest.raises(ConfigError, match="'extension' is 'xml', expected one of parquet, json, jsonl, csv"):
+        parse(DataSource, {"extension": "xml"}, "job")
