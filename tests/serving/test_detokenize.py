@@ -1,4 +1,4 @@
-"""Text comes out whole: no half characters, no stop strings, nothing lost."""
+"""Text is complete: no half characters, no stop strings, nothing lost."""
 
 from typing import Any
 
@@ -19,11 +19,11 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_pieces_are_whole_characters_and_join_to_the_text(tokenizer: Any, text: str) -> None:
+def test_chunks_are_whole_characters_and_join_to_the_text(tokenizer: Any, text: str) -> None:
     stream = Detokenizer(tokenizer.decode)
-    pieces = [stream.push(token) for token in tokenizer.encode(text)]
-    assert all("\ufffd" not in piece for piece in pieces)
-    assert "".join(pieces) + stream.flush() == text
+    chunks = [stream.push(token) for token in tokenizer.encode(text)]
+    assert all("\ufffd" not in chunk for chunk in chunks)
+    assert "".join(chunks) + stream.flush() == text
 
 
 def test_emoji_appears_only_with_its_last_token(tokenizer: Any) -> None:
@@ -47,7 +47,7 @@ def test_endless_noise_is_shown_and_not_kept(tokenizer: Any) -> None:
 
 
 def test_leading_space_survives_after_a_prompt() -> None:
-    """Sentencepiece drops the space of a first token; after a prompt it must stay."""
+    """Sentencechunk drops the space of a first token; after a prompt it must stay."""
     words = {1: "Hello", 2: " world"}
 
     def decode(ids: Any) -> str:
@@ -69,7 +69,7 @@ def test_any_text_survives_with_any_prompt_before_it(tokenizer: Any, text: str, 
     assert before + shown == tokenizer.decode(ids)
 
 
-def test_stop_string_across_pieces_is_never_shown() -> None:
+def test_stop_string_across_chunks_is_never_shown() -> None:
     scanner = StopScanner(["STOP"])
     assert scanner.push("go S") == ("go ", False)
     assert scanner.push("TO") == ("", False)
@@ -96,8 +96,8 @@ def test_earliest_of_several_stop_strings_wins() -> None:
 def test_stop_string_is_found_however_the_text_is_cut(text: str, stop: str, size: int) -> None:
     scanner, shown, met = StopScanner([stop]), "", False
     for at in range(0, len(text), size):
-        piece, met = scanner.push(text[at : at + size])
-        shown += piece
+        chunk, met = scanner.push(text[at : at + size])
+        shown += chunk
         if met:
             break
     if not met:

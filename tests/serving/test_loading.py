@@ -125,9 +125,9 @@ def test_greedy_answer_is_repeatable_and_differs_by_adapter(tiny: Process) -> No
 
 def test_streamed_and_complete_answers_are_equal(tiny: Process) -> None:
     create = client_of(tiny).chat.completions.create
-    whole = create(model="tiny", messages=HI, temperature=0, max_tokens=24)
+    complete = create(model="tiny", messages=HI, temperature=0, max_tokens=24)
     stream = create(model="tiny", messages=HI, temperature=0, max_tokens=24, stream=True)
-    assert "".join(c.choices[0].delta.content or "" for c in stream) == whole.choices[0].message.content
+    assert "".join(c.choices[0].delta.content or "" for c in stream) == complete.choices[0].message.content
 
 
 def test_seed_repeats_sampled_text(tiny: Process) -> None:
@@ -160,17 +160,17 @@ def test_adapter_loads_and_unloads_while_others_are_answered(tiny: Process) -> N
     post = httpx.Client(base_url=tiny.url, headers={"Authorization": "Bearer sesame"}, timeout=60).post
     body = {"prompt": "hello", "temperature": 0, "max_new_tokens": 48}
 
-    def ask(adapter: str | None) -> Any:
+    def answer(adapter: str | None) -> Any:
         return post("/chat", json=body | ({"adapter": adapter} if adapter else {})).json().get("Result")
 
-    expected = ask("good")
+    expected = answer("good")
     loaded = post("/v1/load_lora_adapter", json={"lora_name": "again", "lora_path": "good"})
     assert loaded.status_code == 200, loaded.text
     with ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(ask, "again") for _ in range(4)]
+        answers = [pool.submit(answer, "again") for _ in range(4)]
         until(lambda: tiny.running() > 0)
         assert post("/v1/unload_lora_adapter", json={"lora_name": "again"}).status_code == 200
-        texts = [one.result() for one in asked]
+        texts = [one.result() for one in answers]
     assert set(texts) <= {expected, None}  # complete and correct, or 404 when it came too late
     assert expected in texts
     refused = post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "half"})

@@ -228,7 +228,7 @@ class Serving:
             loop.call_soon_threadsafe(_set_outcome, loading, outcome)
 
     async def _begin_serving(self, served: ServedModel) -> None:
-        """Say "ready" once the engine has given a first token."""
+        """Report "ready" once the engine has generated a first token."""
         await served.first_token()
         gc.collect()
         gc.freeze()  # the loaded model stays: collecting over its objects would stop every answer for 60 ms

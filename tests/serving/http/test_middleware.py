@@ -73,8 +73,8 @@ async def test_request_id_is_echoed_or_made(open_site: Any) -> None:
 async def test_one_request_id_twice_at_the_same_time_is_two_requests(open_site: Any) -> None:
     async with open_site(pace_s=0.01) as site:
         post = site.client.post
-        ask = {"json": {"prompt": "hi"}, "headers": {"X-Request-Id": "same"}}
-        replies = await asyncio.gather(post("/chat", **ask), post("/chat", **ask))
+        request = {"json": {"prompt": "hi"}, "headers": {"X-Request-Id": "same"}}
+        replies = await asyncio.gather(post("/chat", **request), post("/chat", **request))
     assert [reply.status_code for reply in replies] == [200, 200]
 
 
