@@ -121,7 +121,7 @@ class ServingMetrics:
         self._prompt_tokens.labels(self._model).inc(prompt_tokens)
         self._prompt_size.labels(self._model).observe(prompt_tokens)
 
-    def got_row(self, queued_s: float) -> None:
+    def left_queue(self, queued_s: float) -> None:
         """Record how long a request waited for the engine."""
         self._queued.labels(self._model).observe(queued_s)
 

@@ -90,7 +90,7 @@ class Generation:
         async for token in self._tokens_until_deadline():
             if token.start is not None:
                 self.cached_tokens = token.start.cached_tokens
-                self._metrics.got_row(token.start.queued_s)
+                self._metrics.left_queue(token.start.queued_s)
                 self._mark_running()
             if token.id is None:
                 if token.finish_reason == "cancelled":

@@ -1,6 +1,6 @@
 """What a server is: everything `app.create_app` and the engine need, resolved and checked.
 
-Does not know KAITO's schema (runtime/workspace.py turns a Workspace into this), the environment or
+Does not know KAITO's schema (runtime/workspace/ turns a Workspace into this), the environment or
 torch.
 """
 
