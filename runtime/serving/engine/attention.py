@@ -90,13 +90,13 @@ def attention(  # noqa: PLR0913 - the signature is transformers'
     **_: object,
 ) -> tuple[Tensor, None]:
     """Return (1, N, H, D) for query (1, H, N, D); key and value were stored by `SlotCache.update` before."""
-    own: ModuleAttention = module.slot_attention  # type: ignore[assignment]
-    if own.layer is None:
+    state: ModuleAttention = module.slot_attention  # type: ignore[assignment]
+    if state.layer is None:
         index = int(module.layer_idx)  # type: ignore[arg-type]
-        own.layer = AttentionLayer.of(
-            own.cache, index, scaling=scaling, window=sliding_window, softcap=softcap
+        state.layer = AttentionLayer.of(
+            state.cache, index, scaling=scaling, window=sliding_window, softcap=softcap
         )
-    out = attend(query[0].transpose(0, 1), own.layer, own.cache.step.running)
+    out = attend(query[0].transpose(0, 1), state.layer, state.cache.step.running)
     return out[None], None
 
 

@@ -153,17 +153,18 @@ def assemble(host: HostBatch, adapter_groups: AdapterGroups | None, *, device: t
     # one transfer for all the numbers of a step
     numbers = [*host.ids, *host.positions, *slots, *decode_positions, *host.logit_indices]
     sizes = [len(host.ids), len(host.positions), len(slots), decodes, len(host.logit_indices)]
-    parts = torch.split(torch.tensor(numbers).to(device, non_blocking=True), sizes)
-    runs = _runs(host.decode_slots, decode_positions, parts[3])
+    on_device = torch.tensor(numbers).to(device, non_blocking=True)
+    ids, positions, token_slots, last_positions, logit_indices = torch.split(on_device, sizes)
+    runs = _runs(host.decode_slots, decode_positions, last_positions)
     return Batch(
-        ids=parts[0][None],
-        positions=parts[1][None],
+        ids=ids[None],
+        positions=positions[None],
         decode_tokens=decodes,
-        slots=parts[2],
-        decode_positions=parts[3],
+        slots=token_slots,
+        decode_positions=last_positions,
         runs=runs,
         chunks=host.chunks,
-        logit_indices=parts[4],
+        logit_indices=logit_indices,
         adapter_groups=adapter_groups,
         long=torch.tensor(host.long).to(device, non_blocking=True) if any(host.long) else None,
         decode_reads=sum(run.count * run.longest for run in runs),

@@ -1,9 +1,9 @@
-"""Decode steps recorded once and replayed: on a GPU one launch in place of some 25 a layer (CUDA graphs).
+"""Decode steps captured once and replayed: on a GPU one launch instead of some 25 a layer (CUDA graphs).
 
-A recording repeats its operations on the same memory in the same sizes. So it stands for a `GraphKey`: blocks
-of neighbouring slots, and bounds on their lengths; ids, positions and adapters come from its `GraphInputs`.
-Slots of a block that do not decode run a token that nobody reads. Prompts run as they come. Does not know
-models or requests. Start at `GraphCache.run`.
+A graph repeats its operations on the same memory in the same sizes. So it belongs to a `GraphKey`: blocks of
+neighbouring slots, and bounds on their lengths; ids, positions and adapters come from its `GraphInputs`.
+Slots of a block that do not decode run a token whose logits are not read. Steps with prompts run without a
+graph. Does not know models or requests. Start at `GraphCache.run`.
 """
 
 import logging
@@ -21,14 +21,14 @@ from runtime.serving.engine.lora import AdapterStore
 
 log = logging.getLogger(__name__)
 
-WORTH = 4
-"""A form is recorded when a step has it for this many times: recording costs as much as several steps."""
-MOST = 64
-"""Recordings kept; the one that was replayed longest ago gives way."""
-LEAST_REACH = 256
+CAPTURE_AFTER = 4
+"""Steps of one key after which a graph is captured: a capture costs as much as several steps."""
+MAX_GRAPHS = 64
+"""Graphs kept; the one that was replayed longest ago is dropped first."""
+MIN_REACH = 256
 """Lengths are bounded in steps of so many positions, and of a quarter beyond four of them."""
 TOLERANCE = 0.02
-"""Part of the largest logit by which a replay may differ from the same step run as it comes."""
+"""Fraction of the largest logit by which a replay may differ from the same step without a graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,11 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class GraphKey:
-    """What a recording fixes."""
+    """What a graph fixes."""
 
     blocks: tuple[Block, ...]
-    queries: int
-    """Tokens of each slot: one, or more where one row's are guessed ahead."""
+    slot_tokens: int
+    """Tokens of each slot: one, or more where a lone sequence has drafts."""
     adapted: bool
     """Whether any token has an adapter."""
     long: bool
@@ -56,17 +56,17 @@ class GraphKey:
     @property
     def tokens(self) -> int:
         """Tokens that run."""
-        return self.queries * sum(block.count for block in self.blocks)
+        return self.slot_tokens * sum(block.count for block in self.blocks)
 
     @property
     def slots(self) -> list[int]:
-        """Whose tokens they are, in order."""
+        """The slots of the tokens, in order."""
         return [slot for block in self.blocks for slot in range(block.first, block.first + block.count)]
 
 
 @dataclass(frozen=True, slots=True)
 class GraphInputs:
-    """What a recording reads, in the order of its `T` tokens."""
+    """What a graph reads, in the order of its `T` tokens."""
 
     numbers: Tensor
     """(2, T) ids and positions."""
@@ -77,35 +77,35 @@ class GraphInputs:
 
 
 class GraphBackend(Protocol):
-    """How this device records."""
+    """How this device captures graphs."""
 
-    def rehearse(self, step: Callable[[], Tensor]) -> Tensor:
-        """Run `step` where it will be recorded, and return its result."""
+    def warm_up(self, step: Callable[[], Tensor]) -> Tensor:
+        """Run `step` where it will be captured, and return its result."""
 
-    def record(self, step: Callable[[], Tensor]) -> Callable[[], object]:
+    def capture(self, step: Callable[[], Tensor]) -> Callable[[], object]:
         """Return what repeats the operations of `step` on the same memory."""
 
-    def forget(self) -> None:
-        """Nothing that was recorded is replayed again."""
+    def reset(self) -> None:
+        """Free what was captured; none of it is replayed again."""
 
 
 class CudaGraphs:
-    """Records on an NVIDIA GPU."""
+    """Captures on an NVIDIA GPU."""
 
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
-    def rehearse(self, step: Callable[[], Tensor]) -> Tensor:
-        """See `GraphBackend.rehearse`: what libraries set up once per stream is set up here."""
+    def warm_up(self, step: Callable[[], Tensor]) -> Tensor:
+        """See `GraphBackend.warm_up`: what libraries set up once per stream is set up here."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             out = step()
         torch.cuda.current_stream().wait_stream(self._stream)
         return out
 
-    def record(self, step: Callable[[], Tensor]) -> Callable[[], object]:
-        """See `GraphBackend.record`; RuntimeError where `step` does what a graph cannot hold."""
+    def capture(self, step: Callable[[], Tensor]) -> Callable[[], object]:
+        """See `GraphBackend.capture`; RuntimeError where `step` does what a graph cannot hold."""
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # thread_local: other threads of this process may allocate meanwhile
@@ -115,25 +115,25 @@ class CudaGraphs:
             torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
         return graph.replay
 
-    def forget(self) -> None:
-        """See `GraphBackend.forget`: the memory pool goes with its last graph."""
+    def reset(self) -> None:
+        """See `GraphBackend.reset`: the memory pool goes with its last graph."""
         self._pool = torch.cuda.graph_pool_handle()
 
 
 class GraphCache:
-    """The recorded steps of one model."""
+    """The captured steps of one model."""
 
     def __init__(
         self,
         forward: Callable[[Batch], Tensor],
-        bank: AdapterStore,
+        adapters: AdapterStore,
         *,
         slots: int,
         positions: int,
         backend: GraphBackend,
     ) -> None:
-        """`forward` runs a batch on a cache of `slots` and `positions`, the last of which no row fills."""
-        self._forward, self._bank = forward, bank
+        """`forward` runs a batch on a cache of `slots` and `positions`; no sequence fills the last."""
+        self._forward, self._adapters = forward, adapters
         self._slots, self._positions = slots, positions
         self._backend: GraphBackend | None = backend
         self._kept: OrderedDict[GraphKey, tuple[GraphInputs, Callable[[], object]]] = OrderedDict()
@@ -141,123 +141,129 @@ class GraphCache:
         self._logits: dict[int, Tensor] = {}
         """(T, V) by T: where replays leave their result, to be read before the next."""
 
-    def run(self, work: HostBatch) -> Tensor | None:
-        """Return the logits of the tokens of `work`, or None where it is to run as it comes."""
-        if self._backend is None or (form := self._form(work)) is None:
+    def run(self, host: HostBatch) -> Tensor | None:
+        """Return the logits of the tokens of `host`, or None where it has to run without a graph."""
+        if self._backend is None or (key := self._key(host)) is None:
             return None
-        self._seen[form] += 1
-        # where each token of the work is among those of the recording
-        place = {slot: number for number, slot in enumerate(form.slots)}
-        at = [place[slot] for slot in work.decode_slots] or list(range(len(work.ids)))
-        if form in self._kept:
-            self._kept.move_to_end(form)
-            inputs, replay = self._kept[form]
-            self._fill(inputs, work, at)
+        self._seen[key] += 1
+        # the index of each token of the step among those of the graph
+        index = {slot: number for number, slot in enumerate(key.slots)}
+        at = [index[slot] for slot in host.decode_slots] or list(range(len(host.ids)))
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            inputs, replay = self._kept[key]
+            self._fill(inputs, host, at)
             replay()
-            return _pick(self._logits[form.tokens], at)
-        if self._seen[form] < WORTH:
+            return _pick(self._logits[key.tokens], at)
+        if self._seen[key] < CAPTURE_AFTER:
             return None
-        inputs = self._inputs(form)
-        self._fill(inputs, work, at)
-        return self._record(self._backend, form, inputs, at)
+        inputs = self._inputs(key)
+        self._fill(inputs, host, at)
+        return self._capture(self._backend, key, inputs, at)
 
-    def forget(self) -> None:
-        """Drop all recordings: the adapters lie elsewhere now."""
+    def clear(self) -> None:
+        """Drop all graphs: the adapters' weights have moved."""
         self._kept.clear()
         self._seen.clear()
         if self._backend is not None:
-            self._backend.forget()
+            self._backend.reset()
 
-    def _form(self, work: HostBatch) -> GraphKey | None:
-        """Return the form that `work` has, or None: prompts, and more adapters than one product takes."""
-        adapted = any(version is not None for version in work.adapters)
-        if not work.ids or (adapted and not self._bank.is_masked):
+    def _key(self, host: HostBatch) -> GraphKey | None:
+        """Return the key of `host`, or None: prompts, and more adapters than one masked product takes."""
+        adapted = any(version is not None for version in host.adapters)
+        if not host.ids or (adapted and not self._adapters.is_masked):
             return None
-        if not work.chunks:
-            ends = {slot: place + 1 for slot, place in zip(work.decode_slots, work.positions, strict=True)}
-            queries = 1
-        elif len(work.chunks) == 1 and len(work.logit_indices) == len(work.ids):  # guesses of a lone row
-            ends = {work.chunks[0].slot: work.positions[-1] + 1}
-            queries = 1 + _power(len(work.ids) - 1)
+        if not host.chunks:
+            ends = {slot: last + 1 for slot, last in zip(host.decode_slots, host.positions, strict=True)}
+            slot_tokens = 1
+        elif len(host.chunks) == 1 and len(host.logit_indices) == len(host.ids):  # one sequence with drafts
+            ends = {host.chunks[0].slot: host.positions[-1] + 1}
+            slot_tokens = 1 + _power(len(host.ids) - 1)
         else:
             return None
         blocks = []
         for first, count in _blocks(sorted(ends), most=self._slots):
             longest = max(ends.get(slot, 0) for slot in range(first, first + count))
             blocks.append(Block(first, count, min(_reach(longest), self._positions)))
-        return GraphKey(tuple(blocks), queries, adapted, any(work.long))
+        return GraphKey(tuple(blocks), slot_tokens, adapted, any(host.long))
 
-    def _inputs(self, form: GraphKey) -> GraphInputs:
-        device = self._bank.device
+    def _inputs(self, key: GraphKey) -> GraphInputs:
+        device = self._adapters.device
         return GraphInputs(
-            torch.zeros(2, form.tokens, dtype=torch.long, device=device),
-            self._bank.mask([None] * form.tokens) if form.adapted else None,
-            torch.zeros(form.tokens, dtype=torch.bool, device=device) if form.long else None,
+            torch.zeros(2, key.tokens, dtype=torch.long, device=device),
+            self._adapters.mask([None] * key.tokens) if key.adapted else None,
+            torch.zeros(key.tokens, dtype=torch.bool, device=device) if key.long else None,
         )
 
-    def _fill(self, inputs: GraphInputs, work: HostBatch, at: Sequence[int]) -> None:
+    def _fill(self, inputs: GraphInputs, host: HostBatch, at: Sequence[int]) -> None:
         tokens = inputs.numbers.shape[1]
-        # the other tokens write to the last position, which no row fills: its last token is never run
-        ids, places = [0] * tokens, [self._positions - 1] * tokens
-        owners: list[int | None] = [None] * tokens
+        # the other tokens write to the last position, which no sequence fills: its last token is never run
+        ids, positions = [0] * tokens, [self._positions - 1] * tokens
+        versions: list[int | None] = [None] * tokens
         long = [False] * tokens
-        for place, token in enumerate(at):
-            ids[token], places[token] = work.ids[place], work.positions[place]
-            owners[token], long[token] = work.adapters[place], work.long[place]
-        inputs.numbers.copy_(torch.tensor([ids, places]), non_blocking=True)
+        for source, token in enumerate(at):
+            ids[token], positions[token] = host.ids[source], host.positions[source]
+            versions[token], long[token] = host.adapters[source], host.long[source]
+        inputs.numbers.copy_(torch.tensor([ids, positions]), non_blocking=True)
         if inputs.mask is not None:
-            inputs.mask.copy_(self._bank.mask(owners), non_blocking=True)
+            inputs.mask.copy_(self._adapters.mask(versions), non_blocking=True)
         if inputs.long is not None:
             inputs.long.copy_(torch.tensor(long), non_blocking=True)
 
-    def _record(self, backend: GraphBackend, form: GraphKey, inputs: GraphInputs, at: list[int]) -> Tensor:
-        """Run the step as it comes, and keep a recording of it if that computes the same."""
-        plain = backend.rehearse(lambda: self._step(form, inputs))
-        right = _pick(plain, at)
-        if not bool(right.isfinite().all()):  # nothing to compare with
-            return right
-        result = self._logits.setdefault(form.tokens, torch.empty_like(plain))
+    def _capture(self, backend: GraphBackend, key: GraphKey, inputs: GraphInputs, at: list[int]) -> Tensor:
+        """Run the step without a graph, and keep a graph of it if that computes the same."""
+        plain = backend.warm_up(lambda: self._step(key, inputs))
+        expected = _pick(plain, at)
+        if not bool(expected.isfinite().all()):  # nothing to compare with
+            return expected
+        result = self._logits.setdefault(key.tokens, torch.empty_like(plain))
         try:
-            replay = backend.record(lambda: result.copy_(self._step(form, inputs)))
+            replay = backend.capture(lambda: result.copy_(self._step(key, inputs)))
             replay()
-            error = float((_pick(result, at) - right).abs().max() / right.abs().max())
+            error = float((_pick(result, at) - expected).abs().max() / expected.abs().max())
             reason = f"a replay differs by {error:.2g} of the largest logit" if error > TOLERANCE else ""
-        except Exception as failure:  # the step has its result already, and goes on without
+        except Exception as failure:  # the step has its result already
             reason = str(failure).partition("\n")[0]
         if reason:
             log.warning("Decoding without CUDA graphs, which is slower: %s", reason)
-            self.forget()
+            self.clear()
             self._backend = None
-            return right
-        self._kept[form] = (inputs, replay)
-        if len(self._kept) > MOST:
+            return expected
+        self._kept[key] = (inputs, replay)
+        if len(self._kept) > MAX_GRAPHS:
             self._kept.popitem(last=False)
-        log.debug("Recorded %s", form)
-        return right
+        log.debug("Captured %s", key)
+        return expected
 
-    def _step(self, form: GraphKey, inputs: GraphInputs) -> Tensor:
+    def _step(self, key: GraphKey, inputs: GraphInputs) -> Tensor:
         """Run the tokens of `inputs`; nothing in here may need a number on the host."""
-        ids, places = inputs.numbers
+        ids, positions = inputs.numbers
         slots: list[Tensor] = []
         runs: list[SlotRun] = []
-        for block in form.blocks:
+        for block in key.blocks:
             slots.append(torch.arange(block.first, block.first + block.count, device=ids.device))
-            offset, count = sum(run.count * run.slot_tokens for run in runs), block.count * form.queries
-            lengths = places[offset : offset + count] + 1
+            offset, count = sum(run.count * run.slot_tokens for run in runs), block.count * key.slot_tokens
+            lengths = positions[offset : offset + count] + 1
             run = SlotRun(
-                offset, block.first, block.count, block.reach, lengths, ragged=True, slot_tokens=form.queries
+                offset,
+                block.first,
+                block.count,
+                block.reach,
+                lengths,
+                ragged=True,
+                slot_tokens=key.slot_tokens,
             )
             runs.append(run)
-        groups = AdapterGroups((), Masked(form.tokens, inputs.mask)) if inputs.mask is not None else None
+        groups = AdapterGroups((), Masked(key.tokens, inputs.mask)) if inputs.mask is not None else None
         batch = Batch(
             ids=ids[None],
-            positions=places[None],
-            decode_tokens=form.tokens,
-            slots=torch.cat(slots)[:, None].expand(-1, form.queries).flatten(),
-            decode_positions=places,
+            positions=positions[None],
+            decode_tokens=key.tokens,
+            slots=torch.cat(slots)[:, None].expand(-1, key.slot_tokens).flatten(),
+            decode_positions=positions,
             runs=tuple(runs),
             chunks=(),
-            logit_indices=torch.arange(form.tokens, device=ids.device),
+            logit_indices=torch.arange(key.tokens, device=ids.device),
             adapter_groups=groups,
             long=inputs.long,
         )
@@ -265,7 +271,7 @@ class GraphCache:
 
 
 def _pick(logits: Tensor, at: list[int]) -> Tensor:
-    """Return the rows `at` of logits (T, V); a view where they are the first ones."""
+    """Return the logits `at` of (T, V); a view where they are the first ones."""
     if at[-1] == len(at) - 1:
         return logits[: len(at)]
     return logits[torch.tensor(at).to(logits.device, non_blocking=True)]
@@ -274,7 +280,7 @@ def _pick(logits: Tensor, at: list[int]) -> Tensor:
 def _blocks(slots: list[int], *, most: int) -> list[tuple[int, int]]:
     """Return (first, count) of aligned blocks of 1, 2, 4 … of `most` slots that hold the sorted `slots`.
 
-    Each is the smallest that holds its own, and at least half full: so rows that come and go have few forms.
+    Each is the smallest that holds its slots, and at least half full: so changing sequences make few keys.
     """
     size = 1
     while slots[0] // size != slots[-1] // size:
@@ -293,6 +299,6 @@ def _power(count: int) -> int:
 
 
 def _reach(positions: int) -> int:
-    """Return a bound on `positions` that a growing row passes seldom."""
-    step = max(LEAST_REACH, _power(positions) // 8)
+    """Return a bound on `positions` that a growing sequence passes seldom."""
+    step = max(MIN_REACH, _power(positions) // 8)
     return -(-positions // step) * step

@@ -45,7 +45,7 @@ class LayerFactory:
         return layer
 
     def head(self, module: nn.Module) -> nn.Module:
-        """Return the output embedding as a fast layer; each rank has its part of the vocabulary."""
+        """Return the output embedding as a fast layer; each rank has its shard of the vocabulary."""
         if (
             self._group is None
             or not isinstance(module, nn.Linear)
@@ -55,11 +55,11 @@ class LayerFactory:
         width = module.out_features // self._group.world
         tokens = slice(self._group.rank * width, (self._group.rank + 1) * width)
         with torch.device("meta"):
-            own = nn.Linear(module.in_features, width, bias=module.bias is not None)
-        own.weight = nn.Parameter(module.weight[tokens].clone(), requires_grad=False)
+            shard = nn.Linear(module.in_features, width, bias=module.bias is not None)
+        shard.weight = nn.Parameter(module.weight[tokens].clone(), requires_grad=False)
         if module.bias is not None:
-            own.bias = nn.Parameter(module.bias[tokens].clone(), requires_grad=False)
-        return VocabParallel(self._layouts.fast(own), self._group)
+            shard.bias = nn.Parameter(module.bias[tokens].clone(), requires_grad=False)
+        return VocabParallel(self._layouts.fast(shard), self._group)
 
     def merged(self, named: dict[str, nn.Module]) -> nn.Module:
         """Return one layer for several with the same input: one product where their weights allow it."""

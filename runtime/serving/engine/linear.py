@@ -1,4 +1,4 @@
-"""Linear layers as fast as this hardware has them: weights joined, and on a CPU laid out for its products.
+"""Linear layers in the fastest layout for this hardware: weights merged, and packed on a CPU.
 
 Does not know models or adapters. Start at `LinearLayouts.fast`.
 """
@@ -14,28 +14,28 @@ from torch import Tensor, nn
 
 from runtime.serving.engine.kernels import MAX_TOKENS, WIDTH, Kernels
 
-FEW = (1, 2, 4, 8, 16)
-"""Numbers of rows at which two layouts are compared, until the transposed one is no longer the faster."""
+FEW_TOKENS = (1, 2, 4, 8, 16)
+"""Numbers of tokens at which two layouts are compared, until the one for few is no longer the faster."""
 TRIALS = 10
 GAIN = 1.02
 """How much faster a second copy of a weight has to make a product."""
 COLD_BYTES = 64 << 20
-"""A comparison runs over so many bytes of weights in turn: a step finds none of them in a cache."""
-MOST_COPIES = 32
-"""Of a small weight, whose layout hardly matters."""
+"""A comparison runs over so many bytes of weights in turn, since a step finds none of them in a CPU cache."""
+MAX_COPIES = 32
+"""Copies of a small weight, whose layout hardly matters."""
 
 
 class HooklessModule(nn.Module):
-    """A module whose call is its `forward`: to look for hooks, which none has, takes as long as a kernel."""
+    """A module whose call is its `forward`: looking for hooks, which none has, takes as long as a kernel."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Make every class of them so."""
+        """Replace the call of every subclass."""
         super().__init_subclass__(**options)
         cls.__call__ = cls.forward  # type: ignore[method-assign]
 
 
 class TransposedLinear(HooklessModule):
-    """A linear layer whose weight lies as (in, out): on Intel's CPUs the fastest layout for one row."""
+    """A linear layer whose weight lies as (in, out): on Intel CPUs the fastest layout for one token."""
 
     weight: Tensor
     bias: Tensor | None
@@ -54,7 +54,7 @@ class TransposedLinear(HooklessModule):
 
 
 def merge(layers: Sequence[nn.Linear]) -> nn.Linear:
-    """Return one linear layer whose output is theirs one after another; they are left without weights."""
+    """Return one linear layer whose output is theirs side by side; they are left without weights."""
     with torch.device("meta"):
         merged = nn.Linear(
             layers[0].in_features,
@@ -63,11 +63,11 @@ def merge(layers: Sequence[nn.Linear]) -> nn.Linear:
         )
     merged.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]), requires_grad=False)
     if merged.bias is not None:
-        parts = [
+        biases = [
             layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
             for layer in layers
         ]
-        merged.bias = nn.Parameter(torch.cat(parts), requires_grad=False)
+        merged.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
     for layer in layers:
         layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
     return merged
@@ -98,17 +98,17 @@ class Packing:
         available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         if pack is None or multiply is None or not available:
             return None
-        found = cls(pack, multiply)
+        packing = cls(pack, multiply)
         weight, x = torch.arange(12.0).view(3, 4), torch.arange(8.0).view(2, 4)
         try:
-            right = torch.allclose(PackedLinear(weight, None, found)(x), x @ weight.T)
+            is_exact = torch.allclose(PackedLinear(weight, None, packing)(x), x @ weight.T)
         except (RuntimeError, NotImplementedError, TypeError):
             return None
-        return found if right else None
+        return packing if is_exact else None
 
 
 class PackedLinear(HooklessModule):
-    """A linear layer over a packed weight: twice as fast as `F.linear` from 4 rows on."""
+    """A linear layer over a packed weight: twice as fast as `F.linear` from 4 tokens on."""
 
     weight: Tensor
     bias: Tensor | None
@@ -126,7 +126,7 @@ class PackedLinear(HooklessModule):
 
 
 class StreamedLinear(HooklessModule):
-    """A linear layer over a weight as it lies, which kernels read once for all of a few rows."""
+    """A linear layer over a weight in its own layout, which a kernel reads once for a few tokens."""
 
     weight: Tensor
     bias: Tensor | None
@@ -135,43 +135,45 @@ class StreamedLinear(HooklessModule):
         """`weight` (out, in), as nn.Linear has it."""
         super().__init__()
         self._kernels = kernels
-        own = weight.detach().clone(memory_format=torch.contiguous_format)  # aligned, and no view of a file
-        self.register_buffer("weight", own, persistent=False)
+        copy = weight.detach().clone(memory_format=torch.contiguous_format)  # aligned, and no view of a file
+        self.register_buffer("weight", copy, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (..., out) for x (..., in), of MAX_TOKENS rows at most."""
+        """Return (..., out) for x (..., in), of MAX_TOKENS tokens at most."""
         return self._kernels.multiply(x.contiguous(), self.weight, self.bias)
 
 
 class LinearBySize(HooklessModule):
-    """Two layouts of one weight, each for the number of rows it is faster at; takes twice the memory."""
+    """Two layouts of one weight, each for the numbers of tokens it is faster at; takes twice the memory."""
 
-    def __init__(self, few: TransposedLinear | StreamedLinear, many: PackedLinear, *, most_few: int) -> None:
-        """`few` runs up to `most_few` rows."""
+    def __init__(
+        self, few: TransposedLinear | StreamedLinear, many: PackedLinear, *, few_tokens: int
+    ) -> None:
+        """`few` runs up to `few_tokens` tokens."""
         super().__init__()
-        self.few, self.many, self._most_few = few, many, most_few
+        self.few, self.many, self._few_tokens = few, many, few_tokens
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out) for x (..., in)."""
-        rows = x.numel() // x.shape[-1]
-        out: Tensor = self.few(x) if rows <= self._most_few else self.many(x)
+        tokens = x.numel() // x.shape[-1]
+        out: Tensor = self.few(x) if tokens <= self._few_tokens else self.many(x)
         return out
 
 
-def most_few(
-    few: Sequence[nn.Module], many: Sequence[nn.Module], features: int, *, limit: int = FEW[-1]
+def measure_few_tokens(
+    few: Sequence[nn.Module], many: Sequence[nn.Module], features: int, *, limit: int = FEW_TOKENS[-1]
 ) -> int:
-    """Return up to how many rows (rows, features) `few` are clearly the faster layers here, 0 for none.
+    """Return up to how many tokens (tokens, features) `few` are clearly the faster layers here, 0 for none.
 
-    They take `limit` rows at most.
+    They take `limit` tokens at most.
 
-    Measured, because the CPU and its libraries decide: at one row MKL reads a transposed weight faster than
+    Measured, because the CPU and its libraries decide: at one token MKL reads a transposed weight faster than
     oneDNN a packed one on an Intel CPU, half as fast on an AMD one (tests/bench/RESULTS.md).
     """
     most = 0
-    for rows in (each for each in FEW if each <= limit):
-        x = torch.zeros(rows, features)
+    for tokens in (each for each in FEW_TOKENS if each <= limit):
+        x = torch.zeros(tokens, features)
         seconds = [math.inf, math.inf]
         for _ in range(TRIALS):
             for index, layers in enumerate((few, many)):
@@ -181,43 +183,43 @@ def most_few(
                 seconds[index] = min(seconds[index], time.perf_counter() - begun)
         if seconds[0] * GAIN > seconds[1]:
             break
-        most = rows
+        most = tokens
     return most
 
 
 class LinearLayouts:
-    """Gives linear layers the layouts that suit their device."""
+    """Gives linear layers the layouts that are fastest on their device."""
 
     def __init__(self, *, twice: bool, kernels: Kernels | None = None) -> None:
         """`twice` allows two layouts of each weight."""
         self._twice, self._kernels = twice, kernels
         self._packing = Packing.find()
-        self._most_few: dict[tuple[int, int], int] = {}
+        self._measured: dict[tuple[int, int], int] = {}
         """By (in, out)."""
 
     def fast(self, layer: nn.Module) -> nn.Module:
-        """Return what computes `layer` fastest on its device: itself, or its weights laid out anew."""
+        """Return the fastest module for `layer` on its device: itself, or its weights in another layout."""
         if not (isinstance(layer, nn.Linear) and is_plain(layer) and layer.weight.device.type == "cpu"):
             return layer
         if self._packing is None or layer.weight.dtype != torch.float32:
             return TransposedLinear(layer.weight, layer.bias)
         size = (layer.in_features, layer.out_features)
-        if self._twice and size not in self._most_few:
-            self._most_few[size] = self._compare(layer.weight, self._packing)
+        if self._twice and size not in self._measured:
+            self._measured[size] = self._compare(layer.weight, self._packing)
         packed = PackedLinear(layer.weight, layer.bias, self._packing)
-        few = self._most_few.get(size, 0)
-        return LinearBySize(self._few(layer.weight, layer.bias), packed, most_few=few) if few else packed
+        few = self._measured.get(size, 0)
+        return LinearBySize(self._few(layer.weight, layer.bias), packed, few_tokens=few) if few else packed
 
     def _few(self, weight: Tensor, bias: Tensor | None) -> TransposedLinear | StreamedLinear:
-        """Return the layout for few rows."""
+        """Return the layout for few tokens."""
         if self._kernels is None or weight.shape[1] % WIDTH:
             return TransposedLinear(weight, bias)
         return StreamedLinear(weight, bias, self._kernels)
 
     def _compare(self, weight: Tensor, packing: Packing) -> int:
-        """Return up to how many rows the layout for few is faster, of weights like this one (out, in)."""
-        copies = range(min(1 + COLD_BYTES // weight.nbytes, MOST_COPIES))
+        """Return up to how many tokens the layout for few is faster, for weights like this one (out, in)."""
+        copies = range(min(1 + COLD_BYTES // weight.nbytes, MAX_COPIES))
         few = [self._few(weight, None) for _ in copies]
         packed = [PackedLinear(weight, None, packing) for _ in copies]
-        limit = MAX_TOKENS if isinstance(few[0], StreamedLinear) else FEW[-1]
-        return most_few(few, packed, weight.shape[1], limit=limit)
+        limit = MAX_TOKENS if isinstance(few[0], StreamedLinear) else FEW_TOKENS[-1]
+        return measure_few_tokens(few, packed, weight.shape[1], limit=limit)

@@ -105,34 +105,15 @@ class ModelRunner:
         graph_backend: GraphBackend | None = None,
     ) -> None:
         """Serve `slots` sequences of `positions`, their decode steps recorded by `graph_backend`, if any."""
-        layers, heads, dim = cache_shape(model.config)
         self._group = rank.group if rank is not None else None
         self._broadcast(PrepareModel(slots, positions))
         self._model = model
         self._short_tokens = short_tokens(model.config.get_text_config())
-        kernels = _find_kernels(model)
-        self._step = StepContext(kernels)
-        self.cache = SlotCache(
-            layers,
-            self._step,
-            shape=(slots, heads, positions, dim),
-            dtype=model.dtype,
-            device=model.device,
-        )
-        linears = LayerFactory(
-            self._step, LinearLayouts(twice=_is_small(model), kernels=kernels), group=self._group
-        )
-        prepare(model, self.cache, linears)
+        self._step = StepContext(_find_kernels(model))
+        self.cache = _make_cache(model, self._step, slots=slots, positions=positions)
+        self.adapters = self._patch(rank)
         is_decoder = families.find(model.config.model_type).engine == "decoder"
         self._decoder = DecoderForward(model) if is_decoder else None
-        slice_adapter = rank.shard.slice_adapter if rank is not None else None
-        self.adapters = AdapterStore(
-            linears.targets,
-            dtype=model.dtype,
-            device=model.device,
-            slice_adapter=slice_adapter,
-            per_token=kernels is not None,
-        )
         self._graphs: GraphCache | None = None
         if graph_backend is not None:
             self._graphs = GraphCache(
@@ -140,6 +121,20 @@ class ModelRunner:
             )
         # a ready-made mask, so that no model builds one: slot attention makes its own
         self._no_mask = torch.zeros(1, 1, 1, 1, device=model.device, dtype=model.dtype)
+
+    def _patch(self, rank: Rank | None) -> AdapterStore:
+        """Replace the model's layers by those of this engine, and return the store of their adapters."""
+        model, kernels = self._model, self._step.kernels
+        layouts = LinearLayouts(twice=_is_small(model), kernels=kernels)
+        layers = LayerFactory(self._step, layouts, group=self._group)
+        prepare(model, self.cache, layers)
+        return AdapterStore(
+            layers.targets,
+            dtype=model.dtype,
+            device=model.device,
+            slice_adapter=rank.shard.slice_adapter if rank is not None else None,
+            per_token=kernels is not None,
+        )
 
     def is_long(self, positions: int) -> bool:
         """Whether a sequence that will fill so many `positions` needs rotary factors for long contexts."""
@@ -195,11 +190,11 @@ class ModelRunner:
             raise ConfigError(f"adapter {name}: another process of this server could not read it")
         self.adapters.add(name, weights)
         if self._graphs is not None:
-            self._graphs.forget()
+            self._graphs.clear()
 
     def _remove(self, name: str) -> int:
         if self._graphs is not None:
-            self._graphs.forget()
+            self._graphs.clear()
         return self.adapters.remove(name)
 
     @torch.inference_mode()
@@ -243,12 +238,18 @@ def _find_kernels(model: "PreTrainedModel") -> Kernels | None:
     is_plain = model.device.type == "cpu" and model.dtype == torch.float32
     if not is_plain or any(size % WIDTH for size in sizes):
         return None
-    found = Kernels.find()
-    if found is None:
+    kernels = Kernels.find()
+    if kernels is None:
         log.warning(
             "Without compiled kernels, serving on a CPU is slower: install a C compiler, then this again"
         )
-    return found
+    return kernels
+
+
+def _make_cache(model: "PreTrainedModel", step: StepContext, *, slots: int, positions: int) -> SlotCache:
+    layers, heads, dim = cache_shape(model.config)
+    shape = (slots, heads, positions, dim)
+    return SlotCache(layers, step, shape=shape, dtype=model.dtype, device=model.device)
 
 
 def _is_small(model: "PreTrainedModel") -> bool:

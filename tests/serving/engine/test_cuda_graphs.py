@@ -1,4 +1,4 @@
-"""Recorded steps: the answers are those of steps that run as they come, whatever a recording fixes.
+"""CUDA graphs: the answers are those of steps without graphs, whatever a graph fixes.
 
 On a CPU the backend traces the operations of a step and repeats exactly these on the same memory, as a CUDA
 graph does: a number that a step takes from the host, or memory that moves later, shows in the answers.
@@ -30,18 +30,18 @@ FORBIDDEN = {"_local_scalar_dense", "nonzero", "lift_fresh", "lift_fresh_copy", 
 
 
 class Traces:
-    """Records the operations of a step, and repeats them."""
+    """Captures the operations of a step, and repeats them."""
 
     def __init__(self) -> None:
-        self.replays = self.recorded = self.forgotten = 0
+        self.replays = self.captured = self.resets = 0
         self.operations: set[str] = set()
 
-    def rehearse(self, step: Callable[[], Tensor]) -> Tensor:
+    def warm_up(self, step: Callable[[], Tensor]) -> Tensor:
         return step()
 
-    def record(self, step: Callable[[], Tensor]) -> Callable[[], object]:
+    def capture(self, step: Callable[[], Tensor]) -> Callable[[], object]:
         graph = make_fx(step)()
-        self.recorded += 1
+        self.captured += 1
         calls = [node for node in graph.graph.nodes if node.op == "call_function"]
         self.operations |= {str(node.target).split(".")[1] for node in calls if "." in str(node.target)}
 
@@ -51,20 +51,20 @@ class Traces:
 
         return replay
 
-    def forget(self) -> None:
-        self.forgotten += 1
+    def reset(self) -> None:
+        self.resets += 1
 
 
 @pytest.fixture
 def traces(monkeypatch: pytest.MonkeyPatch) -> Traces:
-    monkeypatch.setattr(cuda_graphs, "WORTH", 2)
-    monkeypatch.setattr(cuda_graphs, "LEAST_REACH", 32)
+    monkeypatch.setattr(cuda_graphs, "CAPTURE_AFTER", 2)
+    monkeypatch.setattr(cuda_graphs, "MIN_REACH", 32)
     monkeypatch.setattr(Kernels, "find", lambda: None)  # a trace does not see what they do
     return Traces()
 
 
 @pytest.mark.parametrize("family", SERVED)
-def test_recorded_steps_answer_as_generate_does_alone_and_among_others(
+def test_captured_steps_answer_as_generate_does_alone_and_among_others(
     family: str, traces: Traces, oracle: Oracle
 ) -> None:
     model = model_of(family)
@@ -92,7 +92,7 @@ def test_recorded_steps_answer_as_generate_does_alone_and_among_others(
     assert not traces.operations & FORBIDDEN
 
 
-def test_recorded_steps_of_a_longrope_model_keep_each_row_to_its_factors(traces: Traces) -> None:
+def test_captured_steps_of_a_longrope_model_use_the_factors_of_each_sequence(traces: Traces) -> None:
     model = longrope_model()
     prompts = some_prompts(5, 65, 48, 100, 20)
     expected = [generate(model, prompt) for prompt in prompts]
@@ -147,10 +147,10 @@ def test_adapters_come_and_go_between_graphs(
         assert run(engine, *requests) == run(plain, *requests)
         assert [run(engine, each) for each in requests] == [run(plain, each) for each in requests]
         assert traces.replays > before + 20
-    assert traces.forgotten == 4
+    assert traces.resets == 4
 
 
-def test_more_adapters_than_one_product_takes_run_as_they_come(
+def test_more_adapters_than_one_product_takes_run_without_graphs(
     engine: BatchingEngine, plain: BatchingEngine, traces: Traces, adapter_dirs: dict[str, Path]
 ) -> None:
     names = [f"a{number}" for number in range(25)]
@@ -159,12 +159,12 @@ def test_more_adapters_than_one_product_takes_run_as_they_come(
             each.add_adapter(name, adapter_dirs["second"], strength=number / 25)
     requests = [make_request(adapter=name, id=name) for name in names[-4:]]
     assert run(engine, *requests) == run(plain, *requests)
-    assert not traces.recorded
+    assert not traces.captured
     assert run(engine, make_request()) == run(plain, make_request())
-    assert traces.recorded, "who has no adapter is recorded still"
+    assert traces.captured, "requests without an adapter are still captured"
 
 
-def test_drawn_answers_and_log_probabilities_are_those_of_steps_as_they_come(
+def test_sampled_answers_and_log_probabilities_are_those_of_steps_without_graphs(
     engine: BatchingEngine, plain: BatchingEngine, traces: Traces
 ) -> None:
     options: list[dict[str, Any]] = [
@@ -176,7 +176,7 @@ def test_drawn_answers_and_log_probabilities_are_those_of_steps_as_they_come(
     assert traces.replays > 20
 
 
-def test_a_recording_leaves_what_idle_slots_hold_for_prompts_that_begin_alike(
+def test_a_graph_keeps_the_cached_prefixes_of_idle_slots(
     engine: BatchingEngine, tiny_llama_dir: Path, traces: Traces
 ) -> None:
     prompts = some_prompts(60, 60, 60, 60, vocabulary=512)
@@ -191,13 +191,13 @@ def test_a_recording_leaves_what_idle_slots_hold_for_prompts_that_begin_alike(
 
 
 class Broken(Traces):
-    """Records what does something else, or nothing at all."""
+    """Captures what does something else, or nothing at all."""
 
     def __init__(self, failure: str) -> None:
         super().__init__()
         self.failure = failure
 
-    def record(self, step: Callable[[], Tensor]) -> Callable[[], object]:
+    def capture(self, step: Callable[[], Tensor]) -> Callable[[], object]:
         if self.failure:
             raise RuntimeError(f"{self.failure}\nand more lines")
         out = step()
@@ -211,7 +211,7 @@ class Broken(Traces):
         ("", "a replay differs by 2 of the largest"),
     ],
 )
-def test_a_recording_that_fails_or_differs_is_said_once_and_never_replayed(
+def test_a_graph_that_fails_or_differs_is_logged_once_and_never_replayed(
     tiny_llama_dir: Path, traces: Traces, caplog: pytest.LogCaptureFixture, failure: str, said: str
 ) -> None:
     engine = BatchingEngine(
@@ -228,7 +228,7 @@ def test_a_recording_that_fails_or_differs_is_said_once_and_never_replayed(
     assert "\n" not in line
 
 
-def test_a_row_that_becomes_nan_costs_its_own_answer_and_no_recording(traces: Traces) -> None:
+def test_a_sequence_that_becomes_nan_costs_its_own_answer_and_no_graph(traces: Traces) -> None:
     model = model_of("llama")
     prompt = some_prompts(5)[0]
     expected = generate(model, prompt, max_new_tokens=30)
@@ -247,17 +247,17 @@ def test_a_row_that_becomes_nan_costs_its_own_answer_and_no_recording(traces: Tr
     assert traces.replays > 10
 
 
-def test_the_recording_replayed_longest_ago_gives_way(
+def test_the_graph_replayed_longest_ago_is_dropped_first(
     engine: BatchingEngine, plain: BatchingEngine, traces: Traces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_graphs, "MOST", 2)
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
     request = make_request(max_new_tokens=150)  # passes five bounds
     expected = run(plain, request)
     assert run(engine, request) == expected
-    recorded = traces.recorded
-    assert recorded >= 5
+    captured = traces.captured
+    assert captured >= 5
     assert run(engine, request) == expected
-    assert traces.recorded == 2 * recorded
+    assert traces.captured == 2 * captured
     kept = engine._runner._graphs
     assert kept is not None
     assert len(kept._kept) == 2
@@ -276,7 +276,7 @@ def test_the_recording_replayed_longest_ago_gives_way(
         ([0, 1, 2, 9], [(0, 4), (9, 1)]),
     ],
 )
-def test_blocks_are_aligned_and_half_full_so_that_few_graphs_serve_all_rows(
+def test_blocks_are_aligned_and_half_full_so_that_few_graphs_serve_all_sequences(
     slots: list[int], blocks: list[tuple[int, int]]
 ) -> None:
     assert cuda_graphs._blocks(slots, most=10) == blocks
@@ -306,14 +306,14 @@ def test_no_tensor_of_a_step_is_left_on_the_host(
         assert runner._execute(host).shape == (4, model.config.vocab_size)
         assert runner._graphs is not None
         one, some = Block(2, 1, 32), (Block(0, 1, 64), Block(2, 2, 32))
-        for form in (GraphKey(some, 1, version is not None, False), GraphKey((one,), 5, False, False)):
-            logits = runner._graphs._step(form, runner._graphs._inputs(form))
-            assert (logits.device.type, len(logits)) == ("meta", form.tokens)
+        for key in (GraphKey(some, 1, version is not None, False), GraphKey((one,), 5, False, False)):
+            logits = runner._graphs._step(key, runner._graphs._inputs(key))
+            assert (logits.device.type, len(logits)) == ("meta", key.tokens)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("family", SERVED)
-def test_cuda_graphs_answer_as_steps_that_run_as_they_come(family: str, oracle: Oracle) -> None:
+def test_cuda_graphs_answer_as_steps_without_graphs(family: str, oracle: Oracle) -> None:
     model = model_of(family).cuda()
     prompts = some_prompts(3, 40, 1, 70, 17)
     requests = [make_request(prompt, max_new_tokens=60, id=str(n)) for n, prompt in enumerate(prompts)]
@@ -330,4 +330,4 @@ def test_cuda_graphs_answer_as_steps_that_run_as_they_come(family: str, oracle: 
         oracle.known = [(*p, *ids) for p, (ids, _) in zip(prompts, answers[0][0], strict=True)][:2]
     assert answers[0] == answers[1]
     assert kept is not None
-    assert kept._kept, "nothing was recorded"
+    assert kept._kept, "nothing was captured"

@@ -6,7 +6,6 @@ from torch import nn
 
 from runtime.serving.engine import linear
 from runtime.serving.engine.kernels import MAX_TOKENS, Kernels
-from runtime.serving.engine.layers import rotate
 from runtime.serving.engine.linear import (
     LinearBySize,
     LinearLayouts,
@@ -20,14 +19,14 @@ from runtime.serving.engine.linear import (
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("twice", [True, False])
-@pytest.mark.parametrize("rows", [1, 2, 51, 52, 300])
+@pytest.mark.parametrize("tokens", [1, 2, 51, 52, 300])
 def test_every_layout_computes_the_same_product(
-    monkeypatch: pytest.MonkeyPatch, bias: bool, twice: bool, rows: int
+    monkeypatch: pytest.MonkeyPatch, bias: bool, twice: bool, tokens: int
 ) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(linear, "most_few", lambda *_, **__: 51)
+    monkeypatch.setattr(linear, "measure_few_tokens", lambda *_, **__: 51)
     layer = nn.Linear(96, 160, bias=bias)
-    x = torch.randn(1, rows, 96)
+    x = torch.randn(1, tokens, 96)
     with torch.inference_mode():
         expected = layer(x)
         fast = LinearLayouts(twice=twice).fast(layer)
@@ -45,11 +44,11 @@ def test_packing_is_found_on_this_build_of_torch() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_with_kernels_a_few_rows_are_streamed_and_more_are_packed(
+def test_with_kernels_a_few_tokens_are_streamed_and_more_are_packed(
     monkeypatch: pytest.MonkeyPatch, bias: bool
 ) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(linear, "most_few", lambda *_, limit: asked.append(limit) or limit)
+    limits: list[int] = []
+    monkeypatch.setattr(linear, "measure_few_tokens", lambda *_, limit: limits.append(limit) or limit)
     kernels = Kernels.find()
     if kernels is None:
         pytest.skip("built without kernels")
@@ -58,10 +57,10 @@ def test_with_kernels_a_few_rows_are_streamed_and_more_are_packed(
         fast = LinearLayouts(twice=True, kernels=kernels).fast(layer)
         assert isinstance(fast, LinearBySize)
         assert isinstance(fast.few, StreamedLinear)
-        assert asked == [MAX_TOKENS]
+        assert limits == [MAX_TOKENS]
         assert fast.few.weight.data_ptr() != layer.weight.data_ptr(), "is no view of a file that others keep"
-        for rows in range(1, MAX_TOKENS + 2):
-            x = torch.randn(1, rows, 96)
+        for tokens in range(1, MAX_TOKENS + 2):
+            x = torch.randn(1, tokens, 96)
             torch.testing.assert_close(fast(x), layer(x), rtol=1e-5, atol=1e-5)
     odd = LinearLayouts(twice=True, kernels=kernels).fast(nn.Linear(40, 8))
     assert isinstance(odd, LinearBySize)
@@ -69,7 +68,7 @@ def test_with_kernels_a_few_rows_are_streamed_and_more_are_packed(
 
 
 class Timed(nn.Module):
-    """Takes `seconds[rows]` by a clock that stands still otherwise."""
+    """Takes `seconds[tokens]` by a clock that stands still otherwise."""
 
     now = 0.0
 
@@ -85,17 +84,17 @@ class Timed(nn.Module):
     ("transposed", "most"),
     [({}, 0), ({1: 0.99}, 0), ({1: 0.8}, 1), ({1: 0.8, 2: 0.8, 4: 0.8, 16: 0.8}, 4), ({2: 0.5}, 0)],
 )
-def test_a_second_layout_serves_up_to_the_rows_at_which_it_is_measured_to_be_clearly_faster(
+def test_a_second_layout_serves_up_to_the_tokens_at_which_it_is_measured_to_be_clearly_faster(
     monkeypatch: pytest.MonkeyPatch, transposed: dict[int, float], most: int
 ) -> None:
     monkeypatch.setattr(linear.time, "perf_counter", lambda: Timed.now)
-    assert linear.most_few([Timed(transposed)], [Timed({})], 8) == most
+    assert linear.measure_few_tokens([Timed(transposed)], [Timed({})], 8) == most
 
 
 @pytest.mark.parametrize("most", [0, 2])
 def test_a_second_layout_that_is_no_faster_is_not_kept(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     measured = []
-    monkeypatch.setattr(linear, "most_few", lambda *_, **__: measured.append(1) or most)
+    monkeypatch.setattr(linear, "measure_few_tokens", lambda *_, **__: measured.append(1) or most)
     layouts = LinearLayouts(twice=True)
     for _ in range(2):
         assert isinstance(layouts.fast(nn.Linear(8, 8)), LinearBySize if most else PackedLinear)
@@ -118,14 +117,3 @@ def test_merged_layers_give_their_outputs_side_by_side() -> None:
     expected = torch.cat([layer(x) for layer in layers], dim=-1)
     torch.testing.assert_close(merge(layers)(x), expected)
     assert all(layer.weight.numel() == 0 for layer in layers), "one copy of the weights"
-
-
-@pytest.mark.parametrize("size", [16, 8])
-def test_rotation_is_that_of_transformers(size: int) -> None:
-    from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
-
-    q, k = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 5, 16)
-    angle = torch.randn(1, 5, size // 2).repeat(1, 1, 2)
-    expected, _ = apply_rotary_pos_emb(q, k, angle.cos(), angle.sin())
-    rotated = rotate(q[0].transpose(0, 1), angle.cos(), angle.sin())
-    torch.testing.assert_close(rotated.transpose(0, 1)[None], expected)
