@@ -94,7 +94,7 @@ class Kernels:
         functions = ctypes.PyDLL(str(library))  # keeps the interpreter's lock: what one thread does is short
         if ctypes.c_uint32.in_dll(functions, "built_from").value != checksum():
             raise OSError(f"{library} was built from other sources")
-        names = ("multiply", "attend", "attend_chunk", "turn", "norm", "gate", "adapt")
+        names = ("multiply", "attend_decode", "attend_chunk", "rotate", "norm", "gate", "add_lora")
         self._functions = {name: getattr(functions, name) for name in names}
         self._addresses = {name: ctypes.cast(each, c_void_p).value for name, each in self._functions.items()}
         self._parallel, self._threads = parallel, torch.get_num_threads()
@@ -173,7 +173,7 @@ class Kernels:
         def add(x: Tensor, out: Tensor, adapters: Tensor) -> None:
             job.x, job.out, job.adapters, job.next = x.data_ptr(), out.data_ptr(), adapters.data_ptr(), 0
             job.tokens = tokens = adapters.numel()
-            self.run("adapt", job, tasks=tokens, size=tokens * numbers)
+            self.run("add_lora", job, tasks=tokens, size=tokens * numbers)
 
         return add
 
@@ -228,7 +228,9 @@ class AttentionKernel:
         job.query, job.out, job.query_stride = query.data_ptr(), out.data_ptr(), query.stride(0)
         job.slots, job.positions, job.next = slots.data_ptr(), positions.data_ptr(), 0
         job.tokens, job.group = (tokens := positions.numel()), heads // self._kv_heads
-        self._run("attend", job, tasks=tokens * self._kv_heads, size=2 * self._dim * self._kv_heads * reads)
+        self._run(
+            "attend_decode", job, tasks=tokens * self._kv_heads, size=2 * self._dim * self._kv_heads * reads
+        )
 
     def chunk(self, query: Tensor, out: Tensor, *, slot: int, start: int) -> None:
         """Write the attention of a chunk's query (T, H, D) into out, alike.
@@ -259,4 +261,4 @@ class AttentionKernel:
         job.qkv, job.cos, job.sin = qkv.data_ptr(), cos.data_ptr(), sin.data_ptr()
         job.slots, job.positions, job.next = slots.data_ptr(), positions.data_ptr(), 0
         job.tokens, job.heads, job.rotary_dim = tokens, heads - 2 * self._kv_heads, cos.shape[-1]
-        self._run("turn", job, tasks=tokens, size=qkv.numel())
+        self._run("rotate", job, tasks=tokens, size=qkv.numel())

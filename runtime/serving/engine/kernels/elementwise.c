@@ -1,42 +1,43 @@
-/* What lies between a layer's products, one pass over memory each. */
+/* Elementwise work between a layer's matrix products, one pass over memory each. */
 #include "vectors.h"
 
 /* ---- rotation of queries and keys, and keys and values into their slots -------------------------------------- */
 
-struct turn {
-    float *mixed; /* (tokens, heads + 2 groups, dim): queries are turned in place */
-    const float *cosines, *sines; /* (tokens, turned) */
+struct rotate {
+    float *qkv; /* (tokens, heads + 2 kv_heads, dim): queries are rotated in place */
+    const float *cos, *sin; /* (tokens, rotary_dim) */
     float *keys, *values;
-    const int64_t *slots, *places;
-    int64_t tokens, heads, groups, dim, turned, slot_stride, head_stride;
+    const int64_t *slots, *positions;
+    int64_t tokens, heads, kv_heads, dim, rotary_dim, slot_stride, head_stride;
     int64_t next;
 };
 
-INLINE void rotate(const float *x, float *to, const float *cosine, const float *sine, int turned, int dim)
+INLINE void rotate_head(const float *x, float *to, const float *cos, const float *sin, int rotary_dim, int dim)
 {
-    const int middle = turned / 2;
+    const int middle = rotary_dim / 2;
     for (int d = 0; d < middle; d++) {
         const float low = x[d], high = x[d + middle];
-        to[d] = low * cosine[d] - high * sine[d];
-        to[d + middle] = high * cosine[d + middle] + low * sine[d + middle];
+        to[d] = low * cos[d] - high * sin[d];
+        to[d + middle] = high * cos[d + middle] + low * sin[d + middle];
     }
-    for (int d = turned; d < dim; d++) to[d] = x[d];
+    for (int d = rotary_dim; d < dim; d++) to[d] = x[d];
 }
 
-KERNEL turn(void *given)
+KERNEL rotate(void *argument)
 {
-    struct turn *job = given;
-    const int D = (int)job->dim, turned = (int)job->turned;
+    struct rotate *job = argument;
+    const int D = (int)job->dim, rotary_dim = (int)job->rotary_dim;
     for (int64_t token; (token = take(&job->next)) < job->tokens;) {
-        float *mixed = job->mixed + token * (job->heads + 2 * job->groups) * D;
-        const float *cosine = job->cosines + token * turned, *sine = job->sines + token * turned;
-        for (int64_t head = 0; head < job->heads; head++) rotate(mixed + head * D, mixed + head * D, cosine, sine, turned, D);
-        const float *key = mixed + job->heads * D, *value = key + job->groups * D;
-        const int64_t place = job->slots[token] * job->slot_stride + job->places[token] * D;
-        for (int64_t group = 0; group < job->groups; group++) {
-            rotate(key + group * D, job->keys + place + group * job->head_stride, cosine, sine, turned, D);
-            float *kept = job->values + place + group * job->head_stride;
-            for (int d = 0; d < D; d++) kept[d] = value[group * D + d];
+        float *query = job->qkv + token * (job->heads + 2 * job->kv_heads) * D;
+        const float *cos = job->cos + token * rotary_dim, *sin = job->sin + token * rotary_dim;
+        for (int64_t head = 0; head < job->heads; head++)
+            rotate_head(query + head * D, query + head * D, cos, sin, rotary_dim, D);
+        const float *key = query + job->heads * D, *value = key + job->kv_heads * D;
+        const int64_t at = job->slots[token] * job->slot_stride + job->positions[token] * D;
+        for (int64_t head = 0; head < job->kv_heads; head++) {
+            rotate_head(key + head * D, job->keys + at + head * job->head_stride, cos, sin, rotary_dim, D);
+            float *stored = job->values + at + head * job->head_stride;
+            for (int d = 0; d < D; d++) stored[d] = value[head * D + d];
         }
     }
 }
@@ -44,19 +45,19 @@ KERNEL turn(void *given)
 /* ---- residual and RMS norm ----------------------------------------------------------------------------------- */
 
 struct norm {
-    float *hidden;       /* (tokens, size): the update is added in place */
+    float *hidden;       /* (tokens, features): the update is added in place */
     const float *update; /* or NULL */
     const float *weight;
     float *out;
-    int64_t tokens, size;
+    int64_t tokens, features;
     float epsilon;
     int64_t next;
 };
 
-KERNEL norm(void *given)
+KERNEL norm(void *argument)
 {
-    struct norm *job = given;
-    const int64_t size = job->size;
+    struct norm *job = argument;
+    const int64_t size = job->features;
     for (int64_t token; (token = take(&job->next)) < job->tokens;) {
         float *hidden = job->hidden + token * size, *out = job->out + token * size;
         const float *update = job->update ? job->update + token * size : 0;
@@ -77,22 +78,22 @@ KERNEL norm(void *given)
 /* ---- gate of the MLP: silu(gate) * up ------------------------------------------------------------------------ */
 
 struct gate {
-    const float *mixed; /* (tokens, 2 size): gates, then what they let through */
-    float *out;         /* (tokens, size) */
-    int64_t tokens, size;
+    const float *gate_up; /* (tokens, 2 features): gates, then what they multiply */
+    float *out;           /* (tokens, features) */
+    int64_t tokens, features;
     int64_t next;
 };
 
-KERNEL gate(void *given)
+KERNEL gate(void *argument)
 {
-    struct gate *job = given;
-    const int64_t size = job->size;
+    struct gate *job = argument;
+    const int64_t size = job->features;
     for (int64_t token; (token = take(&job->next)) < job->tokens;) {
-        const float *gates = job->mixed + token * 2 * size, *through = gates + size;
+        const float *gates = job->gate_up + token * 2 * size, *ups = gates + size;
         float *out = job->out + token * size;
         for (int64_t i = 0; i < size; i += WIDTH) {
             const floats x = load(gates + i);
-            store(out + i, x / (1.0f + exponential(-x)) * load(through + i));
+            store(out + i, x / (1.0f + exponential(-x)) * load(ups + i));
         }
     }
 }

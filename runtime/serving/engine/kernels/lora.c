@@ -1,15 +1,15 @@
-/* LoRA (arXiv:2106.09685): each token's own adapter. */
+/* LoRA (arXiv:2106.09685): to each token the update of its own adapter. */
 #include "vectors.h"
 
 #define ROWS 4 /* of a matrix, read side by side */
-struct adapt {
-    const float *x;       /* (tokens, in) */
-    float *out;           /* (tokens, sum of outs) */
-    const int64_t *lanes; /* (tokens,) adapter of each, below 0 for none */
-    const float *down;    /* (parts, resident, rank, in) */
-    const float *const *ups; /* of each part (resident, rank, out) */
-    const int64_t *outs;
-    int64_t tokens, parts, resident, rank, in;
+struct add_lora {
+    const float *x;          /* (tokens, in_features) */
+    float *out;              /* (tokens, sum of out_features) */
+    const int64_t *adapters; /* (tokens,) adapter slot of each, below 0 for none */
+    const float *down;       /* (modules, adapter_slots, rank, in_features) */
+    const float *const *ups; /* of each module (adapter_slots, rank, out_features) */
+    const int64_t *out_features;
+    int64_t tokens, modules, adapter_slots, rank, in_features;
     int64_t next;
 };
 
@@ -33,24 +33,24 @@ INLINE void add(const int count, float *out, const float *inner, const float *up
     UNROLL for (int i = 0; i < count; i++) store(out + i * WIDTH, sums[i]);
 }
 
-KERNEL adapt(void *given)
+KERNEL add_lora(void *argument)
 {
-    struct adapt *job = given;
-    const int64_t rank = job->rank, in = job->in;
-    int64_t outs = 0;
-    for (int64_t part = 0; part < job->parts; part++) outs += job->outs[part];
+    struct add_lora *job = argument;
+    const int64_t rank = job->rank, in = job->in_features;
+    int64_t width = 0;
+    for (int64_t module = 0; module < job->modules; module++) width += job->out_features[module];
     float inner[rank];
     for (int64_t token; (token = take(&job->next)) < job->tokens;) {
-        const int64_t lane = job->lanes[token];
-        if (lane < 0) continue;
-        float *out = job->out + token * outs;
-        for (int64_t part = 0; part < job->parts; out += job->outs[part++]) {
-            const float *down = job->down + (part * job->resident + lane) * rank * in;
+        const int64_t adapter = job->adapters[token];
+        if (adapter < 0) continue;
+        float *out = job->out + token * width;
+        for (int64_t module = 0; module < job->modules; out += job->out_features[module++]) {
+            const float *down = job->down + (module * job->adapter_slots + adapter) * rank * in;
             int64_t r = 0;
             for (; r + ROWS <= rank; r += ROWS) dots(ROWS, inner + r, down + r * in, job->x + token * in, in);
             for (; r < rank; r++) dots(1, inner + r, down + r * in, job->x + token * in, in);
-            const int64_t size = job->outs[part];
-            const float *up = job->ups[part] + lane * rank * size;
+            const int64_t size = job->out_features[module];
+            const float *up = job->ups[module] + adapter * rank * size;
             int64_t o = 0;
             for (; o + 4 * WIDTH <= size; o += 4 * WIDTH) add(4, out + o, inner, up + o, rank, size);
             for (; o < size; o += WIDTH) add(1, out + o, inner, up + o, rank, size);

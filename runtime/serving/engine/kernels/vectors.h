@@ -1,6 +1,6 @@
 /* Sixteen floats at a time in GCC's vector types, for AVX-512, AVX2 and what every x86-64 has.
  *
- * A kernel is `void kernel(void *job)`, called by each thread of a team: a thread takes the next task of the job
+ * A kernel is `void kernel(void *job)`, called by each of several threads: a thread takes the next task of the job
  * until none is left. __init__.py has the same structures and says what the sizes mean. NaN and infinity have to
  * come out where they went in: nothing here may be compiled with -ffast-math.
  */
@@ -43,9 +43,9 @@ INLINE float sum(floats x)
 /* e to the x, 2 ulp; NaN stays NaN. x = n ln 2 + r, a polynomial in r (Cephes' coefficients), n into the exponent. */
 INLINE floats exponential(floats x)
 {
-    const floats least = (floats){} - 87.3f, most = (floats){} + 88.0f;
-    x = choose(x < least, least, x);
-    x = choose(x > most, most, x);
+    const floats min = (floats){} - 87.3f, max = (floats){} + 88.0f;
+    x = choose(x < min, min, x);
+    x = choose(x > max, max, x);
     const floats shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: n is in the low bits */
     const floats n = shifted - 12582912.0f;
     const floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
