@@ -1,4 +1,4 @@
-"""What fits: the plan of a training process against a device, and the settings that make it fit.
+"""What fits: a training process's memory against a device's, and the settings that make it fit.
 
 Pure arithmetic over tuning.parts. Does not know jobs or where the numbers come from. Start at `choose`.
 """
@@ -12,30 +12,30 @@ from runtime.memory.shape import Shape
 from runtime.memory.tuning import MemoryItem, TuningRun
 
 USABLE = {"cuda": 0.92, "cpu": 0.95}
-"""Part of a device's memory that a job may count on: a plan is an estimate, and running out costs a night."""
+"""Part of a device's memory that a job may count on: an estimate, and running out loses the run."""
 LEAST_TOKENS = {"cuda": 1024, "cpu": 256}
-"""A pass of fewer tokens leaves the device idle: checkpointing is the lesser evil then."""
+"""A pass of fewer tokens leaves the device idle: checkpointing costs less then."""
 LEAST_ROW = 64
 """Rows are never cut shorter than this to make them fit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Adjustable:
-    """What is asked for, and what may be changed to make it fit."""
+    """What a job requests, and what may be adjusted to make it fit."""
 
     row_tokens: int
     """Longest row: a pass holds at least one."""
     checkpointing: bool | None = None
-    """None leaves it to the plan."""
+    """None: chosen by what fits."""
     smaller_passes: bool = True
-    """A pass may hold fewer tokens than asked for; a step is then more passes, and the same step."""
+    """A pass may hold fewer tokens than requested; a step is then more passes, and the same step."""
     shorter_rows: bool = False
-    """Rows may be cut shorter than asked for, which loses text."""
+    """Rows may be cut shorter than requested, which loses text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """The memory of one training process at its peak, against what there is."""
+    """The memory of one training process at its peak, and the memory available to it."""
 
     run: TuningRun
     parts: tuple[MemoryItem, ...]
@@ -52,9 +52,9 @@ class Forecast:
 
 
 def available(hardware: Hardware, *, processes: int = 1) -> int:
-    """Return the bytes that one of `processes` may plan with: its GPU's, or its share of the CPU's."""
-    shared = processes if hardware.kind == "cpu" else 1
-    return int(hardware.memory_bytes * USABLE[hardware.kind] / shared)
+    """Return the bytes that each of `processes` may plan with: its GPU's, or its part of the CPU's."""
+    divided_by = processes if hardware.kind == "cpu" else 1
+    return int(hardware.memory_bytes * USABLE[hardware.kind] / divided_by)
 
 
 def forecast(shape: Shape, run: TuningRun, *, room: int, row_tokens: int) -> Forecast:
@@ -62,37 +62,39 @@ def forecast(shape: Shape, run: TuningRun, *, room: int, row_tokens: int) -> For
     return Forecast(run, tuning.parts(shape, run), room, row_tokens)
 
 
-def choose(shape: Shape, run: TuningRun, wish: Adjustable, *, room: int) -> Forecast:
-    """Return the first way to run that fits into `room` bytes; the thriftiest one when none does.
+def choose(shape: Shape, run: TuningRun, adjustable: Adjustable, *, room: int) -> Forecast:
+    """Return the first candidate that fits into `room` bytes; the one with the least memory when none does.
 
-    In order of cost to the user: as asked; compact (on a CPU); smaller passes, as long as they keep the
+    In order of cost to the user: as requested; compact (on a CPU); smaller passes, as long as they keep the
     device busy; checkpointing; checkpointing with passes down to one row; rows cut shorter.
     """
-    tried = run
-    for tried, row in _ways(shape, run, wish, room):
-        plan = forecast(shape, tried, room=room, row_tokens=row)
+    candidate = run
+    for candidate, row_tokens in _candidates(shape, run, adjustable, room):
+        plan = forecast(shape, candidate, room=room, row_tokens=row_tokens)
         if plan.fits:
             return plan
-    return forecast(shape, tried, room=room, row_tokens=wish.row_tokens)
+    return forecast(shape, candidate, room=room, row_tokens=adjustable.row_tokens)
 
 
-def _ways(shape: Shape, run: TuningRun, wish: Adjustable, room: int) -> Iterator[tuple[TuningRun, int]]:
-    """Yield ways to run from the best on, each with its longest row."""
-    row, least = wish.row_tokens, LEAST_TOKENS[run.device]
-    for checkpointing in (False, True) if wish.checkpointing is None else (wish.checkpointing,):
+def _candidates(
+    shape: Shape, run: TuningRun, adjustable: Adjustable, room: int
+) -> Iterator[tuple[TuningRun, int]]:
+    """Yield settings to try, the best first, each with its longest row."""
+    row, least = adjustable.row_tokens, LEAST_TOKENS[run.device]
+    for checkpointing in (False, True) if adjustable.checkpointing is None else (adjustable.checkpointing,):
         once = replace(run, checkpointing=checkpointing, tokens=max(run.tokens, row))
         if run.device == "cpu":
             if not checkpointing:
                 yield once, row
             once = replace(once, compact=True)
         yield once, row
-        if not wish.smaller_passes:
+        if not adjustable.smaller_passes:
             continue
         largest = largest_tokens(shape, once, room=room)
-        last = checkpointing or wish.checkpointing is False
+        last = checkpointing or adjustable.checkpointing is False
         if largest >= (row if last else max(row, least)):
             yield replace(once, tokens=min(largest, once.tokens)), row
-        elif last and wish.shorter_rows and largest >= LEAST_ROW:
+        elif last and adjustable.shorter_rows and largest >= LEAST_ROW:
             yield replace(once, tokens=largest), largest
         elif last:
             yield replace(once, tokens=row), row

@@ -1,4 +1,4 @@
-"""How much memory a server takes: weights, and keys and values for as many rows as fit beside them.
+"""How much memory a server takes: weights, and keys and values for as many sequences as fit beside them.
 
 The same arithmetic before a GPU is rented (`forecast`) and in the server itself (`rows_that_fit`). Does not
 know engines or requests. Start at `forecast`.
@@ -15,7 +15,7 @@ from runtime.memory.tuning import CONSTANTS_4BIT, CONTEXT_BYTES, MemoryItem
 CACHE_SHARE = 0.8
 """Part of the memory left beside the weights that keys and values may take; the rest is for a step's work."""
 LEAST_CONTEXT_TOKENS = 2048
-"""Rather fewer rows at a time than a context below this."""
+"""Fewer sequences at a time are preferred to a context below this."""
 GPU_SHARE = 0.97
 """Part of a GPU's memory that a server finds free before CUDA's context; the driver has the rest."""
 HOST_SHARE = 0.5
@@ -27,27 +27,27 @@ class ServingRun:
     """What decides the memory of a server, beside the model."""
 
     rows: int
-    """Requests generated at the same time."""
+    """Sequences generated at the same time."""
     context_tokens: int
     """Prompt and answer together, per request."""
     dtype: str
     least_context_tokens: int = LEAST_CONTEXT_TOKENS
-    """Rather fewer rows than a context below this: what was asked for in words, where it was."""
+    """Fewer sequences are preferred to a context below this: the requested one, where there is a request."""
     bits: int | None = None
     double_quant: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """The memory of a server against what there is."""
+    """The memory of a server, and how many sequences fit into it."""
 
     parts: tuple[MemoryItem, ...]
-    """Weights and process; and the cache, once rows fit."""
+    """Weights and process; and the cache, when at least one sequence fits."""
     room_bytes: int
     token_bytes: int
-    """Keys and values of one position of one row."""
+    """Keys and values of one position of one sequence."""
     rows: int
-    """That fit, at `context_tokens` each; 0 when not even one does."""
+    """Sequences that fit, at `context_tokens` each; 0 when not even one does."""
     context_tokens: int
 
     @property
@@ -56,7 +56,7 @@ class Capacity:
 
 
 def forecast(shape: Shape, server: ServingRun, machine: Hardware) -> Capacity:
-    """Return what `server` takes on `machine`, and the rows and context that fit there."""
+    """Return what `server` takes on `machine`, and the sequences and context that fit there."""
     room = int(machine.memory_bytes * (GPU_SHARE if machine.kind == "cuda" else HOST_SHARE))
     context = CONTEXT_BYTES["cuda"] if machine.kind == "cuda" else 0  # a CPU's other half has it
     standing = (weights(shape, server), MemoryItem("CUDA context", context, "estimate"))[
@@ -79,7 +79,7 @@ def forecast(shape: Shape, server: ServingRun, machine: Hardware) -> Capacity:
 
 
 def fits_on(shape: Shape, server: ServingRun) -> tuple[str, ...]:
-    """Return the known GPUs on which at least one row of the asked context fits, smallest first."""
+    """Return the known GPUs on which at least one sequence of the requested context fits, smallest first."""
     context = min(server.context_tokens, shape.context_tokens, server.least_context_tokens)
     found = ((name, forecast(shape, server, hardware.named(name))) for name in hardware.names())
     return tuple(name for name, capacity in found if capacity.context_tokens >= context)
@@ -103,10 +103,10 @@ def weights(shape: Shape, server: ServingRun) -> MemoryItem:
 def rows_that_fit(
     wanted: tuple[int, int], *, token_bytes: int, free_bytes: int, least_context: int = LEAST_CONTEXT_TOKENS
 ) -> tuple[int, int]:
-    """Return (rows, context tokens) whose keys and values fit into CACHE_SHARE of `free_bytes`.
+    """Return (sequences, context tokens) whose keys and values fit into CACHE_SHARE of `free_bytes`.
 
-    Context gives way first, down to `least_context`, then the number of rows, then context again.
-    Raises CapacityError when not even one short row fits.
+    Context gives way first, down to `least_context`, then the number of sequences, then context again.
+    Raises CapacityError when not even one short sequence fits.
     """
     rows, context = wanted
     tokens = max(0, int(free_bytes * CACHE_SHARE)) // token_bytes

@@ -1,7 +1,7 @@
 """The shape of a model, and what follows from it in numbers of weights: from a preset or a config.json.
 
-Reads JSON; needs neither torch nor the weights. Does not know bytes, jobs or
-devices. Start at `of`.
+Reads JSON; needs neither torch nor the weights. Which modules a layer has stands in families.py. Does not
+know bytes, jobs or devices. Start at `of`.
 """
 
 import json
@@ -102,9 +102,9 @@ class Shape:
 
 
 def of(source: ModelSource) -> Shape:
-    """Return the shape of `source`: of its preset, else what its config.json says.
+    """Return the shape of `source`: of its preset, else of its config.json.
 
-    Only where no preset knows the model is that file looked for, and fetched where it is not here.
+    The file is read, and fetched when it is not local, only for a model without a preset.
     """
     preset = presets.matching(source)
     if preset is not None:

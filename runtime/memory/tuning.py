@@ -19,7 +19,7 @@ FRAGMENTATION = 0.06
 """Part of what a pass allocates that lies between its blocks and cannot be used."""
 HEAP_FRAGMENTATION = 0.6
 """The same on a CPU with glibc's own settings, which keep freed blocks up to 32 MiB: measured 0.43 and 0.47
-in two models, and up to 1.2 before a LoRA update was one operation; a plan had better be too large."""
+in two models, and up to 1.2 before a LoRA update was one operation; the larger value is the safer one."""
 CONSTANTS_4BIT = {True: 1 / 64 + 4 / (64 * 256), False: 4 / 64}
 """Bytes of quantisation constants per weight, by whether they are quantised too: a block of 64 weights has a
 constant of 4 bytes, or of 1 byte and 4 more per 256 of them (arXiv:2305.14314, section 3)."""
@@ -76,12 +76,12 @@ class MemoryItem:
 
 
 def parts(shape: Shape, run: TuningRun) -> tuple[MemoryItem, ...]:
-    """Return what stands in memory at the peak of a training step, largest causes told apart.
+    """Return the parts of the memory at the peak of a training step.
 
     The peak is where the backward pass begins: everything it needs is kept, and the logits' gradients are
     there. In a small vocabulary it comes one layer later, so the larger of the two counts.
     """
-    standing = (
+    held = (
         weights(shape, run),
         constants(shape, run),
         others(shape, run),
@@ -93,16 +93,16 @@ def parts(shape: Shape, run: TuningRun) -> tuple[MemoryItem, ...]:
         activations(shape, run), max(logits(shape, run), layer_work(shape, run), key=lambda it: it.size_bytes)
     )  # fmt: skip
     rest = (dequantized(shape, run), fragmentation(working, run), context(run))
-    return (*standing, *working, *rest, *((mapped(shape, run),) if run.device == "cpu" else ()))
+    return (*held, *working, *rest, *((mapped(shape, run),) if run.device == "cpu" else ()))
 
 
 def total(parts: tuple[MemoryItem, ...]) -> int:
-    """Return the bytes that `parts` cannot do without."""
+    """Return the bytes of `parts`, without what the kernel reclaims when memory is short."""
     return sum(part.size_bytes for part in parts if not part.reclaimable)
 
 
 def resident(parts: tuple[MemoryItem, ...]) -> int:
-    """Return the bytes that `parts` are seen to take, mapped files too."""
+    """Return the resident bytes of `parts`, mapped files included."""
     return sum(part.size_bytes for part in parts)
 
 

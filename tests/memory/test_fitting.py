@@ -15,8 +15,8 @@ LLAMA = shape.of(source("llama-3.1-8b-instruct"))
 RUN = TuningRun(2048, 2048, "float16", "cuda")
 
 
-def chosen(gpu: str, wish: Adjustable, run: TuningRun = RUN) -> fitting.Forecast:
-    return fitting.choose(LLAMA, run, wish, room=fitting.available(hardware.named(gpu)))
+def chosen(gpu: str, adjustable: Adjustable, run: TuningRun = RUN) -> fitting.Forecast:
+    return fitting.choose(LLAMA, run, adjustable, room=fitting.available(hardware.named(gpu)))
 
 
 def test_a_large_gpu_recomputes_nothing() -> None:
@@ -26,11 +26,11 @@ def test_a_large_gpu_recomputes_nothing() -> None:
     assert plan.run.tokens == 2048
 
 
-def test_checkpointing_comes_where_it_is_needed_and_the_user_is_silent() -> None:
+def test_checkpointing_is_chosen_where_it_is_needed_unless_the_job_sets_it() -> None:
     assert chosen("V100-16GB", Adjustable(2048)).run.checkpointing
-    asked = chosen("V100-16GB", Adjustable(2048, checkpointing=False))
-    assert not asked.fits
-    assert not asked.run.checkpointing
+    requested = chosen("V100-16GB", Adjustable(2048, checkpointing=False))
+    assert not requested.fits
+    assert not requested.run.checkpointing
 
 
 def test_passes_shrink_before_layers_are_computed_again() -> None:
