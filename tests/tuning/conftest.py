@@ -44,7 +44,7 @@ def rows_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny_job(
-    model: Path, rows: Path, folder: Path, *, training: dict[str, Any] | None = None, **settings: Any
+    model: Path, rows: Path, folder: Path, /, *, training: dict[str, Any] | None = None, **settings: Any
 ) -> TuningJob:
     """Return a QLoRA job on the tiny model."""
     defaults: dict[str, Any] = {
