@@ -28,7 +28,15 @@ LAYERS = [
 ROOMS = {
     "serving": [
         {"settings", "engine"},
-        {"generation", "generation_config", "tokenizer", "structured_output", "lifecycle", "loading", "check"},
+        {
+            "generation",
+            "generation_config",
+            "tokenizer",
+            "structured_output",
+            "lifecycle",
+            "loading",
+            "check",
+        },
         {"http"},
     ],
     "serving.engine": [{"kernels", "protocol"}],
