@@ -86,7 +86,7 @@ class Family:
     packed: bool = False
     """Attention goes through transformers' interface, and packed rows were compared with separate ones."""
     engine: Engine | None = None
-    """What drives it when sequences are served together, compared with `generate`; None: one at a time."""
+    """How several sequences are served at once, as compared with `generate`; None: one at a time."""
 
     @property
     def gated(self) -> bool:
@@ -95,7 +95,7 @@ class Family:
 
     @property
     def renames(self) -> dict[str, str]:
-        """Llama's names of the modules that this family fuses or calls otherwise -> its own."""
+        """Llama's names of the modules that this family fuses or names differently -> its own."""
         own = {name: path.rpartition(".")[2] for name, path in self.projections.items()}
         return {name: its for name, its in own.items() if its != name}
 
@@ -105,8 +105,8 @@ class Family:
         return self.projections["q_proj"] == self.projections["v_proj"]
 
     @property
-    def written_out(self) -> bool:
-        """Whether the tuner computes norms and MLPs in operations of its own (tuning/model/fused_ops.py)."""
+    def fused(self) -> bool:
+        """Whether the tuner fuses norms and MLPs into single operations (tuning/model/fused_ops.py)."""
         return self.norm == "rms" and self.activation == "silu"
 
     @property

@@ -130,16 +130,16 @@ def part_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
 
 
-def first_byte(response: Response, asked: int) -> int | None:
-    """Return the offset in the file of the body's first byte, after the bytes from `asked` on were requested.
+def first_byte(response: Response, offset: int) -> int | None:
+    """Return the offset in the file of the body's first byte, of a request for the bytes from `offset` on.
 
     None when the response is neither the file (200) nor the requested range (206).
     """
     if response.status_code == 200:
         return 0
-    partial = response.status_code == 206 and asked > 0
+    partial = response.status_code == 206 and offset > 0
     content_range = response.headers.get("Content-Range", "")
-    return asked if partial and content_range.startswith(f"bytes {asked}-") else None
+    return offset if partial and content_range.startswith(f"bytes {offset}-") else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,11 +227,11 @@ class Download:
         """Make one request for the missing bytes and append them to `part`."""
         validator = self.validator_file.read_text(encoding="utf-8") if self.validator_file.exists() else ""
         headers = {"Accept-Encoding": "identity"}
-        asked = have if validator else 0
-        if asked:
-            headers |= {"Range": f"bytes={asked}-", "If-Range": validator}
+        offset = have if validator else 0
+        if offset:
+            headers |= {"Range": f"bytes={offset}-", "If-Range": validator}
         with get(headers) as response:
-            start = self._start(response, asked)
+            start = self._start(response, offset)
             length = response.headers.get("Content-Length", "")
             self._check_space(int(length) if length.isdecimal() else 0)
             fresh = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
@@ -240,17 +240,17 @@ class Download:
             write_atomic(self.validator_file, fresh)
             self._receive(response, start)
 
-    def _start(self, response: "httpx.Response", asked: int) -> int:
+    def _start(self, response: "httpx.Response", offset: int) -> int:
         """Return the offset of the body's first byte; raises unless it is the file or the rest of it."""
         raise_if_retriable(response)
-        start = first_byte(response, asked)
+        start = first_byte(response, offset)
         if start is not None:
             return start
-        if asked and response.status_code in (206, 416):
+        if offset and response.status_code in (206, 416):
             self.part.unlink(missing_ok=True)
             content_range = response.headers.get("Content-Range", "")
             raise RetriableError(
-                f"answered {response.status_code} {content_range!r} to the range from {asked}; starting over"
+                f"answered {response.status_code} {content_range!r} to the range from {offset}; starting over"
             )
         raise DataError(f"{self._what}: answered {response.status_code}, expected the file")
 

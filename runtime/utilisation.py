@@ -1,7 +1,7 @@
 """How busy this machine's GPUs are, or its processors where it has none.
 
-Reads NVML and /proc, like hardware.py, which says what is there. Does not know who asks: both metrics
-endpoints answer with these figures. Start at `gpus` and `kaito_metrics`.
+Reads NVML and /proc, like hardware.py, which says what is there. Does not know HTTP: both metrics endpoints
+answer with these figures. Start at `gpus` and `kaito_metrics`.
 """
 
 import os

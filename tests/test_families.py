@@ -16,7 +16,7 @@ class Facts(NamedTuple):
     """Tuned in packs."""
     loss: bool
     """The output layer computes the loss."""
-    written_out: bool
+    fused: bool
     """Norms and MLPs are the tuner's."""
     renamed: str
     """Llama's names of modules that have others."""
@@ -47,7 +47,7 @@ def test_each_reader_gets_what_was_tested_of_the_family(model_type: str) -> None
     family = find(model_type)
     renamed = " ".join(name.removesuffix("_proj") for name in family.renames)
     assert FACTS[model_type] == (
-        family.engine, family.packed, family.plain_logits, family.written_out, renamed
+        family.engine, family.packed, family.plain_logits, family.fused, renamed
     )  # fmt: skip
 
 

@@ -149,7 +149,7 @@ def server_report(
         "device": machine.name,
         "available_bytes": capacity.room_bytes,
         "dtype": run.dtype,
-        "rows": capacity.rows,
+        "rows": capacity.sequences,
         "context_tokens": capacity.context_tokens,
         "cache_bytes_per_token": capacity.token_bytes,
         "fits_on": list(serving.fits_on(model, run)),
@@ -162,12 +162,12 @@ def server_report(
         total_bytes=sum(item.size_bytes for item in capacity.parts),
         available_bytes=capacity.room_bytes,
         notes=(
-            f"Asked for: {run.rows} rows of {run.context_tokens} tokens, {run.dtype}.",
-            f"One of these is enough for a row: {', '.join(facts['fits_on']) or 'none known here'}.",
+            f"Requested: {run.sequences} sequences of {run.context_tokens} tokens, {run.dtype}.",
+            f"One of these is enough for one sequence: {', '.join(facts['fits_on']) or 'none known here'}.",
         ),
-        verdict=f"{capacity.rows} rows of {capacity.context_tokens} tokens"
+        verdict=f"{capacity.sequences} sequences of {capacity.context_tokens} tokens"
         if capacity.fits
-        else f"{model.name} leaves no room for a row; {too_large}",
+        else f"{model.name} leaves no memory for one sequence; {too_large}",
         facts=facts,
     )
 
@@ -175,7 +175,7 @@ def server_report(
 def _serving_run(config: ServeConfig, machine: Hardware, model: shape.Shape) -> serving.ServingRun:
     limits, quantization = config.limits, config.quantization
     return serving.ServingRun(
-        rows=limits.rows,
+        sequences=limits.rows,
         context_tokens=limits.context_tokens or model.context_tokens,
         least_context_tokens=limits.context_tokens or serving.LEAST_CONTEXT_TOKENS,
         dtype=hardware.compute_dtype(machine, config.model.dtype),

@@ -157,7 +157,7 @@ def preview(preview: "Preview") -> None:
         console.print(Text(_title(example), style="bold"))
         for number, row in enumerate(example.rows):
             if number:
-                console.print(Text("— next piece —", style="dim"))
+                console.print(Text("— next part —", style="dim"))
             console.print(_marked(row, coloured=coloured))
         console.print()
     typer.echo(f"Trained tokens are {'green' if coloured else 'between ⟦ and ⟧'}.")

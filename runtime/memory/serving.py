@@ -1,7 +1,7 @@
 """How much memory a server takes: weights, and keys and values for as many sequences as fit beside them.
 
-The same arithmetic before a GPU is rented (`forecast`) and in the server itself (`rows_that_fit`). Does not
-know engines or requests. Start at `forecast`.
+The same arithmetic before a GPU is rented (`forecast`) and in the server itself (`sequences_that_fit`).
+Does not know engines or requests. Start at `forecast`.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ HOST_SHARE = 0.5
 class ServingRun:
     """What decides the memory of a server, beside the model."""
 
-    rows: int
+    sequences: int
     """Sequences generated at the same time."""
     context_tokens: int
     """Prompt and answer together, per request."""
@@ -46,13 +46,13 @@ class Capacity:
     room_bytes: int
     token_bytes: int
     """Keys and values of one position of one sequence."""
-    rows: int
+    sequences: int
     """Sequences that fit, at `context_tokens` each; 0 when not even one does."""
     context_tokens: int
 
     @property
     def fits(self) -> bool:
-        return self.rows > 0
+        return self.sequences > 0
 
 
 def forecast(shape: Shape, server: ServingRun, machine: Hardware) -> Capacity:
@@ -64,18 +64,20 @@ def forecast(shape: Shape, server: ServingRun, machine: Hardware) -> Capacity:
     ]
     free = room - sum(part.size_bytes for part in standing)
     token_bytes = shape.dimensions.kv_values_per_token * BYTES[server.dtype]
-    wanted = (server.rows, min(server.context_tokens, shape.context_tokens))
+    wanted = (server.sequences, min(server.context_tokens, shape.context_tokens))
     try:
         least = server.least_context_tokens
-        rows, tokens = rows_that_fit(wanted, token_bytes=token_bytes, free_bytes=free, least_context=least)
+        sequences, tokens = sequences_that_fit(
+            wanted, token_bytes=token_bytes, free_bytes=free, least_context=least
+        )
     except CapacityError:
         return Capacity(standing, room, token_bytes, 0, 0)
-    how = f"{rows} rows x {tokens} tokens x {token_bytes} bytes"
-    cache = MemoryItem("keys and values", rows * tokens * token_bytes, how)
+    how = f"{sequences} sequences x {tokens} tokens x {token_bytes} bytes"
+    cache = MemoryItem("keys and values", sequences * tokens * token_bytes, how)
     work = MemoryItem(
         "room for a step's work", free - cache.size_bytes, f"at least {1 - CACHE_SHARE:.0%} of the rest"
     )
-    return Capacity((*standing, cache, work), room, token_bytes, rows, tokens)
+    return Capacity((*standing, cache, work), room, token_bytes, sequences, tokens)
 
 
 def fits_on(shape: Shape, server: ServingRun) -> tuple[str, ...]:
@@ -100,7 +102,7 @@ def weights(shape: Shape, server: ServingRun) -> MemoryItem:
     return MemoryItem("weights", size, how)
 
 
-def rows_that_fit(
+def sequences_that_fit(
     wanted: tuple[int, int], *, token_bytes: int, free_bytes: int, least_context: int = LEAST_CONTEXT_TOKENS
 ) -> tuple[int, int]:
     """Return (sequences, context tokens) whose keys and values fit into CACHE_SHARE of `free_bytes`.
@@ -108,14 +110,14 @@ def rows_that_fit(
     Context gives way first, down to `least_context`, then the number of sequences, then context again.
     Raises CapacityError when not even one short sequence fits.
     """
-    rows, context = wanted
+    sequences, context = wanted
     tokens = max(0, int(free_bytes * CACHE_SHARE)) // token_bytes
-    context = min(context, max(tokens // rows, min(context, least_context)))
-    rows = max(1, min(rows, tokens // context))
-    context = min(context, tokens // rows)
+    context = min(context, max(tokens // sequences, min(context, least_context)))
+    sequences = max(1, min(sequences, tokens // context))
+    context = min(context, tokens // sequences)
     if context < 16:
         raise CapacityError(
-            f"{free_bytes >> 20} MiB are free beside the weights, and one row of 16 tokens needs "
+            f"{free_bytes >> 20} MiB are free beside the weights, and one sequence of 16 tokens needs "
             f"{16 * token_bytes >> 20} MiB of keys and values; use a larger device or a quantised model"
         )
-    return rows, context
+    return sequences, context

@@ -181,7 +181,7 @@ def state_bytes(optimizer: str) -> float:
 def layer_bytes(shape: Shape, run: TuningRun) -> int:
     """Return what autograd keeps of one layer for the backward pass of T tokens.
 
-    norms    2·b·h, their inputs, where they are written out; 2·4h in float32 elsewhere, and b·h where
+    norms    2·b·h, their inputs, where they are fused; 2·4h in float32 elsewhere, and b·h where
              attention and MLP share the input (phi, falcon)
     inputs   b·h for each norm's output: 2, or 1 where they share one (phi, falcon-7b)
     adapters r·b per adapted linear; their inputs are those above and below
@@ -198,7 +198,7 @@ def layer_bytes(shape: Shape, run: TuningRun) -> int:
     queries, keys = size.heads * size.head_dim, size.kv_heads * size.head_dim
     family = shape.family
     norms = width * hidden if family.parallel else 8 * hidden
-    if family.written_out:
+    if family.fused:
         norms = 2 * width * hidden
     shared = family.parallel and not (family.multi_query and size.kv_heads > 1)
     inputs = width * hidden * (1 if shared else 2)
@@ -217,10 +217,10 @@ def layer_bytes(shape: Shape, run: TuningRun) -> int:
 
 
 def _mlp_is_one(shape: Shape, run: TuningRun) -> bool:
-    """Whether tuning/model/fused_lora.py writes the MLP out."""
+    """Whether tuning/model/fused_lora.py fuses the MLP into one operation."""
     inner = {linear.name for linear in shape.linears} & {"gate_proj", "up_proj", "gate_up_proj", "down_proj"}
     adapted = {linear.name for linear in shape.adapted(run.targets)}
-    return shape.family.written_out and not run.dropout and run.bits != 8 and inner <= adapted
+    return shape.family.fused and not run.dropout and run.bits != 8 and inner <= adapted
 
 
 def _mlp_kept(family: Family) -> int:
@@ -281,7 +281,7 @@ def dequantized(shape: Shape, run: TuningRun) -> MemoryItem:
 
 
 def fragmentation(working: tuple[MemoryItem, ...], run: TuningRun) -> MemoryItem:
-    """Memory between blocks: what comes and goes with every pass x FRAGMENTATION, or HEAP_FRAGMENTATION."""
+    """Memory between blocks: what every pass allocates and frees x FRAGMENTATION, or HEAP_FRAGMENTATION."""
     share = HEAP_FRAGMENTATION if run.device == "cpu" and not run.compact else FRAGMENTATION
     return MemoryItem("fragmentation", int(total(working) * share), f"{share:.0%} of what a pass allocates")
 

@@ -1,6 +1,6 @@
 """One request's way through the engine, and its answer's way back as text.
 
-The walk of POST /chat: body (http/chat.py, http/schema.py) -> token ids (tokenizer.py) and `Sampling`
+The path of POST /chat: body (http/chat.py, http/schema.py) -> token ids (tokenizer.py) and `Sampling`
 (http/parameters.py) -> `GenerationRequest` -> engine `Request` -> `Token`s -> `TextChunk`s (detokenize.py)
 -> JSON (http/chat.py) or events (http/sse.py). Here: admission, deadline, stop strings, metrics. Does not
 know any route's JSON. Start at `Generator.start`.

@@ -28,7 +28,7 @@ class AdapterSource(Strict):
 
 
 class Limits(Strict):
-    """How much the server takes on, per request and in all."""
+    """Limits of one request, and of all requests together."""
 
     rows: int = Field(32, ge=1)
     """Sequences (answers) generated at the same time."""

@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": 42,
     "logging_steps": 1,
     "report_to": ["none"],
-    # Checkpoints come by time (`TuningJob.checkpoint_minutes`) unless the user asks for steps.
+    # Checkpoints are taken by time (`TuningJob.checkpoint_minutes`) unless the user asks for steps.
     "save_strategy": "no",
     "save_total_limit": 2,
 }

@@ -174,7 +174,7 @@ def _finish(settings: LayeredSettings, mounts: Mounts, manifest: WorkspaceDocume
         settings.put("quantization", None, settings.sources["method"])
     elif "quantization" in settings.values and settings.get("quantization") is None:
         raise ConfigError(
-            "'quantization' is nothing, but method qlora trains on quantised weights; use method lora"
+            "'quantization' is not set, but method qlora trains on quantised weights; use method lora"
         )
     map_targets(settings)
     warn_if_gated(settings, mounts)

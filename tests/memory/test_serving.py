@@ -1,11 +1,11 @@
-"""Servers: rows and context that fit beside the weights."""
+"""Servers: sequences and context that fit beside the weights."""
 
 import pytest
 
 from runtime import hardware
 from runtime.errors import CapacityError
 from runtime.memory import serving, shape
-from runtime.memory.serving import ServingRun, rows_that_fit
+from runtime.memory.serving import ServingRun, sequences_that_fit
 from runtime.presets import source
 
 PHI = shape.of(source("phi-3-mini-128k-instruct"))
@@ -14,9 +14,9 @@ PHI = shape.of(source("phi-3-mini-128k-instruct"))
 def test_phi_3_mini_takes_384_kib_a_token() -> None:
     capacity = serving.forecast(PHI, ServingRun(4, 4096, "float16"), hardware.named("V100-16GB"))
     assert capacity.token_bytes == 393_216
-    assert (capacity.rows, capacity.context_tokens) == (4, 3616) or capacity.fits
+    assert (capacity.sequences, capacity.context_tokens) == (4, 3616) or capacity.fits
     held = sum(part.size_bytes for part in capacity.parts)
-    assert held == pytest.approx(capacity.room_bytes, abs=capacity.token_bytes * capacity.rows)
+    assert held == pytest.approx(capacity.room_bytes, abs=capacity.token_bytes * capacity.sequences)
 
 
 def test_a_model_too_large_leaves_no_row() -> None:
@@ -29,9 +29,9 @@ def test_a_model_too_large_leaves_no_row() -> None:
 
 def test_context_gives_way_before_rows_and_rows_before_short_contexts() -> None:
     gib = 1 << 30
-    assert rows_that_fit((4, 4096), token_bytes=1 << 10, free_bytes=gib) == (4, 4096)
-    assert rows_that_fit((32, 131072), token_bytes=1 << 14, free_bytes=2 * gib) == (32, 3276)
-    assert rows_that_fit((32, 131072), token_bytes=1 << 14, free_bytes=gib // 2) == (12, 2048)
-    assert rows_that_fit((8, 4096), token_bytes=1 << 20, free_bytes=gib) == (1, 819)
-    with pytest.raises(CapacityError, match="one row of 16 tokens"):
-        rows_that_fit((8, 4096), token_bytes=1 << 20, free_bytes=1 << 22)
+    assert sequences_that_fit((4, 4096), token_bytes=1 << 10, free_bytes=gib) == (4, 4096)
+    assert sequences_that_fit((32, 131072), token_bytes=1 << 14, free_bytes=2 * gib) == (32, 3276)
+    assert sequences_that_fit((32, 131072), token_bytes=1 << 14, free_bytes=gib // 2) == (12, 2048)
+    assert sequences_that_fit((8, 4096), token_bytes=1 << 20, free_bytes=gib) == (1, 819)
+    with pytest.raises(CapacityError, match="one sequence of 16 tokens"):
+        sequences_that_fit((8, 4096), token_bytes=1 << 20, free_bytes=1 << 22)

@@ -54,7 +54,7 @@ class EchoEngine:
         if self._closed:
             raise failures.stopped()
         if request.adapter is not None and request.adapter not in self._adapters:
-            raise failures.not_resident(request.adapter)
+            raise failures.not_loaded(request.adapter)
         if len(self._tasks) >= self._rows + self._queue:
             raise failures.queue_full(self._queue)
         assert request.id not in self._tasks, "request ids are unique in flight"

@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from runtime import hardware, models
-from runtime.memory.serving import HOST_SHARE, LEAST_CONTEXT_TOKENS, rows_that_fit
+from runtime.memory.serving import HOST_SHARE, LEAST_CONTEXT_TOKENS, sequences_that_fit
 from runtime.serving.settings import ServeConfig
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _batching(
     if rank is not None:
         free = rank.group.all_reduce_min(free_bytes(model, processes=rank.group.world))
     wanted = (config.limits.rows, context_tokens)
-    sequences, context_tokens = rows_that_fit(
+    sequences, context_tokens = sequences_that_fit(
         wanted,
         token_bytes=_token_bytes(model),
         free_bytes=free,

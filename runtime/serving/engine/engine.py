@@ -76,7 +76,7 @@ class BatchingEngine:
     ) -> None:
         """`rank` where `model` is rank 0's shard of one that several processes serve.
 
-        Steps are recorded with `graph_backend` where there is one.
+        Steps are captured with `graph_backend` where there is one.
         """
         self.context_tokens = limits.context_tokens
         self.max_sequences = limits.max_sequences
@@ -131,7 +131,7 @@ class BatchingEngine:
 
     def _add(self, name: str, folder: Path, strength: float) -> None:
         if name in self._runner.adapters.names:
-            raise failures.resident_already(name)
+            raise failures.already_loaded(name)
         self._runner.add_adapter(name, folder, strength)
 
     def remove_adapter(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""What an engine tells a client when it cannot answer: each sentence once, for all engines.
+"""The failures that clients of an engine get: each message once, for all engines.
 
 Does not know models, requests or HTTP; the exception types decide the HTTP status (errors.py).
 """
@@ -17,22 +17,22 @@ def stopped() -> UnavailableError:
 
 def died() -> UnavailableError:
     """Return the failure of requests whose engine ran in a process that has ended."""
-    return UnavailableError("the engine has died; the server's log says of what")
+    return UnavailableError("the engine has died; the server's log has the reason")
 
 
 def queue_full(waiting: int) -> OverloadedError:
-    """Return the failure of a request that found `waiting` others, as many as may wait."""
+    """Return the failure of a request that found the queue full, `waiting` others before it."""
     return OverloadedError(f"{waiting} requests are waiting already; try again shortly")
 
 
-def not_resident(adapter: str) -> UnknownModelError:
+def not_loaded(adapter: str) -> UnknownModelError:
     """Return the failure of a request for an adapter that the engine does not hold."""
-    return UnknownModelError(f"adapter '{adapter}' is not resident")
+    return UnknownModelError(f"adapter '{adapter}' is not loaded")
 
 
-def resident_already(adapter: str) -> ConfigError:
+def already_loaded(adapter: str) -> ConfigError:
     """Return the failure of adding an adapter under a name that is in use."""
-    return ConfigError(f"adapter {adapter}: is resident already; remove it first")
+    return ConfigError(f"adapter {adapter}: is already loaded; remove it first")
 
 
 def does_not_fit(adapter: str, reason: str) -> ConfigError:
@@ -56,7 +56,7 @@ def failed() -> UnavailableError:
 
 
 def of(error: Exception) -> Failure:
-    """Return what a client is told about `error`; what clients must not see goes to the log."""
+    """Return the failure that a client gets for `error`; what clients must not see goes to the log."""
     if isinstance(error, Failure):
         return error
     log.error("A request failed in the engine", exc_info=error)

@@ -137,7 +137,7 @@ class Engine(Protocol):
         """Queue `request` and return its tokens as they come; closing the iterator cancels it.
 
         Raises OverloadedError at once when the queue is full, UnknownModelError for an adapter that is
-        not resident, UnavailableError when the engine is closed or dead. A failure during generation is
+        not loaded, UnavailableError when the engine is closed or dead. A failure during generation is
         raised from the iterator.
         """
         ...

@@ -88,7 +88,7 @@ class RequestQueue:
             if not self._open:
                 raise failures.stopped()
             if request.adapter is not None and request.adapter not in self.adapters():
-                raise failures.not_resident(request.adapter)
+                raise failures.not_loaded(request.adapter)
             if len(self._waiting) >= self._max_waiting + self._max_running - len(self._running):
                 raise failures.queue_full(self._max_waiting)
             handle = RequestHandle(request)
@@ -173,7 +173,7 @@ class RequestQueue:
         """Refuse new requests for adapter `name` and wait until none is in flight."""
         with self._changed:
             if name not in self.adapters():
-                raise failures.not_resident(name)
+                raise failures.not_loaded(name)
             self._draining.add(name)
             self._changed.wait_for(lambda: not self._in_flight[name] or not self._open)
 

@@ -48,7 +48,7 @@ def sampling(
     tokenizer.check_ids(tuple(body.logit_bias or ()), "logit_bias")
     defaults = tokenizer.defaults
     own = {field.name: getattr(defaults, field.name) for field in fields(defaults) if field.name in PASSED_ON}
-    asked = {name: value for name in PASSED_ON if (value := getattr(body, name)) is not None}
+    requested = {name: value for name in PASSED_ON if (value := getattr(body, name)) is not None}
     end_ids = frozenset() if body.ignore_eos else tokenizer.stop_ids
     return Sampling(
         max_new_tokens=max_new_tokens,
@@ -56,7 +56,7 @@ def sampling(
         stop_ids=end_ids | frozenset(body.stop_token_ids or ()),
         min_new_tokens=min(body.min_tokens or 0, max_new_tokens),
         top_logprobs=top_logprobs,
-        **(own | asked),
+        **(own | requested),
     )
 
 

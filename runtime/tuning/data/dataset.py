@@ -40,7 +40,7 @@ PAIRS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 """Columns of a question, of the context put under it, and of its answer, in the order they are looked for."""
 
 HOLD_OUT_FROM_ROWS = 50
-"""With fewer rows nothing is held out unless asked for: each row is worth more in training."""
+"""With fewer rows nothing is held out unless requested: each row is worth more in training."""
 
 HELD_OUT_FRACTION = 0.05
 MOST_HELD_OUT_ROWS = 100
@@ -150,18 +150,16 @@ def _pair(
     """Return a question and its answer; either may already be a list of messages."""
     if prompt is None or response is None:
         raise DataError(f"{where}: no column with the prompt (has {', '.join(row)}); set context_column")
-    asked, answered = _cell(row, prompt, where), _cell(row, response, where)
-    if isinstance(asked, list) or isinstance(answered, list):
-        turns = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
-        turns = turns + (
-            answered if isinstance(answered, list) else [{"role": "assistant", "content": answered}]
-        )
+    question, answer = _cell(row, prompt, where), _cell(row, response, where)
+    if isinstance(question, list) or isinstance(answer, list):
+        turns = question if isinstance(question, list) else [{"role": "user", "content": question}]
+        turns = turns + (answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])
         return Example(_messages(turns, f"{where} column '{response}'"), origin=where)
-    question = _text(asked, f"{where} column '{prompt}'")
+    question = _text(question, f"{where} column '{prompt}'")
     extra = row.get(context) if context else None
     if extra:
         question = f"{question}\n\n{_text(extra, f'{where} column {context!r}')}"
-    answer = _text(answered, f"{where} column '{response}'")
+    answer = _text(answer, f"{where} column '{response}'")
     return Example(
         ({"role": "user", "content": question}, {"role": "assistant", "content": answer}), origin=where
     )

@@ -106,7 +106,7 @@ def longest_row(job: TuningJob) -> int:
 def encode(
     examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", encoding: Encoding, *, max_tokens: int
 ) -> TokenizedData:
-    """Encode `examples`, each to at most `max_tokens`; DataError when more than half teach nothing."""
+    """Encode `examples`, each to at most `max_tokens`; DataError when more than half have no label."""
     rows: list[TokenizedRow] = []
     outcomes: Counter[RowOutcome] = Counter()
     for example in examples:
@@ -117,8 +117,8 @@ def encode(
     dropped = too_long + unlabelled
     if dropped * 2 > len(examples) or not rows:
         raise DataError(
-            f"{dropped} of {len(examples)} rows teach nothing ({too_long} longer than {max_tokens} tokens, "
-            f"{unlabelled} without an answer); raise max_length or check the answers"
+            f"{dropped} of {len(examples)} rows have nothing to train on ({too_long} longer than "
+            f"{max_tokens} tokens, {unlabelled} without an answer); raise max_length or check the answers"
         )
     return TokenizedData(tuple(rows), outcomes["truncated"] + outcomes["split"], too_long, unlabelled)
 
@@ -303,4 +303,4 @@ def _truncate(
 
 def _split(row: TokenizedRow, max_tokens: int) -> list[TokenizedRow]:
     slices = [slice(start, start + max_tokens) for start in range(0, len(row), max_tokens)]
-    return [TokenizedRow(row.ids[piece], row.loss_mask[piece]) for piece in slices]
+    return [TokenizedRow(row.ids[part], row.loss_mask[part]) for part in slices]

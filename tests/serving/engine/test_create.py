@@ -105,7 +105,7 @@ def test_sequences_and_context_fit_the_memory(
     wanted: tuple[int, int], free_tokens: int, expected: tuple[int, int]
 ) -> None:
     free = int(free_tokens * 1000 / serving.CACHE_SHARE) + 1
-    assert serving.rows_that_fit(wanted, token_bytes=1000, free_bytes=free) == expected
+    assert serving.sequences_that_fit(wanted, token_bytes=1000, free_bytes=free) == expected
 
 
 def test_a_stated_context_is_kept_at_the_cost_of_sequences(
@@ -124,4 +124,4 @@ def test_a_stated_context_is_kept_at_the_cost_of_sequences(
 
 def test_no_room_for_a_single_sequence_is_a_capacity_error() -> None:
     with pytest.raises(CapacityError, match="MiB are free beside the weights"):
-        serving.rows_that_fit((1, 4096), token_bytes=1 << 20, free_bytes=10 << 20)
+        serving.sequences_that_fit((1, 4096), token_bytes=1 << 20, free_bytes=10 << 20)

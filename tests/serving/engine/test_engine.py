@@ -338,7 +338,7 @@ def test_an_adapter_name_in_use_is_refused_and_the_first_adapter_stays(
 ) -> None:
     engine.add_adapter("x", adapter_dirs["second"])
     before = run(engine, make_request(adapter="x"))
-    with pytest.raises(ConfigError, match="adapter x: is resident already"):
+    with pytest.raises(ConfigError, match="adapter x: is already loaded"):
         engine.add_adapter("x", adapter_dirs["my.first-one"])
     assert run(engine, make_request(adapter="x")) == before
 

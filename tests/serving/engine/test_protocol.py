@@ -154,7 +154,7 @@ def test_an_unknown_or_removed_adapter_is_refused(engine: Engine, adapter_dirs: 
     engine.add_adapter("x", adapter_dirs["second"])
     engine.remove_adapter("x")
     assert run(engine, make_request()) == base
-    with pytest.raises(UnknownModelError, match="adapter 'x' is not resident"):
+    with pytest.raises(UnknownModelError, match="adapter 'x' is not loaded"):
         run(engine, make_request(adapter="x"))
 
 

@@ -58,7 +58,7 @@ def test_a_draining_adapter_is_refused_until_its_requests_have_ended() -> None:
         drained = asyncio.create_task(asyncio.to_thread(queue.drain_adapter, "a"))
         while queue.adapters():
             await asyncio.sleep(0.001)
-        with pytest.raises(UnknownModelError, match="adapter 'a' is not resident"):
+        with pytest.raises(UnknownModelError, match="adapter 'a' is not loaded"):
             queue.submit(make_request(adapter="a"))
         assert not drained.done()
         queue.finish(handle, "stop")

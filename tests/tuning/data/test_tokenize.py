@@ -1,4 +1,4 @@
-"""Which tokens are labelled, for several chat templates; long rows; rows that teach nothing."""
+"""Which tokens are labelled, for several chat templates; long rows; rows with nothing to train on."""
 
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,7 @@ def test_fault_24_mostly_unlearnable_data_is_an_error(tokenizer: Any) -> None:
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
     with pytest.raises(
-        DataError, match=r"4 of 4 rows teach nothing \(0 longer than 64 tokens, 4 without an answer"
+        DataError,
+        match=r"4 of 4 rows have nothing to train on \(0 longer than 64 tokens, 4 without an answer",
     ):
         encode([Example(TURNS[1:3])] * 4, tokenizer, Encoding(), max_tokens=64)

@@ -77,8 +77,8 @@ def expected(family: Family, model: Any) -> dict[str, int]:
     """Return how many modules of a model with two layers get which forward."""
     norms = sum(hasattr(module, "variance_epsilon") for module in model.modules())
     counts = {
-        "run_mlp": 2 if family.written_out else 0,
-        "rms_norm": norms if family.written_out else 0,
+        "run_mlp": 2 if family.fused else 0,
+        "rms_norm": norms if family.fused else 0,
         "call": 0 if family.joined_qkv else 6,
         "LossHead": int(family.plain_logits),
     }

@@ -82,7 +82,7 @@ class PeftAdapters:
             self.model.base_model.enable_adapter_layers()
             self.model.set_adapter(self._peft_names[name], inference_mode=True)
         else:
-            raise failures.not_resident(name)
+            raise failures.not_loaded(name)
         self._active = name
 
     def _unload(self, peft_name: str) -> None:
@@ -157,7 +157,7 @@ class SimpleEngine:
                 try:
                     end: FinishReason | Exception = self._generate(handle)
                 except Exception as error:  # the thread answers the request and lives on
-                    end = _told(error)
+                    end = _failure_of(error)
                 self._queue.finish(handle, end)
 
     @torch.inference_mode()
@@ -208,8 +208,8 @@ class SimpleEngine:
         )
 
 
-def _told(error: Exception) -> Failure:
-    """Return what the client is told; the rest is in the log."""
+def _failure_of(error: Exception) -> Failure:
+    """Return the failure that the client gets for `error`; the rest is in the log."""
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
         log.error("Out of GPU memory; the request is answered 503 and the server goes on")
