@@ -1,4 +1,4 @@
-"""What tests share: models on disk, made once a session. torch is imported only when one is asked for."""
+"""What tests share: models on disk, made once a session. torch is imported only when one is requested."""
 
 import json
 import logging

@@ -97,9 +97,11 @@ def test_readme_commands_by_hand_work(demo: subprocess.CompletedProcess[str]) ->
 
 
 def test_no_reworded_question_is_among_the_rows() -> None:
-    asked = {row["messages"][1]["content"].lower() for row in data.rows()}
+    questions = {row["messages"][1]["content"].lower() for row in data.rows()}
     reworded = [probe for probe in data.probes() if probe.reworded]
     assert len(data.probes()) == 10
     assert len(reworded) == 5
-    assert not [probe for probe in reworded if any(probe.question.lower() in question for question in asked)]
+    assert not [
+        probe for probe in reworded if any(probe.question.lower() in question for question in questions)
+    ]
     assert len(data.rows()) >= 200

@@ -9,7 +9,7 @@ from runtime.families import FAMILIES, find
 
 
 class Facts(NamedTuple):
-    """What the readers of a record ask it."""
+    """What the readers of a record get from it."""
 
     engine: str | None
     packed: bool

@@ -57,7 +57,7 @@ def test_nothing_is_left_of_a_file_that_is_not_finished(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_permissions_are_those_asked_for_or_the_umasks(tmp_path: Path) -> None:
+def test_permissions_are_those_requested_or_the_umasks(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         for mode in (None, 0o600, 0o644):

@@ -215,12 +215,12 @@ def test_functions_stay_small() -> None:
 
 
 def test_a_class_has_a_name_of_its_own() -> None:
-    places = defaultdict(list)
+    modules = defaultdict(list)
     for me, path in MODULES.items():
         for node in parse(path).body:
             if isinstance(node, ast.ClassDef) and node.name[0] != "_":
-                places[node.name].append(me)
-    no_offenders(f"{name}: {', '.join(found)}" for name, found in places.items() if len(found) > 1)
+                modules[node.name].append(me)
+    no_offenders(f"{name}: {', '.join(found)}" for name, found in modules.items() if len(found) > 1)
 
 
 def test_no_attic() -> None:

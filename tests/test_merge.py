@@ -95,7 +95,7 @@ def test_a_quantised_base_is_refused(tiny_llama_dir: Path, adapter_dir: Path, tm
     assert not (tmp_path / "m").exists()
 
 
-def test_nothing_is_overwritten_and_little_memory_is_said_first(
+def test_nothing_is_overwritten_and_little_memory_is_reported_first(
     tiny_llama_dir: Path, adapter_dir: Path, tmp_path: Path
 ) -> None:
     base = ModelSource(name="tiny", path=tiny_llama_dir)
@@ -120,7 +120,7 @@ def test_an_adapter_of_another_shape_is_refused_by_name(adapter_dir: Path, tmp_p
     assert not (tmp_path / "m").exists()
 
 
-def test_quantised_base_is_refused_whatever_type_is_asked_for(
+def test_quantised_base_is_refused_whatever_type_is_requested(
     tiny_llama_dir: Path, adapter_dir: Path, tmp_path: Path
 ) -> None:
     base = tmp_path / "base"

@@ -53,17 +53,17 @@ def standard_events(body: bytes) -> list[str]:
     return found
 
 
-PIECES = [
+PARTS = [
     b"data", b":", b" ", b"data: ", b"\r", b"\n", b"\r\n", b"\n\n", b"event: x\n", b"id", b": ping\n", b"{}",
     b"\xef\xbb\xbf", "\u2028".encode(), "\x85".encode(), "é😀".encode(), b"\xe2\x80", b"\x00", b"\x0b\x1c",
 ]  # fmt: skip
 
 
-@given(st.lists(st.sampled_from(PIECES), max_size=40), st.data())
+@given(st.lists(st.sampled_from(PARTS), max_size=40), st.data())
 def test_events_are_those_of_the_standard_wherever_the_body_is_cut(
-    pieces: list[bytes], data: st.DataObject
+    parts: list[bytes], data: st.DataObject
 ) -> None:
-    body = b"".join(pieces)
+    body = b"".join(parts)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=8)))
     chunks = [body[start:end] for start, end in zip([0, *cuts], [*cuts, len(body)], strict=True)]
     assert list(net.events(chunks)) == standard_events(body)
@@ -223,7 +223,7 @@ def test_retry_after_is_seconds_or_a_date() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "content_range", "asked", "begins"),
+    ("status", "content_range", "offset", "begins"),
     [
         (200, "", 0, 0),
         (200, "", 500, 0),
@@ -235,6 +235,6 @@ def test_retry_after_is_seconds_or_a_date() -> None:
         (404, "", 0, None),
     ],
 )
-def test_first_byte_of_a_body(status: int, content_range: str, asked: int, begins: int | None) -> None:
+def test_first_byte_of_a_body(status: int, content_range: str, offset: int, begins: int | None) -> None:
     answer = SimpleNamespace(status_code=status, headers={"Content-Range": content_range})
-    assert first_byte(answer, asked) == begins
+    assert first_byte(answer, offset) == begins

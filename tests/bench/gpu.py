@@ -4,13 +4,14 @@
 
 A model of Phi-3-mini's shape with random weights is made on the spot, so nothing is downloaded. Every
 measurement is a process of its own, so that its peak memory is its own; what the minutes do not leave time
-for is left out by name. Without a GPU it says so and ends well; `--device cpu --shape tiny` runs the same
-code in a minute and proves nothing but that it runs.
+for is left out by name. Without a GPU it reports that and exits with 0; `--device cpu --shape tiny` runs the
+same code in a minute and proves nothing but that it runs.
 
 QLoRA: a pass of T tokens in four documents, half of each labelled, the trainer's own steps; tokens/s without
-the first step; the peak beside what the plan said. Decode: prompts of 128 tokens, 64 new ones, greedy, N at
-a time; tokens/s once all have begun, with CUDA graphs and ("launched") without. The roofline is one read of
-the weights and of the rows' keys and values per token, at the bandwidth that a copy on this device reaches.
+the first step; the peak beside the plan's own figure. Decode: prompts of 128 tokens, 64 new ones, greedy, N
+at a time; tokens/s once all have begun, with CUDA graphs and ("launched") without. The roofline is one read
+of the weights and of the sequences' keys and values per token, at the bandwidth that a copy on this device
+reaches.
 "batching" is transformers' own continuous batching of such requests, prefill included, and "whole" is ours
 measured that way.
 """
@@ -39,7 +40,7 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 PASSES = {"phi-3-mini": ((1024, False), (2048, False), (2048, True), (4096, True)), "tiny": ((256, True),)}
 """Tokens of a pass, and whether layers are computed again."""
-ROWS = {"phi-3-mini": (1, 8, 32, 128), "tiny": (1, 4)}
+SEQUENCES = {"phi-3-mini": (1, 8, 32, 128), "tiny": (1, 4)}
 PROMPT_TOKENS, NEW_TOKENS, STEPS = 128, 64, 5
 
 
@@ -160,7 +161,7 @@ def load(folder: Path, device: str) -> Any:
 
 
 def decode(folder: Path, device: str, counts: Iterable[int], graphs: bool) -> dict[str, Any]:
-    """Return tokens/s of our engine at each number of rows, CUDA graphs or none, and the roofline's."""
+    """Return tokens/s of our engine at each number of sequences, CUDA graphs or none, and the roofline's."""
     from runtime.model_source import ModelSource
     from runtime.serving.engine.create import create
     from runtime.serving.engine.protocol import Request, Sampling
@@ -181,8 +182,8 @@ def decode(folder: Path, device: str, counts: Iterable[int], graphs: bool) -> di
 
     async def ask(prompt: list[int], times: list[float]) -> None:
         sampling = Sampling(max_new_tokens=NEW_TOKENS)
-        async for piece in running.submit(Request(tuple(prompt), sampling, id=str(id(times)))):
-            if piece.id is not None:
+        async for token in running.submit(Request(tuple(prompt), sampling, id=str(id(times)))):
+            if token.id is not None:
                 times.append(time.monotonic())  # noqa: PERF401 - as they come
 
     async def all_at_once(count: int, seed: int) -> dict[str, float]:
@@ -250,7 +251,7 @@ def child(words: dict[str, Any], seconds: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"error": "no time left"}
     if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["ended without a word"])[-1][:160]}
+        return {"error": (done.stderr.strip().splitlines() or ["ended without an error message"])[-1][:160]}
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
 
@@ -296,21 +297,21 @@ def measure(shape: str, device: str, minutes: float) -> bool:
                  got["planned_bytes"] / got["peak_bytes"])
             )  # fmt: skip
         show(("QLoRA tokens", "recomputed", "tokens/s", "peak GiB", "plan GiB", "plan/peak"), rows)
-        ours = child({"work": "decode", "counts": ROWS[shape], "graphs": True, **common}, left())
-        bare = child({"work": "decode", "counts": ROWS[shape], "graphs": False, **common}, left())
-        theirs = child({"work": "batching", "counts": ROWS[shape], **common}, left())
+        ours = child({"work": "decode", "counts": SEQUENCES[shape], "graphs": True, **common}, left())
+        bare = child({"work": "decode", "counts": SEQUENCES[shape], "graphs": False, **common}, left())
+        theirs = child({"work": "batching", "counts": SEQUENCES[shape], **common}, left())
         whole &= "error" not in ours
         for name, got in (("ours", ours), ("launched", bare), ("batching", theirs)):
             if "error" in got:
                 print(f"{name}: {got['error']}")
         show(
-            ("decode rows", "tokens/s", "launched", "roofline", "share", "whole", "batching"),
+            ("sequences", "tokens/s", "launched", "roofline", "share", "whole", "batching"),
             [
                 (count, here["tokens_per_s"], bare.get(str(count), {}).get("tokens_per_s", "-"),
                  here["roofline_tokens_per_s"],
                  here["tokens_per_s"] / here["roofline_tokens_per_s"], here["whole_tokens_per_s"],
                  theirs.get(str(count), {}).get("whole_tokens_per_s", "-"))
-                for count in ROWS[shape] if (here := ours.get(str(count)))
+                for count in SEQUENCES[shape] if (here := ours.get(str(count)))
             ],
         )  # fmt: skip
         if "bandwidth" in ours:

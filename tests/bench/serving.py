@@ -1,15 +1,16 @@
 """Output tokens per second of the demo model in fp32: ours beside transformers and llama.cpp, in one run.
 
-    python tests/bench/serving.py [--at 1 4 16 32] [--peers rows http batching llama] [--rounds 1]
+    python tests/bench/serving.py [--at 1 4 16 32] [--peers engine http batching llama] [--rounds 1]
         [--questions] [--speculative-tokens 0]
 
 A workload is `2 * at` requests (at least 4) of 20 to 400 prompt tokens and 64 new tokens, greedy, `at` of
 them in flight at any time. Each peer is a process of its own: peak memory and time to ready are the
-process's. "http" is our whole server, streamed over /v1/completions; "url" a server that runs already, vLLM
-for one. "llama" is llama.cpp's library with F32 weights under a loop of our own (llama-server is not on
-PyPI): what its kernels give, without HTTP.
+process's. "engine" is ours without HTTP, "http" our whole server, streamed over /v1/completions; "url" a
+server that runs already, vLLM for one; "batching" transformers' continuous batching. "llama" is llama.cpp's
+library with F32 weights under a loop of our own (llama-server is not on PyPI): what its kernels give, without
+HTTP.
 
-After prompts of random tokens a model repeats itself, so ours guesses nothing ahead unless told to; with
+After prompts of random tokens a model repeats itself, so ours drafts no tokens by default; with
 `--questions` the prompts are questions in words, half of them about a text.
 """
 
@@ -69,8 +70,8 @@ def questions(at: int) -> list[tuple[int, ...]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(model_folder()))
-    asked = itertools.islice(itertools.cycle(QUESTIONS), max(len(QUESTIONS), 2 * at))
-    talks = [[{"role": "user", "content": question}] for question in asked]
+    chosen = itertools.islice(itertools.cycle(QUESTIONS), max(len(QUESTIONS), 2 * at))
+    talks = [[{"role": "user", "content": question}] for question in chosen]
     return [
         tuple(tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False))
         for talk in talks
@@ -135,16 +136,16 @@ def write_adapter(model: Any, folder: Path, *, seed: int, rank: int = 8) -> None
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def run_rows(at: int, begun: float, *, adapters: int = 0) -> dict[str, float]:
+def run_engine(at: int, begun: float, *, adapters: int = 0) -> dict[str, float]:
     from runtime.model_source import ModelSource
     from runtime.serving.engine.create import create
     from runtime.serving.engine.protocol import Request, Sampling
     from runtime.serving.settings import Limits, ServeConfig
 
     limits = Limits(rows=at, context_tokens=1024)
-    ahead = FLAGS.parse_known_args()[0].speculative_tokens
+    draft_tokens = FLAGS.parse_known_args()[0].speculative_tokens
     config = ServeConfig(
-        model=ModelSource(name=PRESET), served_name=PRESET, limits=limits, speculative_tokens=ahead
+        model=ModelSource(name=PRESET), served_name=PRESET, limits=limits, speculative_tokens=draft_tokens
     )
     model = load()
     with tempfile.TemporaryDirectory() as scratch:
@@ -171,7 +172,7 @@ def run_rows(at: int, begun: float, *, adapters: int = 0) -> dict[str, float]:
 
 def run_adapters(at: int, begun: float) -> dict[str, float]:
     """Ours with 16 adapters resident, neighbouring requests each with another."""
-    return run_rows(at, begun, adapters=16)
+    return run_engine(at, begun, adapters=16)
 
 
 async def measure_over_http(base: str, name: str, at: int) -> dict[str, float]:
@@ -206,9 +207,9 @@ def run_http(at: int, begun: float) -> dict[str, float]:
 
     port = 18000 + os.getpid() % 2000
     command = [sys.executable, "-c", "from runtime.cli.main import main; main()", "serve", PRESET]
-    ahead = FLAGS.parse_known_args()[0].speculative_tokens
+    draft_tokens = FLAGS.parse_known_args()[0].speculative_tokens
     command += ["--port", str(port), "--host", "127.0.0.1", "--rows", str(at), "--context-tokens", "1024"]
-    command += ["--speculative-tokens", str(ahead)]
+    command += ["--speculative-tokens", str(draft_tokens)]
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     base = f"http://127.0.0.1:{port}"
     try:
@@ -303,7 +304,7 @@ def write_f32(target: Path) -> None:
 
 
 def run_llama(at: int, begun: float) -> dict[str, float]:
-    """llama.cpp: each step decodes every row and up to 256 prompt tokens, as our engine does."""
+    """llama.cpp: each step decodes every sequence and up to 256 prompt tokens, as our engine does."""
     import llama_cpp as llama
     import numpy as np
 
@@ -334,16 +335,16 @@ def run_llama(at: int, begun: float) -> dict[str, float]:
     waiting = list(enumerate(prompts))
     times: list[list[float]] = [[] for _ in prompts]
     begins = [0.0] * len(prompts)
-    rows: dict[int, list[Any]] = {}  # slot: number, tokens, filled
+    running: dict[int, list[Any]] = {}  # slot: number, tokens, filled
     started = time.monotonic()
-    while waiting or rows:
+    while waiting or running:
         for slot in range(at):
-            if slot not in rows and waiting:
+            if slot not in running and waiting:
                 number, prompt = waiting.pop(0)
                 begins[number] = time.monotonic()
-                rows[slot] = [number, list(prompt), 0]
+                running[slot] = [number, list(prompt), 0]
         batch.n_tokens, budget, due = 0, 256, {}
-        for slot, (number, tokens, filled) in sorted(rows.items(), key=lambda r: not times[r[1][0]]):
+        for slot, (number, tokens, filled) in sorted(running.items(), key=lambda r: not times[r[1][0]]):
             count = 1 if times[number] else min(budget, len(tokens) - filled)
             budget -= 0 if times[number] else count
             for place in range(filled, filled + count):
@@ -353,18 +354,18 @@ def run_llama(at: int, begun: float) -> dict[str, float]:
                 batch.n_tokens += 1
                 if at_end:
                     due[slot] = index
-            rows[slot][2] += count
+            running[slot][2] += count
         if llama.llama_decode(context, batch):
             sys.exit("llama_decode failed")
         for slot, index in due.items():
             logits = llama.llama_get_logits_ith(context, index)
             token = int(np.ctypeslib.as_array(logits, shape=(vocabulary,)).argmax())
-            number, tokens, _ = rows[slot]
+            number, tokens, _ = running[slot]
             tokens.append(token)
             times[number].append(time.monotonic())
             if len(times[number]) == NEW_TOKENS:
                 llama.llama_memory_seq_rm(memory, slot, -1, -1)
-                del rows[slot]
+                del running[slot]
     seconds = time.monotonic() - started
     gaps = [b - a for each in times for a, b in itertools.pairwise(each)]
     return {
@@ -376,7 +377,7 @@ def run_llama(at: int, begun: float) -> dict[str, float]:
 
 
 PEERS = {
-    "rows": run_rows,
+    "engine": run_engine,
     "adapters": run_adapters,
     "http": run_http,
     "url": run_url,
@@ -389,7 +390,7 @@ def main() -> None:
     """Measure in child processes and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[FLAGS])
     parser.add_argument("--at", type=int, nargs="+", default=[1, 4, 16, 32])
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=["rows", "http", "batching", "llama"])
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=["engine", "http", "batching", "llama"])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--child", choices=PEERS, help=argparse.SUPPRESS)
     options = parser.parse_args()

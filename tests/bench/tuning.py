@@ -6,7 +6,7 @@
 Needs trl (pip install trl==1.16.0). Each contender is a process of its own that trains on the same rows
 of Python's own documentation, with the same adapter shape, step size and number of optimizer steps
 (TRL packs first, so its steps hold packs). Timed is the trainer's train() alone; peak memory is the
-process's; held-out loss is measured by one function, over answer tokens. CPU seconds are told beside wall
+process's; held-out loss is measured by one function, over answer tokens. CPU seconds are reported beside wall
 seconds: they hardly move when something else runs on the machine.
 """
 
@@ -216,10 +216,10 @@ def contend(options: argparse.Namespace) -> None:
     held, rows = rows[: options.held_out], rows[options.held_out :][: options.rows]
     model, train = CONTENDERS[options.contender](rows, options)
     kept = encoded(rows, tokenizer_of())
-    asked = encoded(held, tokenizer_of()) if held else None
+    held_out = encoded(held, tokenizer_of()) if held else None
 
     def held_out_loss() -> float:
-        return mean_loss(model, asked.rows, Ranks(), layout="sorted", budget_tokens=MAX_TOKENS)
+        return mean_loss(model, held_out.rows, Ranks(), layout="sorted", budget_tokens=MAX_TOKENS)
 
     before = held_out_loss() if held else None
     wall, cpu = time.perf_counter(), time.process_time()

@@ -50,7 +50,7 @@ def test_push_takes_chosen_files_bases_and_modelpack(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "says"),
+    ("arguments", "status", "message"),
     [
         (["push", "nowhere", "oci:x"], 2, "no such directory"),
         (["push", ".", "ACR.azurecr.io/IMAGE:1"], 2, "lower-case"),
@@ -67,10 +67,10 @@ def test_failure_is_one_line_with_its_status(
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
     status: int,
-    says: str,
+    message: str,
 ) -> None:
     monkeypatch.chdir(folder)
     assert main.run(arguments, {}) == status
     error = capsys.readouterr().err
-    assert says in error
+    assert message in error
     assert "Traceback" not in error

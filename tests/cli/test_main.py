@@ -58,7 +58,7 @@ def test_console_script_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["tune", "missing.yaml"], "missing.yaml: no such file"),
         (["tune", "phi-3"], "did you mean 'phi-3-mini-4k-instruct'"),
@@ -82,10 +82,10 @@ def test_console_script_runs() -> None:
     ids=lambda value: " ".join(value)[-40:] if isinstance(value, list) else "",
 )
 def test_wrong_configuration_is_one_line_and_status_2(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], away: Path
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], away: Path
 ) -> None:
     assert main.run(arguments, {}) == 2
-    assert said in failure_line(capsys)
+    assert message in failure_line(capsys)
 
 
 @pytest.mark.parametrize("arguments", [["tune", "--bogus"], ["bogus"], ["serve", "phi-4", "--port", "x"]])

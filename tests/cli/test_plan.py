@@ -21,29 +21,29 @@ def plan(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str
 
 
 def test_the_manifests_own_gpu_is_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
-    status, said = plan(TUNING, capsys=capsys)
-    assert (status, said["device"], said["dtype"], said["fits"]) == (0, "V100-16GB", "float16", True)
-    assert said["total_bytes"] == sum(part["bytes"] for part in said["parts"])
-    assert said["total_bytes"] <= said["available_bytes"]
+    status, report = plan(TUNING, capsys=capsys)
+    assert (status, report["device"], report["dtype"], report["fits"]) == (0, "V100-16GB", "float16", True)
+    assert report["total_bytes"] == sum(part["bytes"] for part in report["parts"])
+    assert report["total_bytes"] <= report["available_bytes"]
     assert plan(TUNING, "--gpu", "a100-80gb", capsys=capsys)[1]["dtype"] == "bfloat16"
 
 
 def test_what_does_not_fit_is_status_6_with_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--gpu", "T4-16GB", "--set", "training.per_device_train_batch_size=64"]
     assert run(["plan", TUNING, *given], {}) == 6
-    said = capsys.readouterr().err
-    assert "--fit adapts" in said
-    assert said.count("\n") == 1
+    line = capsys.readouterr().err
+    assert "--fit adapts" in line
+    assert line.count("\n") == 1
     assert run(["plan", TUNING, *given, "--set", "fit=adapt"], {}) == 0
     whole = ["--set", "method=lora", "--set", "training.gradient_checkpointing=true"]
     assert run(["plan", "llama-3.1-8b-instruct", "--gpu", "T4-16GB", *whole], {}) == 6
     assert "method qlora with load_in_4bit would fit" in capsys.readouterr().err
 
 
-def test_a_server_says_how_many_rows_fit(capsys: pytest.CaptureFixture[str]) -> None:
-    status, said = plan(SERVING, "--gpu", "V100-16GB", capsys=capsys)
+def test_a_server_plan_has_the_sequences_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    status, report = plan(SERVING, "--gpu", "V100-16GB", capsys=capsys)
     assert status == 0
-    assert (said["rows"], said["cache_bytes_per_token"]) == (8, 393_216)
+    assert (report["rows"], report["cache_bytes_per_token"]) == (8, 393_216)
     assert run(["plan", "llama-3.3-70b-instruct", "--serve", "--gpu", "V100-16GB"], {}) == 6
 
 

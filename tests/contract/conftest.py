@@ -82,8 +82,8 @@ def base_image(containers: dict[str, str], tmp_path_factory: pytest.TempPathFact
 
 def _sources(suite: str) -> list[str]:
     """Return apt's own lists of `suite`, a mirror's where one is set."""
-    places = [Path("/etc/apt/sources.list"), *Path("/etc/apt/sources.list.d").glob("*.*")]
-    kept = [path for path in places if path.suffix in (".list", ".sources") and path.is_file()]
+    sources = [Path("/etc/apt/sources.list"), *Path("/etc/apt/sources.list.d").glob("*.*")]
+    kept = [path for path in sources if path.suffix in (".list", ".sources") and path.is_file()]
     return [str(path) for path in kept if suite in path.read_text()]
 
 
@@ -96,8 +96,10 @@ def image(containers: dict[str, str], base_image: str) -> str:
     tag = f"localhost/workspace-runtime:test-{_digest(base_image)}"
     with _alone():
         if not _exists(tag, containers):
-            said = build(tag, base_image, containers)
-            assert re.search(r"built in \d+ s, \d+ MB, `runtime version` answers after \d+ ms", said), said
+            output = build(tag, base_image, containers)
+            assert re.search(r"built in \d+ s, \d+ MB, `runtime version` answers after \d+ ms", output), (
+                output
+            )
     return tag
 
 

@@ -171,15 +171,15 @@ class Pod:
 
     def stop(self, *only: str) -> dict[str, int]:
         """Ask containers to end, as deleting the pod asks all; return the exit codes (137: killed)."""
-        asked = [c for c in self.spec["containers"] if not only or c["name"] in only]
-        for container in asked:
+        stopping = [c for c in self.spec["containers"] if not only or c["name"] in only]
+        for container in stopping:
             before = container.get("lifecycle", {}).get("preStop")
             if before:
                 self.node.podman("exec", self.container(container["name"]), *before["exec"]["command"])
-        for container in asked:
+        for container in stopping:
             name = self.container(container["name"])
             self.node.podman("stop", "-t", str(self.grace_s), name, timeout_s=self.grace_s + 60)
-        return {container["name"]: self.state(container["name"])[1] for container in asked}
+        return {container["name"]: self.state(container["name"])[1] for container in stopping}
 
     def _port(self, name: str, port: int | str) -> int:
         spec = next(c for c in self.spec["containers"] if c["name"] == name)
@@ -193,12 +193,12 @@ class Pod:
             "lifecycle", "terminationMessagePolicy",
         }  # fmt: skip
         assert container.keys() <= known, f"this kubelet does not know {container.keys() - known}"
-        last_words = self.folder / f"{container['name']}.termination"
-        last_words.parent.mkdir(parents=True, exist_ok=True)
-        last_words.touch()
-        last_words.chmod(0o666)
+        termination_log = self.folder / f"{container['name']}.termination"
+        termination_log.parent.mkdir(parents=True, exist_ok=True)
+        termination_log.touch()
+        termination_log.chmod(0o666)
         words = ["--pod", self.name, "--name", self.container(container["name"]), "--pull", "never",
-                 "-v", f"{last_words}:/dev/termination-log"]  # fmt: skip
+                 "-v", f"{termination_log}:/dev/termination-log"]  # fmt: skip
         words += ["-e", "KUBERNETES_SERVICE_HOST=10.96.0.1", "-e", "KUBERNETES_SERVICE_PORT=443"]
         environ = self._environ(container)
         words += [word for name, value in environ.items() for word in ("-e", f"{name}={value}")]
@@ -250,7 +250,7 @@ class Pod:
         yield from ("-v", f"{folder}:{target}{':ro' if readonly else ''}")
 
     def _folder(self, volume: Document) -> Path:
-        """Return the directory behind a volume, made and filled when it is first asked for."""
+        """Return the directory behind a volume, made and filled when it is first needed."""
         if "persistentVolumeClaim" in volume:
             return self.node.claims[volume["persistentVolumeClaim"]["claimName"]]
         if "hostPath" in volume:

@@ -144,9 +144,9 @@ def test_stopped_training_leaves_a_checkpoint(docker: Docker, image: str, job: P
     command = ["tune", "/job/workspace.yaml"]
     docker("run", "-d", "--name", "job", *locked, "-v", f"{job}:/job", image, *command)
     deadline = time.monotonic() + 120
-    while '"msg": "step ' not in (said := docker("logs", "job").stderr):
-        assert time.monotonic() < deadline, said
-        assert docker.inspect("job", "{{.State.Status}}") == "running", said
+    while '"msg": "step ' not in (logs := docker("logs", "job").stderr):
+        assert time.monotonic() < deadline, logs
+        assert docker.inspect("job", "{{.State.Status}}") == "running", logs
         time.sleep(0.2)
     docker("stop", "-t", "30", "job")
     assert docker.inspect("job", "{{.State.ExitCode}}") == "143"

@@ -1,4 +1,4 @@
-"""A model tuned, pushed and asked, in the pods that each generation of the controller makes.
+"""A model tuned, pushed and queried, in the pods that each generation of the controller makes.
 
 The pods are in pods/, one file each. Stand-ins: the tools' images (curl, oras, docker, skopeo) are this
 image, the model is a tiny one, and a push without credentials goes to a registry on this machine.
@@ -74,7 +74,7 @@ def cluster(
 
 
 @pytest.mark.parametrize("generation", ["v0.3.0", "v0.4", "v0.8", "v0.12"])
-def test_tuned_pushed_mounted_and_asked(
+def test_tuned_pushed_mounted_and_queried(
     generation: str, cluster: Cluster, base_image: str, tmp_path: Path
 ) -> None:
     node = cluster.node
@@ -122,10 +122,10 @@ def test_an_evicted_pod_leaves_a_checkpoint_and_says_why(cluster: Cluster) -> No
         assert gpus.keys() == {"gpu_info", "cpu_info"}
         code = pod.stop(MAIN)[MAIN]
         assert code not in (0, 137), pod.logs(MAIN)
-        said = json.loads(pod.message(MAIN))
-        assert (said["code"], said["retriable"]) == (143, True)
+        reason = json.loads(pod.message(MAIN))
+        assert (reason["code"], reason["retriable"]) == (143, True)
         results = pod.volume("results-volume")
-        assert list(results.rglob(f"checkpoint-{said['step']}")), pod.logs(MAIN)
+        assert list(results.rglob(f"checkpoint-{reason['step']}")), pod.logs(MAIN)
         assert not (results / "fine_tuning_completed.txt").exists()
 
 

@@ -43,7 +43,7 @@ data:
 
 
 class Running:
-    """One container, and what became of it."""
+    """One container, its logs and its exit code."""
 
     def __init__(self, node: Node, name: str) -> None:
         self.node, self.name = node, name
@@ -52,15 +52,15 @@ class Running:
     def ip(self) -> str:
         return self._inspect("{{.NetworkSettings.IPAddress}}")
 
-    def said(self) -> str:
+    def logs(self) -> str:
         done = self.node.podman("logs", self.name, check=False)
         return done.stdout + done.stderr
 
     def wait_for(self, word: str, timeout_s: float = 120) -> None:
         deadline = time.monotonic() + timeout_s
-        while word not in self.said():
-            assert self._inspect("{{.State.Status}}") == "running", self.said()
-            assert time.monotonic() < deadline, self.said()
+        while word not in self.logs():
+            assert self._inspect("{{.State.Status}}") == "running", self.logs()
+            assert time.monotonic() < deadline, self.logs()
             time.sleep(0.2)
 
     def stop(self, grace_s: int) -> tuple[int, float]:
@@ -115,7 +115,7 @@ def test_tunes_and_serves_as_any_user_on_a_read_only_root(
         httpx.post(f"http://{running.ip}:8080/chat", json=body, timeout=60).json()["Result"], str
     )
     code, seconds = running.stop(25)
-    assert (code, seconds < 20) == (0, True), running.said()
+    assert (code, seconds < 20) == (0, True), running.logs()
 
 
 def test_sigterm_ends_training_with_a_checkpoint_within_the_grace_period(
@@ -125,12 +125,12 @@ def test_sigterm_ends_training_with_a_checkpoint_within_the_grace_period(
     node.podman("run", "-d", "--name", running.name, *LOCKED, *job, image, "tune", "/job/workspace.yaml")
     running.wait_for('"msg": "step ')
     code, seconds = running.stop(30)
-    assert (code, seconds < 28) == (143, True), running.said()
-    assert list((tmp_path / "results").rglob("checkpoint-*")), running.said()
+    assert (code, seconds < 28) == (143, True), running.logs()
+    assert list((tmp_path / "results").rglob("checkpoint-*")), running.logs()
     assert not (tmp_path / "results/fine_tuning_completed.txt").exists()
 
 
-def test_port_80_needs_no_root_where_the_machine_allows_it_and_a_clear_word_elsewhere(
+def test_port_80_needs_no_root_where_the_machine_allows_it_and_a_clear_error_elsewhere(
     node: Node, image: str, running: Running, tiny_llama_dir: Path
 ) -> None:
     model = ["-v", f"{tiny_llama_dir}:/model:ro"]
@@ -187,10 +187,10 @@ def test_what_controllers_name_is_there(node: Node, image: str) -> None:
         "readlink -f weights /workspace/vllm/weights; cat /workspace/version.txt; "
         "ls /workspace/chat_templates"
     )
-    said = node.podman("run", "--rm", "--entrypoint", "/bin/sh", image, "-c", script).stdout.splitlines()
-    assert said[0] == "/workspace/tfs"
-    assert said.count("/workspace/weights") == 2
-    assert {"phi-3.jinja", "llama-3-instruct.jinja", "mistral-instruct.jinja"} <= set(said)
+    found = node.podman("run", "--rm", "--entrypoint", "/bin/sh", image, "-c", script).stdout.splitlines()
+    assert found[0] == "/workspace/tfs"
+    assert found.count("/workspace/weights") == 2
+    assert {"phi-3.jinja", "llama-3-instruct.jinja", "mistral-instruct.jinja"} <= set(found)
 
 
 def test_the_image_says_what_is_in_it(node: Node, image: str) -> None:

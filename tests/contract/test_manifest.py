@@ -1,4 +1,4 @@
-"""What `runtime manifest` prints, run as a cluster would: tuned, pushed, mounted, asked; and on two nodes."""
+"""What `runtime manifest` prints, run as a cluster would: tune, push, mount, query; and on two nodes."""
 
 import json
 from pathlib import Path
@@ -85,7 +85,9 @@ def over_plain_http(job: Document) -> Document:
     return job
 
 
-def test_tuned_pushed_mounted_and_asked(manifest: Any, node: Node, registry: Registry, data_url: str) -> None:
+def test_tuned_pushed_mounted_and_queried(
+    manifest: Any, node: Node, registry: Registry, data_url: str
+) -> None:
     adapter = f"{registry.address}/adapters/tiny:1"
     text = TUNING.replace("NODES", "1").replace("URL", data_url).replace("IMAGE", adapter)
     objects = manifest(text)

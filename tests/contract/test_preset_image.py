@@ -51,8 +51,8 @@ def test_baked_weights_are_served_under_the_presets_name(
 ) -> None:
     done = bake(image, "phi-3-mini-128k-instruct", tag, tiny_llama_dir, containers)
     assert done.returncode == 0, done.stderr
-    said = node.podman("run", "--rm", "--network", "none", tag, "serve", "--dry-run", "--json").stdout
-    settings = json.loads(said)["settings"]
+    output = node.podman("run", "--rm", "--network", "none", tag, "serve", "--dry-run", "--json").stdout
+    settings = json.loads(output)["settings"]
     assert settings["served_name"]["value"] == "phi-3-mini-128k-instruct"
     assert settings["model.path"]["value"] == "/workspace/weights"
 

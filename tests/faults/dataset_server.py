@@ -95,10 +95,10 @@ class DatasetServer:
             sequence = self.replies.get(path, [Reply(status=404)])
             reply = sequence.pop(0) if len(sequence) > 1 else sequence[0]
         status, body, extra = reply.status, reply.body, dict(reply.headers)
-        asked = headers.get("range")
+        wanted = headers.get("range")
         fresh = headers.get("if-range") == reply.etag
-        if asked and status == 200 and reply.ranges and fresh:
-            start = int(asked.removeprefix("bytes=").rstrip("-"))
+        if wanted and status == 200 and reply.ranges and fresh:
+            start = int(wanted.removeprefix("bytes=").rstrip("-"))
             extra.setdefault("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
             status, body = 206, body[start:]
         length = len(body) if reply.length == -1 else reply.length

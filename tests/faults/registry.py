@@ -1,4 +1,4 @@
-"""A proxy in front of a real registry that breaks what it is told to break, and keeps a list of requests.
+"""A proxy in front of a real registry that breaks what a test chooses, and keeps a list of requests.
 
 The registry behind it is Debian's; here are only the faults, an Azure registry's limits, and a token
 server on the same port as Azure has it. Start at `FaultyRegistry.fault`.
@@ -69,14 +69,14 @@ class FaultyRegistry(http.server.ThreadingHTTPServer):
         self.body_limit: int | None = None
         """Answer 413 to larger bodies, as Azure does above about 20 MB."""
         self.remembers = True
-        """Let an upload be asked for by any of its addresses, as Azure does and the OCI specification wants;
+        """Take requests for an upload at any of its addresses, as Azure does and the OCI specification wants;
         Debian's registry knows only the newest and answers 404 to the others."""
         self.uploads: dict[str, tuple[str, int]] = {}
         """The newest query and offset of each upload."""
         self.begun: list[tuple[str, str]] = []
         """Method and path of each request as soon as its headers are there."""
         self.proxied: list[str] = []
-        """Hosts that clients asked for as if this were a proxy."""
+        """Hosts that clients requested as if this were a proxy."""
         self.slow_bytes_s: float | None = None
         """Take uploads no faster than this."""
         self.routes: dict[str, Callable[[str, str, dict[str, str], bytes], Answer]] = {}
@@ -110,7 +110,7 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         server = self.server
         method, path = self.command, self.path
-        if path.startswith("http://"):  # asked as a proxy
+        if path.startswith("http://"):  # requested as from a proxy
             server.proxied.append(urlsplit(path).netloc)
             path = path.removeprefix(f"http://{urlsplit(path).netloc}")
         length = int(self.headers.get("Content-Length") or 0)
@@ -175,15 +175,15 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
     def read_body(self, length: int) -> bytes:
         if self.server.slow_bytes_s is None or not length:
             return self.rfile.read(length)
-        pieces = []
+        chunks = []
         while length:
-            piece = self.rfile.read(min(length, 1 << 20))
-            if not piece:
+            chunk = self.rfile.read(min(length, 1 << 20))
+            if not chunk:
                 break
-            pieces.append(piece)
-            length -= len(piece)
-            time.sleep(len(piece) / self.server.slow_bytes_s)
-        return b"".join(pieces)
+            chunks.append(chunk)
+            length -= len(chunk)
+            time.sleep(len(chunk) / self.server.slow_bytes_s)
+        return b"".join(chunks)
 
     def wrong_offset(self, method: str, path: str) -> Answer | None:
         """Return a 416 when a chunk does not start where the upload is."""

@@ -19,7 +19,7 @@ def test_phi_3_mini_takes_384_kib_a_token() -> None:
     assert held == pytest.approx(capacity.room_bytes, abs=capacity.token_bytes * capacity.sequences)
 
 
-def test_a_model_too_large_leaves_no_row() -> None:
+def test_a_model_too_large_leaves_no_sequence() -> None:
     large = shape.of(source("llama-3.3-70b-instruct"))
     assert not serving.forecast(large, ServingRun(1, 2048, "bfloat16"), hardware.named("A100-80GB")).fits
     four = ServingRun(1, 2048, "bfloat16", bits=4, double_quant=True)
@@ -27,7 +27,7 @@ def test_a_model_too_large_leaves_no_row() -> None:
     assert serving.fits_on(large, ServingRun(1, 2048, "bfloat16")) == ("H200-141GB",)
 
 
-def test_context_gives_way_before_rows_and_rows_before_short_contexts() -> None:
+def test_context_gives_way_before_sequences_and_sequences_before_short_contexts() -> None:
     gib = 1 << 30
     assert sequences_that_fit((4, 4096), token_bytes=1 << 10, free_bytes=gib) == (4, 4096)
     assert sequences_that_fit((32, 131072), token_bytes=1 << 14, free_bytes=2 * gib) == (32, 3276)

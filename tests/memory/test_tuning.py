@@ -38,8 +38,8 @@ def kept(kind: str, layers: int, *, packed: bool, dtype: str) -> int:
         packed_attention.register()
         adapted.get_base_model().set_attn_implementation(packed_attention.NAME)
         borders = torch.tensor([0, TOKENS // 2, TOKENS], dtype=torch.int32)
-        places = torch.arange(TOKENS // 2).repeat(2)[None]
-        inputs = {"input_ids": ids.view(1, -1), "position_ids": places, "cu_seq_lens_q": borders}
+        positions = torch.arange(TOKENS // 2).repeat(2)[None]
+        inputs = {"input_ids": ids.view(1, -1), "position_ids": positions, "cu_seq_lens_q": borders}
         inputs["cu_seq_lens_k"] = borders
     else:
         inputs["attention_mask"][0, -3:] = 0

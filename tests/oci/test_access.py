@@ -1,4 +1,4 @@
-"""Where credentials and caches are looked for, by the environment."""
+"""Where credentials and caches are, by the environment."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from runtime.oci import from_environment
 from runtime.oci.access import credential_files
 
 
-def test_environment_names_the_places_in_order(tmp_path: Path) -> None:
+def test_environment_names_the_files_in_order(tmp_path: Path) -> None:
     environment = {
         "HOME": "/home/me",
         "DOCKER_CONFIG": "/etc/docker-login",
@@ -16,24 +16,24 @@ def test_environment_names_the_places_in_order(tmp_path: Path) -> None:
         "AZURE_FEDERATED_TOKEN_FILE": "/var/run/token",
     }
     access = from_environment(environment, files=[tmp_path])
-    places = [str(place) for place in access.files or ()]
-    assert places[:4] == [
+    files = [str(file) for file in access.files or ()]
+    assert files[:4] == [
         str(tmp_path),
         "/run/auth.json",
         "/etc/docker-login",
         "/home/me/.docker/config.json",
     ]
     assert {"/root/.docker/config.json", "/tmp/.docker/config/config.json", "/root/.docker/config.d"} <= {
-        *places
+        *files
     }
     assert access.azure is not None
     assert access.azure.token_file == Path("/var/run/token")
 
 
 def test_a_mounted_secret_is_called_so_wherever_the_home_is() -> None:
-    places = credential_files({"HOME": "/root", "XDG_RUNTIME_DIR": "/run/user/0"})
-    assert len({place.path for place in places}) == len(places)
-    origins = {str(place.path): place.origin for place in places}
+    files = credential_files({"HOME": "/root", "XDG_RUNTIME_DIR": "/run/user/0"})
+    assert len({file.path for file in files}) == len(files)
+    origins = {str(file.path): file.origin for file in files}
     assert origins["/root/.docker/config.json"] == "mounted secret"
     assert origins["/root/.config/containers/auth.json"] == "podman login"
     assert origins["/run/user/0/containers/auth.json"] == "podman login"

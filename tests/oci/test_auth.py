@@ -92,15 +92,15 @@ def test_anonymous_may_pull_where_the_registry_lets_it(
 
 
 @pytest.mark.parametrize(
-    ("user", "password", "says"),
+    ("user", "password", "message"),
     [("pusher", "wr0ng-pass", "login refused with 401"), ("reader", "r", "may not pull,push")],
 )
 def test_33_refused_login_is_known_at_once_and_names_user_and_file(
-    azure: AzureLike, tmp_path: Path, user: str, password: str, says: str
+    azure: AzureLike, tmp_path: Path, user: str, password: str, message: str
 ) -> None:
     config = docker_config(tmp_path / "config.json", azure.host, user, password)
     started = time.monotonic()
-    with pytest.raises(RegistryError, match=says) as caught:
+    with pytest.raises(RegistryError, match=message) as caught:
         oci.check_push(fresh(azure.host, "a"), access=Access(files=(config,)))
     assert time.monotonic() - started < 5
     message = str(caught.value)
@@ -121,7 +121,7 @@ def test_33_wrong_password_at_a_basic_registry_is_known_at_once(
     assert "wr0ng-pass" not in str(caught.value)
 
 
-def test_no_credentials_is_said(password_registry: Started) -> None:
+def test_missing_credentials_are_reported(password_registry: Started) -> None:
     with pytest.raises(RegistryError, match="no credentials found"):
         oci.check_push(fresh(password_registry.host, "a"), access=quick())
 
@@ -129,7 +129,7 @@ def test_no_credentials_is_said(password_registry: Started) -> None:
 def test_token_is_renewed_before_it_expires(
     azure: AzureLike, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The token says how long it lives; ours is renewed while it still works."""
+    """The token message how long it lives; ours is renewed while it still works."""
     azure.tokens.life_s = 1
     clock = [0.0]
     monkeypatch.setattr("runtime.oci.auth.time.monotonic", lambda: clock.append(clock[-1] + 0.5) or clock[-1])

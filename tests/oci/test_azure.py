@@ -46,7 +46,7 @@ def test_identity_is_shown_to_azure_registries_alone(azure: AzureLike) -> None:
     assert "metadata" not in azure.tokens.grants
 
 
-def test_workload_identity_without_its_variables_is_said(azure: AzureLike, tmp_path: Path) -> None:
+def test_workload_identity_without_its_variables_is_reported(azure: AzureLike, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("x")
     identity = AzureIdentity(client_id="c", token_file=tmp_path / "token", registries=("127.0.0.1:*",))
     with pytest.raises(ConfigError, match="AZURE_TENANT_ID"):

@@ -18,12 +18,12 @@ from tests.oci.conftest import Started, fresh, quick
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 
-SAID = [("user", "what is {n}?"), ("assistant", "it is {n}, {n} and {n}, as everybody knows")]
+TURNS = [("user", "what is {n}?"), ("assistant", "it is {n}, {n} and {n}, as everybody knows")]
 
 
 def rows(path: Path) -> Path:
     text = [
-        {"messages": [{"role": role, "content": words.format(n=n)} for role, words in SAID]}
+        {"messages": [{"role": role, "content": words.format(n=n)} for role, words in TURNS]}
         for n in range(120)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in text))

@@ -1,4 +1,4 @@
-"""Registries that break (fault tests 29 to 37): what is sent again, what is not, and what is said."""
+"""Registries that break (fault tests 29 to 37): what is sent again, what is not, and what is reported."""
 
 import contextlib
 import os
@@ -112,7 +112,7 @@ def test_30_retry_after_is_kept_to(faulty: FaultyRegistry, adapter: Path) -> Non
     assert 1 <= time.monotonic() - started < 4
 
 
-def test_30_retries_end_and_the_last_answer_is_told(faulty: FaultyRegistry, adapter: Path) -> None:
+def test_30_retries_end_and_the_last_answer_is_reported(faulty: FaultyRegistry, adapter: Path) -> None:
     body = b'{"errors":[{"code":"TOOMANYREQUESTS","message":"too many requests"}]}'
     faulty.fault("PATCH", "/blobs/", "status", status=429, body=body, times=99)
     with pytest.raises(TransientError, match=r"gave up after 6 tries.*TOOMANYREQUESTS"):
@@ -236,8 +236,8 @@ def test_35_killed_push_sends_only_what_is_missing(faulty: FaultyRegistry, tmp_p
     block = random.Random(5).randbytes(1 << 20)
     for number in range(5):
         with (folder / f"model-{number}.safetensors").open("wb") as file:
-            for piece in range(100):
-                file.write(number.to_bytes(4, "big") + piece.to_bytes(4, "big") + block[8:])
+            for part in range(100):
+                file.write(number.to_bytes(4, "big") + part.to_bytes(4, "big") + block[8:])
     reference = fresh(faulty.host, "big")
     program = (
         "import sys; from pathlib import Path; from runtime import oci\n"
@@ -425,17 +425,17 @@ def test_05_interrupt_ends_a_transfer_at_once(faulty: FaultyRegistry, tmp_path: 
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it\n"
         "sys.exit(run(sys.argv[1:], {}))"
     )
-    places = [str(folder), str(reference)] if way == "push" else [str(reference), str(folder)]
-    process = subprocess.Popen([sys.executable, "-c", program, way, *places])
+    arguments = [str(folder), str(reference)] if way == "push" else [str(reference), str(folder)]
+    process = subprocess.Popen([sys.executable, "-c", program, way, *arguments])
     wanted = "PATCH" if way == "push" else "GET"
     while not any(method == wanted and "/blobs/" in path for method, path in faulty.begun):
         assert process.poll() is None
         time.sleep(0.02)
     time.sleep(0.5)
-    asked = time.monotonic()
+    began = time.monotonic()
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
-    assert time.monotonic() - asked < 3
+    assert time.monotonic() - began < 3
     assert way == "push" or not folder.exists()
 
 

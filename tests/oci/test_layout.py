@@ -31,7 +31,7 @@ def test_pushed_layout_is_an_image_for_other_tools(adapter: Path, tmp_path: Path
     assert files(tmp_path / "bundle/rootfs/data") == files(adapter)
 
 
-def test_missing_tag_is_said(adapter: Path, tmp_path: Path) -> None:
+def test_missing_tag_is_reported(adapter: Path, tmp_path: Path) -> None:
     oci.push(adapter, oci.parse(f"oci:{tmp_path}/out:v1"))
     with pytest.raises(RegistryError, match="no such image"):
         oci.pull(oci.parse(f"oci:{tmp_path}/out:v2"), tmp_path / "back")

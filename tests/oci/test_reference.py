@@ -1,4 +1,4 @@
-"""Image names: what parses into what, and what is said of those that do not."""
+"""Image names: what parses into what, and the errors for what does not parse."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def test_reference_is_read_as_docker_reads_it(text: str, expected: Reference) ->
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("ACR_REPO_HERE.azurecr.io/IMAGE_NAME_HERE:0.0.1", "lower-case"),
         ("https://my.azurecr.io/a:1", "without the scheme"),
@@ -56,8 +56,8 @@ def test_reference_is_read_as_docker_reads_it(text: str, expected: Reference) ->
         ("oci::v1", "no directory"),
     ],
 )
-def test_wrong_reference_says_which_part(text: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=says) as caught:
+def test_wrong_reference_says_which_part(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
         parse(text)
     assert "\n" not in str(caught.value)
 

@@ -110,7 +110,7 @@ def test_preflight_leaves_no_upload_behind(azure: AzureLike, tmp_path: Path) -> 
     assert azure.front.seen[-1].status == 204
 
 
-def test_untrusted_certificate_is_said_at_once(
+def test_untrusted_certificate_is_reported_at_once(
     tls_registry: TlsRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("REQUESTS_CA_BUNDLE", raising=False)

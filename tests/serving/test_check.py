@@ -47,7 +47,7 @@ def check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dic
     ("quantize", "weights"),
     [("none", "float32, "), ("nf4", "nf4 computed in float32, "), ("int8", "int8 computed in ")],
 )
-def test_model_is_loaded_in_the_format_asked_for_and_gives_a_token(
+def test_model_is_loaded_in_the_format_requested_and_gives_a_token(
     tiny_llama_dir: Path, folders: Path, capsys: pytest.CaptureFixture[str], quantize: str, weights: str
 ) -> None:
     status, found = check(
@@ -61,7 +61,7 @@ def test_model_is_loaded_in_the_format_asked_for_and_gives_a_token(
     assert found["peak_memory_bytes"] > 1 << 20
 
 
-def test_rows_are_those_of_the_engine_not_of_the_settings(
+def test_sequences_at_a_time_are_the_engines_not_the_settings(
     tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert check(capsys, str(tiny_llama_dir))[1]["rows"] == 32

@@ -47,7 +47,7 @@ def test_endless_noise_is_shown_and_not_kept(tokenizer: Any) -> None:
 
 
 def test_leading_space_survives_after_a_prompt() -> None:
-    """Sentencechunk drops the space of a first token; after a prompt it must stay."""
+    """Sentencepiece drops the space of a first token; after a prompt it must stay."""
     words = {1: "Hello", 2: " world"}
 
     def decode(ids: Any) -> str:

@@ -53,7 +53,7 @@ def test_commands_change_model_and_rules(client: httpx.Client) -> None:
     assert text.count("start a new conversation") == 2
 
 
-def test_settings_go_along_and_nonsense_is_said(client: httpx.Client) -> None:
+def test_settings_go_along_and_wrong_ones_are_reported(client: httpx.Client) -> None:
     text = session(client, "/set max_tokens 2", "a b c d", "/set max_tokens", "/set seed x", "/set beams 2")
     assert "[2 tokens, " in text
     assert "max_tokens is the model's own" in text
@@ -73,7 +73,7 @@ def test_two_models_answer_below_each_other_and_the_first_is_remembered(client: 
     assert "one answer again" in text
 
 
-def test_refused_question_is_said_and_the_conversation_goes_on(client: httpx.Client) -> None:
+def test_refused_question_is_reported_and_the_conversation_goes_on(client: httpx.Client) -> None:
     text = session(client, "x " * 5000, "hello")
     assert "4096" in text
     assert "user\nhello" in text

@@ -38,7 +38,7 @@ def test_layers_are_computed_again_only_where_that_is_needed() -> None:
     assert fit.plan(long, V100).forecast.run.checkpointing
 
 
-def test_the_users_word_stands_unless_fit_is_asked_for() -> None:
+def test_the_users_settings_stay_unless_fit_is_requested() -> None:
     stubborn = {"gradient_checkpointing": False, "per_device_train_batch_size": 8}
     with pytest.raises(CapacityError, match=r"needs [\d.]+ GiB .*--fit adapts") as refused:
         fit.check(job(stubborn), V100)
@@ -114,7 +114,7 @@ COMPACT = f"from runtime import hardware; hardware.return_freed_memory(); {WORKE
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["as it comes", "compact", "checkpointing"])
+@pytest.mark.parametrize("how", ["default", "compact", "checkpointing"])
 def test_the_plan_is_the_measured_peak_of_a_small_model(
     how: str, tmp_path: Path, make_long_job: Callable[..., TuningJob]
 ) -> None:
@@ -127,7 +127,7 @@ def test_the_plan_is_the_measured_peak_of_a_small_model(
 
 @pytest.mark.slow
 @pytest.mark.model
-@pytest.mark.parametrize("how", ["as it comes", "compact"])
+@pytest.mark.parametrize("how", ["default", "compact"])
 def test_the_plan_is_the_measured_peak_of_the_demo_model(
     how: str, demo_model_dir: Path, make_long_job: Callable[..., TuningJob]
 ) -> None:
@@ -137,7 +137,7 @@ def test_the_plan_is_the_measured_peak_of_the_demo_model(
 def _hold(made: TuningJob, how: str) -> None:
     from dataclasses import replace
 
-    compact = how != "as it comes"
+    compact = how != "default"
     peak, plan = measured(made, COMPACT if compact else WORKER)
     run = replace(plan.requested, compact=compact)
     planned = tuning.resident(tuning.parts(plan.shape, run))

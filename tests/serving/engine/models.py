@@ -16,7 +16,7 @@ def some_prompts(*lengths: int, vocabulary: int = 128) -> list[tuple[int, ...]]:
 
 
 def longrope_model() -> Any:
-    """Phi-4-mini's shape, 64 positions in its youth and 512 now; both sets of factors change its answers."""
+    """Phi-4-mini's shape, 64 positions originally and 512 now; both sets of factors change its answers."""
     torch.manual_seed(0)
     draw = torch.rand(2, 4).tolist()
     rope = {

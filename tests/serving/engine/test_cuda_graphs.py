@@ -205,14 +205,14 @@ class Broken(Traces):
 
 
 @pytest.mark.parametrize(
-    ("failure", "said"),
+    ("failure", "reason"),
     [
         ("CUDA error: not permitted", "CUDA error: not permitted"),
         ("", "a replay differs by 2 of the largest"),
     ],
 )
 def test_a_graph_that_fails_or_differs_is_logged_once_and_never_replayed(
-    tiny_llama_dir: Path, traces: Traces, caplog: pytest.LogCaptureFixture, failure: str, said: str
+    tiny_llama_dir: Path, traces: Traces, caplog: pytest.LogCaptureFixture, failure: str, reason: str
 ) -> None:
     engine = BatchingEngine(
         load(tiny_llama_dir),
@@ -224,7 +224,7 @@ def test_a_graph_that_fails_or_differs_is_logged_once_and_never_replayed(
     engine.close()
     assert answers == [generate(load(tiny_llama_dir))] * 3
     (line,) = (each.getMessage() for each in caplog.records if each.name.endswith(".cuda_graphs"))
-    assert line.startswith(f"Decoding without CUDA graphs, which is slower: {said}")
+    assert line.startswith(f"Decoding without CUDA graphs, which is slower: {reason}")
     assert "\n" not in line
 
 

@@ -116,7 +116,7 @@ def test_many_adapters_come_and_go_and_each_answers_as_alone(
     for name, strength in strengths.items():
         engine.add_adapter(name, folder, strength=strength)
     engine.remove_adapter("s2")
-    engine.add_adapter("first", adapter_dirs["my.first-one"])  # takes the free place, with other targets
+    engine.add_adapter("first", adapter_dirs["my.first-one"])  # takes the free slot, with other targets
     engine.remove_adapter("s5")
     names = [name for name in (*strengths, "first") if name not in ("s2", "s5")]
     alone = [run(engine, make_request(adapter=name))[0] for name in names]

@@ -27,7 +27,7 @@ from tests.serving.engine.models import some_prompts
 
 SOURCES = sorted(LIBRARY.parent.glob("*.c"))
 PROCESSORS = {"x86-64-v4": ["avx512f", "avx512bw", "avx512vl"], "x86-64-v3": ["avx2", "fma"], "x86-64": []}
-"""What -march calls them, and what /proc/cpuinfo says of one that can run it."""
+"""What -march calls them, and the flags in /proc/cpuinfo of one that can run it."""
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
@@ -250,7 +250,7 @@ def test_each_token_gets_its_own_adapter(native: Kernels, rank: int, outs: tuple
 def test_without_kernels_the_answers_are_the_same(
     family: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With them test_engine.py asks; here torch's operations answer, as where there was no compiler."""
+    """With them test_engine.py covers it; here torch's operations answer, as where there was no compiler."""
     from runtime.serving.engine.engine import BatchingEngine, EngineLimits
 
     monkeypatch.setattr(Kernels, "find", lambda: None)

@@ -86,9 +86,9 @@ def test_a_growing_sequence_gets_the_same_drafts_as_a_complete_one(
         assert drafted == expected
         assert len(drafted) <= FIRST_DRAFT_TOKENS
         if drafted:
-            places = [p for p in range(length) if tuple(begin[p : p + len(drafted)]) == drafted]
+            positions = [p for p in range(length) if tuple(begin[p : p + len(drafted)]) == drafted]
             shortest = NGRAM_SIZES[-1]
-            assert any(begin[p - shortest : p] == begin[-shortest:] for p in places)
+            assert any(begin[p - shortest : p] == begin[-shortest:] for p in positions)
 
 
 @pytest.mark.parametrize("family", SERVED)

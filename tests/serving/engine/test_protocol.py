@@ -1,4 +1,4 @@
-"""What every engine promises: greedy equals generate, adapters by name, failures answered, places freed."""
+"""What every engine promises: greedy equals generate, adapters by name, failures answered, slots freed."""
 
 import asyncio
 import threading

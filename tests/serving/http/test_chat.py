@@ -118,7 +118,7 @@ async def test_sampling_is_the_models_own_unless_the_request_sets_it(open_site: 
     assert greedy.temperature == 0
 
 
-async def test_greedy_model_samples_when_asked(open_site: Any) -> None:
+async def test_greedy_model_samples_when_the_request_does(open_site: Any) -> None:
     async with open_site() as site:
         await site.chat()
         await site.chat(top_p=0.9)

@@ -49,7 +49,7 @@ def test_order_follows_seed_and_epoch() -> None:
     assert list(plan.steps(0)) != list(BatchPlan((5,) * 40, (2,) * 40, 8, 64, "packed", seed=2).steps(0))
 
 
-def test_last_short_step_is_dropped_only_when_asked() -> None:
+def test_last_short_step_is_dropped_only_when_requested() -> None:
     assert BatchPlan((5,) * 10, (2,) * 10, 4, 64, "packed").steps_per_epoch == 3
     assert BatchPlan((5,) * 10, (2,) * 10, 4, 64, "packed", drop_last=True).steps_per_epoch == 2
     assert BatchPlan((5,) * 3, (2,) * 3, 4, 64, "packed", drop_last=True).steps_per_epoch == 1

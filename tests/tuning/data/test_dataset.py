@@ -64,7 +64,7 @@ def test_column_settings_choose_columns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ({"foo": "x"}, "no known columns (has foo)"),
         ({"messages": None}, "column 'messages' is empty"),
@@ -76,14 +76,16 @@ def test_column_settings_choose_columns() -> None:
         ({"prompt": None, "completion": "a"}, "column 'prompt' is empty"),
     ],
 )
-def test_fault_21_bad_row_names_file_row_and_column(tmp_path: Path, row: dict[str, Any], said: str) -> None:
+def test_fault_21_bad_row_names_file_row_and_column(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
     good = {"prompt": "q", "completion": "a"} if "prompt" in row else {"messages": MESSAGES}
     lines = [json.dumps(good if "foo" not in row else {"text": "t"}), json.dumps(row)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     with pytest.raises(DataError) as caught:
         dataset.load(source(tmp_path))
     assert "rows.jsonl: row 2" in str(caught.value)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     kept = dataset.load(source(tmp_path, on_bad_row="skip"))
     assert (len(kept.examples), kept.skipped) == (1, 1)
 

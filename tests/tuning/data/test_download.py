@@ -96,13 +96,13 @@ def test_fault_14_truncated_body_is_resumed(tmp_path: Path) -> None:
     digest = hashlib.sha256(BODY).hexdigest()
     with DatasetServer({"/a.parquet": [Reply(BODY, cut=500), Reply(BODY, cut=700), Reply(BODY)]}) as server:
         path = get(tmp_path, server.url(f"/a.parquet#sha256={digest}"))
-        asked = [request.get("range") for request in server.requests["/a.parquet"]]
+        ranges = [request.get("range") for request in server.requests["/a.parquet"]]
     assert path.read_bytes() == BODY
-    assert asked == [None, "bytes=500-", "bytes=1200-"]
+    assert ranges == [None, "bytes=500-", "bytes=1200-"]
 
 
 @pytest.mark.parametrize(
-    ("reply", "said"),
+    ("reply", "message"),
     [
         (Reply(BODY, length=len(BODY) - 50), "damaged or incomplete parquet"),
         (Reply(BODY, length=None, cut=1000), "damaged or incomplete parquet"),
@@ -110,10 +110,10 @@ def test_fault_14_truncated_body_is_resumed(tmp_path: Path) -> None:
     ],
     ids=["too-small", "absent", "too-big"],
 )
-def test_fault_15_wrong_length_is_noticed(tmp_path: Path, reply: Reply, said: str) -> None:
+def test_fault_15_wrong_length_is_noticed(tmp_path: Path, reply: Reply, message: str) -> None:
     with (
         DatasetServer({"/a.parquet": [reply]}) as server,
-        pytest.raises((DataError, TransientError), match=said),
+        pytest.raises((DataError, TransientError), match=message),
     ):
         get(tmp_path, server.url("/a.parquet"))
     assert not (tmp_path / "a.parquet").exists()
@@ -176,14 +176,14 @@ def test_fault_18_redirects_are_followed_a_few_times_and_never_to_metadata(tmp_p
     }
     with DatasetServer(replies) as server:
         assert get(tmp_path, server.url("/once")).read_bytes() == BODY
-        for path, said in (
+        for path, message in (
             ("/loop", "more than 5 redirects"),
             ("/file", "only http and https"),
             ("/metadata", "never fetched"),
             ("/metadata6", "never fetched"),
             ("/mapped", "never fetched"),
         ):
-            with pytest.raises(DataError, match=said):
+            with pytest.raises(DataError, match=message):
                 get(tmp_path, server.url(path))
 
 
@@ -218,7 +218,7 @@ def test_fault_19_ignored_range_or_changed_file_starts_over(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         (b"<!DOCTYPE html><html>please log in</html>", "not data but a web page"),
         (gzip.compress(BODY, mtime=0), r"not a parquet file; it starts with b'\\x1f\\x8b"),
@@ -229,9 +229,9 @@ def test_fault_19_ignored_range_or_changed_file_starts_over(tmp_path: Path) -> N
     ids=["html", "gzip", "empty", "half", "no-rows"],
 )
 def test_fault_20_what_is_no_data_is_refused_with_its_first_bytes(
-    tmp_path: Path, body: bytes, said: str
+    tmp_path: Path, body: bytes, message: str
 ) -> None:
-    with DatasetServer({"/a.parquet": [Reply(body)]}) as server, pytest.raises(DataError, match=said):
+    with DatasetServer({"/a.parquet": [Reply(body)]}) as server, pytest.raises(DataError, match=message):
         get(tmp_path, server.url("/a.parquet"))
     assert leftovers(tmp_path) == []
 
@@ -332,11 +332,11 @@ def test_fault_56_no_signature_is_logged(tmp_path: Path, caplog: pytest.LogCaptu
     replies = [Reply(status=500), Reply(BODY, cut=100), Reply(BODY)]
     with DatasetServer({"/a.parquet": replies}) as server:
         get(tmp_path, server.url("/a.parquet?sig=topsecret").replace("http://", "http://user:passw0rd@"))
-    said = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("runtime"))
-    assert "trying again" in said
+    logged = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("runtime"))
+    assert "trying again" in logged
     files = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     for secret in ("topsecret", "passw0rd"):
-        assert secret not in said
+        assert secret not in logged
         assert secret.encode() not in files
 
 

@@ -66,7 +66,7 @@ def test_nothing_found_tells_what_is_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.parquet", b"<html>login</html>", "it starts with b'<html>"),
         ("a.parquet", b"", "not a readable parquet file"),
@@ -79,12 +79,12 @@ def test_nothing_found_tells_what_is_there(tmp_path: Path) -> None:
     ],
 )
 def test_fault_20_file_that_is_not_what_its_name_says(
-    tmp_path: Path, name: str, content: bytes, said: str
+    tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
         dataset.load(source(tmp_path))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_fault_21_corrupt_page_is_a_data_error(tmp_path: Path) -> None:

@@ -63,8 +63,8 @@ def test_rows_over_the_limit_show_what_is_left_of_them(make_job: Maker, without_
     long = [shown for shown in cut.examples if shown.full_tokens > 24]
     assert {shown.outcome for shown in long} == {"truncated"}
     assert all(shown.tokens == 24 and shown.labelled_tokens for shown in long)
-    pieces = Encoding(max_tokens=24, too_long="split")
-    split = preview(make_job(model=without_weights, encoding=pieces), count=59)
+    split_rows = Encoding(max_tokens=24, too_long="split")
+    split = preview(make_job(model=without_weights, encoding=split_rows), count=59)
     assert {shown.outcome for shown in split.examples if shown.full_tokens > 24} == {"split"}
 
 
@@ -107,10 +107,10 @@ def test_command_previews_a_manifest_that_still_has_placeholders_for_its_output(
     assert main.run(arguments, {}) == 3  # a bad row is an error, as in training
     assert "row 2 column 'messages'" in capsys.readouterr().err
     assert main.run([*arguments, "--on-bad-row", "skip"], {}) == 0
-    said = capsys.readouterr().out
-    assert "user\n␛[31mred?<|im_end|>" in said
-    assert "⟦blue<|im_end|>⟧" in said
-    assert "1 to train on, 0 held out, 1 skipped as bad" in said
+    output = capsys.readouterr().out
+    assert "user\n␛[31mred?<|im_end|>" in output
+    assert "⟦blue<|im_end|>⟧" in output
+    assert "1 to train on, 0 held out, 1 skipped as bad" in output
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     assert main.run([*arguments, "--on-bad-row", "skip"], {}) == 0

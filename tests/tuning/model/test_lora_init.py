@@ -1,4 +1,4 @@
-"""Adapters that do not begin at nothing: what is saved fits the base as it was, LoftQ what 4 bits lost."""
+"""Adapters initialised from the base: what is saved fits the base as it was, LoftQ what 4 bits lost."""
 
 import json
 from collections.abc import Callable
@@ -112,7 +112,7 @@ def test_loftq_learns(make_job: Maker) -> None:
         ({"use_dora": True}, 8, "use_dora does not go with load_in_8bit"),
     ],
 )
-def test_a_start_that_cannot_be_had_is_one_line(
+def test_an_impossible_initialisation_is_one_line(
     options: dict[str, Any], bits: int | None, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -120,5 +120,5 @@ def test_a_start_that_cannot_be_had_is_one_line(
 
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "pissa_niter_16"])
-def test_other_starts_pass(start: Any) -> None:
+def test_other_initialisations_pass(start: Any) -> None:
     lora_init.check(Lora(options={"init_lora_weights": start}), bits=None)

@@ -1,4 +1,4 @@
-"""Why a job ended: out of what its workers left, into an exit code and a termination message."""
+"""Why a job ended: from its workers' records to an exit code and a termination message."""
 
 import errno
 import json

@@ -88,7 +88,7 @@ def test_user_arguments_stand_over_ours_and_the_loops_over_both(tmp_path: Path) 
     [(100, -1, 8), (4000, -1, 4), (20_000, -1, 0), (100, 5, 2), (100, 1, 0)],
     ids=["cheap", "costly", "too costly", "few steps", "one step"],
 )
-def test_the_held_out_loss_is_measured_on_the_way_as_often_as_is_cheap(
+def test_the_held_out_loss_is_measured_during_training_as_often_as_is_cheap(
     held_out_tokens: int, max_steps: int, expected: int, tmp_path: Path
 ) -> None:
     given = job({"max_steps": max_steps})
