@@ -10,10 +10,12 @@ from pathlib import Path
 
 from runtime.files import cache_folder
 
+MOUNTED_SECRETS = Path("/root/.docker/config.d")
+"""Folder of mounted secrets, one file each: newer controllers', and that of `runtime manifest`."""
 MOUNTED = (
     Path("/root/.docker/config.json"),
     Path("/tmp/.docker/config/config.json"),  # noqa: S108 - where controllers v0.3.1 to v0.4.4 mount the secret
-    Path("/root/.docker/config.d"),
+    MOUNTED_SECRETS,
 )
 """Where the controller's versions mount `imagePushSecret` and the adapters' `imagePullSecrets`."""
 

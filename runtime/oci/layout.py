@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from runtime.errors import ConfigError, RegistryError
 from runtime.files import atomic_file, disk_errors, locked
-from runtime.oci.blobs import READ_BYTES, Blob, Descriptor, read_all
+from runtime.oci.blobs import Blob, Descriptor, Reader, read_all
 from runtime.oci.image import INDEX, MANIFEST
 from runtime.oci.store import Report, StoredManifest, check_manifest
 
@@ -85,13 +85,8 @@ class Layout:
         if target.is_file() and target.stat().st_size == wanted.size:
             report(wanted.size)
             return
-        sha = hashlib.sha256()
         with disk_errors(self._root, wanted.size), _new_file(target) as file:
-            for chunk in read_all(blob.open()):
-                sha.update(chunk)
-                file.write(chunk)
-                report(len(chunk))
-            if f"sha256:{sha.hexdigest()}" != wanted.digest:
+            if _copy(blob.open(), file, report) != wanted.digest:
                 raise ConfigError(
                     f"{self}: a file changed while it was being pushed; do not write to it meanwhile"
                 )
@@ -116,17 +111,8 @@ class Layout:
         source = self._path(descriptor.digest)
         if not source.is_file():
             raise RegistryError(f"{self}: blob {descriptor.digest} is missing; push the image again")
-        sha = hashlib.sha256()
-        with (
-            disk_errors(path.parent, descriptor.size),
-            source.open("rb") as reader,
-            _new_file(path) as file,
-        ):
-            while chunk := reader.read(READ_BYTES):
-                sha.update(chunk)
-                file.write(chunk)
-                report(len(chunk))
-            if f"sha256:{sha.hexdigest()}" != descriptor.digest:
+        with disk_errors(path.parent, descriptor.size), _new_file(path) as file:
+            if _copy(source.open("rb"), file, report) != descriptor.digest:
                 raise RegistryError(
                     f"{self}: blob {descriptor.digest} is damaged on disk; push the image again"
                 )
@@ -186,6 +172,16 @@ class Layout:
         named = [*manifest.get("layers", []), *([manifest["config"]] if "config" in manifest else [])]
         below = {d for m in manifest.get("manifests", []) for d in self._reachable(m["digest"])}
         return {digest, *below, *(entry["digest"] for entry in named)}
+
+
+def _copy(reader: Reader, file: BinaryIO, report: Report) -> str:
+    """Write the bytes of `reader` to `file`, close the reader, and return their digest."""
+    sha = hashlib.sha256()
+    for chunk in read_all(reader):
+        sha.update(chunk)
+        file.write(chunk)
+        report(len(chunk))
+    return f"sha256:{sha.hexdigest()}"
 
 
 def _new_file(path: Path) -> AbstractContextManager[BinaryIO]:

@@ -14,6 +14,7 @@ from typing import Any
 from runtime import oci, ports
 from runtime.config import read_text
 from runtime.errors import EXIT_CODES, RETRIABLE, Failure, StoppedError
+from runtime.oci.access import MOUNTED_SECRETS
 from runtime.serving.settings import ServeConfig
 from runtime.tuning.settings import CHECKPOINT_GRACE_S, TuningJob
 from runtime.workspace.jobs import load_job
@@ -259,8 +260,9 @@ def _secrets(names: Iterable[str], container: Object) -> list[Object]:
         {"secret": {"name": name, "items": [{"key": ".dockerconfigjson", "path": f"{name}.json"}]}}
         for name in dict.fromkeys(filter(None, names))
     ]
-    place = Path("/root/.docker/config.d")
-    return [_volume("registries", {"projected": {"sources": sources}}, place, container)] if sources else []
+    if not sources:
+        return []
+    return [_volume("registries", {"projected": {"sources": sources}}, MOUNTED_SECRETS, container)]
 
 
 def _config_map(workspace: Workspace, text: str) -> Object:

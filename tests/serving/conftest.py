@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,8 +93,38 @@ class Process:
     """A server in a process of its own."""
 
     process: "subprocess.Popen[str]"
-    url: str
-    log: list[str]
+    url: str = ""
+    """Empty when the process ended before it listened."""
+    log: list[str] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, command: list[str], *, environ: Mapping[str, str] | None = None) -> "Process":
+        """Run `command` in the project's folder until it listens; its log is read as long as it runs."""
+        server = cls(
+            subprocess.Popen(
+                command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2], env=environ
+            )
+        )
+        assert server.process.stderr is not None
+        try:
+            for line in server.process.stderr:
+                server.log.append(line)
+                if found := re.search(r"Listening on 127.0.0.1 port (\d+)", line):
+                    server.url = f"http://127.0.0.1:{found[1]}"
+                    break
+        except BaseException:
+            server.close()
+            raise
+        threading.Thread(target=lambda: server.log.extend(server.process.stderr or ()), daemon=True).start()
+        return server
+
+    def close(self) -> None:
+        """Kill what still runs."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        if self.process.stderr is not None:
+            self.process.stderr.close()
 
     def get(self, path: str) -> httpx.Response:
         """GET one path on a connection of its own."""
@@ -131,33 +161,16 @@ def start_server() -> Iterator[Callable[..., Process]]:
     started: list[Process] = []
 
     def start(*, ready: bool = True, **options: Any) -> Process:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.serving.fake_server", json.dumps(options)],
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[2],
-        )
-        site = Process(process, "", [])
+        site = Process.start([sys.executable, "-m", "tests.serving.fake_server", json.dumps(options)])
         started.append(site)
-        assert process.stderr is not None
-        for line in process.stderr:
-            site.log.append(line)
-            if found := re.search(r"Listening on 127.0.0.1 port (\d+)", line):
-                site.url = f"http://127.0.0.1:{found[1]}"
-                break
         assert site.url, f"no server: {site.log}"
-        threading.Thread(target=lambda: site.log.extend(process.stderr or ()), daemon=True).start()
         if ready:
             site.wait_ready()
         return site
 
     yield start
     for site in started:
-        if site.process.poll() is None:
-            site.process.kill()
-        site.process.wait()
-        if site.process.stderr is not None:
-            site.process.stderr.close()
+        site.close()
 
 
 OpenSite = Callable[..., Any]

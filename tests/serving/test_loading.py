@@ -5,7 +5,6 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -70,30 +69,15 @@ def served(config: dict[str, Any]) -> Iterator[Process]:
         "from runtime.serving.http import server;"
         "logs.configure(); server.run(settings.ServeConfig.model_validate(json.loads(sys.argv[1])))"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, json.dumps(config)],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    site = Process(process, "", [])
-    assert process.stderr is not None
+    command = [sys.executable, "-c", program, json.dumps(config)]
+    site = Process.start(command, environ=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
-        for line in process.stderr:
-            site.log.append(line)
-            if "Listening on" in line:
-                site.url = f"http://127.0.0.1:{line.split('port ')[1].split(chr(34))[0]}"
-                break
-        threading.Thread(target=lambda: site.log.extend(process.stderr or ()), daemon=True).start()
-        until(lambda: process.poll() is not None or any("Serving " in line for line in site.log), 120)
-        assert process.poll() is None, site.log
+        until(lambda: site.process.poll() is not None or any("Serving " in line for line in site.log), 120)
+        assert site.process.poll() is None, site.log
         yield site
         assert site.stop() == 0
     finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+        site.close()
 
 
 def client_of(site: Process) -> openai.OpenAI:

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,13 +142,12 @@ class BatchingEngine:
 
     def stats(self) -> Stats:
         """Return the figures of this moment."""
-        return Stats(
-            running=self._queue.running,
-            waiting=self._queue.waiting,
+        stats = self._queue.stats(
             kv_cache_share=self._scheduler.used_tokens / (self.max_sequences * self.context_tokens),
-            last_progress_s=self._queue.last_progress_s,
             alive=self._thread.is_alive() and not self._aborted,
-            adapters=self._queue.adapters(),
+        )
+        return replace(
+            stats,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             drafted_tokens=self._drafted_tokens,

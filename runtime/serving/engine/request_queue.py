@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from runtime.serving.engine import failures
-from runtime.serving.engine.protocol import FinishReason, Request, Start, Token
+from runtime.serving.engine.protocol import FinishReason, Request, Start, Stats, Token
 
 LAST_STEP_S = 10.0
 """How long a closed engine is waited for; a step of a large model on a CPU takes seconds."""
@@ -219,6 +219,17 @@ class RequestQueue:
         """time.monotonic() of the last step, or now when there is nothing to do."""
         idle = not self._running and not self._waiting
         return time.monotonic() if idle else self._progress_s
+
+    def stats(self, *, kv_cache_share: float, alive: bool) -> Stats:
+        """Return the queue's own figures with the two that every engine adds."""
+        return Stats(
+            running=self.running,
+            waiting=self.waiting,
+            kv_cache_share=kv_cache_share,
+            last_progress_s=self.last_progress_s,
+            alive=alive,
+            adapters=self.adapters(),
+        )
 
     def _drop(self, handle: RequestHandle) -> None:
         """Cancel a request: a waiting one ends here, a running one at the next step."""

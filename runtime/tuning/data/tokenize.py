@@ -45,16 +45,11 @@ class TokenizedRow:
         return int(self.loss_mask[1:].sum())
 
 
-@dataclass(frozen=True, slots=True)
-class TokenizedData:
-    """All rows, and what happened to the others."""
+class RowCounts:
+    """The token counts of a class with `rows`."""
 
+    __slots__ = ()
     rows: tuple[TokenizedRow, ...]
-    truncated: int = 0
-    too_long: int = 0
-    """Rows dropped because of their length."""
-    unlabelled: int = 0
-    """Rows dropped because no token of them is labelled."""
 
     @property
     def tokens(self) -> int:
@@ -63,6 +58,18 @@ class TokenizedData:
     @property
     def labelled_tokens(self) -> int:
         return sum(row.labelled_tokens for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedData(RowCounts):
+    """All rows, and what happened to the others."""
+
+    rows: tuple[TokenizedRow, ...]
+    truncated: int = 0
+    too_long: int = 0
+    """Rows dropped because of their length."""
+    unlabelled: int = 0
+    """Rows dropped because no token of them is labelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,19 +90,11 @@ RowOutcome = Literal["whole", "truncated", "split", "too long", "unlabelled"]
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedExample:
+class EncodedExample(RowCounts):
     """The rows of one example, none when it is dropped."""
 
     outcome: RowOutcome
     rows: tuple[TokenizedRow, ...] = ()
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(row) for row in self.rows)
-
-    @property
-    def labelled_tokens(self) -> int:
-        return sum(row.labelled_tokens for row in self.rows)
 
 
 def longest_row(job: TuningJob) -> int:

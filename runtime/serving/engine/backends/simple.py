@@ -8,6 +8,7 @@ import itertools
 import logging
 import threading
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,16 +131,9 @@ class SimpleEngine:
 
     def stats(self) -> Stats:
         """Return the figures of this moment."""
-        running = self._queue.running
-        return Stats(
-            running=running,
-            waiting=self._queue.waiting,
-            kv_cache_share=self._used_tokens / self.context_tokens if running else 0.0,
-            last_progress_s=self._queue.last_progress_s,
-            alive=self._thread.is_alive(),
-            adapters=self._queue.adapters(),
-            prompt_tokens=self._prompt_tokens,
-        )
+        used = self._used_tokens / self.context_tokens if self._queue.running else 0.0
+        stats = self._queue.stats(kv_cache_share=used, alive=self._thread.is_alive())
+        return replace(stats, prompt_tokens=self._prompt_tokens)
 
     def close(self) -> None:
         """Stop the thread after its current step; everything in flight ends as cancelled."""

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,17 +167,11 @@ class VllmEngine:
 
     def stats(self) -> Stats:
         """Return the figures of this moment; the cache's share is a second old at most."""
-        running = self._queue.running
-        return Stats(
-            running=running,
-            waiting=self._queue.waiting,
-            kv_cache_share=self._kv_share if running else 0.0,
-            last_progress_s=self._queue.last_progress_s,
+        stats = self._queue.stats(
+            kv_cache_share=self._kv_share if self._queue.running else 0.0,
             alive=self._thread.is_alive() and self._server.alive,
-            adapters=self._queue.adapters(),
-            prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._cached_tokens,
         )
+        return replace(stats, prompt_tokens=self._prompt_tokens, cached_tokens=self._cached_tokens)
 
     def close(self) -> None:
         """End what is in flight as cancelled, then vLLM."""

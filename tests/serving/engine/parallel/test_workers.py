@@ -2,9 +2,7 @@
 
 import json
 import os
-import re
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -38,30 +36,13 @@ def serve() -> Iterator[Serve]:
 
     def start(model: Path) -> Process:
         command = [sys.executable, "-c", PROGRAM, "serve", str(model), "--parallel", "tp", "--processes", "2"]
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", "0"],
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[4],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        site = Process(process, "", [])
-        started.append(site)
-        assert process.stderr is not None
-        for line in process.stderr:
-            site.log.append(line)
-            if found := re.search(r"Listening on 127.0.0.1 port (\d+)", line):
-                site.url = f"http://127.0.0.1:{found[1]}"
-                break
-        threading.Thread(target=lambda: site.log.extend(process.stderr or ()), daemon=True).start()
-        return site
+        command += ["--host", "127.0.0.1", "--port", "0"]
+        started.append(Process.start(command, environ=os.environ | {"OMP_NUM_THREADS": "1"}))
+        return started[-1]
 
     yield start
     for site in started:
-        site.process.kill()
-        site.process.wait()
-        if site.process.stderr is not None:
-            site.process.stderr.close()
+        site.close()
 
 
 def others(site: Process) -> list[psutil.Process]:
