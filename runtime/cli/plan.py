@@ -147,7 +147,7 @@ def server_report(
     facts: dict[str, Any] = {
         "fits": capacity.fits,
         "device": machine.name,
-        "available_bytes": capacity.room_bytes,
+        "available_bytes": capacity.available_bytes,
         "dtype": run.dtype,
         "rows": capacity.sequences,
         "context_tokens": capacity.context_tokens,
@@ -160,7 +160,7 @@ def server_report(
         title=f"Server of {config.served_name} on {_described(machine)}",
         items=tuple(capacity.parts),
         total_bytes=sum(item.size_bytes for item in capacity.parts),
-        available_bytes=capacity.room_bytes,
+        available_bytes=capacity.available_bytes,
         notes=(
             f"Requested: {run.sequences} sequences of {run.context_tokens} tokens, {run.dtype}.",
             f"One of these is enough for one sequence: {', '.join(facts['fits_on']) or 'none known here'}.",

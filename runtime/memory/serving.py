@@ -43,7 +43,7 @@ class Capacity:
 
     parts: tuple[MemoryItem, ...]
     """Weights and process; and the cache, when at least one sequence fits."""
-    room_bytes: int
+    available_bytes: int
     token_bytes: int
     """Keys and values of one position of one sequence."""
     sequences: int
@@ -57,12 +57,10 @@ class Capacity:
 
 def forecast(shape: Shape, server: ServingRun, machine: Hardware) -> Capacity:
     """Return what `server` takes on `machine`, and the sequences and context that fit there."""
-    room = int(machine.memory_bytes * (GPU_SHARE if machine.kind == "cuda" else HOST_SHARE))
+    available = int(machine.memory_bytes * (GPU_SHARE if machine.kind == "cuda" else HOST_SHARE))
     context = CONTEXT_BYTES["cuda"] if machine.kind == "cuda" else 0  # a CPU's other half has it
-    standing = (weights(shape, server), MemoryItem("CUDA context", context, "estimate"))[
-        : 2 if context else 1
-    ]
-    free = room - sum(part.size_bytes for part in standing)
+    fixed = (weights(shape, server), MemoryItem("CUDA context", context, "estimate"))[: 2 if context else 1]
+    free = available - sum(part.size_bytes for part in fixed)
     token_bytes = shape.dimensions.kv_values_per_token * BYTES[server.dtype]
     wanted = (server.sequences, min(server.context_tokens, shape.context_tokens))
     try:
@@ -71,13 +69,13 @@ def forecast(shape: Shape, server: ServingRun, machine: Hardware) -> Capacity:
             wanted, token_bytes=token_bytes, free_bytes=free, least_context=least
         )
     except CapacityError:
-        return Capacity(standing, room, token_bytes, 0, 0)
+        return Capacity(fixed, available, token_bytes, 0, 0)
     how = f"{sequences} sequences x {tokens} tokens x {token_bytes} bytes"
     cache = MemoryItem("keys and values", sequences * tokens * token_bytes, how)
     work = MemoryItem(
         "room for a step's work", free - cache.size_bytes, f"at least {1 - CACHE_SHARE:.0%} of the rest"
     )
-    return Capacity((*standing, cache, work), room, token_bytes, sequences, tokens)
+    return Capacity((*fixed, cache, work), available, token_bytes, sequences, tokens)
 
 
 def fits_on(shape: Shape, server: ServingRun) -> tuple[str, ...]:

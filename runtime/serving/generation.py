@@ -94,7 +94,7 @@ class Generation:
                 self._mark_running()
             if token.id is None:
                 if token.finish_reason == "cancelled":
-                    raise UnavailableError("the server is shutting down and gave this answer up")
+                    raise UnavailableError("the server is shutting down and cancelled this answer")
                 text, stopped = self._text.finish()
                 stopped = stopped or token.finish_reason == "stop"
                 yield self._last_chunk(text, pending, "stop" if stopped else "length")

@@ -52,7 +52,7 @@ class ServedModel:
         request = Request(prompt_ids, sampling, adapter=self.default_adapter, id="warm-up")
         async for token in self.engine.submit(request):
             if token.finish_reason == "cancelled":
-                raise UnavailableError("the engine gave up its first generation")
+                raise UnavailableError("the engine did not complete its first generation")
 
     def models(self) -> tuple[str, ...]:
         """Return the names a request may ask for: the base, then the adapters."""

@@ -16,7 +16,7 @@ def test_phi_3_mini_takes_384_kib_a_token() -> None:
     assert capacity.token_bytes == 393_216
     assert (capacity.sequences, capacity.context_tokens) == (4, 3616) or capacity.fits
     held = sum(part.size_bytes for part in capacity.parts)
-    assert held == pytest.approx(capacity.room_bytes, abs=capacity.token_bytes * capacity.sequences)
+    assert held == pytest.approx(capacity.available_bytes, abs=capacity.token_bytes * capacity.sequences)
 
 
 def test_a_model_too_large_leaves_no_sequence() -> None:

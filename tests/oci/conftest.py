@@ -186,6 +186,14 @@ def quick(*files: Path, **options: object) -> Access:
     return Access(files=files, backoff_s=0.01, read_timeout_s=5, **options)  # type: ignore[arg-type]
 
 
+def write_large(path: Path, megabytes: int, *, seed: int) -> None:
+    """Write blocks of a megabyte that differ from each other and do not compress."""
+    block = random.Random(seed).randbytes(1 << 20)
+    with path.open("wb") as file:
+        for number in range(megabytes):
+            file.write(number.to_bytes(4, "big") + block[4:])
+
+
 def fresh(host: str, name: str) -> Reference:
     """A repository no other test uses."""
     return parse(f"{host}/{name}-{random.SystemRandom().getrandbits(40):x}:v1")

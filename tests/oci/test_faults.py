@@ -22,6 +22,7 @@ from tests.oci.conftest import (
     files,
     fresh,
     quick,
+    write_large,
 )
 
 pytestmark = pytest.mark.system
@@ -233,11 +234,8 @@ def test_35_killed_push_sends_only_what_is_missing(faulty: FaultyRegistry, tmp_p
     """kill -9 in the middle of 500 MB: the rerun skips finished files, and the tag comes last."""
     folder = tmp_path / "model"
     folder.mkdir()
-    block = random.Random(5).randbytes(1 << 20)
     for number in range(5):
-        with (folder / f"model-{number}.safetensors").open("wb") as file:
-            for part in range(100):
-                file.write(number.to_bytes(4, "big") + part.to_bytes(4, "big") + block[8:])
+        write_large(folder / f"model-{number}.safetensors", 100, seed=number)
     reference = fresh(faulty.host, "big")
     program = (
         "import sys; from pathlib import Path; from runtime import oci\n"
@@ -271,10 +269,7 @@ def test_35_killed_push_of_one_file_goes_on_inside_it(faulty: FaultyRegistry, tm
     """kill -9 in one 500 MB file: a registry that resumes uploads is sent the rest and no more."""
     folder = tmp_path / "adapter"
     folder.mkdir()
-    block = random.Random(6).randbytes(1 << 20)
-    with (folder / "adapter_model.safetensors").open("wb") as file:
-        for number in range(500):
-            file.write(number.to_bytes(4, "big") + block[4:])
+    write_large(folder / "adapter_model.safetensors", 500, seed=6)
     reference = fresh(faulty.host, "one")
     push = [sys.executable, "-m", "runtime", "push", str(folder), str(reference)]
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}

@@ -1,7 +1,6 @@
 """Push and pull against real registries: open, htpasswd, TLS, and tokens as Azure does it."""
 
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from tests.oci.conftest import (
     fresh,
     needs,
     quick,
+    write_large,
 )
 
 pytestmark = pytest.mark.system
@@ -195,10 +195,7 @@ def test_push_and_pull_take_constant_memory(open_registry: Started, tmp_path: Pa
     """300 MB both ways, below 64 MiB over the process at rest."""
     folder = tmp_path / "big"
     folder.mkdir()
-    block = random.Random(3).randbytes(1 << 20)
-    with (folder / "adapter_model.safetensors").open("wb") as file:
-        for number in range(300):
-            file.write(number.to_bytes(4, "big") + block[4:])
+    write_large(folder / "adapter_model.safetensors", 300, seed=3)
     reference = fresh(open_registry.host, "big")
     for way, place in (("push", folder), ("pull", tmp_path / "back")):
         command = [sys.executable, "-c", MEASURED, way, str(place), str(reference)]

@@ -46,7 +46,7 @@ class RequestHandle:
         """Hand a token, the end or a failure to the reader; from any thread."""
         if isinstance(item, Token) and self._start is not None:
             item, self._start = replace(item, start=self._start), None
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and the reader with it
             self._loop.call_soon_threadsafe(self._outbox.put_nowait, item)
 
     async def read(self, on_exit: Callable[[], None]) -> AsyncIterator[Token]:
@@ -148,7 +148,7 @@ class RequestQueue:
                 done.set_exception(error)
 
     def finish(self, handle: RequestHandle, end: FinishReason | Exception) -> None:
-        """Give a running request its end or failure, and its place to the next."""
+        """Give a running request its end or failure, and its slot to the next."""
         with self._changed:
             if handle in self._running:
                 self._running.remove(handle)

@@ -155,7 +155,7 @@ class _Collector(Collector):
 
 def _gpus() -> Iterator[Metric]:
     busy = GaugeMetricFamily("tuning_gpu_busy_ratio", "Part of the last second in use", labels=["gpu"])
-    used = GaugeMetricFamily("tuning_gpu_memory_used_bytes", "Memory used by anybody", labels=["gpu"])
+    used = GaugeMetricFamily("tuning_gpu_memory_used_bytes", "Memory used by all processes", labels=["gpu"])
     total = GaugeMetricFamily("tuning_gpu_memory_bytes", "Memory of the GPU", labels=["gpu"])
     for gpu in utilisation.gpus():
         for family, value in ((busy, gpu.busy), (used, gpu.used_bytes), (total, gpu.total_bytes)):

@@ -69,7 +69,7 @@ class AdapterModel:
 
     model: "PeftModel"
     first_weights: "dict[str, torch.Tensor] | None"
-    """The adapter's weights before training, where its initialisation changed the base (lora_init.py)."""
+    """The adapter's weights before training, where model/lora_init.py changed the base."""
 
     @property
     def model_type(self) -> str:

@@ -121,10 +121,10 @@ class VllmEngine:
         self.max_sequences = max_sequences
         self._server = server
         self._name = name
-        self._resident: dict[str, Path] = {}
+        self._loaded: dict[str, Path] = {}
         self._folders = tempfile.TemporaryDirectory(prefix="adapters-")
         self._queue = RequestQueue(
-            max_running=max_sequences, max_waiting=max_waiting, adapters=lambda: tuple(self._resident)
+            max_running=max_sequences, max_waiting=max_waiting, adapters=lambda: tuple(self._loaded)
         )
         self._tasks: dict[RequestHandle, asyncio.Task[None]] = {}
         self._kv_share = 0.0
@@ -156,13 +156,13 @@ class VllmEngine:
         except BaseException:
             shutil.rmtree(copy, ignore_errors=True)
             raise
-        self._resident[name] = copy
+        self._loaded[name] = copy
 
     def remove_adapter(self, name: str) -> None:
         """Remove an adapter once no request uses it; see `Engine.remove_adapter`."""
         self._queue.drain_adapter(name)
         self._post("unload_lora_adapter", name)
-        shutil.rmtree(self._resident.pop(name), ignore_errors=True)
+        shutil.rmtree(self._loaded.pop(name), ignore_errors=True)
         self._queue.adapter_removed(name)
 
     def stats(self) -> Stats:
@@ -303,7 +303,7 @@ def _reason(finish_reason: str | None) -> FinishReason | None:
     if finish_reason is None:
         return None
     if finish_reason not in {"stop", "length"}:
-        raise UnavailableError(f"vLLM gave up this request ({finish_reason})")
+        raise UnavailableError(f"vLLM aborted this request ({finish_reason})")
     return "stop" if finish_reason == "stop" else "length"
 
 

@@ -131,7 +131,7 @@ def test_log_probabilities_are_the_tokens_own_and_the_likeliest(start: Start) ->
         (BAD, RequestError, "this grammar is not one"),
         (FAILURE, UnavailableError, "failed on this request; its log says why"),
         (LATE_FAILURE, UnavailableError, "failed on this request; its log says why"),
-        (ABORT, UnavailableError, "gave up this request"),
+        (ABORT, UnavailableError, "aborted this request"),
     ],
 )
 def test_fault_48_a_failure_answers_its_request_and_the_next_is_served(
