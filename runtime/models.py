@@ -35,7 +35,7 @@ FALLBACK_CONTEXT_TOKENS = 2048
 def locate(source: ModelSource, *, weights: bool = True) -> Path:
     """Return a local directory with the config, tokenizer and safetensors of `source`.
 
-    Without `weights` a directory may lack them, and the hub is not asked for them.
+    Without `weights` a directory may lack them, and they are not fetched from the hub.
     In this order: its own `path` or `image`, the hub's cache, the hub, the package that ships it.
     Raises ConfigError when the model is gated, unknown or incomplete, TransientError when the hub cannot
     be reached and there is no local copy.

@@ -51,7 +51,7 @@ class RetriableError(Exception):
     def __init__(self, reason: str, retry_after_s: float | None = None):
         super().__init__(reason)
         self.retry_after_s = retry_after_s
-        """How long the server asked to wait; None when it did not."""
+        """The wait that the server requested; None when it requested none."""
 
 
 class Retries:

@@ -62,7 +62,7 @@ class Login:
             self._token = None
 
     def authorize(self) -> str | None:
-        """Return the Authorization header for the next request; None before the registry asked for one."""
+        """Return the Authorization header for the next request; None before the first challenge."""
         with self._lock:
             if self._challenge is None:
                 return None

@@ -181,7 +181,7 @@ class Repository:
         if first_byte(response, start) is not None:
             return response
         if response.status_code == 206:
-            raise RetriableError("the registry sent another range than asked for")
+            raise RetriableError("the registry sent another range than requested")
         if response.status_code == 404:
             raise RegistryError(
                 f"{self}: blob {descriptor.digest} is missing in the registry; push the image again"

@@ -21,7 +21,7 @@ Raises TransferCancelledError when the transfer is to end at once.
 
 
 class TransferCancelledError(Exception):
-    """Another part of the same transfer failed, or the process was asked to stop."""
+    """Another part of the same transfer failed, or the process has to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,6 @@ def check_manifest(manifest: StoredManifest, selector: str, where: str) -> Store
     """Return `manifest`; RegistryError when `selector` is a digest other than its own."""
     if selector.startswith("sha256:") and manifest.digest != selector:
         raise RegistryError(
-            f"{where}: asked for {selector} and got {manifest.digest}; the stored image is damaged"
+            f"{where}: requested {selector} and got {manifest.digest}; the stored image is damaged"
         )
     return manifest

@@ -1,6 +1,6 @@
 """Sends one blob to a registry in chunks, and resumes after any interruption.
 
-After any doubt (lost reply, 416, expired token, 5xx) the registry is asked how many bytes it has; an
+After any doubt (lost reply, 416, expired token, 5xx) the registry is queried for the bytes it has; an
 upload it no longer knows is restarted. Chunks are streamed from disk, never held in memory.
 Start at `upload`.
 """

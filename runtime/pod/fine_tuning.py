@@ -41,7 +41,7 @@ def _launch(arguments: Sequence[str], environ: Mapping[str, str], root: Path) ->
     job = _job(arguments, environ, root)
     termination_log = failure.termination_log(root)
     access = publish.access_of(job, environ)
-    # accelerate was told to start one process; by default the launcher starts one for every GPU that it sees.
+    # accelerate's flags name one process; by default the launcher starts one for every GPU that it sees.
     launcher.run(job, processes=1, access=access, termination_log=termination_log)
 
 

@@ -128,7 +128,7 @@ def talk(
             write(_command(conversation, line) + "\n")
         elif line:
             if conversation.also is not None:
-                # asked first: its answer is not added to the turns, so both see the same history
+                # answers first: its answer is not added to the turns, so both see the same history
                 write(f"[{conversation.also}]\n")
                 _answer(conversation, conversation.ask(line, model=conversation.also), write, rate=greet)
                 write(f"[{conversation.model}]\n")

@@ -72,7 +72,7 @@ def plan(
     """Return the plan of `job` on `machine` with `processes` there (None: one for each GPU).
 
     Without `rows` every row is taken to be as long as it may be, and all of it labelled. Raises ConfigError
-    when the model's shape cannot be told.
+    when the model's shape is not known.
     """
     shape = of(job.model)
     count = processes or machine.count

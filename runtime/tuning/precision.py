@@ -48,7 +48,7 @@ def _wanted(job: TuningJob) -> Dtype:
 def resolve_precision(job: TuningJob, hardware: Hardware) -> tuple[TuningJob, Precision]:
     """Return `job` with types that `hardware` computes natively, and that type.
 
-    float32 stays when asked for; bfloat16 and float16 become the hardware's own choice where they would
+    float32 stays when requested; bfloat16 and float16 become the hardware's own choice where they would
     be emulated (bfloat16 on a CPU is about ten times slower than float32, on a V100 it fails).
     """
     wanted, chosen = _wanted(job), choose_dtype(job, hardware)

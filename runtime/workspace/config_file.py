@@ -1,6 +1,6 @@
 """Finds the training_config.yaml that applies, and lays `--set Section.key=value` over it.
 
-Knows the places and their order; sections.py knows the content. Start at `find`.
+Knows the locations and their order; sections.py knows the content. Start at `find`.
 """
 
 from collections.abc import Mapping

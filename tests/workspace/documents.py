@@ -74,7 +74,7 @@ def write(folder: Path, *documents: Mapping[str, Any]) -> Path:
 
 
 def load(target: Path | str | None, root: Path, **given: Any) -> Resolved[TuningJob]:
-    """Resolve with an empty environment and an empty machine, unless told otherwise."""
+    """Resolve with an empty environment and an empty machine, unless others are given."""
     return load_job(target, **{"environ": {}, "root": root, **given})
 
 

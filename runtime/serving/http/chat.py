@@ -109,7 +109,7 @@ def _canonical(fields: GenerateFields) -> GenerateFields:
 
 
 def _length(fields: GenerateFields) -> parameters.AnswerLength:
-    """Return the length asked for: `max_new_tokens` by any of its names before `max_length`."""
+    """Return the requested length: `max_new_tokens` by any of its names before `max_length`."""
     for name in ("max_new_tokens", "max_tokens", "max_gen_len"):
         if (new_tokens := getattr(fields, name)) is not None:
             return parameters.AnswerLength(new_tokens=new_tokens, param=name)

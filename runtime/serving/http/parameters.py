@@ -70,7 +70,7 @@ def _temperature(body: SamplingFields, defaults: SamplingDefaults, sample: bool 
 
 
 def max_new_tokens(length: AnswerLength, tokenizer: PromptTokenizer, *, prompt_tokens: int) -> int:
-    """Return the longest answer to a prompt; RequestError when the length asked for does not fit."""
+    """Return the longest answer to a prompt; RequestError when the requested length does not fit."""
     left = tokenizer.context_tokens - prompt_tokens
     if length.new_tokens is not None:
         if length.new_tokens > left:

@@ -165,7 +165,7 @@ class Serving:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         log.info("Listening on %s port %s", *listener.getsockname()[:2])
         loading: asyncio.Future[ServedModel] = loop.create_future()
-        # A daemon: a process that is told to stop while it loads need not wait for the weights.
+        # A daemon: a process that has to stop while it loads need not wait for the weights.
         threading.Thread(target=self._load_into, args=(loop, loading), name="load", daemon=True).start()
         stop = asyncio.create_task(self._stop.wait())
         try:
