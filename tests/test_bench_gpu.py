@@ -18,7 +18,7 @@ def test_without_a_gpu_it_says_so_and_ends_well() -> None:
     assert (done.returncode, done.stdout) == (0, "no NVIDIA GPU here: nothing was measured\n")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_measurement_runs_on_a_tiny_shape() -> None:
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--shape", "tiny"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples/demo"))
 import data  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.model, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
