@@ -1,5 +1,6 @@
 # make demo   from a manifest to a tuned model that answers /chat (see README)
-# make test   the tests of 15 minutes; make test-long: fuzzing, soaks, bursts, the demo; make check: format, lint, types
+# make test   every test but the long ones; make test-long: fuzzing, soaks, bursts, the demo
+# make check  format, lint, types
 # make image  the container image for ACCELERATOR=cu130 (Turing to Blackwell), cu126 (V100 to H200) or cpu
 # TORCH_INDEX=URL takes torch from that wheel index (PyTorch's own for a CPU or a CUDA release).
 
