@@ -15,6 +15,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+_BLOCK_TOKENS = 16
+"""vLLM's default; the cache here has no blocks, so any size tells its capacity and 16 wastes little of it."""
 _TOKENS = (1, 8, 32, 128, 512, 2048, 8192, 32768)
 
 
@@ -37,6 +39,10 @@ class EngineFigures(Protocol):
     def drafted_tokens(self) -> int: ...
     @property
     def accepted_tokens(self) -> int: ...
+    @property
+    def max_sequences(self) -> int: ...
+    @property
+    def cache_tokens(self) -> int: ...
 
 
 class _Gauges(Collector):
@@ -73,6 +79,21 @@ class _Gauges(Collector):
         resident = figures.adapters if figures else ()
         lora.add_metric([str(len(resident)), _names(self.running), _names(self.waiting)], time.time())
         yield lora
+        if figures:
+            yield from self._capacity(figures)
+
+    def _capacity(self, figures: EngineFigures) -> Iterator[Metric]:
+        """Yield what clients size their load by: KAITO's benchmark, and routers that weigh prefix caches."""
+        info = GaugeMetricFamily(
+            "vllm:cache_config_info",
+            "Size of the KV cache; any number of a sequence's tokens takes whole blocks",
+            labels=["model_name", "num_gpu_blocks", "block_size"],
+        )
+        info.add_metric([self._model, str(figures.cache_tokens // _BLOCK_TOKENS), str(_BLOCK_TOKENS)], 1)
+        yield info
+        yield self._gauge(
+            "kaito_max_concurrent_requests", "Requests generated at the same time", figures.max_sequences
+        )
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         gauge = GaugeMetricFamily(name, text, labels=["model_name"])
@@ -97,7 +118,9 @@ class ServingMetrics:
         self._gauges = _Gauges(model, figures)
         self._registry.register(self._gauges)
         self._model = model
-        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of admitted requests")
+        self._prompt_tokens = self._counter(
+            "vllm:prompt_tokens", "Prompt tokens of requests that have their first token"
+        )
         self._new_tokens = self._counter("vllm:generation_tokens", "Tokens generated")
         self._success = self._counter("vllm:request_success", "Answers finished", "finished_reason")
         self._refused = self._counter("runtime:requests_refused", "Requests answered with an error", "status")
@@ -118,15 +141,15 @@ class ServingMetrics:
 
     def admitted(self, prompt_tokens: int) -> None:
         """Count a request that the engine has taken."""
-        self._prompt_tokens.labels(self._model).inc(prompt_tokens)
         self._prompt_size.labels(self._model).observe(prompt_tokens)
 
     def left_queue(self, queued_s: float) -> None:
         """Record how long a request waited for the engine."""
         self._queued.labels(self._model).observe(queued_s)
 
-    def first_token(self, seconds: float) -> None:
-        """Record the first token of an answer, `seconds` after the request arrived."""
+    def first_token(self, seconds: float, *, prompt_tokens: int) -> None:
+        """Record an answer's first token, `seconds` after the request arrived: its prompt is processed."""
+        self._prompt_tokens.labels(self._model).inc(prompt_tokens)
         self._first.labels(self._model).observe(seconds)
         self._new_tokens.labels(self._model).inc()
 

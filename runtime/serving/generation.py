@@ -142,7 +142,7 @@ class Generation:
         """Count and time one token; `last_at` is when the one before it came."""
         now = time.monotonic()
         if self.new_tokens == 0:
-            self._metrics.first_token(now - self._arrived)
+            self._metrics.first_token(now - self._arrived, prompt_tokens=len(self._request.prompt_ids))
         else:
             self._metrics.next_token(now - last_at)
         self.new_tokens += 1

@@ -1,6 +1,5 @@
 """inference_api.py of both runtimes: what flags, variables and mounts become, and the server they start."""
 
-import json
 import logging
 import sys
 from pathlib import Path
@@ -12,9 +11,10 @@ from hypothesis import strategies as st
 
 from runtime import ports
 from runtime.errors import ConfigError
-from runtime.pod import inference, probes
+from runtime.pod import benchmark, inference, probes
 from runtime.pod.inference import transformers_server, vllm_server
 from tests.pod.processes import FILES, answer, free_port, started
+from tests.pod.test_benchmark import controller_reads
 
 STOCK = ["--torch_dtype=auto", "--pipeline=text-generation", "--trust_remote_code"]
 HEAD = [
@@ -153,8 +153,6 @@ def test_both_inference_apis_serve_and_drain(tiny_llama_dir: Path, tmp_path: Pat
     for runtime, flags in commands.items():
         log, base = tmp_path / f"{runtime}.log", f"http://127.0.0.1:{port}"
         command = [sys.executable, str(FILES / runtime / "inference_api.py"), *flags]
-        assert probes.benchmark(base, output=tmp_path / "none") == 1
-        assert not (tmp_path / "none").exists()
         with started(command, log, LOCAL_RANK=str(port - ports.CONTROLLER)) as process:
             assert answer(f"{base}/health", process, log).json() == {"status": "Healthy"}
             assert answer(f"{base}/healthz", process, log).json() == {"status": "Healthy"}
@@ -163,15 +161,14 @@ def test_both_inference_apis_serve_and_drain(tiny_llama_dir: Path, tmp_path: Pat
             assert "Model loaded successfully" in log.read_text()
             if runtime == "vllm":
                 assert httpx.get(f"{base}/v1/models").json()["data"][0]["id"] == "tiny"
-                assert probes.benchmark(base, output=tmp_path / "report") == 0
+                environ = {"BENCHMARK_DURATION_SEC": "2"}
+                assert benchmark.run(environ, base=base, output=tmp_path / "report") == 0
                 assert (
                     probes.node_health(["readiness", "--leader-address=127.0.0.1", f"--vllm-port={port}"])
                     == 0
                 )
             process.terminate()
             assert process.wait(15) == 0, log.read_text()
-    settings, result = (tmp_path / "report").read_text().splitlines()
-    assert settings.startswith("KAITO_BENCHMARK_CONFIG {")
-    figures = json.loads(result.removeprefix("KAITO_BENCHMARK_RESULT "))
-    assert figures["vllm_total_tpm"] > 0
-    assert figures["ttft_avg_ms"] > 0
+    _, result = controller_reads((tmp_path / "report").read_text())
+    assert result["vllm_total_tpm"] > 0
+    assert result["ttft_avg_ms"] > 0

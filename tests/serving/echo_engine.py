@@ -81,6 +81,8 @@ class EchoEngine:
             adapters=tuple(self._adapters),
             prompt_tokens=sum(len(request.prompt_ids) for request in self.requests),
             cached_tokens=len(self.requests),
+            max_sequences=self._rows,
+            cache_tokens=self._rows * self.context_tokens,
         )
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
-"""The startup probe of controllers' vLLM pods; the work is runtime/pod/probes.py."""
+"""The startup probe of controllers' vLLM pods; the work is runtime/pod/benchmark.py."""
 
+import os
 import sys
 
-from runtime.pod import probes
+from runtime.pod import benchmark
 
 if __name__ == "__main__":
-    sys.exit(probes.benchmark())
+    sys.exit(benchmark.run(os.environ))

@@ -152,6 +152,8 @@ class BatchingEngine:
             cached_tokens=self._cached_tokens,
             drafted_tokens=self._drafted_tokens,
             accepted_tokens=self._accepted_tokens,
+            max_sequences=self.max_sequences,
+            cache_tokens=self.max_sequences * self.context_tokens,
         )
 
     def close(self) -> None:

@@ -120,6 +120,10 @@ class Stats:
     """Draft tokens that were run, since the start."""
     accepted_tokens: int = 0
     """Those of them that the model chose too."""
+    max_sequences: int = 1
+    """Sequences that are generated at the same time, at most."""
+    cache_tokens: int = 0
+    """Positions of the key-value cache, all sequences together; 0 while it is not known."""
 
 
 class Engine(Protocol):

@@ -81,6 +81,9 @@ async def test_metrics_carry_the_names_that_scalers_read_and_move(open_site: Any
     assert figure(busy, "vllm:num_requests_running") == 1
     assert figure(busy, "vllm:num_requests_waiting") == 1
     assert figure(busy, "vllm:kv_cache_usage_perc") == 1
+    assert figure(busy, "vllm:prompt_tokens_total") > 0
+    assert figure(busy, "vllm:cache_config_info", num_gpu_blocks=str(512 // 16), block_size="16") == 1
+    assert figure(busy, "kaito_max_concurrent_requests") == 1
     lora = {"running_lora_adapters": "shop", "waiting_lora_adapters": "shop", "max_lora": "1"}
     assert figure(busy, "vllm:lora_requests_info", **lora) > 1e9
     assert figure(idle, "vllm:lora_requests_info", running_lora_adapters="", waiting_lora_adapters="") > 1e9

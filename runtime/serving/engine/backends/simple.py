@@ -133,7 +133,7 @@ class SimpleEngine:
         """Return the figures of this moment."""
         used = self._used_tokens / self.context_tokens if self._queue.running else 0.0
         stats = self._queue.stats(kv_cache_share=used, alive=self._thread.is_alive())
-        return replace(stats, prompt_tokens=self._prompt_tokens)
+        return replace(stats, prompt_tokens=self._prompt_tokens, cache_tokens=self.context_tokens)
 
     def close(self) -> None:
         """Stop the thread after its current step; everything in flight ends as cancelled."""

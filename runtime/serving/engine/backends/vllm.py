@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import re
 import shutil
 import tempfile
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from runtime import adapters, hardware, net
 from runtime.errors import ConfigError, RequestError, UnavailableError, UnknownModelError
@@ -48,7 +48,6 @@ SAME_NAME = (
     "frequency_penalty",
 )
 """Fields of `Sampling` that vLLM takes under the same name and in the same sense."""
-KV_SHARE = re.compile(r"^vllm:kv_cache_usage_perc\S* (\S+)", re.MULTILINE)
 
 
 def start(config: ServeConfig, folder: Path, devices: Hardware) -> "VllmEngine":
@@ -127,7 +126,7 @@ class VllmEngine:
             max_running=max_sequences, max_waiting=max_waiting, adapters=lambda: tuple(self._loaded)
         )
         self._tasks: dict[RequestHandle, asyncio.Task[None]] = {}
-        self._kv_share = 0.0
+        self._kv_share, self._cache_tokens = 0.0, 0
         self._prompt_tokens = self._cached_tokens = 0
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="engine", daemon=True)
         self._thread.start()
@@ -171,7 +170,13 @@ class VllmEngine:
             kv_cache_share=self._kv_share if self._queue.running else 0.0,
             alive=self._thread.is_alive() and self._server.alive,
         )
-        return replace(stats, prompt_tokens=self._prompt_tokens, cached_tokens=self._cached_tokens)
+        return replace(
+            stats,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            max_sequences=self.max_sequences,
+            cache_tokens=self._cache_tokens,
+        )
 
     def close(self) -> None:
         """End what is in flight as cancelled, then vLLM."""
@@ -201,12 +206,24 @@ class VllmEngine:
             for handle, task in tuple(self._tasks.items()):
                 if handle.cancelled:
                     task.cancel()
-            if self._tasks and sweep % round(1 / SWEEP_S) == 0:
-                try:
-                    found = KV_SHARE.search((await client.get("/metrics", timeout=1.0)).text)
-                    self._kv_share = float(found[1]) if found else 0.0
-                except httpx.HTTPError:
-                    continue
+            if (self._tasks or not self._cache_tokens) and sweep % round(1 / SWEEP_S) == 0:
+                with contextlib.suppress(httpx.HTTPError):
+                    self._read_metrics((await client.get("/metrics", timeout=1.0)).text)
+
+    def _read_metrics(self, text: str) -> None:
+        """Take the cache's size and how full it is, over all of vLLM's engine processes."""
+        shares, tokens = [0.0], 0
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name == "vllm:kv_cache_usage_perc":
+                    shares.append(sample.value)
+                if sample.name == "vllm:cache_config_info":
+                    blocks, size = (
+                        sample.labels.get("num_gpu_blocks", ""),
+                        sample.labels.get("block_size", ""),
+                    )
+                    tokens += int(blocks) * int(size) if blocks.isdecimal() and size.isdecimal() else 0
+        self._kv_share, self._cache_tokens = max(shares), tokens
 
     async def _answer(self, client: httpx.AsyncClient, handle: RequestHandle) -> None:
         """Give one request its tokens and its end."""

@@ -42,7 +42,8 @@ def health() -> Response:
 
 @app.get("/metrics")
 def metrics() -> Response:
-    return Response('vllm:kv_cache_usage_perc{engine="0"} 0.25\n')
+    info = 'vllm:cache_config_info{block_size="16",engine="%s",num_gpu_blocks="100"} 1.0\n'
+    return Response('vllm:kv_cache_usage_perc{engine="0"} 0.25\n' + info % 0 + info % 1)
 
 
 @app.get("/v1/models")

@@ -165,6 +165,7 @@ def test_vllm_gets_at_most_max_sequences_requests_and_the_rest_wait_here(start: 
             while engine.stats().kv_cache_share != 0.25:
                 await asyncio.sleep(0.01)
         assert (engine.stats().running, engine.stats().waiting) == (2, 2)
+        assert (engine.stats().max_sequences, engine.stats().cache_tokens) == (2, 2 * 100 * 16)
         for number in range(4):
             engine.cancel(str(number))
         assert {(await collect(each))[1] for each in tokens} == {"cancelled"}
