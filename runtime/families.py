@@ -16,6 +16,9 @@ function alone is the engine's; or, as "layers", with its own attention for Falc
 Norm = Literal["rms", "rms of 1 + weight", "layer"]
 Activation = Literal["silu", "gelu", "gelu_new", "gelu_pytorch_tanh"]
 """transformers' names; "gelu_new" is spelled out in several operations."""
+Float16 = Literal["works", "serves", "overflows"]
+"""What was published of a family in float16, whose largest number is 65,504: nothing amiss; answers are
+right but gradients of training are not finite; activations are not finite."""
 
 QKV = ("q_proj", "k_proj", "v_proj")
 LLAMA = {
@@ -35,6 +38,7 @@ PHI3 = {
     **dict.fromkeys(("gate_proj", "up_proj"), "mlp.gate_up_proj"),
     "down_proj": "mlp.down_proj",
 }
+GLM4 = {**LLAMA, **dict.fromkeys(("gate_proj", "up_proj"), "mlp.gate_up_proj")}
 FALCON = {
     **dict.fromkeys(QKV, "self_attention.query_key_value"),
     "o_proj": "self_attention.dense",
@@ -85,6 +89,8 @@ class Family:
     """Logits are the output layer's result, neither scaled nor capped: that layer can compute the loss."""
     packed: bool = False
     """Attention goes through transformers' interface, and packed rows were compared with separate ones."""
+    float16: Float16 = "works"
+    """Whether its numbers stay within float16; a family that does not "work" needs bfloat16 or float32."""
     engine: Engine | None = None
     """How several sequences are served at once, as compared with `generate`; None: one at a time."""
 
@@ -134,6 +140,7 @@ _GEMMA = Family(
     activation="gelu_pytorch_tanh",
     tied_by_default=True,
 )
+_UNTESTED = Family(model_type="", projections=LLAMA)
 
 _RECORDS = (
     _LLAMA,
@@ -165,11 +172,37 @@ _RECORDS = (
         engine="falcon",
     ),
     replace(_GEMMA, plain_logits=True, packed=True, engine="layers"),  # its embedding is scaled
-    replace(_GEMMA, model_type="gemma2", engine="attention"),  # scores and logits are capped
-    replace(_GEMMA, model_type="gemma3_text", packed=True, engine="attention"),
-    *(replace(_GEMMA, model_type=name) for name in ("gemma3", "gemma3n", "gemma3n_text")),
-    *(replace(_GEMMA, model_type=name) for name in ("gemma4", "gemma4_text")),
-    Family(model_type="gpt_oss", projections=LLAMA, norm="rms"),  # its MLP is experts, one tensor a layer
+    # scores and logits are capped; float16: vllm-project/vllm, config/model.py, refuses it for Gemma 2 and 3
+    replace(_GEMMA, model_type="gemma2", engine="attention", float16="overflows"),
+    # activations reach 8e5: unslothai/unsloth#4014, vllm-project/vllm#18733, huggingface/transformers#36822
+    replace(_GEMMA, model_type="gemma3_text", packed=True, engine="attention", float16="overflows"),
+    *(
+        replace(_GEMMA, model_type=name, float16="overflows")
+        for name in ("gemma3", "gemma3n", "gemma3n_text")  # 3n: unslothai/unsloth, models/loader.py
+    ),
+    *(
+        replace(_GEMMA, model_type=name, float16="serves")  # unslothai/unsloth#4875, unsloth-zoo#600
+        for name in ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
+    ),
+    # its MLP is experts, one tensor a layer; float16: microsoft/onnxruntime-genai#2444
+    Family(model_type="gpt_oss", projections=LLAMA, norm="rms", float16="overflows"),
+    Family(model_type="glm4", projections=GLM4, norm="rms", float16="overflows"),  # vllm-project/vllm#17154
+    *(
+        replace(_UNTESTED, model_type=name, float16="overflows")  # deepseek-ai/DeepSeek-V2#93
+        for name in ("deepseek_v2", "deepseek_v3")
+    ),
+    *(
+        replace(_UNTESTED, model_type=name, float16="serves")  # unslothai/unsloth, models/loader.py
+        for name in (
+            "qwen3_moe",
+            "qwen3_5",
+            "qwen3_5_text",
+            "qwen3_5_moe",
+            "qwen3_5_moe_text",
+            "glm4_moe",
+            "glm4_moe_lite",
+        )
+    ),
     Family(model_type="gpt_neox", projections=GPT_NEOX, norm="layer"),
     Family(model_type="opt", projections=OPT, norm="layer", tied_by_default=True),
     Family(model_type="mpt", projections=MPT, norm="layer", tied_by_default=True),
@@ -179,7 +212,7 @@ FAMILIES: Mapping[str, Family] = {record.model_type: record for record in _RECOR
 
 def find(model_type: str) -> Family:
     """Return the record of `model_type`; without one, a family with Llama's modules and nothing tested."""
-    return FAMILIES.get(model_type) or Family(model_type=model_type, projections=LLAMA)
+    return FAMILIES.get(model_type) or replace(_UNTESTED, model_type=model_type)
 
 
 def modules_called(projection: str) -> tuple[str, ...]:

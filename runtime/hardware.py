@@ -113,7 +113,7 @@ def compute_dtype(hardware: Hardware, wanted: Dtype = "auto") -> Literal["float3
     A CPU without native bfloat16 runs it about ten times slower than float32, and a V100 or T4 emulates
     it, so "auto" never picks it there. Raises ConfigError when `wanted` is bfloat16 on such a GPU.
     """
-    native_bf16 = hardware.capability is not None and hardware.capability >= (8, 0)
+    native_bf16 = has_bfloat16(hardware)
     if wanted == "auto":
         if hardware.kind == "cpu":
             return "float32"
@@ -125,6 +125,11 @@ def compute_dtype(hardware: Hardware, wanted: Dtype = "auto") -> Literal["float3
             "use float16 or auto"
         )
     return wanted
+
+
+def has_bfloat16(hardware: Hardware) -> bool:
+    """Whether `hardware` is a GPU that computes in bfloat16 itself, rather than by emulation."""
+    return hardware.capability is not None and hardware.capability >= (8, 0)
 
 
 def device(hardware: Hardware, local_rank: int = 0) -> str:

@@ -69,7 +69,7 @@ def locate(source: ModelSource, *, weights: bool = True) -> Path:
 def config_file(source: ModelSource) -> Path:
     """Return the config.json of `source`, fetched alone where its weights are not here yet."""
     if source.path is not None or source.image is not None or source.repository is None:
-        return locate(source) / "config.json"
+        return locate(source, weights=False) / "config.json"
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -17,7 +17,7 @@ LAYERS = [
     {"errors", "logs", "files", "net", "garbage_collection", "ports"},
     {"config"},
     {"families", "model_source", "presets", "hardware", "utilisation", "oci", "packaged"},
-    {"models", "adapters", "memory", "merge", "metrics"},
+    {"models", "support", "adapters", "memory", "merge", "metrics"},
     {"serving", "tuning"},
     {"workspace"},
     {"pod"},

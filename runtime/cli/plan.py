@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from runtime import hardware
+from runtime import hardware, support
 from runtime.cli import render
 from runtime.cli.options import Config, Processes, Set, set_flags
 from runtime.errors import CapacityError, exit_code
@@ -60,6 +60,11 @@ class MemoryReport:
     facts: Mapping[str, Any]
     """What --json prints, beside the items."""
 
+    @property
+    def estimated_bytes(self) -> int:
+        """What of the total is an estimate."""
+        return sum(it.size_bytes for it in self.items if it.basis == "estimated" and not it.reclaimable)
+
 
 def plan(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as flags
     context: typer.Context,
@@ -83,7 +88,8 @@ def plan(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
         job = _job(target, environ, config, overrides)
         report = job_report(job, machine, processes=processes)
     if as_json:
-        typer.echo(json.dumps({**report.facts, "parts": _json_items(report.items)}, indent=2))
+        estimated = {"estimated_bytes": report.estimated_bytes}
+        typer.echo(json.dumps({**report.facts, **estimated, "parts": _json_items(report.items)}, indent=2))
     else:
         _print(report)
     if not report.fits:
@@ -141,6 +147,7 @@ def server_report(
 ) -> MemoryReport:
     """Return the memory plan of the server that `target` describes on `machine`."""
     config = load_server(target, environ=environ, overrides=overrides).config
+    support.check_server(config.model, config.quantization, machine)
     model = shape.of(config.model)
     run = _serving_run(config, machine, model)
     capacity = serving.forecast(model, run, machine)
@@ -207,10 +214,13 @@ def _described(machine: Hardware) -> str:
 
 def _print(report: MemoryReport) -> None:
     typer.echo(f"{report.title}\n")
-    rows = [(item.name, f"{item.size_bytes / GIB:8.2f}", item.how) for item in report.items]
-    rows += [("total", f"{report.total_bytes / GIB:8.2f}", "")]
-    rows += [("usable", f"{report.available_bytes / GIB:8.2f}", "")]
-    render.table(("part", "     GiB", "how"), rows)
+    rows: list[tuple[str, ...]] = [
+        (item.name, f"{item.size_bytes / GIB:8.2f}", item.basis, item.how) for item in report.items
+    ]
+    guessed = f"{report.estimated_bytes / GIB:.2f} GiB of it estimated"
+    rows += [("total", f"{report.total_bytes / GIB:8.2f}", "", guessed)]
+    rows += [("usable", f"{report.available_bytes / GIB:8.2f}", "", "")]
+    render.table(("part", "     GiB", "basis", "how"), rows)
     typer.echo()
     for note in report.notes:
         typer.echo(note)
@@ -222,6 +232,12 @@ def _print(report: MemoryReport) -> None:
 
 def _json_items(items: tuple[MemoryItem, ...]) -> list[dict[str, Any]]:
     return [
-        {"name": item.name, "bytes": item.size_bytes, "how": item.how, "reclaimable": item.reclaimable}
+        {
+            "name": item.name,
+            "bytes": item.size_bytes,
+            "basis": item.basis,
+            "how": item.how,
+            "reclaimable": item.reclaimable,
+        }
         for item in items
     ]

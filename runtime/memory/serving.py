@@ -6,7 +6,7 @@ Does not know engines or requests. Start at `forecast`.
 
 from dataclasses import dataclass
 
-from runtime import hardware
+from runtime import hardware, support
 from runtime.errors import CapacityError
 from runtime.hardware import Hardware
 from runtime.memory.shape import BYTES, Shape
@@ -20,6 +20,10 @@ GPU_SHARE = 0.97
 """Part of a GPU's memory that a server finds free before CUDA's context; the driver has the rest."""
 HOST_SHARE = 0.5
 """Part of a CPU's memory that a server plans with: the page cache and the process live there too."""
+
+DEQUANTISED = {"mxfp4"}
+"""Stored types that transformers turns into the compute type while it reads them: its own kernels need
+triton 3.4 and the package `kernels`, and the image has neither (docs/decisions/021-no-triton.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +62,10 @@ class Capacity:
 def forecast(shape: Shape, server: ServingRun, machine: Hardware) -> Capacity:
     """Return what `server` takes on `machine`, and the sequences and context that fit there."""
     available = int(machine.memory_bytes * (GPU_SHARE if machine.kind == "cuda" else HOST_SHARE))
-    context = CONTEXT_BYTES["cuda"] if machine.kind == "cuda" else 0  # a CPU's other half has it
-    fixed = (weights(shape, server), MemoryItem("CUDA context", context, "estimate"))[: 2 if context else 1]
+    fixed: tuple[MemoryItem, ...] = (weights(shape, server),)
+    if machine.kind == "cuda":  # a CPU's other half has the process
+        how = "with cuBLAS's workspace"
+        fixed += (MemoryItem("CUDA context", CONTEXT_BYTES["cuda"], how, "estimated"),)
     free = available - sum(part.size_bytes for part in fixed)
     token_bytes = shape.dimensions.kv_values_per_token * BYTES[server.dtype]
     wanted = (server.sequences, min(server.context_tokens, shape.context_tokens))
@@ -73,26 +79,41 @@ def forecast(shape: Shape, server: ServingRun, machine: Hardware) -> Capacity:
     how = f"{sequences} sequences x {tokens} tokens x {token_bytes} bytes"
     cache = MemoryItem("keys and values", sequences * tokens * token_bytes, how)
     work = MemoryItem(
-        "room for a step's work", free - cache.size_bytes, f"at least {1 - CACHE_SHARE:.0%} of the rest"
+        "room for a step's work",
+        free - cache.size_bytes,
+        f"at least {1 - CACHE_SHARE:.0%} of the rest",
+        "estimated",
     )
     return Capacity((*fixed, cache, work), available, token_bytes, sequences, tokens)
 
 
 def fits_on(shape: Shape, server: ServingRun) -> tuple[str, ...]:
-    """Return the known GPUs on which at least one sequence of the requested context fits, smallest first."""
+    """Return the known GPUs on which at least one sequence of the requested context fits, smallest first.
+
+    Those that would compute in float16 are left out where the model does not stay within it.
+    """
     context = min(server.context_tokens, shape.context_tokens, server.least_context_tokens)
-    found = ((name, forecast(shape, server, hardware.named(name))) for name in hardware.names())
-    return tuple(name for name, capacity in found if capacity.context_tokens >= context)
+    half = server.dtype != "float32" and not support.stays_within_float16(shape.model_type, training=False)
+    gpus = (hardware.named(name) for name in hardware.names())
+    return tuple(
+        gpu.name
+        for gpu in gpus
+        if not (half and not hardware.has_bfloat16(gpu))
+        and forecast(shape, server, gpu).context_tokens >= context
+    )
 
 
 def weights(shape: Shape, server: ServingRun) -> MemoryItem:
-    """Weights: parameters x b, or the files' own size where they are quantised; linear ones x bits / 8."""
+    """Weights: parameters x b; linear ones x bits / 8; the files' size where they are used as they are."""
     width = BYTES[server.dtype]
-    if shape.quantized is not None:
-        return MemoryItem("weights", shape.stored_bytes, f"stored as {shape.quantized}")
-    if server.bits is None:
+    if shape.quantized is not None and shape.quantized not in DEQUANTISED:
+        return MemoryItem("weights", shape.stored_bytes, f"stored as {shape.quantized}", "stored")
+    if server.bits is None or shape.quantized is not None:
         count = shape.linear_parameters + shape.other_parameters
-        return MemoryItem("weights", count * width, f"{count / 1e9:.2f}B x {width} bytes")
+        how = f"{count / 1e9:.2f}B x {width} bytes"
+        if shape.quantized is not None:
+            how += f", dequantised from the {shape.quantized} of the files"
+        return MemoryItem("weights", count * width, how)
     each = server.bits / 8 + (CONSTANTS_4BIT[server.double_quant] if server.bits == 4 else 0)
     size = int(shape.linear_parameters * each + shape.other_parameters * width)
     linear, other = f"{shape.linear_parameters / 1e9:.2f}B", f"{shape.other_parameters / 1e6:.0f}M"

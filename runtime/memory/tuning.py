@@ -63,6 +63,11 @@ class TuningRun:
         return BYTES[self.dtype]
 
 
+Basis = Literal["counted", "stored", "measured", "estimated"]
+"""How a figure is known: exact arithmetic from the model's shape and the settings; the size of files; seen
+in a run; a formula or a guess that a run may not confirm."""
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryItem:
     """One line of a plan."""
@@ -71,6 +76,7 @@ class MemoryItem:
     size_bytes: int
     how: str
     """The formula with its numbers, for people."""
+    basis: Basis = "counted"
     reclaimable: bool = False
     """Resident, but given back by the kernel when memory is short."""
 
@@ -160,7 +166,10 @@ def optimizer(shape: Shape, run: TuningRun) -> MemoryItem:
     each = state_bytes(run.optimizer)
     count = trained(shape, run)
     return MemoryItem(
-        "optimizer state", int(count * each), f"{run.optimizer}: {count / 1e6:.1f}M x {each:g} bytes"
+        "optimizer state",
+        int(count * each),
+        f"{run.optimizer}: {count / 1e6:.1f}M x {each:g} bytes",
+        "counted" if each in (0, 4, 8) else "estimated",
     )
 
 
@@ -239,10 +248,10 @@ def activations(shape: Shape, run: TuningRun) -> MemoryItem:
     if run.checkpointing:
         size = layers * run.tokens * hidden * run.width
         how = f"{run.tokens} tokens x {layers} layers x {hidden * run.width} bytes"
-        return MemoryItem("layer inputs (checkpointing)", size, how)
+        return MemoryItem("layer inputs (checkpointing)", size, how, "estimated")
     one = layer_bytes(shape, run)
     how = f"{run.tokens} tokens x {layers} layers x {one // max(run.tokens, 1)} bytes"
-    return MemoryItem("activations", layers * one, how)
+    return MemoryItem("activations", layers * one, how, "estimated")
 
 
 def logits(shape: Shape, run: TuningRun) -> MemoryItem:
@@ -254,12 +263,12 @@ def logits(shape: Shape, run: TuningRun) -> MemoryItem:
     count = int(run.tokens * run.labelled_share)
     vocabulary = shape.dimensions.vocabulary
     if not shape.family.plain_logits:
-        return MemoryItem("logits", count * vocabulary * 12, f"{count} labels x {vocabulary} x 12 bytes")
+        how = f"{count} labels x {vocabulary} x 12 bytes"
+        return MemoryItem("logits", count * vocabulary * 12, how, "estimated")
     rows = min(count, max(1, _LOSS_CHUNK_BYTES // 4 // vocabulary))
     each = 4 if run.width == 4 else 4 + 2 * run.width
-    return MemoryItem(
-        "logits", rows * vocabulary * each, f"{rows} labels at a time x {vocabulary} x {each} bytes"
-    )
+    how = f"{rows} labels at a time x {vocabulary} x {each} bytes"
+    return MemoryItem("logits", rows * vocabulary * each, how, "estimated")
 
 
 def layer_work(shape: Shape, run: TuningRun) -> MemoryItem:
@@ -268,7 +277,7 @@ def layer_work(shape: Shape, run: TuningRun) -> MemoryItem:
     wide = size.intermediate * size.active_experts
     work = run.tokens * run.width * (4 * wide + 4 * size.hidden)
     again = layer_bytes(shape, run) if run.checkpointing else 0
-    return MemoryItem("one layer's backward", work + again, f"{run.tokens} tokens")
+    return MemoryItem("one layer's backward", work + again, f"{run.tokens} tokens", "estimated")
 
 
 def dequantized(shape: Shape, run: TuningRun) -> MemoryItem:
@@ -277,22 +286,25 @@ def dequantized(shape: Shape, run: TuningRun) -> MemoryItem:
         return MemoryItem("dequantisation buffer", 0, "not quantised")
     largest = max((linear.parameters for linear in shape.linears), default=0)
     how = f"largest linear, {largest / 1e6:.1f}M x {run.width} bytes x 2"
-    return MemoryItem("dequantisation buffer", 2 * largest * run.width, how)
+    return MemoryItem("dequantisation buffer", 2 * largest * run.width, how, "estimated")
 
 
 def fragmentation(working: tuple[MemoryItem, ...], run: TuningRun) -> MemoryItem:
     """Memory between blocks: what every pass allocates and frees x FRAGMENTATION, or HEAP_FRAGMENTATION."""
     share = HEAP_FRAGMENTATION if run.device == "cpu" and not run.compact else FRAGMENTATION
-    return MemoryItem("fragmentation", int(total(working) * share), f"{share:.0%} of what a pass allocates")
+    how = f"{share:.0%} of what a pass allocates"
+    return MemoryItem("fragmentation", int(total(working) * share), how, "estimated")
 
 
 def mapped(shape: Shape, run: TuningRun) -> MemoryItem:
     """The weights' files on a CPU, mapped while they are read: their size, less what is used in place."""
     size = max(0, shape.stored_bytes - shape.other_parameters * run.width)
-    return MemoryItem("weights' files, mapped", size, "page cache, given back when needed", reclaimable=True)
+    how = "page cache, given back when needed"
+    return MemoryItem("weights' files, mapped", size, how, "stored", reclaimable=True)
 
 
 def context(run: TuningRun) -> MemoryItem:
     """CONTEXT_BYTES: the process and its libraries."""
-    name = "CUDA context" if run.device == "cuda" else "process and libraries"
-    return MemoryItem(name, CONTEXT_BYTES[run.device], "estimate" if run.device == "cuda" else "measured")
+    on_gpu = run.device == "cuda"
+    name, how = ("CUDA context", "with cuBLAS's workspace") if on_gpu else ("process and libraries", "Python")
+    return MemoryItem(name, CONTEXT_BYTES[run.device], how, "estimated" if on_gpu else "measured")

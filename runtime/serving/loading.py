@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime import adapters, hardware, models, oci
+from runtime import adapters, hardware, models, oci, support
 from runtime.errors import ConfigError, Failure
 from runtime.hardware import Hardware
 from runtime.serving.engine.create import create
@@ -40,6 +40,7 @@ def load(config: ServeConfig, access: oci.Access) -> ServedModel:
     """
     started = time.monotonic()
     devices = hardware.detect()
+    support.check_server(config.model, config.quantization, devices)
     served = _with_vllm(config, devices) if config.engine == "vllm" else _with_own_engine(config, devices)
     if config.combine_adapters and config.adapters:
         served = _combined(served, config, access)

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from runtime import families, hardware
+from runtime import families, hardware, support
 from runtime.errors import CapacityError, ConfigError
 from runtime.hardware import Hardware
 from runtime.memory import fitting
@@ -72,8 +72,9 @@ def plan(
     """Return the plan of `job` on `machine` with `processes` there (None: one for each GPU).
 
     Without `rows` every row is taken to be as long as it may be, and all of it labelled. Raises ConfigError
-    when the model's shape is not known.
+    when the model's shape is not known, or the model cannot be tuned on `machine`.
     """
+    check_dtype(job, machine)
     shape = of(job.model)
     count = processes or machine.count
     longest = max((len(row) for row in rows), default=0)
@@ -95,12 +96,23 @@ def plan(
 
 
 def check(job: TuningJob, machine: Hardware, *, processes: int | None = None) -> None:
-    """Log what `job` will take; CapacityError, with advice, when it cannot fit on `machine`."""
+    """Log what `job` will take; CapacityError, with advice, when it cannot fit on `machine`.
+
+    Raises ConfigError when the model overflows the type that `machine` computes in.
+    """
+    check_dtype(job, machine)
     planned = _plan_if_known(job, machine, processes or machine.count)
     if planned is not None and not planned.forecast.fits:
         raise CapacityError(planned.summary)
     if planned is not None:
         log.info("memory plan: %s", planned.summary)
+
+
+def check_dtype(job: TuningJob, machine: Hardware) -> None:
+    """Raise ConfigError where `job` would be computed in a type that its model overflows on `machine`."""
+    wishes = [f"--set training.{name}=false" for name in ("bf16", "fp16") if job.training.get(name)]
+    how = " ".join(["--set model.dtype=float32", *wishes])
+    support.check_dtype(job.model, machine, dtype=choose_dtype(job, machine), training=True, how=how)
 
 
 def shorten(job: TuningJob, machine: Hardware, *, processes: int) -> TuningJob:
@@ -207,7 +219,12 @@ def _larger_device(planned: MemoryPlan, free: Adjustable) -> str:
 
 
 def gpus_that_fit(shape: Shape, run: TuningRun, adjustable: Adjustable) -> tuple[str, ...]:
-    """Return the known GPUs that one process of `run` fits into, smallest first."""
-    rooms = ((name, fitting.available(hardware.named(name))) for name in hardware.names())
+    """Return the known GPUs that one process of `run` fits into and computes rightly, smallest first."""
     on_gpu = replace(run, device="cuda", dtype="float16" if run.device == "cpu" else run.dtype)
-    return tuple(name for name, room in rooms if fitting.choose(shape, on_gpu, adjustable, room=room).fits)
+    half = run.dtype != "float32" and not support.stays_within_float16(shape.model_type, training=True)
+    return tuple(
+        gpu.name
+        for gpu in map(hardware.named, hardware.names())
+        if not (half and not hardware.has_bfloat16(gpu))
+        and fitting.choose(shape, on_gpu, adjustable, room=fitting.available(gpu)).fits
+    )

@@ -56,6 +56,30 @@ def test_the_table_adds_up_for_people(capsys: pytest.CaptureFixture[str]) -> Non
     assert lines[-1].startswith("Fits: ")
 
 
+def test_each_figure_says_how_it_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    _, report = plan(TUNING, capsys=capsys)
+    bases = {part["name"]: part["basis"] for part in report["parts"]}
+    assert bases["base weights"] == bases["optimizer state"] == "counted"
+    assert bases["activations"] == bases["CUDA context"] == bases["fragmentation"] == "estimated"
+    guessed = sum(part["bytes"] for part in report["parts"] if part["basis"] == "estimated")
+    assert report["estimated_bytes"] == guessed
+    assert run(["plan", TUNING], {}) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{guessed / 2**30:.2f} GiB of it estimated" in next(it for it in lines if it.startswith("total"))
+    assert " estimated " in next(it for it in lines if it.startswith("CUDA context"))
+
+
+@pytest.mark.parametrize("gpu", ["V100-16GB", "T4-16GB"])
+def test_a_model_that_overflows_float16_is_refused_where_there_is_no_bfloat16(
+    gpu: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["gemma-3-4b-instruct", "--serve"], ["gpt-oss-20b", "--serve"]):
+        assert run(["plan", *words, "--gpu", gpu], {}) == 2
+        line = capsys.readouterr().err
+        assert "use a GPU of compute capability 8.0 or newer, or float32" in line
+        assert line.count("\n") == 1
+
+
 def test_no_torch_is_needed() -> None:
     code = (
         "import sys; from runtime.cli.main import run; "

@@ -35,3 +35,30 @@ def test_context_gives_way_before_sequences_and_sequences_before_short_contexts(
     assert sequences_that_fit((8, 4096), token_bytes=1 << 20, free_bytes=gib) == (1, 819)
     with pytest.raises(CapacityError, match="one sequence of 16 tokens"):
         sequences_that_fit((8, 4096), token_bytes=1 << 20, free_bytes=1 << 22)
+
+
+@pytest.mark.parametrize(("name", "gigabytes"), [("gpt-oss-20b", 42), ("gpt-oss-120b", 234)])
+def test_mxfp4_is_planned_at_what_it_is_dequantised_to(name: str, gigabytes: int) -> None:
+    model = shape.of(source(name))
+    part = serving.weights(model, ServingRun(1, 2048, "bfloat16"))
+    assert part.size_bytes / 1e9 == pytest.approx(gigabytes, rel=0.01)
+    assert part.size_bytes > 2.5 * model.stored_bytes
+    assert "dequantised from the mxfp4" in part.how
+    assert not serving.forecast(model, ServingRun(1, 2048, "bfloat16"), hardware.named("A100-40GB")).fits
+
+
+def test_gpus_without_bfloat16_are_not_proposed_to_models_that_overflow_float16() -> None:
+    gemma = shape.of(source("gemma-3-4b-instruct"))
+    assert serving.fits_on(gemma, ServingRun(1, 2048, "bfloat16"))[0] == "A10-24GB"
+    assert "V100-32GB" in serving.fits_on(gemma, ServingRun(1, 2048, "float32"))
+    assert serving.fits_on(PHI, ServingRun(1, 2048, "bfloat16"))[0] == "T4-16GB"
+
+
+def test_each_figure_says_whether_it_is_known_or_estimated() -> None:
+    capacity = serving.forecast(PHI, ServingRun(4, 4096, "float16"), hardware.named("V100-16GB"))
+    assert {part.name: part.basis for part in capacity.parts} == {
+        "weights": "counted",
+        "CUDA context": "estimated",
+        "keys and values": "counted",
+        "room for a step's work": "estimated",
+    }

@@ -15,6 +15,12 @@ import httpx
 import openai
 import pytest
 
+from runtime import hardware
+from runtime.errors import ConfigError
+from runtime.model_source import ModelSource
+from runtime.oci.access import DEFAULT
+from runtime.serving import loading
+from runtime.serving.settings import ServeConfig
 from tests.serving.conftest import Process, until
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
@@ -226,3 +232,15 @@ def test_demo_model_stops_at_a_string(demo: Process) -> None:
     assert "Paris" not in text
     assert text.startswith("The capital")
     assert answer.choices[0].finish_reason == "stop"
+
+
+def test_a_model_that_overflows_float16_is_refused_before_its_weights_are_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3_text"}))
+    monkeypatch.setattr(loading.hardware, "detect", lambda: hardware.named("T4-16GB"))
+    for engine in ("own", "vllm"):
+        model = ModelSource(name="m", path=tmp_path)
+        config = ServeConfig.model_validate({"model": model, "served_name": "m", "engine": engine})
+        with pytest.raises(ConfigError, match=r"gemma3_text models exceed 65504.*T4-16GB.*float32"):
+            loading.load(config, DEFAULT)

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from runtime.errors import CapacityError
+from runtime.errors import CapacityError, ConfigError
 from runtime.hardware import Hardware
 from runtime.memory import tuning
 from runtime.model_source import ModelSource
@@ -50,6 +51,30 @@ def test_the_users_settings_stay_unless_fit_is_requested() -> None:
     assert settled.tokens_per_pass is not None
     assert 2048 <= settled.tokens_per_pass <= 8 * 2048
     assert fit.plan(settled, V100, rows=rows).forecast.fits
+
+
+@pytest.mark.parametrize(
+    "machine", [V100, Hardware("cuda", "A100", (8, 0), 80 << 30, 1)], ids=["V100", "A100"]
+)
+def test_a_model_that_overflows_float16_is_refused_before_anything_is_read(
+    machine: Hardware, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3_text"}))
+    half = job({"fp16": True}, model=ModelSource(name="m", path=tmp_path))
+    for ask in (fit.check, fit.plan):
+        with pytest.raises(ConfigError, match="activations of gemma3_text models exceed 65504") as refused:
+            ask(half, machine)
+    advice = "float32 (--set model.dtype=float32 --set training.fp16=false)"
+    assert (advice in str(refused.value)) == (machine is V100)
+    whole = job(model=ModelSource(name="m", path=tmp_path, dtype="float32"))
+    fit.check(whole, machine)
+
+
+def test_gpus_without_bfloat16_are_not_proposed_to_models_that_overflow_float16() -> None:
+    planned = fit.plan(job(), Hardware("cuda", "A100", (8, 0), 80 << 30, 1))
+    assert "V100-16GB" in fit.gpus_that_fit(planned.shape, planned.requested, planned.adjustable)
+    gemma = replace(planned.shape, model_type="gemma3_text")
+    assert fit.gpus_that_fit(gemma, planned.requested, planned.adjustable)[0] == "A10-24GB"
 
 
 def test_rows_are_cut_only_on_request(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,82 @@
+"""Models that a device cannot compute are refused by their configuration, before anything is downloaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from runtime import hardware, support
+from runtime.errors import ConfigError
+from runtime.hardware import Hardware
+from runtime.model_source import ModelSource, Quantization
+from runtime.presets import source
+
+V100 = hardware.named("V100-16GB")
+T4 = hardware.named("T4-16GB")
+A100 = hardware.named("A100-80GB")
+CPU = Hardware("cpu", "CPU", None, 8 << 30, 1)
+
+
+def model(folder: Path, model_type: str, dtype: str = "auto") -> ModelSource:
+    """Return a model of which only the configuration is there."""
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return ModelSource.model_validate({"name": "m", "path": folder, "dtype": dtype})
+
+
+@pytest.mark.parametrize("gpu", [V100, T4], ids=["V100", "T4"])
+@pytest.mark.parametrize("name", ["gemma-3-4b-instruct", "gemma-3-27b-instruct", "gpt-oss-20b"])
+def test_presets_that_overflow_float16_are_refused_without_bfloat16(name: str, gpu: Hardware) -> None:
+    with pytest.raises(
+        ConfigError, match=r"exceed 65504.*compute capability 8\.0 or newer, or float32"
+    ) as no:
+        support.check_server(source(name), None, gpu)
+    assert name in str(no.value)
+    assert gpu.name in str(no.value)
+    support.check_server(source(name), None, A100)
+    support.check_server(source(name).model_copy(update={"dtype": "float32"}), None, gpu)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "gemma3n", "glm4", "deepseek_v2"])
+def test_a_directory_is_refused_by_its_configuration(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"activations of {kind} models exceed"):
+        support.check_server(model(tmp_path, kind), None, V100)
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3", "qwen2", "phi", "falcon", "gemma", "gemma4", "unheard_of"])
+def test_what_stays_within_float16_is_served(kind: str, tmp_path: Path) -> None:
+    support.check_server(model(tmp_path, kind), None, V100)
+
+
+@pytest.mark.parametrize("kind", ["gemma4", "qwen3_moe", "qwen3_5"])
+def test_gradients_that_overflow_refuse_tuning_only(kind: str, tmp_path: Path) -> None:
+    served = model(tmp_path, kind)
+    support.check_server(served, None, V100)
+    with pytest.raises(ConfigError, match=f"gradients of {kind} models exceed"):
+        support.check_dtype(served, V100, dtype="float16", how="", training=True)
+    support.check_dtype(served, V100, dtype="float32", how="", training=True)
+
+
+def test_float16_by_hand_is_refused_everywhere(tmp_path: Path) -> None:
+    half = model(tmp_path, "gemma3_text", "float16")
+    with pytest.raises(ConfigError, match="leave the dtype at auto, which is bfloat16 on A100-80GB"):
+        support.check_server(half, None, A100)
+    with pytest.raises(ConfigError, match="leave the dtype at auto"):
+        support.check_server(half, None, CPU)
+    quantised = Quantization(compute_dtype="float16")
+    with pytest.raises(ConfigError, match="leave the dtype at auto"):
+        support.check_server(model(tmp_path, "gemma3_text"), quantised, A100)
+
+
+def test_float32_of_a_quantised_model_is_set_in_both_places(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--set quantization\.compute_dtype=float32"):
+        support.check_server(model(tmp_path, "gemma3_text"), Quantization(), V100)
+    whole = model(tmp_path, "gemma3_text", "float32")
+    support.check_server(whole, Quantization(compute_dtype="float32"), V100)
+
+
+def test_a_configuration_that_cannot_be_read_is_left_to_loading(tmp_path: Path) -> None:
+    assert support.model_type(ModelSource(name="m", path=tmp_path)) is None
+    (tmp_path / "config.json").write_text("[1]")
+    assert support.model_type(ModelSource(name="m", path=tmp_path)) is None
+    (tmp_path / "config.json").write_text("{")
+    assert support.model_type(ModelSource(name="m", path=tmp_path)) is None
