@@ -19,6 +19,9 @@ from runtime.net import RETRIED, RetriableError, Retries, raise_if_retriable
 from runtime.oci.access import Access
 from runtime.oci.blobs import READ_BYTES
 
+MOST_BODY_BYTES = 4 << 20
+"""Manifests, tokens and error messages are read up to this size, that of the largest manifest taken."""
+
 Body = Callable[[], Any]
 """Makes a new body for each try: a file-like object with a length."""
 
@@ -163,10 +166,41 @@ class _Closable(Protocol):
 
 
 class _Adapter(HTTPAdapter):
-    """Reads bodies in large blocks: 16 kB at a time costs as much CPU as TLS."""
+    """Reads bodies in large blocks (16 kB at a time costs as much CPU as TLS), and bounds all but blobs."""
 
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
         super().init_poolmanager(*args, **options, blocksize=READ_BYTES)
+
+    def send(
+        self, request: requests.PreparedRequest, stream: bool = False, *args: Any, **options: Any
+    ) -> requests.Response:
+        response = super().send(request, stream, *args, **options)
+        if not stream or response.status_code not in {200, 206}:
+            response.raw = _BoundedBody(response.raw, _short(response.url))
+        return response
+
+
+class _BoundedBody:
+    """The raw body of a response, of which at most MOST_BODY_BYTES are read, decoded."""
+
+    def __init__(self, raw: Any, where: str):
+        self._raw, self._where = raw, where
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._raw, name)
+
+    def stream(self, *args: Any, **options: Any) -> Iterator[bytes]:
+        """Yield the body; RegistryError when it is longer."""
+        left = MOST_BODY_BYTES
+        for chunk in self._raw.stream(*args, **options):
+            left -= len(chunk)
+            if left < 0:
+                self._raw.close()
+                raise RegistryError(
+                    f"{self._where}: answered with more than {MOST_BODY_BYTES >> 20} MiB;"
+                    " expected a manifest, a token or an error message"
+                )
+            yield chunk
 
 
 def raise_if_busy(response: requests.Response) -> None:

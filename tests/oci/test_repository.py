@@ -215,3 +215,24 @@ def test_processes_that_pull_into_one_folder_take_turns(
     assert [job.wait(60) for job in jobs] == [0, 0, 0]
     assert files(tmp_path / "back") == files(adapter)
     assert faulty.count("GET", "/blobs/") == 3  # two layers and the configuration, once
+
+
+@pytest.mark.parametrize("part", ["manifest", "error message", "token", "error message of a blob"])
+def test_a_body_that_does_not_end_is_refused_at_4_mib(
+    faulty: FaultyRegistry, adapter: Path, tmp_path: Path, part: str
+) -> None:
+    reference = fresh(faulty.host, "a")
+    endless = b'{"token":"' + b"a" * (5 << 20)
+    if part == "error message of a blob":
+        oci.push(adapter, reference, access=quick())
+    answers = {
+        "manifest": ("/v2/", 200, {"Content-Type": "application/json"}),
+        "error message": ("/v2/", 400, {}),
+        "error message of a blob": (f"/v2/{reference.repository}/blobs/", 400, {}),
+        "token": ("/v2/", 401, {"WWW-Authenticate": f'Bearer realm="http://{faulty.host}/token"'}),
+    }
+    path, status, headers = answers[part]
+    faulty.routes = {path: lambda *_: (status, headers, b"" if part == "token" else endless)}
+    faulty.routes["/token"] = lambda *_: (200, {}, endless)
+    with pytest.raises(RegistryError, match="more than 4 MiB"):
+        oci.pull(reference, tmp_path / "back", access=quick())
