@@ -1,7 +1,7 @@
 """Downloads one blob from a registry: continued where it stopped, and checked by its digest.
 
 The bytes are taken as they are stored: a `Content-Encoding` that a front adds to .tar.gz files is no
-encoding of the transfer. Does not know what a blob holds. Start at `Download.to`.
+encoding of the transfer. Does not know what a blob holds. Start at `BlobDownload.to`.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Download:
+class BlobDownload:
     """A blob at an address of a registry."""
 
     transport: Transport
@@ -54,7 +54,7 @@ class Download:
         )
 
     def _complete(self, part: Path, report: Report) -> str:
-        """Download until `part` has all bytes; return the hexadecimal digest of the whole."""
+        """BlobDownload until `part` has all bytes; return the hexadecimal digest of the whole."""
         retries = self.transport.retries(f"{self.where}: download of {self.descriptor.digest[:19]}")
         while True:
             before = part.stat().st_size if part.exists() else 0

@@ -19,7 +19,7 @@ from runtime.oci import manifests
 from runtime.oci.access import Access
 from runtime.oci.auth import Login
 from runtime.oci.blobs import Blob, Descriptor
-from runtime.oci.download import Download
+from runtime.oci.download import BlobDownload
 from runtime.oci.image import INDEX, MANIFEST
 from runtime.oci.reference import Reference
 from runtime.oci.store import Report, StoredManifest, check_manifest
@@ -116,9 +116,9 @@ class Repository:
             raise RegistryError(f"{self}: stored manifest {stored} instead of {manifest.digest}; push again")
 
     def fetch(self, descriptor: Descriptor, path: Path, report: Report) -> None:
-        """Download a blob to `path`, which a later try continues."""
+        """BlobDownload a blob to `path`, which a later try continues."""
         url = self._url(self._container.get_blob_url(descriptor.digest))
-        Download(self._transport, url, descriptor, str(self)).to(path, report)
+        BlobDownload(self._transport, url, descriptor, str(self)).to(path, report)
 
     def delete(self, tag: str) -> bool:
         """Delete the manifest under `tag`, where the registry allows it."""
