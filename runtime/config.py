@@ -1,9 +1,10 @@
-"""Reads YAML and TOML into strict, frozen pydantic models, and explains a mistake in one line.
+"""Reads YAML, JSON and TOML into strict, frozen pydantic models, and explains a mistake in one line.
 
 Knows formats, not what the values are for. Start at `Strict` and `parse`.
 """
 
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from runtime.errors import ConfigError
 
@@ -24,23 +25,64 @@ class Strict(BaseModel):
     )
 
 
+class Sparse(Strict):
+    """Base class of what users write for Kubernetes: a key without a value is as if it were not there."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls_are_absent(cls, data: Any) -> Any:
+        return without_nulls(data) if isinstance(data, dict) else data
+
+
+def without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of `values` that have a value."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
 Model = TypeVar("Model", bound=BaseModel)
+
+MOST_VALUES = 100_000
+"""Values of a document with its aliases written out: a few lines of YAML can stand for billions."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 scalars that refuses duplicate keys.
+    """SafeLoader with YAML 1.2 scalars that refuses duplicate keys, and aliases that grow without bounds.
 
     `1e-5` is a number, and `no` stays a string: `save_strategy: no` means the strategy "no", while a
     boolean field still takes `no` for false (pydantic reads it).
     """
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key, _ in reversed(node.value):
-            if keys.count(key.value) > 1 and key.value != "<<":
-                problem = f"key {key.value!r} is written twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-        return super().construct_mapping(node, deep=deep)
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        # Here and not in construct_mapping: merging (`<<`) writes the merged keys into the nodes themselves.
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    problem = f"key {key.value!r} is written twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return node
+
+    def compose_document(self) -> yaml.Node | None:
+        document = super().compose_document()
+        if document is not None and _count(document, {}) > MOST_VALUES:
+            problem = f"stands for more than {MOST_VALUES} values"
+            raise yaml.composer.ComposerError(None, None, problem, document.start_mark)
+        return document
+
+
+def _count(node: yaml.Node, counted: dict[int, int]) -> int:
+    """Return how many values `node` stands for once its aliases are written out."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in counted:
+        counted[id(node)] = MOST_VALUES + 1  # found again below itself: without end
+        children = (
+            node.value if isinstance(node, yaml.SequenceNode) else [n for pair in node.value for n in pair]
+        )
+        counted[id(node)] = 1 + sum(_count(child, counted) for child in children)
+    return counted[id(node)]
 
 
 _FLOAT = re.compile(
@@ -71,18 +113,49 @@ def read_text(path: Path) -> str:
 
 
 def yaml_documents(text: str, where: str) -> list[dict[str, Any]]:
-    """Return the non-empty YAML documents of `text`, each a mapping; `where` names the file in errors."""
+    """Return the non-empty YAML documents of `text`, or its one JSON object, each a mapping.
+
+    `where` names the file in errors.
+    """
     try:
-        documents = [d for d in yaml.load_all(text, Loader=_Loader) if d is not None]
+        documents = _json_object(text) or [d for d in yaml.load_all(text, Loader=_Loader) if d is not None]
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{where}:{line} not valid YAML: {error.problem}") from None
+        problem = "a tab; indent with spaces" if "'\\t'" in str(error.problem) else error.problem
+        raise ConfigError(f"{where}:{line} not valid YAML: {problem}") from None
     except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: not valid YAML: nested too deeply") from None
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # of an explicit tag, as in `!!int x`
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     for document in documents:
         if not isinstance(document, dict):
             raise ConfigError(f"{where}: expected keys and values, found {describe(document)}")
     return documents
+
+
+def _json_object(text: str) -> list[dict[str, Any]]:
+    """Return [object] where `text` is one JSON object: indented with tabs it is no YAML; [] otherwise."""
+    if not text.lstrip("\ufeff \t\r\n").startswith("{"):
+        return []
+    try:
+        return [json.loads(text, object_pairs_hook=_without_duplicates)]
+    except json.JSONDecodeError:
+        return []  # YAML's flow style
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is written twice", None)
+    return values
 
 
 def toml_document(text: str, where: str) -> dict[str, Any]:

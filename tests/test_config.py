@@ -38,6 +38,26 @@ def test_no_is_a_word_and_still_false_for_a_boolean_field() -> None:
     assert config.parse(Car, one_yaml("electric: no"), "car.yaml").electric is False
 
 
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))
+
+
+def test_json_is_read_with_its_tabs() -> None:
+    assert one_yaml('{\n\t"a": [1, null],\n\t"b": "x"\n}') == {"a": [1, None], "b": "x"}
+    assert one_yaml("{a: b}") == {"a": "b"}  # YAML's flow style
+
+
+def test_merged_keys_may_be_written_anew_wherever_the_anchor_stands() -> None:
+    text = "base: &base {size: 1}\nfirst: {deep: {deeper: &own {<<: *base, size: 2}}}\nlast: {<<: *own}\n"
+    assert one_yaml(text)["first"] == {"deep": {"deeper": {"size": 2}}}
+
+
+def test_a_key_without_a_value_is_absent_in_a_sparse_model() -> None:
+    class Ticket(config.Sparse):
+        row: int = 3
+
+    assert config.parse(Ticket, one_yaml("row:"), "ticket.yaml").row == 3
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -45,6 +65,14 @@ def test_no_is_a_word_and_still_false_for_a_boolean_field() -> None:
         ("a: 1\na: 2", "car.yaml: line 2 not valid YAML: key 'a' is written twice"),
         ("- 1", "car.yaml: expected keys and values, found a list"),
         ("a: !!python/object:os.system x", "not valid YAML"),
+        ("a:\n\tb: 1", "car.yaml: line 2 not valid YAML: a tab; indent with spaces"),
+        ('{"a": 1, "a": 2}', "not valid YAML: key 'a' is written twice"),
+        ("a: !!int x", "not valid YAML"),
+        ("a: !!bool x", "not valid YAML"),
+        ("a: " + "9" * 5000, "not valid YAML"),
+        ("a: " + "[" * 5000, "nested too deeply"),
+        ("a: &a [*a]", "stands for more than"),
+        (LAUGHS, "stands for more than"),
     ],
 )
 def test_broken_yaml_is_named_with_its_line(text: str, expected: str) -> None:

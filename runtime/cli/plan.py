@@ -41,7 +41,9 @@ Gpu = Annotated[
         "By default the one of the manifest's instanceType, else auto.",
     ),
 ]
-Serve = Annotated[bool, typer.Option("--serve", help="With a model: plan a server, not a tuning job.")]
+Serve = Annotated[
+    bool, typer.Option("--serve", help="Plan a server, of a model or of the inference Workspace in FILE.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, sizes in bytes.")]
 
 
@@ -81,9 +83,9 @@ def plan(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     manifest = is_manifest(target)
     machine = _machine_of(target, gpu) if manifest else _machine(gpu)
     if manifest:
-        serve = read(Path(target)).workspace.inference is not None
+        serve = read(Path(target), "inference" if serve else "tuning").work == "inference"
     if serve:
-        report = server_report(target, machine, environ=environ, overrides=overrides)
+        report = server_report(target, machine, environ=environ, config=config, overrides=overrides)
     else:
         job = _job(target, environ, config, overrides)
         report = job_report(job, machine, processes=processes)
@@ -143,13 +145,18 @@ def _job_notes(facts: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def server_report(
-    target: str, machine: Hardware, *, environ: Mapping[str, str], overrides: Mapping[str, Any]
+    target: str,
+    machine: Hardware,
+    *,
+    environ: Mapping[str, str],
+    config: Path | None,
+    overrides: Mapping[str, Any],
 ) -> MemoryReport:
     """Return the memory plan of the server that `target` describes on `machine`."""
-    config = load_server(target, environ=environ, overrides=overrides).config
-    support.check_server(config.model, config.quantization, machine)
-    model = shape.of(config.model)
-    run = _serving_run(config, machine, model)
+    server = load_server(target, environ=environ, config=config, overrides=overrides).config
+    support.check_server(server.model, server.quantization, machine)
+    model = shape.of(server.model)
+    run = _serving_run(server, machine, model)
     capacity = serving.forecast(model, run, machine)
     facts: dict[str, Any] = {
         "fits": capacity.fits,
@@ -164,7 +171,7 @@ def server_report(
     too_large = "quantise it (--set quantization.bits=4), or take a larger GPU"
     return MemoryReport(
         fits=capacity.fits,
-        title=f"Server of {config.served_name} on {_described(machine)}",
+        title=f"Server of {server.served_name} on {_described(machine)}",
         items=tuple(capacity.parts),
         total_bytes=sum(item.size_bytes for item in capacity.parts),
         available_bytes=capacity.available_bytes,

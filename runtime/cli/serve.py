@@ -106,11 +106,15 @@ SpeculativeTokens = Annotated[
     ),
 ]
 ServedName = Annotated[str | None, typer.Option(help="The base model's name for clients.")]
+Config = Annotated[
+    Path | None, typer.Option(help="An inference_config.yaml, or a ConfigMap manifest that holds one.")
+]
 
 
 def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as flags
     context: typer.Context,
     target: Target = None,
+    config: Config = None,
     adapter: Adapters = None,
     combine_adapters: Combine = None,
     adapter_root: AdapterRoot = None,
@@ -141,12 +145,12 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
         "api_key": api_key(environ, api_key_env), "--adapter": adapter,
     }  # fmt: skip
     overrides = without_defaults(flags) | QUANTIZE.get(quantize, {}) | set_flags(settings)
-    resolved = load_server(target, environ=environ, overrides=overrides)
+    resolved = load_server(target, environ=environ, config=config, overrides=overrides)
     if dry_run:
         return render.dry_run(resolved, render.server, as_json=as_json)
-    config = resolved.ready()
+    server = resolved.ready()
     resolved.warn()
-    return _run(config, oci.from_environment(environ), check=check, as_json=as_json)
+    return _run(server, oci.from_environment(environ), check=check, as_json=as_json)
 
 
 def _run(config: ServeConfig, access: oci.Access, *, check: bool, as_json: bool) -> None:

@@ -236,6 +236,8 @@ def check(training: Mapping[str, Any], where: str) -> dict[str, Any]:
             hint = nearest(written, KINDS.keys() | SFT)
             expected = hint or "; expected an argument of transformers.TrainingArguments"
             raise ConfigError(f"{where}: unknown key '{written}'{expected}")
+        if value is None and not KINDS[name].endswith("?"):
+            continue  # a key without a value
         checked[name] = _value(value, KINDS[name], f"{where}: '{written}'")
     _check_ranges(checked, where)
     return checked

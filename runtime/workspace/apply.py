@@ -5,7 +5,9 @@ Knows which setting of ours each section's key is. Does not find the file (confi
 """
 
 from pathlib import Path
+from typing import Any
 
+from runtime.config import describe
 from runtime.errors import ConfigError
 from runtime.tuning import training_arguments
 from runtime.tuning.data.formats import FORMATS
@@ -31,7 +33,14 @@ def apply_training_config(
 
 
 def _apply_quantization(settings: LayeredSettings, section: QuantizationConfig, label: Label) -> None:
+    if section.quant_method not in (None, "bitsandbytes"):
+        where = label("QuantizationConfig.quant_method")
+        raise ConfigError(f"{where} is {describe(section.quant_method)}, expected bitsandbytes")
     if settings.get("method") == "lora":
+        for key, value in section.model_dump(exclude={"quant_method"}).items():
+            if value not in (None, False):
+                where = label(f"QuantizationConfig.{key}")
+                settings.warn(f"{where} has no effect: method lora trains on unquantised weights")
         settings.put("quantization", None, settings.sources["method"])
         return
     if section.load_in_8bit:
@@ -68,6 +77,18 @@ def _apply_lora(settings: LayeredSettings, config: TrainingConfig, file: ConfigF
             settings.put(f"lora.{ours}", value, label(f"LoraConfig.{key}"))
     for key, value in options.items():
         settings.put(f"lora.options.{key}", value, label(f"LoraConfig.{key}"))
+    for key in sections.LORA_OURS & config.lora.keys():
+        _check_ours(settings, key, config.lora[key], label(f"LoraConfig.{key}"))
+
+
+def _check_ours(settings: LayeredSettings, key: str, value: Any, where: str) -> None:
+    """Warn of a value that this project sets itself; refuse one that asks for another kind of training."""
+    needed = sections.LORA_OURS[key]
+    if value is None or value == needed:
+        return
+    if key in ("peft_type", "task_type", "inference_mode"):
+        raise ConfigError(f"{where} is {describe(value)}, expected {needed}")
+    settings.warn(f"{where} has no effect here: it is written when the adapter is saved")
 
 
 def _apply_training(settings: LayeredSettings, config: TrainingConfig, file: ConfigFile) -> None:
@@ -115,7 +136,8 @@ def _apply_dataset(settings: LayeredSettings, section: DatasetConfig, label: Lab
 
 
 def _apply_collator(settings: LayeredSettings, section: DataCollator, label: Label) -> None:
-    """Warn of values without effect, except `mlm: true`, which every stock template holds."""
+    """Warn of values without effect, except `mlm: true`, which every stock template holds, and defaults."""
+    silent = {"mlm": (True, False), "mlm_probability": (0.15,), "return_tensors": ("pt",)}
     for key, value in section.model_dump().items():
-        if value is not None and key not in ("mlm", "mlm_probability", "return_tensors"):
+        if value is not None and value not in silent.get(key, ()):
             settings.warn(f"{label('DataCollator.' + key)} has no effect here")

@@ -6,6 +6,7 @@ Knows presets and mounted weights. Does not read weights. Start at `put_model`.
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from runtime import families, presets
 from runtime.config import describe, read_text
@@ -91,13 +92,26 @@ def apply_model(settings: LayeredSettings, section: ModelConfig, label: Label, m
     for key in ("torch_dtype", "dtype"):
         put_dtype(settings, "model.dtype", getattr(section, key), label(f"ModelConfig.{key}"))
     _offline(settings, section, label, mounts)
-    for key, value in section.model_dump().items():
-        without_effect = value not in (None, False, "auto") and key in _WITHOUT_EFFECT
-        if without_effect:
+    if section.from_tf:
+        raise ConfigError(f"{label('ModelConfig.from_tf')} is true, but only safetensors weights are read")
+    for key, silent in _WITHOUT_EFFECT.items():
+        value = getattr(section, key)
+        if value is not None and value not in silent:
             settings.warn(f"{label('ModelConfig.' + key)} has no effect here")
 
 
-_WITHOUT_EFFECT = ("state_dict", "cache_dir", "force_download", "proxies", "load_in_4bit", "load_in_8bit")
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "device_map": ("auto",),  # every process owns one device
+    "state_dict": (),
+    "cache_dir": (),
+    "force_download": (False,),
+    "proxies": (),
+    "output_loading_info": (False,),
+    "resume_download": (True,),  # downloads always resume
+    "load_in_4bit": (False,),
+    "load_in_8bit": (False,),
+}
+"""Keys of ModelConfig without effect, and the values that ask for nothing."""
 
 
 def _offline(settings: LayeredSettings, section: ModelConfig, label: Label, mounts: Mounts) -> None:

@@ -1,6 +1,7 @@
 """Finds the training_config.yaml that applies, and lays `--set Section.key=value` over it.
 
-Knows the locations and their order; sections.py knows the content. Start at `find`.
+Knows flags and YAML_FILE_PATH; config_maps.py knows the other places, sections.py the content. Start at
+`find`.
 """
 
 from collections.abc import Mapping
@@ -8,14 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.config import nearest
 from runtime.errors import ConfigError
-from runtime.workspace import sections
+from runtime.workspace import config_maps, sections
 from runtime.workspace.manifest import WorkspaceDocuments
 from runtime.workspace.mounts import Mounts
-
-STOCK_CONFIGS = ("qlora-params-template", "lora-params-template")
-"""ConfigMaps that every controller installs itself; our defaults stand in for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,23 +53,9 @@ def _read(
     config: Path | None, manifest: WorkspaceDocuments | None, mounts: Mounts
 ) -> tuple[dict[str, Any], str]:
     """Return the sections and the name of their place, which is "" when there is none."""
-    named = mounts.environ.get("YAML_FILE_PATH")
-    if config is not None:
-        return sections.read(config), str(config)
+    named = config or mounts.environ.get("YAML_FILE_PATH")
     if named:
-        return sections.read(Path(named)), named
-    wanted = manifest.workspace.tuning.config if manifest and manifest.workspace.tuning else ""
-    holding = [each for each in manifest.config_maps if sections.KEY in each.data] if manifest else []
-    chosen = [each for each in holding if each.metadata.name == wanted] if wanted else holding[:1]
-    if manifest and chosen:
-        where = f"{manifest.file} ConfigMap {chosen[0].metadata.name}"
-        return sections.from_map(chosen[0], str(manifest.file)), where
-    if mounts.training_config.is_file():
-        return sections.read(mounts.training_config), str(mounts.training_config)
-    if manifest and wanted and wanted not in STOCK_CONFIGS:
-        hint = nearest(wanted, [each.metadata.name for each in holding])
-        raise ConfigError(
-            f"{manifest.file}: 'tuning.config' names ConfigMap {wanted!r}, which is not in this file{hint}; "
-            "add it there or give --config FILE"
-        )
-    return {}, ""
+        found = config_maps.read(Path(named), sections.KEY)
+        return sections.of(found.values, found.where), str(named)
+    document = config_maps.find(manifest, sections.KEY, mounts.training_config)
+    return (sections.of(document.values, document.where), document.where) if document else ({}, "")

@@ -18,7 +18,7 @@ from runtime.errors import ConfigError
 from runtime.tuning import training_arguments
 from runtime.tuning.model import lora_init
 from runtime.tuning.settings import TuningJob
-from runtime.workspace import config_file, flags, sections
+from runtime.workspace import config_file, flags, outside, references, sections
 from runtime.workspace.apply import apply_training_config
 from runtime.workspace.base_model import (
     map_targets,
@@ -29,8 +29,9 @@ from runtime.workspace.base_model import (
 )
 from runtime.workspace.config_file import ConfigFile
 from runtime.workspace.layers import LayeredSettings, Resolved, find_placeholders
-from runtime.workspace.manifest import TuningSpec, WorkspaceDocuments, host_path, is_manifest, read
+from runtime.workspace.manifest import WorkspaceDocuments, is_manifest, read
 from runtime.workspace.mounts import Mounts
+from runtime.workspace.schema import TuningSpec, host_path
 
 SIZES_WITHOUT_BFLOAT16 = re.compile(
     r"standard_(?P<gpu>nc\d+r?s_v3|nc\d+as_t4_v3|nc\d+s_v2|nd\d+r?s)$", re.IGNORECASE
@@ -71,6 +72,7 @@ def load_job(
     job = settings.build(TuningJob, "--set" if flags.dotted(overrides) else where)
     lora_init.check(job.lora, bits=job.quantization.bits if job.quantization else None)
     sources = settings.origins(job)
+    references.check_job(job, sources)
     job = job.model_copy(update={"sources": sources})
     return Resolved(job, sources, tuple(settings.warnings), _placeholders(settings, manifest))
 
@@ -85,7 +87,9 @@ def _apply_target(
         settings.put("name", _slug(str(target)), "command line")
         _choose_model(settings, str(target), "command line")
         return None
-    manifest = read(Path(target))
+    manifest = read(Path(target), "tuning")
+    for warning in manifest.warnings:
+        settings.warn(warning)
     _apply_manifest(settings, manifest, mounts)
     return manifest
 
@@ -178,6 +182,7 @@ def _finish(settings: LayeredSettings, mounts: Mounts, manifest: WorkspaceDocume
         )
     map_targets(settings)
     warn_if_gated(settings, mounts)
+    outside.warn(settings, manifest, mounts)
     _finish_output(settings, mounts)
     _finish_data(settings, mounts, manifest)
     if settings.get("output.image") and not settings.get("output.credentials"):

@@ -19,7 +19,8 @@ from runtime.serving.settings import ServeConfig
 from runtime.tuning.settings import CHECKPOINT_GRACE_S, TuningJob
 from runtime.workspace.jobs import load_job
 from runtime.workspace.layers import Resolved
-from runtime.workspace.manifest import PresetSpec, TuningSpec, Workspace, read
+from runtime.workspace.manifest import read
+from runtime.workspace.schema import PresetSpec, TuningSpec, Workspace
 from runtime.workspace.servers import load_server
 
 Object = dict[str, Any]

@@ -1,16 +1,14 @@
 """training_config.yaml: the six sections, their keys and the controller's rules about them.
 
-Knows what a user may write there, not which settings it becomes (apply.py). Start at `read`.
+Knows what a user may write there, not which settings it becomes (apply.py). Start at `of` and `check`.
 """
 
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
 
-from runtime.config import Strict, nearest, parse, read_text, yaml_documents
+from runtime.config import Sparse, nearest, parse
 from runtime.errors import ConfigError
-from runtime.workspace.manifest import ConfigMap
 
 KEY = "training_config.yaml"
 
@@ -24,22 +22,20 @@ _OPTIONS = (
 LORA_OPTIONS = frozenset(_OPTIONS.split())
 """peft.LoraConfig arguments passed on unchanged (a test compares them with the class)."""
 
-LORA_OURS = frozenset(
-    (
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "peft_type",
-        "peft_version",
-        "revision",
-        "runtime_config",
-        "task_type",
-    )
-)
-"""peft.LoraConfig arguments that this project sets itself; values in the file are ignored."""
+LORA_OURS: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "inference_mode": False,
+    "peft_type": "LORA",
+    "peft_version": None,
+    "revision": None,
+    "runtime_config": None,
+    "task_type": "CAUSAL_LM",
+}
+"""peft.LoraConfig arguments that this project sets itself, and the value that is right in a file, if any."""
 
 
-class ModelConfig(Strict):
+class ModelConfig(Sparse):
     """How to read the base model."""
 
     pretrained_model_name_or_path: str | None = None
@@ -63,7 +59,7 @@ class ModelConfig(Strict):
     load_in_8bit: Any = None
 
 
-class QuantizationConfig(Strict):
+class QuantizationConfig(Sparse):
     """bitsandbytes' settings; defaults are QLoRA's, not the library's."""
 
     quant_method: Any = None
@@ -79,7 +75,7 @@ class QuantizationConfig(Strict):
     llm_int8_has_fp16_weight: bool | None = None
 
 
-class LoraSection(Strict):
+class LoraSection(Sparse):
     """The adapter's shape; further keys of peft.LoraConfig are in LORA_OPTIONS."""
 
     r: int | None = Field(None, ge=1)
@@ -88,7 +84,7 @@ class LoraSection(Strict):
     target_modules: str | list[str] | None = None
 
 
-class DatasetConfig(Strict):
+class DatasetConfig(Sparse):
     """Which rows, and from which columns."""
 
     dataset_path: str | None = None
@@ -101,7 +97,7 @@ class DatasetConfig(Strict):
     train_test_split: float | None = Field(None, gt=0, le=1)
 
 
-class DataCollator(Strict):
+class DataCollator(Sparse):
     """Accepted because stock templates hold it; batches for a causal model have nothing to choose here."""
 
     tokenizer: Any = None
@@ -116,7 +112,7 @@ class DataCollator(Strict):
     seed: Any = None
 
 
-class TrainingConfig(Strict):
+class TrainingConfig(Sparse):
     """The six sections. A section may be left out or empty."""
 
     model: ModelConfig = Field(ModelConfig(), alias="ModelConfig")
@@ -137,34 +133,8 @@ class TrainingConfig(Strict):
 SECTIONS = tuple(str(field.alias) for field in TrainingConfig.model_fields.values())
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Return the sections of a training_config.yaml, or of a ConfigMap that holds one."""
-    documents = yaml_documents(read_text(path), str(path))
-    bare = [document for document in documents if "kind" not in document]
-    if bare:
-        return _sections(bare[0], str(path))
-    maps = [
-        parse(ConfigMap, document, str(path)) for document in documents if document["kind"] == "ConfigMap"
-    ]
-    holding = [each for each in maps if KEY in each.data]
-    if not holding:
-        raise ConfigError(f"{path}: expected 'training_config:' or a ConfigMap with the key '{KEY}'")
-    return from_map(holding[0], str(path))
-
-
-def from_map(config_map: ConfigMap, where: str) -> dict[str, Any]:
-    """Return the sections that a ConfigMap holds; `where` names its file."""
-    where = f"{where}: ConfigMap {config_map.metadata.name}"
-    if KEY not in config_map.data:
-        raise ConfigError(f"{where}: key '{KEY}' is missing in 'data'")
-    documents = yaml_documents(config_map.data[KEY], where)
-    if len(documents) != 1:
-        raise ConfigError(f"{where}: '{KEY}' holds {len(documents)} documents, expected one")
-    return _sections(documents[0], where)
-
-
-def _sections(document: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the sections below `training_config`, without empty ones."""
+def of(document: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the sections below `training_config` in the content of a file, without empty ones."""
     if list(document) != ["training_config"]:
         wrong = next((key for key in document if key != "training_config"), None)
         hint = nearest(str(wrong), ["training_config", *SECTIONS]) if wrong else ""
@@ -181,7 +151,7 @@ def check(raw: dict[str, Any], where: str, method: str | None) -> TrainingConfig
     """Return the parsed sections, checked by the controller's rules for `method`."""
     config = parse(TrainingConfig, raw, where)
     for key in config.lora:
-        if key not in LORA_OPTIONS | LORA_OURS | LoraSection.model_fields.keys():
+        if key not in LORA_OPTIONS | LORA_OURS.keys() | LoraSection.model_fields.keys():
             hint = nearest(key, LORA_OPTIONS | LoraSection.model_fields.keys())
             raise ConfigError(
                 f"{where}: unknown key 'LoraConfig.{key}'{hint or '; expected a peft.LoraConfig one'}"

@@ -9,13 +9,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from runtime.config import describe, nearest, parse, read_text, yaml_documents
+from runtime.config import describe, nearest, parse
 from runtime.errors import ConfigError
 from runtime.serving.settings import AdapterSource, ServeConfig
+from runtime.workspace import config_maps, outside, references
 from runtime.workspace.base_model import put_model, put_mounted_weights, require_model, warn_if_gated
+from runtime.workspace.config_maps import ConfigDocument
 from runtime.workspace.layers import LayeredSettings, Resolved, find_placeholders
-from runtime.workspace.manifest import AdapterSpec, WorkspaceDocuments, host_path, is_manifest, read
+from runtime.workspace.manifest import WorkspaceDocuments, is_manifest, read
 from runtime.workspace.mounts import Mounts
+from runtime.workspace.schema import AdapterSpec, host_path
 
 INFERENCE_KEY = "inference_config.yaml"
 
@@ -27,6 +30,7 @@ def load_server(
     target: Path | str | None,
     *,
     environ: Mapping[str, str],
+    config: Path | None = None,
     overrides: Mapping[str, Any] = MappingProxyType({}),
     root: Path = Path("/"),
 ) -> Resolved[ServeConfig]:
@@ -36,6 +40,7 @@ def load_server(
         target: An inference manifest; or a preset, repository id or model directory; or None where a
             controller mounted the weights.
         environ: The process environment; a variable named like an adapter is that adapter's strength.
+        config: An inference_config.yaml, or a ConfigMap with one; it wins over every other place.
         overrides: Flags. `--adapter` holds a list of NAME=REFERENCE[@STRENGTH]; other keys are dotted
             settings of ServeConfig ("limits.rows").
         root: Where the controller's mounts lie; another directory than "/" only in tests.
@@ -43,13 +48,13 @@ def load_server(
     settings, mounts = LayeredSettings(), Mounts(root, environ)
     if overrides.get("engine") is not None:  # decides which keys of inference_config.yaml have an effect
         settings.put("engine", overrides["engine"], "flag")
-    manifest = read(Path(target)) if target is not None and is_manifest(target) else None
+    manifest = read(Path(target), "inference") if target is not None and is_manifest(target) else None
     adapters: dict[str, AdapterSource] = {}
     if manifest is not None:
         adapters = _apply_manifest(settings, manifest, mounts)
     elif target is not None:
         _choose_model(settings, str(target), "command line")
-    _apply_config(settings, manifest, mounts)
+    _apply_config(settings, _config(config, manifest, mounts))
     put_mounted_weights(settings, mounts)
     if settings.get("served_name") is None and settings.get("model.name") is not None:
         settings.put("served_name", Path(settings.get("model.name")).name, "mounted weights")
@@ -58,9 +63,18 @@ def load_server(
     _apply_strengths(settings, adapters, environ)
     require_model(settings)
     warn_if_gated(settings, mounts)
+    outside.warn(settings, manifest, mounts)
     settings.put("adapters", tuple(adapters.values()), settings.sources.get("adapters", "default"))
-    config = _build(settings, overrides, str(target or "mounts"))
-    return Resolved(config, settings.origins(config), tuple(settings.warnings), _placeholders(config))
+    built = _build(settings, overrides, str(target or "mounts"))
+    sources = settings.origins(built)
+    references.check_server(built, sources)
+    return Resolved(built, sources, tuple(settings.warnings), _placeholders(built))
+
+
+def _config(named: Path | None, manifest: WorkspaceDocuments | None, mounts: Mounts) -> ConfigDocument | None:
+    if named is not None:
+        return config_maps.read(named, INFERENCE_KEY)
+    return config_maps.find(manifest, INFERENCE_KEY, mounts.inference_config)
 
 
 def _build(settings: LayeredSettings, overrides: Mapping[str, Any], where: str) -> ServeConfig:
@@ -91,6 +105,8 @@ def _apply_manifest(
     file, inference = manifest.file, manifest.workspace.inference
     if inference is None:
         raise ConfigError(f"{file}: this Workspace has 'tuning', not 'inference'; use `runtime tune {file}`")
+    for warning in manifest.warnings:
+        settings.warn(warning)
     if inference.template is not None or inference.preset is None:
         raise ConfigError(
             f"{file}: 'inference.preset' is missing; a Workspace with a pod template runs the image it names"
@@ -165,37 +181,26 @@ def _strength(text: str, where: str) -> float:
     return strength
 
 
-def _apply_config(settings: LayeredSettings, manifest: WorkspaceDocuments | None, mounts: Mounts) -> None:
+def _apply_config(settings: LayeredSettings, found: ConfigDocument | None) -> None:
     """Apply the keys of inference_config.yaml that are settings here; name the rest in one warning."""
-    where, text = _config_text(manifest, mounts)
-    if text is None:
+    if found is None:
         return
-    for document in yaml_documents(text, where):
-        engine = document.get("vllm") or {}
-        if not isinstance(engine, dict):
-            raise ConfigError(f"{where}: 'vllm' is {describe(engine)}, expected keys and values")
-        for key, value in engine.items():
-            ours = ENGINE_KEYS.get(str(key).replace("_", "-"))
-            if ours and value != "auto":
-                settings.put(ours, value, f"{where} vllm.{key}")
-        ignored = [str(key) for key in document if key != "vllm"]
-        rest = {key: engine[key] for key in engine if str(key).replace("_", "-") not in ENGINE_KEYS}
-        if settings.get("engine") == "vllm":
-            settings.put_all("vllm.flags", rest, where)
-        else:
-            ignored = [f"vllm.{key}" for key in rest] + ignored
-        if ignored:
-            settings.warn(f"{where}: without effect here: {', '.join(ignored)}")
-
-
-def _config_text(manifest: WorkspaceDocuments | None, mounts: Mounts) -> tuple[str, str | None]:
-    wanted = manifest.workspace.inference.config if manifest and manifest.workspace.inference else ""
-    for config_map in manifest.config_maps if manifest else ():
-        if INFERENCE_KEY in config_map.data and wanted in ("", config_map.metadata.name):
-            return f"ConfigMap {config_map.metadata.name}", config_map.data[INFERENCE_KEY]
-    if mounts.inference_config.is_file():
-        return INFERENCE_KEY, read_text(mounts.inference_config)
-    return "", None
+    where = found.where.rpartition("/")[2]
+    engine = found.values.get("vllm") or {}
+    if not isinstance(engine, dict):
+        raise ConfigError(f"{found.where}: 'vllm' is {describe(engine)}, expected keys and values")
+    for key, value in engine.items():
+        ours = ENGINE_KEYS.get(str(key).replace("_", "-"))
+        if ours and value not in ("auto", None):
+            settings.put(ours, value, f"{where} vllm.{key}")
+    ignored = [str(key) for key, value in found.values.items() if key != "vllm" and value is not None]
+    rest = {key: engine[key] for key in engine if str(key).replace("_", "-") not in ENGINE_KEYS}
+    if settings.get("engine") == "vllm":
+        settings.put_all("vllm.flags", rest, where)
+    else:
+        ignored = [f"vllm.{key}" for key in rest] + ignored
+    if ignored:
+        settings.warn(f"{where}: without effect here: {', '.join(ignored)}")
 
 
 def _put(settings: LayeredSettings, name: str, value: Any) -> None:

@@ -1,5 +1,7 @@
 """Workspace manifests: both API versions, and one readable line for each mistake."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.cli import main
 from runtime.errors import ConfigError
 from runtime.workspace import load_server
 from tests.workspace.documents import SEED, SERVE, load, manifest, write
+from tests.workspace.manifests import DOCUMENTS, Written
 
 
 def test_both_api_versions_read_alike(tmp_path: Path) -> None:
@@ -85,6 +89,32 @@ def test_other_kind_of_workspace_is_refused_with_the_right_command(tmp_path: Pat
         load(SERVE, tmp_path)
     with pytest.raises(ConfigError, match="runtime tune"):
         load_server(SEED, environ={}, root=tmp_path)
+
+
+@pytest.mark.usefixtures("restored_logging")
+@pytest.mark.parametrize("written", DOCUMENTS, ids=lambda written: written.name)
+def test_documents_are_taken_or_refused_for_a_reason(
+    written: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "workspace.yaml"
+    file.write_bytes(written.text.encode())
+    environ = {"HOME": str(tmp_path), "RUNTIME_CACHE": str(tmp_path)}
+    status = main.run([*written.arguments, str(file)], environ)
+    out, err = capsys.readouterr()
+    if written.refused:
+        assert status == 2, err
+        (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+        assert re.search(written.refused, line), line
+        return
+    assert status == 0, err
+    shown = json.loads(out)
+    values = {name: setting["value"] for name, setting in shown["settings"].items()}
+    assert {name: values.get(name) for name in written.settings} == written.settings
+    assert not written.says or any(re.search(written.says, warning) for warning in shown["warnings"])
+
+
+def test_names_of_the_documents_are_different() -> None:
+    assert len({written.name for written in DOCUMENTS}) == len(DOCUMENTS) >= 60
 
 
 text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=20)

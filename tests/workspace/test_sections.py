@@ -91,6 +91,6 @@ def test_lora_keys_are_those_of_peft() -> None:
 
     from peft import LoraConfig
 
-    assert LORA_OPTIONS | LORA_OURS | LoraSection.model_fields.keys() == {
+    assert LORA_OPTIONS | LORA_OURS.keys() | LoraSection.model_fields.keys() == {
         f.name for f in dataclasses.fields(LoraConfig)
     }

@@ -68,7 +68,7 @@ def test_engine_settings_of_inference_config_are_taken_or_named(tmp_path: Path) 
     [
         ("a=./x", "./x", 1.0),
         ("a=oci:d:t@0.5", "oci:d:t", 0.5),
-        ("a=r.io/x@sha256:ab", "r.io/x@sha256:ab", 1.0),
+        (f"a=r.io/x@sha256:{'ab' * 32}", f"r.io/x@sha256:{'ab' * 32}", 1.0),
     ],
 )
 def test_adapter_flag_holds_reference_and_strength(

@@ -1,0 +1,45 @@
+"""Names of images, checked when the settings are resolved: a dry run refuses what the pod would refuse.
+
+Contacts no registry; what a name may be stands in oci/reference.py. Start at `check_job` and `check_server`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from runtime import oci
+from runtime.errors import ConfigError
+from runtime.serving.settings import ServeConfig
+from runtime.tuning.settings import TuningJob
+from runtime.workspace.layers import find_placeholders
+
+
+def check_job(job: TuningJob, sources: Mapping[str, str]) -> None:
+    """Raise ConfigError, naming its source, for an image of the job that no registry can have."""
+    images = {
+        "output.image": job.output.image,
+        "output.checkpoint_image": job.output.checkpoint_image,
+        "data.image": job.data.image,
+        "model.image": job.model.image,
+    }
+    for setting, image in images.items():
+        if image is not None:
+            _check(image, sources.get(setting, setting))
+
+
+def check_server(config: ServeConfig, sources: Mapping[str, str]) -> None:
+    """Raise ConfigError, naming its source, for an image of the server that no registry can have."""
+    if config.model.image is not None:
+        _check(config.model.image, sources.get("model.image", "model.image"))
+    for adapter in config.adapters:
+        if not oci.is_path(adapter.reference) and not Path(adapter.reference).exists():
+            _check(adapter.reference, f"{sources.get('adapters', 'adapters')} {adapter.name}")
+
+
+def _check(image: str, source: str) -> None:
+    if find_placeholders(image):
+        return  # Resolved.ready refuses it; a dry run shows the rest
+    try:
+        oci.parse(image)
+    except ConfigError as error:
+        hint = "; a shell variable in it has not been replaced" if "$" in image else ""
+        raise ConfigError(f"{source}: {error}{hint}") from None
