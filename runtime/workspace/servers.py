@@ -58,13 +58,10 @@ def load_server(
     put_mounted_weights(settings, mounts)
     if settings.get("served_name") is None and settings.get("model.name") is not None:
         settings.put("served_name", Path(settings.get("model.name")).name, "mounted weights")
-    _add_mounted(settings, adapters, mounts)
-    _add_flags(settings, adapters, overrides.get("--adapter", ()))
-    _apply_strengths(settings, adapters, environ)
+    _put_adapters(settings, adapters, overrides.get("--adapter", ()), mounts)
     require_model(settings)
     warn_if_gated(settings, mounts)
     outside.warn(settings, manifest, mounts)
-    settings.put("adapters", tuple(adapters.values()), settings.sources.get("adapters", "default"))
     built = _build(settings, overrides, str(target or "mounts"))
     sources = settings.origins(built)
     references.check_server(built, sources)
@@ -142,6 +139,16 @@ def _adapter(name: str, reference: str, strength: float, where: str) -> AdapterS
 def _choose_model(settings: LayeredSettings, name: str, where: str) -> None:
     preset = put_model(settings, name, where)
     settings.put("served_name", preset.name if preset else Path(name).name, where)
+
+
+def _put_adapters(
+    settings: LayeredSettings, adapters: dict[str, AdapterSource], words: Iterable[str], mounts: Mounts
+) -> None:
+    """Set the adapters of the manifest, with those of mounts and flags, at their strengths."""
+    _add_mounted(settings, adapters, mounts)
+    _add_flags(settings, adapters, words)
+    _apply_strengths(settings, adapters, mounts.environ)
+    settings.put("adapters", tuple(adapters.values()), settings.sources.get("adapters", "default"))
 
 
 def _add_mounted(settings: LayeredSettings, adapters: dict[str, AdapterSource], mounts: Mounts) -> None:
