@@ -1,28 +1,43 @@
 """What this machine is: its accelerator, the compute type that suits it, its cores and its memory.
 
-Reads NVML, /proc and /sys, so that a plan or a launch needs no torch; falls back to the CPU. How busy the
-machine is lies in utilisation.py. Does not know models. Start at `detect` and `compute_dtype`.
+Asks the driver (nvml.py), /proc and /sys, so that a plan or a launch needs no torch. How busy the machine is
+lies in utilisation.py, whether torch can use it in torch_build.py. Does not know models. Start at `detect`
+and `compute_dtype`.
 """
 
 import ctypes
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import pynvml
-
+from runtime import cuda_devices, logs, nvml
 from runtime.config import nearest
+from runtime.cuda_devices import USE_THE_CPU, Visible
 from runtime.errors import ConfigError
 from runtime.model_source import Dtype
+from runtime.nvml import Device, NoDriverError, NvmlError
+
+log = logging.getLogger(__name__)
 
 CACHED_KERNELS = 256
 """Compiled kernels that oneDNN keeps while serving."""
 
 
 @dataclass(frozen=True, slots=True)
+class Driver:
+    """The NVIDIA driver of a machine."""
+
+    version: str
+    """The driver's own, "580.65.06"."""
+    cuda: tuple[int, int]
+    """The newest CUDA version that it runs, (13, 0)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Hardware:
-    """The devices this process may use; all are taken to be of one kind."""
+    """The devices this process may use; of several kinds, the least of each figure."""
 
     kind: Literal["cuda", "cpu"]
     name: str
@@ -31,7 +46,9 @@ class Hardware:
     memory_bytes: int
     """Memory of one device: of the GPU, or what the container may use of the host's."""
     count: int
-    """Visible GPUs; 1 on a CPU."""
+    """Visible GPUs; 1 on a CPU, and with MIG, of which a CUDA process uses one device."""
+    driver: Driver | None = None
+    """None on a CPU, and for GPUs known by name alone."""
 
 
 _KNOWN_GPUS: dict[str, tuple[tuple[int, int], int]] = {
@@ -71,40 +88,73 @@ def named(name: str, *, count: int = 1) -> Hardware:
 
 
 def detect() -> Hardware:
-    """Return the visible NVIDIA GPUs (CUDA_VISIBLE_DEVICES is honoured), or the CPU when there are none."""
+    """Return the GPUs that CUDA shows this process, or the CPU when there is no driver or no device.
+
+    CUDA_VISIBLE_DEVICES means what it means to CUDA, and empty it asks for the CPU. Raises ConfigError when
+    the driver refuses a question: a job for a GPU would otherwise run on the CPU for days.
+    """
+    setting = os.environ.get(cuda_devices.VARIABLE)
+    if cuda_devices.none_requested(setting):
+        return host()
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return _cpu()
-    try:
-        visible = _visible(pynvml.nvmlDeviceGetCount())
-        if not visible:
-            return _cpu()
-        by_uuid = isinstance(visible[0], str)
-        device = (pynvml.nvmlDeviceGetHandleByUUID if by_uuid else pynvml.nvmlDeviceGetHandleByIndex)(
-            visible[0]
-        )
-        return Hardware(
-            kind="cuda",
-            name=str(pynvml.nvmlDeviceGetName(device)),
-            capability=tuple(pynvml.nvmlDeviceGetCudaComputeCapability(device)),
-            memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(device).total),
-            count=len(visible),
-        )
-    except pynvml.NVMLError:  # a driver without a usable device: the container was started without --gpus
-        return _cpu()
-    finally:
-        pynvml.nvmlShutdown()
+        with nvml.opened():
+            shown = cuda_devices.visible(setting, order=os.environ.get("CUDA_DEVICE_ORDER"))
+            return _gpus(shown) if shown.devices else host()
+    except NoDriverError as error:
+        if error.library_is_missing and has_gpu():
+            raise ConfigError(
+                "there is a GPU (/dev/nvidia*, libcuda.so.1), but no libnvidia-ml.so.1 of its driver to ask; "
+                f"set NVIDIA_DRIVER_CAPABILITIES=compute,utility for the container; {USE_THE_CPU}"
+            ) from None
+        return host()
+    except NvmlError as error:
+        raise ConfigError(f"{error}; {USE_THE_CPU}") from None
 
 
-def _visible(count: int) -> list[int] | list[str]:
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
-        return list(range(count))
-    entries = [entry.strip() for entry in chosen.split(",") if entry.strip()]
-    if all(entry.isdecimal() for entry in entries):
-        return [int(entry) for entry in entries if int(entry) < count]
-    return [] if entries[:1] == ["-1"] else entries
+def host() -> Hardware:
+    """Return the CPU, with the memory that this process may use of the host's."""
+    return Hardware("cpu", _cpu_name(), None, _host_memory_bytes(), 1)
+
+
+def _gpus(shown: Visible) -> Hardware:
+    """Return the GPUs that CUDA shows, with the least memory and capability of their kinds."""
+    memory = {each: _memory_bytes(each) for each in shown.kinds}
+    smallest = min(shown.kinds, key=memory.__getitem__)
+    kinds = sorted({f"{each.name()} ({memory[each] / 2**30:.0f} GiB)" for each in shown.kinds})
+    if len(kinds) > 1:
+        unordered = shown.kinds != shown.devices
+        why = "an index may mean any of" if unordered else "there are GPUs of several kinds:"
+        advice = (
+            "CUDA_DEVICE_ORDER=PCI_BUS_ID or UUIDs say which"
+            if unordered
+            else f"{cuda_devices.VARIABLE} chooses"
+        )
+        said = f"{why} {', '.join(kinds)}; planning for the smallest, {smallest.name()}; {advice}"
+        logs.once(log, logging.WARNING, said)
+    return Hardware(
+        kind="cuda",
+        name=smallest.name(),
+        capability=min(each.capability() for each in shown.kinds),
+        memory_bytes=memory[smallest],
+        count=len(shown.devices),
+        driver=Driver(nvml.driver_version(), nvml.cuda_version()),
+    )
+
+
+def _memory_bytes(gpu: Device) -> int:
+    own = gpu.memory_bytes()
+    return _host_memory_bytes() if own is None else own
+
+
+def has_gpu(devices: Path = Path("/dev")) -> bool:
+    """Whether CUDA may find a GPU: its device file and its library are here."""
+    if not any(devices.glob("nvidia[0-9]*")) and not (devices / "dxg").exists():
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def compute_dtype(hardware: Hardware, wanted: Dtype = "auto") -> Literal["float32", "float16", "bfloat16"]:
@@ -142,10 +192,6 @@ def device(hardware: Hardware, local_rank: int = 0) -> str:
             f"{hardware.count} process(es) on this node"
         )
     return f"cuda:{local_rank}"
-
-
-def _cpu() -> Hardware:
-    return Hardware("cpu", _cpu_name(), None, _host_memory_bytes(), 1)
 
 
 def _cpu_name() -> str:

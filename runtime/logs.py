@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import cache
 from typing import TextIO
 
 _QUERY = re.compile(r"(?P<base>\b[a-z][a-z0-9+.-]*://[^\s?#'\"<>]+)\?[^\s#'\"<>]*", re.IGNORECASE)
@@ -77,6 +78,12 @@ def configure(*, debug: bool = False, rank: int = 0, stream: TextIO | None = Non
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of optional kernels at every load
     if not stream.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; a bar tears log lines
+
+
+@cache
+def once(log: logging.Logger, level: int, message: str) -> None:
+    """Log `message` the first time that it is given, for facts that are met again and again."""
+    log.log(level, "%s", message)
 
 
 @contextlib.contextmanager

@@ -1,55 +1,81 @@
 """How busy this machine's GPUs are, or its processors where it has none.
 
-Reads NVML and /proc, like hardware.py, which says what is there. Does not know HTTP: both metrics endpoints
-answer with these figures. Start at `gpus` and `kaito_metrics`.
+Asks the driver (nvml.py) and /proc, like hardware.py, which says what is there. A figure that the driver
+refuses is left out, which the log says once. Does not know HTTP: both metrics endpoints answer with these
+figures. Start at `gpus` and `kaito_metrics`.
 """
 
+import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import pynvml
+from runtime import logs, nvml
+from runtime.nvml import Device, NoDriverError, NvmlError
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class GpuUsage:
-    """How busy one GPU is, whichever process uses it, as its driver reports."""
+    """How busy one GPU or MIG device is, whichever process uses it; None where its driver does not say."""
 
-    number: int
-    name: str
-    busy: float
+    number: str
+    """In the order of the PCI bus; "0:1" is the second MIG device of the first GPU."""
+    name: str | None
+    busy: float | None
     """Part of the last second in which a kernel ran, 0 to 1."""
-    celsius: int
-    used_bytes: int
-    total_bytes: int
+    celsius: int | None
+    used_bytes: int | None
+    total_bytes: int | None
 
 
 def gpus() -> tuple[GpuUsage, ...]:
-    """Return the GPUs of this machine; none where there is no driver."""
+    """Return the GPUs of this machine, or their MIG devices; none without a driver."""
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
+        with nvml.opened():
+            devices = [each for number in range(nvml.count()) for each in _told(_devices, number) or ()]
+            return tuple(_usage(each) for each in devices)
+    except NoDriverError:
         return ()
-    try:
-        return tuple(_gpu(number) for number in range(pynvml.nvmlDeviceGetCount()))
-    finally:
-        pynvml.nvmlShutdown()
+    except NvmlError as error:
+        _say(error)
+        return ()
 
 
-def _gpu(number: int) -> GpuUsage:
-    device = pynvml.nvmlDeviceGetHandleByIndex(number)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(device)
+def _devices(number: int) -> tuple[Device, ...]:
+    gpu = nvml.device(number)
+    return gpu.mig_devices() or (gpu,)
+
+
+def _usage(gpu: Device) -> GpuUsage:
     return GpuUsage(
-        number=number,
-        name=str(pynvml.nvmlDeviceGetName(device)),
-        busy=pynvml.nvmlDeviceGetUtilizationRates(device).gpu / 100,
-        celsius=pynvml.nvmlDeviceGetTemperature(device, pynvml.NVML_TEMPERATURE_GPU),
-        used_bytes=int(memory.used),
-        total_bytes=int(memory.total),
+        number=gpu.number,
+        name=_told(gpu.name),
+        busy=_told(gpu.busy),
+        celsius=_told(gpu.celsius),
+        used_bytes=_told(gpu.used_bytes),
+        total_bytes=_told(gpu.memory_bytes),
     )
+
+
+def _told(question: Callable[..., T], *arguments: Any) -> T | None:
+    """Return the driver's answer; None, and a line in the log the first time, where it refuses."""
+    try:
+        return question(*arguments)
+    except NvmlError as error:
+        _say(error)
+        return None
+
+
+def _say(error: NvmlError) -> None:
+    logs.once(log, logging.WARNING, f"left out of the metrics: {error}")
 
 
 def kaito_metrics() -> dict[str, Any]:
@@ -57,17 +83,18 @@ def kaito_metrics() -> dict[str, Any]:
     visible = gpus()
     if not visible:
         return {"gpu_info": None, "cpu_info": _cpu_json()}
-    figures = [
-        {
-            "id": str(gpu.number),
-            "name": gpu.name,
-            "load": f"{gpu.busy:.2%}",
-            "temperature": f"{gpu.celsius} C",
-            "memory": _memory(gpu.used_bytes, gpu.total_bytes),
-        }
-        for gpu in visible
-    ]
-    return {"gpu_info": figures, "cpu_info": None}
+    return {"gpu_info": [_gpu_json(gpu) for gpu in visible], "cpu_info": None}
+
+
+def _gpu_json(gpu: GpuUsage) -> dict[str, Any]:
+    figures = {
+        "id": gpu.number,
+        "name": gpu.name,
+        "load": None if gpu.busy is None else f"{gpu.busy:.2%}",
+        "temperature": None if gpu.celsius is None else f"{gpu.celsius} C",
+        "memory": _memory(gpu.used_bytes, gpu.total_bytes) or None,
+    }
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def _cpu_json() -> dict[str, Any]:
@@ -90,5 +117,6 @@ def _physical_cores() -> int:
     return len({path.read_text(encoding="utf-8") for path in lists})
 
 
-def _memory(used: int, total: int) -> dict[str, str]:
-    return {"used": f"{used / GIB:.2f} GB", "total": f"{total / GIB:.2f} GB"}
+def _memory(used: int | None, total: int | None) -> dict[str, str]:
+    sizes = {"used": used, "total": total}
+    return {name: f"{size / GIB:.2f} GB" for name, size in sizes.items() if size is not None}

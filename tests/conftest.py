@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import nvml_standin
+from tests.nvml_standin import NvmlProcess, RuntimeOn
+
 # No test asks the hub; set before huggingface_hub is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
@@ -31,6 +34,26 @@ def restored_logging() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(level)
     logging.captureWarnings(False)
+
+
+@pytest.fixture(scope="session")
+def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-in libnvidia-ml.so.1: what `nvml_standin.Machine.environment` takes."""
+    return nvml_standin.compile_library(tmp_path_factory.mktemp("nvml"))
+
+
+@pytest.fixture(scope="session")
+def nvml_process(nvml_library: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NvmlProcess]:
+    """A process whose GPUs are those of the stand-in library."""
+    process = NvmlProcess(nvml_library, tmp_path_factory.mktemp("nvml-process"))
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def runtime_on(nvml_library: Path, tmp_path: Path) -> RuntimeOn:
+    """Run the command line on a machine of the stand-in library, in the test's own folder."""
+    return RuntimeOn(nvml_library, tmp_path)
 
 
 def need_demo_model() -> None:

@@ -40,4 +40,4 @@ def merge(
 
     with adapters.local_copy(adapter, access=oci.from_environment(context.obj or {})) as folder:
         base = merging.base_of(folder, model)
-        typer.echo(merging.merge(folder, target, base=base, machine=hardware.detect(), dtype=dtype))
+        typer.echo(merging.merge(folder, target, base=base, machine=hardware.host(), dtype=dtype))

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from runtime import hardware, support
+from runtime import hardware, support, torch_build
 from runtime.cli import render
 from runtime.cli.options import Config, Processes, Set, set_flags
 from runtime.errors import CapacityError, exit_code
@@ -206,7 +206,7 @@ def _job(
 
 
 def _machine(gpu: str | None) -> Hardware:
-    return hardware.detect() if gpu in (None, "auto") else hardware.named(gpu or "")
+    return torch_build.usable_hardware() if gpu in (None, "auto") else hardware.named(gpu or "")
 
 
 def _machine_of(manifest: str, gpu: str | None) -> Hardware:

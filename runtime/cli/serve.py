@@ -157,6 +157,7 @@ def _run(config: ServeConfig, access: oci.Access, *, check: bool, as_json: bool)
     from runtime.serving.http import server
 
     if check:
+        server.check_hardware(config)
         _check(config, access, as_json=as_json)
     else:
         server.run(config, access=access)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime import adapters, hardware, models, oci, support
+from runtime import adapters, hardware, models, oci, support, torch_build
 from runtime.errors import ConfigError, Failure
 from runtime.hardware import Hardware
 from runtime.serving.engine.create import create
@@ -39,7 +39,8 @@ def load(config: ServeConfig, access: oci.Access) -> ServedModel:
     Raises ConfigError, CapacityError or TransientError when the base model cannot be served.
     """
     started = time.monotonic()
-    devices = hardware.detect()
+    # vLLM has a torch of its own
+    devices = hardware.detect() if config.engine == "vllm" else torch_build.loaded_hardware()
     support.check_server(config.model, config.quantization, devices)
     served = _with_vllm(config, devices) if config.engine == "vllm" else _with_own_engine(config, devices)
     if config.combine_adapters and config.adapters:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from runtime import adapters, garbage_collection, hardware, models, oci
+from runtime import adapters, garbage_collection, hardware, models, oci, torch_build
 from runtime.files import sha256
 from runtime.oci.access import DEFAULT
 from runtime.tuning import fit, output, publish
@@ -71,7 +71,7 @@ def run(
     A finished job is only published again; an interrupted one resumes from its newest complete checkpoint.
     Raises the Failure that ended it; StoppedError after SIGTERM and a checkpoint.
     """
-    started, machine = time.monotonic(), hardware.detect()
+    started, machine = time.monotonic(), torch_build.loaded_hardware()
     device = hardware.device(machine, ranks.local_rank)
     ranks.init_process_group(device)
     if ranks.broadcast(output.is_done(requested)):  # rank 0's: other nodes may have disks of their own

@@ -18,7 +18,7 @@ from types import FrameType
 
 import psutil
 
-from runtime import hardware, oci
+from runtime import oci, torch_build
 from runtime.errors import CapacityError, ConfigError, Failure, StoppedError
 from runtime.files import locked, write_atomic
 from runtime.oci.access import DEFAULT
@@ -63,13 +63,14 @@ def run(
                     if nodes.is_main:
                         publish.publish_again(job, access)
                     return
-                fit.check(job, hardware.detect(), processes=processes)
+                machine = torch_build.usable_hardware(quantized=job.quantization is not None)
+                fit.check(job, machine, processes=processes)
                 progress.enter("data")
                 download.fetch(job.data, token=job.hub_token, access=access)
         except Failure as error:
             failure.write_termination_log(failure.describe(error, progress.phase, 0), termination_log)
             raise
-        record = _train(job, processes or hardware.detect().count, nodes, lock)
+        record = _train(job, processes or machine.count, nodes, lock)
     if record is not None:
         failure.write_termination_log(record, termination_log)
         raise failure.from_record(record)

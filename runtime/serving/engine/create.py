@@ -104,5 +104,5 @@ def free_bytes(model: "PreTrainedModel", *, processes: int = 1) -> int:
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(model.device)[0])
-    host = int(hardware.detect().memory_bytes * HOST_SHARE / processes)
+    host = int(hardware.host().memory_bytes * HOST_SHARE / processes)
     return max(0, host - int(model.get_memory_footprint()))

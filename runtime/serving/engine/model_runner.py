@@ -254,7 +254,7 @@ def _make_cache(model: "PreTrainedModel", step: StepContext, *, slots: int, posi
 
 def _is_small(model: "PreTrainedModel") -> bool:
     """Whether the host has memory to spare for a second copy of the weights."""
-    return int(model.get_memory_footprint()) * SPARE <= hardware.detect().memory_bytes
+    return int(model.get_memory_footprint()) * SPARE <= hardware.host().memory_bytes
 
 
 def cache_shape(config: Any) -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from runtime import garbage_collection, hardware
+from runtime import garbage_collection, hardware, torch_build
 from runtime.errors import ConfigError, Failure
 from runtime.metrics import ServingMetrics
 from runtime.oci import Access
@@ -97,8 +97,9 @@ def run(config: ServeConfig, *, access: Access | None = None, load: Load | None 
     """Serve until SIGTERM or SIGINT; return once everything in flight is answered or cancelled.
 
     `access` holds the credentials for adapters in registries. Raises ConfigError when the port cannot be
-    bound, and the Failure that loading ended with.
+    bound or the GPU cannot be used, and the Failure that loading ended with.
     """
+    check_hardware(config)
     hardware.limit_kernel_caches()
     with garbage_collection.paused():
         from runtime.serving import loading  # imports torch: only when a model is served
@@ -114,6 +115,14 @@ def run(config: ServeConfig, *, access: Access | None = None, load: Load | None 
         load = load or partial(loading.load, access=access)
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
             runner.run(Serving(config, load, adapter_loader).run(listener))
+
+
+def check_hardware(config: ServeConfig) -> None:
+    """Raise ConfigError where this machine's GPUs cannot serve `config`; imports no torch."""
+    if config.engine == "vllm":  # with a torch of its own
+        hardware.detect()
+    else:
+        torch_build.usable_hardware(quantized=config.quantization is not None)
 
 
 def bind(host: str, port: int) -> socket.socket:

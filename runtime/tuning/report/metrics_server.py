@@ -159,5 +159,6 @@ def _gpus() -> Iterator[Metric]:
     total = GaugeMetricFamily("tuning_gpu_memory_bytes", "Memory of the GPU", labels=["gpu"])
     for gpu in utilisation.gpus():
         for family, value in ((busy, gpu.busy), (used, gpu.used_bytes), (total, gpu.total_bytes)):
-            family.add_metric([str(gpu.number)], value)
+            if value is not None:
+                family.add_metric([gpu.number], value)
     yield from (busy, used, total)
