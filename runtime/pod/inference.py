@@ -4,12 +4,11 @@ The server behind both is this project's own. Controllers pass the flags of ever
 effect here are ignored, with one log line. Start at `transformers_server` and `vllm_server`.
 """
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from pydantic import SecretStr
 
 from runtime import logs, ports
 from runtime.errors import ConfigError
@@ -17,7 +16,7 @@ from runtime.pod import flags, parent_environ
 from runtime.pod.termination import exit_status_of
 from runtime.serving.settings import ServeConfig
 from runtime.tuning.process import failure
-from runtime.workspace import Resolved, load_server
+from runtime.workspace import Resolved, load_server, vllm_flags
 from runtime.workspace.base_model import chat_template
 from runtime.workspace.mounts import WEIGHTS, Mounts
 
@@ -30,11 +29,6 @@ COMMON_FLAGS = {"revision": "model.revision", "served_model_name": "served_name"
 TRANSFORMERS_FLAGS = {
     "pretrained_model_name_or_path", "allow_remote_files", "pipeline", "torch_dtype", "chat_template",
     "load_in_4bit", "load_in_8bit", "port", "trust_remote_code", *COMMON_FLAGS,
-}  # fmt: skip
-VLLM_FLAGS = {
-    "model", "code_revision", "download_dir", "max_model_len", "max_num_seqs", "dtype", "quantization",
-    "port", "chat_template", "api_key", "kaito_adapters_dir", "kaito_config_file", "trust_remote_code",
-    *COMMON_FLAGS,
 }  # fmt: skip
 
 
@@ -74,32 +68,51 @@ def transformers_server(
     allowed = "allow_remote_files" in options and flags.truth(options["allow_remote_files"])
     if target is not None and not allowed:
         settings["model.local_files_only"] = True
-    return _resolve(target, environ, settings, root)
+    return load_server(target, environ=_with_strengths(environ, root), overrides=settings, root=root)
 
 
 def vllm_server(
     arguments: Sequence[str], environ: Mapping[str, str], root: Path = Path("/")
 ) -> Resolved[ServeConfig]:
     """Return the server that the flags of /workspace/vllm/inference_api.py describe."""
-    options = flags.read(arguments)
-    _log_ignored(options, VLLM_FLAGS)
-    settings = _common(options, environ, root)
-    settings |= _dtype(options.get("dtype"), "--dtype")
-    for name, ours in (("max_model_len", "limits.context_tokens"), ("max_num_seqs", "limits.rows")):
-        if options.get(name) and options[name] != "auto":
-            settings[ours] = _number(options[name], f"--{name.replace('_', '-')}")
-    if options.get("quantization") == "bitsandbytes":
-        settings["quantization.bits"] = 4
-    key = options.get("api_key") or environ.get("VLLM_API_KEY")
-    if key:
-        settings["api_key"] = SecretStr(key)
-    if options.get("code_revision"):
-        settings.setdefault("model.revision", options["code_revision"])
-    folder = Path(options.get("kaito_adapters_dir") or "/mnt/adapter")
-    if folder != Path("/mnt/adapter"):
-        adapters = sorted(file.parent for file in folder.glob("*/adapter_config.json"))
-        settings["--adapter"] = [f"{adapter.name}={adapter}" for adapter in adapters]
-    return _resolve(_target(options.get("model")), environ, settings, root)
+    words = flags.parse(arguments, lists=vllm_flags.LISTS, short=vllm_flags.SHORT)
+    if words.stray:
+        raise ConfigError(f"unexpected {words.stray[0]!r}: expected flags, as in --max-model-len=4096")
+    options = {"port": str(port(words.flags, environ)), "api_key": environ.get("VLLM_API_KEY")} | words.flags
+    file = options.get("kaito_config_file")
+    overrides = {
+        "--adapter": [*_adapters_in(options.get("kaito_adapters_dir")), *_lora_modules(options)],
+        "--vllm": {name: value for name, value in options.items() if name != "api_key" or value},
+    }
+    return load_server(
+        _target(options.get("model")),
+        environ=_with_strengths(environ, root),
+        config=Mounts(root, environ).at(file) if file else None,
+        overrides=overrides,
+        root=root,
+    )
+
+
+def _adapters_in(folder: str | None) -> list[str]:
+    """Return the adapters below a folder other than the one that is mounted by default."""
+    if folder is None or Path(folder) == Path("/mnt/adapter"):
+        return []
+    found = sorted(file.parent for file in Path(folder).glob("*/adapter_config.json"))
+    return [f"{adapter.name}={adapter}" for adapter in found]
+
+
+def _lora_modules(options: Flags) -> list[str]:
+    """Return the adapters of --lora-modules, written NAME=PATH or as JSON objects."""
+    words = []
+    for word in (options.get("lora_modules") or "").splitlines():
+        if word.startswith("{"):
+            try:
+                entry = json.loads(word)
+                word = f"{entry['name']}={entry['path']}"  # noqa: PLW2901 - the other way to write it
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError(f"--lora-modules {word}: expected name and path") from None
+        words.append(word)
+    return words
 
 
 def download_folder(arguments: Sequence[str]) -> str | None:
@@ -128,12 +141,9 @@ def _common(options: Flags, environ: Mapping[str, str], root: Path) -> dict[str,
     return settings
 
 
-def _resolve(
-    target: str | None, environ: Mapping[str, str], settings: Mapping[str, Any], root: Path
-) -> Resolved[ServeConfig]:
-    adapters = [folder.name for folder in Mounts(root, environ).adapters()]
-    environ = parent_environ.restore(environ, adapters)  # with their strengths
-    return load_server(target, environ=environ, overrides=settings, root=root)
+def _with_strengths(environ: Mapping[str, str], root: Path) -> dict[str, str]:
+    """Return the environment with the adapters' strengths, which a shell on the way may have dropped."""
+    return parent_environ.restore(environ, [folder.name for folder in Mounts(root, environ).adapters()])
 
 
 def _target(model: str | None) -> str | None:

@@ -244,7 +244,7 @@ class Generator:
     def adapter_for(self, model: str | None, *, param: str = "model") -> str | None:
         """Return the adapter that `model` names, None for the base model; UnknownModelError otherwise."""
         served = self.served()
-        if model is None or model == served.name:
+        if model is None or model == served.name or model in served.aliases:
             return served.default_adapter
         if model not in served.engine.stats().adapters:
             raise UnknownModelError(

@@ -42,6 +42,12 @@ class ServedModel:
     """Unix time of loading, for /v1/models."""
     default_adapter: str | None = None
     """The adapter that answers requests for the base model; None is the base model itself."""
+    aliases: tuple[str, ...] = ()
+    """Further names of the base model."""
+    tool_call_parser: str | None = None
+    """The form of function calls that the server was told to expect; None finds every known one."""
+    reasoning_parser: str | None = None
+    """The form of reasoning that the server was told to separate; none is known."""
     weights: str = ""
     """Type, size and device of the base weights, as text."""
 
@@ -56,7 +62,7 @@ class ServedModel:
 
     def models(self) -> tuple[str, ...]:
         """Return the names a request may ask for: the base, then the adapters."""
-        return (self.name, *self.engine.stats().adapters)
+        return (self.name, *self.aliases, *self.engine.stats().adapters)
 
 
 class Lifecycle:

@@ -43,6 +43,14 @@ def load(config: ServeConfig, access: oci.Access) -> ServedModel:
     devices = hardware.detect() if config.engine == "vllm" else torch_build.loaded_hardware()
     support.check_server(config.model, config.quantization, devices)
     served = _with_vllm(config, devices) if config.engine == "vllm" else _with_own_engine(config, devices)
+    served = replace(
+        served,
+        aliases=config.served_aliases,
+        tool_call_parser=config.tool_call_parser,
+        reasoning_parser=config.reasoning_parser,
+    )
+    if config.replicas > 1:
+        log.warning("%d copies of the model were requested: one GPU serves, the others idle", config.replicas)
     if config.combine_adapters and config.adapters:
         served = _combined(served, config, access)
     else:

@@ -36,6 +36,8 @@ class Limits(Strict):
     """Requests waiting to be generated; one more is answered 429."""
     context_tokens: int | None = Field(None, ge=16)
     """Prompt and answer together, per request; None takes what the model and the memory allow."""
+    gpu_memory_share: float | None = Field(None, gt=0, le=1)
+    """Largest part of a GPU's memory in use, by whatever process; None takes what is free."""
     new_tokens: int = Field(512, ge=1)
     """Answer length when the request states none."""
     body_bytes: int = Field(4 << 20, ge=1024)
@@ -65,11 +67,20 @@ class ServeConfig(Strict):
     model: ModelSource
     served_name: str
     """The base model's name in /v1/models and in answers."""
+    served_aliases: tuple[str, ...] = ()
+    """Further names that requests may call the base model by."""
     adapters: tuple[AdapterSource, ...] = ()
     combine_adapters: bool = False
     """Answer requests that name no adapter with all of them, weighted by strength, as KAITO does."""
     quantization: Quantization | None = None
     """bitsandbytes quantisation of the base weights; None serves them as they are."""
+    tool_call_parser: str | None = None
+    """vLLM's name of the form in which the model writes function calls; a name that is not known here
+    refuses tools. None finds every known form."""
+    reasoning_parser: str | None = None
+    """vLLM's name of the form in which the model writes its reasoning; none is known here."""
+    replicas: int = Field(1, ge=1)
+    """Copies of the model, each on a GPU of its own."""
     speculative_tokens: int = Field(16, ge=0)
     """Most draft tokens per step of a lone sequence, from its own text (own engine); 0 turns drafts off."""
     cuda_graphs: bool = True

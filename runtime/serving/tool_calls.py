@@ -12,6 +12,8 @@ from typing import Any
 
 from runtime.serving.detokenize import StopScanner
 
+PARSERS = frozenset({"hermes", "llama3_json", "llama4_json", "mistral"})
+"""vLLM's names of these formats."""
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 

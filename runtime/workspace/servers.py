@@ -4,6 +4,7 @@ Later layers win: defaults, manifest, inference_config.yaml, mounts, environment
 `load_server`.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -12,8 +13,14 @@ from typing import Any
 from runtime.config import describe, nearest, parse
 from runtime.errors import ConfigError
 from runtime.serving.settings import AdapterSource, ServeConfig
-from runtime.workspace import config_maps, outside, references
-from runtime.workspace.base_model import put_model, put_mounted_weights, require_model, warn_if_gated
+from runtime.workspace import config_maps, outside, references, vllm_flags
+from runtime.workspace.base_model import (
+    chat_template,
+    put_model,
+    put_mounted_weights,
+    require_model,
+    warn_if_gated,
+)
 from runtime.workspace.config_maps import ConfigDocument
 from runtime.workspace.layers import LayeredSettings, Resolved, find_placeholders
 from runtime.workspace.manifest import WorkspaceDocuments, is_manifest, read
@@ -22,8 +29,10 @@ from runtime.workspace.schema import AdapterSpec, host_path
 
 INFERENCE_KEY = "inference_config.yaml"
 
-ENGINE_KEYS = {"max-model-len": "limits.context_tokens", "max-num-seqs": "limits.rows"}
-"""Keys of the `vllm` section that are settings of every engine; the rest are vLLM's own."""
+ENGINE_LIMITS = frozenset({"max_model_len", "max_num_seqs", "gpu_memory_utilization"})
+"""Keys of the `vllm` section that are settings of every engine; the rest are vLLM's where it serves."""
+
+log = logging.getLogger(__name__)
 
 
 def load_server(
@@ -41,8 +50,9 @@ def load_server(
             controller mounted the weights.
         environ: The process environment; a variable named like an adapter is that adapter's strength.
         config: An inference_config.yaml, or a ConfigMap with one; it wins over every other place.
-        overrides: Flags. `--adapter` holds a list of NAME=REFERENCE[@STRENGTH]; other keys are dotted
-            settings of ServeConfig ("limits.rows").
+        overrides: Flags. `--adapter` holds a list of NAME=REFERENCE[@STRENGTH], `--vllm` vLLM's flags of a
+            controller's command (inference_config.yaml wins over these, as in KAITO's own image); other keys
+            are dotted settings of ServeConfig ("limits.rows").
         root: Where the controller's mounts lie; another directory than "/" only in tests.
     """
     settings, mounts = LayeredSettings(), Mounts(root, environ)
@@ -54,10 +64,9 @@ def load_server(
         adapters = _apply_manifest(settings, manifest, mounts)
     elif target is not None:
         _choose_model(settings, str(target), "command line")
-    _apply_config(settings, _config(config, manifest, mounts))
-    put_mounted_weights(settings, mounts)
-    if settings.get("served_name") is None and settings.get("model.name") is not None:
-        settings.put("served_name", Path(settings.get("model.name")).name, "mounted weights")
+    _apply_engine_flags(settings, overrides.get("--vllm", {}), mounts)
+    _apply_config(settings, _config(config, manifest, mounts), mounts)
+    _put_weights(settings, mounts)
     _put_adapters(settings, adapters, overrides.get("--adapter", ()), mounts)
     require_model(settings)
     warn_if_gated(settings, mounts)
@@ -66,6 +75,12 @@ def load_server(
     sources = settings.origins(built)
     references.check_server(built, sources)
     return Resolved(built, sources, tuple(settings.warnings), _placeholders(built))
+
+
+def _put_weights(settings: LayeredSettings, mounts: Mounts) -> None:
+    put_mounted_weights(settings, mounts)
+    if settings.get("served_name") is None and settings.get("model.name") is not None:
+        settings.put("served_name", Path(settings.get("model.name")).name, "mounted weights")
 
 
 def _config(named: Path | None, manifest: WorkspaceDocuments | None, mounts: Mounts) -> ConfigDocument | None:
@@ -188,26 +203,37 @@ def _strength(text: str, where: str) -> float:
     return strength
 
 
-def _apply_config(settings: LayeredSettings, found: ConfigDocument | None) -> None:
-    """Apply the keys of inference_config.yaml that are settings here; name the rest in one warning."""
+def _apply_engine_flags(settings: LayeredSettings, flags: Mapping[str, Any], mounts: Mounts) -> None:
+    applied = vllm_flags.apply(settings, flags)
+    if template := applied.files.get("chat_template"):
+        settings.put("model.chat_template", chat_template(template, "--chat-template", mounts), "flag")
+    if applied.harmless:
+        log.info("flags without effect here: %s", "; ".join(applied.harmless))  # a controller's, no user's
+
+
+def _apply_config(settings: LayeredSettings, found: ConfigDocument | None, mounts: Mounts) -> None:
+    """Lay inference_config.yaml over the settings; name the keys without effect in one warning."""
     if found is None:
         return
     where = found.where.rpartition("/")[2]
-    engine = found.values.get("vllm") or {}
+    beside = {key: value for key, value in found.values.items() if value is not None}
+    engine = beside.pop("vllm", {})
     if not isinstance(engine, dict):
         raise ConfigError(f"{found.where}: 'vllm' is {describe(engine)}, expected keys and values")
-    for key, value in engine.items():
-        ours = ENGINE_KEYS.get(str(key).replace("_", "-"))
-        if ours and value not in ("auto", None):
-            settings.put(ours, value, f"{where} vllm.{key}")
-    ignored = [str(key) for key, value in found.values.items() if key != "vllm" and value is not None]
-    rest = {key: engine[key] for key in engine if str(key).replace("_", "-") not in ENGINE_KEYS}
+    engine = {key: value for key, value in engine.items() if value is not None}
     if settings.get("engine") == "vllm":
-        settings.put_all("vllm.flags", rest, where)
-    else:
-        ignored = [f"vllm.{key}" for key in rest] + ignored
-    if ignored:
-        settings.warn(f"{where}: without effect here: {', '.join(ignored)}")
+        theirs = {key: engine[key] for key in engine if str(key).replace("-", "_") not in ENGINE_LIMITS}
+        settings.put_all("vllm.flags", theirs, where)
+        engine = {key: engine[key] for key in engine.keys() - theirs.keys()}
+    sections = (("vllm.", engine), ("", beside))
+    applied = [vllm_flags.apply(settings, section, f"{where}: {name}") for name, section in sections]
+    for name, value in (applied[0].files | applied[1].files).items():
+        if name == "chat_template":
+            settings.put("model.chat_template", chat_template(value, where, mounts), where)
+        elif name != "enable_lora":
+            raise ConfigError(f"{where}: {name} is a flag of the command, not a key of this file")
+    if harmless := [phrase for each in applied for phrase in each.harmless]:
+        settings.warn(f"{where}: without effect here: {'; '.join(harmless)}")
 
 
 def _put(settings: LayeredSettings, name: str, value: Any) -> None:

@@ -132,6 +132,59 @@ def test_vllm_flags_are_mapped(pod: Path) -> None:
     assert inference.download_folder(words) == "/workspace/weights"
 
 
+def test_more_of_vllms_flags_are_carried_out(pod: Path, tmp_path: Path) -> None:
+    words = [
+        "-tp", "2", "--gpu-memory-utilization=0.84", "--served-model-name", "phi-4", "phi",
+        "--lora-modules", "shop=/adapters/shop", '{"name": "help", "path": "/adapters/help"}',
+        "--tool-call-parser=phi4_mini_json", "--enable-auto-tool-choice", "--port=5001",
+    ]  # fmt: skip
+    resolved = vllm_server(words, {}, pod)
+    config = resolved.config
+    assert (config.parallel, config.processes, config.port) == ("tp", 2, 5001)
+    assert config.limits.gpu_memory_share == 0.84
+    assert (config.served_name, config.served_aliases) == ("phi-4", ("phi",))
+    assert [(each.name, each.reference) for each in config.adapters[1:]] == [
+        ("shop", "/adapters/shop"),
+        ("help", "/adapters/help"),
+    ]
+    assert any("phi4_mini_json" in warning for warning in resolved.warnings)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pipeline-parallel-size=2"], "one node"),
+        (["--max-modle-len=4096"], "did you mean 'max_model_len'"),
+        (["phi-4"], "unexpected 'phi-4'"),
+        (["-x", "2"], "unexpected '-x'"),
+        (["--kaito-config-file=/mnt/config/missing.yaml"], "missing.yaml"),
+        (["--lora-modules", "{}"], "expected name and path"),
+    ],
+)
+def test_vllm_flags_that_cannot_be_served_are_refused(words: list[str], message: str, pod: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        vllm_server(words, {}, pod)
+
+
+def test_the_config_file_wins_over_the_command_as_in_kaitos_image(pod: Path) -> None:
+    file = pod / "mnt/config/of-the-user.yaml"
+    file.parent.mkdir()
+    file.write_text(
+        "max_probe_steps: 6\nkv_cache_cpu_memory_utilization: 0\nvllm:\n  max-model-len: 1024\n"
+        "  served-model-name: [mine, also-mine]\n  cpu-offload-gb: 0\n  swap-space: 4\n"
+    )
+    words = ["--kaito-config-file=/mnt/config/of-the-user.yaml", "--max-model-len=auto", "--max-num-seqs=4"]
+    resolved = vllm_server([*words, "--served-model-name=phi-4"], {}, pod)
+    limits = resolved.config.limits
+    assert (limits.context_tokens, limits.rows) == (1024, 4)
+    assert (resolved.config.served_name, resolved.config.served_aliases) == ("mine", ("also-mine",))
+    (warning,) = (w for w in resolved.warnings if "without effect" in w)
+    assert "swap-space" in warning
+    file.write_text("kv_cache_cpu_memory_utilization: 0.5\n")
+    with pytest.raises(ConfigError, match="kv_cache_cpu_memory_utilization"):
+        vllm_server(words, {}, pod)
+
+
 def test_strength_is_the_variable_named_like_the_adapter(pod: Path) -> None:
     config = transformers_server([], {"my-lora.v2": "0.25"}, pod).config
     assert [(a.name, a.strength) for a in config.adapters] == [("my-lora.v2", 0.25)]

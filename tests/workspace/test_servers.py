@@ -55,7 +55,7 @@ def test_engine_settings_of_inference_config_are_taken_or_named(tmp_path: Path) 
     (tmp_path / "mnt/config/inference_config.yaml").write_text(text)
     resolved = load_server("phi-4", environ={}, root=tmp_path)
     assert resolved.config.limits.context_tokens == 4096
-    assert any("vllm.swap-space" in w and "max_probe_steps" in w for w in resolved.warnings)
+    assert any("swap-space" in w and "max_probe_steps" in w for w in resolved.warnings)
     by_vllm = load_server("phi-4", environ={}, overrides={"engine": "vllm"}, root=tmp_path)
     assert by_vllm.config.limits.context_tokens == 4096
     assert by_vllm.config.vllm.flags == {"swap-space": 4}

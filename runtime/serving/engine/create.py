@@ -56,9 +56,10 @@ def _batching(
 ) -> "Engine":
     from runtime.serving.engine.engine import BatchingEngine, EngineLimits
 
-    free = free_bytes(model)
+    free = free_bytes(model, memory_share=config.limits.gpu_memory_share)
     if rank is not None:
-        free = rank.group.all_reduce_min(free_bytes(model, processes=rank.group.world))
+        share = config.limits.gpu_memory_share
+        free = rank.group.all_reduce_min(free_bytes(model, processes=rank.group.world, memory_share=share))
     wanted = (config.limits.rows, context_tokens)
     sequences, context_tokens = sequences_that_fit(
         wanted,
@@ -97,12 +98,20 @@ def _token_bytes(model: "PreTrainedModel") -> int:
     return 2 * layers * heads * dim * int(model.dtype.itemsize)
 
 
-def free_bytes(model: "PreTrainedModel", *, processes: int = 1) -> int:
-    """Return the memory beside the weights, on the device of `model`; `processes` share a host's memory."""
+def free_bytes(model: "PreTrainedModel", *, processes: int = 1, memory_share: float | None = None) -> int:
+    """Return the memory beside the weights, on the device of `model`; `processes` share a host's memory.
+
+    Of a GPU's memory no more than `memory_share` shall be in use, by whatever process.
+    """
     import torch
 
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
-        return int(torch.cuda.mem_get_info(model.device)[0])
+        return within_share(*torch.cuda.mem_get_info(model.device), share=memory_share or 1)
     host = int(hardware.host().memory_bytes * HOST_SHARE / processes)
     return max(0, host - int(model.get_memory_footprint()))
+
+
+def within_share(free_bytes: int, total_bytes: int, *, share: float) -> int:
+    """Return what may be used of the free bytes of a device, so that `share` of all is in use at most."""
+    return max(0, int(free_bytes - (1 - share) * total_bytes))

@@ -26,8 +26,9 @@ from runtime.serving.http.schema import (
     turns_of,
 )
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
+from runtime.serving.lifecycle import ServedModel
 from runtime.serving.tokenizer import PromptTokenizer
-from runtime.serving.tool_calls import Call, ToolStream, split
+from runtime.serving.tool_calls import PARSERS, Call, ToolStream, split
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,12 +186,14 @@ def router(generator: Generator) -> APIRouter:
 def model_list(generator: Generator) -> list[dict[str, Any]]:
     """Return what is served as OpenAI's model objects, the base first; adapters name it as parent."""
     served = generator.served()
-    base, *adapters = served.models()
     entry = {"object": "model", "created": served.created, "owned_by": "runtime"}
     context = served.tokenizer.context_tokens
+    bases = (served.name, *served.aliases)
     return [
-        {"id": base, **entry, "root": base, "parent": None, "max_model_len": context},
-        *({"id": name, **entry, "root": name, "parent": base, "max_model_len": context} for name in adapters),
+        {"id": name, **entry, "root": served.name, "parent": None, "max_model_len": context}
+        if name in bases
+        else {"id": name, **entry, "root": name, "parent": served.name, "max_model_len": context}
+        for name in served.models()
     ]
 
 
@@ -205,8 +208,13 @@ async def _chat_request(generator: Generator, body: ChatCompletionBody, request_
     adapter = generator.adapter_for(body.model)
     tokenizer = generator.served().tokenizer
     names = tool_names(body)
-    if names and "tools" not in tokenizer.template:
-        raise RequestError("this model's chat template knows no tools", param="tools")
+    if names:
+        _check_tools(generator.served())
+    if body.include_reasoning is not None and (parser := generator.served().reasoning_parser):
+        raise RequestError(
+            f"'include_reasoning' is not supported here: reasoning of the form '{parser}' stays in the text",
+            param="include_reasoning",
+        )
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if names else None
     ids = await tokenizer.prompt_from_chat(turns_of(body.messages), tools=tools)
     if body.max_completion_tokens is not None:
@@ -222,6 +230,18 @@ async def _chat_request(generator: Generator, body: ChatCompletionBody, request_
     )
     sampling = await tokenizer.constrained(sampling, parameters.constraint(body) or _forced_call(body))
     return GenerationRequest(ids, sampling, body.stops(), adapter, request_id)
+
+
+def _check_tools(served: ServedModel) -> None:
+    """Raise RequestError where the model cannot be given tools, or its calls cannot be found."""
+    if "tools" not in served.tokenizer.template:
+        raise RequestError("this model's chat template knows no tools", param="tools")
+    parser = served.tool_call_parser
+    if parser is not None and parser not in PARSERS:
+        raise RequestError(
+            f"'tools' are not supported here: function calls in the form of '{parser}' are not known",
+            param="tools",
+        )
 
 
 def _forced_call(body: ChatCompletionBody) -> structured_output.Constraint | None:

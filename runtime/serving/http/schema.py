@@ -315,6 +315,8 @@ class ChatCompletionBody(OpenAIFields):
     tools: list[Tool] | None = Field(None, max_length=128)
     tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
     """Whether the model may or must call a function; an object names one that it must call."""
+    include_reasoning: bool | None = None
+    """Whether the answer shows the model's reasoning; refused where the server was started to separate it."""
     functions: Any = None
     """Superseded by `tools`, refused."""
     modalities: Any = None

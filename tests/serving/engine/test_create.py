@@ -13,7 +13,7 @@ from runtime.errors import CapacityError
 from runtime.memory import serving
 from runtime.model_source import ModelSource
 from runtime.serving.engine.backends.simple import SimpleEngine
-from runtime.serving.engine.create import create
+from runtime.serving.engine.create import create, within_share
 from runtime.serving.engine.engine import BatchingEngine
 from runtime.serving.engine.patch import refusal
 from runtime.serving.settings import Limits, ServeConfig
@@ -113,7 +113,7 @@ def test_a_stated_context_is_kept_at_the_cost_of_sequences(
 ) -> None:
     token_bytes = 2 * 2 * 2 * 32 * 4  # keys and values, 2 layers, 2 heads of 32, float32
     free = int(3.5 * 512 * token_bytes / serving.CACHE_SHARE)
-    monkeypatch.setattr("runtime.serving.engine.create.free_bytes", lambda _: free)
+    monkeypatch.setattr("runtime.serving.engine.create.free_bytes", lambda _, **__: free)
     monkeypatch.setattr("runtime.serving.engine.create.LEAST_CONTEXT_TOKENS", 64)
     for stated, expected in [(512, (3, 512)), (None, (8, 224))]:
         made = create(config(rows=8, context_tokens=stated), load(tiny_llama_dir))
@@ -125,3 +125,10 @@ def test_a_stated_context_is_kept_at_the_cost_of_sequences(
 def test_no_room_for_a_single_sequence_is_a_capacity_error() -> None:
     with pytest.raises(CapacityError, match="MiB are free beside the weights"):
         serving.sequences_that_fit((1, 4096), token_bytes=1 << 20, free_bytes=10 << 20)
+
+
+def test_a_share_of_the_devices_memory_leaves_the_rest_free() -> None:
+    """10 of 80 are taken by others: at 0.9 there are 62 left of the 70 that are free."""
+    assert within_share(70, 80, share=1) == 70
+    assert within_share(70, 80, share=0.9) == 62
+    assert within_share(5, 80, share=0.9) == 0

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -260,3 +261,38 @@ async def test_unknown_routes_and_methods_answer_in_the_same_shape(open_site: An
     assert (missing.status_code, method.status_code) == (404, 405)
     assert json.loads(missing.text)["error"]["message"].startswith("there is no /v1/nothing")
     assert method.headers["allow"] == "POST"
+
+
+WEATHER = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+TOOLS_TEMPLATE = "{{ tools }}{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("started_with", "body", "param"),
+    [
+        ({"tool_call_parser": "qwen3_coder"}, {"tools": WEATHER}, "tools"),
+        ({"reasoning_parser": "qwen3"}, {"include_reasoning": True}, "include_reasoning"),
+        ({"tool_call_parser": "hermes"}, {"tools": WEATHER}, None),
+        ({"tool_call_parser": "qwen3_coder"}, {"tools": WEATHER, "tool_choice": "none"}, None),
+        ({"reasoning_parser": "qwen3"}, {}, None),
+    ],
+)
+async def test_requests_that_need_a_parser_which_is_not_known_are_refused(
+    open_site: Any, started_with: dict[str, str], body: dict[str, Any], param: str | None
+) -> None:
+    async with open_site(template=TOOLS_TEMPLATE) as site:
+        site.lifecycle.ready(replace(site.lifecycle.served(), **started_with))
+        reply = await site.complete(**body)
+    assert reply.status_code == (400 if param else 200), reply.text
+    if param:
+        assert reply.json()["error"]["param"] == param
+        assert next(iter(started_with.values())) in reply.json()["error"]["message"]
+
+
+async def test_the_base_model_answers_to_every_name_it_is_served_under(open_site: Any) -> None:
+    async with open_site(adapters=["shop"]) as site:
+        site.lifecycle.ready(replace(site.lifecycle.served(), aliases=("other",)))
+        listed = [(m.id, m.root, m.parent) async for m in client_of(site).models.list()]  # type: ignore[attr-defined]
+        answer = await client_of(site).chat.completions.create(model="other", messages=HI)
+    assert listed == [("base", "base", None), ("other", "base", None), ("shop", "shop", "base")]
+    assert answer.model == "base"

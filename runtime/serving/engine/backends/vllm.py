@@ -99,6 +99,8 @@ def flags(config: ServeConfig, devices: Hardware) -> list[str]:
         if config.quantization.bits != 4:
             raise ConfigError("--engine vllm quantises to nf4 only: use --quantize nf4, or --engine own")
         chosen["quantization"] = "bitsandbytes"
+    if config.limits.gpu_memory_share is not None:
+        chosen["gpu-memory-utilization"] = config.limits.gpu_memory_share
     chosen |= {name.replace("_", "-").lstrip("-"): value for name, value in config.vllm.flags.items()}
     return [_flag(name, value) for name, value in chosen.items()]
 
