@@ -5,6 +5,7 @@ push of any size costs no space and an upload can resume anywhere. Does not know
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 
 from runtime.errors import ConfigError
 from runtime.files import sha256
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 READ_BYTES = 1 << 20
 """How much is read at a time: large enough for disk and sockets, small enough to hold per upload."""
@@ -153,6 +156,11 @@ def from_parts(parts: Sequence[BlobPart], media_type: str) -> BlobParts:
 def from_file(path: Path, descriptor: Descriptor) -> BlobParts:
     """Return the file at `path`, known to match `descriptor`, as a blob."""
     return BlobParts(descriptor, (BlobPart(descriptor.size, path=path),))
+
+
+def is_digest(text: object) -> bool:
+    """Whether `text` is `sha256:` and 64 lower-case hex digits, so safe to be a file's name too."""
+    return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
 
 
 def file_digest(path: Path) -> str:

@@ -54,7 +54,7 @@ class BlobDownload:
         )
 
     def _complete(self, part: Path, report: Report) -> str:
-        """BlobDownload until `part` has all bytes; return the hexadecimal digest of the whole."""
+        """Download until `part` has all bytes; return the hexadecimal digest of the whole."""
         retries = self.transport.retries(f"{self.where}: download of {self.descriptor.digest[:19]}")
         while True:
             before = part.stat().st_size if part.exists() else 0

@@ -1,196 +1,130 @@
-"""Unpacks untrusted layers: nothing is written outside the target, and no archive bomb fills the disk.
+"""Unpacks the downloaded layers of an untrusted image: first all names, then the bytes that are wanted.
 
-Refuses absolute names, `..`, links that lead out, devices and pipes, and archives that grow out of
-proportion. Knows tar, gzip and zstd, not manifests. Start at `Unpacker`.
+A first pass reads every layer into a tree in memory (tree.py) and checks it whole; only then is anything
+written, into a folder of its own, at the offsets that the tree knows. So whiteouts, links, limits and the
+free disk are decided before the first byte, and no link exists on disk while files are written. Knows no
+manifests. Start at `read_layer` and `write`.
 """
 
-import gzip
-import hashlib
-import os
+import errno
 import shutil
-import sys
-import tarfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from dataclasses import dataclass
+from pathlib import Path
 
-from runtime.errors import CapacityError, RegistryError
+from runtime.errors import CapacityError, ConfigError, RegistryError
 from runtime.files import disk_errors
 from runtime.oci.blobs import READ_BYTES
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
-
-_MAX_RATIO = 100
-"""Refuse an archive that unpacks to more than this many times its compressed size (weights: about 1.1)"""
-_ALWAYS_ALLOWED_BYTES = 256 << 20
-"""… unless it stays below this size."""
-_MAX_ENTRIES = 100_000
-_WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
+from runtime.oci.decompression import PlainStream, opened, unpacked_limit
+from runtime.oci.selection import Selection
+from runtime.oci.tar import entries
+from runtime.oci.tree import ImageTree, TreeFile
 
 
-class Unpacker:
-    """Unpacks archives on top of each other into one directory, keeping only the entries under `root`/.
+@dataclass(frozen=True, slots=True)
+class LayerBlob:
+    """A downloaded and verified blob."""
 
-    root: "data" keeps `data/x` as `x` and drops the rest, "" keeps everything.
+    path: Path
+    digest: str
+    diff_id: str | None = None
+    """Digest that its unpacked bytes must have."""
+    is_archive: bool = True
+    """False for a file that is a layer by itself."""
+
+
+def read_layer(tree: ImageTree, blob: LayerBlob, number: int, *, whiteouts: bool = True) -> None:
+    """Apply a layer to `tree`; RegistryError when it is unsafe, damaged or unpacks to another `diff_id`.
+
+    number: its place among the image's layers, as the tree's files name it.
     """
-
-    def __init__(self, target: Path, *, root: str = ""):
-        self._target = Path(os.path.realpath(target))
-        self._root = PurePosixPath(root)
-        self._entries = 0
-        self.found = False
-        """Whether any entry under `root` was seen."""
-
-    def unpack(self, archive: Path, *, diff_id: str | None = None) -> None:
-        """Unpack a tar archive, compressed or plain; RegistryError when unsafe, damaged or not `diff_id`."""
-        limit = max(_ALWAYS_ALLOWED_BYTES, _MAX_RATIO * archive.stat().st_size)
-        try:
-            with disk_errors(self._target), _decompressed(archive) as stream:
-                counted = _LimitedReader(stream, limit, archive.name)
-                with tarfile.open(
-                    fileobj=cast("BinaryIO", counted), mode="r|", bufsize=READ_BYTES
-                ) as entries:
-                    for entry in entries:
-                        self._extract(entries, entry)
-                        entries.members = []  # type: ignore[attr-defined]  # else it keeps every entry
-                while counted.read(READ_BYTES):
-                    pass
-        except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, zstd.ZstdError) as error:
-            raise RegistryError(f"layer {archive.name}: not a readable tar archive ({error})") from None
-        if diff_id and counted.digest != diff_id:
+    with opened(blob.path, blob.digest) as stream:
+        for entry in entries(stream):
+            tree.apply(entry, number, whiteouts=whiteouts)
+        if blob.diff_id is not None and stream.digest() != blob.diff_id:
             raise RegistryError(
-                f"layer {archive.name}: unpacks to {counted.digest}, the image says {diff_id}"
+                f"layer {blob.digest}: unpacks to {stream.digest()}, the image says {blob.diff_id}"
             )
 
-    def finish(self) -> None:
-        """Check that every link still leads to a path inside the target after the last layer."""
-        for folder, folders, files in os.walk(self._target):
-            for name in (*folders, *files):
-                path = Path(folder, name)
-                if path.is_symlink() and not self._inside(path):
-                    raise RegistryError(f"layer entry {name!r}: a link that leads out of the image; refused")
 
-    def _extract(self, archive: tarfile.TarFile, entry: tarfile.TarInfo) -> None:
-        self._entries += 1
-        if self._entries > _MAX_ENTRIES:
-            raise RegistryError(f"layers hold more than {_MAX_ENTRIES} entries; refused as a bomb")
-        relative = self._relative(entry.name)
-        if relative is None:
-            return
-        self.found = True
-        path = self._target / relative
-        if relative.name.startswith(_WHITEOUT):
-            self._remove(path)
-            return
-        if relative == PurePosixPath("."):
-            return
-        if not self._inside(path.parent):
-            raise RegistryError(f"layer entry {entry.name!r}: would be written outside the image; refused")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_symlink() or (path.exists() and not (path.is_dir() and entry.isdir())):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        if entry.isdir():
-            path.mkdir(exist_ok=True)
-        elif entry.isreg():
-            self._write(archive, entry, path)
-        elif entry.issym():
-            self._link(entry, path, Path(path.parent, entry.linkname))
-        elif entry.islnk():
-            self._copy(entry, path)
-        else:
-            raise RegistryError(
-                f"layer entry {entry.name!r}: a device or pipe; only files, folders and links are taken"
-            )
+def write(selection: Selection, blobs: Sequence[LayerBlob], target: Path) -> None:
+    """Write the selected files, folders and links into the empty folder `target`.
 
-    def _relative(self, name: str) -> PurePosixPath | None:
-        """Return the path below the target, None when it is outside `root`."""
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
-            raise RegistryError(f"layer entry {name!r}: an absolute path or '..'; refused")
-        return path.relative_to(self._root) if path.is_relative_to(self._root) else None
-
-    def _inside(self, path: Path) -> bool:
-        return Path(os.path.realpath(path)).is_relative_to(self._target)
-
-    def _write(self, archive: tarfile.TarFile, entry: tarfile.TarInfo, path: Path) -> None:
-        source = cast("BinaryIO", archive.extractfile(entry))  # None only for what is no file
-        with path.open("xb") as file:
-            shutil.copyfileobj(source, file, READ_BYTES)
-        path.chmod(0o755 if entry.mode & 0o111 else 0o644)
-
-    def _link(self, entry: tarfile.TarInfo, path: Path, leads_to: Path) -> None:
-        if PurePosixPath(entry.linkname).is_absolute() or not self._inside(leads_to):
-            raise RegistryError(
-                f"layer entry {entry.name!r}: a link to {entry.linkname!r}, out of the image; refused"
-            )
-        path.symlink_to(entry.linkname)
-
-    def _copy(self, entry: tarfile.TarInfo, path: Path) -> None:
-        """Write a hard link as a copy of its file."""
-        relative = self._relative(entry.linkname)
-        source = self._target / relative if relative is not None else None
-        if source is None or not self._inside(source) or not source.is_file():
-            raise RegistryError(
-                f"layer entry {entry.name!r}: a link to {entry.linkname!r}, not in the image; refused"
-            )
-        shutil.copyfile(source, path)
-
-    def _remove(self, path: Path) -> None:
-        """Apply a whiteout: hide what lower layers put there."""
-        opaque = path.name == _OPAQUE
-        hidden = path.parent if opaque else path.parent / path.name.removeprefix(_WHITEOUT)
-        if hidden.name in ("", ".", "..") or not self._inside(hidden.parent):
-            raise RegistryError(f"layer entry {path.name!r}: would remove files outside the image; refused")
-        for entry in sorted(hidden.iterdir()) if opaque and hidden.is_dir() else [hidden]:
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
+    Raises CapacityError when the disk has no room for them, RegistryError when they are out of proportion
+    to the image.
+    """
+    _check_size(selection, blobs, target)
+    with disk_errors(target, selection.size), _names_refused(target):
+        for folder in selection.folders:
+            (target / folder).mkdir(parents=True)
+        wanted: dict[int, dict[int, list[tuple[str, TreeFile]]]] = {}
+        for name, file in selection.files:
+            wanted.setdefault(file.source, {}).setdefault(file.offset, []).append((name, file))
+        for number, by_offset in wanted.items():
+            blob = blobs[number]
+            if blob.is_archive:
+                _write_from(blob, by_offset, target)
             else:
-                entry.unlink(missing_ok=True)
-
-
-class _LimitedReader:
-    """Hashes the bytes read, and raises CapacityError after more than `limit` of them."""
-
-    def __init__(self, stream: Any, limit: int, name: str):
-        self._stream, self._limit, self._name = stream, limit, name
-        self._sha = hashlib.sha256()
-        self._bytes = self._padded = 0
-
-    @property
-    def digest(self) -> str:
-        return f"sha256:{self._sha.hexdigest()}"
-
-    def read(self, size: int) -> bytes:
-        data: bytes = self._stream.read(size)
-        if not data:  # some writers (umoci) leave the last block unfilled; every reader but Python's takes it
-            padding = bytes(min(size, -(self._bytes + self._padded) % tarfile.BLOCKSIZE))
-            self._padded += len(padding)
-            return padding
-        self._bytes += len(data)
-        if self._bytes > self._limit:
-            raise CapacityError(
-                f"layer {self._name}: unpacks to more than {self._limit} bytes, {_MAX_RATIO} times its size;"
-                " refused as a bomb"
-            )
-        self._sha.update(data)
-        return data
+                for name, _ in by_offset[0]:
+                    _place(blob.path, target / name)
+        for name, leads_to in selection.links:
+            (target / name).symlink_to(leads_to)
 
 
 @contextmanager
-def _decompressed(archive: Path) -> Iterator[Any]:
-    with archive.open("rb") as file:
-        magic = file.read(4)
-        file.seek(0)
-        if magic.startswith(b"\x1f\x8b"):
-            with gzip.GzipFile(fileobj=file) as unpacked:
-                yield unpacked
-        elif magic == b"\x28\xb5\x2f\xfd":
-            with zstd.ZstdFile(file) as unpacked:
-                yield unpacked
-        else:
-            yield file
+def _names_refused(target: Path) -> Iterator[None]:
+    """Name a path that this file system does not take: some know no colons, some no second case."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG, errno.EEXIST}:
+            raise
+        raise ConfigError(
+            f"{error.filename}: not possible on the file system of {target} ({error.strerror});"
+            " pull into another one"
+        ) from None
+
+
+def _check_size(selection: Selection, blobs: Sequence[LayerBlob], target: Path) -> None:
+    limit = unpacked_limit(sum(blob.path.stat().st_size for blob in blobs))
+    if selection.size > limit:
+        raise RegistryError(
+            f"layers unpack to {selection.size} bytes of files, more than {limit}; refused as a bomb"
+        )
+    free = shutil.disk_usage(target).free
+    if selection.size > free:
+        raise CapacityError(
+            f"{target}: the files take {selection.size} bytes and {free} are free;"
+            " free space or use another disk"
+        )
+
+
+def _write_from(blob: LayerBlob, by_offset: dict[int, list[tuple[str, TreeFile]]], target: Path) -> None:
+    """Write files of one layer in the order in which they lie in it."""
+    with opened(blob.path, blob.digest) as stream:
+        for offset in sorted(by_offset):
+            (name, file), *further = by_offset[offset]
+            stream.skip_to(offset)
+            _copy(stream, file, target / name)
+            for other, _ in further:
+                shutil.copy(target / name, target / other)
+
+
+def _copy(stream: PlainStream, file: TreeFile, path: Path) -> None:
+    left = file.size
+    with path.open("xb") as written:
+        while left:
+            chunk = stream.read(min(left, READ_BYTES))
+            if not chunk:
+                raise RegistryError(f"{path.name}: its layer changed while it was read; pull again")
+            written.write(chunk)
+            left -= len(chunk)
+    path.chmod(0o755 if file.executable else 0o644)
+
+
+def _place(blob: Path, path: Path) -> None:
+    try:
+        path.hardlink_to(blob)
+    except OSError:  # the cache may be another file system
+        shutil.copyfile(blob, path)

@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import CapacityError, ConfigError, RegistryError
+from runtime.errors import CapacityError, ConfigError, Failure, RegistryError, TransientError
 from runtime.files import atomic_folder, disk_errors, locked
-from runtime.oci import manifests
+from runtime.oci import contents, manifests
 from runtime.oci.access import DEFAULT, Access
 from runtime.oci.blobs import Descriptor, file_digest, from_file
 from runtime.oci.image import MARKER, BaseImage, Image, build
@@ -31,6 +31,10 @@ from runtime.oci.store import Report, Store, StoredManifest
 
 _PARALLEL = 4
 """Blobs transferred at once; more only adds memory (one chunk buffer each) on one link."""
+
+
+_MOST_INDEXES = 4
+"""Indexes inside each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,7 @@ def pull(reference: Reference, folder: Path, *, access: Access = DEFAULT) -> Pat
     """Make `folder` the verified content of the image; it appears complete or stays as it was.
 
     A folder that an earlier pull of the same image made is kept; one with other files in it is refused.
-    Interrupted downloads resume.
+    Interrupted downloads resume; a pull that fails for good leaves nothing.
     """
     _check_target(folder)
     with closing(open_store(reference, access)) as store:
@@ -113,27 +117,43 @@ def pull(reference: Reference, folder: Path, *, access: Access = DEFAULT) -> Pat
         if _pulled_digest(folder) == info.digest:
             return folder
         folder = folder.absolute()
-        with disk_errors(folder.parent):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(folder.parent, access.cache):
-                if _pulled_digest(folder) != info.digest:  # else another process was quicker
-                    _pull(store, info, folder, access.cache)
+        with disk_errors(folder.parent), _new_folder(folder.parent), _locked(folder.parent, access.cache):
+            if _pulled_digest(folder) != info.digest:  # else another process was quicker
+                _pull(store, info, folder, access.cache)
         return folder
 
 
 def _pull(store: Store, info: ImageInfo, folder: Path, cache: Path | None) -> None:
     parts = folder.parent / f".{folder.name}.blobs"
     blobs_dir = cache or parts
-    blobs_dir.mkdir(parents=True, exist_ok=True)
-    _check_space(info.manifest, blobs_dir, folder.parent)
-    *layers, config = _download(store, info, blobs_dir)
     where = str(info.reference)
-    ids = manifests.diff_ids(config, where) if info.manifest.kind == "image" else []
-    with atomic_folder(folder, written_here=False) as new:
-        manifests.unpack(info.manifest, layers, new, diff_ids=ids, where=where)
-        marker = {"reference": where, "digest": info.digest}
-        (new / MARKER).write_text(json.dumps(marker), encoding="utf-8")
+    try:
+        blobs_dir.mkdir(parents=True, exist_ok=True)
+        _check_space(info.manifest, blobs_dir, folder.parent)
+        blobs = _download(store, info, blobs_dir)
+        with atomic_folder(folder, written_here=False) as new:
+            contents.unpack(info.manifest, blobs, new, where)
+            marker = {"reference": where, "digest": info.digest}
+            (new / MARKER).write_text(json.dumps(marker), encoding="utf-8")
+    except Failure as error:
+        if not isinstance(error, TransientError):  # after that, as after a signal, the next try continues
+            shutil.rmtree(parts, ignore_errors=True)
+        raise
     shutil.rmtree(parts, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[None]:
+    """Make `folder` and the ones above it; those made here that are empty go when the block fails."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -215,9 +235,12 @@ def _close_unused(opened: Future[Store]) -> None:
 
 def _inspect(store: Store, reference: Reference) -> ImageInfo:
     manifest = _find(store, reference, reference.selector)
-    if manifests.is_index(manifest):
-        machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
-        manifest = _find(store, reference, manifests.choose_platform(manifest, machine, str(reference)))
+    depth = 0
+    while manifests.is_index(manifest):
+        depth += 1
+        if depth > _MOST_INDEXES:
+            raise RegistryError(f"{reference}: more than {_MOST_INDEXES} indexes inside each other; refused")
+        manifest = _find(store, reference, manifests.choose_platform(manifest, _machine(), str(reference)))
     return ImageInfo(
         reference, manifest.digest, manifest.media_type, manifests.read(manifest, str(reference))
     )
@@ -225,9 +248,16 @@ def _inspect(store: Store, reference: Reference) -> ImageInfo:
 
 def _find(store: Store, reference: Reference, selector: str) -> StoredManifest:
     manifest = store.find(selector)
+    if manifest is None and isinstance(store, Layout) and reference.tag is None and reference.digest is None:
+        manifest = store.find_only()
     if manifest is None:
         raise RegistryError(f"{reference}: no such image; check the name and the tag, or push it first")
     return manifest
+
+
+def _machine() -> str:
+    """Return this machine's architecture as images name it."""
+    return {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
 
 
 def _download(store: Store, info: ImageInfo, folder: Path) -> list[Path]:

@@ -1,7 +1,8 @@
 """An OCI image layout on disk, for users without a registry.
 
 Blobs and the index are written atomically, and writers hold a lock, so two jobs may push to one
-layout. Tools read it as `oci:DIRECTORY:tag` (skopeo, umoci, podman). Start at `Layout`.
+layout. Tools read it as `oci:DIRECTORY:tag` (skopeo, umoci, podman), and what they write is read: images
+without a tag, and with their full name. Start at `Layout`.
 """
 
 import contextlib
@@ -15,11 +16,15 @@ from typing import Any, BinaryIO
 
 from runtime.errors import ConfigError, RegistryError
 from runtime.files import atomic_file, disk_errors, locked
-from runtime.oci.blobs import Blob, Descriptor, Reader, read_all
+from runtime.oci.blobs import Blob, Descriptor, Reader, is_digest, read_all
 from runtime.oci.image import INDEX, MANIFEST
 from runtime.oci.store import Report, StoredManifest, check_manifest
 
 _TAG = "org.opencontainers.image.ref.name"
+_FULL_NAME = "io.containerd.image.name"
+_MOST_JSON_BYTES = 4 << 20
+_MOST_INDEXES = 4
+"""Indexes inside each other."""
 
 
 class Layout:
@@ -59,24 +64,30 @@ class Layout:
     def find(self, selector: str) -> StoredManifest | None:
         """Return the manifest under a tag or digest."""
         entry = self._entry(selector)
-        if entry is None and selector.startswith("sha256:"):
-            path = self._path(selector)
-            entry = {"mediaType": MANIFEST, "digest": selector} if path.is_file() else None
-        if entry is None:
-            return None
+        if entry is None and selector.startswith("sha256:") and self._path(selector).is_file():
+            entry = {"digest": selector}
+        return None if entry is None else self._manifest(entry)
+
+    def find_only(self) -> StoredManifest | None:
+        """Return the only image of the layout, whatever its tag; RegistryError where there are several."""
+        entries = {entry["digest"]: entry for entry in self._entries()}
+        if len(entries) > 1:
+            named = ", ".join(sorted(map(_name, entries.values()))[:10])
+            raise RegistryError(
+                f"{self}: holds {len(entries)} images, name one by its tag or digest: {named}"
+            )
+        return next(map(self._manifest, entries.values()), None)
+
+    def _manifest(self, entry: dict[str, Any]) -> StoredManifest:
         path = self._path(entry["digest"])
         if not path.is_file():
-            raise RegistryError(
-                f"{self}: blob {entry['digest']} of {selector!r} is missing; push the image again"
-            )
-        manifest = StoredManifest(path.read_bytes(), entry.get("mediaType", MANIFEST))
+            raise RegistryError(f"{self}: blob {entry['digest']} is missing; push the image again")
+        manifest = StoredManifest(_read_json(path), str(entry.get("mediaType") or MANIFEST))
         return check_manifest(manifest, entry["digest"], str(self))
 
     def tags(self) -> list[str]:
         """Return the tags of the layout."""
-        return [
-            tag for entry in self._index()["manifests"] if (tag := entry.get("annotations", {}).get(_TAG))
-        ]
+        return [tag for entry in self._entries() if (tag := _annotations(entry).get(_TAG))]
 
     def put_blob(self, blob: Blob, report: Report, mount_from: str | None = None) -> None:
         """Copy `blob` into the layout unless it is there."""
@@ -103,7 +114,7 @@ class Layout:
             }
             if not selector.startswith("sha256:"):
                 entry["annotations"] = {_TAG: selector}
-            others = [e for e in self._index()["manifests"] if e.get("annotations", {}).get(_TAG) != selector]
+            others = [e for e in self._entries() if _annotations(e).get(_TAG) != selector]
             self._write_index([*others, entry])
 
     def fetch(self, descriptor: Descriptor, path: Path, report: Report) -> None:
@@ -119,11 +130,11 @@ class Layout:
 
     def delete(self, tag: str) -> bool:
         """Remove the tag and the blobs that no other image of the layout uses."""
-        if self._entry(tag) is None:
+        if tag not in self.tags():
             return False
         with self.writing():
-            entries = self._index()["manifests"]
-            kept = [e for e in entries if e.get("annotations", {}).get(_TAG) != tag]
+            entries = self._entries()
+            kept = [e for e in entries if _annotations(e).get(_TAG) != tag]
             gone = {digest for e in entries if e not in kept for digest in self._reachable(e["digest"])}
             used = {digest for e in kept for digest in self._reachable(e["digest"])}
             self._write_index(kept)
@@ -143,13 +154,20 @@ class Layout:
         if not path.is_file():
             return {"schemaVersion": 2, "mediaType": INDEX, "manifests": []}
         try:
-            index: dict[str, Any] = json.loads(path.read_bytes())
+            index: dict[str, Any] = json.loads(_read_json(path))
+            for entry in index["manifests"]:
+                if not is_digest(entry["digest"]) or not isinstance(_annotations(entry), dict):
+                    raise ValueError(entry)
             index["manifests"] = list(index["manifests"])
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise RegistryError(
                 f"{path}: not an OCI index; name another directory or remove this one"
             ) from None
         return index
+
+    def _entries(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._index()["manifests"]
+        return found
 
     def _write_index(self, entries: list[dict[str, Any]]) -> None:
         index = self._index() | {"manifests": entries}
@@ -157,21 +175,53 @@ class Layout:
             file.write(json.dumps(index, indent=1).encode())
 
     def _entry(self, selector: str) -> dict[str, Any] | None:
-        entries = self._index()["manifests"]
+        """Return the entry of a digest or a tag, else the only one whose full name ends in the tag."""
+        entries = self._entries()
         for entry in entries:
-            if selector in (entry["digest"], entry.get("annotations", {}).get(_TAG)):
-                found: dict[str, Any] = entry
-                return found
-        return None
+            if selector in (entry["digest"], _annotations(entry).get(_TAG)):
+                return entry
+        named = {entry["digest"]: entry for entry in entries if _ends_in_tag(entry, selector)}
+        if len(named) > 1:
+            names = ", ".join(sorted(map(_name, named.values()))[:10])
+            raise RegistryError(
+                f"{self}: several images are tagged {selector!r}, name one by its digest: {names}"
+            )
+        return next(iter(named.values()), None)
 
-    def _reachable(self, digest: str) -> set[str]:
+    def _reachable(self, digest: str, depth: int = 0) -> set[str]:
+        """Return the digests of a manifest and of all that it names."""
         try:
-            manifest = json.loads(self._path(digest).read_bytes())
-        except (OSError, ValueError):
+            manifest = json.loads(_read_json(self._path(digest)))
+            named = [*manifest.get("layers", []), manifest.get("config", {})]
+            indexed = [entry["digest"] for entry in manifest.get("manifests", []) if depth < _MOST_INDEXES]
+            found = {digest, *indexed, *(entry.get("digest") for entry in named)}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RegistryError):
             return {digest}
-        named = [*manifest.get("layers", []), *([manifest["config"]] if "config" in manifest else [])]
-        below = {d for m in manifest.get("manifests", []) for d in self._reachable(m["digest"])}
-        return {digest, *below, *(entry["digest"] for entry in named)}
+        below = {d for entry in indexed if is_digest(entry) for d in self._reachable(entry, depth + 1)}
+        return {entry for entry in found | below if is_digest(entry)}
+
+
+def _annotations(entry: dict[str, Any]) -> dict[str, str]:
+    return entry.get("annotations") or {}
+
+
+def _name(entry: dict[str, Any]) -> str:
+    """Return an entry's name for a message: as it is written, with its digest."""
+    return f"{_annotations(entry).get(_TAG) or 'without a tag'} ({entry['digest']})"
+
+
+def _ends_in_tag(entry: dict[str, Any], tag: str) -> bool:
+    """Whether an entry is named in full, as docker buildx and containerd do it: host/repository:tag."""
+    names = (_annotations(entry).get(key) for key in (_TAG, _FULL_NAME))
+    return any(name.endswith(f":{tag}") for name in names if isinstance(name, str))
+
+
+def _read_json(path: Path) -> bytes:
+    """Return the bytes of a manifest or index; RegistryError above 4 MiB."""
+    size = path.stat().st_size
+    if size > _MOST_JSON_BYTES:
+        raise RegistryError(f"{path}: {size} bytes, expected a manifest or index of at most 4 MiB")
+    return path.read_bytes()
 
 
 def _copy(reader: Reader, file: BinaryIO, report: Report) -> str:

@@ -1,32 +1,36 @@
-"""Reads manifests, and lays their layers out as a folder.
+"""Reads manifests and indexes: what an image or artifact consists of, as far as it is used here.
 
 Three kinds are read: images with the files under /data (ours, and the controller's old and new form),
-artifacts as `oras push` makes them (titles, unpacked folders), and CNCF ModelPack artifacts.
-Knows manifests as JSON, not where they come from. Start at `read`.
+artifacts as `oras push` makes them (titles, unpacked folders), and CNCF ModelPack artifacts. Knows manifests
+as JSON, not where they come from; contents.py lays their layers out as files. Start at `read`.
 """
 
 import json
-import shutil
+import logging
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 from runtime.errors import RegistryError
-from runtime.oci.blobs import Descriptor
-from runtime.oci.extract import Unpacker
-from runtime.oci.image import CONFIG, INDEX, LAYER_GZIP
+from runtime.oci.blobs import Descriptor, is_digest
+from runtime.oci.image import CONFIG, INDEX
 from runtime.oci.store import StoredManifest
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["image", "artifact", "modelpack"]
 
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
-TITLE = "org.opencontainers.image.title"
-UNPACK = "io.deis.oras.content.unpack"
-FILE_PATH = "org.cncf.model.filepath"
+EMPTY = "application/vnd.oci.empty.v1+json"
+"""Type of the placeholder blob of artifacts without a configuration or without files."""
+_SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1+"
 _MODELPACK = "application/vnd.cncf.model."
 _MAX_CONFIG_BYTES = 4 << 20
+_MAX_LAYERS = 500
+"""As many as Linux lays over each other."""
+_ATTESTATION = "attestation-manifest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,128 +49,138 @@ class ImageManifest:
 
 
 def read(manifest: StoredManifest, where: str) -> ImageManifest:
-    """Return what `manifest` holds; RegistryError when it is not an image or artifact manifest."""
+    """Return what `manifest` holds; RegistryError when it is no image or artifact manifest that is taken."""
+    document = _document(manifest, where)
     try:
-        document = json.loads(manifest.data)
-        config = _descriptor(document["config"])
-        layers = tuple(_descriptor(entry) for entry in document["layers"])
-        annotations = dict(document.get("annotations") or {})
+        entries = [document["config"], *document["layers"]]
+        config, *layers = (_descriptor(entry) for entry in entries)
+        annotations = _strings(document.get("annotations"))
         artifact_type = str(document.get("artifactType") or config.media_type)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        said = f": {error}" if isinstance(error, ValueError) else ""
         raise RegistryError(
-            f"{where}: not an image manifest ({manifest.media_type}); expected one of OCI or Docker"
+            f"{where}: not an image manifest ({manifest.media_type}{said}); expected one of OCI or Docker"
         ) from None
     kind: Kind = "artifact"
     if artifact_type.startswith(_MODELPACK) or config.media_type.startswith(_MODELPACK):
         kind = "modelpack"
     elif config.media_type in {CONFIG, DOCKER_CONFIG}:
         kind = "image"
-    return ImageManifest(kind, config, layers, annotations)
+    found = ImageManifest(kind, config, tuple(layers), annotations)
+    _check(found, entries[1:], where)
+    return found
 
 
 def choose_platform(index: StoredManifest, machine: str, where: str) -> str:
-    """Return the digest of the manifest for this machine in an index of several, else of the first."""
+    """Return the digest of the manifest for this machine in an index of several, else of the first.
+
+    Files under /data are the same on every machine, so any image is better than none; it is logged.
+    """
     try:
-        entries = [e for e in json.loads(index.data)["manifests"] if _is_image(e)]
-        for entry in entries:
-            platform = entry.get("platform") or {}
-            if platform.get("os") == "linux" and platform.get("architecture") == machine:
-                return str(entry["digest"])
-        return str(entries[0]["digest"])
-    except (ValueError, KeyError, TypeError, IndexError):
-        raise RegistryError(f"{where}: an image index without an image for linux/{machine}") from None
+        entries = [e for e in _document(index, where)["manifests"] if _is_image(e)]
+        platforms = [_platform(entry) for entry in entries]
+        digests = [str(entry["digest"]) for entry in entries]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RegistryError(
+            f"{where}: not an image index; expected manifests with digest and platform"
+        ) from None
+    if not digests:
+        raise RegistryError(f"{where}: an image index without an image for linux/{machine}, or any other")
+    wanted = f"linux/{machine}"
+    for platform in (wanted, ""):
+        if platform in platforms:
+            return digests[platforms.index(platform)]
+    log.warning("%s: has no image for %s, taking that for %s", where, wanted, platforms[0])
+    return digests[0]
 
 
 def is_index(manifest: StoredManifest) -> bool:
-    """Whether `manifest` lists manifests."""
-    return manifest.media_type in {INDEX, DOCKER_LIST}
+    """Whether `manifest` lists manifests; by what it holds where it has no type."""
+    if manifest.media_type in {INDEX, DOCKER_LIST}:
+        return True
+    try:
+        document = json.loads(manifest.data)
+        return "manifests" in document and not {"config", "layers"} & document.keys()
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 def diff_ids(config: Path, where: str) -> list[str]:
-    """Return the digests that an image's layers must have when unpacked ([] without any)."""
-    size = config.stat().st_size
-    if size > _MAX_CONFIG_BYTES:
-        raise RegistryError(f"{where}: image configuration of {size} bytes; expected at most 4 MiB")
+    """Return the digests that an image's layers must have when unpacked; [] where it states none."""
     try:
-        return [str(entry) for entry in json.loads(config.read_bytes())["rootfs"]["diff_ids"]]
-    except (ValueError, KeyError, TypeError):
-        return []
+        document = json.loads(config.read_bytes())
+        stated = (document.get("rootfs") or {}).get("diff_ids") or []
+        if not isinstance(stated, list) or not all(isinstance(entry, str) for entry in stated):
+            raise TypeError(stated)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise RegistryError(
+            f"{where}: its configuration is no image configuration; push the image again"
+        ) from None
+    return stated
 
 
-def unpack(
-    manifest: ImageManifest, blobs: list[Path], target: Path, *, diff_ids: list[str], where: str
-) -> None:
-    """Turn the downloaded `blobs` of the layers into files in the empty folder `target`."""
-    if manifest.kind == "image":
-        if diff_ids and len(diff_ids) != len(blobs):
-            raise RegistryError(
-                f"{where}: {len(blobs)} layers but {len(diff_ids)} diff_ids; the image is malformed"
-            )
-        unpacker = Unpacker(target, root="data")
-        for number, blob in enumerate(blobs):
-            unpacker.unpack(blob, diff_id=diff_ids[number] if diff_ids else None)
-        unpacker.finish()
-        if not unpacker.found:
-            raise RegistryError(
-                f"{where}: the image holds no /data; expected adapter, dataset or weight files there"
-            )
-        return
-    unpacker = Unpacker(target)
-    for layer, blob in zip(manifest.layers, blobs, strict=True):
-        name = layer.annotations.get(FILE_PATH) or layer.annotations.get(TITLE)
-        if _is_folder(manifest.kind, layer, name or ""):
-            unpacker.unpack(blob)
-        elif name:
-            _place(blob, target, name, where)
-        else:
-            raise RegistryError(
-                f"{where}: layer {layer.digest} has no title, so no file name; push it with one"
-            )
-    unpacker.finish()
-    _lift(target)
-
-
-def _is_folder(kind: Kind, layer: Descriptor, name: str) -> bool:
-    """Whether a layer of an artifact is a packed folder: Go's oras annotates it, oras-py sets the type."""
-    if kind == "modelpack":
-        return ".tar" in layer.media_type
-    packed = layer.media_type == LAYER_GZIP and not name.endswith((".tar", ".gz", ".tgz"))
-    return packed or layer.annotations.get(UNPACK) == "true"
-
-
-def _place(blob: Path, target: Path, name: str, where: str) -> None:
-    relative = PurePosixPath(name)
-    inside = (target / relative).resolve().is_relative_to(target.resolve())
-    if relative.is_absolute() or ".." in relative.parts or relative.name == "" or not inside:
-        raise RegistryError(f"{where}: layer title {name!r} leads out of the folder; refused")
-    path = target / relative
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
+def _document(manifest: StoredManifest, where: str) -> dict[str, Any]:
+    """Return the JSON of a manifest or index; RegistryError for what is neither, or both."""
     try:
-        path.hardlink_to(blob)
-    except OSError:  # the cache may be another file system
-        shutil.copyfile(blob, path)
+        document = json.loads(manifest.data)
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        raise RegistryError(
+            f"{where}: not an image manifest ({manifest.media_type}); expected one of OCI or Docker"
+        )
+    if manifest.media_type.startswith(_SCHEMA_1) or document.get("schemaVersion") == 1:
+        raise RegistryError(
+            f"{where}: a manifest of Docker's schema 1, which no tool writes any more; push the image again"
+        )
+    if "manifests" in document and {"config", "layers"} & document.keys():
+        raise RegistryError(f"{where}: a manifest and an index at once; refused")  # CVE-2021-41190
+    return document
 
 
-def _lift(target: Path) -> None:
-    """Move the content of a lone folder up into `target`: `oras push adapter/` means the folder's content."""
-    entries = list(target.iterdir())
-    if len(entries) == 1 and entries[0].is_dir() and not entries[0].is_symlink():
-        emptied = target / f".lift-{entries[0].name}"  # one of its entries may have its own name
-        entries[0].rename(emptied)
-        for entry in emptied.iterdir():
-            entry.rename(target / entry.name)
-        emptied.rmdir()
+def _check(manifest: ImageManifest, entries: list[dict[str, Any]], where: str) -> None:
+    """Raise RegistryError for a manifest whose blobs are not to be downloaded."""
+    if manifest.config.size > _MAX_CONFIG_BYTES:
+        raise RegistryError(
+            f"{where}: image configuration of {manifest.config.size} bytes; expected at most 4 MiB"
+        )
+    if len(manifest.layers) > _MAX_LAYERS:
+        raise RegistryError(f"{where}: {len(manifest.layers)} layers; expected at most {_MAX_LAYERS}")
+    for layer, entry in zip(manifest.layers, entries, strict=True):
+        if entry.get("urls"):
+            raise RegistryError(
+                f"{where}: layer {layer.digest} is a foreign one, kept outside the registry;"
+                " push the image with it"
+            )
+        if layer.media_type.endswith("+encrypted"):
+            raise RegistryError(
+                f"{where}: layer {layer.digest} is encrypted; push the image without encryption"
+            )
 
 
 def _descriptor(entry: dict[str, Any]) -> Descriptor:
-    digest, size = str(entry["digest"]), int(entry["size"])
-    hexadecimal = digest.removeprefix("sha256:")
-    if len(hexadecimal) != 64 or set(hexadecimal) - set("0123456789abcdef") or size < 0:
-        raise ValueError(digest)
-    return Descriptor(str(entry["mediaType"]), digest, size, dict(entry.get("annotations") or {}))
+    digest, size, media_type = entry["digest"], entry["size"], entry.get("mediaType") or ""
+    if not is_digest(digest):
+        raise ValueError(f"digest {str(digest)[:80]!r}, expected sha256: and 64 hex digits")
+    if type(size) is not int or size < 0 or not isinstance(media_type, str):
+        raise ValueError(f"size {str(size)[:20]} of {digest}")
+    return Descriptor(media_type, digest, size, _strings(entry.get("annotations")))
+
+
+def _strings(annotations: Any) -> dict[str, str]:
+    if not isinstance(annotations or {}, dict):
+        raise TypeError(annotations)
+    return {str(key): str(value) for key, value in (annotations or {}).items()}
 
 
 def _is_image(entry: dict[str, Any]) -> bool:
     kind = (entry.get("annotations") or {}).get("vnd.docker.reference.type")
-    return kind != "attestation-manifest"
+    return kind != _ATTESTATION and _platform(entry) != "unknown/unknown"
+
+
+def _platform(entry: dict[str, Any]) -> str:
+    """Return `os/architecture` of an index entry, "" where it names none."""
+    platform = entry.get("platform") or {}
+    if not platform.get("os") and not platform.get("architecture"):
+        return ""
+    return f"{platform.get('os')}/{platform.get('architecture')}"

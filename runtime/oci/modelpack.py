@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from runtime.oci.blobs import Blob, BlobPart, BlobParts, Descriptor, from_bytes, from_parts
+from runtime.oci.contents import FILE_PATH
 from runtime.oci.image import Image, assemble, list_files
-from runtime.oci.manifests import FILE_PATH
 
 _CNCF = "application/vnd.cncf.model."
 _TYPES = {

@@ -1,4 +1,4 @@
-"""Names of images: `registry[:port]/repository[:tag][@digest]`, or `oci:DIRECTORY[:tag]` for a layout.
+"""Names of images: `[oci://]registry[:port]/repository[:tag][@digest]`, `oci:DIRECTORY[:tag]` for a layout.
 
 Pure text: touches no disk and no network. Start at `parse`; `is_image` tells a name from a path.
 """
@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runtime.errors import ConfigError
+from runtime.oci.blobs import is_digest
 
 DEFAULT_TAG = "latest"
 _DOCKER_HUB = "docker.io"
 _HOST = re.compile(r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9_.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?")
 _PART = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _LONGEST_TAG = 128
+_REGISTRY_SCHEME = "oci://"
 _SCHEME = r"oci:|docker://"
 _REGISTRY = r"(?:localhost|[^/]*[.:][^/]*)/"
 _TAGGED = r":[\w.-]+$"
@@ -36,7 +37,7 @@ class Reference:
     repository: str
     """Repository path in the registry; "" for a layout."""
     tag: str | None
-    """None only when a digest alone names the image."""
+    """None when a digest alone names the image, and for the only image of a layout."""
     digest: str | None = None
     """`sha256:…`; it wins over the tag when both are given, as everywhere else."""
     layout: Path | None = None
@@ -48,7 +49,7 @@ class Reference:
 
     @property
     def selector(self) -> str:
-        """The digest, else the tag: the name under which a manifest is requested."""
+        """The digest, else the tag, "latest" without both: the name under which a manifest is requested."""
         return self.digest or self.tag or DEFAULT_TAG
 
     def tagged(self, tag: str) -> "Reference":
@@ -91,10 +92,15 @@ def parse(text: str) -> Reference:
     """Return the reference that `text` names, ConfigError saying which part is wrong otherwise.
 
     As Docker reads it: without a host it is `docker.io`, without a path there `library/`, without tag
-    and digest `latest`. In `oci:a:b/c` the colon belongs to the path; for a directory whose own name
-    ends in `:something`, write the tag too.
+    and digest `latest`. `oci://` before the host, as model servers write it, changes nothing. In `oci:a:b/c`
+    the colon belongs to the path; for a directory whose own name ends in `:something`, write the tag too.
     """
-    if text.startswith("oci:"):
+    if text.startswith(_REGISTRY_SCHEME):
+        if text.startswith(f"{_REGISTRY_SCHEME}/"):
+            layout = f"oci:/{text.removeprefix(_REGISTRY_SCHEME).lstrip('/')}"
+            raise ConfigError(f"image {text!r}: no host after 'oci://'; for a directory write {layout!r}")
+        text = text.removeprefix(_REGISTRY_SCHEME)
+    elif text.startswith("oci:"):
         return _parse_layout(text)
     if text != text.strip() or not text:
         raise ConfigError(f"image {text!r}: expected {_EXPECTED}")
@@ -124,14 +130,14 @@ def _parse_layout(text: str) -> Reference:
         raise ConfigError(
             f"image {text!r}: no directory after 'oci:', expected oci:DIRECTORY or oci:DIRECTORY:tag"
         )
-    return Reference("", "", tag or (None if digest else DEFAULT_TAG), digest, layout=Path(path))
+    return Reference("", "", tag, digest, layout=Path(path))
 
 
 def _split_digest(text: str) -> tuple[str, str | None]:
     name, at, digest = text.rpartition("@")
     if not at:
         return text, None
-    if not _DIGEST.fullmatch(digest):
+    if not is_digest(digest):
         raise ConfigError(f"image {text!r}: digest {digest!r} is not sha256: and 64 lower-case hex digits")
     return name, digest
 

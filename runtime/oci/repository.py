@@ -116,7 +116,7 @@ class Repository:
             raise RegistryError(f"{self}: stored manifest {stored} instead of {manifest.digest}; push again")
 
     def fetch(self, descriptor: Descriptor, path: Path, report: Report) -> None:
-        """BlobDownload a blob to `path`, which a later try continues."""
+        """Download a blob to `path`, which a later try continues."""
         url = self._url(self._container.get_blob_url(descriptor.digest))
         BlobDownload(self._transport, url, descriptor, str(self)).to(path, report)
 
