@@ -79,9 +79,7 @@ def opened(blob: Path, digest: str) -> Iterator[PlainStream]:
         except Exception as error:  # decoders raise a dozen kinds
             if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the blob's
                 raise
-            known = next(
-                (f"{name}, " for start, name in _UNREADABLE.items() if magic.startswith(start)), ""
-            )
+            known = next((f"{name}, " for start, name in _UNREADABLE.items() if magic.startswith(start)), "")
             raise RegistryError(
                 f"layer {digest}: {known}not a readable tar archive, plain or in gzip or zstd"
                 f" ({' '.join(str(error).split()) or type(error).__name__})"
