@@ -185,10 +185,13 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return " (did you mean 'a' or 'b'?)" for the known words closest to `word`, or ""."""
+def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """Return " (did you mean 'a' or 'b'?)" for the known words closest to `word`, or "".
+
+    `cutoff` is the least likeness; names that are alike anyhow, as those of machines, need a higher one.
+    """
     lowered = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(word.lower(), lowered, n=3, cutoff=0.6)
+    close = difflib.get_close_matches(word.lower(), lowered, n=3, cutoff=cutoff)
     return f" (did you mean {' or '.join(repr(lowered[name]) for name in close)}?)" if close else ""
 
 

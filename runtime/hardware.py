@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 from runtime import cuda_devices, logs, nvml
-from runtime.config import nearest
 from runtime.cuda_devices import USE_THE_CPU, Visible
 from runtime.errors import ConfigError
 from runtime.model_source import Dtype
@@ -49,42 +48,6 @@ class Hardware:
     """Visible GPUs; 1 on a CPU, and with MIG, of which a CUDA process uses one device."""
     driver: Driver | None = None
     """None on a CPU, and for GPUs known by name alone."""
-
-
-_KNOWN_GPUS: dict[str, tuple[tuple[int, int], int]] = {
-    "T4-16GB": ((7, 5), 15360),
-    "V100-16GB": ((7, 0), 16160),
-    "V100-32GB": ((7, 0), 32510),
-    "A10-24GB": ((8, 6), 23028),
-    "L4-24GB": ((8, 9), 23034),
-    "A100-40GB": ((8, 0), 40536),
-    "L40S-48GB": ((8, 9), 46068),
-    "A100-80GB": ((8, 0), 81920),
-    "H100-80GB": ((9, 0), 81559),
-    "H100-94GB": ((9, 0), 95830),
-    "H200-141GB": ((9, 0), 143771),
-}
-"""GPUs that a plan can be made for without having one: compute capability, and about the MiB it reports.
-
-On a machine with the GPU, "auto" asks its driver instead.
-"""
-
-
-def names() -> tuple[str, ...]:
-    """Return the GPUs that `named` knows, smallest first."""
-    return tuple(sorted(_KNOWN_GPUS, key=lambda name: _KNOWN_GPUS[name][1]))
-
-
-def named(name: str, *, count: int = 1) -> Hardware:
-    """Return the hardware with `count` GPUs of a kind known by name; ConfigError for another name."""
-    known = {each.lower(): each for each in _KNOWN_GPUS}
-    if name.lower() not in known:
-        raise ConfigError(
-            f"no GPU {name!r}{nearest(name, known.values())}; known: {', '.join(names())}, or auto"
-        )
-    kind = known[name.lower()]
-    capability, mebibytes = _KNOWN_GPUS[kind]
-    return Hardware("cuda", kind, capability, mebibytes << 20, count)
 
 
 def detect() -> Hardware:

@@ -24,6 +24,8 @@ LAYERS = [
         "cuda_devices",
         "hardware",
         "torch_build",
+        "gpus",
+        "instance_types",
         "utilisation",
         "oci",
         "packaged",

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from runtime import hardware, support
+from runtime import gpus, support
 from runtime.errors import ConfigError
 from runtime.hardware import Hardware
 from runtime.model_source import ModelSource, Quantization
 from runtime.presets import source
 
-V100 = hardware.named("V100-16GB")
-T4 = hardware.named("T4-16GB")
-A100 = hardware.named("A100-80GB")
+V100 = gpus.of_kind("V100-16GB")
+T4 = gpus.of_kind("T4-16GB")
+A100 = gpus.of_kind("A100-80GB")
 CPU = Hardware("cpu", "CPU", None, 8 << 30, 1)
 
 

@@ -5,14 +5,14 @@ runtime/tuning/fit.py. Imports no torch. Start at `plan`.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from runtime import hardware, support, torch_build
+from runtime import gpus, hardware, support, torch_build
 from runtime.cli import render
 from runtime.cli.options import Config, Processes, Set, set_flags
 from runtime.errors import CapacityError, exit_code
@@ -23,9 +23,11 @@ from runtime.serving.settings import ServeConfig
 from runtime.tuning.settings import TuningJob
 from runtime.workspace import load_job, load_server
 from runtime.workspace.instances import gpus_of
-from runtime.workspace.manifest import is_manifest, read
+from runtime.workspace.manifest import WorkspaceDocuments, is_manifest, read
 
 GIB = 2**30
+MOST_NAMED = 6
+"""GPUs that a line for people names."""
 
 Target = Annotated[
     str,
@@ -36,9 +38,9 @@ Target = Annotated[
 Gpu = Annotated[
     str | None,
     typer.Option(
-        metavar="GPU|auto",
-        help=f"Plan for this GPU: {', '.join(hardware.names())}; or auto, the one of this machine. "
-        "By default the one of the manifest's instanceType, else auto.",
+        metavar="GPU|TYPE|SIZE|auto",
+        help=f"Plan for these GPUs: {gpus.EXAMPLES}, each also as '2x NAME'; or auto, those of this machine. "
+        "By default those of the manifest's instanceType; for a model, auto.",
     ),
 ]
 Serve = Annotated[
@@ -80,15 +82,17 @@ def plan(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
 ) -> None:
     """Show how much memory a job or a server takes, and what fits. Exit status 6 when it does not."""
     environ, overrides = context.obj or {}, set_flags(settings)
-    manifest = is_manifest(target)
-    machine = _machine_of(target, gpu) if manifest else _machine(gpu)
-    if manifest:
-        serve = read(Path(target), "inference" if serve else "tuning").work == "inference"
+    manifest = read(Path(target), "inference" if serve else "tuning") if is_manifest(target) else None
+    machine, assumed = _machine(manifest, gpu)
+    if manifest is not None:
+        serve = manifest.work == "inference"
     if serve:
         report = server_report(target, machine, environ=environ, config=config, overrides=overrides)
     else:
         job = _job(target, environ, config, overrides)
         report = job_report(job, machine, processes=processes)
+    if assumed:
+        report = replace(report, notes=(assumed, *report.notes), facts={**report.facts, "assumed": assumed})
     if as_json:
         estimated = {"estimated_bytes": report.estimated_bytes}
         typer.echo(json.dumps({**report.facts, **estimated, "parts": _json_items(report.items)}, indent=2))
@@ -140,7 +144,7 @@ def _job_notes(facts: Mapping[str, Any]) -> tuple[str, ...]:
         f"With them {facts['largest_tokens_per_pass']} tokens in a pass would fit; with checkpointing rows "
         f"of up to {facts['longest_row_that_fits']} tokens."
     )
-    enough = f"One of these is enough: {', '.join(facts['fits_on']) or 'none known here'}."
+    enough = f"One of these is enough: {_few(facts['fits_on'])}."
     return (settings, largest, enough) if facts["fits"] else (settings, enough)
 
 
@@ -177,7 +181,7 @@ def server_report(
         available_bytes=capacity.available_bytes,
         notes=(
             f"Requested: {run.sequences} sequences of {run.context_tokens} tokens, {run.dtype}.",
-            f"One of these is enough for one sequence: {', '.join(facts['fits_on']) or 'none known here'}.",
+            f"One of these is enough for one sequence: {_few(facts['fits_on'])}.",
         ),
         verdict=f"{capacity.sequences} sequences of {capacity.context_tokens} tokens"
         if capacity.fits
@@ -205,13 +209,20 @@ def _job(
     return load_job(target, environ=environ, config=config, overrides=overrides).config
 
 
-def _machine(gpu: str | None) -> Hardware:
-    return torch_build.usable_hardware() if gpu in (None, "auto") else hardware.named(gpu or "")
+def _machine(manifest: WorkspaceDocuments | None, gpu: str | None) -> tuple[Hardware, str | None]:
+    """Return the machine to plan for, and what is assumed of it."""
+    if gpu is None and manifest is not None:
+        return gpus_of(manifest), None
+    if gpu in (None, "auto"):
+        return torch_build.usable_hardware(), None
+    found = gpus.named(gpu or "")
+    return found.hardware, found.assumed
 
 
-def _machine_of(manifest: str, gpu: str | None) -> Hardware:
-    rented = gpus_of(Path(manifest)) if gpu is None else None
-    return hardware.named(rented[0], count=rented[1]) if rented else _machine(gpu)
+def _few(names: Sequence[str]) -> str:
+    """Return the smallest of the GPUs that fit, for people."""
+    more = ", and larger ones" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more if names else "none known here"
 
 
 def _described(machine: Hardware) -> str:

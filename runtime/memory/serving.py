@@ -6,9 +6,9 @@ Does not know engines or requests. Start at `forecast`.
 
 from dataclasses import dataclass
 
-from runtime import hardware, support
+from runtime import gpus, support
 from runtime.errors import CapacityError
-from runtime.hardware import Hardware
+from runtime.hardware import Hardware, has_bfloat16
 from runtime.memory.shape import BYTES, Shape
 from runtime.memory.tuning import CONSTANTS_4BIT, CONTEXT_BYTES, MemoryItem
 
@@ -88,18 +88,16 @@ def forecast(shape: Shape, server: ServingRun, machine: Hardware) -> Capacity:
 
 
 def fits_on(shape: Shape, server: ServingRun) -> tuple[str, ...]:
-    """Return the known GPUs on which at least one sequence of the requested context fits, smallest first.
+    """Return the GPUs of clouds on which at least one sequence of the requested context fits, smallest first.
 
     Those that would compute in float16 are left out where the model does not stay within it.
     """
     context = min(server.context_tokens, shape.context_tokens, server.least_context_tokens)
     half = server.dtype != "float32" and not support.stays_within_float16(shape.model_type, training=False)
-    gpus = (hardware.named(name) for name in hardware.names())
     return tuple(
         gpu.name
-        for gpu in gpus
-        if not (half and not hardware.has_bfloat16(gpu))
-        and forecast(shape, server, gpu).context_tokens >= context
+        for gpu in map(gpus.of_kind, gpus.rented())
+        if not (half and not has_bfloat16(gpu)) and forecast(shape, server, gpu).context_tokens >= context
     )
 
 

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from runtime import families, hardware, support
+from runtime import families, gpus, hardware, support
 from runtime.errors import CapacityError, ConfigError
 from runtime.hardware import Hardware
 from runtime.memory import fitting
@@ -219,12 +219,12 @@ def _larger_device(planned: MemoryPlan, free: Adjustable) -> str:
 
 
 def gpus_that_fit(shape: Shape, run: TuningRun, adjustable: Adjustable) -> tuple[str, ...]:
-    """Return the known GPUs that one process of `run` fits into and computes rightly, smallest first."""
+    """Return the GPUs of clouds that one process of `run` fits into and computes rightly, smallest first."""
     on_gpu = replace(run, device="cuda", dtype="float16" if run.device == "cpu" else run.dtype)
     half = run.dtype != "float32" and not support.stays_within_float16(shape.model_type, training=True)
     return tuple(
         gpu.name
-        for gpu in map(hardware.named, hardware.names())
+        for gpu in map(gpus.of_kind, gpus.rented())
         if not (half and not hardware.has_bfloat16(gpu))
         and fitting.choose(shape, on_gpu, adjustable, room=fitting.available(gpu)).fits
     )

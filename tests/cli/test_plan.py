@@ -92,4 +92,32 @@ def test_no_torch_is_needed() -> None:
 
 def test_a_mistyped_gpu_is_a_configuration_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", TUNING, "--gpu", "V100"], {}) == 2
-    assert "did you mean 'V100-" in capsys.readouterr().err
+    assert "may be any of V100-16GB, V100-32GB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gpu", "device"),
+    [
+        ("Standard_NC24ads_A100_v4", "A100-80GB"),
+        ("g5.xlarge", "A10G-24GB"),
+        ("RTX 3090", "RTX-3090-24GB"),
+        ("24GB", "GPU of 24 GB"),
+    ],
+)
+def test_any_name_of_a_gpu_is_planned_for(gpu: str, device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, report = plan(TUNING, "--gpu", gpu, capsys=capsys)
+    assert (status, report["device"]) == (0, device)
+    assert ("assumed" in report) == (gpu == "24GB")
+
+
+def test_a_manifest_with_an_unknown_machine_asks_for_its_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "workspace.yaml"
+    file.write_text(Path(TUNING).read_text().replace("Standard_NC6s_v3", "Standard_Unheard_v9"))
+    assert run(["plan", str(file)], {}) == 2
+    assert (
+        "'Standard_Unheard_v9', which is not known here; name its GPU with --gpu" in capsys.readouterr().err
+    )
+    assert plan(str(file), "--gpu", "A10", capsys=capsys)[1]["device"] == "A10-24GB"
+    assert plan(str(file), "--gpu", "24GB", capsys=capsys)[1]["assumed"].startswith("Assumed of GPU of 24 GB")

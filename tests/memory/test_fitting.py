@@ -2,10 +2,7 @@
 
 from dataclasses import replace
 
-import pytest
-
-from runtime import hardware
-from runtime.errors import ConfigError
+from runtime import gpus, hardware
 from runtime.memory import fitting, shape
 from runtime.memory.fitting import Adjustable
 from runtime.memory.tuning import TuningRun
@@ -16,7 +13,7 @@ RUN = TuningRun(2048, 2048, "float16", "cuda")
 
 
 def chosen(gpu: str, adjustable: Adjustable, run: TuningRun = RUN) -> fitting.Forecast:
-    return fitting.choose(LLAMA, run, adjustable, room=fitting.available(hardware.named(gpu)))
+    return fitting.choose(LLAMA, run, adjustable, room=fitting.available(gpus.of_kind(gpu)))
 
 
 def test_a_large_gpu_recomputes_nothing() -> None:
@@ -51,7 +48,7 @@ def test_rows_are_cut_only_where_that_is_allowed() -> None:
 
 
 def test_the_largest_pass_fits_and_one_larger_does_not() -> None:
-    room = fitting.available(hardware.named("A10-24GB"))
+    room = fitting.available(gpus.of_kind("A10-24GB"))
     largest = fitting.largest_tokens(LLAMA, RUN, room=room)
     assert fitting.forecast(LLAMA, replace(RUN, tokens=largest), room=room, row_tokens=1).fits
     assert not fitting.forecast(LLAMA, replace(RUN, tokens=largest + 8), room=room, row_tokens=1).fits
@@ -60,9 +57,3 @@ def test_the_largest_pass_fits_and_one_larger_does_not() -> None:
 def test_processes_on_a_cpu_share_its_memory() -> None:
     cpu = hardware.Hardware("cpu", "test", None, 8 << 30, 1)
     assert fitting.available(cpu, processes=2) == fitting.available(cpu) // 2
-
-
-def test_unknown_gpus_are_named_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"no GPU 'A100' \(did you mean 'A100-"):
-        hardware.named("A100")
-    assert hardware.named("v100-16gb", count=4).capability == (7, 0)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from runtime import hardware
+from runtime import gpus
 from runtime.errors import CapacityError
 from runtime.memory import serving, shape
 from runtime.memory.serving import ServingRun, sequences_that_fit
@@ -12,7 +12,7 @@ PHI = shape.of(source("phi-3-mini-128k-instruct"))
 
 
 def test_phi_3_mini_takes_384_kib_a_token() -> None:
-    capacity = serving.forecast(PHI, ServingRun(4, 4096, "float16"), hardware.named("V100-16GB"))
+    capacity = serving.forecast(PHI, ServingRun(4, 4096, "float16"), gpus.of_kind("V100-16GB"))
     assert capacity.token_bytes == 393_216
     assert (capacity.sequences, capacity.context_tokens) == (4, 3616) or capacity.fits
     held = sum(part.size_bytes for part in capacity.parts)
@@ -21,10 +21,10 @@ def test_phi_3_mini_takes_384_kib_a_token() -> None:
 
 def test_a_model_too_large_leaves_no_sequence() -> None:
     large = shape.of(source("llama-3.3-70b-instruct"))
-    assert not serving.forecast(large, ServingRun(1, 2048, "bfloat16"), hardware.named("A100-80GB")).fits
+    assert not serving.forecast(large, ServingRun(1, 2048, "bfloat16"), gpus.of_kind("A100-80GB")).fits
     four = ServingRun(1, 2048, "bfloat16", bits=4, double_quant=True)
-    assert serving.forecast(large, four, hardware.named("A100-80GB")).fits
-    assert serving.fits_on(large, ServingRun(1, 2048, "bfloat16")) == ("H200-141GB",)
+    assert serving.forecast(large, four, gpus.of_kind("A100-80GB")).fits
+    assert serving.fits_on(large, ServingRun(1, 2048, "bfloat16"))[0] == "H200-141GB"
 
 
 def test_context_gives_way_before_sequences_and_sequences_before_short_contexts() -> None:
@@ -44,7 +44,7 @@ def test_mxfp4_is_planned_at_what_it_is_dequantised_to(name: str, gigabytes: int
     assert part.size_bytes / 1e9 == pytest.approx(gigabytes, rel=0.01)
     assert part.size_bytes > 2.5 * model.stored_bytes
     assert "dequantised from the mxfp4" in part.how
-    assert not serving.forecast(model, ServingRun(1, 2048, "bfloat16"), hardware.named("A100-40GB")).fits
+    assert not serving.forecast(model, ServingRun(1, 2048, "bfloat16"), gpus.of_kind("A100-40GB")).fits
 
 
 def test_gpus_without_bfloat16_are_not_proposed_to_models_that_overflow_float16() -> None:
@@ -55,7 +55,7 @@ def test_gpus_without_bfloat16_are_not_proposed_to_models_that_overflow_float16(
 
 
 def test_each_figure_says_whether_it_is_known_or_estimated() -> None:
-    capacity = serving.forecast(PHI, ServingRun(4, 4096, "float16"), hardware.named("V100-16GB"))
+    capacity = serving.forecast(PHI, ServingRun(4, 4096, "float16"), gpus.of_kind("V100-16GB"))
     assert {part.name: part.basis for part in capacity.parts} == {
         "weights": "counted",
         "CUDA context": "estimated",

@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 
-from runtime import hardware
+from runtime import gpus
 from runtime.errors import ConfigError
 from runtime.model_source import ModelSource
 from runtime.oci.access import DEFAULT
@@ -238,7 +238,7 @@ def test_a_model_that_overflows_float16_is_refused_before_its_weights_are_looked
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3_text"}))
-    monkeypatch.setattr(loading.hardware, "detect", lambda: hardware.named("T4-16GB"))
+    monkeypatch.setattr(loading.hardware, "detect", lambda: gpus.of_kind("T4-16GB"))
     for engine in ("own", "vllm"):
         model = ModelSource(name="m", path=tmp_path)
         config = ServeConfig.model_validate({"model": model, "served_name": "m", "engine": engine})

@@ -4,21 +4,36 @@ from pathlib import Path
 
 import pytest
 
-from runtime import hardware
-from runtime.workspace.instances import _GPUS, gpus_of
+from runtime.errors import ConfigError
+from runtime.workspace.instances import gpus_of
+from runtime.workspace.manifest import read
 from tests.workspace.documents import manifest, write
 
 
 @pytest.mark.parametrize(
-    ("size", "gpus"), [("Standard_NC6s_v3", ("V100-16GB", 1)), ("standard_nc24ads_a100_V4", ("A100-80GB", 1))]
+    ("size", "kind", "count"),
+    [
+        ("Standard_NC6s_v3", "V100-16GB", 1),
+        ("standard_nc24ads_a100_V4", "A100-80GB", 1),
+        ("p4d.24xlarge", "A100-40GB", 8),
+        ("a2-ultragpu-2g", "A100-80GB", 2),
+    ],
 )
-def test_instance_type_in_any_case_has_its_gpus(size: str, gpus: tuple[str, int], tmp_path: Path) -> None:
-    assert gpus_of(write(tmp_path, manifest(resource__instanceType=size))) == gpus
+def test_instance_type_in_any_case_has_its_gpus(size: str, kind: str, count: int, tmp_path: Path) -> None:
+    found = gpus_of(read(write(tmp_path, manifest(resource__instanceType=size))))
+    assert (found.name, found.count) == (kind, count)
 
 
-def test_unknown_instance_type_has_none(tmp_path: Path) -> None:
-    assert gpus_of(write(tmp_path, manifest(resource__instanceType="Standard_B1s"))) is None
-
-
-def test_every_gpu_of_the_table_can_be_planned_for() -> None:
-    assert {name for name, _ in _GPUS.values()} <= set(hardware.names())
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ("Standard_B1s", r"resource\.instanceType is 'Standard_B1s', which is not known here; name its GPU"),
+        ("Standard_NC24ads_A100_v5", r"did you mean 'Standard_NC24ads_A100_v4'"),
+        ("n1-standard-8", "--gpu"),
+        ("", r"resource\.instanceType is missing.*--gpu"),
+        ("Standard_NV12s_v3", "M60"),
+    ],
+)
+def test_an_unknown_instance_type_asks_for_the_gpu(size: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        gpus_of(read(write(tmp_path, manifest(resource__instanceType=size))))
