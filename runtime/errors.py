@@ -5,14 +5,14 @@
     ├── DataError               3           data is unreachable or invalid
     ├── DivergedError           4           the loss or a weight became NaN or Inf
     ├── RegistryError           5     502   a registry refused us, or broke its protocol
-    ├── CapacityError           6           does not fit: GPU memory, host memory, disk
+    ├── CapacityError           6     507   does not fit: GPU memory, host memory, disk
     ├── TransientError         75     503   another try would probably work
     ├── StoppedError          143           SIGTERM, after a checkpoint
     └── RequestError                  400   one HTTP request cannot be served
         ├── ForbiddenError            403   this server does not offer it
         ├── UnknownModelError         404
         ├── DeadlineError             408   the body or the answer took too long
-        ├── TooLargeError             413
+        ├── TooLargeError             413   its body, or the memory that it takes
         ├── OverloadedError           429   the waiting queue is full
         ├── ClientGoneError           499   the client has disconnected
         └── UnavailableError          503   loading, draining or broken
@@ -20,6 +20,8 @@
 A message says what, which value, what was expected and what to do, in one line, and never holds a
 secret. Does not know argparse, HTTP or Kubernetes: the edges read `EXIT_CODES` and `HTTP_STATUSES`.
 """
+
+import errno
 
 
 class Failure(Exception):
@@ -80,7 +82,7 @@ class ClientGoneError(RequestError):
 
 
 class TooLargeError(RequestError):
-    """The request body is larger than the server accepts."""
+    """The request body is larger than the server accepts, or its tokens take more memory than there is."""
 
 
 class OverloadedError(RequestError):
@@ -107,6 +109,7 @@ HTTP_STATUSES: dict[type[Failure], int] = {
     Failure: 500,
     ConfigError: 400,
     RegistryError: 502,
+    CapacityError: 507,
     TransientError: 503,
     RequestError: 400,
     ForbiddenError: 403,
@@ -121,6 +124,25 @@ HTTP_STATUSES: dict[type[Failure], int] = {
 
 RETRIABLE = frozenset({TransientError, StoppedError})
 """Failures after which the same command may succeed unchanged."""
+
+
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "alloc_failed",
+)
+"""In the texts of torch's RuntimeErrors: CUDA's and its own allocators, C++, cuBLAS and cuDNN."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error`, of Python, torch or a library below it, says that memory ran out."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
 
 
 def exit_code(failure: Failure) -> int:

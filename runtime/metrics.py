@@ -6,7 +6,7 @@ Knows neither HTTP nor the engine, only its figures. Start at `ServingMetrics`.
 
 import time
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -43,6 +43,10 @@ class EngineFigures(Protocol):
     def max_sequences(self) -> int: ...
     @property
     def cache_tokens(self) -> int: ...
+    @property
+    def out_of_memory(self) -> Mapping[str, int]: ...
+    @property
+    def prompt_tokens_limit(self) -> int: ...
 
 
 class _Gauges(Collector):
@@ -81,6 +85,7 @@ class _Gauges(Collector):
         yield lora
         if figures:
             yield from self._capacity(figures)
+            yield from self._memory(figures)
 
     def _capacity(self, figures: EngineFigures) -> Iterator[Metric]:
         """Yield what clients size their load by: KAITO's benchmark, and routers that weigh prefix caches."""
@@ -93,6 +98,21 @@ class _Gauges(Collector):
         yield info
         yield self._gauge(
             "kaito_max_concurrent_requests", "Requests generated at the same time", figures.max_sequences
+        )
+
+    def _memory(self, figures: EngineFigures) -> Iterator[Metric]:
+        ran_out = CounterMetricFamily(
+            "runtime:out_of_memory",
+            "Passes divided and requests or adapters refused because memory ran out",
+            labels=["model_name", "reason"],
+        )
+        for reason, count in figures.out_of_memory.items():
+            ran_out.add_metric([self._model, reason], count)
+        yield ran_out
+        yield self._gauge(
+            "runtime:prompt_tokens_limit",
+            "Prompt tokens of a pass since memory ran out; 0 is no limit",
+            figures.prompt_tokens_limit,
         )
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from runtime.errors import is_out_of_memory
 from runtime.serving.engine.adapter_groups import AdapterGroups, Masked
 from runtime.serving.engine.batch import Batch, HostBatch, SlotRun
 from runtime.serving.engine.lora import AdapterStore
@@ -99,10 +100,11 @@ class CudaGraphs:
     def warm_up(self, step: Callable[[], Tensor]) -> Tensor:
         """See `GraphBackend.warm_up`: what libraries set up once per stream is set up here."""
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            out = step()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        return out
+        try:
+            with torch.cuda.stream(self._stream):
+                return step()
+        finally:  # also where memory ran out: the step that follows writes to the same cache
+            torch.cuda.current_stream().wait_stream(self._stream)
 
     def capture(self, step: Callable[[], Tensor]) -> Callable[[], object]:
         """See `GraphBackend.capture`; RuntimeError where `step` does what a graph cannot hold."""
@@ -138,6 +140,8 @@ class GraphCache:
         self._backend: GraphBackend | None = backend
         self._kept: OrderedDict[GraphKey, tuple[GraphInputs, Callable[[], object]]] = OrderedDict()
         self._seen: Counter[GraphKey] = Counter()
+        self._is_full = False
+        """Whether memory ran out for a further graph: those that are kept are still replayed."""
         self._logits: dict[int, Tensor] = {}
         """(T, V) by T: where replays leave their result, to be read before the next."""
 
@@ -149,13 +153,25 @@ class GraphCache:
         # the index of each token of the step among those of the graph
         index = {slot: number for number, slot in enumerate(key.slots)}
         at = [index[slot] for slot in host.decode_slots] or list(range(len(host.ids)))
+        try:
+            return self._replay(key, host, at)
+        except Exception as failure:
+            if not is_out_of_memory(failure):
+                raise
+        self._kept.pop(key, None)
+        self._is_full = True
+        log.warning("No memory for a CUDA graph: %d are kept, other steps are launched", len(self._kept))
+        return None
+
+    def _replay(self, key: GraphKey, host: HostBatch, at: list[int]) -> Tensor | None:
+        """Run the graph of `key`, captured first where it is due; None where there is none."""
         if key in self._kept:
             self._kept.move_to_end(key)
             inputs, replay = self._kept[key]
             self._fill(inputs, host, at)
             replay()
             return _pick(self._logits[key.tokens], at)
-        if self._seen[key] < CAPTURE_AFTER:
+        if self._backend is None or self._is_full or self._seen[key] < CAPTURE_AFTER:
             return None
         inputs = self._inputs(key)
         self._fill(inputs, host, at)
@@ -163,6 +179,7 @@ class GraphCache:
 
     def clear(self) -> None:
         """Drop all graphs: the adapters' weights have moved."""
+        self._is_full = False
         self._kept.clear()
         self._seen.clear()
         if self._backend is not None:
@@ -223,6 +240,8 @@ class GraphCache:
             error = float((_pick(result, at) - expected).abs().max() / expected.abs().max())
             reason = f"a replay differs by {error:.2g} of the largest logit" if error > TOLERANCE else ""
         except Exception as failure:  # the step has its result already
+            if is_out_of_memory(failure):
+                raise
             reason = str(failure).partition("\n")[0]
         if reason:
             log.warning("Decoding without CUDA graphs, which is slower: %s", reason)

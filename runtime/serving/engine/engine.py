@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from runtime.errors import RequestError
+from runtime.errors import CapacityError, RequestError, is_out_of_memory
 from runtime.serving.engine import failures
 from runtime.serving.engine.cuda_graphs import GraphBackend
 from runtime.serving.engine.model_runner import ModelRunner, Rank
+from runtime.serving.engine.out_of_memory import MemoryLimits, Reason, divide, is_explained
 from runtime.serving.engine.parallel.group import Stop
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
 from runtime.serving.engine.request_queue import LAST_STEP_S, RequestHandle, RequestQueue
@@ -94,7 +95,8 @@ class BatchingEngine:
             adapters=lambda: self._runner.adapters.names,
         )
         self._running: dict[Sequence, RunningRequest] = {}
-        self._failures = 0
+        self._memory = MemoryLimits()
+        self._failures = self._unexplained = 0
         self._prompt_tokens = self._cached_tokens = self._drafted_tokens = self._accepted_tokens = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -104,13 +106,21 @@ class BatchingEngine:
             undo.pop_all()
 
     def _prepare(self, model: "PreTrainedModel", graph_backend: GraphBackend | None) -> None:
-        self._runner = ModelRunner(
-            model,
-            slots=self.max_sequences,
-            positions=self.context_tokens,
-            rank=self._rank,
-            graph_backend=graph_backend,
-        )
+        try:
+            self._runner = ModelRunner(
+                model,
+                slots=self.max_sequences,
+                positions=self.context_tokens,
+                rank=self._rank,
+                graph_backend=graph_backend,
+            )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise CapacityError(
+                f"no memory for the key-value cache of {self.max_sequences} sequences of "
+                f"{self.context_tokens} tokens; lower limits.rows or limits.context_tokens"
+            ) from None
 
     def submit(self, request: Request) -> AsyncIterator[Token]:
         """Queue `request`; see `Engine.submit`."""
@@ -132,7 +142,11 @@ class BatchingEngine:
     def _add(self, name: str, folder: Path, strength: float) -> None:
         if name in self._runner.adapters.names:
             raise failures.already_loaded(name)
-        self._runner.add_adapter(name, folder, strength)
+        try:
+            self._runner.add_adapter(name, folder, strength)
+        except CapacityError:
+            self._memory.counts["adapter"] += 1
+            raise
 
     def remove_adapter(self, name: str) -> None:
         """Remove an adapter once no request uses it; see `Engine.remove_adapter`."""
@@ -154,6 +168,8 @@ class BatchingEngine:
             accepted_tokens=self._accepted_tokens,
             max_sequences=self.max_sequences,
             cache_tokens=self.max_sequences * self.context_tokens,
+            out_of_memory=self._memory.counts,
+            prompt_tokens_limit=self._memory.prompt_tokens,
         )
 
     def close(self) -> None:
@@ -186,29 +202,79 @@ class BatchingEngine:
         self._end_cancelled()
         if not self._running:
             return
-        plan = self._scheduler.plan()
-        logits = self._runner.run(plan)
-        self._scheduler.commit(plan)
-        self._queue.note_progress()
-        self._failures = 0
-        self._choose(plan, logits)
+        unexplained = self._unexplained
+        for part in self._memory.within(self._scheduler.plan(self._memory.most_tokens)):
+            self._run_plan(part)
+        if self._unexplained > unexplained:
+            self._count_failure()
+
+    def _run_plan(self, plan: StepPlan) -> bool:
+        """Run `plan`, in smaller passes where memory runs out; return whether one pass was enough."""
+        logits = self._attempt(plan)
+        if logits is not None:
+            self._scheduler.commit(plan)
+            self._queue.note_progress()
+            self._failures = 0
+            self._choose(plan, logits)
+            return True
+        parts = divide(plan)
+        if parts:
+            first, *others = [self._run_plan(part) for part in parts]
+            self._memory.lower(plan, decode_fits=first and bool(others))
+        else:
+            self._refuse(plan)
+        return False
+
+    def _attempt(self, plan: StepPlan) -> Tensor | None:
+        """Return the logits (C, V) of `plan`, or None where memory ran out; the pass holds none any more."""
+        try:
+            return self._runner.run(plan)
+        except Exception as error:
+            # other ranks are within the same pass, which can neither be ended nor repeated
+            if self._rank is not None or not is_out_of_memory(error):
+                raise
+        self._runner.free_memory()  # not in the handler: the traceback holds the tensors of the pass
+        return None
+
+    def _refuse(self, plan: StepPlan) -> None:
+        """End the one sequence of `plan`, for which there is no memory even alone."""
+        reason: Reason = "prompt" if plan.chunks else "decode"
+        sequence = plan.chunks[0].sequence if plan.chunks else plan.decode[0]
+        tokens = plan.chunks[0].end if plan.chunks else len(sequence.ids)
+        self._unexplained += not is_explained(tokens)
+        self._end_for_memory(sequence, reason, tokens)
+
+    def _end_for_memory(self, sequence: Sequence, reason: Reason, tokens: int) -> None:
+        """End a sequence that ran out of memory at its `tokens`-th token; its cache up to there is right."""
+        running = self._running[sequence]
+        self._end(running, self._memory.refuse(running.handle.request.id, reason, tokens=tokens))
 
     def _admit(self, handles: list[RequestHandle]) -> None:
         for handle in handles:
             request = handle.request
-            version = self._runner.adapters.version(request.adapter)
-            # decided once, so that no answer changes midway; the last token is chosen and never run
-            most = min(len(request.prompt_ids) + request.sampling.max_new_tokens, self.context_tokens)
-            # a pass over several tokens rounds differently, which shows in a draw between two tokens; a seed
-            # promises the same text
-            repeatable = request.sampling.seed is not None and request.sampling.temperature > 0
-            sequence = self._scheduler.admit(
-                request.prompt_ids,
-                adapter=version,
-                draft_until=0 if repeatable else most,
-                long=self._runner.is_long(most - 1),
-            )
-            self._running[sequence] = RunningRequest(handle, sequence)
+            sequence = self._begin(request)
+            try:
+                self._running[sequence] = RunningRequest(handle, sequence)
+            except Exception as error:  # a constraint that cannot begin, no memory for the sampler
+                self._scheduler.release(sequence)
+                failure = failures.of(error)
+                if is_out_of_memory(error):
+                    failure = self._memory.refuse(request.id, "sampling", tokens=len(request.prompt_ids))
+                self._queue.finish(handle, failure)
+
+    def _begin(self, request: Request) -> Sequence:
+        """Return the sequence of a request, in a slot of its own."""
+        # decided once, so that no answer changes midway; the last token is chosen and never run
+        most = min(len(request.prompt_ids) + request.sampling.max_new_tokens, self.context_tokens)
+        # a pass over several tokens rounds differently, which shows in a draw between two tokens; a seed
+        # promises the same text
+        repeatable = request.sampling.seed is not None and request.sampling.temperature > 0
+        return self._scheduler.admit(
+            request.prompt_ids,
+            adapter=self._runner.adapters.version(request.adapter),
+            draft_until=0 if repeatable else most,
+            long=self._runner.is_long(most - 1),
+        )
 
     def _end_cancelled(self) -> None:
         for running in [each for each in self._running.values() if each.handle.cancelled]:
@@ -221,10 +287,8 @@ class BatchingEngine:
         due += [(chunk.sequence, ()) for chunk in plan.chunks if chunk.completes]
         if not due:
             return
-        highest, likeliest = logits.max(dim=-1)  # NaN or Inf anywhere in a token's logits shows here
         drawing = any(not self._running[sequence].sampler.is_greedy for sequence, _ in due)
-        host = logits.float().cpu() if drawing else logits
-        outputs = zip(highest.isfinite().tolist(), likeliest.tolist(), host, strict=True)
+        outputs = iter(self._read(logits, drawing=drawing))
         for sequence, draft in due:
             running = self._running[sequence]
             if len(sequence.ids) == sequence.prompt_tokens:
@@ -233,7 +297,7 @@ class BatchingEngine:
                 running.handle.note_cached(sequence.reused)
             following = list(itertools.islice(outputs, 1 + len(draft)))
             self._drafted_tokens += len(draft)
-            if draft and not all(finite for finite, *_ in following):
+            if draft and not all(output is None or output.finite for output in following):
                 self._retry_without_draft(sequence)
                 continue
             self._advance(running, following[0])
@@ -246,6 +310,18 @@ class BatchingEngine:
                 sequence.lookup.record(drafted=len(draft), accepted=accepted, length=len(sequence.ids))
                 self._accepted_tokens += accepted
 
+    def _read(self, logits: Tensor, *, drawing: bool) -> list["RowOutput | None"]:
+        """Return what is chosen from, a row of logits (C, V) each; None where there is no memory for it."""
+        try:
+            return _outputs(logits, drawing=drawing)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._runner.free_memory()
+        if len(logits) == 1:
+            return [None]
+        return [output for row in torch.split(logits, 1) for output in self._read(row, drawing=drawing)]
+
     def _retry_without_draft(self, sequence: Sequence) -> None:
         """Undo a drafted step whose output has NaN or Inf: without a draft it shows where that comes from.
 
@@ -255,22 +331,26 @@ class BatchingEngine:
         sequence.filled -= 1
         self._runner.clear(sequence.slot, sequence.filled)
 
-    def _advance(self, running: RunningRequest, output: tuple[bool, int, Tensor]) -> None:
-        """Give one sequence its next token; `output`: are the logits finite, likeliest token, logits (V,)."""
-        finite, likeliest, logits = output
-        if not finite:
+    def _advance(self, running: RunningRequest, output: "RowOutput | None") -> None:
+        """Give one sequence its next token; without an output it ends."""
+        if output is None:
+            self._end_for_memory(running.sequence, "sampling", len(running.sequence.ids))
+        elif not output.finite:
             self._end_invalid(running)
         elif running.sampler.is_greedy:
-            self._give(running, running.sampler.accept(likeliest))
+            self._give(running, running.sampler.accept(output.likeliest))
         else:
-            self._sample(running, logits)
+            self._sample(running, output.logits)
 
     def _sample(self, running: RunningRequest, logits: Tensor) -> None:
-        """Choose one sequence's next token; a constraint that fails ends that one alone. logits (V,)."""
+        """Choose one sequence's next token; what fails here ends that one alone. logits (V,)."""
         try:
             token = running.sampler.choose(logits)
-        except RequestError as failure:
-            self._end(running, failure)
+        except Exception as error:  # on the host, from one sequence's constraint, penalties and draw
+            if is_out_of_memory(error):
+                self._end_for_memory(running.sequence, "sampling", len(running.sequence.ids))
+            else:
+                self._end(running, failures.of(error))
             return
         self._give(running, token)
 
@@ -300,23 +380,40 @@ class BatchingEngine:
         self._runner.clear(slot, 0)
 
     def _fail(self, error: Exception) -> None:
-        """Answer the requests that a failed step cost: the newest when memory ran out, else all of them."""
-        self._failures += 1
+        """Answer the requests that a failed step cost: all of them, as nothing says which one it was."""
         lost = list(self._running.values())
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-            log.error("Out of GPU memory; the newest request is answered 503 and the others go on")
-            reason = failures.out_of_memory()
-            lost = lost[-1:]
-        else:
-            log.error("A step of %d sequences failed in the engine", len(lost), exc_info=error)
-            reason = failures.failed()
-            self._scheduler.invalidate(everything=True)
+        log.error("A step of %d sequences failed in the engine", len(lost), exc_info=error)
+        self._scheduler.invalidate(everything=True)
         for running in lost:
             running.sequence.filled = 0  # what the step left in the cache cannot be trusted
-            self._end(running, reason)
+            self._end(running, failures.failed())
         if self._rank is not None:  # the other processes may be at another step by now
             self.abort()
-        elif self._failures >= FAILURES_IN_A_ROW:
+        else:
+            self._count_failure()
+
+    def _count_failure(self) -> None:
+        """Count a step that no request explains the failure of, and give up after several in a row."""
+        self._failures += 1
+        if self._failures >= FAILURES_IN_A_ROW and self._queue.is_open:
             log.critical("%d steps failed one after another; the engine stops", self._failures)
             self._queue.abort(failures.stopped())
+
+
+@dataclass(frozen=True, slots=True)
+class RowOutput:
+    """What the next token of one sequence is chosen from."""
+
+    finite: bool
+    """Whether all of the logits are."""
+    likeliest: int
+    logits: Tensor
+    """(V,), float32 on the CPU where they are drawn from."""
+
+
+def _outputs(logits: Tensor, *, drawing: bool) -> list[RowOutput | None]:
+    """Return the outputs of the rows of logits (C, V); `drawing` where some token is not the likeliest."""
+    highest, likeliest = logits.max(dim=-1)  # NaN or Inf anywhere in a token's logits shows here
+    host = logits.float().cpu() if drawing else logits
+    rows = zip(highest.isfinite().tolist(), likeliest.tolist(), host, strict=True)
+    return [RowOutput(*row) for row in rows]

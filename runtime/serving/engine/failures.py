@@ -5,7 +5,16 @@ Does not know models, requests or HTTP; the exception types decide the HTTP stat
 
 import logging
 
-from runtime.errors import ConfigError, Failure, OverloadedError, UnavailableError, UnknownModelError
+from runtime.errors import (
+    CapacityError,
+    ConfigError,
+    Failure,
+    OverloadedError,
+    TooLargeError,
+    UnavailableError,
+    UnknownModelError,
+    is_out_of_memory,
+)
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +49,26 @@ def does_not_fit(adapter: str, reason: str) -> ConfigError:
     return ConfigError(f"adapter {adapter}: does not fit this model: {reason}")
 
 
+def needs_too_much_memory(tokens: int) -> TooLargeError:
+    """Return the failure of a request that ran out of memory at its `tokens`-th token."""
+    return TooLargeError(
+        f"this request ran out of memory at token {tokens}, in the smallest pass that the server runs: send "
+        "a shorter prompt or ask for fewer tokens",
+        code="out_of_memory",
+    )
+
+
 def out_of_memory() -> UnavailableError:
-    """Return the failure of a request for which the GPU had no memory."""
-    return UnavailableError("out of GPU memory: send a shorter prompt or ask for fewer tokens")
+    """Return the failure of a request so short that not its length is why memory ran out."""
+    return UnavailableError("the server is out of memory; try again shortly", code="out_of_memory")
+
+
+def no_memory_for_adapter(adapter: str) -> CapacityError:
+    """Return the failure of adding an adapter that does not fit beside the model and what it serves."""
+    return CapacityError(
+        f"adapter {adapter}: no memory is left for it; unload another adapter first, or start the server "
+        "with fewer rows or a shorter context (limits.rows, limits.context_tokens)"
+    )
 
 
 def invalid_output() -> UnavailableError:
@@ -59,5 +85,7 @@ def of(error: Exception) -> Failure:
     """Return the failure that a client gets for `error`; what clients must not see goes to the log."""
     if isinstance(error, Failure):
         return error
+    if is_out_of_memory(error):
+        return out_of_memory()
     log.error("A request failed in the engine", exc_info=error)
     return failed()

@@ -102,13 +102,18 @@ class LoraLinear(HooklessModule):
         ]
         return torch.cat(updates, -1).flatten(0, 1).index_select(0, batched.real)
 
-    def place(self, adapter_slot: int, weights: LoraWeights, *, adapter_slots: int) -> None:
-        """Put an adapter's weights into `adapter_slot` of `adapter_slots`, zeros for modules it lacks."""
+    def room(self, weights: LoraWeights, *, adapter_slots: int) -> "Stacks | None":
+        """Return the weights of all adapters with room for `weights`: new tensors, where these are too small.
+
+        None where this layer has no adapter. Nothing changes before `place`.
+        """
         if not weights and self.down is None:
-            return
+            return None
         ranks = [down.shape[0] for down, _ in weights.values()]
         like = self.down if self.down is not None else next(iter(weights.values()))[0]
         rank = max([*ranks, self.down.shape[2] if self.down is not None else 1])
+        if self.down is not None and self.down.shape[1:3] == (adapter_slots, rank):
+            return Stacks(self.down, self.ups)
         new_down = like.new_zeros(len(self.out_features), adapter_slots, rank, self.in_features)
         new_ups = [like.new_zeros(adapter_slots, rank, out) for out in self.out_features]
         if self.down is not None:
@@ -116,19 +121,44 @@ class LoraLinear(HooklessModule):
             new_down[:, :kept, :old] = self.down[:, :kept]
             for new, up in zip(new_ups, self.ups, strict=True):
                 new[:kept, :old] = up[:kept]
-        for module, new in enumerate(new_ups):
-            new_down[module, adapter_slot], new[adapter_slot] = 0, 0
+        return Stacks(new_down, new_ups)
+
+    def place(self, adapter_slot: int, weights: LoraWeights, stacks: "Stacks | None") -> None:
+        """Put an adapter's weights into `adapter_slot` of what `room` returned, zeros where it has none."""
+        if stacks is None:
+            return
+        for module, ups in enumerate(stacks.ups):
+            stacks.down[module, adapter_slot], ups[adapter_slot] = 0, 0
             if module in weights:
                 down, up = weights[module]
-                new_down[module, adapter_slot, : down.shape[0]] = down
-                new[adapter_slot, : up.shape[1]] = up.T
-        self.down, self.ups = new_down, new_ups
+                stacks.down[module, adapter_slot, : down.shape[0]] = down
+                ups[adapter_slot, : up.shape[1]] = up.T
+        self.down, self.ups = stacks.down, stacks.ups
         if self._step.kernels is not None:
-            self._add_per_token = self._step.kernels.lora(new_down, new_ups)
+            self._add_per_token = self._step.kernels.lora(self.down, self.ups)
 
     def clear(self) -> None:
         """Drop all adapters."""
         self.down, self.ups, self._add_per_token = None, [], None
+
+
+@dataclass(frozen=True, slots=True)
+class Stacks:
+    """The weights of one layer's adapters."""
+
+    down: Tensor
+    """(M, A, r, in)"""
+    ups: list[Tensor]
+    """(A, r, out) of each module, scaled."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagedAdapter:
+    """An adapter that has been read, and the memory that it goes to."""
+
+    adapter_slot: int
+    adapter_slots: int
+    layers: list[tuple[LoraLinear, LoraWeights, Stacks | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +229,7 @@ class AdapterStore:
     def _adapter_slots(self, versions: Sequence[int | None]) -> list[int | None]:
         return [None if version is None else self._slot_of[version] for version in versions]
 
-    def read(self, name: str, folder: Path, *, strength: float) -> dict[LoraLinear, LoraWeights]:
+    def _read(self, name: str, folder: Path, *, strength: float) -> dict[LoraLinear, LoraWeights]:
         """Return the adapter's weights by layer; ConfigError if they do not fit this model."""
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if config.get("use_dora") or config.get("lora_bias") or config.get("bias", "none") != "none":
@@ -223,15 +253,25 @@ class AdapterStore:
             )
         return weights
 
-    def add(self, name: str, weights: dict[LoraLinear, LoraWeights]) -> None:
-        """Load what `read` returned under `name`."""
+    def stage(self, name: str, folder: Path, *, strength: float) -> StagedAdapter:
+        """Read an adapter and take the memory for it in every layer; ConfigError if it does not fit."""
+        weights = self._read(name, folder, strength=strength)
         taken = set(self._slot_of.values())
         adapter_slot = next(number for number in itertools.count() if number not in taken)
-        self._slots = 1 + max(adapter_slot, *taken) if taken else 1
+        slots = 1 + max(adapter_slot, *taken) if taken else 1
+        layers = []
         for layer in self._layers:
-            layer.place(adapter_slot, weights.get(layer, {}), adapter_slots=self._slots)
+            own = weights.get(layer, {})
+            layers.append((layer, own, layer.room(own, adapter_slots=slots)))
+        return StagedAdapter(adapter_slot, slots, layers)
+
+    def add(self, name: str, staged: StagedAdapter) -> None:
+        """Serve what `stage` returned under `name`; takes no memory, so it is in all layers or in none."""
+        self._slots = staged.adapter_slots
+        for layer, weights, stacks in staged.layers:
+            layer.place(staged.adapter_slot, weights, stacks)
         version = next(self._next_version)
-        self._slot_of[version] = adapter_slot
+        self._slot_of[version] = staged.adapter_slot
         self._versions[name] = version
 
     def remove(self, name: str) -> int:

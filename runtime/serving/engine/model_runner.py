@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from runtime import families, hardware
-from runtime.errors import ConfigError
+from runtime.errors import CapacityError, ConfigError, is_out_of_memory
 from runtime.memory.shape import dimensions
+from runtime.serving.engine import failures
 from runtime.serving.engine.batch import Batch, HostBatch, StepContext, assemble, describe
 from runtime.serving.engine.cuda_graphs import GraphBackend, GraphCache
 from runtime.serving.engine.kernels import WIDTH, Kernels
 from runtime.serving.engine.kv_cache import SlotCache
 from runtime.serving.engine.layers import LayerFactory
 from runtime.serving.engine.linear import LinearLayouts
-from runtime.serving.engine.lora import AdapterStore
+from runtime.serving.engine.lora import AdapterStore, StagedAdapter
 from runtime.serving.engine.parallel.group import (
     AddAdapter,
     ClearSlot,
@@ -147,7 +148,10 @@ class ModelRunner:
         return self._execute(host)
 
     def add_adapter(self, name: str, folder: Path, strength: float) -> None:
-        """Read an adapter on every rank, or on none; ConfigError when it does not fit."""
+        """Read an adapter on every rank, or on none.
+
+        ConfigError when it does not fit this model, CapacityError when a rank has no memory for it.
+        """
         self._broadcast(AddAdapter(name, str(folder), strength))
         self._add(name, folder, strength)
 
@@ -155,6 +159,11 @@ class ModelRunner:
         """Drop an adapter, and return the version it had."""
         self._broadcast(RemoveAdapter(name))
         return self._remove(name)
+
+    def free_memory(self) -> None:
+        """Give back what torch keeps of memory that is free, after a pass that ran out of it."""
+        if self.adapters.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def clear(self, slot: int, start: int) -> None:
         """Zero a slot of the cache from position `start` on."""
@@ -168,7 +177,7 @@ class ModelRunner:
             if isinstance(command, HostBatch):
                 self._execute(command)
             elif isinstance(command, AddAdapter):
-                with contextlib.suppress(ConfigError):  # rank 0 reads the same file and reports it
+                with contextlib.suppress(ConfigError, CapacityError):  # rank 0 reports what any rank met
                     self._add(command.name, Path(command.folder), command.strength)
             elif isinstance(command, RemoveAdapter):
                 self._remove(command.name)
@@ -180,17 +189,28 @@ class ModelRunner:
             self._group.broadcast(command)
 
     def _add(self, name: str, folder: Path, strength: float) -> None:
-        weights = None
+        staged = None
         try:
-            weights = self.adapters.read(name, folder, strength=strength)
+            staged = self._stage(name, folder, strength)
         finally:
-            readable = int(weights is not None)
-            on_every_rank = self._group is None or self._group.all_reduce_min(readable)
-        if not on_every_rank or weights is None:
-            raise ConfigError(f"adapter {name}: another process of this server could not read it")
-        self.adapters.add(name, weights)
+            # a failed rank raises its own failure; the others must not wait for it in a step
+            ready = staged is not None
+            on_every_rank = self._group is None or self._group.all_reduce_min(int(ready))
+        if not on_every_rank or staged is None:
+            raise CapacityError(f"adapter {name}: another process of this server could not read it")
+        self.adapters.add(name, staged)
         if self._graphs is not None:
             self._graphs.clear()
+
+    def _stage(self, name: str, folder: Path, strength: float) -> StagedAdapter:
+        """Return the adapter, for which all memory is taken; CapacityError where there is too little."""
+        try:
+            return self.adapters.stage(name, folder, strength=strength)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self.free_memory()  # not in the handler: the traceback holds what was read
+        raise failures.no_memory_for_adapter(name)
 
     def _remove(self, name: str) -> int:
         if self._graphs is not None:

@@ -4,7 +4,7 @@
 or chat templates. Start at `Engine`.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -124,6 +124,10 @@ class Stats:
     """Sequences that are generated at the same time, at most."""
     cache_tokens: int = 0
     """Positions of the key-value cache, all sequences together; 0 while it is not known."""
+    out_of_memory: Mapping[str, int] = field(default_factory=dict)
+    """How often memory ran out, by what it ran out for, since the start."""
+    prompt_tokens_limit: int = 0
+    """Prompt tokens that a pass is limited to since memory ran out; 0 without such a limit."""
 
 
 class Engine(Protocol):
@@ -153,7 +157,8 @@ class Engine(Protocol):
     def add_adapter(self, name: str, folder: Path, *, strength: float = 1.0) -> None:
         """Read a checked adapter folder into memory; requests may name `name` from then on.
 
-        Raises ConfigError when it does not fit this model or the name is in use.
+        Raises ConfigError when it does not fit this model or the name is in use, CapacityError when there is
+        no memory for it.
         """
         ...
 

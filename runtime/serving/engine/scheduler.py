@@ -5,7 +5,9 @@ with its newest one (prompt_lookup.py). Pure Python over numbers: does not know 
 answer ends. Start at `Scheduler.plan`.
 """
 
+import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from runtime.serving.engine.prompt_lookup import PromptLookup
@@ -67,7 +69,12 @@ class PromptChunk:
     @property
     def completes(self) -> bool:
         """Whether the sequence's next token can be chosen after this chunk."""
-        return self.start + self.count == len(self.sequence.ids)
+        return self.end == len(self.sequence.ids)
+
+    @property
+    def end(self) -> int:
+        """The position after its last token."""
+        return self.start + self.count
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +164,12 @@ class Scheduler:
         self._prompts.append(sequence)
         return sequence
 
-    def plan(self) -> StepPlan:
+    def plan(self, most_tokens: Callable[[int], int] = lambda _: sys.maxsize) -> StepPlan:
         """Return what the next step runs; empty when there is no sequence. Changes nothing: `commit` does.
 
         A prompt whose prefix is being computed for another sequence in the same step waits, and copies it
-        in the next: many requests with one long system prompt cost one pass over it.
+        in the next: many requests with one long system prompt cost one pass over it. `most_tokens` says how
+        many prompt tokens a pass may run that reads so many positions.
         """
         decode = tuple(sequence for sequence in self.sequences if sequence.decodes)
         if self._draft_tokens and not self._prompts and len(decode) <= MAX_DRAFTING_SEQUENCES:
@@ -178,10 +186,14 @@ class Scheduler:
             start = sequence.filled if copy is None else copy.count
             if _prefix_after(chunks, sequence) >= start + DEFER_TOKENS:
                 continue
+            count = min(budget, len(sequence.ids) - start)
+            count = min(count, most_tokens(start + count) - sum(chunk.count for chunk in chunks))
+            if count <= 0:
+                continue
             if copy is not None:
                 copies.append(copy)
-            chunks.append(PromptChunk(sequence, start, min(budget, len(sequence.ids) - start)))
-            budget -= chunks[-1].count
+            chunks.append(PromptChunk(sequence, start, count))
+            budget -= count
         return StepPlan(decode, tuple(chunks), tuple(copies))
 
     def commit(self, plan: StepPlan) -> None:

@@ -38,8 +38,15 @@ _TYPES = {
     500: "server_error",
     502: "server_error",
     503: "server_error",
+    507: "server_error",
 }
-_CODES = {401: "invalid_api_key", 413: "body_too_large", 429: "rate_limit_exceeded", 503: "unavailable"}
+_CODES = {
+    401: "invalid_api_key",
+    413: "body_too_large",
+    429: "rate_limit_exceeded",
+    503: "unavailable",
+    507: "out_of_memory",
+}
 
 
 def error_object(

@@ -42,7 +42,7 @@ def as_failure(error: BaseException) -> Failure:
             "no space left on the disk of the output folder while a checkpoint or the adapter was written; "
             "free some, or lower save_total_limit; the same command resumes from the last checkpoint"
         )
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if errors.is_out_of_memory(error):
         return errors.CapacityError(
             "out of memory; lower max_length or per_device_train_batch_size, or quantise to 4 bits"
         )

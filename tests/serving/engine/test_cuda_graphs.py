@@ -228,6 +228,60 @@ def test_a_graph_that_fails_or_differs_is_logged_once_and_never_replayed(
     assert "\n" not in line
 
 
+@pytest.mark.parametrize("method", ["warm_up", "capture"])
+def test_a_graph_for_which_there_is_no_memory_is_not_captured_and_the_others_are_replayed(
+    engine: BatchingEngine,
+    plain: BatchingEngine,
+    traces: Traces,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    method: str,
+) -> None:
+    # passes two bounds, twice in the same slot
+    request = make_request(some_prompts(60, vocabulary=512)[0], max_new_tokens=40)
+    expected = run(plain, request)
+    original = getattr(traces, method)
+
+    def scarce(step: Any) -> Any:
+        if traces.captured == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(step)
+
+    monkeypatch.setattr(traces, method, scarce)
+    assert run(engine, request) == expected
+    replays = traces.replays
+    assert run(engine, request) == expected
+    assert traces.captured == 1
+    assert traces.replays > replays
+    assert engine.stats().out_of_memory["divided"] == 0
+    assert [each for each in caplog.messages if "CUDA graph" in each] == [
+        "No memory for a CUDA graph: 1 are kept, other steps are launched"
+    ]
+
+
+def test_a_graph_that_cannot_be_replayed_for_want_of_memory_is_launched(
+    engine: BatchingEngine, plain: BatchingEngine, traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = make_request(max_new_tokens=40)
+    expected = run(plain, request)
+    original = traces.capture
+
+    def capture(step: Any) -> Callable[[], object]:
+        replay, calls = original(step), iter(range(1000))
+
+        def scarce() -> None:
+            if next(calls) == 3:
+                raise RuntimeError("CUDA error: out of memory")
+            replay()
+
+        return scarce
+
+    monkeypatch.setattr(traces, "capture", capture)
+    assert run(engine, request) == expected
+    assert traces.replays > 0
+    assert engine.stats().out_of_memory["decode"] == 0
+
+
 def test_a_sequence_that_becomes_nan_costs_its_own_answer_and_no_graph(traces: Traces) -> None:
     model = model_of("llama")
     prompt = some_prompts(5)[0]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import PeftModel
 
 from runtime.errors import ConfigError, RequestError, UnavailableError
@@ -253,54 +252,6 @@ def test_a_sequence_with_nan_ends_alone_and_its_slot_is_cleared(
     assert isinstance(failed, UnavailableError)
     assert answered == good[0]
     assert run(engine, *(make_request(id=str(n)) for n in range(32))) == good * 32
-
-
-def test_out_of_memory_costs_the_newest_request_and_the_others_go_on(
-    engine: BatchingEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = run(engine, make_request(max_new_tokens=60))
-    original = engine._runner.run
-
-    def scarce(plan: Any) -> Any:
-        if len(plan.decode) + len(plan.chunks) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(plan)
-
-    async def two() -> tuple[Any, Any]:
-        first = engine.submit(make_request(max_new_tokens=60))
-        begun = [(await anext(first)).id]
-        second = engine.submit(make_request(some_prompts(7)[0], id="2"))
-        with pytest.raises(UnavailableError, match="out of GPU memory"):
-            await collect(second)
-        rest, reason = await collect(first)
-        return begun + rest, reason
-
-    monkeypatch.setattr(engine._runner, "run", scarce)
-    assert asyncio.run(two()) == expected[0]
-    assert engine.stats().alive
-
-
-def test_out_of_memory_in_a_step_with_two_prompts_still_answers_the_first(
-    engine: BatchingEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one, two = (make_request(each, id=str(len(each))) for each in some_prompts(9, 11))
-    expected = run(engine, one)
-    original = engine._runner.run
-
-    def scarce(plan: Any) -> Any:
-        if len(plan.chunks) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(plan)
-
-    async def both() -> list[Any]:
-        return await asyncio.gather(
-            *(collect(engine.submit(each)) for each in (one, two)), return_exceptions=True
-        )
-
-    monkeypatch.setattr(engine._runner, "run", scarce)
-    answered, failed = asyncio.run(both())
-    assert answered == expected[0]
-    assert isinstance(failed, UnavailableError)
 
 
 def test_the_first_token_carries_the_waiting_time_and_the_cached_tokens(engine: BatchingEngine) -> None:

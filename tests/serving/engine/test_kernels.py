@@ -230,8 +230,8 @@ def test_each_token_gets_its_own_adapter(native: Kernels, rank: int, outs: tuple
     context = StepContext(native)
     layer = LoraLinear(base, context, in_features=96, out_features=outs)
     weights = {n: (torch.randn(rank, 96), torch.randn(out, rank)) for n, out in enumerate(outs)}
-    layer.place(1, weights, adapter_slots=3)
-    layer.place(2, {0: (2 * weights[0][0], weights[0][1])}, adapter_slots=3)
+    for slot, own in ((1, weights), (2, {0: (2 * weights[0][0], weights[0][1])})):
+        layer.place(slot, own, layer.room(own, adapter_slots=3))
     x = torch.randn(1, 9, 96)
     adapters = torch.tensor([-1, 1, 2, 1, 0, 2, 2, -1])
     context.batch = dataclasses.replace(step.batch, adapter_groups=AdapterGroups((), PerToken(adapters)))

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from runtime.errors import Failure
+from runtime.errors import CapacityError, is_out_of_memory
 from runtime.serving.engine import failures
+from runtime.serving.engine.out_of_memory import FLOOR_TOKENS, MemoryLimits, Reason
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
 from runtime.serving.engine.request_queue import LAST_STEP_S, RequestHandle, RequestQueue
 from runtime.serving.engine.sampling import Sampler
@@ -51,17 +52,20 @@ class PeftAdapters:
 
         # peft uses the name as a module's, which may hold no dots; a user's name may
         peft_name = f"adapter{next(self._numbers)}"
+        reason = ""
         try:
             if self.model is self._base:
                 shape = PeftConfig.from_pretrained(str(folder))
                 self.model = PeftModel(self._base, shape, adapter_name=peft_name)
             self.model.load_adapter(str(folder), adapter_name=peft_name)
-        except (ValueError, RuntimeError, KeyError) as error:
-            self._unload(peft_name)
-            reason = " ".join(str(error).split())[:300]
-            raise failures.does_not_fit(name, reason) from error
+        except (ValueError, RuntimeError, KeyError, MemoryError) as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            no_memory = is_out_of_memory(error)
         finally:
             self._active = "unknown"
+        if reason:  # not in the handler: the traceback holds what was read
+            self._unload(peft_name)
+            raise failures.no_memory_for_adapter(name) if no_memory else failures.does_not_fit(name, reason)
         for module in self.model.modules():
             if isinstance(module, LoraLayer) and peft_name in module.scaling:
                 module.scaling[peft_name] *= strength
@@ -88,12 +92,25 @@ class PeftAdapters:
 
     def _unload(self, peft_name: str) -> None:
         self._active = "unknown"
-        if self.model is self._base or peft_name not in self.model.peft_config:
+        if self.model is self._base:
+            _remove_layers(self._base)  # of an adapter that was attached in part
+            return
+        if peft_name not in self.model.peft_config:
             return
         if len(self.model.peft_config) > 1:
             self.model.delete_adapter(peft_name)
         else:
             self.model = self.model.unload()
+
+
+def _remove_layers(model: "PreTrainedModel") -> None:
+    """Put the model's own layers back where an adapter's stand around them."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, LoraLayer):
+                setattr(module, name, child.get_base_layer())
 
 
 class SimpleEngine:
@@ -107,6 +124,7 @@ class SimpleEngine:
         self._queue = RequestQueue(
             max_running=1, max_waiting=max_waiting, adapters=lambda: self._adapters.names
         )
+        self._memory = MemoryLimits()
         self._used_tokens = self._prompt_tokens = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -121,7 +139,15 @@ class SimpleEngine:
 
     def add_adapter(self, name: str, folder: Path, *, strength: float = 1.0) -> None:
         """Read an adapter; see `Engine.add_adapter`."""
-        self._queue.call(lambda: self._adapters.add(name, folder, strength=strength))
+        self._queue.call(lambda: self._add(name, folder, strength))
+
+    def _add(self, name: str, folder: Path, strength: float) -> None:
+        try:
+            self._adapters.add(name, folder, strength=strength)
+        except CapacityError:
+            self._memory.counts["adapter"] += 1
+            self._free_memory()
+            raise
 
     def remove_adapter(self, name: str) -> None:
         """Remove an adapter once no request uses it; see `Engine.remove_adapter`."""
@@ -133,7 +159,13 @@ class SimpleEngine:
         """Return the figures of this moment."""
         used = self._used_tokens / self.context_tokens if self._queue.running else 0.0
         stats = self._queue.stats(kv_cache_share=used, alive=self._thread.is_alive())
-        return replace(stats, prompt_tokens=self._prompt_tokens, cache_tokens=self.context_tokens)
+        return replace(
+            stats,
+            prompt_tokens=self._prompt_tokens,
+            cache_tokens=self.context_tokens,
+            out_of_memory=self._memory.counts,
+            prompt_tokens_limit=self._memory.prompt_tokens,
+        )
 
     def close(self) -> None:
         """Stop the thread after its current step; everything in flight ends as cancelled."""
@@ -148,11 +180,23 @@ class SimpleEngine:
     def _run(self) -> None:
         while self._queue.is_open:
             for handle in self._queue.take(wait=True):
-                try:
-                    end: FinishReason | Exception = self._generate(handle)
-                except Exception as error:  # the thread answers the request and lives on
-                    end = _failure_of(error)
-                self._queue.finish(handle, end)
+                self._queue.finish(handle, self._end_of(handle))
+
+    def _end_of(self, handle: RequestHandle) -> FinishReason | Exception:
+        """Answer a request, and return the end of its answer or its failure."""
+        try:
+            return self._generate(handle)
+        except Exception as error:  # the thread answers the request and lives on
+            if not is_out_of_memory(error):
+                return failures.of(error)
+        self._free_memory()  # not in the handler: the traceback holds the cache
+        in_prompt = self._used_tokens < len(handle.request.prompt_ids)
+        reason: Reason = "prompt" if in_prompt else "decode"
+        return self._memory.refuse(handle.request.id, reason, tokens=self._used_tokens + 1)
+
+    def _free_memory(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def _generate(self, handle: RequestHandle) -> FinishReason:
@@ -180,15 +224,32 @@ class SimpleEngine:
         while True:
             past = (*handle.request.prompt_ids, *generated)
             while fed < len(past):
-                chunk = past[fed : fed + PREFILL_TOKENS]
-                output = self._forward(handle.request.adapter, chunk, cache)
-                cache = output.past_key_values
-                fed += len(chunk)
                 self._used_tokens = fed
+                count = min(PREFILL_TOKENS, len(past) - fed)
+                count = min(count, self._memory.most_tokens(fed + count))
+                output = self._attempt(handle.request.adapter, past[fed : fed + count], cache)
+                if output is None:  # what the pass left in the cache cannot be taken out of every kind
+                    self._memory.counts["divided"] += 1
+                    self._memory.lower_prompt(count, fed + count)
+                    cache, fed = None, 0
+                    continue
+                cache = output.past_key_values
+                fed += count
                 self._queue.note_progress()
                 if handle.cancelled:
                     break
+            self._used_tokens = fed
             yield output.logits[0, -1].float().cpu()
+
+    def _attempt(self, adapter: str | None, ids: tuple[int, ...], cache: Any) -> Any:
+        """One pass over `ids` (T,) behind `cache`; None where it ran out of memory and can be shorter."""
+        try:
+            return self._forward(adapter, ids, cache)
+        except Exception as error:
+            if len(ids) <= FLOOR_TOKENS or not is_out_of_memory(error):
+                raise
+        self._free_memory()  # not in the handler: the traceback holds the tensors of the pass
+        return None
 
     def _forward(self, adapter: str | None, ids: tuple[int, ...], cache: Any) -> Any:
         """One pass over `ids` (T,) behind `cache`; the logits are those of the last position."""
@@ -200,12 +261,3 @@ class SimpleEngine:
             use_cache=True,
             logits_to_keep=1,
         )
-
-
-def _failure_of(error: Exception) -> Failure:
-    """Return the failure that the client gets for `error`; the rest is in the log."""
-    if isinstance(error, torch.OutOfMemoryError):
-        torch.cuda.empty_cache()
-        log.error("Out of GPU memory; the request is answered 503 and the server goes on")
-        return failures.out_of_memory()
-    return failures.of(error)

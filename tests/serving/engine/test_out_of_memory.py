@@ -1,0 +1,322 @@
+"""A request that asks for more memory than there is ends alone; a capped allocator says how much there is."""
+
+import asyncio
+import copy
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runtime.errors import CapacityError, TooLargeError, UnavailableError
+from runtime.serving.engine import out_of_memory
+from runtime.serving.engine.backends.simple import SimpleEngine
+from runtime.serving.engine.engine import BatchingEngine, EngineLimits
+from runtime.serving.engine.out_of_memory import MemoryLimits, divide
+from runtime.serving.engine.protocol import Grammar, Request, Sampling
+from runtime.serving.engine.scheduler import Draft, PrefixCopy, PromptChunk, Sequence, StepPlan
+from tests.families import model_of
+from tests.serving.engine.calls import collect, generate, load, make_request, run
+from tests.serving.engine.capped import capped
+from tests.serving.engine.models import some_prompts
+
+SCORES = 4 * 4
+"""Bytes of the attention scores of one token and position in the model below: 4 heads of float32."""
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """Gemma 2: its soft cap is no part of any attention kernel, so scores are (heads, chunk, positions)."""
+    return model_of("gemma2", max_position_embeddings=2048)
+
+
+@pytest.fixture
+def engine(model: Any) -> Iterator[BatchingEngine]:
+    limits = EngineLimits(max_sequences=24, context_tokens=1024, max_waiting=32)
+    made = BatchingEngine(copy.deepcopy(model), limits)
+    yield made
+    made.close()
+
+
+def answers(engine: BatchingEngine | SimpleEngine, *requests: Request) -> list[Any]:
+    """Return answers and failures in the order of the requests, all sent at once."""
+
+    async def all_of_them() -> list[Any]:
+        streams = [collect(engine.submit(request)) for request in requests]
+        return await asyncio.gather(*streams, return_exceptions=True)
+
+    return asyncio.run(all_of_them())
+
+
+def test_one_that_asks_for_too_much_ends_alone_and_the_others_answer_as_alone(
+    engine: BatchingEngine, model: Any
+) -> None:
+    *short, long = some_prompts(3, 80, 1, 17, 60, 33, 700)
+    requests = [make_request(prompt, id=str(n), max_new_tokens=24) for n, prompt in enumerate(short)]
+    requests.insert(3, make_request(long, id="long"))  # neither the oldest nor the newest
+    with capped(engine, 32 * 512 * SCORES, "step"):
+        got = answers(engine, *requests)
+    failure = got.pop(3)
+    assert [ids for ids, _ in got] == [generate(model, prompt, max_new_tokens=24) for prompt in short]
+    assert isinstance(failure, TooLargeError)
+    assert failure.code == "out_of_memory"
+    assert "send a shorter prompt" in str(failure)
+    assert "at token 5" in str(failure), "the first position whose scores do not fit is 513"
+
+
+def test_twenty_that_ask_for_too_much_do_not_end_the_server(engine: BatchingEngine, model: Any) -> None:
+    *long, short = some_prompts(*[700] * 20, 40)
+    with capped(engine, 32 * 512 * SCORES, "step"):
+        for number, prompt in enumerate(long):
+            assert isinstance(answers(engine, make_request(prompt, id=str(number)))[0], TooLargeError)
+        assert engine.stats().alive
+        assert (engine.stats().running, engine.stats().kv_cache_share) == (0, 0)
+        assert run(engine, make_request(short)) == [(generate(model, short), "length")]
+    assert engine.stats().out_of_memory["prompt"] == 20
+    assert run(engine, make_request(long[0])) == [(generate(model, long[0]), "length")]
+
+
+def test_a_prompt_that_fits_in_smaller_chunks_is_answered_and_the_next_does_not_run_out(
+    engine: BatchingEngine, model: Any
+) -> None:
+    first, second, short = some_prompts(500, 500, 200)
+    with capped(engine, 80 * 512 * SCORES, "step") as allocator:
+        assert run(engine, make_request(first)) == [(generate(model, first), "length")]
+        refused = allocator.refused
+        assert refused > 0
+        assert 32 <= engine.stats().prompt_tokens_limit < 512
+        assert run(engine, make_request(second)) == [(generate(model, second), "length")]
+        assert run(engine, make_request(short)) == [(generate(model, short), "length")]
+    assert allocator.refused == refused
+    assert engine.stats().out_of_memory["prompt"] == 0
+    assert engine.stats().out_of_memory["divided"] == refused
+
+
+def test_a_failed_pass_leaves_no_tensor_behind(engine: BatchingEngine) -> None:
+    long = some_prompts(700)[0]
+    gc.collect()
+    gc.disable()
+    try:
+        with capped(engine, 32 * 512 * SCORES, "step") as allocator:
+            assert isinstance(answers(engine, make_request(long))[0], TooLargeError)
+            engine._queue.call(lambda: None)
+            assert len(allocator.made) > 500
+            assert allocator.alive == 0
+    finally:
+        gc.enable()
+
+
+def test_sequences_that_cannot_decode_together_decode_in_several_passes(
+    engine: BatchingEngine, model: Any
+) -> None:
+    prompts = some_prompts(*range(3, 23))
+    requests = [make_request(prompt, id=str(n), max_new_tokens=24) for n, prompt in enumerate(prompts)]
+    gate_up = 2 * 96 * 4  # bytes of a token in the MLP
+    with capped(engine, 11 * gate_up, "step") as allocator:
+        got = answers(engine, *(make_request(prompt[:11], id=str(n)) for n, prompt in enumerate(prompts)))
+    assert [ids for ids, _ in got] == [generate(model, prompt[:11]) for prompt in prompts]
+    assert allocator.refused < 40, "what did not fit once is not tried at every step"
+    with capped(engine, 32 * gate_up, "step"):
+        assert [ids for ids, _ in answers(engine, *requests)] == [
+            generate(model, prompt, max_new_tokens=24) for prompt in prompts
+        ]
+
+
+def test_a_drafted_step_that_does_not_fit_runs_without_its_draft(model: Any, oracle: Any) -> None:
+    prompt = some_prompts(9)[0]
+    expected = generate(model, prompt, max_new_tokens=40)
+    oracle.known = [(*prompt, *expected)]
+    limits = EngineLimits(max_sequences=2, context_tokens=1024, max_waiting=4, draft_tokens=15)
+    engine = BatchingEngine(copy.deepcopy(model), limits)
+    with capped(engine, 10 * 2 * 96 * 4, "step") as allocator:
+        assert run(engine, make_request(prompt, max_new_tokens=40)) == [(expected, "length")]
+    assert allocator.refused == 1
+    engine.close()
+
+
+def test_logits_that_do_not_fit_together_are_sampled_row_by_row(model: Any) -> None:
+    half = model_of("gemma2", max_position_embeddings=2048, vocab_size=8192).to(torch.bfloat16)
+    engine = BatchingEngine(half, EngineLimits(max_sequences=8, context_tokens=256, max_waiting=8))
+    prompts = some_prompts(3, 9, 5, 12)
+    requests = [make_request(each, id=str(n), temperature=1.0, seed=n) for n, each in enumerate(prompts)]
+    expected = [run(engine, request)[0] for request in requests]
+    with capped(engine, 3 * 8192 * 4, "_choose") as allocator:  # three rows in float32
+        assert answers(engine, *requests) == expected
+        assert allocator.refused > 0
+        allocator.most_bytes = 8192  # not even one
+        (failed,) = answers(engine, make_request(some_prompts(60)[0], temperature=1.0))
+    assert isinstance(failed, TooLargeError)
+    assert engine.stats().out_of_memory["sampling"] == 1
+    assert run(engine, requests[0])[0] == expected[0]
+    engine.close()
+
+
+def test_an_engine_that_can_run_nothing_any_more_stops(engine: BatchingEngine) -> None:
+    with capped(engine, 0, "step"):
+        for _ in range(3):
+            (failed,) = answers(engine, make_request((5, 17, 41)))
+            assert isinstance(failed, UnavailableError)
+        engine._thread.join(5)
+        assert not engine.stats().alive
+
+
+class Unruly:
+    """A constraint whose code fails."""
+
+    def allowed(self) -> bytes:
+        raise ValueError("no such state")
+
+    def take(self, token: int) -> None:
+        raise AssertionError("no token was allowed")
+
+
+def refuse_to_begin() -> Any:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("begin", [Unruly, refuse_to_begin])
+def test_a_constraint_that_fails_ends_its_own_request_however_often(
+    engine: BatchingEngine, model: Any, begin: Any
+) -> None:
+    bad = Request((5, 6), Sampling(max_new_tokens=4, grammar=Grammar("regex", "x", begin)), id="bad")
+    good = make_request((5, 17, 41), max_new_tokens=40)
+    expected = (generate(model, good.prompt_ids, max_new_tokens=40), "length")
+    for _ in range(30):  # more often than there are slots
+        failed, answered = answers(engine, bad, good)
+        assert isinstance(failed, UnavailableError)
+        assert answered == expected
+    assert engine.stats().alive
+    assert engine.stats().running == 0
+
+
+def test_an_adapter_that_does_not_fit_is_in_no_layer_and_the_others_answer_on(
+    tiny_llama_dir: Path, adapter_dirs: dict[str, Path]
+) -> None:
+    limits = EngineLimits(max_sequences=4, context_tokens=256, max_waiting=8)
+    engine = BatchingEngine(load(tiny_llama_dir), limits)
+    for name in ("a", "b"):
+        engine.add_adapter(name, adapter_dirs["my.first-one"])
+    requests = [make_request(adapter=name, id=str(name)) for name in ("a", "b", None)]
+    expected = run(engine, *requests)
+    largest = max(layer.down.numel() for layer in engine._runner.adapters._layers if layer.down is not None)
+    for most_bytes in (64, largest * 4):  # at its first tensor, at the first layer that would have to grow
+        with capped(engine, most_bytes, "_add") as allocator:
+            with pytest.raises(CapacityError, match="adapter c: no memory is left for it; unload another"):
+                engine.add_adapter("c", adapter_dirs["second"])
+            assert allocator.refused == 1
+            gc.collect()
+            assert allocator.alive == 0
+        assert engine.stats().adapters == ("a", "b")
+        assert run(engine, *requests) == expected
+    assert engine.stats().out_of_memory["adapter"] == 2
+    engine.add_adapter("c", adapter_dirs["second"])
+    assert run(engine, *requests) == expected
+    engine.close()
+
+
+@pytest.fixture
+def simple(model: Any) -> Iterator[SimpleEngine]:
+    made = SimpleEngine(copy.deepcopy(model), context_tokens=1024, max_waiting=8)
+    yield made
+    made.close()
+
+
+def test_the_simple_engine_answers_in_smaller_chunks_and_refuses_what_needs_too_much(
+    simple: SimpleEngine, model: Any
+) -> None:
+    fits, again, long, short = some_prompts(450, 450, 900, 9)
+    with capped(simple, 80 * 512 * SCORES, "_end_of") as allocator:
+        assert run(simple, make_request(fits)) == [(generate(model, fits), "length")]
+        refused = allocator.refused
+        assert refused > 0
+        assert run(simple, make_request(again)) == [(generate(model, again), "length")]
+        assert allocator.refused == refused
+        allocator.most_bytes = 32 * 512 * SCORES
+        gc.collect()
+        gc.disable()
+        try:
+            (failed,) = answers(simple, make_request(long))
+            simple._queue.call(lambda: None)
+            assert allocator.alive == 0
+        finally:
+            gc.enable()
+        assert isinstance(failed, TooLargeError)
+        assert run(simple, make_request(short)) == [(generate(model, short), "length")]
+    assert simple.stats().out_of_memory["prompt"] == 1
+    assert simple.stats().alive
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_simple_engine_as_it_was(
+    tiny_llama_dir: Path, adapter_dirs: dict[str, Path]
+) -> None:
+    engine = SimpleEngine(load(tiny_llama_dir), context_tokens=256, max_waiting=8)
+    expected = run(engine, make_request())
+    with capped(engine, 1024, "_add"):
+        with pytest.raises(CapacityError, match="adapter c: no memory is left for it"):
+            engine.add_adapter("c", adapter_dirs["second"])
+        assert engine.stats().adapters == ()
+    assert run(engine, make_request()) == expected
+    assert not any("lora" in name for name, _ in engine._adapters.model.named_modules())
+    engine.add_adapter("c", adapter_dirs["second"])
+    assert run(engine, make_request(adapter="c")) != expected
+    assert engine.stats().out_of_memory["adapter"] == 1
+    engine.close()
+
+
+def sequence(tokens: int, *, filled: int = 0) -> Sequence:
+    return Sequence(None, 0, list(range(tokens)), tokens, filled=filled)
+
+
+def test_a_plan_is_divided_down_to_one_sequence_and_every_sequence_stays_in_it() -> None:
+    one, two, three = (sequence(n) for n in (40, 50, 60))
+    chunks = (PromptChunk(one, 0, 40), PromptChunk(two, 20, 30))
+    copy = PrefixCopy(1, two, 20)
+    mixed = StepPlan((three,), chunks, (copy,))
+    decode, prompts = divide(mixed)
+    assert (decode, prompts) == (StepPlan((three,), ()), StepPlan((), chunks, (copy,)))
+    (smaller,) = divide(prompts)
+    assert smaller == StepPlan((), (PromptChunk(one, 0, 35),)), "without the copy of a chunk that has to wait"
+    short = StepPlan((), (PromptChunk(one, 0, 10), PromptChunk(two, 20, 5)), (copy,))
+    assert divide(short) == (
+        StepPlan((), (PromptChunk(one, 0, 10),)),
+        StepPlan((), (PromptChunk(two, 20, 5),), (copy,)),
+    )
+    assert divide(StepPlan((one, two, three), ())) == (StepPlan((one,), ()), StepPlan((two, three), ()))
+    assert divide(StepPlan((), (), (), (Draft(one, (1, 2)),))) == (StepPlan((one,), ()),)
+    assert divide(StepPlan((), (PromptChunk(one, 0, 32),))) == divide(decode) == ()
+
+
+def test_what_did_not_fit_is_remembered_for_prompts_as_long_and_only_for_a_while() -> None:
+    now = [0.0]
+    memory = MemoryLimits(lambda: now[0])
+    memory.lower(StepPlan((), (PromptChunk(sequence(900), 488, 512),)), decode_fits=False)
+    assert (memory.most_tokens(1000), memory.most_tokens(1200), memory.most_tokens(999) > 512) == (
+        256,
+        256,
+        True,
+    )
+    memory.lower_prompt(256, 1100)
+    assert (memory.most_tokens(1000), memory.most_tokens(1100)) == (256, 128)
+    assert memory.prompt_tokens == 128
+    memory.lower_prompt(200, 900)
+    assert (memory.most_tokens(900), memory.most_tokens(1100)) == (100, 100)
+    now[0] = out_of_memory.REMEMBER_S
+    assert memory.most_tokens(2000) > 512
+    assert memory.prompt_tokens == 0
+
+
+def test_refused_requests_are_logged_up_to_a_rate_and_the_rest_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    now = [0.0]
+    memory = MemoryLimits(lambda: now[0])
+    for number in range(100):
+        memory.refuse(str(number), "prompt", tokens=500)
+    assert len(caplog.messages) == out_of_memory.LINES
+    assert "Request 0 is refused: out of memory at its token 500 (prompt)" in caplog.messages[0]
+    now[0] = out_of_memory.LOG_S
+    memory.refuse("later", "prompt", tokens=500)
+    assert f"and {100 - out_of_memory.LINES} such lines that were not logged" in caplog.messages[-1]
+    assert memory.counts["prompt"] == 101
