@@ -157,6 +157,15 @@ def device(hardware: Hardware, local_rank: int = 0) -> str:
     return f"cuda:{local_rank}"
 
 
+def check_processes(hardware: Hardware, processes: int | None) -> None:
+    """Raise ConfigError when there are fewer GPUs than processes, which have one each."""
+    if processes is not None and hardware.kind == "cuda" and processes > hardware.count:
+        raise ConfigError(
+            f"{processes} processes, but only {hardware.count} GPU(s) are visible ({hardware.name}); "
+            f"start at most {hardware.count} on this node"
+        )
+
+
 def _cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

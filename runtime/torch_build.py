@@ -1,7 +1,7 @@
 """Whether the installed torch can use this machine's GPUs: its CUDA version, its code and the driver.
 
 Known before anything is downloaded, and without importing torch: `usable_hardware`. Once torch is imported,
-`loaded_hardware` asks itself. Does not choose devices (hardware.py). Start at `check`.
+`check_loaded` asks torch itself. Does not choose devices (hardware.py). Start at `check`.
 """
 
 import ast
@@ -62,14 +62,13 @@ def usable_hardware(*, quantized: bool = False) -> Hardware:
     return machine
 
 
-def loaded_hardware() -> Hardware:
-    """Return this machine's hardware, after torch itself has started CUDA on it; imports torch.
+def check_loaded(machine: Hardware) -> None:
+    """Have torch itself start CUDA on the GPUs of `machine`; imports torch where there are any.
 
-    Raises ConfigError when torch has no code for it, or CUDA does not start or shows fewer devices.
+    Raises ConfigError when torch has no code for them, or CUDA does not start or shows fewer devices.
     """
-    machine = hardware.detect()
     if machine.kind == "cpu":
-        return machine
+        return
     import torch
 
     version, cuda = str(torch.__version__), _version(torch.version.cuda)
@@ -86,7 +85,6 @@ def loaded_hardware() -> Hardware:
             f"the driver has {machine.count} GPU(s) for this process, torch finds {count}; is "
             f"CUDA_VISIBLE_DEVICES written without spaces, and every GPU in order (nvidia-smi)? {USE_THE_CPU}"
         )
-    return machine
 
 
 def installed() -> TorchBuild | None:

@@ -1,6 +1,7 @@
 """CUDA_VISIBLE_DEVICES and MIG by CUDA's own rules, on the GPUs of a stand-in for the driver's library."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,8 @@ TWINS = Machine((
     Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 81920, uuid="GPU-8932aaaa-0000-4106-c12f-20bd9faed9f6"),
 ))  # fmt: skip
 FIRST, SECOND = SLICES
+OLD_NAME = f"MIG-{SLICED.uuid}/7/0"
+OF_AN_OLD_DRIVER = replace(SLICED, mig=(replace(FIRST, uuid=OLD_NAME),))
 
 
 def uuids(setting: str | None, order: str | None = None) -> list[str]:
@@ -129,6 +132,7 @@ def test_an_index_of_gpus_of_several_kinds_is_planned_for_all(nvml_process: Nvml
         ((SLICED,), f"{SECOND.uuid},{FIRST.uuid}", SECOND.uuid),
         ((SLICED,), f"MIG-{SLICED.uuid}/2/0", SECOND.uuid),
         ((SLICED,), "MIG-GPU-8932f937/7/0", FIRST.uuid),
+        ((OF_AN_OLD_DRIVER,), "MIG-GPU-8932f937-d72c-4106-c12f-20bd9faed9f6/7/0", OLD_NAME),
         ((T4, SLICED), None, FIRST.uuid),
         ((T4, SLICED), "0", T4.uuid),
         ((T4, Gpu("empty", (8, 0), 1, uuid="GPU-1", mig_mode=True)), None, T4.uuid),

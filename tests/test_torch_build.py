@@ -10,12 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from runtime import torch_build
+from runtime import hardware, torch_build
 from runtime.errors import ConfigError
 from runtime.hardware import Driver, Hardware
 from runtime.torch_build import TorchBuild, check, images_for
 from runtime.tuning.process import failure
-from tests.nvml_standin import A100, GPU_IS_LOST, V100, Machine, NvmlProcess, RuntimeOn
+from tests.nvml_standin import (
+    A100,
+    GPU_IS_LOST,
+    IN_A_CONTAINER,
+    SLICED,
+    V100,
+    Machine,
+    NvmlProcess,
+    RuntimeOn,
+)
 
 CU130 = TorchBuild(
     "2.13.0+cu130", (13, 0), ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
@@ -189,11 +198,29 @@ def test_a_torch_for_other_machines_ends_the_command(
     assert advice in done.stderr
 
 
+@pytest.mark.parametrize(
+    "words", [(*TUNE, "--processes", "2"), (*SERVE, "--parallel", "tp", "--processes", "2")]
+)
+def test_more_processes_than_gpus_end_the_command(
+    words: tuple[str, ...], runtime_on: RuntimeOn, tmp_path: Path
+) -> None:
+    """Two MIG devices are one for a process, and so for a job."""
+    write_torch(tmp_path, "2.13.0", "13.0")
+    sliced = Machine((SLICED,), IN_A_CONTAINER)
+    done = runtime_on(sliced, *words, PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[1]}")
+    assert done.returncode == 2, done.stderr
+    assert "2 processes, but only 1 GPU(s) are visible (NVIDIA A100-SXM4-80GB MIG 1g.10gb)" in done.stderr
+
+
 def test_a_plan_for_the_cpu_or_for_a_gpu_by_name_asks_no_driver(runtime_on: RuntimeOn) -> None:
     by_request = runtime_on(REFUSED, *PLAN, "--json", CUDA_VISIBLE_DEVICES="")
     assert '"device"' in by_request.stdout, by_request.stderr
     by_name = runtime_on(REFUSED, *PLAN, "--gpu", "V100-16GB", "--json")
     assert by_name.returncode == 0, by_name.stderr
+
+
+def check_loaded() -> None:
+    torch_build.check_loaded(hardware.detect())
 
 
 def test_a_worker_asks_the_torch_that_it_has_loaded(nvml_process: NvmlProcess) -> None:
@@ -203,7 +230,7 @@ def test_a_worker_asks_the_torch_that_it_has_loaded(nvml_process: NvmlProcess) -
     if torch.version.cuda is not None:
         pytest.skip("this torch has CUDA")
     with pytest.raises(ConfigError, match=f"torch {re.escape(torch.__version__)} has no CUDA"):
-        nvml_process.ask(Machine((A100,)), torch_build.loaded_hardware)
+        nvml_process.ask(Machine((A100,)), check_loaded)
 
 
 def test_the_reason_is_in_a_pods_termination_log(runtime_on: RuntimeOn, tmp_path: Path) -> None:

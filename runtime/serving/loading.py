@@ -39,8 +39,7 @@ def load(config: ServeConfig, access: oci.Access) -> ServedModel:
     Raises ConfigError, CapacityError or TransientError when the base model cannot be served.
     """
     started = time.monotonic()
-    # vLLM has a torch of its own
-    devices = hardware.detect() if config.engine == "vllm" else torch_build.loaded_hardware()
+    devices = hardware.detect()
     support.check_server(config.model, config.quantization, devices)
     served = _with_vllm(config, devices) if config.engine == "vllm" else _with_own_engine(config, devices)
     served = replace(
@@ -65,6 +64,7 @@ def load(config: ServeConfig, access: oci.Access) -> ServedModel:
 
 def _with_own_engine(config: ServeConfig, devices: Hardware) -> ServedModel:
     """Return the model behind this project's own engine."""
+    torch_build.check_loaded(devices)  # vLLM has a torch of its own
     import torch
 
     torch.set_num_threads(min(torch.get_num_threads(), hardware.usable_cores()))

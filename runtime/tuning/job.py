@@ -71,7 +71,8 @@ def run(
     A finished job is only published again; an interrupted one resumes from its newest complete checkpoint.
     Raises the Failure that ended it; StoppedError after SIGTERM and a checkpoint.
     """
-    started, machine = time.monotonic(), torch_build.loaded_hardware()
+    started, machine = time.monotonic(), hardware.detect()
+    torch_build.check_loaded(machine)
     device = hardware.device(machine, ranks.local_rank)
     ranks.init_process_group(device)
     if ranks.broadcast(output.is_done(requested)):  # rank 0's: other nodes may have disks of their own

@@ -18,7 +18,7 @@ from types import FrameType
 
 import psutil
 
-from runtime import oci, torch_build
+from runtime import hardware, oci, torch_build
 from runtime.errors import CapacityError, ConfigError, Failure, StoppedError
 from runtime.files import locked, write_atomic
 from runtime.oci.access import DEFAULT
@@ -64,6 +64,7 @@ def run(
                         publish.publish_again(job, access)
                     return
                 machine = torch_build.usable_hardware(quantized=job.quantization is not None)
+                hardware.check_processes(machine, processes)
                 fit.check(job, machine, processes=processes)
                 progress.enter("data")
                 download.fetch(job.data, token=job.hub_token, access=access)

@@ -122,7 +122,8 @@ def check_hardware(config: ServeConfig) -> None:
     if config.engine == "vllm":  # with a torch of its own
         hardware.detect()
     else:
-        torch_build.usable_hardware(quantized=config.quantization is not None)
+        machine = torch_build.usable_hardware(quantized=config.quantization is not None)
+        hardware.check_processes(machine, config.processes if config.parallel == "tp" else None)
 
 
 def bind(host: str, port: int) -> socket.socket:
