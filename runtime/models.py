@@ -32,6 +32,13 @@ FALLBACK_CONTEXT_TOKENS = 2048
 """Context of a model whose configuration does not state one."""
 
 
+def architectures() -> tuple[str, ...]:
+    """Return the architectures that generate text, as config.json names them."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return tuple(sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())))
+
+
 def locate(source: ModelSource, *, weights: bool = True) -> Path:
     """Return a local directory with the config, tokenizer and safetensors of `source`.
 

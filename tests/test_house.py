@@ -79,7 +79,7 @@ CROSS_CUTTING = {
     "tests": {"test_house", "test_readme", "test_docs", "test_demo", "test_bench_gpu"},
     "tests/contract": None,
     "tests/oci": {"test_engines", "test_eviction", "test_faults"},
-    "tests/pod": {"test_multi_node_serving"},
+    "tests/pod": {"test_scripts"},
     "tests/tuning": {"test_main"},
 }
 """Test files without a module of their own, by folder; None allows all of them."""

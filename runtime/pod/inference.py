@@ -75,6 +75,11 @@ def vllm_server(
     arguments: Sequence[str], environ: Mapping[str, str], root: Path = Path("/")
 ) -> Resolved[ServeConfig]:
     """Return the server that the flags of /workspace/vllm/inference_api.py describe."""
+    if role := environ.get("KAITO_INFERENCE_ROLE"):
+        raise ConfigError(
+            f"KAITO_INFERENCE_ROLE is {role!r}: prefill and decode run in one server here, not in pods of "
+            "their own; use a Workspace, not a MultiRoleInference"
+        )
     words = flags.parse(arguments, lists=vllm_flags.LISTS, short=vllm_flags.SHORT)
     if words.stray:
         raise ConfigError(f"unexpected {words.stray[0]!r}: expected flags, as in --max-model-len=4096")

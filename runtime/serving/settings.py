@@ -103,4 +103,4 @@ class ServeConfig(Strict):
     drain_delay_s: float = Field(0.0, ge=0)
     """Time after SIGTERM in which requests are still accepted while /readyz already answers 503."""
     drain_timeout_s: float = Field(25.0, ge=0)
-    """Time that answers in flight have to finish after that."""
+    """Time from then to the exit. Answers in flight have it to finish, less at most 5 s for closing."""

@@ -183,7 +183,8 @@ def test_the_engine_has_its_kernels_and_the_image_no_compiler(node: Node, image:
 def test_what_controllers_name_is_there(node: Node, image: str) -> None:
     script = (
         "set -e; pwd; command -v accelerate torchrun python3 curl bash apt-get; "
-        "ls tfs/inference_api.py fine_tuning.py metrics_server.py ../vllm/benchmark_entrypoint.py; "
+        "ls tfs/inference_api.py fine_tuning.py metrics_server.py ../vllm/benchmark_entrypoint.py "
+        "../vllm/export_sas_token_for_streaming.sh ../vllm/list_supported_llm_archs.py ../cuda-provision.sh; "
         "readlink -f weights /workspace/vllm/weights; cat /workspace/version.txt; "
         "ls /workspace/chat_templates"
     )

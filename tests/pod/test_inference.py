@@ -166,6 +166,11 @@ def test_vllm_flags_that_cannot_be_served_are_refused(words: list[str], message:
         vllm_server(words, {}, pod)
 
 
+def test_a_pod_for_prefill_alone_is_refused(pod: Path) -> None:
+    with pytest.raises(ConfigError, match="KAITO_INFERENCE_ROLE is 'prefill'"):
+        vllm_server([], {"KAITO_INFERENCE_ROLE": "prefill"}, pod)
+
+
 def test_the_config_file_wins_over_the_command_as_in_kaitos_image(pod: Path) -> None:
     file = pod / "mnt/config/of-the-user.yaml"
     file.parent.mkdir()

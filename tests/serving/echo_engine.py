@@ -30,6 +30,7 @@ class EchoEngine:
         adapters: Sequence[str] = (),
         script: Callable[[Request], Sequence[int]] | None = None,
         dies_after: int | None = None,
+        close_s: float = 0.0,
     ) -> None:
         self.context_tokens = context_tokens
         self.max_sequences = rows
@@ -45,6 +46,7 @@ class EchoEngine:
         self._adapters = list(adapters)
         self._script = script
         self._dies_after = dies_after
+        self._close_s = close_s
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._running: set[str] = set()
         self._closed = False
@@ -87,6 +89,7 @@ class EchoEngine:
 
     def close(self) -> None:
         self._closed = True
+        time.sleep(self._close_s)
         for task in self._tasks.values():
             task.cancel()
 

@@ -17,14 +17,15 @@ from tests.serving.echo_engine import EchoEngine
 
 
 def main(options: dict[str, Any]) -> None:
-    """Serve as `options` say: config, engine, load_s (how long loading takes), fail (what it ends with)."""
+    """Serve as `options` say: config, engine, load_s (how long loading takes), fail (what it ends with),
+    close_s (how long the engine takes to close)."""
     logs.configure()
 
     def load(config: ServeConfig) -> ServedModel:
         time.sleep(options.get("load_s", 0))
         if "fail" in options:
             raise errors.CapacityError(options["fail"])
-        engine = EchoEngine(**options.get("engine", {}))
+        engine = EchoEngine(**options.get("engine", {}), close_s=options.get("close_s", 0))
         tokenizer = make_tokenizer()
         prompts = PromptTokenizer(
             tokenizer,

@@ -41,7 +41,7 @@ WATCH_S = 1.0
 WAITING_CONNECTIONS = 2048
 ACCEPTED_AT_ONCE = 64
 CLOSE_TIMEOUT_S = 5
-"""For connections to close after the last answer was cut off."""
+"""For the engine and connections to close after the last answer was cut off."""
 
 
 class DeadlineProtocol(HttpToolsProtocol):
@@ -264,11 +264,13 @@ class Serving:
             return
         await asyncio.sleep(config.drain_delay_s)
         lifecycle.refuse()
+        answers_s = max(0.8 * config.drain_timeout_s, config.drain_timeout_s - CLOSE_TIMEOUT_S)
+        _exit_within(answers_s + CLOSE_TIMEOUT_S)
         try:
-            async with asyncio.timeout(config.drain_timeout_s):
+            async with asyncio.timeout(answers_s):
                 await lifecycle.idle()
         except TimeoutError:
-            log.warning("Not all answers were complete after %g s; cancelling them", config.drain_timeout_s)
+            log.warning("Not all answers were complete after %g s; cancelling them", answers_s)
 
     def _on_signal(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -277,6 +279,21 @@ class Serving:
             os._exit(128 + number)
         log.info("%s: draining", name)
         self._stop.set()
+
+
+def _exit_within(seconds: float) -> None:
+    """End the process after `seconds` whatever it does: the engine may be inside a step that takes longer.
+
+    A supervisor kills it a little later anyway, and then nothing says why.
+    """
+
+    def end() -> None:
+        log.error("Not closed %g s after SIGTERM: a step of the engine still runs; exiting", seconds)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 class _Server(uvicorn.Server):

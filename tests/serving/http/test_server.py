@@ -113,6 +113,14 @@ def test_sigterm_cancels_what_does_not_finish(start_server: Any) -> None:
     assert server.process.wait(5) == 0
 
 
+def test_a_step_that_does_not_end_cannot_hold_the_exit(start_server: Any) -> None:
+    server = start_server(engine=SLOW, config={"drain_timeout_s": 0}, close_s=60)
+    started = time.monotonic()
+    assert server.stop() == 1
+    assert 4.5 < time.monotonic() - started < 8
+    until(lambda: any("Not closed 5 s after SIGTERM" in line for line in server.log))
+
+
 def test_second_sigterm_exits_at_once(start_server: Any) -> None:
     server = start_server(engine=SLOW, config={"drain_timeout_s": 60})
     with endless(server.url) as stream:
