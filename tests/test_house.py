@@ -24,6 +24,7 @@ LAYERS = [
         "cuda_devices",
         "hardware",
         "torch_build",
+        "attention",
         "gpus",
         "instance_types",
         "utilisation",

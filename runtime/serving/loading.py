@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime import adapters, hardware, models, oci, support, torch_build
+from runtime import adapters, attention, hardware, models, oci, support, torch_build
 from runtime.errors import ConfigError, Failure
 from runtime.hardware import Hardware
 from runtime.serving.engine.create import create
@@ -67,6 +67,7 @@ def _with_own_engine(config: ServeConfig, devices: Hardware) -> ServedModel:
     torch_build.check_loaded(devices)  # vLLM has a torch of its own
     import torch
 
+    attention.disable_cudnn()
     torch.set_num_threads(min(torch.get_num_threads(), hardware.usable_cores()))
     tokenizer = models.load_tokenizer(config.model)
     with contextlib.ExitStack() as undo:

@@ -6,7 +6,7 @@ V vocabulary. Start at `batch_loss`.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runtime.tuning.data.batching import IGNORE, Layout, MicroBatch, collate, group, pack
 from runtime.tuning.data.tokenize import TokenizedRow
@@ -33,23 +33,34 @@ def token_loss(logits: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor"
 
 
 def batch_loss(model: "torch.nn.Module", batch: MicroBatch, device: str) -> "torch.Tensor":
-    """Run `model` over `batch` and return its summed loss, a scalar with gradients."""
-    from runtime.tuning.model.fused_loss import loss_head
+    """Run `model` over `batch` and return its summed loss, a scalar with gradients.
 
-    inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-    columns, labels = batch.logits_to_keep.to(device), batch.labels.to(device)
-    head = loss_head(model)
-    if head is not None and len(columns):
-        with head.expecting(labels):
+    Nothing of it waits for a GPU, so that the host starts the work of the next pass while this one runs.
+    """
+    from runtime.tuning.model.fused_loss import LabelledTokens, loss_head
+
+    inputs: dict[str, Any] = {name: _to(device, tensor) for name, tensor in batch.inputs.items()}
+    if batch.document_lengths:
+        inputs["document_lengths"] = batch.document_lengths
+    idle = not len(batch.logits_to_keep)  # takes part in every collective, adds nothing
+    columns = _to(device, batch.logits_to_keep.new_zeros(1) if idle else batch.logits_to_keep)
+    head = None if idle else loss_head(model)
+    if head is not None:
+        indices = batch.labelled
+        labelled = LabelledTokens(_to(device, indices), _to(device, batch.labels.flatten()[indices]))
+        with head.expecting(labelled):
             loss: torch.Tensor = model(**inputs, logits_to_keep=columns, use_cache=False).logits
         return loss
-    idle = not len(columns)  # takes part in every collective, adds nothing
-    if idle:
-        columns = columns.new_zeros(1)
     logits: torch.Tensor = model(**inputs, logits_to_keep=columns, use_cache=False).logits  # (B, N, V)
     if idle:
         return 0.0 * logits.float().sum()
-    return token_loss(logits, labels)
+    return token_loss(logits, _to(device, batch.labels))
+
+
+def _to(device: str, tensor: "torch.Tensor") -> "torch.Tensor":
+    """Return `tensor` on `device`, whose earlier work the copy does not wait for: from page-locked memory."""
+    source = tensor.pin_memory() if device.startswith("cuda") else tensor
+    return source.to(device, non_blocking=True)
 
 
 def mean_loss(
@@ -66,7 +77,7 @@ def mean_loss(
     device = next(parameter.device for parameter in model.parameters() if parameter.requires_grad)
     lengths = [len(row) for row in rows]
     own_rows = range(ranks.rank, len(rows), ranks.world_size)
-    sums = torch.zeros(2, dtype=torch.float64)  # the loss, and the number of labels
+    loss, labels = torch.zeros((), dtype=torch.float64, device=device), 0
     passes = [*(pack if layout == "packed" else group)(own_rows, lengths, budget_tokens)]
     if is_sharded(model):  # each pass is a collective: a rank with fewer goes through one row more often
         idle = ranks.all_reduce_max(len(passes), str(device)) - len(passes)
@@ -75,7 +86,7 @@ def mean_loss(
         for numbers in passes:
             selected = [rows[number] for number in numbers or (lengths.index(min(lengths)),)]
             batch = collate(selected, layout, pad_id=0, with_labels=bool(numbers))
-            sums[0] += batch_loss(model, batch, str(device)).double().cpu()
-            sums[1] += int((batch.labels != IGNORE).sum())
-    total = ranks.all_reduce_sum(sums.to(device if device.type == "cuda" else "cpu"))
+            loss += batch_loss(model, batch, str(device))
+            labels += len(batch.labelled)
+    total = ranks.all_reduce_sum(torch.stack((loss, torch.full_like(loss, labels))))
     return float(total[0] / total[1])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from runtime import logs
+from runtime import attention, logs
 from runtime.config import parse, read_text
 from runtime.errors import ConfigError, Failure, StoppedError, exit_code
 from runtime.tuning import job, loggers, publish
@@ -67,6 +67,7 @@ def _run(requested: TuningJob, ranks: Ranks, stop: StopSignal, progress: JobProg
     access = publish.access_of(requested, os.environ)
     port = requested.metrics_port and requested.metrics_port + ranks.local_rank
     state = functools.partial(progress.state, requested)
+    attention.disable_cudnn()
     with metrics_server.serving(port if ranks.is_main else None, state):
         job.run(requested, ranks=ranks, stop=stop, progress=progress, access=access)
 

@@ -37,10 +37,9 @@ def kept(kind: str, layers: int, *, packed: bool, dtype: str) -> int:
     if packed:
         packed_attention.register()
         adapted.get_base_model().set_attn_implementation(packed_attention.NAME)
-        borders = torch.tensor([0, TOKENS // 2, TOKENS], dtype=torch.int32)
         positions = torch.arange(TOKENS // 2).repeat(2)[None]
-        inputs = {"input_ids": ids.view(1, -1), "position_ids": positions, "cu_seq_lens_q": borders}
-        inputs["cu_seq_lens_k"] = borders
+        inputs = {"input_ids": ids.view(1, -1), "position_ids": positions}
+        inputs["document_lengths"] = (TOKENS // 2, TOKENS // 2)
     else:
         inputs["attention_mask"][0, -3:] = 0
     parameters = {parameter.untyped_storage().data_ptr() for parameter in adapted.parameters()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from runtime.attention import match_heads
 from runtime.serving.engine.batch import Batch, SlotChunk, SlotRun
 from runtime.serving.engine.kernels import AttentionKernel
 from runtime.serving.engine.kv_cache import SlotCache
@@ -148,14 +149,16 @@ def _prefill(query: Tensor, layer: AttentionLayer, chunk: SlotChunk, batch: Batc
     keys, values = layer.keys[chunk.slot, :, :total], layer.values[chunk.slot, :, :total]
     visible = _prefill_mask(chunk, batch, layer.window)
     if layer.softcap is None:
+        states = query.transpose(0, 1)[None]
+        own_keys, own_values = match_heads(states, keys[None], values[None], masked=visible is not None)
         out = scaled_dot_product_attention(
-            query.transpose(0, 1)[None],
-            keys[None],
-            values[None],
+            states,
+            own_keys,
+            own_values,
             attn_mask=visible,
             is_causal=visible is None and chunk.count > 1,
             scale=layer.scaling,
-            enable_gqa=keys.shape[0] != query.shape[1],
+            enable_gqa=own_keys.shape[1] != states.shape[1],
         )
         return out[0].transpose(0, 1)
     group = query.shape[1] // keys.shape[0]

@@ -30,6 +30,8 @@ class RankBatch:
     """Row numbers of each forward pass. A rank without rows has one pass over a row without labels."""
     labelled_tokens: int
     """Tokens in the loss of this step over all ranks: what its summed loss is divided by."""
+    most_passes: int
+    """Passes of the rank with the most."""
     idle: bool = False
     """The rank has no rows in this step and only takes part in the collectives."""
 
@@ -66,12 +68,13 @@ class BatchPlan:
 
     def rank_batch(self, rows: Sequence[int], rank: int) -> RankBatch:
         """Return what `rank` computes of the step with `rows`."""
-        own_rows = partition(rows, self.lengths, self.world)[rank]
+        passes = [self.micro_batches(own_rows) for own_rows in partition(rows, self.lengths, self.world)]
         labelled_tokens = sum(self.labelled_tokens[row] for row in rows)
-        if not own_rows:
+        most = max(len(own) for own in passes)
+        if not passes[rank]:
             shortest = min(rows, key=lambda row: self.lengths[row])
-            return RankBatch(((shortest,),), labelled_tokens, idle=True)
-        return RankBatch(self.micro_batches(own_rows), labelled_tokens)
+            return RankBatch(((shortest,),), labelled_tokens, most, idle=True)
+        return RankBatch(passes[rank], labelled_tokens, most)
 
     def micro_batches(self, rows: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """Return `rows` as the forward passes of one rank."""
@@ -121,13 +124,20 @@ class MicroBatch:
     """The tensors of one forward pass."""
 
     inputs: "dict[str, torch.Tensor]"
-    """Arguments of the model: input_ids (B, T) and what keeps its rows apart."""
+    """Arguments of the model: input_ids (B, T), and its positions or its padding."""
     logits_to_keep: "torch.Tensor"
     """(N,) columns whose next token is labelled in some row: logits are computed there alone."""
     labels: "torch.Tensor"
     """(B, N) the next token at each of these columns, IGNORE where it is not labelled in that row."""
     tokens: int
     """Tokens of the rows, without padding."""
+    document_lengths: tuple[int, ...] = ()
+    """Tokens of each row of a pack, for the attention; the host's numbers, so that no layer asks a GPU."""
+
+    @property
+    def labelled(self) -> "torch.Tensor":
+        """(M,) where the flattened labels (B · N) are not IGNORE."""
+        return (self.labels.flatten() != IGNORE).nonzero().flatten()
 
 
 def collate(
@@ -138,22 +148,20 @@ def collate(
 
 
 def _packed(rows: Sequence[TokenizedRow], with_labels: bool) -> MicroBatch:
-    """One row of all documents end to end: restarting positions, no mask, borders for the attention."""
+    """One row of all documents end to end: restarting positions, no mask, lengths for the attention."""
     import torch
 
     ids = np.concatenate([row.ids for row in rows]).astype(np.int64)
     loss_mask = np.concatenate([row.loss_mask for row in rows])
-    borders = np.cumsum([0, *(len(row) for row in rows)])
-    loss_mask[borders[:-1]] = False  # nothing predicts a document's first token
+    lengths = tuple(len(row) for row in rows)
+    loss_mask[np.cumsum((0, *lengths[:-1]))] = False  # nothing predicts a document's first token
     columns = np.flatnonzero(loss_mask) - 1 if with_labels else np.zeros(0, dtype=np.int64)
     inputs = {
         "input_ids": torch.from_numpy(ids)[None],  # (1, T)
-        "position_ids": torch.from_numpy(np.concatenate([np.arange(len(row)) for row in rows]))[None],
-        "cu_seq_lens_q": torch.from_numpy(borders.astype(np.int32)),
-        "cu_seq_lens_k": torch.from_numpy(borders.astype(np.int32)),
+        "position_ids": torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
     }
     labels = torch.from_numpy(ids[columns + 1])[None]  # (1, N)
-    return MicroBatch(inputs, torch.from_numpy(columns), labels, len(ids))
+    return MicroBatch(inputs, torch.from_numpy(columns), labels, len(ids), lengths)
 
 
 def _padded(rows: Sequence[TokenizedRow], pad_id: int, with_labels: bool) -> MicroBatch:

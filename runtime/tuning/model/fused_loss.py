@@ -7,16 +7,26 @@ E width of the hidden states, V vocabulary. Start at `install`, then `LossHead`.
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from runtime import families
-from runtime.tuning.data.batching import IGNORE
 
 CHUNK_BYTES = 128 << 20
 """Of float32 logits at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledTokens:
+    """What the loss counts. A mask would do, but its sum is the size of the result: the host would wait."""
+
+    indices: Tensor
+    """(M,) into the flattened inputs (B · N, E)."""
+    targets: Tensor
+    """(M,) the label of each."""
 
 
 class LossHead:
@@ -24,21 +34,21 @@ class LossHead:
 
     def __init__(self, layer: nn.Linear) -> None:
         self.layer = layer
-        self.labels: Tensor | None = None
+        self.labelled: LabelledTokens | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        if self.labels is None:
+        if self.labelled is None:
             return type(self.layer).forward(self.layer, hidden)
-        return _Loss.apply(hidden, self.labels, self.layer.weight, self.layer.bias)  # type: ignore[no-any-return, no-untyped-call]
+        return _Loss.apply(hidden, self.labelled, self.layer.weight, self.layer.bias)  # type: ignore[no-any-return, no-untyped-call]
 
     @contextlib.contextmanager
-    def expecting(self, labels: Tensor) -> Iterator[None]:
-        """Within: the layer returns the loss of its inputs (B, N, E) against labels (B, N)."""
-        self.labels = labels
+    def expecting(self, labelled: LabelledTokens) -> Iterator[None]:
+        """Within: the layer returns the loss of its inputs (B, N, E) at the labelled tokens."""
+        self.labelled = labelled
         try:
             yield
         finally:
-            self.labels = None
+            self.labelled = None
 
 
 def install(model: Any) -> bool:
@@ -58,13 +68,15 @@ def loss_head(model: nn.Module) -> LossHead | None:
 
 
 class _Loss(torch.autograd.Function):
-    """Cross-entropy in float32, summed over the labels that are not IGNORE."""
+    """Cross-entropy in float32, summed over the labelled tokens."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """hidden (B, N, E), labels (B, N), weight (V, E), bias (V,); returns a scalar."""
-        labelled = labels.flatten() != IGNORE  # (B·N,)
-        states, targets = hidden.flatten(0, -2)[labelled], labels.flatten()[labelled]  # (M, E), (M,)
+    def forward(
+        ctx: Any, hidden: Tensor, labelled: LabelledTokens, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """hidden (B, N, E), weight (V, E), bias (V,); returns a scalar."""
+        indices, targets = labelled.indices, labelled.targets
+        states = hidden.flatten(0, -2).index_select(0, indices)  # (M, E)
         grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), device=hidden.device)
         size = max(1, CHUNK_BYTES // 4 // len(weight))
@@ -75,16 +87,17 @@ class _Loss(torch.autograd.Function):
             if grad_states is not None:
                 grad_states[part] = logits[: len(states[part])].to(weight.dtype) @ weight
         if grad_states is not None:
-            ctx.save_for_backward(grad_states, labelled)
+            ctx.save_for_backward(grad_states, indices)
             ctx.shape = hidden.shape
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         """gradient () of the sum."""
-        grad_states, labelled = ctx.saved_tensors
+        grad_states, indices = ctx.saved_tensors
         grad_hidden = grad_states.new_zeros(ctx.shape)
-        grad_hidden.view(len(labelled), -1)[labelled] = (grad_states * gradient).to(grad_states.dtype)
+        own = (grad_states * gradient).to(grad_states.dtype)
+        grad_hidden.view(-1, ctx.shape[-1]).index_copy_(0, indices, own)
         return grad_hidden, None, None, None
 
 

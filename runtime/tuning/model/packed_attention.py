@@ -5,7 +5,10 @@ T x T mask over a pack in the attention. Does not know rows or batches. T tokens
 K key-value heads, D head dim. Start at `attention`.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from runtime.attention import match_heads
 
 if TYPE_CHECKING:
     import torch
@@ -15,15 +18,14 @@ NAME = "documents"
 
 
 def register() -> None:
-    """Make `NAME` known to transformers; calling it again changes nothing."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    """Make `NAME` known to transformers; calling it again changes nothing.
+
+    Its table of masks has no such name: for those without, it makes no mask, and does not read the positions
+    back from the device to find the documents.
+    """
+    from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Return no mask: the documents' borders are passed as cu_seq_lens_q."""
 
 
 def attention(  # noqa: PLR0913 (transformers' signature)
@@ -33,7 +35,7 @@ def attention(  # noqa: PLR0913 (transformers' signature)
     value: "torch.Tensor",
     attention_mask: "torch.Tensor | None",
     *,
-    cu_seq_lens_q: "torch.Tensor",
+    document_lengths: Sequence[int],
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -42,7 +44,7 @@ def attention(  # noqa: PLR0913 (transformers' signature)
 ) -> "tuple[torch.Tensor, None]":
     """Causal attention inside each document of a pack.
 
-    query (1, H, T, D); key and value (1, K, T, D); cu_seq_lens_q (documents + 1,) borders.
+    query (1, H, T, D); key and value (1, K, T, D); document_lengths, T together, are the host's own numbers.
     Returns (1, T, H, D) and no weights.
     """
     import torch
@@ -50,8 +52,9 @@ def attention(  # noqa: PLR0913 (transformers' signature)
 
     if softcap is not None:
         raise NotImplementedError("logit soft-capping inside packed attention")
-    lengths = cu_seq_lens_q.diff().tolist()
-    key, value = _repeated(key, query), _repeated(value, query)
+    lengths = list(document_lengths)
+    limited = bool(sliding_window) and max(lengths) > (sliding_window or 0)
+    key, value = match_heads(query, key, value, masked=limited)
     grouped = query.shape[1] != key.shape[1]
     parts = [
         scaled_dot_product_attention(
@@ -65,21 +68,6 @@ def attention(  # noqa: PLR0913 (transformers' signature)
         )
     ]  # fmt: skip
     return torch.cat(parts, dim=2).transpose(1, 2), None
-
-
-def _repeated(states: "torch.Tensor", query: "torch.Tensor") -> "torch.Tensor":
-    """Return keys or values (1, K, T, D), one head for each of `query`'s where SDPA's kernels want it.
-
-    On a CPU they do not. On a GPU only flash attention, from compute capability 8.0 on, takes fewer: with
-    enable_gqa any other ends in the kernel that writes all T x T weights out.
-    """
-    import torch
-
-    heads = query.shape[1] // states.shape[1]
-    if heads == 1 or states.device.type == "cpu":
-        return states
-    flash = query.dtype != torch.float32 and torch.cuda.get_device_capability(states.device) >= (8, 0)
-    return states if flash else states.repeat_interleave(heads, dim=1)
 
 
 def _window(length: int, window: int | None, device: "torch.device") -> "torch.Tensor | None":

@@ -5,7 +5,7 @@ Does not know what is trained. Start at `Ranks`.
 """
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -90,10 +90,22 @@ class Ranks:
         import torch
         from torch import distributed
 
+        if self.world_size == 1:
+            return count
         largest = torch.tensor(count, device=device)
-        if self.world_size > 1:
-            distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+        distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
         return int(largest)
+
+    def any_of(self, flags: Sequence[bool], device: str) -> list[bool]:
+        """Return for each of `flags` whether it is set on any rank; one process does not ask its device."""
+        import torch
+        from torch import distributed
+
+        if self.world_size == 1:
+            return list(flags)
+        set_on = torch.tensor([int(flag) for flag in flags], device=device)
+        distributed.all_reduce(set_on)
+        return [count > 0 for count in set_on.tolist()]
 
     def broadcast(self, value: T) -> T:
         """Return rank 0's `value` on every rank."""

@@ -1,4 +1,4 @@
-"""Trainer callbacks, which run between two steps: checkpoints, SIGTERM, progress, non-finite gradients.
+"""Trainer callbacks, which run between two steps: checkpoints, SIGTERM, progress, float16's loss scaler.
 
 Each is given only what it needs. Does not know batches or losses.
 Start at `CheckpointCallback.on_step_end`.
@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from runtime.errors import DivergedError
@@ -54,10 +53,8 @@ class CheckpointCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        device = str(args.device)
         due = self.ranks.is_main and self.clock() - self.saved_at >= self.interval_s
-        flags = torch.tensor([int(self.stop.requested), int(due)], device=device)
-        any_stop, any_due = self.ranks.all_reduce_sum(flags)
+        any_stop, any_due = self.ranks.any_of((self.stop.requested, due), str(args.device))
         if any_due:
             control.should_save = True
         if any_stop and state.global_step < state.max_steps:
@@ -116,33 +113,16 @@ class ProgressCallback(TrainerCallback):
         self.reporter.show(last=True)
 
 
-class FiniteGradientsCallback(TrainerCallback):
-    """Ends the run before a NaN or infinite gradient reaches a weight.
+class LossScaleCallback(TrainerCallback):
+    """Ends a float16 run whose gradients overflow at every scale.
 
-    With float16's loss scaler an infinity is no failure: the scaler skips that step, and halves the scale.
-    Gradients that overflow at every scale are one: such a run would last hours and save its first weights.
+    A single infinity is no failure: the loss scaler skips that step, and halves the scale. A run that skips
+    them all would last hours and save its first weights.
     """
 
     def __init__(self) -> None:
         self.skipped = 0
         """Steps in a row that the loss scaler skipped."""
-
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **_: Any,
-    ) -> None:
-        if args.fp16:
-            return
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not torch.stack([gradient.isfinite().all() for gradient in gradients]).all():
-            raise DivergedError(
-                f"a gradient became NaN or infinite at step {state.global_step + 1}; lower learning_rate "
-                f"(now {args.learning_rate:g}); the last checkpoint stays"
-            )
 
     def on_optimizer_step(
         self,

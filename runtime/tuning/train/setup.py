@@ -20,7 +20,7 @@ from runtime.files import write_atomic
 from runtime.hardware import Hardware
 from runtime.tuning.data.batching import BatchPlan
 from runtime.tuning.data.tokenize import TokenizedSplit
-from runtime.tuning.model import fsdp, fused_ops, lora, lora_init, packed_attention
+from runtime.tuning.model import fsdp, fused_ops, lora, lora_init, packed_attention, padded_attention
 from runtime.tuning.output import OutputPaths
 from runtime.tuning.precision import Precision
 from runtime.tuning.process.ranks import Ranks
@@ -182,14 +182,14 @@ def _plan(job: TuningJob, data: TokenizedSplit, rank: RankSetup, *, model_type: 
 
 
 def _callbacks(job: TuningJob, rank: RankSetup) -> Callbacks:
-    from runtime.tuning.train.callbacks import CheckpointCallback, FiniteGradientsCallback, ProgressCallback
+    from runtime.tuning.train.callbacks import CheckpointCallback, LossScaleCallback, ProgressCallback
 
     ranks, throughput = rank.ranks, rank.progress.throughput
     throughput.world_size = ranks.world_size
     keep = job.training.get("save_total_limit", 2)
     checkpoint = CheckpointCallback(ranks, rank.stop, minutes=job.checkpoint_minutes, keep=keep)
     reporter = Reporter(throughput)
-    callbacks: list[TrainerCallback] = [FiniteGradientsCallback(), checkpoint]
+    callbacks: list[TrainerCallback] = [LossScaleCallback(), checkpoint]
     if ranks.is_main:
         paths = OutputPaths(job.output.folder)
         paths.work.mkdir(parents=True, exist_ok=True)
@@ -247,7 +247,9 @@ def _find_checkpoint(setup: TrainingSetup, folder: Path, fingerprint: str) -> Pa
 def training_attention(setup: TrainingSetup) -> Iterator[None]:
     """Within: attention stays inside each document of a packed row. Afterwards: as the model was loaded."""
     if setup.trainer.plan.layout != "packed":
-        yield
+        # a CPU has nothing to wait for, and is faster without a mask
+        with padded_attention.with_masks() if setup.rank.device != "cpu" else contextlib.nullcontext():
+            yield
         return
     model = cast("PreTrainedModel", setup.model.get_base_model())
     packed_attention.register()

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -74,16 +75,19 @@ class AdapterTrainer(Trainer):
         """Forward and backward over the rank's micro-batches of one optimizer step.
 
         Returns the rank's part of the step's mean loss times the number of ranks, so that Trainer's mean
-        over ranks is the loss per labelled token of the whole step.
+        over ranks is the loss per labelled token of the whole step. DivergedError when that is not finite.
         """
         model.train()
         batch: RankBatch = inputs if self.plan is self.workload.plan else self._regroup(inputs)
         while True:
             try:
-                return self._run_step(model, batch)
+                loss = self._run_step(model, batch)
             except torch.OutOfMemoryError:
                 self._halve_budget(model, batch)
                 batch = self._regroup(batch)
+            else:
+                self._check_finite(loss, model)
+                return loss
 
     def _run_step(self, model: Any, batch: RankBatch) -> torch.Tensor:
         ranks, scale = self.workload.ranks, self.workload.ranks.world_size / batch.labelled_tokens
@@ -91,8 +95,7 @@ class AdapterTrainer(Trainer):
         tokens = 0
         passes = [(rows, not batch.idle) for rows in batch.micro_batches]
         if self.sharded:  # each pass is a collective: a rank with fewer repeats one that counts nothing
-            longest = ranks.all_reduce_max(len(passes), str(self.args.device))
-            passes += [(passes[-1][0][:1], False)] * (longest - len(passes))
+            passes += [(passes[-1][0][:1], False)] * (batch.most_passes - len(passes))
         for number, (rows, counts) in enumerate(passes, 1):
             micro_batch = collate(
                 [self.workload.rows[row] for row in rows],
@@ -110,16 +113,28 @@ class AdapterTrainer(Trainer):
         return total
 
     def _run_micro_batch(self, model: Any, micro_batch: MicroBatch, scale: float) -> torch.Tensor:
-        """Forward and backward; returns the loss times `scale`. DivergedError when it is not finite."""
+        """Forward and backward; returns the loss times `scale`."""
         with self.compute_loss_context_manager():
             loss = batch_loss(model, micro_batch, str(self.args.device)) * scale
-        if not torch.isfinite(loss):
-            raise DivergedError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}; lower "
-                f"learning_rate (now {self.args.learning_rate:g}); the last checkpoint stays"
-            )
         self.accelerator.backward(loss)
         return loss.detach()
+
+    def _check_finite(self, loss: torch.Tensor, model: Any) -> None:
+        """Raise DivergedError before a NaN or infinite number reaches a weight.
+
+        The one time in a step that the host waits for the device. Gradients in float16 are left to the loss
+        scaler, which skips the steps in which they overflow.
+        """
+        numbers = [loss]
+        if not self.args.fp16:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            numbers.append(get_total_norm(gradients, norm_type=math.inf))
+        for what, number in zip(("the loss", "a gradient"), torch.stack(numbers).tolist(), strict=False):
+            if not math.isfinite(number):
+                raise DivergedError(
+                    f"{what} became {number} at step {self.state.global_step + 1}; lower learning_rate "
+                    f"(now {self.args.learning_rate:g}); the last checkpoint stays"
+                )
 
     def _halve_budget(self, model: Any, batch: RankBatch) -> None:
         """Halve the token budget of a pass after CUDA ran out of memory, or raise CapacityError."""

@@ -22,6 +22,7 @@ from runtime.serving.engine.engine import BatchingEngine, EngineLimits
 from runtime.serving.engine.kernels import Kernels
 from runtime.serving.engine.model_runner import ModelRunner
 from tests.families import SERVED, model_of
+from tests.host_reads import HostReads
 from tests.serving.engine.calls import Oracle, generate, load, make_request, run
 from tests.serving.engine.models import longrope_model, some_prompts
 
@@ -344,7 +345,7 @@ def test_a_bound_on_lengths_is_a_quarter_too_long_at_most(positions: int, reach:
 
 
 @pytest.mark.parametrize("family", [*SERVED, "tiny"])
-def test_no_tensor_of_a_step_is_left_on_the_host(
+def test_no_tensor_of_a_step_is_left_on_the_host_and_none_is_read_back(
     family: str, traces: Traces, tiny_llama_dir: Path, adapter_dirs: dict[str, Path]
 ) -> None:
     """Torch's "meta" device computes nothing, and like a GPU refuses operations that mix it with the CPU."""
@@ -355,7 +356,8 @@ def test_no_tensor_of_a_step_is_left_on_the_host(
     version = runner.adapters.version("a") if family == "tiny" else None
     numbers = {"ids": [1, 2, 3, 4, 5, 6], "positions": [3, 4, 5, 0, 1, 2], "decode_slots": [0, 1, 3]}
     rest = {"adapters": [None] + 5 * [version], "long": [False] * 6, "copies": [SlotCopy(0, 2, 3)]}
-    with torch.inference_mode():
+    reads = HostReads()
+    with torch.inference_mode(), reads:
         host = HostBatch(**numbers, **rest, chunks=(SlotChunk(3, 2, 0, 3),), logit_indices=[0, 1, 2, 5])
         assert runner._execute(host).shape == (4, model.config.vocab_size)
         assert runner._graphs is not None
@@ -363,6 +365,7 @@ def test_no_tensor_of_a_step_is_left_on_the_host(
         for key in (GraphKey(some, 1, version is not None, False), GraphKey((one,), 5, False, False)):
             logits = runner._graphs._step(key, runner._graphs._inputs(key))
             assert (logits.device.type, len(logits)) == ("meta", key.tokens)
+    assert not reads.found
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

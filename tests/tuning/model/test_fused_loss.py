@@ -6,6 +6,7 @@ from torch import nn
 
 from runtime.tuning.data.batching import IGNORE
 from runtime.tuning.model import fused_loss
+from runtime.tuning.model.fused_loss import LabelledTokens
 
 
 def test_the_head_is_nearer_to_double_precision_than_a_float32_log_softmax(
@@ -19,7 +20,8 @@ def test_the_head_is_nearer_to_double_precision_than_a_float32_log_softmax(
     labels[0, 3:6] = IGNORE
     hidden = torch.randn(2, 10, 32, requires_grad=True)
     head = fused_loss.LossHead(layer)
-    with head.expecting(labels):
+    indices = torch.tensor([n for n, label in enumerate(labels.flatten().tolist()) if label != IGNORE])
+    with head.expecting(LabelledTokens(indices, labels.flatten()[indices])):
         loss = head(hidden)
     (to_ours,) = torch.autograd.grad(loss * 0.5, hidden)
     wide = hidden.double()

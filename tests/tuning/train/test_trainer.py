@@ -1,23 +1,37 @@
-"""The step when memory runs out: smaller passes, or a failure that says what to do."""
+"""A step: what it reads from the device, when memory runs out, when a number is not finite."""
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from runtime import models
-from runtime.errors import CapacityError, exit_code
+from runtime.errors import CapacityError, DivergedError, exit_code
 from runtime.hardware import Hardware
-from runtime.model_source import Quantization
+from runtime.model_source import ModelSource, Quantization
 from runtime.tuning.data import dataset, tokenize
 from runtime.tuning.data.tokenize import TokenizedSplit
 from runtime.tuning.precision import resolve_precision
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.process.signals import StopSignal
-from runtime.tuning.settings import Lora, TuningJob
+from runtime.tuning.settings import Encoding, Lora, TuningJob
 from runtime.tuning.train.progress import JobProgress
 from runtime.tuning.train.setup import RankSetup, TrainingSetup, prepare, training_attention
+from tests.families import config_of
+from tests.host_reads import HostReads
+from tests.serving.engine.models import longrope_model
 from tests.tuning.conftest import Worker
 
 Maker = Callable[..., TuningJob]
@@ -35,6 +49,102 @@ def training_setup(job: TuningJob, machine: Hardware = CPU) -> TrainingSetup:
     settled, precision = resolve_precision(job, machine)
     rank = RankSetup(machine, "cpu", precision, Ranks(), StopSignal(), JobProgress())
     return prepare(settled, tokenizer, TokenizedSplit(rows), rank=rank)
+
+
+def on_meta(setup: TrainingSetup) -> TrainingSetup:
+    """Move a job to torch's meta device, which stands in for a GPU."""
+    setup.model.to("meta")
+    vars(setup.trainer.args)["_setup_devices"] = torch.device("meta")
+    setup.trainer.accelerator.device_placement = False
+    return replace(setup, rank=replace(setup.rank, device="meta"))
+
+
+READ_PER_STEP = ["(2,) to the host", "a value of ()", "a value of ()"]
+"""Loss and largest gradient together; then, as each step is logged, the loss and the norm."""
+
+
+@pytest.mark.parametrize(
+    ("family", "batching", "checkpointing"),
+    [
+        ("llama", "packed", False),
+        ("llama", "packed", True),
+        ("llama", "sorted", False),
+        ("mistral", "packed", True),
+        ("phi3", "packed", False),
+        ("phi3", "packed", True),
+        ("phi3", "sorted", True),
+        ("longrope", "packed", False),
+        ("qwen2, window in the upper layer", "packed", False),
+        ("gemma3_text", "packed", True),
+        ("opt", "sorted", False),
+    ],
+)
+def test_a_step_of_several_passes_reads_the_device_once(
+    make_job: Maker, tiny_llama_dir: Path, tmp_path: Path, family: str, batching: str, checkpointing: bool
+) -> None:
+    folder = tmp_path / "model"
+    config = longrope_model().config if family == "longrope" else config_of(family)
+    config.vocab_size = 512  # the tokenizer's
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(tiny_llama_dir)).save_pretrained(folder)
+    job = make_job(
+        model=ModelSource(name=family, path=folder),
+        method="lora",
+        quantization=None,
+        encoding=Encoding(batching=batching),
+        tokens_per_pass=130,
+        training={"max_steps": 3, "gradient_checkpointing": checkpointing},
+    )
+    setup = on_meta(training_setup(job))
+    sizes = run_out_above(setup, 1000)
+    reads = HostReads()
+    with training_attention(setup), reads:
+        setup.trainer.train()
+    assert len(sizes) > 6
+    assert reads.found == 3 * READ_PER_STEP + ["a value of ()"]  # the last: the sum, when training ends
+
+
+class BreakAt(TrainerCallback):
+    """Calls `damage` before a step."""
+
+    def __init__(self, step: int, damage: Callable[[], object]) -> None:
+        self.step, self.damage = step, damage
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step + 1 == self.step:
+            self.damage()
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("what", ["the loss", "a gradient"])
+def test_fault_25_a_step_that_is_not_finite_ends_the_job_before_a_weight_changes(
+    make_job: Maker, what: str, number: float
+) -> None:
+    setup = training_setup(make_job(training={"max_steps": 3}, tokens_per_pass=150))
+    trained = {name: p for name, p in setup.model.named_parameters() if p.requires_grad}
+    first = next(iter(trained.values()))
+    before: dict[str, torch.Tensor] = {}
+
+    def damage() -> None:
+        before.update({name: p.detach().clone() for name, p in trained.items()})
+        if what == "a gradient":
+            first.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), number))
+        else:
+            norm: Any = setup.model.get_base_model().get_submodule("model.norm")
+            norm.weight.data[0] = number
+
+    setup.trainer.add_callback(BreakAt(2, damage))
+    with training_attention(setup), pytest.raises(DivergedError) as caught:
+        setup.trainer.train()
+    assert exit_code(caught.value) == 4
+    assert re.match(
+        rf"{what} became (nan|inf) at step 2; lower learning_rate \(now 0.01\)", str(caught.value)
+    )
+    assert before.keys() == trained.keys()
+    for name, weights in before.items():
+        torch.testing.assert_close(trained[name].detach(), weights, rtol=0, atol=0)
 
 
 def run_out_above(setup: TrainingSetup, tokens: int) -> list[int]:

@@ -67,12 +67,13 @@ def run(task: WorkerTask) -> None:
     """Load the shard of `task`, connect to the other ranks, and run what rank 0 broadcasts."""
     import torch
 
-    from runtime import models
+    from runtime import attention, models
     from runtime.serving.engine.create import free_bytes
     from runtime.serving.engine.model_runner import ModelRunner, Rank
     from runtime.serving.engine.parallel import shard
     from runtime.serving.engine.parallel.group import Group, PrepareModel, rendezvous
 
+    attention.disable_cudnn()
     torch.set_num_threads(task.threads)
     store = rendezvous(task.rendezvous, task.world)
     config = models.load_config(task.model)
