@@ -1,6 +1,6 @@
-"""`runtime manifest`: a Workspace as objects for `kubectl apply`, for clusters without the controller.
+"""`runtime manifest`: Workspaces as objects for `kubectl apply`, for clusters without the controller.
 
-Knows flags and YAML. The objects are made by runtime/workspace/kubernetes.py. Start at `manifest`.
+Knows flags. The objects are made by runtime/workspace/kubernetes. Start at `manifest`.
 """
 
 import logging
@@ -8,17 +8,30 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
-from runtime.workspace import kubernetes
+from runtime import hardware
+from runtime.cli.options import QUANTIZE, Quantize
+from runtime.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-File = Annotated[Path, typer.Argument(metavar="FILE", help="A Workspace manifest, for tuning or inference.")]
+API_KEY = "api-key"
+"""Key of the Secret that `--api-key-secret NAME` names."""
+
+File = Annotated[
+    Path, typer.Argument(metavar="FILE", help="A manifest with Workspaces, for tuning or inference.")
+]
 Image = Annotated[
     str, typer.Option(metavar="REF", help="This project's image, under the name by which the nodes pull it.")
 ]
-Gpus = Annotated[int, typer.Option(min=0, help="GPUs of each pod.")]
+Gpu = Annotated[
+    str | None,
+    typer.Option(metavar="GPU", help="The GPU of the nodes, where resource.instanceType does not tell it."),
+]
+Gpus = Annotated[
+    int | None,
+    typer.Option(min=0, help="GPUs to use of each node; all by default, 0 for nodes without any."),
+]
 ImageVolumes = Annotated[
     bool,
     typer.Option(
@@ -26,31 +39,64 @@ ImageVolumes = Annotated[
         help="Mount adapter images as volumes, not pull them (Kubernetes 1.35, or 1.33 with ImageVolume).",
     ),
 ]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="A training_config.yaml or inference_config.yaml, or a ConfigMap that holds one."),
+]
+Cpu = Annotated[str | None, typer.Option(metavar="QUANTITY", help="Processors to request, such as 4.")]
+Memory = Annotated[str | None, typer.Option(metavar="QUANTITY", help="Memory to request, such as 16Gi.")]
+CacheClaim = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="PersistentVolumeClaim that keeps downloaded weights, for all pods."),
+]
+ApiKeySecret = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[:KEY]",
+        help=f"Secret with the API key that clients must send, under '{API_KEY}' or KEY.",
+    ),
+]
 
 
-def manifest(file: File, image: Image, gpus: Gpus = 1, image_volumes: ImageVolumes = False) -> None:
-    """Print a Workspace as a Job, or a Deployment and a Service, for clusters without the controller."""
-    options = kubernetes.PodOptions(image=image, gpus=gpus, image_volumes=image_volumes)
+def manifest(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as flags
+    file: File,
+    image: Image,
+    config: Config = None,
+    gpu: Gpu = None,
+    gpus: Gpus = None,
+    quantize: Quantize = None,
+    image_volumes: ImageVolumes = False,
+    cpu: Cpu = None,
+    memory: Memory = None,
+    cache_claim: CacheClaim = None,
+    api_key_secret: ApiKeySecret = None,
+) -> None:
+    """Print Workspaces as Jobs, or Deployments and Services, for clusters without the controller."""
+    from runtime.workspace import kubernetes
+    from runtime.workspace.kubernetes import text
+
+    options = kubernetes.PodOptions(
+        image=image,
+        machine=hardware.named(gpu) if gpu else None,
+        gpus=gpus,
+        image_volumes=image_volumes,
+        config=config,
+        flags=("--quantize", quantize) if quantize else (),
+        settings=QUANTIZE.get(quantize, {}),
+        cpu=cpu,
+        memory=memory,
+        cache_claim=cache_claim,
+        api_key=_secret(api_key_secret) if api_key_secret is not None else None,
+    )
     objects, warnings = kubernetes.objects(file, options)
     for warning in warnings:
         log.warning("%s", warning)
-    typer.echo(
-        yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True), nl=False
-    )
+    typer.echo(text.dump(objects), nl=False)
 
 
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that writes multi-line texts as block scalars, and indents lists."""
-
-    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
-        super().increase_indent(flow, indentless=False)
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _text)
+def _secret(written: str) -> tuple[str, str]:
+    """Return the name and the key of `NAME` or `NAME:KEY`."""
+    name, colon, key = written.partition(":")
+    if not name or (colon and not key):
+        raise ConfigError(f"--api-key-secret {written}: expected NAME, or NAME:KEY")
+    return name, key or API_KEY

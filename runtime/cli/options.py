@@ -5,15 +5,14 @@ Does not know what a setting means. Start at `set_flags`.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import SecretStr
 
 from runtime.config import yaml_documents
 from runtime.errors import ConfigError
-
-KEY_VARIABLE = "RUNTIME_API_KEY"
+from runtime.serving.settings import API_KEY_VARIABLE
 
 DryRun = Annotated[
     bool,
@@ -30,6 +29,18 @@ Set = Annotated[
         "--set", metavar="KEY=VALUE", help="One setting, e.g. lora.r=8 or TrainingArguments.seed=1."
     ),
 ]
+QUANTIZE: dict[str | None, dict[str, Any]] = {
+    "nf4": {"quantization.bits": 4, "quantization.quant_type": "nf4"},
+    "int8": {"quantization.bits": 8},
+    "none": {"quantization": None},
+}
+"""The settings that `--quantize` stands for; "none" undoes what a manifest or a file asks for."""
+Quantize = Annotated[
+    Literal["nf4", "int8", "none"] | None,
+    typer.Option(
+        help="Quantise the base weights with bitsandbytes, to a quarter (nf4) or half (int8) of 16 bits."
+    ),
+]
 Processes = Annotated[
     int | None, typer.Option(min=1, help="Training processes on this machine; one per GPU by default.")
 ]
@@ -38,7 +49,7 @@ KeyFrom = Annotated[
     typer.Option(
         "--api-key-env",
         metavar="VARIABLE",
-        help=f"Environment variable that holds the API key; {KEY_VARIABLE} by default.",
+        help=f"Environment variable that holds the API key; {API_KEY_VARIABLE} by default.",
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Log everything; show tracebacks.")]
@@ -76,7 +87,7 @@ def port_variable(environ: Mapping[str, str]) -> int | None:
 
 def api_key(environ: Mapping[str, str], variable: str | None) -> SecretStr | None:
     """Return the key in `variable`, or in RUNTIME_API_KEY; ConfigError when a named one is not set."""
-    key: Any = environ.get(variable or KEY_VARIABLE)
+    key: Any = environ.get(variable or API_KEY_VARIABLE)
     if variable and not key:
         raise ConfigError(f"--api-key-env {variable}: this variable is not set, expected the key in it")
     return SecretStr(key) if key else None

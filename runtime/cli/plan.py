@@ -19,7 +19,7 @@ from runtime.errors import CapacityError, exit_code
 from runtime.hardware import Hardware
 from runtime.memory import serving, shape
 from runtime.memory.tuning import MemoryItem
-from runtime.serving.settings import ServeConfig
+from runtime.serving.fit import requested
 from runtime.tuning.settings import TuningJob
 from runtime.workspace import load_job, load_server
 from runtime.workspace.instances import gpus_of
@@ -160,7 +160,7 @@ def server_report(
     server = load_server(target, environ=environ, config=config, overrides=overrides).config
     support.check_server(server.model, server.quantization, machine)
     model = shape.of(server.model)
-    run = _serving_run(server, machine, model)
+    run = requested(server, machine, model)
     capacity = serving.forecast(model, run, machine)
     facts: dict[str, Any] = {
         "fits": capacity.fits,
@@ -187,18 +187,6 @@ def server_report(
         if capacity.fits
         else f"{model.name} leaves no memory for one sequence; {too_large}",
         facts=facts,
-    )
-
-
-def _serving_run(config: ServeConfig, machine: Hardware, model: shape.Shape) -> serving.ServingRun:
-    limits, quantization = config.limits, config.quantization
-    return serving.ServingRun(
-        sequences=limits.rows,
-        context_tokens=limits.context_tokens or model.context_tokens,
-        least_context_tokens=limits.context_tokens or serving.LEAST_CONTEXT_TOKENS,
-        dtype=hardware.compute_dtype(machine, config.model.dtype),
-        bits=quantization.bits if quantization else None,
-        double_quant=bool(quantization and quantization.double_quant),
     )
 
 

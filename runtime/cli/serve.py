@@ -6,16 +6,18 @@ Knows flags. Which settings they are lies in runtime/workspace. Start at `serve`
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from runtime import oci, ports
 from runtime.cli import render
 from runtime.cli.options import (
+    QUANTIZE,
     Debug,
     DryRun,
     KeyFrom,
+    Quantize,
     Set,
     api_key,
     port_variable,
@@ -25,13 +27,6 @@ from runtime.cli.options import (
 from runtime.errors import ConfigError
 from runtime.serving.settings import ServeConfig
 from runtime.workspace import load_server
-
-QUANTIZE: dict[str | None, dict[str, Any]] = {
-    "nf4": {"quantization.bits": 4, "quantization.quant_type": "nf4"},
-    "int8": {"quantization.bits": 8},
-    "none": {"quantization": None},
-}
-"""The settings that `--quantize` stands for; "none" undoes what a manifest or a file asks for."""
 
 Target = Annotated[
     str | None,
@@ -59,12 +54,6 @@ Port = Annotated[
     ),
 ]
 Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
-Quantize = Annotated[
-    Literal["nf4", "int8", "none"] | None,
-    typer.Option(
-        help="Quantise the base weights with bitsandbytes, to a quarter (nf4) or half (int8) of 16 bits."
-    ),
-]
 Combine = Annotated[
     bool | None,
     typer.Option(

@@ -13,6 +13,8 @@ from runtime import ports
 from runtime.config import Strict
 from runtime.model_source import ModelSource, Quantization
 
+API_KEY_VARIABLE = "RUNTIME_API_KEY"
+"""Environment variable with the API key, where no other one is named."""
 ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$"
 
 

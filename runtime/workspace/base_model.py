@@ -70,7 +70,10 @@ def warn_if_gated(settings: LayeredSettings, mounts: Mounts) -> None:
     preset = presets.matching(ModelSource(name=settings.get("model.name")))
     token = mounts.environ.get("HF_TOKEN") or mounts.environ.get("HUGGING_FACE_HUB_TOKEN")
     if preset and preset.gated and settings.get("model.path") is None and not token:
-        settings.warn(f"{preset.repository} is gated: accept its licence on the hub and set HF_TOKEN")
+        settings.warn(
+            f"{preset.repository} is gated: accept its licence on the hub and set HF_TOKEN, in a cluster by "
+            "the Secret that presetOptions.modelAccessSecret names"
+        )
 
 
 def apply_model(settings: LayeredSettings, section: ModelConfig, label: Label, mounts: Mounts) -> None:

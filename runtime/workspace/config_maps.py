@@ -35,9 +35,9 @@ def find(manifest: WorkspaceDocuments | None, key: str, mounted: Path) -> Config
     """
     wanted = _wanted(manifest)
     if manifest is not None:
-        chosen = _chosen(manifest, key, wanted)
-        if chosen is not None:
-            return of(chosen, key, str(manifest.file))
+        beside = chosen(manifest, key)
+        if beside is not None:
+            return of(beside, key, str(manifest.file))
     if mounted.is_file():
         return read(mounted, key)
     if manifest is not None and wanted and wanted not in STOCK:
@@ -56,7 +56,9 @@ def _wanted(manifest: WorkspaceDocuments | None) -> str:
     return spec.config if spec else ""
 
 
-def _chosen(manifest: WorkspaceDocuments, key: str, wanted: str) -> ConfigMap | None:
+def chosen(manifest: WorkspaceDocuments, key: str) -> ConfigMap | None:
+    """Return the ConfigMap beside the Workspace that it names, or the only one with `key`; see `find`."""
+    wanted = _wanted(manifest)
     if wanted:
         named = [each for each in manifest.config_maps if each.metadata.name == wanted]
     else:

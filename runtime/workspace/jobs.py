@@ -40,7 +40,7 @@ SIZES_WITHOUT_BFLOAT16 = re.compile(
 
 
 def load_job(
-    target: Path | str | None,
+    target: WorkspaceDocuments | Path | str | None,
     *,
     environ: Mapping[str, str],
     config: Path | None = None,
@@ -50,8 +50,8 @@ def load_job(
     """Return the tuning job that `target` describes, resolved.
 
     Args:
-        target: A manifest; or a preset, repository id or model directory; or None in a controller's pod,
-            where the mounts describe the job.
+        target: A manifest, read or its file; or a preset, repository id or model directory; or None in a
+            controller's pod, where the mounts describe the job.
         environ: The process environment.
         config: A training_config.yaml, or a ConfigMap with one; it wins over every other place.
         overrides: Flags. `--output` and `--data` hold lists of values; other keys are dotted settings of
@@ -66,7 +66,7 @@ def load_job(
     put_mounted_weights(settings, mounts)
     _apply_environment(settings, environ)
     require_model(settings)
-    where = str(target or file.where)
+    where = str(manifest.file if manifest else target or file.where)
     flags.apply(settings, overrides, where)
     _finish(settings, mounts, manifest)
     job = settings.build(TuningJob, "--set" if flags.dotted(overrides) else where)
@@ -78,16 +78,16 @@ def load_job(
 
 
 def _apply_target(
-    settings: LayeredSettings, target: Path | str | None, mounts: Mounts
+    settings: LayeredSettings, target: WorkspaceDocuments | Path | str | None, mounts: Mounts
 ) -> WorkspaceDocuments | None:
     """Lay the manifest or the model that the command line names under the rest; return the manifest."""
     if target is None:
         return None
-    if not is_manifest(target):
+    if not isinstance(target, WorkspaceDocuments) and not is_manifest(target):
         settings.put("name", _slug(str(target)), "command line")
         _choose_model(settings, str(target), "command line")
         return None
-    manifest = read(Path(target), "tuning")
+    manifest = target if isinstance(target, WorkspaceDocuments) else read(Path(target), "tuning")
     for warning in manifest.warnings:
         settings.warn(warning)
     _apply_manifest(settings, manifest, mounts)

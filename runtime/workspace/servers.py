@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def load_server(
-    target: Path | str | None,
+    target: WorkspaceDocuments | Path | str | None,
     *,
     environ: Mapping[str, str],
     config: Path | None = None,
@@ -46,8 +46,8 @@ def load_server(
     """Return the server that `target` describes, resolved.
 
     Args:
-        target: An inference manifest; or a preset, repository id or model directory; or None where a
-            controller mounted the weights.
+        target: An inference manifest, read or its file; or a preset, repository id or model directory; or
+            None where a controller mounted the weights.
         environ: The process environment; a variable named like an adapter is that adapter's strength.
         config: An inference_config.yaml, or a ConfigMap with one; it wins over every other place.
         overrides: Flags. `--adapter` holds a list of NAME=REFERENCE[@STRENGTH], `--vllm` vLLM's flags of a
@@ -58,7 +58,7 @@ def load_server(
     settings, mounts = LayeredSettings(), Mounts(root, environ)
     if overrides.get("engine") is not None:  # decides which keys of inference_config.yaml have an effect
         settings.put("engine", overrides["engine"], "flag")
-    manifest = read(Path(target), "inference") if target is not None and is_manifest(target) else None
+    manifest = _manifest(target)
     adapters: dict[str, AdapterSource] = {}
     if manifest is not None:
         adapters = _apply_manifest(settings, manifest, mounts)
@@ -71,7 +71,7 @@ def load_server(
     require_model(settings)
     warn_if_gated(settings, mounts)
     outside.warn(settings, manifest, mounts)
-    built = _build(settings, overrides, str(target or "mounts"))
+    built = _build(settings, overrides, str(manifest.file if manifest else target or "mounts"))
     sources = settings.origins(built)
     references.check_server(built, sources)
     return Resolved(built, sources, tuple(settings.warnings), _placeholders(built))
@@ -81,6 +81,12 @@ def _put_weights(settings: LayeredSettings, mounts: Mounts) -> None:
     put_mounted_weights(settings, mounts)
     if settings.get("served_name") is None and settings.get("model.name") is not None:
         settings.put("served_name", Path(settings.get("model.name")).name, "mounted weights")
+
+
+def _manifest(target: WorkspaceDocuments | Path | str | None) -> WorkspaceDocuments | None:
+    if target is None or isinstance(target, WorkspaceDocuments):
+        return target
+    return read(Path(target), "inference") if is_manifest(target) else None
 
 
 def _config(named: Path | None, manifest: WorkspaceDocuments | None, mounts: Mounts) -> ConfigDocument | None:

@@ -221,11 +221,14 @@ spec:
         refused="document 2 has no 'kind'; it goes into a ConfigMap",
     ),
     Written(
-        "one for tuning, one for serving: tune", TUNING + "---\n" + SERVING, {"name": "w"}, command="tune"
+        "one for tuning, one for serving: tune",
+        TUNING + "---\n" + serving("name: w", "name: v"),
+        {"name": "w"},
+        command="tune",
     ),
     Written(
         "one for tuning, one for serving: serve",
-        TUNING + "---\n" + SERVING,
+        TUNING + "---\n" + serving("name: w", "name: v"),
         {"served_name": "phi-4"},
         command="serve",
     ),
@@ -332,7 +335,10 @@ spec:
     ),
     Written(
         "some of a node's GPUs",
-        serving("resource: {", "resource: {partition: {mode: accelerator, count: 2}, "),
+        serving(
+            "resource: {instanceType: Standard_NC24ads_A100_v4",
+            "resource: {partition: {mode: accelerator, count: 2}, instanceType: Standard_NC96ads_A100_v4",
+        ),
         {"served_name": "phi-4"},
     ),
     Written(

@@ -1,0 +1,188 @@
+"""What of a Workspace Kubernetes would refuse, and what of it has no effect without the controller.
+
+Reads one Workspace and the documents beside it. Start at `refuse`; `ineffective` returns warnings.
+"""
+
+import base64
+import binascii
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from runtime import oci
+from runtime.errors import ConfigError
+from runtime.workspace.kubernetes import deployment, names, nodes, placement
+from runtime.workspace.kubernetes.pod import PodOptions
+from runtime.workspace.layers import find_placeholders
+from runtime.workspace.manifest import Document, WorkspaceDocuments
+from runtime.workspace.schema import PresetSpec, Source, TuningSpec, Workspace
+
+REGISTRY_KEY = ".dockerconfigjson"
+_WITH_EFFECT = {
+    deployment.ENABLE_LOAD_BALANCER,
+    placement.BYPASS,
+    "kaito.sh/runtime",  # load_server says what serves instead
+    "kaito.sh/disable-benchmark",  # there is none
+}
+
+
+def refuse(manifest: WorkspaceDocuments, others: Sequence[Document], options: PodOptions) -> None:
+    """Raise ConfigError for the first name, label, quantity or Secret that a cluster would not take."""
+    workspace, where = manifest.workspace, str(manifest.file)
+    _metadata(manifest)
+    _resource(workspace, where)
+    if workspace.preset is not None:
+        _preset(workspace.preset, f"{where}: {manifest.work}.preset.presetOptions")
+    if workspace.tuning is not None:
+        _tuning(workspace.tuning, f"{where}: tuning")
+    for adapter in workspace.inference.adapters if workspace.inference else ():
+        _source(adapter.source, f"{where}: inference.adapters {adapter.source.name}")
+    _options(options)
+    for secret, key, field in _secrets(manifest):
+        names.subdomain(secret, f"{where}: {field}")
+        _secret_beside(manifest, others, (secret, key))
+
+
+def _metadata(manifest: WorkspaceDocuments) -> None:
+    metadata, where = manifest.workspace.metadata, f"{manifest.file}: metadata"
+    several = manifest.workspace.resource.count > 1
+    if manifest.work == "inference" or several:
+        room = len(str(manifest.workspace.resource.count)) + 1 if manifest.work == "tuning" else 0
+        names.service(metadata.name, f"{where}.name (that of the Service too)", room=room)
+    else:
+        longest = names.LONGEST_LABEL  # the name is a label of the Job's pods
+        names.subdomain(metadata.name, f"{where}.name (a label of the pods too)", longest=longest)
+    if metadata.namespace:
+        names.label(metadata.namespace, f"{where}.namespace")
+    names.labels(metadata.labels, f"{where}.labels")
+    names.annotations(metadata.annotations, f"{where}.annotations")
+
+
+def _resource(workspace: Workspace, where: str) -> None:
+    resource = workspace.resource
+    names.label_value(resource.instance_type, f"{where}: resource.instanceType")
+    if resource.label_selector is not None:
+        field = f"{where}: resource.labelSelector"
+        names.labels(resource.label_selector.match_labels, f"{field}.matchLabels")
+        for expression in resource.label_selector.match_expressions:
+            names.label_key(expression.key, f"{field}.matchExpressions key")
+            for value in expression.values:
+                names.label_value(value, f"{field}.matchExpressions {expression.key}")
+    for node in resource.preferred_nodes:
+        names.subdomain(node, f"{where}: resource.preferredNodes")
+
+
+def _preset(preset: PresetSpec, field: str) -> None:
+    if preset.options.model_weights_pvc:
+        names.subdomain(preset.options.model_weights_pvc, f"{field}.modelWeightsPVC")
+    names.sub_path(preset.options.model_weights_sub_path, f"{field}.modelWeightsSubPath")
+
+
+def _tuning(spec: TuningSpec, field: str) -> None:
+    _source(spec.input, f"{field}.input")
+    if spec.output.volume is not None:
+        names.volume(spec.output.volume, f"{field}.output.volumeSource")
+    _in_a_registry(spec.output.image, f"{field}.output.image")
+
+
+def _source(source: Source, field: str) -> None:
+    if source.volume is not None:
+        names.volume(source.volume, f"{field}.volumeSource")
+    _in_a_registry(source.image, f"{field}.image")
+
+
+def _in_a_registry(image: str, field: str) -> None:
+    if image and not find_placeholders(image) and oci.parse(image).layout is not None:
+        raise ConfigError(f"{field} is {image!r}, a layout on a disk that pods do not have; name an image")
+
+
+def _options(options: PodOptions) -> None:
+    for flag, amount in (("--cpu", options.cpu), ("--memory", options.memory)):
+        if amount is not None:
+            names.quantity(amount, flag)
+    if options.cache_claim is not None:
+        names.subdomain(options.cache_claim, "--cache-claim")
+    if options.api_key is not None:
+        names.subdomain(options.api_key[0], "--api-key-secret")
+        names.secret_key(options.api_key[1], "--api-key-secret")
+
+
+def _secrets(manifest: WorkspaceDocuments) -> Iterator[tuple[str, str, str]]:
+    """Yield name, key and field of each Secret that the Workspace names."""
+    tuning, inference, preset = (
+        manifest.workspace.tuning,
+        manifest.workspace.inference,
+        manifest.workspace.preset,
+    )
+    if preset is not None:
+        field = f"{manifest.work}.preset.presetOptions"
+        if preset.options.model_access_secret:
+            yield preset.options.model_access_secret, "HF_TOKEN", f"{field}.modelAccessSecret"
+        for name in preset.options.image_pull_secrets:
+            yield name, REGISTRY_KEY, f"{field}.imagePullSecrets"
+    if tuning is not None:
+        if tuning.output.image_push_secret:
+            yield tuning.output.image_push_secret, REGISTRY_KEY, "tuning.output.imagePushSecret"
+        for name in tuning.input.image_pull_secrets:
+            yield name, REGISTRY_KEY, "tuning.input.imagePullSecrets"
+    for adapter in inference.adapters if inference else ():
+        for name in adapter.source.image_pull_secrets:
+            yield name, REGISTRY_KEY, f"inference.adapters {adapter.source.name} imagePullSecrets"
+
+
+def _secret_beside(manifest: WorkspaceDocuments, others: Sequence[Document], wanted: tuple[str, str]) -> None:
+    """Check a Secret that is in the file: in the Workspace's namespace, with the key that the pod reads."""
+    name, key = wanted
+    for document in others:
+        metadata = document.get("metadata")
+        if document["kind"] != "Secret" or not isinstance(metadata, dict) or metadata.get("name") != name:
+            continue
+        own, its = manifest.workspace.metadata.namespace, metadata.get("namespace")
+        if its and its != (own or its):
+            raise ConfigError(
+                f"{manifest.file}: Secret {name} is in namespace {its!r}, the Workspace in {own!r}, "
+                "expected the same"
+            )
+        held = {**_values(document, "data"), **_values(document, "stringData")}
+        if key not in held:
+            raise ConfigError(
+                f"{manifest.file}: Secret {name} has no key '{key}', which the pod reads; it has "
+                f"{', '.join(map(repr, held)) or 'none'}"
+            )
+
+
+def _values(document: Document, field: str) -> Mapping[str, Any]:
+    values = document.get(field)
+    return values if isinstance(values, dict) else {}
+
+
+def ineffective(manifest: WorkspaceDocuments, options: PodOptions, *, gpus: bool) -> Iterator[str]:
+    """Yield what the Workspace asks for and the objects do not carry out."""
+    workspace, name = manifest.workspace, manifest.file.name
+    preset = workspace.preset
+    if preset is not None and preset.options.image and preset.options.image != options.image:
+        field = f"{name} {manifest.work}.preset.presetOptions.image"
+        yield (
+            f"{field} is {preset.options.image!r}, which is not used: {options.image} runs, and the weights "
+            "come from the hub or from modelWeightsPVC"
+        )
+    if preset is not None and preset.access_mode == "private" and not preset.options.image:
+        yield f"{name} {manifest.work}.preset.accessMode is private, which has no effect without an image"
+    for annotation in workspace.metadata.annotations:
+        if annotation.startswith("kaito.sh/") and annotation not in _WITH_EFFECT:
+            yield f"{name} metadata.annotations {annotation} has no effect without the controller"
+    yield from nodes.warnings(workspace.resource, name, gpus=gpus)
+    if manifest.work == "inference" and deployment.wants_load_balancer(manifest) and options.api_key is None:
+        asked = f"{name} {deployment.ENABLE_LOAD_BALANCER}"
+        yield f"{asked}: anybody who reaches the address is served; give --api-key-secret"
+
+
+def wrong_secrets(others: Sequence[Document]) -> Iterator[str]:
+    """Yield the Secrets whose data is no base64: examples leave words there."""
+    for document in others:
+        if document["kind"] == "Secret":
+            for key, value in _values(document, "data").items():
+                try:
+                    base64.b64decode(str(value), validate=True)
+                except (binascii.Error, ValueError):
+                    name = document.get("metadata", {}).get("name")
+                    yield f"Secret {name}: data.{key} is no base64; write the value itself into stringData"
