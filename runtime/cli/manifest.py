@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from runtime import hardware
+from runtime import gpus as known_gpus
 from runtime.cli.options import QUANTIZE, Quantize
 from runtime.errors import ConfigError
 
@@ -26,7 +26,10 @@ Image = Annotated[
 ]
 Gpu = Annotated[
     str | None,
-    typer.Option(metavar="GPU", help="The GPU of the nodes, where resource.instanceType does not tell it."),
+    typer.Option(
+        metavar="GPU|TYPE|SIZE",
+        help=f"The GPUs of a node, in place of those of its instanceType: {known_gpus.EXAMPLES}; also '2x NAME'.",
+    ),
 ]
 Gpus = Annotated[
     int | None,
@@ -75,9 +78,10 @@ def manifest(  # noqa: PLR0913, PLR0917 - a command line has as many parameters 
     from runtime.workspace import kubernetes
     from runtime.workspace.kubernetes import text
 
+    named = known_gpus.named(gpu) if gpu else None
     options = kubernetes.PodOptions(
         image=image,
-        machine=hardware.named(gpu) if gpu else None,
+        machine=named.hardware if named else None,
         gpus=gpus,
         image_volumes=image_volumes,
         config=config,
@@ -89,7 +93,7 @@ def manifest(  # noqa: PLR0913, PLR0917 - a command line has as many parameters 
         api_key=_secret(api_key_secret) if api_key_secret is not None else None,
     )
     objects, warnings = kubernetes.objects(file, options)
-    for warning in warnings:
+    for warning in (*([named.assumed] if named and named.assumed else []), *warnings):
         log.warning("%s", warning)
     typer.echo(text.dump(objects), nl=False)
 

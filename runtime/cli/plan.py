@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from runtime import gpus, hardware, support, torch_build
+from runtime import gpus, support, torch_build
 from runtime.cli import render
 from runtime.cli.options import Config, Processes, Set, set_flags
 from runtime.errors import CapacityError, exit_code

@@ -4,6 +4,7 @@ Knows the fields and their rules, not files (manifest.py) and not what each valu
 `Workspace`.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -196,6 +197,11 @@ class Partition(Sparse):
     count: int = Field(1, ge=1)
     profile: str = Field("", pattern=r"^(?:[1-9]\d*g\.[1-9]\d*gb(?:[+.][a-z.]+)?)?$")
     """Name of a MIG slice, such as 2g.24gb."""
+
+    @property
+    def gigabytes(self) -> int:
+        """Memory of a MIG slice, as its profile says it."""
+        return int(re.split(r"[.g]", self.profile)[2])
 
     @model_validator(mode="after")
     def _profile_of_a_slice(self) -> "Partition":

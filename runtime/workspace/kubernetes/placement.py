@@ -7,7 +7,7 @@ write objects. Start at `of_server` and `of_job`.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from runtime import hardware, support
+from runtime import gpus, instance_types, support
 from runtime.errors import CapacityError, ConfigError, Failure
 from runtime.hardware import Hardware
 from runtime.memory import serving, shape
@@ -17,7 +17,7 @@ from runtime.serving.fit import requested
 from runtime.serving.settings import ServeConfig
 from runtime.tuning import fit
 from runtime.tuning.settings import TuningJob
-from runtime.workspace.instances import gpus_of
+from runtime.workspace.instances import NAME_THE_GPU, gpus_of
 from runtime.workspace.kubernetes.pod import PodOptions
 from runtime.workspace.manifest import WorkspaceDocuments
 
@@ -75,9 +75,9 @@ def of_server(manifest: WorkspaceDocuments, config: ServeConfig, options: PodOpt
     if options.gpus == 0:
         return Placement(nodes)
     if partition is not None and partition.mode == "mig":
-        name = f"nvidia.com/mig-{partition.profile.replace('+', '.')}"
-        planned = f"{manifest.file.name} resource.partition: memory is not planned for slices of a GPU"
-        return Placement(nodes * partition.count, 1, name, warnings=(planned,))
+        slices = _Node(1, gpus.named(f"{partition.gigabytes}GB").hardware)
+        placed = _divide(manifest, config, slices, nodes * partition.count)
+        return replace(placed, resource=f"nvidia.com/mig-{partition.profile.replace('+', '.')}")
     node = _node(manifest, options)
     if node.machine is None:
         if node.count == 1:
@@ -99,31 +99,31 @@ def _divide(manifest: WorkspaceDocuments, config: ServeConfig, node: _Node, node
         warning = f"memory is not planned, so each pod has one GPU: {error}"
         return Placement(nodes * node.count, 1, warnings=(*node.warnings, warning))
     refused = ""
-    for gpus in _divisors(node.count):
-        refused = _indivisible(model, config, gpus) if gpus > 1 else ""
-        if not refused and _fits(model, config, node.machine, gpus):
-            return Placement(nodes * (node.count // gpus), gpus, divided=gpus > 1, warnings=node.warnings)
+    for count in _divisors(node.count):
+        refused = _indivisible(model, config, count) if count > 1 else ""
+        if not refused and _fits(model, config, node.machine, count):
+            return Placement(nodes * (node.count // count), count, divided=count > 1, warnings=node.warnings)
     too_large = CapacityError(_too_large(model, config, node, refused))
     warnings = (*node.warnings, _vouched(manifest, too_large))
     return Placement(nodes, node.count, divided=node.count > 1, warnings=warnings)
 
 
-def _fits(model: Shape, config: ServeConfig, machine: Hardware, gpus: int) -> bool:
-    """Whether one sequence fits beside the weights on `gpus` together: all but CUDA's context is divided."""
-    together = gpus * machine.memory_bytes - (gpus - 1) * CONTEXT_BYTES["cuda"]
+def _fits(model: Shape, config: ServeConfig, machine: Hardware, count: int) -> bool:
+    """Whether one sequence fits beside the weights on `count` together: all but CUDA's context is divided."""
+    together = count * machine.memory_bytes - (count - 1) * CONTEXT_BYTES["cuda"]
     all_of_them = replace(machine, memory_bytes=together)
     return serving.forecast(model, requested(config, machine, model), all_of_them).fits
 
 
-def _indivisible(model: Shape, config: ServeConfig, gpus: int) -> str:
-    """Return why the model cannot be divided among `gpus`, "" where it can (engine/parallel/shard.py)."""
+def _indivisible(model: Shape, config: ServeConfig, count: int) -> str:
+    """Return why `count` GPUs cannot divide the model, "" where they can (engine/parallel/shard.py)."""
     size = model.dimensions
     if not model.family.own_layers:
         return f"{model.model_type} models cannot be divided among GPUs"
     if model.quantized is not None or config.quantization is not None:
         return "quantised weights cannot be divided among GPUs"
-    if size.heads % gpus or size.intermediate % gpus or (size.kv_heads % gpus and gpus % size.kv_heads):
-        return f"{size.heads} attention heads cannot be divided among {gpus} GPUs"
+    if size.heads % count or size.intermediate % count or (size.kv_heads % count and count % size.kv_heads):
+        return f"{size.heads} attention heads cannot be divided among {count} GPUs"
     return ""
 
 
@@ -133,7 +133,7 @@ def _too_large(model: Shape, config: ServeConfig, node: _Node, refused: str) -> 
     run = requested(config, machine, model)
     weights = serving.weights(model, run).size_bytes / 2**30
     kind = f"{node.count} x {machine.name}" if node.count > 1 else machine.name
-    larger = ", ".join(serving.fits_on(model, run)) or "none that is known here"
+    larger = ", ".join(serving.fits_on(model, run)[:5]) or "none that is known here"
     why = f"; {refused}" if refused else ""
     return (
         f"{model.name} ({weights:.0f} GiB of weights) does not fit on the GPUs of one node, {kind}{why}; one "
@@ -145,7 +145,7 @@ def _too_large(model: Shape, config: ServeConfig, node: _Node, refused: str) -> 
 def _node(manifest: WorkspaceDocuments, options: PodOptions) -> _Node:
     """Return the GPUs that a pod can have on one node: flags first, then the partition, then the type."""
     resource = manifest.workspace.resource
-    rented = _rented(manifest)
+    rented = _rented(manifest) if options.machine is None else None
     machine = options.machine or rented
     count = options.gpus or (resource.partition.count if resource.partition else 0)
     if rented is not None and count > rented.count:
@@ -153,14 +153,18 @@ def _node(manifest: WorkspaceDocuments, options: PodOptions) -> _Node:
         raise ConfigError(f"{field} is {count}, but {resource.instance_type} has {rented.count}")
     if machine is not None:
         return _Node(count or machine.count, replace(machine, count=1))
-    name = f"resource.instanceType {resource.instance_type} is" if resource.instance_type else "the GPU is"
-    warning = f"{manifest.file.name}: {name} not known here, so memory is not planned; name it with --gpu"
+    name = f"resource.instanceType {resource.instance_type}" if resource.instance_type else "the GPU"
+    hint = instance_types.hint(resource.instance_type) if resource.instance_type else ""
+    warning = (
+        f"{manifest.file.name}: {name} is not known here{hint}, so memory is not planned; {NAME_THE_GPU}"
+    )
     return _Node(count or 1, None, (warning,))
 
 
 def _rented(manifest: WorkspaceDocuments) -> Hardware | None:
-    found = gpus_of(manifest.file)
-    return hardware.named(found[0], count=found[1]) if found else None
+    """Return the GPUs of the instance type; None where it is not known."""
+    known = instance_types.find(manifest.workspace.resource.instance_type)
+    return gpus_of(manifest) if known is not None else None
 
 
 def _vouched(manifest: WorkspaceDocuments, error: CapacityError) -> str:

@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
-from runtime import hardware
+from runtime import gpus as known_gpus
 from runtime.errors import CapacityError, ConfigError
-from runtime.workspace.kubernetes import PodOptions
 from tests.workspace.kubernetes.test_objects import container_of, made, of_kind
 from tests.workspace.manifests import serving, tuning
 
@@ -84,7 +83,7 @@ def test_unknown_gpu_is_said_and_asked_for(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="name them with --gpu"):
         made(served("instanceType: Standard_Other"), tmp_path, gpus=4)
-    machine = hardware.named("A100-80GB")
+    machine = known_gpus.of_kind("A100-80GB")
     objects, _ = made(served("instanceType: Standard_Other"), tmp_path, gpus=4, machine=machine)
     assert of_kind("Deployment", objects)["spec"]["replicas"] == 4
 
@@ -97,10 +96,13 @@ def test_more_gpus_than_the_machine_has_are_refused(tmp_path: Path) -> None:
 
 
 def test_slices_are_requested_by_their_profile(tmp_path: Path) -> None:
-    objects, warnings = made(served("partition: {mode: mig, profile: 1g.10gb+me, count: 3}"), tmp_path)
+    objects, _ = made(
+        served("partition: {mode: mig, profile: 1g.20gb+me, count: 3}", "phi-4-mini-instruct"), tmp_path
+    )
     assert of_kind("Deployment", objects)["spec"]["replicas"] == 3
-    assert container_of(objects)["resources"]["limits"] == {"nvidia.com/mig-1g.10gb.me": 1}
-    assert any("not planned for slices" in warning for warning in warnings)
+    assert container_of(objects)["resources"]["limits"] == {"nvidia.com/mig-1g.20gb.me": 1}
+    with pytest.raises(CapacityError, match="does not fit on the GPUs of one node, GPU of 10 GB"):
+        made(served("partition: {mode: mig, profile: 1g.10gb}"), tmp_path)
 
 
 def test_inference_set_has_its_replicas(tmp_path: Path) -> None:
@@ -129,7 +131,3 @@ def test_tuning_that_does_not_fit_is_refused_as_by_plan(tmp_path: Path) -> None:
         made(text, tmp_path)
     vouched = text.replace("{name: w}", "{name: w, annotations: {kaito.sh/bypass-resource-checks: 'true'}}")
     assert any("bypass-resource-checks is set" in warning for warning in made(vouched, tmp_path)[1])
-
-
-def test_options_with_a_gpu_of_their_own_name_it() -> None:
-    assert PodOptions(image="x", machine=hardware.named("T4-16GB")).machine is not None
