@@ -28,7 +28,7 @@ Gpu = Annotated[
     str | None,
     typer.Option(
         metavar="GPU|TYPE|SIZE",
-        help=f"The GPUs of a node, in place of those of its instanceType: {known_gpus.EXAMPLES}; also '2x NAME'.",
+        help=f"A node's GPUs, where its instanceType does not tell: {known_gpus.EXAMPLES}; also '2x NAME'.",
     ),
 ]
 Gpus = Annotated[
