@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""Statuses after which the same request may succeed."""
+RETRIED = frozenset({408, 425, 429, *range(500, 600)} - {501, 505, 507, 511})
+"""Statuses after which the same request may succeed: proxies have their own above 511 (520, 524).
+
+Not implemented, HTTP version, storage full and network login stay as they are.
+"""
 LONGEST_WAIT_S = 30.0
 """The waits between tries double up to this."""
 LONGEST_RETRY_AFTER_S = 300.0

@@ -201,12 +201,12 @@ def test_tries_end_unless_there_is_progress() -> None:
         retries.failed(RetriableError("reset"))
 
 
-@pytest.mark.parametrize("status", [200, 206, 400, 401, 404, 409, 416, 501])
+@pytest.mark.parametrize("status", [200, 206, 400, 401, 404, 409, 416, 501, 505, 507, 511])
 def test_other_statuses_are_the_callers(status: int) -> None:
     net.raise_if_retriable(httpx.Response(status))
 
 
-@pytest.mark.parametrize("status", sorted(net.RETRIED))
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 520, 524, 599])
 def test_busy_statuses_are_tried_again_when_the_server_says(status: int) -> None:
     with pytest.raises(RetriableError, match=f"answered {status}: busy") as caught:
         net.raise_if_retriable(httpx.Response(status, headers={"Retry-After": "7"}), ": busy")

@@ -18,6 +18,9 @@ MOUNTED = (
     MOUNTED_SECRETS,
 )
 """Where the controller's versions mount `imagePushSecret` and the adapters' `imagePullSecrets`."""
+HOST_CERTIFICATES = (Path("/etc/docker/certs.d"), Path("/etc/containers/certs.d"))
+"""Folders with a folder of certificates per registry, `HOST[:PORT]/*.crt`, as Docker and podman read them."""
+_USER_CERTIFICATES = (".docker/certs.d", ".config/containers/certs.d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class AzureIdentity:
     """A pod's own identity (workload identity, or the managed identity of its node)."""
 
     client_id: str | None = None
-    """AZURE_CLIENT_ID; None asks for the node's default identity."""
+    """AZURE_CLIENT_ID; None asks for the node's system-assigned identity, which it need not have."""
     tenant_id: str | None = None
     """AZURE_TENANT_ID."""
     token_file: Path | None = None
@@ -59,6 +62,10 @@ class Access:
     """Allow plain HTTP, and HTTPS without checking the certificate."""
     ca_file: Path | None = None
     """Certificates to trust instead of the system's."""
+    ca_paths: tuple[Path, ...] = ()
+    """More of them, files and folders: what the environment names."""
+    host_certificates: tuple[Path, ...] = HOST_CERTIFICATES
+    """Folders with certificates for one registry each, trusted in addition."""
     cache: Path | None = None
     """Folder that keeps pulled blobs by digest; None keeps only what an interrupted pull needs."""
     sessions: Path | None = None
@@ -86,27 +93,40 @@ def from_environment(
     cache: Path | None = None,
 ) -> Access:
     """Return the access a process with this environment has; `files` are tried before all others."""
-    azure = None
-    if environment.get("AZURE_CLIENT_ID") or environment.get("AZURE_FEDERATED_TOKEN_FILE"):
-        token_file = environment.get("AZURE_FEDERATED_TOKEN_FILE")
-        azure = AzureIdentity(
-            client_id=environment.get("AZURE_CLIENT_ID"),
-            tenant_id=environment.get("AZURE_TENANT_ID"),
-            token_file=Path(token_file) if token_file else None,
-            authority=environment.get("AZURE_AUTHORITY_HOST"),
-        )
-    if ca_file is None and not environment.get("REQUESTS_CA_BUNDLE") and environment.get("SSL_CERT_FILE"):
-        ca_file = Path(environment["SSL_CERT_FILE"])  # as Go tools do; requests has its own variable
     # Never in a folder that all users share: an address that another one planted there would get the upload.
     private = any(environment.get(name) for name in ("RUNTIME_CACHE", "XDG_CACHE_HOME", "HOME"))
     return Access(
         files=tuple(dict.fromkeys([*files, *(file.path for file in credential_files(environment))])),
-        azure=azure,
+        azure=_azure_identity(environment),
         insecure=insecure,
         ca_file=ca_file,
+        ca_paths=() if ca_file else _ca_paths(environment),
+        host_certificates=(*HOST_CERTIFICATES, *(Path(home, name) for name in _USER_CERTIFICATES))
+        if (home := environment.get("HOME"))
+        else HOST_CERTIFICATES,
         cache=cache,
         sessions=cache_folder(environment) / "uploads" if private else None,
     )
+
+
+def _azure_identity(environment: Mapping[str, str]) -> AzureIdentity:
+    token_file = environment.get("AZURE_FEDERATED_TOKEN_FILE")
+    return AzureIdentity(
+        client_id=environment.get("AZURE_CLIENT_ID") or None,
+        tenant_id=environment.get("AZURE_TENANT_ID") or None,
+        token_file=Path(token_file) if token_file else None,
+        authority=environment.get("AZURE_AUTHORITY_HOST") or None,
+    )
+
+
+def _ca_paths(environment: Mapping[str, str]) -> tuple[Path, ...]:
+    """Return the files and folders of certificates that the variables of requests, curl and OpenSSL name."""
+    names = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
+    paths = [Path(environment[name]) for name in names if environment.get(name)]
+    folders = [Path(folder) for folder in environment.get("SSL_CERT_DIR", "").split(":") if folder]
+    # Lists of folders name those of several systems; one that is named alone has to be there.
+    paths += [folder for folder in folders if folder.is_dir()] or folders[:1]
+    return tuple(dict.fromkeys(paths))
 
 
 def credential_files(environment: Mapping[str, str]) -> tuple[CredentialFile, ...]:

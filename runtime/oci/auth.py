@@ -1,40 +1,31 @@
 """Logs in to a registry: answers its challenges with Basic credentials or a token, fetched when needed.
 
-Tokens are renewed a little before they expire, and once more when refused. When all credentials are
-refused, the error names registry, user and file of each. Start at `Login`.
+Each credential is tried by every way that the registry offers and it is good for. Tokens are renewed a little
+before they expire, and once more when refused. When all are refused, the error names registry, user and file
+of each, and every file and helper that had to be skipped. Start at `Login`.
 """
 
-import base64
 import fnmatch
-import json
-import re
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import requests
 
-from runtime.errors import RegistryError
+from runtime.errors import RegistryError, TransientError
 from runtime.net import RetriableError
-from runtime.oci import azure
+from runtime.oci import azure, challenges
+from runtime.oci.challenges import Challenge
 from runtime.oci.credentials import Credential, find
 from runtime.oci.reference import Reference
-from runtime.oci.transport import Transport, explain, raise_if_busy
+from runtime.oci.responses import explain
+from runtime.oci.tokens import LoginRefusedError, Token, TokenRequest, fetch
+from runtime.oci.transport import Outgoing, Transport
 
-_TOKEN_LIFETIME_S = 60.0
-"""Lifetime of a token whose issuer does not state one (the token specification's default)."""
-_PARAMETER = re.compile(r'(\w+)\s*=\s*(?:"([^"]*)"|([^\s,"]+))')
-
-
-@dataclass(slots=True)
-class _Token:
-    header: str
-    renew_at: float
-    """`time.monotonic()` from when on a new one is fetched first."""
-    accepted: bool = False
-    """Whether the registry accepted it at least once: then a refusal means expired, else not permitted."""
+_USED_FOR = {"password": {"bearer", "basic"}, "identity": {"bearer"}, "token": {"bearer"}}
+"""Schemes by kind of credential: neither a refresh token nor a ready token is sent as a password."""
+_ADVICE = "log in again, or fix the push secret and its rights"
 
 
 class Login:
@@ -44,15 +35,17 @@ class Login:
         self._transport, self._reference = transport, reference
         self._scopes = [f"repository:{reference.repository}:{actions}"]
         self._actions = actions
-        self._candidates = self._find()
-        self._credential: Credential | None = None
+        self._skipped: list[str] = []
         self._refusals: list[str] = []
-        self._challenge: dict[str, str] | None = None
-        self._token: _Token | None = None
+        self._challenges: list[Challenge] = []
+        self._asked_base = False
+        self._ways: Iterator[tuple[Credential | None, Challenge]] = iter(())
+        self._way: tuple[Credential | None, Challenge] | None = None
+        """The credential and the challenge that it answers; None before the first challenge."""
+        self._token: Token | None = None
         self._lock = threading.Lock()
         transport.authorize = self.authorize
-        transport.refused = self.refused
-        transport.accepted = self.accepted
+        transport.answered = self.answered
 
     def add_source(self, repository: str) -> None:
         """Ask for the right to read another repository too, to mount blobs from it."""
@@ -64,127 +57,147 @@ class Login:
     def authorize(self) -> str | None:
         """Return the Authorization header for the next request; None before the first challenge."""
         with self._lock:
-            if self._challenge is None:
-                return None
-            if self._challenge["scheme"] == "basic":
-                return self._credential.basic if self._credential else None
-            if self._token is None or time.monotonic() >= self._token.renew_at:
-                self._token = self._log_in()
-            return self._token.header
+            while self._way is not None:
+                if (header := self._header()) is not None:
+                    return header
+                if self._way is not None:
+                    self._log_in(*self._way)
+            return None
 
-    def refused(self, response: requests.Response, header: str | None) -> None:
-        """Prepare another try after a 401; RegistryError when no credential is left."""
+    def answered(self, response: requests.Response, header: str | None) -> bool:
+        """Take note of an answer; True when the request is worth another try with other credentials.
+
+        Raises RegistryError when access is denied and no credential is left.
+        """
         with self._lock:
-            if self._challenge is None:
-                self._challenge = _challenge(response, str(self._reference))
-                self._credential = next(self._candidates, None)
-            elif header is not None and self._challenge["scheme"] == "bearer":
-                if self._token is None or header != self._token.header:
-                    return  # another thread is renewing it
-                if not self._token.accepted:
-                    self._try_next(f"may not {self._actions}{explain(response)}")
-                self._token = None
-            elif header is not None:
-                self._try_next(f"refused{explain(response)}")
-            if self._challenge["scheme"] == "basic" and self._credential is None:
-                raise self._denied()
+            if response.status_code in {401, 403}:
+                if header is None:
+                    return self._challenged(response)
+                self._refused(response, header)
+                return True
+            if response.status_code == 404 and header is None and self._way is None:
+                return self._choose(self._ask_base())
+            if self._token is not None and header == self._token.header:
+                self._token.accepted = True
+            return False
 
-    def accepted(self) -> None:
-        """Note that the registry accepted the current token."""
-        if self._token is not None:
-            self._token.accepted = True
+    def _challenged(self, response: requests.Response) -> bool:
+        """Choose a way to log in after an anonymous request was refused; RegistryError without one."""
+        if self._way is not None:  # another thread has chosen
+            return True
+        offered = response.headers.get("WWW-Authenticate", "") if response.status_code == 401 else ""
+        if self._choose(challenges.parse(offered) or self._ask_base()):
+            return True
+        if self._challenges:
+            raise self._denied()
+        if response.status_code == 403:
+            raise RegistryError(f"{self._reference}: forbidden (403{explain(response)}); {_ADVICE}")
+        raise RegistryError(
+            f"{self._reference}: answers 401 without a usable WWW-Authenticate ({offered[:100]!r})"
+        )
 
-    def _find(self) -> Iterator[Credential]:
+    def _choose(self, offered: list[Challenge]) -> bool:
+        """Take the first credential for one of the challenges; whether there is one."""
+        self._challenges, self._ways = offered, self._find_ways()
+        self._skipped.clear()
+        self._way = next(self._ways, None)
+        return self._way is not None
+
+    def _ask_base(self) -> list[Challenge]:
+        """Return the challenges of the registry's base address: some hide private repositories behind 404."""
+        if self._asked_base:
+            return []
+        self._asked_base = True
+        try:
+            response = self._transport.plain(Outgoing("GET", urljoin(self._transport.base, "v2/"), {}))
+        except RetriableError:
+            return []
+        return (
+            challenges.parse(response.headers.get("WWW-Authenticate", ""))
+            if response.status_code == 401
+            else []
+        )
+
+    def _refused(self, response: requests.Response, header: str) -> None:
+        """Prepare another try after a 401 or 403; RegistryError when no credential is left."""
+        if self._way is None or header != self._last_header():
+            return  # another thread has prepared it
+        if response.status_code == 403:
+            self._next(f"forbidden (403{explain(response)})")
+        elif self._token is None:
+            self._next(f"refused{explain(response)}")
+        elif self._token.accepted:  # expired
+            self._token = None
+        else:
+            self._next(f"may not {self._actions}{explain(response)}")
+
+    def _header(self) -> str | None:
+        """Return the header to send, None when a token has to be fetched first."""
+        expired = self._token is not None and time.monotonic() >= self._token.renew_at
+        return None if expired else self._last_header()
+
+    def _last_header(self) -> str | None:
+        """Return the header of the present way, if only of an expired token."""
+        credential, challenge = self._way or (None, None)
+        if credential is not None and credential.kind == "token":
+            return f"Bearer {credential.secret}"
+        if credential is not None and challenge is not None and challenge.scheme == "basic":
+            return credential.basic
+        return self._token.header if self._token is not None else None
+
+    def _log_in(self, credential: Credential | None, challenge: Challenge) -> None:
+        """Fetch a token, or go on to the next way when the credential is refused."""
+        realm = urljoin(self._transport.base, challenge.realm)
+        request = TokenRequest(realm, challenge.service, tuple(self._scopes), credential)
+        try:
+            self._token = fetch(self._transport, request)
+        except LoginRefusedError as refusal:
+            self._next(str(refusal))
+
+    def _find_ways(self) -> Iterator[tuple[Credential | None, Challenge]]:
+        """Yield each credential with each challenge that it can answer; without any, a login without one."""
+        found = False
+        for credential in self._find_credentials():
+            for challenge in self._challenges:
+                if challenge.scheme in _USED_FOR[credential.kind] and (
+                    challenge.realm or challenge.scheme == "basic" or credential.kind == "token"
+                ):
+                    found = True
+                    yield credential, challenge
+                    if credential.kind == "token":
+                        break
+        if not found:
+            yield from ((None, each) for each in self._challenges if each.scheme == "bearer" and each.realm)
+
+    def _find_credentials(self) -> Iterator[Credential]:
         reference, access = self._reference, self._transport.access
-        yield from find(reference.registry, reference.repository, access)
+        yield from find(reference.registry, reference.repository, access, skipped=self._skipped)
         identity = access.azure
-        if identity and any(fnmatch.fnmatchcase(reference.registry, host) for host in identity.registries):
+        if identity is None or not any(
+            fnmatch.fnmatchcase(reference.registry.lower(), host) for host in identity.registries
+        ):
+            return
+        try:
             yield azure.refresh_token(identity, self._transport)
+        except RegistryError as error:
+            self._skipped.append(str(error))
+        except TransientError as error:
+            if identity.client_id or identity.token_file:  # else there need not be one
+                raise
+            self._skipped.append(str(error))
 
-    def _try_next(self, refusal: str) -> None:
-        """Switch to the next credential after `refusal` of the current one."""
-        self._refusals.append(f"{self._credential or 'without credentials'}: {refusal}")
-        self._credential = next(self._candidates, None)
-        if self._credential is None:
+    def _next(self, refusal: str) -> None:
+        """Go on to the next way, after `refusal` of the present one; RegistryError without one."""
+        credential = self._way[0] if self._way else None
+        self._refusals.append(f"{credential or 'without credentials'}: {refusal}")
+        self._token = None
+        self._way = next(self._ways, None)
+        if self._way is None:
             raise self._denied()
 
     def _denied(self) -> RegistryError:
-        tried = "; ".join(self._refusals) or "no credentials found"
+        tried = "; ".join([*self._skipped, *self._refusals]) or "no credentials found"
         return RegistryError(
             f"{self._reference}: the registry {self._reference.registry} refused to let us"
-            f" {self._actions} ({tried}); log in again or fix the push secret"
+            f" {self._actions} ({tried}); {_ADVICE}"
         )
-
-    def _log_in(self) -> _Token:
-        """Fetch a token with the first credential that is not refused."""
-        while True:
-            response = self._request_token()
-            if response.status_code == 200:
-                break
-            self._try_next(f"login refused with {response.status_code}{explain(response)}")
-        try:
-            reply = response.json()
-            token = str(reply.get("access_token") or reply["token"])
-            lifetime_s = float(reply.get("expires_in") or _jwt_lifetime_s(token) or _TOKEN_LIFETIME_S)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise RegistryError(f"{self._reference.registry}: its token server sent no token") from None
-        return _Token(f"Bearer {token}", time.monotonic() + lifetime_s - min(60.0, lifetime_s / 5))
-
-    def _request_token(self) -> requests.Response:
-        challenge = self._challenge or {}
-        realm = urljoin(f"{self._transport.prefix}://{self._transport.host}/", challenge.get("realm", ""))
-        if urlsplit(realm).scheme != "https" and self._transport.prefix == "https":
-            raise RegistryError(
-                f"{self._reference.registry}: asks to log in over plain HTTP at {realm!r}; refused"
-            )
-        fields: dict[str, object] = {"scope": self._scopes}
-        if challenge.get("service"):
-            fields["service"] = challenge["service"]
-        retries = self._transport.retries(f"log in at {urlsplit(realm).netloc}")
-        while True:
-            try:
-                response = self._exchange(realm, fields)
-                raise_if_busy(response)
-            except RetriableError as error:
-                retries.failed(error)
-            else:
-                return response
-
-    def _exchange(self, realm: str, fields: dict[str, object]) -> requests.Response:
-        credential = self._credential
-        if credential is not None and credential.kind == "identity":
-            form = {
-                "grant_type": "refresh_token",
-                "refresh_token": credential.secret,
-                "client_id": "workspace-runtime",
-            }
-            form |= {"scope": " ".join(self._scopes)} | {
-                k: str(v) for k, v in fields.items() if k == "service"
-            }
-            return self._transport.plain("POST", realm, data=form)
-        query = requests.models.PreparedRequest()
-        query.prepare_url(realm, fields)
-        headers = {"Authorization": credential.basic} if credential else {}
-        return self._transport.plain("GET", query.url or realm, headers=headers)
-
-
-def _challenge(response: requests.Response, where: str) -> dict[str, str]:
-    """Return scheme, realm and service of a 401."""
-    text = response.headers.get("WWW-Authenticate", "")
-    scheme, _, rest = text.partition(" ")
-    found = {key.lower(): quoted or bare for key, quoted, bare in _PARAMETER.findall(rest)}
-    if scheme.lower() == "bearer" and not found.get("realm"):
-        scheme = ""
-    if scheme.lower() not in {"bearer", "basic"}:
-        raise RegistryError(f"{where}: answers 401 without a usable WWW-Authenticate ({text[:100]!r})")
-    return found | {"scheme": scheme.lower()}
-
-
-def _jwt_lifetime_s(token: str) -> float | None:
-    """Return the seconds from issue to expiry of a JWT; clocks may differ, so its dates are not used."""
-    try:
-        body = token.split(".")[1]
-        claims = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
-        return max(1.0, float(claims["exp"]) - float(claims["iat"]))
-    except (ValueError, LookupError, TypeError):
-        return None

@@ -31,8 +31,8 @@ class Credential:
 
     user: str
     secret: str = field(repr=False)
-    kind: Literal["password", "identity"]
-    """"identity" is a refresh token to be exchanged, never sent as a password."""
+    kind: Literal["password", "identity", "token"]
+    """"identity" is a refresh token to be exchanged, "token" an access token: never passwords."""
     source: str
     """The file (or helper, or identity) it came from, for messages."""
 
@@ -42,17 +42,30 @@ class Credential:
         return "Basic " + base64.b64encode(f"{self.user}:{self.secret}".encode()).decode()
 
     def __str__(self) -> str:
-        return f"user {self.user!r} from {self.source}"
+        who = f"user {self.user!r}" if self.kind != "token" else "the registry token"
+        return f"{who} from {self.source}"
 
 
-def find(registry: str, repository: str, access: Access) -> Iterator[Credential]:
-    """Yield the credentials for a repository, file by file; unreadable files are logged and skipped."""
+class _UnusableError(Exception):
+    """A file or helper that may hold a credential and cannot be used."""
+
+
+def find(
+    registry: str, repository: str, access: Access, *, skipped: list[str] | None = None
+) -> Iterator[Credential]:
+    """Yield the credentials for a repository, file by file.
+
+    skipped: is given what cannot be used, which is logged, too: it may be why a login fails.
+    """
     seen: set[tuple[str, str]] = set()
     for path in _files(default_credential_files() if access.files is None else access.files):
-        document = _read(path)
-        if document is None:
+        try:
+            found = _from_document(_read(path), registry, repository, path)
+        except _UnusableError as error:
+            log.warning("%s", error)
+            if skipped is not None:
+                skipped.append(str(error))
             continue
-        found = _from_document(document, registry, repository, path)
         if found is not None and (found.user, found.secret) not in seen:
             seen.add((found.user, found.secret))
             yield found
@@ -77,18 +90,15 @@ def _files(locations: tuple[Path, ...]) -> Iterator[Path]:
             log.warning("%s: credentials cannot be read (%s)", location, error.strerror)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
     except OSError as error:
-        log.warning("%s: credentials cannot be read (%s)", path, error.strerror)
-        return None
-    except ValueError:
-        log.warning("%s: not JSON, expected a Docker config.json; skipped", path)
-        return None
+        raise _UnusableError(f"{path}: credentials cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise _UnusableError(f"{path}: not JSON, expected a Docker config.json; skipped") from None
     if not isinstance(document, dict):
-        log.warning("%s: not a JSON object, expected a Docker config.json; skipped", path)
-        return None
+        raise _UnusableError(f"{path}: not a JSON object, expected a Docker config.json; skipped")
     known = {"auths", "credHelpers", "credsStore"} & document.keys()
     return document if known else {"auths": document}  # a .dockercfg is the inner table alone
 
@@ -120,23 +130,36 @@ def _matches(key: str, registry: str, repository: str) -> bool:
 def _from_entry(entry: dict[str, Any], path: Path) -> Credential | None:
     user, password = str(entry.get("username") or ""), str(entry.get("password") or "")
     if entry.get("auth"):
-        try:
-            user, _, password = base64.b64decode(str(entry["auth"])).decode().partition(":")
-        except (binascii.Error, UnicodeDecodeError):
-            log.warning("%s: an 'auth' that is not base64 of user:password; skipped", path)
-            return None
+        decoded = _decode(str(entry["auth"]))
+        if decoded is not None:
+            user, password = decoded
+        elif not (password or entry.get("identitytoken") or entry.get("registrytoken")):
+            raise _UnusableError(f"{path}: an 'auth' that is not base64 of user:password; skipped")
+        else:
+            log.warning("%s: an 'auth' that is not base64 of user:password; its other fields are used", path)
+    if entry.get("registrytoken"):
+        return Credential("", str(entry["registrytoken"]), "token", str(path))
     if entry.get("identitytoken"):
         return Credential(user or NULL_GUID, str(entry["identitytoken"]), "identity", str(path))
-    if not password.strip("\0"):
+    if not password:
         return None
     return Credential(user, password, _kind(user), str(path))
 
 
+def _decode(auth: str) -> tuple[str, str] | None:
+    """Return user and password of an `auth` field, None when it has none."""
+    try:
+        user, colon, password = base64.b64decode(auth, validate=True).decode().partition(":")
+    except (binascii.Error, UnicodeDecodeError, ValueError):
+        return None
+    return (user, password.strip("\0")) if colon else None
+
+
 def _from_helper(helper: str, server: str, path: Path) -> Credential | None:
     program = f"docker-credential-{helper}"
+    source = f"{program} (named in {path})"
     if "/" in helper:
-        log.warning("%s: credential helper %r is not a plain name; skipped", path, helper)
-        return None
+        raise _UnusableError(f"{path}: credential helper {helper!r} is not a plain name; skipped")
     try:
         ended = subprocess.run(  # noqa: S603 - the user's own configuration names the program
             [program, "get"],
@@ -148,13 +171,13 @@ def _from_helper(helper: str, server: str, path: Path) -> Credential | None:
         answer = json.loads(ended.stdout)
         user, secret = str(answer["Username"]), str(answer["Secret"])
     except FileNotFoundError:
-        log.warning("%s: credential helper %s is not installed", path, program)
-        return None
-    except (subprocess.SubprocessError, ValueError, KeyError, TypeError):
+        raise _UnusableError(f"credential helper {source} is not installed") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"no answer in {_HELPER_TIMEOUT_S} s"
+        raise _UnusableError(f"credential helper {source} cannot be run ({reason})") from None
+    except (subprocess.SubprocessError, ValueError, KeyError, TypeError, RecursionError):
         # Helpers exit 1 for "no credentials" too, and their output may hold some: say no more.
-        log.info("%s: credential helper %s has nothing for %s", path, program, server)
-        return None
-    source = f"{program} (named in {path})"
+        raise _UnusableError(f"credential helper {source} has nothing for {server}") from None
     if user == "<token>":
         return Credential(NULL_GUID, secret, "identity", source)
     return Credential(user, secret, _kind(user), source)

@@ -16,8 +16,9 @@ from runtime.errors import RegistryError
 from runtime.files import disk_errors
 from runtime.net import RetriableError, first_byte, part_of
 from runtime.oci.blobs import READ_BYTES, Descriptor
+from runtime.oci.responses import raise_if_busy, unexpected
 from runtime.oci.store import Report
-from runtime.oci.transport import Transport, raise_if_busy, unexpected
+from runtime.oci.transport import Outgoing, Transport
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class BlobDownload:
 
     def _request_from(self, start: int) -> requests.Response:
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-        response = self.transport.send("GET", self.url, headers=headers, stream=True)
+        response = self.transport.send(Outgoing("GET", self.url, headers, stream=True))
         raise_if_busy(response)
         if first_byte(response, start) is not None:
             return response

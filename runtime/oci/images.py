@@ -6,6 +6,7 @@ folder appears complete or not at all. Does not know HTTP. Start at `push` and `
 
 import contextlib
 import json
+import logging
 import platform
 import shutil
 import tempfile
@@ -28,6 +29,8 @@ from runtime.oci.manifests import ImageManifest
 from runtime.oci.progress import Progress
 from runtime.oci.reference import Reference
 from runtime.oci.store import Report, Store, StoredManifest
+
+log = logging.getLogger(__name__)
 
 _PARALLEL = 4
 """Blobs transferred at once; more only adds memory (one chunk buffer each) on one link."""
@@ -194,10 +197,21 @@ def load_base(reference: Reference, scratch: Path, access: Access) -> BaseImage:
     return BaseImage(config, tuple(layers), str(reference), info.digest)
 
 
-def check_push(reference: Reference, *, access: Access = DEFAULT) -> None:
-    """Prove that a push to `reference` would be allowed, leaving nothing behind."""
+def check_push(reference: Reference, *, access: Access = DEFAULT, replaces: bool = False) -> None:
+    """Prove that a push to `reference` works, leaving nothing behind; warn when the tag exists.
+
+    replaces: the tag is one that is written again and again.
+    """
     with closing(open_store(reference, access)) as store:
         store.check_writable()
+        found = None if replaces else store.find(reference.selector)
+        if found is not None:
+            log.warning(
+                "%s exists (%s): the push will replace it, or fail where tags cannot be changed; another tag"
+                " keeps both",
+                reference,
+                found.digest,
+            )
 
 
 def inspect(reference: Reference, access: Access = DEFAULT) -> ImageInfo:

@@ -1,7 +1,7 @@
 """One repository in a registry, to push to and pull from.
 
-The addresses, tags and the session are oras'; uploads and downloads are ours (upload.py, download.py;
-transport.py says why). Start at `Repository`.
+The session is oras'; uploads and downloads are ours (upload.py, download.py; transport.py says why), and so are the
+addresses: oras takes `localhost` and a first name with a dot for something else. Start at `Repository`.
 """
 
 import contextlib
@@ -9,12 +9,8 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import requests
 
 from runtime.errors import RegistryError
-from runtime.net import RetriableError
 from runtime.oci import manifests
 from runtime.oci.access import Access
 from runtime.oci.auth import Login
@@ -22,9 +18,10 @@ from runtime.oci.blobs import Blob, Descriptor
 from runtime.oci.download import BlobDownload
 from runtime.oci.image import INDEX, MANIFEST
 from runtime.oci.reference import Reference
+from runtime.oci.responses import unexpected
 from runtime.oci.store import Report, StoredManifest, check_manifest
-from runtime.oci.transport import Transport, unexpected
-from runtime.oci.upload import BlobUrls, upload
+from runtime.oci.transport import Transport
+from runtime.oci.upload import BlobUrls, rehearse, upload
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +36,7 @@ class Repository:
         host = _HUB_HOST if reference.registry == "docker.io" else reference.registry
         self._reference = reference
         self._transport = Transport(host, access)
-        self._container = self._transport.get_container(
-            f"{host}/{reference.repository}:{reference.tag or 'latest'}"
-        )
+        self._base = f"{self._transport.base}v2/{reference.repository}"
         self._login = Login(self._transport, reference, "pull")
 
     def __str__(self) -> str:
@@ -55,26 +50,19 @@ class Repository:
 
     def close(self) -> None:
         """Close the connections."""
-        self._transport.session.close()
+        self._transport.close()
 
     def check_writable(self) -> None:
-        """Start an upload and cancel it."""
+        """Send a blob and cancel it."""
         with self.writing():
-            response = self._request(
-                "POST", self._container.upload_blob_url(), headers={"Content-Length": "0"}
-            )
-            if response.status_code != 202:
-                raise unexpected(response, f"{self}: starting an upload")
-            session = requests.compat.urljoin(response.url, response.headers.get("Location", ""))
-            # Not every registry deletes an upload on request; one that keeps it drops it after a while.
+            # One more right, to cancel: not every registry gives it, and none refuses to be asked.
             self._login = Login(self._transport, self._reference, "pull,push,delete")
-            with contextlib.suppress(RegistryError, RetriableError):
-                self._transport.send("DELETE", session)
+            rehearse(self._transport, self._uploads_url)
 
     def find(self, selector: str) -> StoredManifest | None:
         """Return the manifest under a tag or digest."""
-        url = self._container.manifest_url(selector)
-        response = self._request("GET", url, headers={"Accept": _ACCEPTED})
+        url = self._manifest_url(selector)
+        response = self._transport.do_request(url, headers={"Accept": _ACCEPTED})
         if response.status_code == 404:
             return None
         if response.status_code != 200:
@@ -89,10 +77,7 @@ class Repository:
 
     def put_blob(self, blob: Blob, report: Report, mount_from: str | None = None) -> None:
         """Upload `blob` unless the registry has it."""
-        urls = BlobUrls(
-            uploads=self._url(self._container.upload_blob_url()),
-            blob=self._url(self._container.get_blob_url(blob.descriptor.digest)),
-        )
+        urls = BlobUrls(uploads=self._uploads_url, blob=self._blob_url(blob.descriptor.digest))
         if mount_from:
             self._login.add_source(mount_from)
         try:
@@ -106,18 +91,19 @@ class Repository:
 
     def put_manifest(self, manifest: StoredManifest, selector: str) -> None:
         """Upload a manifest; RegistryError when the registry stored another one."""
-        url = self._container.manifest_url(selector)
         headers = {"Content-Type": manifest.media_type}
-        response = self._request("PUT", url, headers=headers, data=manifest.data)
-        if response.status_code not in {200, 201, 202}:
+        response = self._transport.do_request(
+            self._manifest_url(selector), "PUT", headers=headers, data=manifest.data
+        )
+        if not response.ok:
             raise unexpected(response, f"{self}: writing manifest {selector}")
-        stored = response.headers.get("Docker-Content-Digest", manifest.digest)
+        stored = response.headers.get("Docker-Content-Digest") or manifest.digest
         if stored != manifest.digest:
             raise RegistryError(f"{self}: stored manifest {stored} instead of {manifest.digest}; push again")
 
     def fetch(self, descriptor: Descriptor, path: Path, report: Report) -> None:
         """Download a blob to `path`, which a later try continues."""
-        url = self._url(self._container.get_blob_url(descriptor.digest))
+        url = self._blob_url(descriptor.digest)
         BlobDownload(self._transport, url, descriptor, str(self)).to(path, report)
 
     def delete(self, tag: str) -> bool:
@@ -127,7 +113,7 @@ class Repository:
             return False
         self._login = Login(self._transport, self._reference, "delete")
         try:
-            response = self._request("DELETE", self._container.manifest_url(manifest.digest))
+            response = self._transport.do_request(self._manifest_url(manifest.digest), "DELETE")
             deleted = response.status_code in {200, 202, 204, 404}
         except RegistryError:
             deleted = False
@@ -135,11 +121,15 @@ class Repository:
             log.warning("%s: the registry refused to delete tag %s; delete it by hand", self, tag)
         return deleted
 
-    def _request(self, method: str, address: str, **options: Any) -> requests.Response:
-        return self._transport.do_request(self._url(address), method, **options)
+    @property
+    def _uploads_url(self) -> str:
+        return f"{self._base}/blobs/uploads/"
 
-    def _url(self, address: str) -> str:
-        return f"{self._transport.prefix}://{address}"
+    def _blob_url(self, digest: str) -> str:
+        return f"{self._base}/blobs/{digest}"
+
+    def _manifest_url(self, selector: str) -> str:
+        return f"{self._base}/manifests/{selector}"
 
 
 def _stated_type(data: bytes) -> str:

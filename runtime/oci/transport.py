@@ -1,49 +1,83 @@
-"""HTTP to one registry: timeouts, bounded retries, authorization, and errors a user can act on.
+"""HTTP to one registry: timeouts, bounded retries, authorization, redirects one hop at a time.
 
 `Transport` is oras' `Registry` with its request function replaced: oras has no timeouts, retries only
-500 (and everything else for 131 s), and sends an expired token again. Start at `Transport.send`.
+500 (and everything else for 131 s), and sends an expired token again. Credentials go to the registry's own
+host and, by `log_in_at`, to its token server; nowhere else. Start at `Transport.send`.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import ssl
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import oras.provider
 import requests
 from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
+from runtime import addresses
 from runtime.errors import RegistryError
-from runtime.logs import redact
-from runtime.net import RETRIED, RetriableError, Retries, raise_if_retriable
+from runtime.net import RetriableError, Retries
+from runtime.oci import tls
 from runtime.oci.access import Access
 from runtime.oci.blobs import READ_BYTES
-
-MOST_BODY_BYTES = 4 << 20
-"""Manifests, tokens and error messages are read up to this size, that of the largest manifest taken."""
+from runtime.oci.hosts import host_of, is_loopback, same_host
+from runtime.oci.responses import (
+    raise_if_busy,
+    read_body,
+    readable_errors,
+    refused_by_proxy,
+    short,
+)
 
 Body = Callable[[], Any]
-"""Makes a new body for each try: a file-like object with a length."""
+"""Makes a new body for each try: a file-like object with a length, or a form."""
+_MOST_REDIRECTS = 8
+_STALL_S = 60.0
+"""How long a registry may not take a byte of a body: some pause while they move what they have to storage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A request before it is known where it will end."""
+
+    method: str
+    url: str
+    headers: Mapping[str, str]
+    body: Body | None = None
+    stream: bool = False
+    """Leave the body of the answer unread."""
+    patience_s: float = 0.0
+    """Seconds to wait for the answer beyond the usual: a registry stores a large blob before it answers."""
 
 
 class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untyped
-    """Requests to one registry host; `authorize` and `refused` are set by the login (auth.py)."""
+    """Requests to one registry host; `authorize` and `answered` are set by the login (auth.py)."""
 
     def __init__(self, host: str, access: Access):
-        verify: bool | str = str(access.ca_file) if access.ca_file else not access.insecure
-        super().__init__(hostname=host, insecure=False, tls_verify=verify)
-        self.host, self.access, self.verify = host, access, verify
-        self.session.mount("https://", _Adapter(pool_maxsize=16))
-        self.session.mount("http://", _Adapter(pool_maxsize=16))
+        super().__init__(hostname=host, insecure=False, tls_verify=not access.insecure)
+        self.host, self.access = host, access
+        self.session.trust_env = False  # netrc and CA variables; the proxies are looked up in `plain`
         self.session.headers["User-Agent"] = "workspace-runtime"
+        for scheme in ("https://", "http://"):
+            self.session.mount(scheme, _Adapter(tls.context(access, host)))
         self.authorize: Callable[[], str | None] = lambda: None
         """Returns the Authorization header for a request to the registry."""
-        self.refused: Callable[[requests.Response, str | None], None] = _raise_refused
-        """Takes a 401 and the header that got it; returns when another try makes sense, raises otherwise."""
-        self.accepted: Callable[[], None] = lambda: None
-        """Called when the registry accepted the header."""
-        if access.insecure or _is_loopback(host):
+        self.answered: Callable[[requests.Response, str | None], bool] = lambda response, header: False
+        """Takes each answer and the header that got it; True sends the request again."""
+        if access.insecure or is_loopback(host):
             self.prefix = self._probe()
+
+    @property
+    def base(self) -> str:
+        """The registry's own address."""
+        return f"{self.prefix}://{self.host}/"
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.session.close()
 
     def retries(self, what: str) -> Retries:
         """Return the retries of `what`, as many as the access settings allow."""
@@ -59,102 +93,129 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
         stream: bool = False,
     ) -> requests.Response:
         """Send an idempotent request until it is answered (overrides oras)."""
-        retries = self.retries(f"{method} {_short(url)}")
+        retries = self.retries(f"{method} {short(url)}")
+        request = Outgoing(method, url, headers or {}, (lambda: data) if data else None, stream)
         while True:
             try:
-                response = self.send(
-                    method, url, headers=headers, body=(lambda: data) if data else None, stream=stream
-                )
+                response = self.send(request)
                 raise_if_busy(response)
             except RetriableError as error:
                 retries.failed(error)
             else:
                 return response
 
-    def send(
-        self,
-        method: str,
-        url: str,
-        *,
-        headers: Mapping[str, str] | None = None,
-        body: Body | None = None,
-        stream: bool = False,
-    ) -> requests.Response:
-        """Send one request, again if the registry asks for credentials or newer ones.
+    def send(self, request: Outgoing) -> requests.Response:
+        """Send a request where redirects lead, each hop with credentials only at the registry's own host.
 
         Raises RetriableError when the connection broke, RegistryError when access is denied; the caller
-        handles all other statuses.
+        handles all other statuses. `url` of the response is that of the last hop.
         """
-        parts = urlsplit(url)
-        own = parts.netloc == self.host
-        if own:  # a registry behind a TLS proxy may return http URLs; credentials never go there
-            url = urlunsplit(parts._replace(scheme=self.prefix))
-        while True:
-            header = self.authorize() if own else None
-            sent = dict(headers or {}) | ({"Authorization": header} if header else {})
-            response = self.plain(method, url, headers=sent, data=body, stream=stream)
-            if response.status_code == 403 and own:
-                raise RegistryError(
-                    f"{_short(url)}: forbidden (403{explain(response)}); ask for the right to {method}"
-                )
-            if response.status_code != 401 or not own:
-                self.accepted()
+        for _ in range(_MOST_REDIRECTS):
+            response = self._send_authorized(request)
+            if not response.is_redirect:
                 return response
-            response.close()
-            self.refused(response, header)
+            request = _redirected(request, response)
+        raise RegistryError(f"{short(request.url)}: too many redirects; check the registry's address")
+
+    def log_in_at(
+        self, url: str, *, form: Mapping[str, str] | None = None, authorization: str | None = None
+    ) -> requests.Response:
+        """POST `form`, or GET with `authorization`, at a token server; redirects stay at its host.
+
+        RegistryError unless the address may be given credentials: over https, except on this machine or
+        where plain HTTP is allowed and the registry itself is spoken to in it.
+        """
+        headers = {"Authorization": authorization} if authorization else {}
+        body = (lambda: form) if form is not None else None
+        request = Outgoing("GET" if form is None else "POST", url, headers, body)
+        for _ in range(_MOST_REDIRECTS):
+            self._check_token_server(request.url)
+            response = self.plain(request, elsewhere=True)
+            if not response.is_redirect:
+                return response
+            request = _redirected(request, response)
+            if not same_host(request.url, url):
+                raise RegistryError(
+                    f"{short(url)}: redirects the login to {short(request.url)}; credentials do not follow"
+                )
+        raise RegistryError(f"{short(url)}: too many redirects; check the registry's token server")
 
     def plain(
-        self,
-        method: str,
-        url: str,
-        *,
-        headers: Mapping[str, str] | None = None,
-        data: Body | Mapping[str, Any] | None = None,
-        stream: bool = False,
+        self, request: Outgoing, *, elsewhere: bool = False, timeout: tuple[float, float] | None = None
     ) -> requests.Response:
-        """Send one request as it is; RetriableError when the connection broke."""
-        payload = data() if callable(data) else data
+        """Send one request as it is, no redirect followed; RetriableError when the connection broke.
+
+        elsewhere: the address came from outside, so that forbidden ones are refused.
+        timeout: seconds to connect and to wait, instead of the access settings'.
+        """
+        access, url = self.access, request.url
+        timeout = timeout or (access.connect_timeout_s, access.read_timeout_s + request.patience_s)
+        payload = request.body() if request.body else None
         try:
-            with self._readable_errors(url):
+            proxies = _proxies(url)
+            proxy = requests.utils.select_proxy(url, proxies)
+            with readable_errors(url, proxy):
+                if elsewhere:
+                    _check_address(url, resolve=proxy is None)
                 response: requests.Response = self.session.request(
-                    method,
+                    request.method,
                     url,
                     data=payload,
-                    headers=dict(headers or {}),
-                    stream=stream,
-                    verify=self.verify,
-                    timeout=(self.access.connect_timeout_s, self.access.read_timeout_s),
-                    # The node's metadata service answers on the node alone: a proxy would be another node.
-                    proxies={"no_proxy": "*"} if "//169.254." in url else None,
-                    auth=_keep_header,  # else requests looks into ~/.netrc and overwrites ours
+                    headers=dict(request.headers),
+                    stream=True,
+                    allow_redirects=False,
+                    timeout=timeout,
+                    proxies=proxies,
+                    auth=_keep_header,  # else requests takes user and password out of the URL
                 )
         finally:
             if isinstance(payload, _Closable):  # a body that was not read to its end keeps a file open
                 payload.close()
+        if response.status_code == 407:
+            raise refused_by_proxy(url, response, proxy)
+        if not request.stream or response.is_redirect:
+            read_body(response, url)
         return response
 
-    @contextlib.contextmanager
-    def _readable_errors(self, url: str) -> Iterator[None]:
-        """Turn the errors of requests into RetriableError, or RegistryError where a retry cannot help."""
+    def _send_authorized(self, request: Outgoing) -> requests.Response:
+        """Send one hop, again while the login has other credentials to try."""
+        own = self._is_own(request.url)
+        if own:  # a registry behind a TLS proxy may return http URLs; credentials never go there
+            parts = urlsplit(request.url)
+            request = replace(request, url=urlunsplit(parts._replace(scheme=self.prefix, netloc=self.host)))
+        while True:
+            header = self.authorize() if own else None
+            sent = (
+                replace(request, headers={**request.headers, "Authorization": header}) if header else request
+            )
+            response = self.plain(sent, elsewhere=not own)
+            if not own or not self.answered(response, header):
+                return response
+            response.close()
+
+    def _is_own(self, url: str) -> bool:
+        """Whether `url` is at the registry's host, by whatever scheme."""
         try:
-            yield
-        except requests.exceptions.SSLError as error:
-            if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                raise RegistryError(
-                    f"{self.host}: its certificate is not trusted; give the CA file, or check the host name"
-                ) from None
-            raise RetriableError(_reason(error)) from None
-        except requests.exceptions.TooManyRedirects:
-            raise RegistryError(f"{_short(url)}: too many redirects; check the registry's address") from None
-        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema):
-            raise RegistryError(f"{_short(url)}: the registry sent an address that cannot be used") from None
-        except (requests.exceptions.RequestException, OSError) as error:
-            raise RetriableError(_reason(error)) from None
+            return host_of(url) in {host_of(self.base), host_of(f"{urlsplit(url).scheme}://{self.host}")}
+        except ValueError:
+            raise RegistryError(f"{self.host}: sent an address that cannot be used") from None
+
+    def _check_token_server(self, url: str) -> None:
+        try:
+            parts, host = urlsplit(url), host_of(url)
+        except ValueError:
+            parts, host = urlsplit(""), ("", None)
+        if parts.scheme not in {"http", "https"} or not host[0] or "@" in parts.netloc:
+            raise RegistryError(f"{self.host}: names a token server that cannot be used ({short(url)!r})")
+        local = is_loopback(self.host) and is_loopback(host[0])
+        allowed = self.access.insecure and self.prefix == "http" and host[0] == host_of(self.base)[0]
+        if parts.scheme != "https" and not local and not allowed:
+            raise RegistryError(f"{self.host}: asks to log in over plain HTTP at {short(url)!r}; refused")
 
     def _probe(self) -> str:
         """Return "https" if the registry uses TLS, else "http"."""
         try:
-            self.plain("GET", f"https://{self.host}/v2/")
+            self.plain(Outgoing("GET", f"https://{self.host}/v2/", {}))
         except RetriableError:
             return "http"
         return "https"
@@ -166,94 +227,106 @@ class _Closable(Protocol):
 
 
 class _Adapter(HTTPAdapter):
-    """Reads bodies in large blocks (16 kB at a time costs as much CPU as TLS), and bounds all but blobs."""
+    """Our TLS settings, connections, and bodies in large blocks: 16 kB at a time costs as much CPU as TLS."""
+
+    def __init__(self, context: ssl.SSLContext):
+        self._context = context
+        super().__init__(pool_maxsize=16)
 
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
         super().init_poolmanager(*args, **options, blocksize=READ_BYTES)
+        self.poolmanager.pool_classes_by_scheme = _POOLS
 
-    def send(
-        self, request: requests.PreparedRequest, stream: bool = False, *args: Any, **options: Any
-    ) -> requests.Response:
-        response = super().send(request, stream, *args, **options)
-        if not stream or response.status_code not in {200, 206}:
-            response.raw = _BoundedBody(response.raw, _short(response.url))
-        return response
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        manager = super().proxy_manager_for(proxy, **options, blocksize=READ_BYTES)
+        manager.pool_classes_by_scheme = _POOLS
+        return manager
 
+    def build_connection_pool_key_attributes(
+        self, request: Any, verify: Any, cert: Any = None
+    ) -> tuple[Any, Any]:
+        where, _ = super().build_connection_pool_key_attributes(request, verify, cert)
+        return where, {"ssl_context": self._context, "cert_reqs": self._context.verify_mode}
 
-class _BoundedBody:
-    """The raw body of a response, of which at most MOST_BODY_BYTES are read, decoded."""
-
-    def __init__(self, raw: Any, where: str):
-        self._raw, self._where = raw, where
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._raw, name)
-
-    def stream(self, *args: Any, **options: Any) -> Iterator[bytes]:
-        """Yield the body; RegistryError when it is longer."""
-        left = MOST_BODY_BYTES
-        for chunk in self._raw.stream(*args, **options):
-            left -= len(chunk)
-            if left < 0:
-                self._raw.close()
-                raise RegistryError(
-                    f"{self._where}: answered with more than {MOST_BODY_BYTES >> 20} MiB;"
-                    " expected a manifest, a token or an error message"
-                )
-            yield chunk
+    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
+        """Do nothing: the TLS settings say what is trusted."""
 
 
-def raise_if_busy(response: requests.Response) -> None:
-    """Raise RetriableError for a status that asks to try again, with the registry's error message."""
-    if response.status_code in RETRIED:  # a body that is wanted must not be read here
-        raise_if_retriable(response, f" {response.reason}{explain(response)}")
+class _Connection(HTTPConnection):
+    """Closed before anything is sent when a name led to a forbidden address."""
+
+    def connect(self) -> None:
+        super().connect()
+        _connected(self)
 
 
-def unexpected(response: requests.Response, what: str) -> RegistryError:
-    """Return the error for a status that the protocol does not define."""
+class _TlsConnection(HTTPSConnection):
+    """The same, with TLS."""
+
+    def connect(self) -> None:
+        super().connect()
+        _connected(self)
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TlsPool(HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
+
+
+_POOLS = {"http": _Pool, "https": _TlsPool}
+
+
+def _connected(connection: HTTPConnection) -> None:
+    if connection.sock is None:
+        return
+    peer = str(connection.sock.getpeername()[0])
+    # Numeric hosts are checked, where they come from outside, before the connection.
+    if connection.host.strip("[]") != peer and addresses.forbidden(peer):
+        connection.close()
+        raise _forbidden(connection.host, peer)
+    connection.sock.settimeout(_STALL_S)
+
+
+def _check_address(url: str, *, resolve: bool) -> None:
+    """Raise RegistryError when `url` leads to a link-local or metadata address.
+
+    resolve: look names up too; not where a proxy does that.
+    """
+    parts = urlsplit(url)
+    name = parts.hostname or ""
+    if not resolve and not name.replace(".", "").isdigit() and ":" not in name:
+        return
+    found = addresses.forbidden_at(name, parts.port or 443)
+    if found:
+        raise _forbidden(name, found)
+
+
+def _forbidden(name: str, address: str) -> RegistryError:
     return RegistryError(
-        f"{what}: the registry answered {response.status_code} {response.reason}{explain(response)}"
+        f"{name}: leads to {address}, a link-local or metadata address; nothing is sent there"
     )
 
 
-def explain(response: requests.Response) -> str:
-    """Return the registry's error, ": CODE message", or "" without one."""
+def _proxies(url: str) -> dict[str, str]:
+    """Return the environment's proxies for `url`: none for this machine and the node's metadata service."""
+    host = urlsplit(url).hostname or ""
+    if is_loopback(host) or host.startswith("169.254."):
+        return {}
+    return dict(requests.utils.get_environ_proxies(url))
+
+
+def _redirected(request: Outgoing, response: requests.Response) -> Outgoing:
+    """Return the request that a redirect asks for: the same again (RFC 9110, 15.4), a GET after 303."""
     try:
-        first = response.json()["errors"][0]
-        words = f"{first.get('code', '')} {first.get('message', '')}".strip()
-    except (ValueError, LookupError, TypeError, AttributeError, requests.exceptions.RequestException):
-        return ""
-    return f": {redact(' '.join(words.split()))[:200]}" if words else ""
-
-
-def _raise_refused(response: requests.Response, header: str | None) -> None:
-    raise unexpected(response, _short(response.url))
-
-
-def _is_loopback(host: str) -> bool:
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    return name in {"localhost", "[::1]"} or name.startswith("127.")
-
-
-def _short(url: str) -> str:
-    """Return host and path: upload URLs carry state of a kilobyte in their query."""
-    parts = urlsplit(url)
-    return f"{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
-def _reason(error: Exception) -> str:
-    """Return what went wrong without the library's nesting of it."""
-    text = f"{type(error).__name__} {error}"
-    known = {
-        "timed out": "no answer in time",
-        "Connection refused": "connection refused",
-        "Connection reset": "connection reset",
-        "Name or service not known": "host name not found",
-        "Temporary failure in name resolution": "host name not found",
-        "RemoteDisconnected": "connection closed without an answer",
-        "IncompleteRead": "connection closed in the middle of the answer",
-    }
-    return next((plain for words, plain in known.items() if words in text), type(error).__name__)
+        url = urljoin(response.url, response.headers["Location"])
+    except ValueError:
+        raise RegistryError(f"{short(request.url)}: redirects to an address that cannot be used") from None
+    if response.status_code == 303 and request.method not in {"GET", "HEAD"}:
+        return Outgoing("GET", url, {}, stream=request.stream)
+    return replace(request, url=url)
 
 
 def _keep_header(request: requests.PreparedRequest) -> requests.PreparedRequest:

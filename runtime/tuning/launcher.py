@@ -104,9 +104,9 @@ def _preflight(job: TuningJob, access: oci.Access | None) -> None:
         raise CapacityError(
             f"output folder {folder} has {free >> 20} MiB free, expected {LEAST_FREE_BYTES >> 20} MiB or more"
         )
-    for image in (job.output.image, job.output.checkpoint_image):
+    for image, replaces in ((job.output.image, False), (job.output.checkpoint_image, True)):
         if image is not None and access is not None:
-            oci.check_push(oci.parse(image), access=access)
+            oci.check_push(oci.parse(image), access=access, replaces=replaces)
 
 
 @contextlib.contextmanager

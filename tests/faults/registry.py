@@ -32,10 +32,17 @@ class Fault:
     body: bytes = b""
     times: int = 1
     skip: int = 0
+    least: int = 0
+    """Only for bodies of this many bytes."""
     done: int = 0
 
-    def applies(self, method: str, path: str) -> bool:
-        if self.done >= self.times or not re.fullmatch(self.method, method) or not re.search(self.path, path):
+    def applies(self, method: str, path: str, length: int) -> bool:
+        if (
+            self.done >= self.times
+            or length < self.least
+            or not re.fullmatch(self.method, method)
+            or not re.search(self.path, path)
+        ):
             return False
         if self.skip:
             self.skip -= 1
@@ -116,7 +123,7 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         server.begun.append((method, path))
         with server.lock:
-            fault = next((f for f in server.faults if f.applies(method, path)), None)
+            fault = next((f for f in server.faults if f.applies(method, path, length)), None)
         if fault and fault.kind == "reset before":
             self.reset(0)
             return

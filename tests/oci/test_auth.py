@@ -159,19 +159,3 @@ def test_56_no_secret_reaches_a_log_line_or_a_message(
     assert "503" in text
     for secret in (canary, encoded("pusher", canary), "s3cret", encoded("pusher", "s3cret"), "eyJ"):
         assert secret not in text
-
-
-def test_token_over_plain_http_is_refused_for_a_tls_registry() -> None:
-    from types import SimpleNamespace
-
-    import requests
-
-    from runtime.oci.auth import Login
-
-    transport = SimpleNamespace(prefix="https", host="r.io", access=quick())
-    login = Login(transport, oci.parse("r.io/a"), "pull")  # type: ignore[arg-type]
-    response = requests.Response()
-    response.headers["WWW-Authenticate"] = 'Bearer realm="http://evil.net/token",service="r.io"'
-    login.refused(response, None)
-    with pytest.raises(RegistryError, match="plain HTTP"):
-        login.authorize()

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from pydantic import SecretStr
 
-from runtime import files, net, oci
+from runtime import addresses, files, net, oci
 from runtime.errors import DataError, TransientError
 from runtime.files import locked, write_atomic
 from runtime.net import DEFAULT_LIMITS, DownloadLimits
@@ -203,10 +203,6 @@ class _Address:
             check_address(str(peer[0]), url, allow_private=self._allow_private)
 
 
-METADATA = frozenset(map(ipaddress.ip_address, ("169.254.169.254", "100.100.100.200", "fd00:ec2::254")))
-"""Metadata services, which return a machine's credentials (AWS and Azure and GCP, Alibaba, AWS over IPv6)."""
-
-
 def check_url(url: str, *, allow_private: bool) -> None:
     """Raise DataError unless `url` is http(s) and its host resolves to allowed addresses only."""
     parts = urlsplit(url)
@@ -225,10 +221,8 @@ def check_url(url: str, *, allow_private: bool) -> None:
 
 def check_address(address: str, url: str, *, allow_private: bool) -> None:
     """Raise DataError when `address`, which `url` led to, must not be connected to."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(ip, "ipv4_mapped", None)
-    ip = mapped or ip
-    if ip.is_link_local or ip in METADATA or ip.is_multicast or ip.is_unspecified:
+    *_, ip = addresses.meanings(ipaddress.ip_address(address.partition("%")[0]))
+    if addresses.forbidden(address):
         raise DataError(f"{shown(url)}: leads to {ip}, a link-local or metadata address; it is never fetched")
     if not allow_private and (ip.is_private or ip.is_loopback):
         raise DataError(f"{shown(url)}: leads to the private address {ip}, and those are forbidden here")
