@@ -1,7 +1,8 @@
 """One repository in a registry, to push to and pull from.
 
-The session is oras'; uploads and downloads are ours (upload.py, download.py; transport.py says why), and so are the
-addresses: oras takes `localhost` and a first name with a dot for something else. Start at `Repository`.
+The session is oras'; uploads and downloads are ours (upload.py, download.py; transport.py says why), and so
+are the addresses: oras takes `localhost`, or a first name with a dot, for something else.
+Start at `Repository`.
 """
 
 import contextlib

@@ -47,7 +47,6 @@ def explain(response: requests.Response) -> str:
         TypeError,
         AttributeError,
         RecursionError,
-        RegistryError,
         RetriableError,
     ):
         return ""
@@ -65,7 +64,10 @@ def read_body(response: requests.Response, what: str) -> None:
         raise RetriableError(f"connection lost in the answer ({type(error).__name__})") from None
     if len(data) > MAX_BODY_BYTES:
         response.close()
-        raise RegistryError(f"{short(what)}: the answer is longer than {MAX_BODY_BYTES >> 20} MiB")
+        raise RegistryError(
+            f"{short(what)}: answered with more than {MAX_BODY_BYTES >> 20} MiB;"
+            " expected a manifest, a token or an error message"
+        )
     response.raw = io.BytesIO(data)
 
 

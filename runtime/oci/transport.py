@@ -157,16 +157,19 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
             with readable_errors(url, proxy):
                 if elsewhere:
                     _check_address(url, resolve=proxy is None)
-                response: requests.Response = self.session.request(
-                    request.method,
-                    url,
-                    data=payload,
-                    headers=dict(request.headers),
-                    stream=True,
-                    allow_redirects=False,
-                    timeout=timeout,
-                    proxies=proxies,
-                    auth=_keep_header,  # else requests takes user and password out of the URL
+                prepared = self.session.prepare_request(
+                    requests.Request(
+                        request.method,
+                        url,
+                        data=payload,
+                        headers=dict(request.headers),
+                        auth=_keep_header,  # else requests takes user and password out of the URL
+                    )
+                )
+                # By the adapter: a session would parse the address of a redirect, and read its whole body.
+                adapter = self.session.get_adapter(url)
+                response: requests.Response = adapter.send(
+                    prepared, stream=True, timeout=timeout, proxies=proxies
                 )
         finally:
             if isinstance(payload, _Closable):  # a body that was not read to its end keeps a file open

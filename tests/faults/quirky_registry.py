@@ -66,7 +66,6 @@ class Quirks:
     """basic, bearer, or both (Basic first, in one header; a token is needed)."""
     anonymous: int = 401
     """What a request without credentials gets, below /v2/."""
-    base_status: int | None = None
     strict_azure: bool = False
     """Refuse chunked transfer encoding, and a Content-Range with a unit."""
 
@@ -119,6 +118,8 @@ class QuirkyRegistry(http.server.ThreadingHTTPServer):
         self.token_answer: Callable[[dict[str, list[str]], dict[str, str]], Answer] = self._give_token
         self.challenges: list[str] = []
         """WWW-Authenticate headers instead of those of `quirks.auth`."""
+        self.forbids = ""
+        """An Authorization header that gets a 403."""
         self.slow_bytes_s: float | None = None
         self.elsewhere = None if beside else QuirkyRegistry(Quirks(), beside=self)
         threading.Thread(target=self.serve_forever, daemon=True, kwargs={"poll_interval": 0.05}).start()
@@ -225,6 +226,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return None
         if header == (BASIC if quirks.auth == "basic" else f"Bearer {TOKEN}"):
             return None
+        if header and header == self.server.forbids:
+            return _error(403, "DENIED", "expired")
         realm = self.server.realm or f"{self.server.scheme}://{self.server.host}/token"
         basic, bearer = 'Basic realm="R, with a comma"', f'Bearer realm="{realm}",service="r"'
         offered = {"basic": [basic], "bearer": [bearer], "both": [f"{basic}, {bearer}"]}.get(quirks.auth, [])

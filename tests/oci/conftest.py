@@ -9,7 +9,7 @@ import socket
 import subprocess
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from runtime import oci
 from runtime.oci import Access, Reference, parse
 from runtime.oci.blobs import Blob, BlobParts, from_bytes
 from runtime.oci.image import CONFIG, assemble
+from tests.faults.quirky_registry import Quirks, QuirkyRegistry
 from tests.faults.registry import FaultyRegistry
 from tests.faults.registry_tokens import TokenServer, make_certificate
 
@@ -129,6 +130,23 @@ def faulty(open_registry: Started) -> Iterator[FaultyRegistry]:
     yield server
     server.shutdown()
     server.server_close()
+
+
+Start = Callable[..., QuirkyRegistry]
+"""Starts a registry in memory with these quirks."""
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    started: list[QuirkyRegistry] = []
+
+    def make(quirks: Quirks | None = None, **each: object) -> QuirkyRegistry:
+        started.append(QuirkyRegistry(quirks or Quirks(**each)))  # type: ignore[arg-type]
+        return started[-1]
+
+    yield make
+    for server in started:
+        server.stop()
 
 
 @dataclass

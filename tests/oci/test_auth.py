@@ -12,7 +12,8 @@ from runtime import oci
 from runtime.errors import RegistryError
 from runtime.oci import Access
 from runtime.oci.credentials import NULL_GUID, find
-from tests.oci.conftest import AzureLike, Started, docker_config, encoded, fresh, quick, write
+from tests.faults.quirky_registry import PASSWORD, TOKEN, USER
+from tests.oci.conftest import AzureLike, Start, Started, docker_config, encoded, files, fresh, quick, write
 
 pytestmark = pytest.mark.system
 
@@ -159,3 +160,96 @@ def test_56_no_secret_reaches_a_log_line_or_a_message(
     assert "503" in text
     for secret in (canary, encoded("pusher", canary), "s3cret", encoded("pusher", "s3cret"), "eyJ"):
         assert secret not in text
+
+
+QUIRKY = {"user": USER, "password": PASSWORD}
+
+
+@pytest.mark.parametrize("wanted", ["basic", "bearer"])
+@pytest.mark.parametrize(
+    "offered",
+    [
+        ["BASIC", "BEARER"],
+        ["BEARER", "BASIC"],
+        ["BASIC, BEARER"],
+        ["BEARER, BASIC"],
+        ["Negotiate", "BASIC", "BEARER"],
+        ["Negotiate YII=, BEARER, BASIC"],
+    ],
+    ids=" | ".join,
+)
+def test_every_challenge_is_tried_in_any_order(
+    start: Start, tmp_path: Path, offered: list[str], wanted: str
+) -> None:
+    """A registry offers two ways to log in, one or the other of which works."""
+    server = start(auth=wanted)
+    words = {
+        "BASIC": 'Basic realm="R, S"',
+        "BEARER": f'Bearer realm="http://{server.host}/token",service="r"',
+    }
+    for word, challenge in words.items():
+        offered = [each.replace(word, challenge) for each in offered]
+    server.challenges = offered
+    oci.check_push(
+        fresh(server.host, "x"), access=quick(docker_config(tmp_path / "c.json", server.host, **QUIRKY))
+    )
+
+
+def test_useless_challenge_is_shown(start: Start) -> None:
+    server = start()
+    server.challenges = ["Negotiate"]
+    with pytest.raises(RegistryError, match=r"401 without a usable WWW-Authenticate.*Negotiate"):
+        oci.check_push(fresh(server.host, "x"), access=quick())
+
+
+@pytest.mark.parametrize("status", [403, 404])
+@pytest.mark.parametrize("auth", ["basic", "bearer"])
+def test_registry_that_hides_what_is_private_is_asked_at_its_base(
+    start: Start, adapter: Path, tmp_path: Path, status: int, auth: str
+) -> None:
+    server = start(auth=auth, anonymous=status)
+    access = quick(docker_config(tmp_path / "c.json", server.host, **QUIRKY))
+    reference = fresh(server.host, "x")
+    oci.push(adapter, reference, access=access)
+    assert files(oci.pull(reference, tmp_path / "back", access=access)) == files(adapter)
+    missing = r"no such image|no credentials found|without credentials: login refused with 401"
+    with pytest.raises(RegistryError, match=missing):
+        oci.pull(reference, tmp_path / "anonymous", access=quick())
+
+
+def test_registry_that_is_open_is_asked_at_its_base_once(start: Start, adapter: Path) -> None:
+    server = start()
+    oci.push(adapter, fresh(server.host, "x"), access=quick())
+    assert len(server.find("GET", "^/v2/$")) <= 2  # one of them to see whether it uses TLS
+
+
+def test_forbidden_credentials_are_followed_by_the_next(start: Start, tmp_path: Path) -> None:
+    """One cloud's registry answers 403 to a password that has expired."""
+    server = start(auth="basic")
+    stale = docker_config(tmp_path / "a.json", server.host, USER, "last-year")
+    good = docker_config(tmp_path / "b.json", server.host, **QUIRKY)
+    server.forbids = f"Basic {encoded(USER, 'last-year')}"
+    oci.check_push(fresh(server.host, "x"), access=quick(stale, good))
+    with pytest.raises(RegistryError, match=r"forbidden \(403: DENIED expired\).*fix the push secret"):
+        oci.check_push(fresh(server.host, "x"), access=quick(stale))
+
+
+def test_registry_token_is_sent_as_it_is(start: Start, tmp_path: Path) -> None:
+    server = start(auth="bearer")
+    config = write(tmp_path / "c.json", {"auths": {server.host: {"registrytoken": TOKEN}}})
+    oci.check_push(fresh(server.host, "x"), access=quick(config))
+    assert not server.find("GET|POST", "/token")
+    config = write(tmp_path / "c.json", {"auths": {server.host: {"registrytoken": "expired"}}})
+    with pytest.raises(RegistryError, match=r"the registry token from .*c\.json") as caught:
+        oci.check_push(fresh(server.host, "x"), access=quick(config))
+    assert "expired" not in str(caught.value)
+
+
+def test_missing_helper_and_broken_files_are_named_in_the_error(start: Start, tmp_path: Path) -> None:
+    server = start(auth="basic")
+    helper = write(tmp_path / "a.json", {"credHelpers": {server.host: "not-there"}})
+    (tmp_path / "b.json").write_text("{")
+    with pytest.raises(RegistryError) as caught:
+        oci.check_push(fresh(server.host, "x"), access=quick(helper, tmp_path / "b.json"))
+    assert "docker-credential-not-there" in str(caught.value)
+    assert "b.json: not JSON" in str(caught.value)

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from runtime import oci
 from runtime.errors import RegistryError
 from runtime.oci import upload
 from tests.faults.quirky_registry import BASIC, PASSWORD, USER, Quirks, QuirkyRegistry
-from tests.oci.conftest import docker_config, files, fresh, quick
+from tests.oci.conftest import Start, docker_config, files, fresh, quick
 
 REGISTRIES = {
     "acr": Quirks(auth="bearer", body_limit=20_000_000, state=True, strict_azure=True),
@@ -29,22 +28,6 @@ REGISTRIES = {
     "hidden": Quirks(auth="bearer", anonymous=404, put_status=204),
 }
 """What differs between registries, each with the login that it wants."""
-
-Start = Callable[..., QuirkyRegistry]
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts registries with these quirks."""
-    started: list[QuirkyRegistry] = []
-
-    def make(quirks: Quirks | None = None, **options: object) -> QuirkyRegistry:
-        started.append(QuirkyRegistry(quirks or Quirks(**options)))  # type: ignore[arg-type]
-        return started[-1]
-
-    yield make
-    for server in started:
-        server.stop()
 
 
 @pytest.fixture(scope="module")
