@@ -20,7 +20,7 @@ from runtime.oci.challenges import Challenge
 from runtime.oci.credentials import Credential, find
 from runtime.oci.reference import Reference
 from runtime.oci.responses import explain
-from runtime.oci.tokens import LoginRefusedError, Token, TokenRequest, fetch
+from runtime.oci.tokens import AccessToken, LoginRefusedError, TokenRequest, fetch
 from runtime.oci.transport import Outgoing, Transport
 
 _USED_FOR = {"password": {"bearer", "basic"}, "identity": {"bearer"}, "token": {"bearer"}}
@@ -42,7 +42,7 @@ class Login:
         self._ways: Iterator[tuple[Credential | None, Challenge]] = iter(())
         self._way: tuple[Credential | None, Challenge] | None = None
         """The credential and the challenge that it answers; None before the first challenge."""
-        self._token: Token | None = None
+        self._token: AccessToken | None = None
         self._lock = threading.Lock()
         transport.authorize = self.authorize
         transport.answered = self.answered

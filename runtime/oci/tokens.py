@@ -41,7 +41,7 @@ class TokenRequest:
 
 
 @dataclass(slots=True)
-class Token:
+class AccessToken:
     """An access token."""
 
     header: str = field(repr=False)
@@ -51,7 +51,7 @@ class Token:
     """Whether the registry accepted it at least once: then a refusal means expired, else not permitted."""
 
 
-def fetch(transport: Transport, request: TokenRequest) -> Token:
+def fetch(transport: Transport, request: TokenRequest) -> AccessToken:
     """Return a token; LoginRefusedError with the server's reason.
 
     Raises RegistryError when the server may not be asked, or breaks the protocol.
@@ -77,7 +77,7 @@ def fetch(transport: Transport, request: TokenRequest) -> Token:
             f"{transport.host}: its token server {short(request.realm)} sent no token"
         ) from None
     lifetime_s = stated if 0 < stated < _LONGEST_LIFETIME_S else _LIFETIME_S
-    return Token(f"Bearer {token}", time.monotonic() + lifetime_s - min(60.0, lifetime_s / 5))
+    return AccessToken(f"Bearer {token}", time.monotonic() + lifetime_s - min(60.0, lifetime_s / 5))
 
 
 def _ask(transport: Transport, request: TokenRequest) -> requests.Response:

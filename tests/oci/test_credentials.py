@@ -37,3 +37,66 @@ def test_longest_entry_wins_and_old_dockercfg_is_read(tmp_path: Path) -> None:
     config = write(tmp_path / ".dockercfg", table)
     (found,) = find("r.io", "team/a", Access(files=(config,)))
     assert (found.user, found.secret, found.source) == ("narrow", "2", str(config))
+
+
+@pytest.mark.parametrize(
+    "auth", ["%%%", encoded("only-a-user", "")[:-2], "AAAA", "cGxhaW4=", 7, {"a": 1}], ids=range(6)
+)
+def test_broken_auth_does_not_hide_good_fields(tmp_path: Path, auth: object) -> None:
+    entry = {"auth": auth, "username": "u", "password": "p"}
+    config = write(tmp_path / "config.json", {"auths": {"r.io": entry}})
+    (found,) = find("r.io", "a", Access(files=(config,)))
+    assert (found.user, found.secret, found.kind) == ("u", "p", "password")
+    entry = {"auth": auth, "identitytoken": "refresh"}
+    config = write(tmp_path / "config.json", {"auths": {"r.io": entry}})
+    (found,) = find("r.io", "a", Access(files=(config,)))
+    assert (found.secret, found.kind) == ("refresh", "identity")
+
+
+def test_registry_token_is_a_credential_of_its_own(tmp_path: Path) -> None:
+    entry = {"auth": encoded("u", "p"), "registrytoken": "ready"}
+    config = write(tmp_path / "config.json", {"auths": {"r.io": entry}})
+    (found,) = find("r.io", "a", Access(files=(config,)))
+    assert (found.secret, found.kind) == ("ready", "token")
+    assert "ready" not in f"{found} {found!r}"
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ({"auths": {"r.io": {"auth": "%%%"}}}, "not base64 of user:password"),
+        ({"credHelpers": {"r.io": "not-there"}}, "docker-credential-not-there (named in"),
+        ({"credsStore": "not-there"}, "is not installed"),
+        ({"credHelpers": {"r.io": "../bin/sh"}}, "not a plain name"),
+        ({"credHelpers": {"r.io": "forbidden"}}, "cannot be run (Permission denied)"),
+        ({"credHelpers": {"r.io": "empty"}}, "has nothing for r.io"),
+        ({"credHelpers": {"r.io": "nested"}}, "has nothing for r.io"),
+        ([], "not a JSON object"),
+    ],
+)
+def test_what_cannot_be_used_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, document: object, words: str
+) -> None:
+    programs = {
+        "forbidden": ("", 0o644),
+        "empty": ("exit 1", 0o755),
+        "nested": ("printf '[%.0s' $(seq 99999)", 0o755),
+    }
+    for name, (line, mode) in programs.items():
+        program = tmp_path / f"docker-credential-{name}"
+        program.write_text(f"#!/bin/sh\n{line}\n")
+        program.chmod(mode)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    skipped: list[str] = []
+    good = write(tmp_path / "good.json", {"auths": {"r.io": {"auth": encoded("u", "p")}}})
+    files = (write(tmp_path / "config.json", document), good)
+    assert [found.user for found in find("r.io", "a", Access(files=files), skipped=skipped)] == ["u"]
+    assert len(skipped) == 1
+    assert words in skipped[0]
+
+
+def test_file_that_nests_too_deep_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    skipped: list[str] = []
+    assert not list(find("r.io", "a", Access(files=(tmp_path / "config.json",)), skipped=skipped))
+    assert "not JSON" in skipped[0]
