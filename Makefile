@@ -35,9 +35,10 @@ format: $(VENV)/.installed-dev
 image:
 	docker/build.sh
 
-# QLoRA and decoding on this machine's GPU against the memory plan and the roofline; at most 8 minutes.
+# Eight steps on this machine's GPU: correctness, tuner and engine against the roofline, the commands; at most 6
+# minutes. By PYTHONPATH, without pip: see tests/bench/gpu/__main__.py.
 gpu: $(VENV)/.installed-dev
-	$(BIN)/python tests/bench/gpu.py
+	$(BIN)/python -m tests.bench.gpu
 
 # Tests that miss one of these skip and say so.
 system:
