@@ -35,7 +35,7 @@ def _compared(lines: list[Line]) -> list[str]:
     for kind in dict.fromkeys(line["case"].partition(" ")[0] for line in lines):
         mine = [line for line in lines if line["case"].startswith(kind)]
         for name in sorted(_COMPARED & mine[0].keys()):
-            worst = max(mine, key=lambda line: line[name])  # noqa: B023 - runs at once
+            worst = max(mine, key=lambda line: line[name])
             said = f"{len(mine)} cases right, most {name} {_short(worst[name])} in {worst['case']}"
             rows.append(f"{worst['step']}  {kind:<28} {said}"[:MOST_COLUMNS])
     return rows
