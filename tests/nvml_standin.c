@@ -88,8 +88,8 @@ int nvmlInitWithFlags(unsigned int flags) {
     return OK;
 }
 
+/* torch counts GPUs by this one. */
 int nvmlInit(void) { return nvmlInitWithFlags(0); }
-int nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
 
 int nvmlShutdown(void) {
     ANSWER(NULL);
@@ -133,13 +133,6 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned int index, Device **found) {
     int code = child(NULL, index, found);
     ANSWER(code ? NULL : *found);
     return code ? INVALID_ARGUMENT : OK;
-}
-
-int nvmlDeviceGetHandleByUUID(const char *uuid, Device **found) {
-    ANSWER(NULL);
-    for (int i = 0; i < device_count; i++)
-        if (!strcmp(devices[i].uuid, uuid)) return *found = &devices[i], OK;
-    return NOT_FOUND;
 }
 
 int nvmlDeviceGetName(Device *device, char *name, unsigned int length) {

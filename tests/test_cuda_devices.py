@@ -2,7 +2,6 @@
 
 import functools
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -167,5 +166,5 @@ def test_a_driver_older_than_mig_has_whole_gpus(nvml_process: NvmlProcess) -> No
     assert nvml_process.ask(machine, functools.partial(uuids, None)) == [V100.uuid]
 
 
-def test_a_driver_without_gpus_shows_none(nvml_process: NvmlProcess, tmp_path: Path) -> None:
+def test_a_driver_without_gpus_shows_none(nvml_process: NvmlProcess) -> None:
     assert nvml_process.ask(Machine(), functools.partial(uuids, "0")) == []

@@ -195,6 +195,14 @@ def test_only_oci_imports_oras() -> None:
     )
 
 
+def test_only_nvml_imports_pynvml() -> None:
+    no_offenders(
+        me
+        for me, path in MODULES.items()
+        if me != "runtime.nvml" and any(name.split(".")[0] == "pynvml" for name in imports(path))
+    )
+
+
 def test_the_environment_is_read_at_the_edges_only() -> None:
     no_offenders(
         me
