@@ -222,7 +222,8 @@ class Pod:
             return str(variable["value"])
         source = variable["valueFrom"]
         if "fieldRef" in source:
-            return {"metadata.name": self.name}[source["fieldRef"]["fieldPath"]]
+            index = "metadata.labels['apps.kubernetes.io/pod-index']"
+            return {"metadata.name": self.name, index: "0"}[source["fieldRef"]["fieldPath"]]
         reference = source["secretKeyRef"]
         found = self.objects.get(("Secret", reference["name"]))
         if found is None and reference.get("optional"):

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from runtime import adapters
+from runtime.model_source import ModelSource
 from runtime.serving.engine.protocol import Engine, Request, Sampling, Token
 
 WRONG_TOKEN = 3
@@ -16,8 +19,21 @@ WRONG_TOKEN = 3
 PROMPT = (5, 17, 230, 41, 9)
 
 
+SOURCE = ModelSource(name="tiny", repository="someone/tiny")
+
+
 def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(str(folder)).eval()
+
+
+def save_adapter(base: Path, folder: Path, *, rank: int, targets: list[str], seed: int = 0) -> None:
+    """Save a LoRA adapter for the model in `base`, with weights that change every answer."""
+    torch.manual_seed(seed)
+    model = get_peft_model(load(base), LoraConfig(r=rank, lora_alpha=32, target_modules=targets))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapters.save(model, folder, source=SOURCE)
 
 
 def make_request(

@@ -5,19 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
 
-from runtime import adapters, hardware
-from runtime.model_source import ModelSource
+from runtime import hardware
 from runtime.serving.engine.backends import vllm
 from runtime.serving.engine.backends.vllm_process import VllmProcess
 from runtime.serving.engine.prompt_lookup import PromptLookup
 from runtime.serving.settings import ServeConfig
 from tests.conftest import write_tiny_llama
-from tests.serving.engine.calls import Oracle, load
-
-SOURCE = ModelSource(name="tiny", repository="someone/tiny")
+from tests.serving.engine.calls import Oracle, save_adapter
 
 
 @pytest.fixture(scope="session")
@@ -57,15 +52,8 @@ def adapter_dirs(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory)
     for seed, (name, rank, targets) in enumerate(
         [("my.first-one", 4, ["q_proj", "v_proj"]), ("second", 8, ["gate_proj", "down_proj", "o_proj"])]
     ):
-        torch.manual_seed(seed)
-        model = get_peft_model(
-            load(tiny_llama_dir), LoraConfig(r=rank, lora_alpha=32, target_modules=targets)
-        )
-        for parameter_name, parameter in model.named_parameters():
-            if "lora_B" in parameter_name:
-                torch.nn.init.normal_(parameter, std=0.3)
         made[name] = tmp_path_factory.mktemp("adapters") / name
-        adapters.save(model, made[name], source=SOURCE)
+        save_adapter(tiny_llama_dir, made[name], rank=rank, targets=targets, seed=seed)
     return made
 
 
