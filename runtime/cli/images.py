@@ -66,24 +66,30 @@ def push(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     insecure: Insecure = False,
     ca_file: Ca = None,
 ) -> None:
-    """Push a folder as an image with its files under /data, and print the digest."""
+    """Push a folder as an image with its files under /data, and print the digest.
+
+    Of a job's output folder the adapter, tokenizer and report; of others all but hidden files and states of
+    training.
+    """
+    from runtime import packing
     from runtime.oci import image
     from runtime.oci.images import load_base, scratch_folder
     from runtime.oci.modelpack import build as build_modelpack
 
     target, access = oci.parse(reference), _access(context, auth, insecure, ca_file)
-    notes = _annotations(annotation or [])
     if base and modelpack:
         raise ConfigError("--base and --modelpack exclude each other: an artifact has no base image")
     source = oci.parse(base) if base else None
     mount = source.repository if source and source.registry == target.registry else None
+    chosen = packing.files(folder, file)
+    notes = packing.annotations(folder) | _annotations(annotation or [])
     with scratch_folder() as scratch:
 
         def build() -> image.Image:
             if modelpack:
-                return build_modelpack(folder, files=file, annotations=notes)
+                return build_modelpack(folder, files=chosen, annotations=notes)
             under = load_base(source, scratch, access) if source else None
-            return image.build(folder, scratch, files=file, annotations=notes, base=under)
+            return image.build(folder, scratch, files=chosen, annotations=notes, base=under)
 
         digest = oci.push_image(build, target, access=access, mount_from=mount or None)
     typer.echo(digest)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from runtime.errors import ConfigError
 from runtime.files import disk_errors
 from runtime.oci.blobs import (
     Blob,
@@ -28,15 +27,13 @@ from runtime.oci.blobs import (
     from_file,
     from_parts,
 )
+from runtime.oci.listing import list_files
 
 INDEX = "application/vnd.oci.image.index.v1+json"
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER_TAR = "application/vnd.oci.image.layer.v1.tar"
 LAYER_GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
-
-MARKER = ".oci.json"
-"""File by which `pull` recognises a folder that it made; it is never pushed."""
 
 _EPOCH = "1970-01-01T00:00:00Z"
 _MAX_RATIO = 0.9
@@ -125,26 +122,6 @@ def assemble(
     if annotations:
         manifest["annotations"] = dict(sorted(annotations.items()))
     return Image(_encode(manifest), (*layers, config))
-
-
-def list_files(folder: Path, files: Sequence[str] | None) -> list[str]:
-    """Return the sorted relative paths to push; ConfigError when one is missing or leads out of `folder`."""
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such directory, expected the folder to push")
-    if files is None:
-        found = [
-            p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MARKER
-        ]
-    else:
-        found = [PurePosixPath(name).as_posix() for name in files]
-        for name in found:
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise ConfigError(f"{name}: leads out of {folder}; expected a path inside it")
-            if not (folder / name).is_file():
-                raise ConfigError(f"{folder / name}: no such file, expected it in the image")
-    if not found:
-        raise ConfigError(f"{folder}: holds no files, nothing to push")
-    return sorted(set(found))
 
 
 def tar_parts(folder: Path, names: Iterable[str], root: str = "data") -> Iterable[BlobPart]:

@@ -23,8 +23,9 @@ from runtime.files import atomic_folder, disk_errors, locked
 from runtime.oci import contents, manifests
 from runtime.oci.access import DEFAULT, Access
 from runtime.oci.blobs import Descriptor, file_digest, from_file
-from runtime.oci.image import MARKER, BaseImage, Image, build
+from runtime.oci.image import BaseImage, Image, build
 from runtime.oci.layout import Layout
+from runtime.oci.listing import MARKER
 from runtime.oci.manifests import ImageManifest
 from runtime.oci.progress import Progress
 from runtime.oci.reference import Reference

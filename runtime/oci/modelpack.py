@@ -9,7 +9,8 @@ from pathlib import Path
 
 from runtime.oci.blobs import Blob, BlobPart, BlobParts, Descriptor, from_bytes, from_parts
 from runtime.oci.contents import FILE_PATH
-from runtime.oci.image import Image, assemble, list_files
+from runtime.oci.image import Image, assemble
+from runtime.oci.listing import list_files
 
 _CNCF = "application/vnd.cncf.model."
 _TYPES = {

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime import packing
 from runtime.files import write_atomic
 from runtime.tuning.settings import TuningJob
 
@@ -32,16 +33,16 @@ class OutputPaths:
 
     @property
     def report(self) -> Path:
-        return self.folder / "tuning_report.json"
+        return self.folder / packing.REPORT
 
     @property
     def page(self) -> Path:
         """The report as people open it."""
-        return self.folder / "report.html"
+        return self.folder / packing.PAGE
 
     @property
     def work(self) -> Path:
-        return self.folder / ".work"
+        return self.folder / packing.WORK
 
     @property
     def job(self) -> Path:

@@ -64,5 +64,5 @@ def test_chosen_files_alone_are_pushed(adapter: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["missing.json", "../adapter/x", "/etc/passwd"])
 def test_file_that_is_not_in_the_folder_is_refused(adapter: Path, tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=r"passwd|missing|out of"):
+    with pytest.raises(ConfigError, match=r"no such file|out of"):
         oci.push(adapter, oci.parse(f"oci:{tmp_path}/out"), files=[name])

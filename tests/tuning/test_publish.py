@@ -1,11 +1,19 @@
 """A finished job is published again, and not trained again."""
 
+import gzip
+import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from runtime.tuning import output
+import pytest
+
+from runtime import oci
+from runtime.cli import main
+from runtime.oci.access import DEFAULT
+from runtime.tuning import output, publish
 from runtime.tuning.settings import TuningJob
 
 RANK = """
@@ -39,3 +47,32 @@ def test_finished_job_is_published_again_by_rank_0_alone(
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*torchrun, script, resolved, out], check=True, timeout=120, capture_output=True)
     assert sorted(path.name for path in out.iterdir()) == ["ended-0", "ended-1", "published-0"]
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_tune_and_push_make_the_same_image_of_a_job_and_no_secret_is_in_it(
+    make_job: Callable[..., TuningJob], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = "https://store.example/rows.jsonl?sig=s3cr3t-signature"
+    job = make_job()
+    image = job.output.model_copy(update={"image": f"oci:{tmp_path}/tuned:v1"})
+    job = job.model_copy(update={"output": image, "data": job.data.model_copy(update={"urls": (url,)})})
+    paths = output.OutputPaths(job.output.folder)
+    paths.checkpoints.mkdir(parents=True)
+    (paths.checkpoints / "optimizer.pt").write_text("state")
+    paths.job.write_text(job.model_dump_json())
+    model = {"name": job.model.name, "repository": job.model.repository, "revision": job.model.revision}
+    paths.report.write_text(json.dumps({"job": job.name, "model": model, "data": {"files": []}}))
+    (paths.folder / "adapter_config.json").write_text("{}")
+    (paths.folder / "adapter_model.safetensors").write_bytes(random.Random(1).randbytes(100_000))
+    output.mark_done(job)
+    digest = publish.publish(job, DEFAULT)
+    assert main.run(["push", str(paths.folder), f"oci:{tmp_path}/pushed:v1"], {}) == 0
+    assert capsys.readouterr().out.strip() == digest
+    blobs = [path.read_bytes() for path in (tmp_path / "tuned").rglob("*") if path.is_file()]
+    blobs += [gzip.decompress(blob) for blob in blobs if blob.startswith(b"\x1f\x8b")]
+    assert any(b"adapter_config.json" in blob for blob in blobs)
+    assert not any(b"s3cr3t" in blob or b"job.json" in blob or b"optimizer" in blob for blob in blobs)
+    pulled = oci.pull(oci.parse(f"oci:{tmp_path}/pushed:v1"), tmp_path / "pulled")
+    assert main.run(["push", str(pulled), f"oci:{tmp_path}/again:v1"], {}) == 0
+    assert capsys.readouterr().out.strip() == digest
