@@ -132,13 +132,10 @@ def _documents(pack: Pack) -> Tensor:
 
 def _ours(pack: Pack) -> Tensor:
     """The tuner's attention, given what its batches hold."""
-    inputs = collate(pack.rows, "packed", pad_id=0).inputs
-    beside = {
-        name: value.to(pack.query.device) if isinstance(value, Tensor) else value
-        for name, value in inputs.items()
-        if name not in ("input_ids", "position_ids")
-    }
-    out, _ = packed_attention.attention(torch.nn.Module(), pack.query, pack.key, pack.value, None, **beside)
+    lengths = collate(pack.rows, "packed", pad_id=0).document_lengths
+    out, _ = packed_attention.attention(
+        torch.nn.Module(), pack.query, pack.key, pack.value, None, document_lengths=lengths
+    )
     return out
 
 
