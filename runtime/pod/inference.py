@@ -6,6 +6,7 @@ effect here are ignored, with one log line. Start at `transformers_server` and `
 
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,10 @@ def transformers_server(
     settings["combine_adapters"] = True  # as KAITO's own runtime does: /chat answers with all of them
     settings |= _dtype(options.get("torch_dtype"), "--torch_dtype")
     for bits in (4, 8):
-        if f"load_in_{bits}bit" in options and flags.truth(options[f"load_in_{bits}bit"]):
+        if _is_true(options, f"load_in_{bits}bit"):
             settings["quantization.bits"] = bits
     target = _target(options.get("pretrained_model_name_or_path"))
-    allowed = "allow_remote_files" in options and flags.truth(options["allow_remote_files"])
-    if target is not None and not allowed:
+    if target is not None and not _is_true(options, "allow_remote_files"):
         settings["model.local_files_only"] = True
     return load_server(target, environ=_with_strengths(environ, root), overrides=settings, root=root)
 
@@ -84,6 +84,7 @@ def vllm_server(
     if words.stray:
         raise ConfigError(f"unexpected {words.stray[0]!r}: expected flags, as in --max-model-len=4096")
     options = {"port": str(port(words.flags, environ)), "api_key": environ.get("VLLM_API_KEY")} | words.flags
+    _warn_of_download_folder(options.get("download_dir"))
     file = options.get("kaito_config_file")
     overrides = {
         "--adapter": [*_adapters_in(options.get("kaito_adapters_dir")), *_lora_modules(options)],
@@ -118,6 +119,16 @@ def _lora_modules(options: Flags) -> list[str]:
                 raise ConfigError(f"--lora-modules {word}: expected name and path") from None
         words.append(word)
     return words
+
+
+def _warn_of_download_folder(folder: str | None) -> None:
+    """Say where weights go when the folder for them, which inference_api.py sets, cannot be written."""
+    if folder and not os.access(folder, os.W_OK):
+        log.warning(
+            "--download-dir %s is missing or cannot be written by user %s: weights go to the default cache",
+            folder,
+            os.geteuid(),
+        )
 
 
 def download_folder(arguments: Sequence[str]) -> str | None:
@@ -165,6 +176,16 @@ def _dtype(written: str | None, flag: str) -> dict[str, Any]:
     if dtype not in ("float16", "float32"):
         raise ConfigError(f"{flag} is {written!r}, expected auto, bfloat16, float16 or float32")
     return {"model.dtype": dtype}
+
+
+def _is_true(options: Flags, flag: str) -> bool:
+    """Whether a flag is given and true; ConfigError for a word that is neither true nor false."""
+    if flag not in options:
+        return False
+    truth = flags.truth(options[flag])
+    if truth is None:
+        raise ConfigError(f"--{flag} is {options[flag]!r}, expected true or false")
+    return truth
 
 
 def _number(text: str | None, where: str) -> int:

@@ -19,6 +19,7 @@ from runtime.serving.engine.create import create
 from runtime.serving.generation_config import end_ids, sampling_defaults
 from runtime.serving.lifecycle import ServedModel
 from runtime.serving.settings import AdapterSource, ServeConfig
+from runtime.serving.settings import check as check_settings
 from runtime.serving.tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
@@ -115,8 +116,7 @@ def _model(
             log.warning("--parallel %s: one process, so the model is not divided", config.parallel)
         model = models.load(config.model, hardware=devices, device=device, quantization=config.quantization)
         return model, None, None
-    if config.quantization is not None:
-        raise ConfigError("--parallel tp divides whole weights: leave the quantisation out, or one GPU")
+    check_settings(config.model_copy(update={"processes": processes}))
     import torch
 
     from runtime.serving.engine.model_runner import Rank

@@ -11,6 +11,7 @@ from pydantic import Field, SecretStr
 
 from runtime import ports
 from runtime.config import Strict
+from runtime.errors import ConfigError
 from runtime.model_source import ModelSource, Quantization
 
 API_KEY_VARIABLE = "RUNTIME_API_KEY"
@@ -106,3 +107,15 @@ class ServeConfig(Strict):
     """Time after SIGTERM in which requests are still accepted while /readyz already answers 503."""
     drain_timeout_s: float = Field(25.0, ge=0)
     """Time from then to the exit. Answers in flight have it to finish, less at most 5 s for closing."""
+
+
+def check(config: ServeConfig) -> None:
+    """Raise ConfigError for settings that do not go together: before a dry run ends, or a server starts."""
+    quantization = config.quantization
+    if config.adapter_root is not None and config.api_key is None:
+        raise ConfigError("adapter_root needs an API key: only known clients may load adapters")
+    if quantization is not None and config.engine == "vllm" and quantization.bits != 4:
+        raise ConfigError("--engine vllm quantises to nf4 only: use --quantize nf4, or --engine own")
+    divided = config.engine == "own" and config.parallel == "tp" and (config.processes or 1) > 1
+    if quantization is not None and divided:
+        raise ConfigError("--parallel tp divides whole weights: leave the quantisation out, or one GPU")

@@ -23,23 +23,26 @@ def check_job(job: TuningJob, sources: Mapping[str, str]) -> None:
     }
     for setting, image in images.items():
         if image is not None:
-            _check(image, sources.get(setting, setting))
+            _check(image, sources.get(setting, setting), read=not setting.startswith("output"))
 
 
 def check_server(config: ServeConfig, sources: Mapping[str, str]) -> None:
     """Raise ConfigError, naming its source, for an image of the server that no registry can have."""
     if config.model.image is not None:
-        _check(config.model.image, sources.get("model.image", "model.image"))
+        _check(config.model.image, sources.get("model.image", "model.image"), read=True)
     for adapter in config.adapters:
         if not oci.is_path(adapter.reference) and not Path(adapter.reference).exists():
-            _check(adapter.reference, f"{sources.get('adapters', 'adapters')} {adapter.name}")
+            _check(adapter.reference, f"{sources.get('adapters', 'adapters')} {adapter.name}", read=True)
 
 
-def _check(image: str, source: str) -> None:
+def _check(image: str, source: str, *, read: bool) -> None:
+    """Refuse a wrong name and, where the image is to be read, a layout that is not there."""
     if find_placeholders(image):
         return  # Resolved.ready refuses it; a dry run shows the rest
     try:
-        oci.parse(image)
+        layout = oci.parse(image).layout
     except ConfigError as error:
         hint = "; a shell variable in it has not been replaced" if "$" in image else ""
         raise ConfigError(f"{source}: {error}{hint}") from None
+    if read and layout is not None and not layout.is_dir():
+        raise ConfigError(f"{source}: no OCI layout in directory {layout}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from runtime.config import describe, nearest, parse
 from runtime.errors import ConfigError
-from runtime.serving.settings import AdapterSource, ServeConfig
+from runtime.serving.settings import AdapterSource, ServeConfig, check
 from runtime.workspace import config_maps, outside, references, vllm_flags
 from runtime.workspace.base_model import (
     chat_template,
@@ -96,14 +96,15 @@ def _config(named: Path | None, manifest: WorkspaceDocuments | None, mounts: Mou
 
 
 def _build(settings: LayeredSettings, overrides: Mapping[str, Any], where: str) -> ServeConfig:
-    """Return the settings with the flags that name one laid over them."""
+    """Return the settings with the flags that name one laid over them; ConfigError where they contradict."""
+    built = settings.build(ServeConfig, where)  # an error in a layer below must not be blamed on the flags
     flags = {name: value for name, value in overrides.items() if not name.startswith("--")}
-    if not flags:
-        return settings.build(ServeConfig, where)
-    settings.build(ServeConfig, where)  # an error in a layer below must not be blamed on the flags
     for name, value in flags.items():
         _put(settings, name, value)
-    return settings.build(ServeConfig, "--set")
+    if flags:
+        built = settings.build(ServeConfig, "--set")
+    check(built)
+    return built
 
 
 def adapter_flag(word: str) -> AdapterSource:

@@ -230,3 +230,17 @@ def test_both_inference_apis_serve_and_drain(tiny_llama_dir: Path, tmp_path: Pat
     _, result = controller_reads((tmp_path / "report").read_text())
     assert result["vllm_total_tpm"] > 0
     assert result["ttft_avg_ms"] > 0
+
+
+@pytest.mark.parametrize("flag", ["load_in_4bit", "load_in_8bit", "allow_remote_files"])
+def test_word_that_is_neither_true_nor_false_is_refused(flag: str, pod: Path) -> None:
+    with pytest.raises(ConfigError, match=f"--{flag} is 'maybe', expected true or false"):
+        transformers_server([*HEAD[:-2], f"--{flag}=maybe"], {}, pod)
+
+
+def test_download_folder_that_cannot_be_written_is_named(pod: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        vllm_server([f"--download-dir={pod}"], {}, pod)
+        assert not caplog.messages
+        vllm_server([f"--download-dir={pod}/missing"], {}, pod)
+    assert any("missing is missing or cannot be written by user" in line for line in caplog.messages)

@@ -377,6 +377,11 @@ spec:
         SERVING + '  adapters: [{source: {name: a, image: "MyAcr.azurecr.io/Adapters/A:1"}}]\n',
         refused="inference.adapters a: .*lower-case",
     ),
+    Written(
+        "layout that is not there",
+        SERVING + '  adapters: [{source: {name: a, image: "oci:/nowhere/adapters:1"}}]\n',
+        refused="inference.adapters a: no OCI layout in directory /nowhere/adapters",
+    ),
     # --- what only a cluster has
     Written(
         "options of the preset",

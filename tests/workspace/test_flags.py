@@ -71,12 +71,14 @@ def test_output_flag_replaces_the_placeholders(tmp_path: Path) -> None:
 def test_data_flag_takes_file_directory_address_and_image(tmp_path: Path) -> None:
     file = tmp_path / "rows.parquet"
     file.touch()
+    (tmp_path / "layout").mkdir()
+    layout = f"oci:{tmp_path}/layout:data"
     results = {
         word: load(SEED, tmp_path, overrides={"--data": [word]}).config.data
-        for word in (str(file), str(tmp_path), "https://x.example/y.parquet", "oci:layout:data")
+        for word in (str(file), str(tmp_path), "https://x.example/y.parquet", layout)
     }
     assert results[str(file)].file == file
     assert results[str(tmp_path)].folder == tmp_path
     assert results["https://x.example/y.parquet"].urls == ("https://x.example/y.parquet",)
-    assert results["oci:layout:data"].image == "oci:layout:data"
+    assert results[layout].image == layout
     assert [bool(data.urls) for data in results.values()] == [False, False, True, False]

@@ -72,8 +72,10 @@ def test_engine_settings_of_inference_config_are_taken_or_named(tmp_path: Path) 
     ],
 )
 def test_adapter_flag_holds_reference_and_strength(
-    word: str, reference: str, strength: float, tmp_path: Path
+    word: str, reference: str, strength: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "d").mkdir()
+    monkeypatch.chdir(tmp_path)
     adapter = load_server(
         "phi-4", environ={}, root=tmp_path, overrides={"--adapter": [word]}
     ).config.adapters[0]

@@ -29,6 +29,7 @@ from runtime.serving.http.admin import AdapterLoader
 from runtime.serving.http.app import create_app
 from runtime.serving.lifecycle import Lifecycle, ServedModel
 from runtime.serving.settings import ServeConfig
+from runtime.serving.settings import check as check_settings
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ def run(config: ServeConfig, *, access: Access | None = None, load: Load | None 
     `access` holds the credentials for adapters in registries. Raises ConfigError when the port cannot be
     bound or the GPU cannot be used, and the Failure that loading ended with.
     """
+    check_settings(config)
     check_hardware(config)
     hardware.limit_kernel_caches()
     with garbage_collection.paused():
@@ -107,8 +109,6 @@ def run(config: ServeConfig, *, access: Access | None = None, load: Load | None 
     access = access or Access()
     adapter_loader = None
     if config.adapter_root is not None:
-        if config.api_key is None:
-            raise ConfigError("adapter_root needs an API key: only known clients may load adapters")
         add = partial(loading.add_adapter, base=config.model.repository, access=access)
         adapter_loader = AdapterLoader(config.adapter_root, add)
     with bind(config.host, config.port) as listener:

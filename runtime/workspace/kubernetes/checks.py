@@ -96,6 +96,7 @@ def _in_a_registry(image: str, field: str) -> None:
 
 
 def _options(options: PodOptions) -> None:
+    _in_a_registry(options.image, "--image")
     for flag, amount in (("--cpu", options.cpu), ("--memory", options.memory)):
         if amount is not None:
             names.quantity(amount, flag)

@@ -4,6 +4,7 @@ The Workspace itself goes, with its configuration and nothing else of the file, 
 pod reads with `runtime tune FILE` or `runtime serve FILE`; other documents are passed on. Start at `objects`.
 """
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from runtime.workspace.layers import Resolved
 from runtime.workspace.manifest import ManifestFile, WorkspaceDocuments, read_file
 from runtime.workspace.servers import load_server
 
+READS = "workspace-runtime/reads"
+"""Annotation of a pod: digest of the ConfigMap that it reads."""
 _CLUSTER_SCOPED = (
     "ClusterRole ClusterRoleBinding CustomResourceDefinition Namespace PersistentVolume PriorityClass "
     "RuntimeClass StorageClass"
@@ -77,9 +80,18 @@ def _workspace(
         placed = placement.of_server(manifest, server.config, options)
         size = _weights_bytes(manifest, server.config.model)
         made = objects_of_server(manifest, server.config, placed, options, weights_bytes=size)
+    map_ = _config_map(manifest, options)
+    _restart_with(map_, made)
     ineffective = checks.ineffective(manifest, options, gpus=placed.gpus > 0)
     warnings = [*resolved.warnings, *resolved.placeholders, *placed.warnings, *ineffective]
-    return [_config_map(manifest, options), *made], warnings
+    return [map_, *made], warnings
+
+
+def _restart_with(map_: Object, made: list[Object]) -> None:
+    """Have the pods of a Deployment replaced when what they read changes: they read it once."""
+    digest = hashlib.sha256(repr(sorted(map_["data"].items())).encode()).hexdigest()
+    for deployment in (each for each in made if each["kind"] == "Deployment"):
+        deployment["spec"]["template"]["metadata"]["annotations"] = {READS: digest}
 
 
 def _environ(manifest: WorkspaceDocuments) -> dict[str, str]:

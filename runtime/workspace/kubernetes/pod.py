@@ -9,6 +9,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from runtime.config import without_nulls
 from runtime.errors import ConfigError
 from runtime.hardware import Hardware
 from runtime.oci.access import MOUNTED_SECRETS
@@ -163,7 +164,7 @@ def volume(name: str, source: Object, folder: Path, made: Object, *, sub_path: s
     """Return the volume, mounted into the container `made` at `folder`."""
     mount = {"name": name, "mountPath": str(folder)}
     made["volumeMounts"].append(mount | ({"subPath": sub_path} if sub_path else {}))
-    return {"name": name, **source}
+    return {"name": name, **without_nulls(source)}
 
 
 def registry_secrets(names: Iterable[str], made: Object) -> list[Object]:

@@ -78,6 +78,7 @@ def test_names_that_a_cluster_would_refuse_are_refused(text: str, message: str, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"image": "Registry.io/Image:1"}, "lower-case"),
         ({"memory": "16GB"}, "--memory is '16GB', expected a quantity"),
         ({"cpu": "two"}, "--cpu is 'two'"),
         ({"cache_claim": "My_Claim"}, "--cache-claim is 'My_Claim'"),

@@ -42,7 +42,7 @@ def made(text: str, folder: Path, **options: Any) -> tuple[list[Object], tuple[s
     """Return the objects and warnings of the file `text`, the objects checked against the schemas."""
     file = folder / "workspace.yaml"
     file.write_bytes(text.encode())
-    objects, warnings = kubernetes.objects(file, PodOptions(image="image:1", **options))
+    objects, warnings = kubernetes.objects(file, PodOptions(**{"image": "image:1", **options}))
     for document in objects:
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
     return objects, warnings
@@ -252,6 +252,28 @@ def test_cache_lies_on_the_claim(tmp_path: Path) -> None:
     objects, _ = made(SERVING, tmp_path, cache_claim="cache")
     (cache,) = [volume for volume in pod_of(objects)["volumes"] if volume["name"] == "cache"]
     assert cache["persistentVolumeClaim"] == {"claimName": "cache"}
+
+
+def test_pods_are_replaced_when_what_they_read_changes(tmp_path: Path) -> None:
+    def annotations(text: str) -> Object:
+        template = of_kind("Deployment", made(text, tmp_path)[0])["spec"]["template"]
+        return dict(template["metadata"]["annotations"])
+
+    adapters = '  adapters: [{source: {name: a, image: "r.io/a:1"}, strength: "0.5"}]\n'
+    first = annotations(SERVING + adapters)
+    assert annotations(SERVING + adapters + "# a comment\n") == first
+    assert annotations(SERVING + adapters.replace("0.5", "0.6")) != first
+
+
+def test_volume_keys_without_a_value_are_left_out(tmp_path: Path) -> None:
+    text = TUNING.replace(
+        'image: "myacr.azurecr.io/a:1", imagePushSecret: s',
+        "volumeSource: {emptyDir: , nfs: {server: s, path: /}}",
+    )
+    (results,) = [
+        volume for volume in pod_of(made(text, tmp_path)[0])["volumes"] if volume["name"] == "results"
+    ]
+    assert results == {"name": "results", "nfs": {"server": "s", "path": "/"}}
 
 
 def test_pod_lives_until_its_answers_are_complete(tmp_path: Path) -> None:

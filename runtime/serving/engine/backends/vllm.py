@@ -21,7 +21,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from runtime import adapters, hardware, net
-from runtime.errors import ConfigError, RequestError, UnavailableError, UnknownModelError
+from runtime.errors import RequestError, UnavailableError, UnknownModelError
 from runtime.hardware import Hardware
 from runtime.serving.engine import failures
 from runtime.serving.engine.backends.vllm_process import VllmProcess
@@ -96,9 +96,7 @@ def flags(config: ServeConfig, devices: Hardware) -> list[str]:
         chosen |= {"enable-lora": True, "max-loras": at_once, "max-lora-rank": config.vllm.max_adapter_rank}
         chosen["max-cpu-loras"] = max(at_once, HOST_ADAPTERS)
     if config.quantization is not None:
-        if config.quantization.bits != 4:
-            raise ConfigError("--engine vllm quantises to nf4 only: use --quantize nf4, or --engine own")
-        chosen["quantization"] = "bitsandbytes"
+        chosen["quantization"] = "bitsandbytes"  # 4 bits: settings.check refuses others
     if config.limits.gpu_memory_share is not None:
         chosen["gpu-memory-utilization"] = config.limits.gpu_memory_share
     chosen |= {name.replace("_", "-").lstrip("-"): value for name, value in config.vllm.flags.items()}
