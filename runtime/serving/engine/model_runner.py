@@ -24,6 +24,7 @@ from runtime.serving.engine.kv_cache import SlotCache
 from runtime.serving.engine.layers import LayerFactory
 from runtime.serving.engine.linear import LinearLayouts
 from runtime.serving.engine.lora import AdapterStore, StagedAdapter
+from runtime.serving.engine.out_of_memory import free_memory
 from runtime.serving.engine.parallel.group import (
     AddAdapter,
     ClearSlot,
@@ -162,8 +163,7 @@ class ModelRunner:
 
     def free_memory(self) -> None:
         """Give back what torch keeps of memory that is free, after a pass that ran out of it."""
-        if self.adapters.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self.adapters.device)
 
     def clear(self, slot: int, start: int) -> None:
         """Zero a slot of the cache from position `start` on."""

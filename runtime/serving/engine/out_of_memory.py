@@ -5,12 +5,16 @@ ends at one sequence with FLOOR_TOKENS of its prompt: that one asked for too muc
 anything. What did not fit is remembered for a while. Knows plans, not models. Start at `divide`.
 """
 
+import contextlib
+import ctypes
 import logging
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
+
+import torch
 
 from runtime.errors import Failure
 from runtime.serving.engine import failures
@@ -28,6 +32,15 @@ LOG_S = 60.0
 
 Reason = Literal["divided", "prompt", "decode", "sampling", "adapter"]
 """What ran out: a pass that was then divided, or what was refused."""
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what allocators keep of memory that is free, after a pass on `device` that ran out of it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
+    with contextlib.suppress(AttributeError):  # glibc's: other C libraries keep less
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def divide(plan: StepPlan) -> tuple[StepPlan, ...]:

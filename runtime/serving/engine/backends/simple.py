@@ -16,7 +16,7 @@ import torch
 
 from runtime.errors import CapacityError, is_out_of_memory
 from runtime.serving.engine import failures
-from runtime.serving.engine.out_of_memory import FLOOR_TOKENS, MemoryLimits, Reason
+from runtime.serving.engine.out_of_memory import FLOOR_TOKENS, MemoryLimits, Reason, free_memory
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
 from runtime.serving.engine.request_queue import LAST_STEP_S, RequestHandle, RequestQueue
 from runtime.serving.engine.sampling import Sampler
@@ -146,7 +146,7 @@ class SimpleEngine:
             self._adapters.add(name, folder, strength=strength)
         except CapacityError:
             self._memory.counts["adapter"] += 1
-            self._free_memory()
+            free_memory(self._device)
             raise
 
     def remove_adapter(self, name: str) -> None:
@@ -189,14 +189,10 @@ class SimpleEngine:
         except Exception as error:  # the thread answers the request and lives on
             if not is_out_of_memory(error):
                 return failures.of(error)
-        self._free_memory()  # not in the handler: the traceback holds the cache
+        free_memory(self._device)  # not in the handler: the traceback holds the cache
         in_prompt = self._used_tokens < len(handle.request.prompt_ids)
         reason: Reason = "prompt" if in_prompt else "decode"
         return self._memory.refuse(handle.request.id, reason, tokens=self._used_tokens + 1)
-
-    def _free_memory(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def _generate(self, handle: RequestHandle) -> FinishReason:
@@ -248,7 +244,7 @@ class SimpleEngine:
         except Exception as error:
             if len(ids) <= FLOOR_TOKENS or not is_out_of_memory(error):
                 raise
-        self._free_memory()  # not in the handler: the traceback holds the tensors of the pass
+        free_memory(self._device)  # not in the handler: the traceback holds the tensors of the pass
         return None
 
     def _forward(self, adapter: str | None, ids: tuple[int, ...], cache: Any) -> Any:
