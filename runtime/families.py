@@ -89,6 +89,8 @@ class Family:
     """Logits are the output layer's result, neither scaled nor capped: that layer can compute the loss."""
     packed: bool = False
     """Attention goes through transformers' interface, and packed rows were compared with separate ones."""
+    alike: bool = True
+    """Its layers are alike and have Llama's parts: what they hold follows from a few numbers."""
     float16: Float16 = "works"
     """Whether its numbers stay within float16; a family that does not "work" needs bfloat16 or float32."""
     engine: Engine | None = None
@@ -140,7 +142,7 @@ _GEMMA = Family(
     activation="gelu_pytorch_tanh",
     tied_by_default=True,
 )
-_UNTESTED = Family(model_type="", projections=LLAMA)
+_UNTESTED = Family(model_type="", projections=LLAMA, alike=False)
 
 _RECORDS = (
     _LLAMA,
@@ -177,15 +179,17 @@ _RECORDS = (
     # activations reach 8e5: unslothai/unsloth#4014, vllm-project/vllm#18733, huggingface/transformers#36822
     replace(_GEMMA, model_type="gemma3_text", packed=True, engine="attention", float16="overflows"),
     *(
-        replace(_GEMMA, model_type=name, float16="overflows")
+        replace(_GEMMA, model_type=name, float16="overflows", alike=False)
         for name in ("gemma3", "gemma3n", "gemma3n_text")  # 3n: unslothai/unsloth, models/loader.py
     ),
     *(
-        replace(_GEMMA, model_type=name, float16="serves")  # unslothai/unsloth#4875, unsloth-zoo#600
+        replace(
+            _GEMMA, model_type=name, float16="serves", alike=False
+        )  # unslothai/unsloth#4875, unsloth-zoo#600
         for name in ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
     ),
     # its MLP is experts, one tensor a layer; float16: microsoft/onnxruntime-genai#2444
-    Family(model_type="gpt_oss", projections=LLAMA, norm="rms", float16="overflows"),
+    Family(model_type="gpt_oss", projections=LLAMA, norm="rms", alike=False, float16="overflows"),
     Family(model_type="glm4", projections=GLM4, norm="rms", float16="overflows"),  # vllm-project/vllm#17154
     *(
         replace(_UNTESTED, model_type=name, float16="overflows")  # deepseek-ai/DeepSeek-V2#93

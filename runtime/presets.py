@@ -8,9 +8,9 @@ that holds only what differs.
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from runtime import families, oci
 from runtime.config import Strict, nearest, parse, read_text, toml_document
@@ -69,11 +69,6 @@ class Dimensions(Strict):
         """All weights, without biases and norms."""
         return self.layers * self.layer_parameters + self.embedding_parameters + self.other_parameters
 
-    @property
-    def kv_values_per_token(self) -> int:
-        """Numbers that one token leaves in the key-value cache, all layers together."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
-
 
 class Preset(Strict):
     """One model known by name."""
@@ -105,7 +100,12 @@ class Preset(Strict):
     """Trained to follow instructions; a base model only continues text."""
     context_tokens: int = Field(ge=1)
     """Longest sequence the model was made for."""
-    dimensions: Dimensions
+    dimensions: Dimensions | None = None
+    """None where layers differ: then `configuration` says what there is."""
+    configuration: dict[str, Any] | None = None
+    """What of the repository's config.json decides the number of weights, for transformers to count."""
+    counted_parameters: int | None = Field(None, ge=1)
+    """What it counts."""
     stored_as: Literal["float32", "float16", "bfloat16", "mxfp4"] = "bfloat16"
     """Type of the weights in the repository's files."""
     download_gib: float = Field(gt=0)
@@ -116,6 +116,18 @@ class Preset(Strict):
     """Jinja text for models whose tokenizer brings none."""
     learning_rate: float = Field(2e-4, gt=0)
     """Peak step size for LoRA: 2e-4 up to 13B, 1e-4 above (arXiv:2305.14314, appendix B.2)."""
+
+    @property
+    def parameters(self) -> int:
+        """All weights, without biases and norms where they follow from `dimensions`."""
+        return self.dimensions.parameters if self.dimensions else self.counted_parameters or 0
+
+    @model_validator(mode="after")
+    def _has_a_shape(self) -> Self:
+        counted = self.configuration is not None and self.counted_parameters is not None
+        if counted == (self.dimensions is not None):
+            raise ValueError("expected dimensions, or configuration with counted_parameters")
+        return self
 
     def source(self) -> ModelSource:
         """Return how to load this model."""
@@ -219,7 +231,8 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _completed(facts: dict[str, Any]) -> dict[str, Any]:
     """Return `facts` with what the family's record says, and the chat template's text for its file name."""
     gated = families.find(str(facts.get("model_type"))).gated
-    completed = _merge({"dimensions": {"gated_mlp": gated}}, facts)
+    alike = "configuration" not in facts
+    completed = _merge({"dimensions": {"gated_mlp": gated}}, facts) if alike else dict(facts)
     if "chat_template" in facts:
         file = FOLDER / "chat_templates" / facts["chat_template"]
         completed["chat_template"] = read_text(file)

@@ -40,13 +40,13 @@ def presets(name: Name = None, as_json: AsJson = False) -> None:
 def _facts(preset: Preset) -> dict[str, Any]:
     facts = preset.model_dump(mode="json")
     renames = families.find(preset.model_type).renames
-    return {**facts, "fused_targets": renames, "parameters": preset.dimensions.parameters}
+    return {**facts, "fused_targets": renames, "parameters": preset.parameters}
 
 
 def _row(preset: Preset) -> tuple[str, ...]:
     return (
         preset.name,
-        render.parameter_count(preset.dimensions.parameters),
+        render.parameter_count(preset.parameters),
         str(preset.context_tokens),
         f"{preset.download_gib:.1f} GiB",
         preset.licence,

@@ -128,7 +128,7 @@ def _model(model: ModelSource) -> str:
     preset = presets.matching(model)
     if preset is None:
         return where
-    size = f"{parameter_count(preset.dimensions.parameters)} parameters, {preset.download_gib:g} GiB"
+    size = f"{parameter_count(preset.parameters)} parameters, {preset.download_gib:g} GiB"
     gated = ", gated" if preset.gated else ""
     return f"{where} ({preset.licence}{gated}, {size}, {preset.context_tokens} tokens of context)"
 

@@ -5,17 +5,21 @@ Does not know engines or requests. Start at `forecast`.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from runtime import gpus, support
 from runtime.errors import CapacityError
 from runtime.hardware import Hardware, has_bfloat16
+from runtime.memory.counting import CacheSize
 from runtime.memory.shape import BYTES, Shape
-from runtime.memory.tuning import CONSTANTS_4BIT, CONTEXT_BYTES, MemoryItem
+from runtime.memory.tuning import CONSTANTS_4BIT, CONTEXT_BYTES, Basis, MemoryItem
 
 CACHE_SHARE = 0.8
 """Part of the memory left beside the weights that keys and values may take; the rest is for a step's work."""
 LEAST_CONTEXT_TOKENS = 2048
 """Fewer sequences at a time are preferred to a context below this."""
+LEAST_TOKENS = 16
+"""No sequence is served with less."""
 GPU_SHARE = 0.97
 """Part of a GPU's memory that a server finds free before CUDA's context; the driver has the rest."""
 HOST_SHARE = 0.5
@@ -35,6 +39,7 @@ class ServingRun:
     context_tokens: int
     """Prompt and answer together, per request."""
     dtype: str
+    engine: Literal["own", "vllm"] = "own"
     least_context_tokens: int = LEAST_CONTEXT_TOKENS
     """Fewer sequences are preferred to a context below this: the requested one, where there is a request."""
     bits: int | None = None
@@ -49,7 +54,7 @@ class Capacity:
     """Weights and process; and the cache, when at least one sequence fits."""
     available_bytes: int
     token_bytes: int
-    """Keys and values of one position of one sequence."""
+    """Keys and values of one position of one sequence, as long as no window is full."""
     sequences: int
     """Sequences that fit, at `context_tokens` each; 0 when not even one does."""
     context_tokens: int
@@ -67,17 +72,15 @@ def forecast(shape: Shape, server: ServingRun, machine: Hardware) -> Capacity:
         how = "with cuBLAS's workspace"
         fixed += (MemoryItem("CUDA context", CONTEXT_BYTES["cuda"], how, "estimated"),)
     free = available - sum(part.size_bytes for part in fixed)
-    token_bytes = shape.dimensions.kv_values_per_token * BYTES[server.dtype]
-    wanted = (server.sequences, min(server.context_tokens, shape.context_tokens))
-    try:
-        least = server.least_context_tokens
-        sequences, tokens = sequences_that_fit(
-            wanted, token_bytes=token_bytes, free_bytes=free, least_context=least
-        )
-    except CapacityError:
+    width = BYTES[server.dtype]
+    size = shape.cache
+    if batched(shape, server) and server.engine == "own":  # whose layers all keep every token
+        size = CacheSize(token=size.token + size.window_token)
+    token_bytes = (size.token + size.window_token) * width
+    sequences, tokens = _that_fit(shape, server, size, free // width)
+    if not sequences:
         return Capacity(fixed, available, token_bytes, 0, 0)
-    how = f"{sequences} sequences x {tokens} tokens x {token_bytes} bytes"
-    cache = MemoryItem("keys and values", sequences * tokens * token_bytes, how)
+    cache = _kept(size, sequences, tokens, width)
     work = MemoryItem(
         "room for a step's work",
         free - cache.size_bytes,
@@ -85,6 +88,52 @@ def forecast(shape: Shape, server: ServingRun, machine: Hardware) -> Capacity:
         "estimated",
     )
     return Capacity((*fixed, cache, work), available, token_bytes, sequences, tokens)
+
+
+def batched(shape: Shape, server: ServingRun) -> bool:
+    """Whether the engine generates several sequences of the model at once; else one request at a time."""
+    return server.engine == "vllm" or shape.family.engine is not None
+
+
+def _that_fit(shape: Shape, server: ServingRun, size: CacheSize, free_values: int) -> tuple[int, int]:
+    """Return (sequences, context tokens) of a cache of `size` in what is free, (0, 0) when none fits."""
+    context = min(server.context_tokens, shape.context_tokens)
+    room = max(0, int(free_values * CACHE_SHARE))
+    if size == CacheSize(token=size.token) and size.token and batched(shape, server):
+        try:
+            return sequences_that_fit(
+                (server.sequences, context),
+                token_bytes=size.token,
+                free_bytes=free_values,
+                least_context=server.least_context_tokens,
+            )
+        except CapacityError:
+            return 0, 0
+    least = size.values(min(context, server.least_context_tokens))
+    sequences = min(server.sequences, room // least) if batched(shape, server) else 1
+    tokens = _longest(size, room // max(1, sequences), context)
+    return (max(1, sequences), tokens) if tokens >= LEAST_TOKENS else (0, 0)
+
+
+def _longest(size: CacheSize, values: int, limit: int) -> int:
+    """Return the longest sequence, up to `limit`, whose cache has at most that many values."""
+    left = values - size.sequence
+    if left < 0:
+        return 0
+    within = left // max(1, size.token + size.window_token)
+    if within < size.window or not size.window:
+        return min(limit, within) if size.token + size.window_token else limit
+    return min(limit, (left - size.window_token * size.window) // size.token if size.token else limit)
+
+
+def _kept(size: CacheSize, sequences: int, tokens: int, width: int) -> MemoryItem:
+    """Keys and values, and the states of layers that have those: sequences x numbers of each x b."""
+    how = f"{sequences} sequences x {tokens} tokens x {size.token * width} bytes"
+    if size.window_token:
+        how += f", and {size.window_token * width} more for the last {size.window}"
+    if size.sequence:
+        how += f", and {size.sequence * width / 2**20:.1f} MiB of states"
+    return MemoryItem("keys and values", sequences * size.values(tokens) * width, how)
 
 
 def fits_on(shape: Shape, server: ServingRun) -> tuple[str, ...]:
@@ -105,9 +154,10 @@ def weights(shape: Shape, server: ServingRun) -> MemoryItem:
     """Weights: parameters x b; linear ones x bits / 8; the files' size where they are used as they are."""
     width = BYTES[server.dtype]
     if shape.quantized is not None and shape.quantized not in DEQUANTISED:
-        return MemoryItem("weights", shape.stored_bytes, f"stored as {shape.quantized}", "stored")
+        basis: Basis = "stored" if shape.files_known else "estimated"
+        return MemoryItem("weights", shape.stored_bytes, f"stored as {shape.quantized}", basis)
     if server.bits is None or shape.quantized is not None:
-        count = shape.linear_parameters + shape.other_parameters
+        count = shape.parameters
         how = f"{count / 1e9:.2f}B x {width} bytes"
         if shape.quantized is not None:
             how += f", dequantised from the {shape.quantized} of the files"
@@ -132,9 +182,10 @@ def sequences_that_fit(
     context = min(context, max(tokens // sequences, min(context, least_context)))
     sequences = max(1, min(sequences, tokens // context))
     context = min(context, tokens // sequences)
-    if context < 16:
+    if context < LEAST_TOKENS:
         raise CapacityError(
-            f"{free_bytes >> 20} MiB are free beside the weights, and one sequence of 16 tokens needs "
-            f"{16 * token_bytes >> 20} MiB of keys and values; use a larger device or a quantised model"
+            f"{free_bytes >> 20} MiB are free beside the weights, and one sequence of {LEAST_TOKENS} tokens "
+            f"needs {LEAST_TOKENS * token_bytes >> 20} MiB of keys and values; use a larger device or a "
+            "quantised model"
         )
     return sequences, context

@@ -1,13 +1,14 @@
 """The shape of a model, and what follows from it in numbers of weights: from a preset or a config.json.
 
-Reads JSON; needs neither torch nor the weights. Which modules a layer has stands in families.py. Does not
-know bytes, jobs or devices. Start at `of`.
+Reads JSON; needs neither torch nor the weights. Which modules a layer has stands in families.py;
+architectures whose layers differ are counted (counting.py). Does not know bytes, jobs or devices. Start at
+`of`.
 """
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ from runtime import families, models, presets
 from runtime.config import read_text
 from runtime.errors import ConfigError
 from runtime.families import Family
+from runtime.memory import counting
+from runtime.memory.counting import CacheSize, Counts
 from runtime.model_source import ModelSource
 from runtime.presets import Dimensions
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of one number, by type."""
+_STORED_BYTES = {"fp8": 1.05, "mxfp4": 0.55, "awq": 0.6, "gptq": 0.6, "compressed-tensors": 0.6}
+"""Bytes of a weight in files of each method, scales and what stays whole counted in: an estimate."""
 _INTERMEDIATE = ("intermediate_size", "ffn_hidden_size", "ffn_dim")
 
 
@@ -31,6 +36,8 @@ class Linear:
     """Below the layer: "self_attn.q_proj"."""
     inputs: int
     outputs: int
+    copies: int
+    """How many of it the model has: one a layer, where layers are alike."""
 
     @property
     def name(self) -> str:
@@ -55,6 +62,10 @@ class Shape:
     """Size of its weights' files."""
     quantized: str | None = None
     """Method by which the files are quantised already; None for whole weights."""
+    files_known: bool = True
+    """`stored_bytes` is the size of files, not what follows from the number of weights."""
+    counts: Counts | None = None
+    """Counted by transformers, for architectures whose layers are not alike."""
 
     @property
     def family(self) -> Family:
@@ -63,7 +74,9 @@ class Shape:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """The linear modules of one layer under the names that the architecture gives them."""
+        """The kinds of linear modules under the names that the architecture gives them."""
+        if self.counts is not None:
+            return tuple(Linear(it.path, it.inputs, it.outputs, it.copies) for it in self.counts.linears)
         size = self.dimensions
         hidden, wide = size.hidden, size.intermediate
         queries, keys = size.heads * size.head_dim, size.kv_heads * size.head_dim
@@ -76,20 +89,39 @@ class Shape:
             if name in widths:
                 inputs, outputs = widths[name]
                 fused = modules[path].outputs if path in modules else 0
-                modules[path] = Linear(path, inputs, fused + outputs)
+                modules[path] = Linear(path, inputs, fused + outputs, size.layers)
         return tuple(modules.values())
 
     @property
     def linear_parameters(self) -> int:
         """Weights that quantisation reaches: the linear modules of all layers, without the head."""
-        return self.dimensions.layers * sum(linear.parameters for linear in self.linears)
+        return sum(linear.copies * linear.parameters for linear in self.linears)
+
+    @property
+    def parameters(self) -> int:
+        """All weights."""
+        if self.counts is not None:
+            return self.counts.parameters
+        size = self.dimensions
+        return size.parameters + size.hidden * (2 * size.layers + 1)  # norms
 
     @property
     def other_parameters(self) -> int:
         """Weights that stay in the compute type: embedding, head, norms, experts."""
+        return max(0, self.parameters - self.linear_parameters)
+
+    @property
+    def cache(self) -> CacheSize:
+        """What a sequence keeps while it is generated."""
         size = self.dimensions
-        norms = size.hidden * (2 * size.layers + 1)
-        return max(0, size.parameters + norms - self.linear_parameters)
+        if self.counts is not None and self.counts.cache is not None:
+            return self.counts.cache
+        each = 2 * size.kv_heads * size.head_dim
+        whole = size.full_attention_layers
+        if self.counts is not None or size.sliding_window is None or whole is None:
+            return CacheSize(token=each * size.layers)
+        windowed = each * (size.layers - whole)
+        return CacheSize(token=each * whole, window_token=windowed, window=size.sliding_window)
 
     def adapted(self, targets: str | tuple[str, ...]) -> tuple[Linear, ...]:
         """Return the linear modules of a layer that LoRA `targets` reach, by peft's rules of matching."""
@@ -107,30 +139,50 @@ def of(source: ModelSource) -> Shape:
     The file is read, and fetched when it is not local, only for a model without a preset.
     """
     preset = presets.matching(source)
-    if preset is not None:
-        stored = int(preset.download_gib * 2**30)
-        quantized = preset.stored_as if preset.stored_as not in BYTES else None
-        return Shape(
-            preset.name, preset.model_type, preset.dimensions, preset.context_tokens, stored, quantized
-        )
-    return read(models.config_file(source), name=source.name)
+    if preset is None:
+        return read(models.config_file(source), name=source.name)
+    counts = None if preset.dimensions else counting.count(preset.configuration or {})
+    return Shape(
+        name=preset.name,
+        model_type=preset.model_type,
+        dimensions=preset.dimensions or _counted(counts).dimensions,
+        context_tokens=preset.context_tokens,
+        stored_bytes=int(preset.download_gib * 2**30),
+        quantized=preset.stored_as if preset.stored_as not in BYTES else None,
+        counts=counts,
+    )
 
 
 def read(file: Path, *, name: str) -> Shape:
-    """Return the shape that the config.json in `file` states; ConfigError when it states none."""
+    """Return the shape of the model that the config.json in `file` describes; ConfigError when it is of none.
+
+    What a family's record says to be alike follows from a few numbers; anything else is built by transformers
+    without storage and counted, in a process of its own.
+    """
     try:
         config = json.loads(read_text(file))
+        kind = config["model_type"]
+        plain = isinstance(kind, str) and families.find(kind).alike and "text_config" not in config
         text = config.get("text_config") or config
-        size = dimensions(text)
-        kind = str(text.get("model_type") or config.get("model_type"))
+        size = dimensions(config) if plain else None
         context = int(text.get("max_position_embeddings") or text.get("n_positions") or 2048)
+        dtype = str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or "float32")
+        quantized = (config.get("quantization_config") or {}).get("quant_method")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{file}: no shape of a decoder-only model in it ({error!r})") from None
-    dtype = str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or "float32")
+    try:
+        counts = None if size else counting.count(config)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    shape = Shape(name, kind, size or _counted(counts).dimensions, context, 0, quantized, False, counts)
     weights = sum(path.stat().st_size for path in file.parent.glob("*.safetensors"))
-    stored = weights or size.parameters * BYTES.get(dtype, 2)
-    quantized = (config.get("quantization_config") or {}).get("quant_method")
-    return Shape(name, kind, size, context, stored, quantized)
+    stored = weights or int(shape.parameters * _STORED_BYTES.get(str(quantized), BYTES.get(dtype, 2)))
+    return replace(shape, stored_bytes=stored, files_known=bool(weights))
+
+
+def _counted(counts: Counts | None) -> Counts:
+    assert counts is not None, "a shape has dimensions or is counted"  # noqa: S101
+    return counts
 
 
 def dimensions(text: Mapping[str, Any]) -> Dimensions:
@@ -148,8 +200,6 @@ def dimensions(text: Mapping[str, Any]) -> Dimensions:
         vocabulary=int(text["vocab_size"]),
         tied_embeddings=bool(text.get("tie_word_embeddings", family.tied_by_default)),
         gated_mlp=family.gated,
-        experts=int(text.get("num_local_experts") or text.get("num_experts") or 1),
-        active_experts=int(text.get("num_experts_per_tok") or 1),
         sliding_window=int(window) if window else None,
     )
 

@@ -126,7 +126,7 @@ def constants(shape: Shape, run: TuningRun) -> MemoryItem:
     if run.bits is None:
         return MemoryItem("quantisation constants", 0, "not quantised")
     if run.bits == 8:
-        rows = shape.dimensions.layers * sum(linear.outputs for linear in shape.linears)
+        rows = sum(linear.copies * linear.outputs for linear in shape.linears)
         return MemoryItem("quantisation constants", int(4 * rows / run.shards), "4 bytes x outputs")
     each = CONSTANTS_4BIT[run.double_quant]
     size = int(shape.linear_parameters * each / run.shards)
@@ -143,9 +143,9 @@ def others(shape: Shape, run: TuningRun) -> MemoryItem:
 
 
 def trained(shape: Shape, run: TuningRun) -> int:
-    """Return the trained weights: layers x sum over adapted linears of r x (inputs + outputs)."""
-    one = sum(linear.inputs + linear.outputs for linear in shape.adapted(run.targets))
-    return shape.dimensions.layers * run.rank * one
+    """Return the trained weights: sum over adapted linears of all layers of r x (inputs + outputs)."""
+    adapted = shape.adapted(run.targets)
+    return run.rank * sum(linear.copies * (linear.inputs + linear.outputs) for linear in adapted)
 
 
 def lora(shape: Shape, run: TuningRun) -> MemoryItem:
@@ -212,7 +212,7 @@ def layer_bytes(shape: Shape, run: TuningRun) -> int:
     shared = family.parallel and not (family.multi_query and size.kv_heads > 1)
     inputs = width * hidden * (1 if shared else 2)
     adapted = shape.adapted(run.targets)
-    ranks = width * run.rank * len(adapted)
+    ranks = width * run.rank * -(-sum(linear.copies for linear in adapted) // size.layers)
     masked = 5 if family.rope == "partial" else 4
     attention = width * (3 * queries + 2 * keys if run.packed else masked * queries)
     if family.joined_qkv and run.packed:

@@ -15,6 +15,7 @@ def requested(config: ServeConfig, machine: Hardware, model: Shape) -> ServingRu
         context_tokens=limits.context_tokens or model.context_tokens,
         least_context_tokens=limits.context_tokens or LEAST_CONTEXT_TOKENS,
         dtype=hardware.compute_dtype(machine, config.model.dtype),
+        engine=config.engine,
         bits=quantization.bits if quantization else None,
         double_quant=bool(quantization and quantization.double_quant),
     )

@@ -1,10 +1,13 @@
 """Servers: sequences and context that fit beside the weights."""
 
+from dataclasses import replace
+
 import pytest
 
 from runtime import gpus
 from runtime.errors import CapacityError
 from runtime.memory import serving, shape
+from runtime.memory.counting import CacheSize
 from runtime.memory.serving import ServingRun, sequences_that_fit
 from runtime.presets import source
 
@@ -62,3 +65,24 @@ def test_each_figure_says_whether_it_is_known_or_estimated() -> None:
         "keys and values": "counted",
         "room for a step's work": "estimated",
     }
+
+
+def test_an_engine_that_answers_one_request_at_a_time_is_planned_for_one() -> None:
+    gemma = shape.of(source("gemma-3-4b-instruct"))
+    run = ServingRun(32, 131_072, "bfloat16")
+    capacity = serving.forecast(gemma, run, gpus.of_kind("A100-80GB"))
+    assert (capacity.sequences, capacity.context_tokens) == (1, 131_072)
+    assert capacity.token_bytes == 139_264
+    cache = next(part for part in capacity.parts if part.name == "keys and values")
+    each = 2 * 4 * 256 * 2  # keys and values of a layer, 4 heads of 256, in 16 bits
+    assert cache.size_bytes == each * (5 * 131_072 + 29 * 1024)
+    many = serving.forecast(gemma, replace(run, engine="vllm"), gpus.of_kind("A100-80GB"))
+    assert many.sequences == 32
+
+
+def test_states_and_windows_leave_room_for_longer_sequences() -> None:
+    size = CacheSize(token=10, window_token=90, window=100, sequence=1000)
+    room = {999: 0, 1000: 0, 2000: 10, 11_000: 100, 11_009: 100, 12_000: 200, 10**9: 4096}
+    assert {values: serving._longest(size, values, 4096) for values in room} == room
+    assert serving._longest(CacheSize(sequence=5), 5, 4096) == 4096
+    assert serving._longest(CacheSize(window_token=1, window=10), 10, 4096) == 4096

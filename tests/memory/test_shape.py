@@ -9,7 +9,7 @@ import pytest
 from runtime.errors import ConfigError
 from runtime.memory import shape
 from runtime.model_source import ModelSource
-from runtime.presets import all_presets, find, source
+from runtime.presets import all_presets, source
 from tests.families import TINY, config_of
 
 
@@ -30,13 +30,13 @@ def test_linear_modules_and_weights_are_those_of_the_model(kind: str, tmp_path: 
     }
     assert {(it.name, it.inputs, it.outputs) for it in found.linears} == linears
     weights = sum(parameter.numel() for parameter in model.parameters())
-    assert found.linear_parameters + found.other_parameters == pytest.approx(weights, rel=0.03)
+    assert found.parameters == pytest.approx(weights, rel=0.03)
 
 
 @pytest.mark.parametrize("preset", [it for it in all_presets() if it.stored_as == "bfloat16"], ids=str)
 def test_presets_count_the_weights_of_their_files(preset: Any) -> None:
     found = shape.of(source(preset.name))
-    count = found.linear_parameters + found.other_parameters
+    count = found.parameters
     head = preset.dimensions.vocabulary * preset.dimensions.hidden if preset.stored_head else 0
     assert (count + head) * 2 == pytest.approx(found.stored_bytes, rel=0.02)
 
@@ -51,7 +51,7 @@ def test_targets_reach_what_peft_would_adapt() -> None:
 
 
 def test_a_config_without_a_shape_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ConfigError, match=r"config\.json: no shape of a decoder-only model"):
         shape.read(tmp_path / "config.json", name="m")
 
@@ -60,4 +60,4 @@ def test_a_directory_needs_no_preset(tiny_llama_dir: Path) -> None:
     found = shape.of(ModelSource(name="tiny", path=tiny_llama_dir))
     assert (found.model_type, found.context_tokens, found.dimensions.kv_heads) == ("llama", 2048, 2)
     assert found.stored_bytes == (tiny_llama_dir / "model.safetensors").stat().st_size
-    assert find("phi-2").dimensions.layers == 32
+    assert shape.of(source("phi-2")).dimensions.layers == 32
