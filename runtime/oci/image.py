@@ -211,7 +211,8 @@ def _config(diff_ids: list[str], base: BaseImage | None) -> dict[str, Any]:
     step = {"created": _EPOCH, "created_by": "runtime push", "comment": "files under /data"}
     config["created"] = _EPOCH
     config["rootfs"] = {"type": "layers", "diff_ids": diff_ids}
-    config["history"] = [*config.get("history", []), *([step] * (len(diff_ids) - kept))]
+    below = config.get("history")
+    config["history"] = [*(below if isinstance(below, list) else []), *([step] * (len(diff_ids) - kept))]
     return config
 
 

@@ -188,9 +188,9 @@ def load_base(reference: Reference, scratch: Path, access: Access) -> BaseImage:
     info, blobs = download(reference, scratch, access)
     if info.manifest.kind != "image":
         raise ConfigError(f"{reference}: an artifact, expected an image to put files on")
-    config: dict[str, Any] = json.loads(blobs[-1].read_bytes())
-    if len(config.get("rootfs", {}).get("diff_ids", [])) != len(info.manifest.layers):
+    if len(manifests.diff_ids(blobs[-1], str(reference))) != len(info.manifest.layers):
         raise ConfigError(f"{reference}: its configuration names no diff_ids; choose another base image")
+    config: dict[str, Any] = json.loads(blobs[-1].read_bytes())
     layers = [
         from_file(path, Descriptor(_oci_type(layer.media_type), layer.digest, layer.size))
         for layer, path in zip(info.manifest.layers, blobs, strict=False)

@@ -1,11 +1,18 @@
 """`runtime push`, `pull` and `inspect` as a user types them: output, one line per failure, exit status."""
 
+import gzip
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
 
+from runtime import oci
 from runtime.cli import main
+from runtime.oci.blobs import from_bytes
+from runtime.oci.decompression import zstd
+from runtime.oci.image import CONFIG, LAYER_TAR, assemble
+from tests.oci.conftest import archive, special
 
 pytestmark = pytest.mark.usefixtures("restored_logging")
 
@@ -74,3 +81,29 @@ def test_failure_is_one_line_with_its_status(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+HOSTILE = {
+    "link out": archive(special("data/x", tarfile.SYMTYPE, "/etc/passwd")),
+    "device": archive(special("data/x", tarfile.CHRTYPE)),
+    "no data": archive(("etc/x", b"1")),
+    "no archive": b"text" * 200,
+    "cut gzip": gzip.compress(archive(("data/a", b"1")))[:-20],
+    "cut zstd": zstd.compress(archive(("data/a", b"1")))[:-20],
+    "sparse": archive(special("data/x", tarfile.GNUTYPE_SPARSE)),
+    "unknown kind": archive(special("data/x", b"Z")),
+}
+
+
+@pytest.mark.parametrize("layer", HOSTILE)
+def test_hostile_image_is_one_line_with_exit_status_5(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], layer: str
+) -> None:
+    image = f"oci:{tmp_path}/layout:v1"
+    blobs = [from_bytes(HOSTILE[layer], LAYER_TAR)]
+    oci.push_image(lambda: assemble(blobs, from_bytes(b"{}", CONFIG), annotations={}), oci.parse(image))
+    capsys.readouterr()
+    assert main.run(["pull", image, str(tmp_path / "back")], {}) == 5
+    said = [line for line in capsys.readouterr().err.splitlines() if "ERROR" in line or "error" in line]
+    assert len(said) == 1, said
+    assert [path.name for path in tmp_path.iterdir()] == ["layout"]

@@ -4,17 +4,20 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from runtime import oci
-from runtime.errors import CapacityError, ConfigError, RegistryError
+from runtime.errors import CapacityError, ConfigError, Failure, RegistryError
 from runtime.oci import images
-from runtime.oci.image import build
+from runtime.oci.access import DEFAULT
+from runtime.oci.blobs import from_bytes
+from runtime.oci.image import CONFIG, LAYER_TAR, assemble, build
 from runtime.oci.images import load_base
-from tests.oci.conftest import Started, files, fresh, needs, quick
+from tests.oci.conftest import Started, archive, files, fresh, needs, quick, special
 
 
 @pytest.mark.system
@@ -115,3 +118,43 @@ def test_full_disk_is_known_before_downloading(
     monkeypatch.setattr(images.shutil, "disk_usage", full)
     with pytest.raises(CapacityError, match="1 are free"):
         oci.pull(reference, tmp_path / "back")
+
+
+@pytest.mark.parametrize("history", ["null", '"text"', None])
+def test_a_base_image_may_have_no_history(adapter: Path, tmp_path: Path, history: str | None) -> None:
+    base = oci.parse(f"oci:{tmp_path}/base:v1")
+    layer = from_bytes(archive(("bin/sh", b"sh")), LAYER_TAR)
+    stated = f',"history":{history}' if history else ""
+    config = f'{{"rootfs":{{"diff_ids":["{layer.descriptor.digest}"]}}{stated}}}'
+    oci.push_image(lambda: assemble([layer], from_bytes(config.encode(), CONFIG), annotations={}), base)
+    (tmp_path / "scratch").mkdir()
+    under = load_base(base, tmp_path / "scratch", DEFAULT)
+    image = build(adapter, tmp_path / "scratch", base=under)
+    made = json.loads(b"".join(iter(image.blobs[-1].open().read, b"")))
+    assert len(made["history"]) == len(made["rootfs"]["diff_ids"]) - 1
+
+
+@pytest.mark.parametrize("config", [b"[]", b"{", b'{"rootfs":{"diff_ids":5}}', b"{}"])
+def test_a_strange_base_image_is_refused(tmp_path: Path, config: bytes) -> None:
+    base = oci.parse(f"oci:{tmp_path}/base:v1")
+    layer = from_bytes(archive(("bin/sh", b"sh")), LAYER_TAR)
+    oci.push_image(lambda: assemble([layer], from_bytes(config, CONFIG), annotations={}), base)
+    with pytest.raises(Failure, match=r"no image configuration|no diff_ids"):
+        load_base(base, tmp_path / "scratch", DEFAULT)
+
+
+@pytest.mark.system
+def test_a_pull_that_fails_for_good_leaves_nothing(open_registry: Started, tmp_path: Path) -> None:
+    """Its blobs are there and verified, but the image is not to be unpacked."""
+    reference = fresh(open_registry.host, "hostile")
+    layer = from_bytes(archive(("data/a", b"1"), special("data/x", tarfile.SYMTYPE, "/etc")), LAYER_TAR)
+    image = assemble([layer], from_bytes(b"{}", CONFIG), annotations={})
+    oci.push_image(lambda: image, reference, access=quick())
+    target = tmp_path / "new/er/back"
+    with pytest.raises(RegistryError, match="refused"):
+        oci.pull(reference, target, access=quick())
+    assert not list(tmp_path.iterdir())
+    target.mkdir(parents=True)
+    with pytest.raises(RegistryError, match="refused"):
+        oci.pull(reference, target, access=quick())
+    assert [path.name for path in target.parent.iterdir()] == ["back"]
