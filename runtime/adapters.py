@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from safetensors import SafetensorError, safe_open
 
 from runtime import oci
+from runtime.config import parse
 from runtime.errors import ConfigError
 from runtime.files import atomic_files, write_atomic
 from runtime.model_source import ModelSource
@@ -28,6 +30,21 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 _INSIDE = "base_model.model."
 """Prefix of the base model's module names in peft's files."""
+
+
+class _LoraFields(BaseModel):
+    """The fields of peft's LoraConfig that are read here and by the engine; the others are peft's own."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
+
+    r: PositiveInt
+    rank_pattern: dict[str, PositiveInt] | None = None
+    lora_alpha: float = 0.0
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = None
+    target_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    base_model_name_or_path: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +91,22 @@ def local_copy(reference: str, *, access: oci.Access, name: str | None = None) -
         raise ConfigError(f"{what}: no directory {reference}")
     with tempfile.TemporaryDirectory(prefix="adapter-") as scratch:
         image = oci.pull(oci.parse(reference), Path(scratch) / "image", access=access)
-        configs = sorted(image.rglob(CONFIG_FILE), key=lambda path: len(path.parts))
-        if not configs:
-            raise ConfigError(f"{what}: {reference} holds no {CONFIG_FILE}")
-        yield configs[0].parent
+        yield _only_adapter(image, what, reference)
+
+
+def _only_adapter(image: Path, what: str, reference: str) -> Path:
+    """Return the folder of an image with the adapter: the uppermost, and the only one there."""
+    found = sorted(path.parent.relative_to(image) for path in image.rglob(CONFIG_FILE))
+    if not found:
+        raise ConfigError(f"{what}: {reference} holds no {CONFIG_FILE}")
+    depth = min(len(folder.parts) for folder in found)
+    uppermost = [str(folder) for folder in found if len(folder.parts) == depth]
+    if len(uppermost) > 1:
+        raise ConfigError(
+            f"{what}: {reference} holds {len(uppermost)} adapters ({', '.join(uppermost[:8])}), expected one;"
+            " push each as an image of its own"
+        )
+    return image / uppermost[0]
 
 
 def check(folder: Path, *, base: str | None = None, max_rank: int | None = None) -> Adapter:
@@ -88,26 +117,25 @@ def check(folder: Path, *, base: str | None = None, max_rank: int | None = None)
     public repository ids (a directory, as KAITO writes it, cannot be compared and passes).
     """
     name = folder.name
-    config = _read_config(folder)
-    if config.get("peft_type") != "LORA":
-        raise ConfigError(f"adapter {name}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
-    if config.get("modules_to_save"):
-        raise ConfigError(f"adapter {name}: modules_to_save is {config['modules_to_save']}, expected none")
-    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
-    if not all(isinstance(rank, int) and rank > 0 for rank in ranks):
-        raise ConfigError(f"adapter {name}: r is {config.get('r')!r}, expected a whole number from 1")
-    if max_rank is not None and max(ranks) > max_rank:
-        raise ConfigError(f"adapter {name}: rank is {max(ranks)}, the limit here is {max_rank}")
-    trained_on = config.get("base_model_name_or_path") or None
+    document = _read_config(folder)
+    if document.get("peft_type") != "LORA":
+        raise ConfigError(f"adapter {name}: peft_type is {document.get('peft_type')!r}, expected 'LORA'")
+    config = parse(_LoraFields, document, f"adapter {name}: {CONFIG_FILE}")
+    if config.modules_to_save:
+        raise ConfigError(f"adapter {name}: modules_to_save is {config.modules_to_save}, expected none")
+    rank = max(config.r, *(config.rank_pattern or {}).values(), 1)
+    if max_rank is not None and rank > max_rank:
+        raise ConfigError(f"adapter {name}: rank is {rank}, the limit here is {max_rank}")
+    trained_on = config.base_model_name_or_path or None
     if base is not None and _is_repository(base) and _is_repository(trained_on) and base != trained_on:
         raise ConfigError(f"adapter {name}: trained on {trained_on}, but {base} is served")
     _check_weights(folder)
-    targets = config.get("target_modules") or ()
+    targets = config.target_modules or ()
     return Adapter(
         folder=folder,
         base=trained_on,
-        rank=max(ranks),
-        alpha=float(config.get("lora_alpha", config["r"])),
+        rank=rank,
+        alpha=config.lora_alpha if "lora_alpha" in config.model_fields_set else float(config.r),
         targets=(targets,) if isinstance(targets, str) else tuple(sorted(targets)),
     )
 
@@ -242,6 +270,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"adapter {folder.name}: no {CONFIG_FILE} in {folder}; is it half-written?"
         ) from None
+    except RecursionError:
+        raise ConfigError(f"adapter {folder.name}: {path} cannot be read as JSON: too deep") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"adapter {folder.name}: {path} cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):

@@ -106,6 +106,7 @@ DAMAGE: list[tuple[Callable[[Path], None], str]] = [
     (lambda folder: _edit(folder, r=64), "rank is 64, the limit here is 16"),
     (lambda folder: _edit(folder, modules_to_save=["lm_head"]), "modules_to_save"),
     (lambda folder: _edit(folder, peft_type="IA3"), "peft_type is 'IA3'"),
+    (lambda folder: (folder / "adapter_config.json").write_text("[" * 100_000), "too deep"),
 ]
 
 
@@ -117,6 +118,29 @@ def test_fault_49_an_adapter_that_must_not_load_is_refused_by_name(
     damage(folder)
     with pytest.raises(ConfigError, match=f"adapter support: .*{expected}"):
         adapters.check(folder, base="someone/tiny", max_rank=16)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("r", value) for value in ("8", True, 0, -1, 8.5, None)),
+        *(("rank_pattern", value) for value in ([1], "x", {"q": "8"}, {"q": 0})),
+        *(("lora_alpha", value) for value in ("x", None, [1], float("inf"), float("nan"))),
+        *(("alpha_pattern", value) for value in ([1], {"q": "z"})),
+        *(("target_modules", value) for value in (5, [1, "a"], {"a": 1}, [None])),
+        *(("base_model_name_or_path", value) for value in (5, ["a/b"], {"a": 1})),
+        ("modules_to_save", {"x": 1}),
+        ("use_rslora", "yes"),
+    ],
+)
+def test_a_field_of_another_type_is_refused_by_name(
+    tiny_llama_dir: Path, tmp_path: Path, field: str, value: object
+) -> None:
+    folder = make(tiny_llama_dir, tmp_path / "support")
+    _edit(folder, **{field: value})
+    with pytest.raises(ConfigError, match=f"adapter support: adapter_config.json: '{field}") as caught:
+        adapters.check(folder, base="someone/tiny", max_rank=16)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_base_path_as_kaito_writes_it_passes(tiny_llama_dir: Path, tmp_path: Path) -> None:
@@ -206,3 +230,21 @@ def test_a_reference_without_an_adapter_is_refused_by_name(tmp_path: Path) -> No
             adapters.local_copy(reference, access=DEFAULT, name="support"),
         ):
             pass
+
+
+def test_an_image_with_several_adapters_is_refused_by_their_names(tmp_path: Path) -> None:
+    for name in ("a", "b", "c/deeper"):
+        (tmp_path / "pushed" / name).mkdir(parents=True)
+        (tmp_path / "pushed" / name / adapters.CONFIG_FILE).write_text("{}")
+    image = f"oci:{tmp_path}/layout:v1"
+    oci.push(tmp_path / "pushed", oci.parse(image))
+    with (
+        pytest.raises(ConfigError, match=r"adapter support: .* holds 2 adapters \(a, b\), expected one"),
+        adapters.local_copy(image, access=DEFAULT, name="support"),
+    ):
+        pass
+    oci.push(
+        tmp_path / "pushed", oci.parse(image), files=["a/adapter_config.json", "c/deeper/adapter_config.json"]
+    )
+    with adapters.local_copy(image, access=DEFAULT) as found:
+        assert found.name == "a"
