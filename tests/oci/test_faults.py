@@ -278,16 +278,21 @@ def test_35_killed_push_sends_only_what_is_missing(faulty: FaultyRegistry, tmp_p
 
 @pytest.mark.slow
 def test_35_killed_push_of_one_file_goes_on_inside_it(faulty: FaultyRegistry, tmp_path: Path) -> None:
-    """kill -9 in one 500 MB file: a registry that resumes uploads is sent the rest and no more."""
+    """kill -9 in one very large file: a registry that resumes uploads is sent the rest and no more."""
     folder = tmp_path / "adapter"
     folder.mkdir()
-    write_large(folder / "adapter_model.safetensors", 500, seed=6)
+    write_large(folder / "adapter_model.safetensors", 300, seed=6)
     reference = fresh(faulty.host, "one")
-    push = [sys.executable, "-m", "runtime", "push", str(folder), str(reference)]
+    program = (
+        "import os, sys; from runtime.oci import upload; from runtime.cli.main import run\n"
+        "upload.CHUNKED_ABOVE_BYTES = 200 << 20\n"
+        "sys.exit(run(['push', *sys.argv[1:]], os.environ))"
+    )
+    push = [sys.executable, "-c", program, str(folder), str(reference)]
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     faulty.slow_bytes_s = 300e6
     first = subprocess.Popen(push, env=environment)
-    while faulty.count("PATCH") < 3:
+    while sum(seen.length > 1 << 20 for seen in faulty.seen) < 3:
         assert first.poll() is None
         time.sleep(0.02)
     first.kill()
@@ -297,9 +302,9 @@ def test_35_killed_push_of_one_file_goes_on_inside_it(faulty: FaultyRegistry, tm
     faulty.seen.clear()
     faulty.slow_bytes_s = None
     subprocess.run(push, env=environment, check=True)
-    assert stored >= 192 << 20
-    assert faulty.sent() < (501 << 20) - stored + 10_000
-    assert oci.inspect(reference, quick()).manifest.size > 500 << 20
+    assert stored >= (5 + 64 + 64) << 20
+    assert faulty.sent() < (301 << 20) - stored + 10_000
+    assert oci.inspect(reference, quick()).manifest.size > 300 << 20
     assert not list((tmp_path / ".cache/workspace-runtime/uploads").iterdir())
 
 
