@@ -19,7 +19,7 @@ from runtime.oci.blobs import Blob, Descriptor
 from runtime.oci.download import BlobDownload
 from runtime.oci.image import INDEX, MANIFEST
 from runtime.oci.reference import Reference
-from runtime.oci.responses import unexpected
+from runtime.oci.responses import succeeded, unexpected
 from runtime.oci.store import Report, StoredManifest, check_manifest
 from runtime.oci.transport import Transport
 from runtime.oci.upload import BlobUrls, rehearse, upload
@@ -96,7 +96,7 @@ class Repository:
         response = self._transport.do_request(
             self._manifest_url(selector), "PUT", headers=headers, data=manifest.data
         )
-        if not response.ok:
+        if not succeeded(response):
             raise unexpected(response, f"{self}: writing manifest {selector}")
         stored = response.headers.get("Docker-Content-Digest") or manifest.digest
         if stored != manifest.digest:

@@ -28,6 +28,11 @@ def raise_if_busy(response: requests.Response) -> None:
         raise_if_retriable(response, f" {response.reason}{explain(response)}")
 
 
+def succeeded(response: requests.Response) -> bool:
+    """Whether the status is any of success: registries differ in which."""
+    return 200 <= response.status_code < 300
+
+
 def unexpected(response: requests.Response, what: str) -> RegistryError:
     """Return the error for a status that the protocol does not define."""
     return RegistryError(

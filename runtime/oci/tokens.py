@@ -15,7 +15,7 @@ import requests
 from runtime.errors import RegistryError
 from runtime.net import RetriableError
 from runtime.oci.credentials import Credential
-from runtime.oci.responses import explain, raise_if_busy, short
+from runtime.oci.responses import explain, raise_if_busy, short, succeeded
 from runtime.oci.transport import Transport
 
 _LIFETIME_S = 60.0
@@ -64,7 +64,7 @@ def fetch(transport: Transport, request: TokenRequest) -> AccessToken:
             break
         except RetriableError as error:
             retries.failed(error)
-    if not response.ok:
+    if not succeeded(response):
         raise LoginRefusedError(f"login refused with {response.status_code}{explain(response)}")
     try:
         reply = response.json()

@@ -16,10 +16,10 @@ from urllib.parse import urlencode, urljoin, urlsplit, urlunsplit
 
 import requests
 
-from runtime.errors import RegistryError
+from runtime.errors import RegistryError, TransientError
 from runtime.net import RetriableError, Retries
 from runtime.oci.blobs import Blob, from_bytes
-from runtime.oci.responses import explain, raise_if_busy, read_body, unexpected
+from runtime.oci.responses import explain, raise_if_busy, read_body, succeeded, unexpected
 from runtime.oci.store import Report
 from runtime.oci.transport import Outgoing, Transport
 from runtime.oci.upload_sessions import UploadSessions
@@ -78,6 +78,8 @@ class _Upload:
     """Bytes that the registry has received."""
     counted: int = 0
     """Bytes that were reported: `offset`, and those on their way."""
+    least: int = 0
+    """Bytes that a chunk must have unless it is the last (OCI-Chunk-Min-Length)."""
     chunks: int = 0
     """Chunks of this session that the registry took."""
     lost: int = 0
@@ -163,13 +165,9 @@ def _continue(state: _Upload) -> bool:
     session = state.open_sessions.take(state.urls.uploads, state.blob.descriptor.digest)
     if session is None:
         return False
-    response = state.transport.do_request(session, "GET")
-    received = _received(response)
-    if not response.ok or not received or received > state.size:
-        return False
     state.session = session
-    _follow(state, response)
-    state.settle(received)
+    if not _ask(state):
+        return False
     log.info("upload of %s resumes at byte %s", state.blob.descriptor.digest[:19], state.offset)
     return True
 
@@ -182,11 +180,10 @@ def _start(state: _Upload, source: str | None = None) -> bool:
     response = state.transport.do_request(state.urls.uploads + query, "POST", headers={"Content-Length": "0"})
     if response.status_code == 201 and source:
         return True
-    if not response.ok or not response.headers.get("Location"):
+    if not succeeded(response) or not response.headers.get("Location"):
         raise unexpected(response, f"{state.transport.host}: starting an upload")
     least = response.headers.get("OCI-Chunk-Min-Length", "")
-    if state.chunk is not None and least.isdecimal():
-        state.chunk = max(state.chunk, int(least))
+    state.least = int(least) if least.isdecimal() and len(least) < 12 else 0
     _follow(state, response)
     return False
 
@@ -197,7 +194,7 @@ def _patch(state: _Upload) -> None:
     chunk = state.size if state.chunk is None else state.chunk
     if state.chunk is not None and not state.only_chunks and not state.chunks:
         chunk = min(chunk, REHEARSAL_BYTES)  # a registry that takes no chunks should say so early
-    end = min(state.size, start + chunk)
+    end = min(state.size, start + max(chunk, state.least))
     ranged = state.chunk is not None or start > 0
     headers = {"Content-Type": "application/octet-stream", "Content-Length": str(end - start)}
     if ranged:
@@ -209,14 +206,14 @@ def _patch(state: _Upload) -> None:
     except RetriableError:
         state.losses += 1
         raise
-    if response.ok:
+    if succeeded(response):
         _accept(state, response, end)
         return
     state.settle(start)
     if ranged and not state.trusts_chunks and response.status_code in _NO_CHUNKS:
         _send_in_one(state, f"answered {response.status_code}{explain(response)}")
     elif response.status_code in {405, 501} and not ranged:
-        state.whole = True
+        state.whole, state.resumable = True, False
         _start(state)
     elif response.status_code == 413 or (response.status_code == 416 and _says_too_large(response)):
         _send_less(state, response, end - start)
@@ -272,7 +269,7 @@ def _finish(state: _Upload) -> bool:
         patience_s=state.size / _STORED_BYTES_S,
     )
     response = state.transport.send(request)
-    if response.ok:
+    if succeeded(response):
         stored = response.headers.get("Docker-Content-Digest") or digest
         if stored != digest:
             raise RegistryError(f"{state.transport.host}: stored {stored} instead of {digest}; push again")
@@ -317,24 +314,36 @@ def _recover(state: _Upload, response: requests.Response, what: str) -> None:
 
 def _resynchronise(state: _Upload) -> bool:
     """Ask the registry how many bytes it has, and continue there; True when it has the complete blob."""
-    response = state.transport.do_request(state.session, "GET")
-    received = _received(response) if response.ok and state.resumable else None
-    if received is not None and received > state.offset:
+    before = state.offset
+    known = state.resumable and state.doubts < _MOST_DOUBTS and _ask(state)
+    if known and state.offset > before:
         state.retries.progressed()
         state.losses = 0
     elif state.losses >= _LOSSES_BEFORE_CHUNKS and state.resumable:
         # What breaks the connection may be the size of the body.
         state.chunk = max((state.chunk or 2 * AZURE_CHUNK_BYTES) // 2, _SMALLEST_CHUNK_BYTES)
         state.losses = 0
-    if received and received <= state.size and state.doubts < _MOST_DOUBTS:
-        _follow(state, response)
-        state.settle(received)
+    if known:
         return False
     if state.urls.blob and _exists(state):
         state.settle(state.size)
         return True
     _start(state)
     return False
+
+
+def _ask(state: _Upload) -> bool:
+    """Continue where the registry says the session is; False when it does not say, or has nothing."""
+    try:
+        response = state.transport.do_request(state.session, "GET")
+    except TransientError:  # for some registries, the answer to a session that is gone
+        return False
+    received = _received(response)
+    if not succeeded(response) or not received or received > state.size:
+        return False
+    _follow(state, response)
+    state.settle(received)
+    return True
 
 
 def _exists(state: _Upload) -> bool:

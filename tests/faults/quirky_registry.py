@@ -36,6 +36,8 @@ class Quirks:
     """Close the connection instead of answering 413."""
     chunk_limit: int | None = None
     """416 "too large" for a PATCH with Content-Range above it."""
+    chunk_least: int | None = None
+    """OCI-Chunk-Min-Length, and 416 for a chunk below it."""
     chunk_refusal: int | None = None
     """Status of a PATCH with a Content-Range."""
     patch_refusal: int | None = None
@@ -247,7 +249,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "POST":
             upload = uuid.uuid4().hex
             self.content.uploads[upload] = bytearray()
-            return 202, [("Location", self.location(path, upload)), ("Range", "0-0")], b""
+            least = [("OCI-Chunk-Min-Length", str(quirks.chunk_least))] if quirks.chunk_least else []
+            return 202, [("Location", self.location(path, upload)), ("Range", "0-0"), *least], b""
         if upload not in self.content.uploads:
             return _error(404, "BLOB_UPLOAD_UNKNOWN", "blob upload unknown")
         if quirks.state and query.get("_state") != [self.content.states.get(upload)]:
@@ -293,6 +296,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if ranged and quirks.chunk_limit is not None and len(body) > quirks.chunk_limit:
             message = "the request body is too large and exceeds the maximum permissible limit of 4.00MiB"
             return _error(416, "REQUESTED_RANGE_NOT_SATISFIABLE", message)
+        if ranged and quirks.chunk_least and len(body) < quirks.chunk_least and not offset:
+            return _error(416, "SIZE_INVALID", "chunk too small")
         if ranged and not quirks.keeps_first_chunk_only and int(ranged.partition("-")[0]) != offset:
             return _error(416, "RANGE_INVALID", "another offset")
         return self.too_large(body)

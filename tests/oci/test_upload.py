@@ -5,14 +5,17 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 from runtime import oci
-from runtime.errors import RegistryError
+from runtime.errors import RegistryError, TransientError
 from runtime.oci import upload
+from runtime.oci.blobs import read_all
+from runtime.oci.image import build
 from tests.faults.quirky_registry import BASIC, PASSWORD, USER, Quirks, QuirkyRegistry
 from tests.oci.conftest import Start, docker_config, files, fresh, quick
 
@@ -176,6 +179,45 @@ def test_chunks_continue_where_the_range_is_written_otherwise(
     server = start(**quirk)
     oci.push(weights, fresh(server.host, "x"), access=quick())
     assert sum(blob_patches(server)) < 12_100_000
+
+
+@pytest.mark.usefixtures("chunked")
+def test_chunks_are_as_long_as_the_registry_wants(start: Start, weights: Path) -> None:
+    server = start(chunk_least=3_000_000)
+    oci.push(weights, fresh(server.host, "x"), access=quick())
+    assert blob_patches(server)[:2] == [3_000_000, 3_000_000]
+
+
+@pytest.mark.parametrize(
+    ("status", "sent"), [(204, 8_000_000), (404, 12_000_000), (405, 12_000_000), (500, 12_000_000)]
+)
+def test_upload_of_an_earlier_process_is_continued_or_begun_anew(
+    start: Start, weights: Path, tmp_path: Path, status: int, sent: int
+) -> None:
+    server = start(patch_refusal=503)
+    reference, sessions = fresh(server.host, "x"), tmp_path / "sessions"
+    access = quick(sessions=sessions, attempts=1)
+    with pytest.raises(TransientError, match="503"):
+        oci.push(weights, reference, access=access)
+    (kept,) = sessions.iterdir()
+    server.content.uploads[kept.read_text().rpartition("/")[2]] += weights_layer(weights)[:4_000_000]
+    server.quirks = Quirks(status=status)
+    server.seen.clear()
+    oci.push(weights, reference, access=access)
+    assert sent < max(blob_patches(server)) < sent + 100_000
+    assert not list(sessions.iterdir())
+
+
+def weights_layer(folder: Path) -> bytes:
+    """The layer that a push makes of the weights."""
+    with tempfile.TemporaryDirectory() as scratch:
+        layers = build(folder, Path(scratch)).blobs
+        return max((b"".join(read_all(blob.open())) for blob in layers), key=len)
+
+
+def test_redirect_without_an_address_is_no_success(start: Start, weights: Path) -> None:
+    with pytest.raises(RegistryError, match="304"):
+        oci.push(weights, fresh(start(patch_status=304).host, "x"), access=quick())
 
 
 def test_body_that_is_too_large_is_sent_in_chunks(start: Start, weights: Path, tmp_path: Path) -> None:
