@@ -17,6 +17,8 @@ from runtime.tuning.process.signals import end_with_parent
 
 log = logging.getLogger("runtime.tuning.process.torchrun")
 
+GRACE_OPTION = "--shutdown-timeout"
+
 
 def main(arguments: list[str]) -> int:
     """Run the workers to their end; return 0, 1 when one failed, 128 + a signal, or RENDEZVOUS_FAILED."""
@@ -33,7 +35,8 @@ def main(arguments: list[str]) -> int:
         if name.startswith("torch.distributed.elastic"):
             # They log each signal and each worker that ends, not in JSON; the workers do so themselves.
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    options = run.parse_args(arguments)  # type: ignore[no-untyped-call]
+    usage = run.get_args_parser().format_help()
+    options = run.parse_args(known_to(usage, arguments))  # type: ignore[no-untyped-call]
     # torchrun would give each of several workers one thread, and a single one as many as the node has.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // int(options.nproc_per_node))))
     try:
@@ -51,6 +54,17 @@ def main(arguments: list[str]) -> int:
         if number > 0:  # it could not log this itself
             log.error("rank %d was killed by %s", rank, signal.Signals(number).name)
     return 1
+
+
+def known_to(usage: str, arguments: list[str]) -> list[str]:
+    """Return `arguments` without the grace period where torchrun's `usage` lacks it.
+
+    torch before 2.12 always gives workers 30 s to end.
+    """
+    if GRACE_OPTION not in arguments or GRACE_OPTION in usage:
+        return arguments
+    place = arguments.index(GRACE_OPTION)
+    return arguments[:place] + arguments[place + 2 :]
 
 
 if __name__ == "__main__":
