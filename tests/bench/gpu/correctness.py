@@ -72,7 +72,6 @@ def run(context: Context) -> None:
             (TrainingCase("phi3", dtype="float16", checkpointing=True), V100),
             (TrainingCase("longrope"), NO_CUDNN),
             (TrainingCase("llama"), NO_CUDNN),
-            (TrainingCase("llama", bits=8), EVERY),
         ]
         engines += [("llama", "float16", V100), ("longrope", "float16", V100), ("llama", "auto", NO_CUDNN)]
     for case, kernels in cases:

@@ -69,6 +69,7 @@ def _failures(lines: list[Line], logs: dict[int, str]) -> list[str]:
     found = [
         (f"step {line['step']}, {line['case']}", line["traceback"]) for line in lines if "traceback" in line
     ]
+    found = list({printed[-1]: (title, printed) for title, printed in reversed(found)}.values())[::-1]
     told = {line["step"] for line in lines if "traceback" in line or "fault" in line}
     for line in lines:
         if line.get("ended", "done") not in ("done", "left out") and line["step"] not in told:

@@ -82,9 +82,11 @@ class Context:
             print(f"--- {name}", *lines, sep="\n", flush=True)
             said = " ".join(str(error).split())[:300]
             self.emit(name, error=f"{type(error).__name__}: {said}", traceback=lines[-TRACEBACK_LINES:])
+            figures = {}
+        if not figures:
             self.failed = True
             with contextlib.suppress(Exception):  # a device that is broken fails here too
-                self.release()
+                self.release()  # what the frames of the traceback held is free by now
             return {}
         self.failed |= "fault" in figures
         self.emit(name, **figures, took_s=time.monotonic() - began)

@@ -46,6 +46,8 @@ def read(profiled: profile, *, gpu: bool) -> Trace:
     spans: list[tuple[float, float]] = []
     for event in profiled.events() or ():
         on_device = "CUDA" in str(event.device_type)
+        if getattr(event, "is_user_annotation", False):  # ranges that a library marks, on the device too
+            continue
         if on_device:
             spans.append((event.time_range.start, event.time_range.end))
             kernels[event.name] += event.time_range.elapsed_us() / 1000
