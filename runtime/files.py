@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from runtime.errors import CapacityError, ConfigError
 
@@ -204,3 +204,19 @@ def _acquire(descriptor: int) -> bool:
         if error.errno not in _WITHOUT_LOCKS:
             raise
         return True
+
+
+def kind_of(text: str) -> Literal["file", "folder"] | None:
+    """Return what lies at the path `text`, which may begin with `~`; None for nothing.
+
+    Text from outside may be a model or an image as well, and no path: too long, or of no user's home.
+    """
+    try:
+        path = Path(text).expanduser()
+        return "folder" if path.is_dir() else "file" if path.is_file() else None
+    except RuntimeError:  # of expanduser
+        return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None
+        raise

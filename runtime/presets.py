@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from runtime import families, oci
 from runtime.config import Strict, nearest, parse, read_text, toml_document
 from runtime.errors import ConfigError
+from runtime.files import kind_of
 from runtime.model_source import ModelSource
 
 FOLDER = Path(__file__).resolve().parents[1] / "presets"
@@ -164,8 +165,8 @@ def source(name: str) -> ModelSource:
     preset = _index().by_name.get(name.lower())
     if preset is not None:
         return preset.source()
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    if kind_of(name) == "folder":
+        folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{name}: no config.json in this directory, expected a Hugging Face model")
         return ModelSource(name=name, path=folder.resolve())

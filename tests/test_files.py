@@ -115,3 +115,11 @@ def test_files_move_into_a_folder_the_named_one_last(tmp_path: Path, monkeypatch
 )
 def test_the_cache_is_where_the_environment_says(environ: dict[str, str], folder: str) -> None:
     assert files.cache_folder(environ) == Path(folder)
+
+
+def test_what_lies_at_a_path_is_told_from_what_is_no_path(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").touch()
+    assert files.kind_of(str(tmp_path)) == "folder"
+    assert files.kind_of(str(tmp_path / "rows.csv")) == "file"
+    for word in ("no/such", "x" * 300, "~nobody-of-that-name/x", "a\0b", "oci:x"):
+        assert files.kind_of(word) is None

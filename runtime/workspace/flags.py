@@ -12,6 +12,7 @@ from typing import Any
 from runtime import oci
 from runtime.config import nearest
 from runtime.errors import ConfigError
+from runtime.files import kind_of
 from runtime.tuning import training_arguments
 from runtime.tuning.settings import TuningJob
 from runtime.workspace.base_model import put_model
@@ -48,7 +49,7 @@ def dotted(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_image(word: str) -> bool:
     """Whether `word` is an image reference; a path that exists, or starts like one, never is."""
-    return oci.is_image(word) and not Path(word).exists()
+    return oci.is_image(word) and kind_of(word) is None
 
 
 def _put(settings: LayeredSettings, name: str, value: Any) -> None:
@@ -98,11 +99,9 @@ def _put_data(settings: LayeredSettings, words: Iterable[str]) -> None:
     if len(list(words)) > 1:
         raise ConfigError("--data: expected one file or directory; several are a directory")
     for word in words:
-        path = Path(word).expanduser()
-        if path.is_dir():
-            settings.put("data.folder", path, "flag --data")
-        elif path.is_file():
-            settings.put("data.file", path, "flag --data")
+        kind = kind_of(word)
+        if kind is not None:
+            settings.put(f"data.{kind}", Path(word).expanduser(), "flag --data")
         elif is_image(word):
             settings.put("data.image", word.removeprefix("docker://"), "flag --data")
         else:

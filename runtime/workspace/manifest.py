@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from runtime.config import describe, nearest, parse, read_text, without_nulls, yaml_documents
 from runtime.errors import ConfigError
+from runtime.files import kind_of
 from runtime.workspace.schema import (
     API_VERSIONS,
     UNNAMED,
@@ -53,7 +54,7 @@ class ManifestFile:
 
 def is_manifest(target: Path | str) -> bool:
     """Whether a command line's `target` names a file, rather than a model."""
-    return Path(target).is_file() or Path(target).suffix in (".yaml", ".yml", ".json")
+    return kind_of(str(target)) == "file" or Path(target).suffix in (".yaml", ".yml", ".json")
 
 
 def read(path: Path, work: Work = "tuning") -> WorkspaceDocuments:
@@ -82,7 +83,7 @@ def read_file(path: Path) -> ManifestFile:
         elif document["kind"] == "InferenceSet":
             workspaces.append(_of_inference_set(document, path, config_maps))
     if not workspaces:
-        kinds = [str(document["kind"]) for document in documents]
+        kinds = [" ".join(document["kind"].split()) for document in documents]
         hint = next(filter(None, (nearest(kind, ["Workspace", "InferenceSet"]) for kind in kinds)), "")
         found = ", ".join(kinds) or "nothing"
         raise ConfigError(f"{path}: expected one document with 'kind: Workspace', found {found}{hint}")

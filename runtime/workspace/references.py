@@ -4,10 +4,10 @@ Contacts no registry; what a name may be stands in oci/reference.py. Start at `c
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from runtime import oci
 from runtime.errors import ConfigError
+from runtime.files import kind_of
 from runtime.serving.settings import ServeConfig
 from runtime.tuning.settings import TuningJob
 from runtime.workspace.layers import find_placeholders
@@ -31,7 +31,7 @@ def check_server(config: ServeConfig, sources: Mapping[str, str]) -> None:
     if config.model.image is not None:
         _check(config.model.image, sources.get("model.image", "model.image"), read=True)
     for adapter in config.adapters:
-        if not oci.is_path(adapter.reference) and not Path(adapter.reference).exists():
+        if not oci.is_path(adapter.reference) and kind_of(adapter.reference) is None:
             _check(adapter.reference, f"{sources.get('adapters', 'adapters')} {adapter.name}", read=True)
 
 

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from runtime.config import Sparse, describe, without_nulls
+from runtime.serving.settings import ADAPTER_NAME
 
 API_VERSIONS = ("kaito.sh/v1alpha1", "kaito.sh/v1beta1")
 
@@ -146,6 +147,10 @@ class AdapterSpec(Sparse):
             raise ValueError("'source' must have exactly one of 'image' and 'volumeSource'")
         if not self.source.name:
             raise ValueError("'source.name' is missing; clients select the adapter by it")
+        if not re.fullmatch(ADAPTER_NAME, self.source.name):
+            raise ValueError(
+                f"'source.name' is {describe(self.source.name)}, expected letters, digits, '.', '_' and '-'"
+            )
         return self
 
 

@@ -32,6 +32,13 @@ _VOLUMES = (
 )
 VOLUMES = frozenset(_VOLUMES.split())
 """Kinds of volumes."""
+_VOLUME_KEYS = {
+    "emptyDir": {"medium", "sizeLimit"},
+    "hostPath": {"path", "type"},
+    "nfs": {"server", "path", "readOnly"},
+    "persistentVolumeClaim": {"claimName", "readOnly"},
+}
+"""All keys of the kinds that people write by hand."""
 
 
 def label(value: str, what: str) -> None:
@@ -114,6 +121,11 @@ def volume(source: Mapping[str, Any], what: str) -> None:
             f"{what}: expected one kind of volume with its keys, such as emptyDir, found {found}"
         )
     kind, described = kinds[0], source[kinds[0]]
+    strange = next((key for key in described if key not in _VOLUME_KEYS.get(kind, described)), None)
+    if strange is not None:
+        raise ConfigError(
+            f"{what}.{kind}: unknown key {strange!r}{nearest(str(strange), _VOLUME_KEYS[kind])}"
+        )
     if kind == "persistentVolumeClaim":
         subdomain(str(described.get("claimName") or ""), f"{what}.{kind}.claimName")
     elif kind == "emptyDir" and described.get("sizeLimit") is not None:

@@ -7,7 +7,6 @@ pod reads with `runtime tune FILE` or `runtime serve FILE`; other documents are 
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from runtime.errors import ConfigError, Failure
 from runtime.memory import shape
@@ -149,14 +148,8 @@ def _read_by_the_pod(manifest: WorkspaceDocuments) -> Object:
     whole = {
         "apiVersion": manifest.workspace.api_version, "kind": "Workspace", "metadata": described, **kept,
     }  # fmt: skip
-    cleaned: Object = _without_nulls(whole)
+    cleaned: Object = pod.without_nulls(whole)
     return cleaned
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _passed_on(found: ManifestFile, options: PodOptions) -> Iterator[Object]:

@@ -9,7 +9,6 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from runtime.config import without_nulls
 from runtime.errors import ConfigError
 from runtime.hardware import Hardware
 from runtime.oci.access import MOUNTED_SECRETS
@@ -165,6 +164,13 @@ def volume(name: str, source: Object, folder: Path, made: Object, *, sub_path: s
     mount = {"name": name, "mountPath": str(folder)}
     made["volumeMounts"].append(mount | ({"subPath": sub_path} if sub_path else {}))
     return {"name": name, **without_nulls(source)}
+
+
+def without_nulls(value: Any) -> Any:
+    """Return `value` without keys that have no value, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def registry_secrets(names: Iterable[str], made: Object) -> list[Object]:

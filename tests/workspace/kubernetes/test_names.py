@@ -80,6 +80,8 @@ def test_what_a_cluster_takes_passes(rule: Callable[[Any, str], None], value: An
         (names.volume, {}),
         (names.volume, {"emptyDir": {}, "hostPath": {"path": "/x"}}),
         (names.volume, {"emptyDirr": {}}),
+        (names.volume, {"emptyDir": {"size": "1Gi"}}),
+        (names.volume, {"persistentVolumeClaim": {"claim": "rows"}}),
         (names.volume, {"emptyDir": {"sizeLimit": "1GB"}}),
         (names.volume, {"persistentVolumeClaim": {}}),
         (names.volume, {"persistentVolumeClaim": {"claimName": "A"}}),

@@ -1,16 +1,20 @@
 """Kubernetes objects of Workspaces, held against Kubernetes' own schemas, and the examples that hold them."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from runtime.errors import EXIT_CODES, RETRIABLE, ConfigError, Failure
 from runtime.workspace import kubernetes, load_job, load_server
 from runtime.workspace.kubernetes import PodOptions
+from runtime.workspace.kubernetes import text as kubernetes_text
 from runtime.workspace.manifest import read_file
 from tests.workspace.manifests import DOCUMENTS, SERVING, TUNING, Written
 
@@ -46,6 +50,74 @@ def made(text: str, folder: Path, **options: Any) -> tuple[list[Object], tuple[s
     for document in objects:
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
     return objects, warnings
+
+
+WHOLE = """
+apiVersion: kaito.sh/v1beta1
+kind: Workspace
+metadata: {name: w, namespace: n, labels: {a: b}, annotations: {kaito.sh/enablelb: "True", x: y}}
+resource:
+  count: 1
+  instanceType: Standard_NC24ads_A100_v4
+  preferredNodes: [a]
+  labelSelector: {matchLabels: {apps: x}, matchExpressions: [{key: k, operator: In, values: [v]}]}
+WORK:
+  preset:
+    name: phi-3-mini-128k-instruct
+    accessMode: public
+    presetOptions:
+      {image: i, imagePullSecrets: [s], modelAccessSecret: h, modelWeightsPVC: p, modelWeightsSubPath: q}
+"""
+WHOLE_TUNING = (
+    WHOLE.replace("WORK", "tuning")
+    + """
+  method: qlora
+  config: qlora-params-template
+  input: {name: d, image: r.io/a:1, imagePullSecrets: [p]}
+  output: {image: "myacr.azurecr.io/a:1", imagePushSecret: s}
+"""
+)
+WHOLE_SERVING = (
+    WHOLE.replace("WORK", "inference")
+    + """
+  config: inference-params-template
+  adapters:
+  - {source: {name: d, image: r.io/a:1, imagePullSecrets: [p]}, strength: "0.5"}
+  - {source: {name: e, volumeSource: {emptyDir: {sizeLimit: 1Gi}}}}
+"""
+)
+ODD: tuple[Any, ...] = (
+    None, "", [], {}, 0, -1, True, 1.5, "x" * 300, "ä", "a b", "../x", [None], [[]], {"a": {"b": 1}},
+    ["a", "a"], "$(X)", "\n", 10**30, "1e5", {1: 2},
+)  # fmt: skip
+
+
+def places(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of every value below `value`."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in pairs:
+        yield (*here, key)
+        yield from places(each, (*here, key))
+
+
+@given(st.sampled_from([WHOLE_TUNING, WHOLE_SERVING]), st.data(), st.sampled_from(ODD))
+@settings(max_examples=150, deadline=None)
+def test_any_field_with_an_odd_value_is_refused_in_one_line_or_fits_the_schemas(
+    tmp_path_factory: pytest.TempPathFactory, text: str, data: st.DataObject, odd: Any
+) -> None:
+    document = yaml.safe_load(text)
+    *parents, last = data.draw(st.sampled_from(list(places(document))))
+    place = document
+    for key in parents:
+        place = place[key]
+    place[last] = odd
+    folder = tmp_path_factory.mktemp("odd")
+    try:
+        objects, _ = made(yaml.safe_dump(document, allow_unicode=True), folder)
+    except Failure as failure:
+        assert "\n" not in str(failure)
+    else:
+        assert list(yaml.safe_load_all(kubernetes_text.dump(objects))) == objects
 
 
 def of_kind(kind: str, objects: list[Object]) -> Object:
