@@ -13,7 +13,9 @@ from runtime.errors import RegistryError
 from runtime.oci.tar import TarEntry
 
 MOST_ENTRIES = 250_000
-"""Of all layers together: an image with Python and torch in it has some 60,000."""
+"""Of all layers together, folders that no entry names included: an image with torch in it has some 60,000."""
+MOST_NAMES_BYTES = 64 << 20
+"""Of all names and link targets together, which are held in memory."""
 MOST_DEPTH = 128
 """Folders inside each other."""
 MOST_PATH_BYTES = 4096
@@ -79,16 +81,14 @@ class ImageTree:
 
     def __init__(self) -> None:
         self.root = TreeFolder(0)
-        self._entries = self._steps = 0
+        self._entries = self._steps = self._names_bytes = 0
 
     def apply(self, entry: TarEntry, layer: int, *, whiteouts: bool = True) -> None:
         """Apply one entry of a layer; entries come in order, layer after layer, from the lowest on.
 
         Raises RegistryError when the entry breaks a limit or cannot be where it wants to be.
         """
-        self._entries += 1
-        if self._entries > MOST_ENTRIES:
-            raise RegistryError(f"layers hold more than {MOST_ENTRIES} entries; refused as a bomb")
+        self._count(len(entry.name) + len(entry.target))
         parts = split(entry.name)
         if whiteouts and any(part.startswith(_WHITEOUT) for part in parts):
             self._hide(parts, layer, entry.name)
@@ -108,6 +108,17 @@ class ImageTree:
                 parent.children[parts[-1]] = TreeFolder(layer)
         else:
             parent.children[parts[-1]] = self._node(entry, layer)
+
+    def _count(self, name_bytes: int) -> None:
+        """Count one more node; RegistryError when there are too many, or their names are too long."""
+        self._entries += 1
+        self._names_bytes += name_bytes
+        if self._entries > MOST_ENTRIES:
+            raise RegistryError(f"layers hold more than {MOST_ENTRIES} entries; refused as a bomb")
+        if self._names_bytes > MOST_NAMES_BYTES:
+            raise RegistryError(
+                f"layers hold names and links of more than {MOST_NAMES_BYTES} bytes; refused as a bomb"
+            )
 
     def find(self, path: Sequence[str], *, follow: bool = True) -> Found | None:
         """Return what is at `path`, None when there is nothing; `..` at the root stays there.
@@ -163,6 +174,7 @@ class ImageTree:
             if node is None:
                 if create is None:
                     return None
+                self._count(len(part))
                 node = folder.children[part] = TreeFolder(create)
             if isinstance(node, TreeLink) and (pending or follow):
                 links += 1

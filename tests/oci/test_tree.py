@@ -151,6 +151,19 @@ def test_too_many_entries_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         apply([f"a{number}" for number in range(60)], [f"a{number}" for number in range(60)])
 
 
+def test_folders_that_no_entry_names_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree_module, "MOST_ENTRIES", 100)
+    with pytest.raises(RegistryError, match="100 entries"):
+        apply([f"{number}/{'d/' * 40}f" for number in range(3)])
+
+
+@pytest.mark.parametrize("entry", ["{number}{long}", "l{number} -> {long}", "h{number} == {long}"])
+def test_names_that_fill_the_memory_are_refused(monkeypatch: pytest.MonkeyPatch, entry: str) -> None:
+    monkeypatch.setattr(tree_module, "MOST_NAMES_BYTES", 5000)
+    with pytest.raises(RegistryError, match="names and links of more than 5000 bytes"):
+        apply([f"{'n' * 200}", *(entry.format(number=number, long="n" * 200) for number in range(40))])
+
+
 def test_repeated_markers_do_not_take_quadratic_time() -> None:
     files = [f"d/{number}" for number in range(20_000)]
     started = time.process_time()
