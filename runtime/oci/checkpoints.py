@@ -5,7 +5,6 @@ Each is an image beside the job's output (`…:TAG-checkpoint`), the one before 
 know what is in a checkpoint. Start at `push` and `find`.
 """
 
-import json
 import logging
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -95,7 +94,7 @@ def _previous(reference: Reference) -> Reference:
 def _step(manifest: StoredManifest, job: str) -> int | None:
     """Return the step of a checkpoint manifest of this job, None for anything else."""
     try:
-        notes = json.loads(manifest.data)["annotations"]
+        notes = manifest.document["annotations"]
         return int(notes[_STEP]) if notes[_JOB] == job else None
     except (ValueError, KeyError, TypeError):
         return None

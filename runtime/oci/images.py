@@ -317,7 +317,7 @@ def _check_target(folder: Path) -> None:
 def _pulled_digest(folder: Path) -> str | None:
     try:
         return str(json.loads((folder / MARKER).read_text(encoding="utf-8"))["digest"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -98,11 +98,8 @@ def is_index(manifest: StoredManifest) -> bool:
     """Whether `manifest` lists manifests; by what it holds where it has no type."""
     if manifest.media_type in {INDEX, DOCKER_LIST}:
         return True
-    try:
-        document = json.loads(manifest.data)
-        return "manifests" in document and not {"config", "layers"} & document.keys()
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        return False
+    document = manifest.document
+    return "manifests" in document and not {"config", "layers"} & document.keys()
 
 
 def diff_ids(config: Path, where: str) -> list[str]:
@@ -121,11 +118,8 @@ def diff_ids(config: Path, where: str) -> list[str]:
 
 def _document(manifest: StoredManifest, where: str) -> dict[str, Any]:
     """Return the JSON of a manifest or index; RegistryError for what is neither, or both."""
-    try:
-        document = json.loads(manifest.data)
-    except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict):
+    document = manifest.document
+    if not document:
         raise RegistryError(
             f"{where}: not an image manifest ({manifest.media_type}); expected one of OCI or Docker"
         )

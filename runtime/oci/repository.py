@@ -6,7 +6,6 @@ Start at `Repository`.
 """
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +69,9 @@ class Repository:
             raise unexpected(response, f"{self}: reading manifest {selector}")
         data = response.content
         media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
-        manifest = StoredManifest(data, _stated_type(data) or media_type)
+        manifest = StoredManifest(data, media_type)
+        if stated_type := manifest.document.get("mediaType"):
+            manifest = StoredManifest(data, str(stated_type))
         stated = response.headers.get("Docker-Content-Digest", manifest.digest)
         if stated.startswith("sha256:"):
             check_manifest(manifest, stated, str(self))
@@ -131,10 +132,3 @@ class Repository:
 
     def _manifest_url(self, selector: str) -> str:
         return f"{self._base}/manifests/{selector}"
-
-
-def _stated_type(data: bytes) -> str:
-    try:
-        return str(json.loads(data).get("mediaType") or "")
-    except (ValueError, AttributeError):
-        return ""

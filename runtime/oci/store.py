@@ -4,11 +4,12 @@ Start at `Store`; layout.py and repository.py implement it.
 """
 
 import hashlib
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from runtime.errors import RegistryError
 from runtime.oci.blobs import Blob, Descriptor
@@ -35,6 +36,15 @@ class StoredManifest:
     def digest(self) -> str:
         """Digest of the bytes."""
         return f"sha256:{hashlib.sha256(self.data).hexdigest()}"
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The JSON object that the bytes are; {} where they are anything else."""
+        try:
+            document = json.loads(self.data)
+        except (ValueError, RecursionError):
+            return {}
+        return document if isinstance(document, dict) else {}
 
 
 class Store(Protocol):

@@ -236,3 +236,12 @@ def test_a_body_that_does_not_end_is_refused_at_4_mib(
     faulty.routes["/token"] = lambda *_: (200, {}, endless)
     with pytest.raises(RegistryError, match="more than 4 MiB"):
         oci.pull(reference, tmp_path / "back", access=quick())
+
+
+@pytest.mark.parametrize("data", [b"[" * 100_000, b"[]", b'{"mediaType": {}}', b"\xff", b""])
+def test_a_manifest_that_is_none_is_one_error(faulty: FaultyRegistry, tmp_path: Path, data: bytes) -> None:
+    reference = fresh(faulty.host, "a")
+    faulty.routes["/v2/"] = lambda *_: (200, {"Content-Type": "application/json"}, data)
+    assert oci.checkpoints.find(reference, job="a", access=quick()) == []
+    with pytest.raises(RegistryError, match="not an image manifest"):
+        oci.pull(reference, tmp_path / "back", access=quick())
