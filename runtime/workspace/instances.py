@@ -12,11 +12,14 @@ NAME_THE_GPU = f"name its GPU with --gpu ({gpus.EXAMPLES}; auto is the one of th
 
 
 def gpus_of(manifest: WorkspaceDocuments) -> Hardware:
-    """Return the GPUs of the instance type in `manifest`.
+    """Return the GPUs of the instance type in `manifest`; one slice of it where it is partitioned so.
 
     Raises ConfigError where it names none, one that is not known, or one that this project does not run on.
     """
     resource = manifest.workspace.resource
+    partition = resource.partition
+    if partition is not None and partition.mode == "mig":
+        return gpus.named(f"{partition.gigabytes}GB").hardware
     where = f"{manifest.file.name} resource.instanceType"
     if not resource.instance_type:
         raise ConfigError(f"{where} is missing, so the machine is not known; {NAME_THE_GPU}")

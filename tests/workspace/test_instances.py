@@ -37,3 +37,13 @@ def test_instance_type_in_any_case_has_its_gpus(size: str, kind: str, count: int
 def test_an_unknown_instance_type_asks_for_the_gpu(size: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         gpus_of(read(write(tmp_path, manifest(resource__instanceType=size))))
+
+
+def test_slice_of_a_gpu_has_the_memory_of_its_profile(tmp_path: Path) -> None:
+    file = tmp_path / "slice.yaml"
+    file.write_text(
+        "apiVersion: kaito.sh/v1beta1\nkind: Workspace\ninference: {preset: {name: phi-4}}\n"
+        "resource: {partition: {mode: mig, profile: 2g.24gb}}\n"
+    )
+    found = gpus_of(read(file))
+    assert (found.memory_bytes, found.count) == (24 * 10**9, 1)

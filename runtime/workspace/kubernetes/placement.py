@@ -7,7 +7,7 @@ write objects. Start at `of_server` and `of_job`.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from runtime import gpus, instance_types, support
+from runtime import instance_types, support
 from runtime.errors import CapacityError, ConfigError, Failure
 from runtime.hardware import Hardware
 from runtime.memory import serving, shape
@@ -75,37 +75,35 @@ def of_server(manifest: WorkspaceDocuments, config: ServeConfig, options: PodOpt
     if options.gpus == 0:
         return Placement(nodes)
     if partition is not None and partition.mode == "mig":
-        slices = _Node(1, gpus.named(f"{partition.gigabytes}GB").hardware)
-        placed = _divide(manifest, config, slices, nodes * partition.count)
+        placed = _divide(manifest, config, gpus_of(manifest), nodes * partition.count)
         return replace(placed, resource=f"nvidia.com/mig-{partition.profile.replace('+', '.')}")
     node = _node(manifest, options)
-    if node.machine is None:
-        if node.count == 1:
-            return Placement(nodes, 1, warnings=node.warnings)
-        raise ConfigError(
-            f"{manifest.file}: whether a model is divided among {node.count} GPUs depends on their memory; "
-            "name them with --gpu"
-        )
-    return _divide(manifest, config, node, nodes)
+    if node.machine is not None:
+        return _divide(manifest, config, replace(node.machine, count=node.count), nodes)
+    if node.count == 1:
+        return Placement(nodes, 1, warnings=node.warnings)
+    raise ConfigError(
+        f"{manifest.file}: whether a model is divided among {node.count} GPUs depends on their memory; "
+        "name them with --gpu"
+    )
 
 
-def _divide(manifest: WorkspaceDocuments, config: ServeConfig, node: _Node, nodes: int) -> Placement:
-    """Return the placement with the fewest GPUs a pod."""
-    assert node.machine is not None, "_node found it"  # noqa: S101
-    support.check_server(config.model, config.quantization, node.machine)
+def _divide(manifest: WorkspaceDocuments, config: ServeConfig, machine: Hardware, nodes: int) -> Placement:
+    """Return the placement with the fewest GPUs a pod; `machine` is one of the equal nodes."""
+    support.check_server(config.model, config.quantization, machine)
     try:
         model = shape.of(config.model)
     except Failure as error:
         warning = f"memory is not planned, so each pod has one GPU: {error}"
-        return Placement(nodes * node.count, 1, warnings=(*node.warnings, warning))
+        return Placement(nodes * machine.count, 1, warnings=(warning,))
     refused = ""
-    for count in _divisors(node.count):
+    for count in _divisors(machine.count):
         refused = _indivisible(model, config, count) if count > 1 else ""
-        if not refused and _fits(model, config, node.machine, count):
-            return Placement(nodes * (node.count // count), count, divided=count > 1, warnings=node.warnings)
-    too_large = CapacityError(_too_large(model, config, node, refused))
-    warnings = (*node.warnings, _vouched(manifest, too_large))
-    return Placement(nodes, node.count, divided=node.count > 1, warnings=warnings)
+        if not refused and _fits(model, config, machine, count):
+            return Placement(nodes * (machine.count // count), count, divided=count > 1)
+    warning = _vouched(manifest, CapacityError(_too_large(model, config, machine, refused)))
+    count = 1 if refused else machine.count
+    return Placement(nodes * (machine.count // count), count, divided=count > 1, warnings=(warning,))
 
 
 def _fits(model: Shape, config: ServeConfig, machine: Hardware, count: int) -> bool:
@@ -127,18 +125,17 @@ def _indivisible(model: Shape, config: ServeConfig, count: int) -> str:
     return ""
 
 
-def _too_large(model: Shape, config: ServeConfig, node: _Node, refused: str) -> str:
-    machine = node.machine
-    assert machine is not None, "_node found it"  # noqa: S101
+def _too_large(model: Shape, config: ServeConfig, machine: Hardware, refused: str) -> str:
     run = requested(config, machine, model)
     weights = serving.weights(model, run).size_bytes / 2**30
-    kind = f"{node.count} x {machine.name}" if node.count > 1 else machine.name
+    kind = f"{machine.count} x {machine.name}" if machine.count > 1 else machine.name
     larger = ", ".join(serving.fits_on(model, run)[:5]) or "none that is known here"
     why = f"; {refused}" if refused else ""
+    quantise = "" if config.quantization or model.quantized else ", or --quantize nf4"
     return (
         f"{model.name} ({weights:.0f} GiB of weights) does not fit on the GPUs of one node, {kind}{why}; one "
-        f"model is not divided among nodes: take nodes with more or larger GPUs (one is enough of {larger}), "
-        "or --quantize nf4"
+        f"model is not divided among nodes: take nodes with more or larger GPUs (one is enough of {larger})"
+        f"{quantise}"
     )
 
 

@@ -69,6 +69,14 @@ def test_user_may_vouch_for_the_memory(tmp_path: Path) -> None:
     )
 
 
+def test_model_that_is_vouched_for_and_indivisible_has_a_gpu_a_pod(tmp_path: Path) -> None:
+    text = served("instanceType: Standard_NC64as_T4_v3", "falcon-40b")
+    text = text.replace("{name: w}", "{name: w, annotations: {kaito.sh/bypass-resource-checks: 'true'}}")
+    objects, _ = made(text, tmp_path)
+    assert of_kind("Deployment", objects)["spec"]["replicas"] == 4
+    assert "--parallel" not in container_of(objects)["args"]
+
+
 def test_quantised_weights_fit_where_whole_ones_do_not(tmp_path: Path) -> None:
     options: dict[str, Any] = {"flags": ("--quantize", "nf4"), "settings": {"quantization.bits": 4}}
     container = container_of(made(served(f"instanceType: {TYPE}", LARGE), tmp_path, **options)[0])
