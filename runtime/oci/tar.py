@@ -76,12 +76,17 @@ def _header(stream: PlainStream) -> bytes | None:
         return None
     if len(block) < BLOCK_BYTES:
         raise DamagedArchiveError("it ends in the middle of a header")
-    total = sum(block) - sum(block[148:156]) + 8 * 0x20
-    signed = total - 256 * sum(byte > 0x7F for byte in block[:148] + block[156:])
     stated = _OCTAL.fullmatch(block[148:156])
-    if stated is None or int(stated[1] or b"0", 8) not in {total, signed}:
+    summed = block[:148] + b" " * 8 + block[156:]
+    if stated is None or int(stated[1] or b"0", 8) not in _sums(summed):
         raise DamagedArchiveError("a header's checksum is wrong")
     return block
+
+
+def _sums(block: bytes) -> Iterator[int]:
+    """Yield the sum of the bytes, and that of old writers, who took them for signed."""
+    yield sum(block)
+    yield sum(block) - 256 * sum(byte > 0x7F for byte in block)
 
 
 def _extension(stream: PlainStream, size: int) -> bytes:

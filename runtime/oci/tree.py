@@ -135,9 +135,10 @@ class ImageTree:
         if entry.kind == "device":
             return TreeDevice(layer)
         found = self._walk(split(entry.target), follow=False)
-        if found is not None and isinstance(node := found.node, TreeFile):
+        node = found.node if found is not None else None
+        if isinstance(node, TreeFile):
             return TreeFile(layer, node.source, node.offset, node.size, node.executable)
-        if found is not None and isinstance(node, TreeLink):
+        if isinstance(node, TreeLink):
             return TreeLink(layer, node.target)
         raise RegistryError(
             f"layer entry {shown(entry.name)}: a hard link to {shown(entry.target)},"
