@@ -32,7 +32,8 @@ def objects_of_server(
 ) -> list[Object]:
     """Return the Deployment of `server` and the Service before it."""
     made = _container(manifest, placement, options)
-    made["resources"] = pod.requests(Accelerators(placement.gpus, placement.resource, weights_bytes), options)
+    needed = Accelerators(placement.gpus, placement.resource, weights_bytes, pod.downloads(manifest))
+    made["resources"] = pod.requests(needed, options)
     inference = manifest.workspace.inference
     assert inference is not None, "load_server refuses other Workspaces"  # noqa: S101
     volumes, secrets = _adapters(inference, made, options)

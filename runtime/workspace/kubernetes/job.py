@@ -27,7 +27,8 @@ def objects_of_job(
 ) -> list[Object]:
     """Return the Job that runs `job`, after the Service of its nodes where there are several."""
     made = _container(manifest, job, options)
-    made["resources"] = pod.requests(Accelerators(placement.gpus, placement.resource, weights_bytes), options)
+    needed = Accelerators(placement.gpus, placement.resource, weights_bytes, pod.downloads(manifest))
+    made["resources"] = pod.requests(needed, options)
     template = _pod(manifest, job, made, options, gpus=placement.gpus > 0)
     spec: Object = {
         "backoffLimit": 6,

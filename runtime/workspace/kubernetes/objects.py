@@ -70,14 +70,14 @@ def _workspace(
         resolved = job = load_job(manifest, environ=environ, config=options.config)
         checks.refuse(manifest, found.others, options)
         placed = placement.of_job(manifest, job.config, options)
-        size = _weights_bytes(manifest, job.config.model)
+        size = _weights_bytes(job.config.model)
         made = objects_of_job(manifest, job.config, placed, options, weights_bytes=size)
     else:
         settings = options.settings
         resolved = server = load_server(manifest, environ=environ, config=options.config, overrides=settings)
         checks.refuse(manifest, found.others, options)
         placed = placement.of_server(manifest, server.config, options)
-        size = _weights_bytes(manifest, server.config.model)
+        size = _weights_bytes(server.config.model)
         made = objects_of_server(manifest, server.config, placed, options, weights_bytes=size)
     map_ = _config_map(manifest, options)
     _restart_with(map_, made)
@@ -100,14 +100,11 @@ def _environ(manifest: WorkspaceDocuments) -> dict[str, str]:
     return {"KUBERNETES_SERVICE_HOST": "a pod's own", **token}
 
 
-def _weights_bytes(manifest: WorkspaceDocuments, model: ModelSource) -> int | None:
-    """Return the size of the files that the pod downloads; None where it is not known, or nothing is."""
-    preset = manifest.workspace.preset
-    if preset is not None and preset.options.model_weights_pvc:
-        return None
+def _weights_bytes(model: ModelSource) -> int | None:
+    """Return the size of the model's files; None where it is not known without the hub."""
     try:
         return shape.of(model).stored_bytes
-    except Failure:  # not known without the hub
+    except Failure:
         return None
 
 

@@ -70,6 +70,8 @@ class Accelerators:
     resource: str
     weights_bytes: int | None
     """Size of the model's files; None where it is not known."""
+    downloads: bool
+    """Whether the pod fetches them."""
 
 
 def container(name: str, preset: PresetSpec, options: PodOptions, arguments: list[str]) -> Object:
@@ -98,6 +100,11 @@ def secret_variable(name: str, secret: str, key: str) -> Object:
     return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
 
 
+def downloads(manifest: WorkspaceDocuments) -> bool:
+    """Whether the pod fetches the model's weights: there is no claim that holds them."""
+    return manifest.workspace.preset is None or not manifest.workspace.preset.options.model_weights_pvc
+
+
 def requests(accelerators: Accelerators, options: PodOptions) -> Object:
     """Return the resources of a container: processor, memory and disk as requests, GPUs as limits.
 
@@ -112,7 +119,7 @@ def requests(accelerators: Accelerators, options: PodOptions) -> Object:
         "cpu": options.cpu or str(CPUS_PER_GPU * max(1, gpus)),
         "memory": options.memory or f"{memory_gib}Gi",
     }
-    if weights_gib and options.cache_claim is None:
+    if weights_gib and accelerators.downloads and options.cache_claim is None:
         requested["ephemeral-storage"] = f"{weights_gib + GIB_BESIDE_WEIGHTS}Gi"
     return {"requests": requested, **({"limits": {accelerators.resource: gpus}} if gpus else {})}
 

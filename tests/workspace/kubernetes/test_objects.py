@@ -315,6 +315,10 @@ def test_processors_memory_and_disk_are_requested(tmp_path: Path) -> None:
     assert int(resources["requests"]["ephemeral-storage"].removesuffix("Gi")) > 27  # the weights' files
     kept = container_of(made(SERVING, tmp_path, cpu="8", memory="20Gi", cache_claim="cache")[0])["resources"]
     assert kept["requests"] == {"cpu": "8", "memory": "20Gi"}
+    claim = SERVING.replace("{name: phi-4}", "{name: phi-4, presetOptions: {modelWeightsPVC: weights}}")
+    mounted = container_of(made(claim, tmp_path, gpus=0)[0])["resources"]["requests"]
+    assert mounted.keys() == {"cpu", "memory"}  # nothing is downloaded
+    assert int(mounted["memory"].removesuffix("Gi")) > 2 * 27
     without = container_of(made(SERVING, tmp_path, gpus=0)[0])["resources"]
     assert "limits" not in without
     assert int(without["requests"]["memory"].removesuffix("Gi")) > 2 * 27  # float32
