@@ -91,6 +91,8 @@ class Family:
     """Attention goes through transformers' interface, and packed rows were compared with separate ones."""
     alike: bool = True
     """Its layers are alike and have Llama's parts: what they hold follows from a few numbers."""
+    causal: bool = True
+    """transformers' AutoModelForCausalLM loads it."""
     float16: Float16 = "works"
     """Whether its numbers stay within float16; a family that does not "work" needs bfloat16 or float32."""
     engine: Engine | None = None
@@ -191,6 +193,7 @@ _RECORDS = (
     # its MLP is experts, one tensor a layer; float16: microsoft/onnxruntime-genai#2444
     Family(model_type="gpt_oss", projections=LLAMA, norm="rms", alike=False, float16="overflows"),
     Family(model_type="glm4", projections=GLM4, norm="rms", float16="overflows"),  # vllm-project/vllm#17154
+    replace(_UNTESTED, model_type="mistral3", causal=False, tied_by_default=True),
     *(
         replace(_UNTESTED, model_type=name, float16="overflows")  # deepseek-ai/DeepSeek-V2#93
         for name in ("deepseek_v2", "deepseek_v3")

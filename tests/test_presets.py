@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime import families, presets
+from runtime.config import parse
 from runtime.errors import ConfigError
+from runtime.memory import counting
 from runtime.presets import Preset, all_presets, find, source
 
 PRESETS = all_presets()
@@ -17,7 +19,8 @@ every_preset = pytest.mark.parametrize("preset", PRESETS, ids=IDS)
 
 FAMILIES = {
     "Falcon", "Llama 3", "Mistral", "Phi-2", "Phi-3", "Phi-3.5", "Phi-4", "Qwen2.5-Coder",
-    "DeepSeek-R1-Distill", "Gemma 3", "gpt-oss", "SmolLM2",
+    "DeepSeek-R1-Distill", "Gemma 3", "gpt-oss", "SmolLM2", "Gemma 4", "Granite 4.1", "Ministral 3",
+    "Nemotron Nano", "Qwen3", "Qwen3.5", "SmolLM3", "OLMo 3", "GLM-4", "LFM2",
 }  # fmt: skip
 
 
@@ -25,16 +28,26 @@ def test_every_promised_family_is_there() -> None:
     assert {preset.family for preset in PRESETS} == FAMILIES
 
 
-@every_preset
-def test_revision_is_pinned(preset: Preset) -> None:
-    assert preset.revision is not None
+def test_revisions_that_kaito_pins_are_pinned() -> None:
+    pinned = [preset for preset in PRESETS if preset.revision is not None]
+    assert len(pinned) == 28
+    assert {find(name).revision for name in ("ministral-3-3b-instruct", "phi-4", "gpt-oss-20b")} == {
+        "83e15808ff6a115f18ff8e68123db3ab35035714",
+        "187ef0342fff0eb3333be9f00389385e95ef0b61",
+        "db6852caddef0cf0c1f729034ed700c84eab376e",
+    }
 
 
-@every_preset
+UNIFORM = [preset for preset in PRESETS if preset.dimensions is not None]
+COUNTED = [preset for preset in PRESETS if preset.dimensions is None]
+
+
+@pytest.mark.parametrize("preset", UNIFORM, ids=lambda preset: preset.name)
 def test_shape_agrees_with_the_size_of_the_files(preset: Preset) -> None:
-    if preset.stored_as == "mxfp4":
-        pytest.skip("files are MXFP4: test_expert_weights_take_a_quarter holds these")
+    if preset.quantized is not None:
+        pytest.skip("files are quantised: test_expert_weights_take_a_quarter holds those in MXFP4")
     dimensions = preset.dimensions
+    assert dimensions is not None
     repeated = dimensions.vocabulary * dimensions.hidden if preset.stored_head else 0
     expected = 2 * (dimensions.parameters + repeated)
     assert preset.download_gib * 2**30 == pytest.approx(expected, rel=0.005)
@@ -44,18 +57,31 @@ def test_shape_agrees_with_the_size_of_the_files(preset: Preset) -> None:
 def test_expert_weights_take_a_quarter(name: str) -> None:
     preset = find(name)
     shape = preset.dimensions
+    assert shape is not None
     experts = shape.layers * shape.experts * 3 * shape.hidden * shape.intermediate
     # MXFP4: 32 values of 4 bits share a scale of 8; the rest is bfloat16.
     expected = experts * 4.25 / 8 + 2 * (shape.parameters - experts)
     assert preset.download_gib * 2**30 == pytest.approx(expected, rel=0.01)
 
 
-@every_preset
+@pytest.mark.parametrize("preset", COUNTED, ids=lambda preset: preset.name)
+def test_presets_whose_layers_differ_count_what_transformers_counts(preset: Preset) -> None:
+    counted = counting.measure(preset.configuration or {})
+    assert preset.counted_parameters == pytest.approx(counted.parameters, rel=0.001)
+    assert counted.cache is not None
+    # beside the text model, files may hold towers and a head for several tokens
+    stored = preset.download_gib * 2**30 / 2
+    assert preset.parameters <= stored * 1.005
+    assert preset.parameters >= stored * 0.8
+
+
+@pytest.mark.parametrize("preset", UNIFORM, ids=lambda preset: preset.name)
 def test_class_and_parameters_are_those_of_transformers(preset: Preset) -> None:
     """Builds the real class from the preset's numbers, without memory, and counts."""
     import torch
     import transformers
 
+    assert preset.dimensions is not None
     with torch.device("meta"):
         model = getattr(transformers, preset.architecture)(_configuration(preset))
     counted = sum(parameter.numel() for parameter in model.parameters())
@@ -75,6 +101,7 @@ def _configuration(preset: Preset) -> object:
     from transformers import AutoConfig
 
     shape = preset.dimensions
+    assert shape is not None
     common = {
         "vocab_size": shape.vocabulary,
         "hidden_size": shape.hidden,
@@ -105,6 +132,14 @@ def _configuration(preset: Preset) -> object:
         return AutoConfig.for_model(
             "gemma3", text_config=common, vision_config=vision, tie_word_embeddings=True
         )
+    if preset.model_type == "mistral3":
+        vision = {"num_hidden_layers": 1}
+        return AutoConfig.for_model(
+            "mistral3",
+            text_config={"model_type": "ministral3", **common},
+            vision_config=vision,
+            tie_word_embeddings=shape.tied_embeddings,
+        )
     if preset.model_type == "gpt_oss":
         common |= {"num_local_experts": shape.experts, "num_experts_per_tok": shape.active_experts}
     return AutoConfig.for_model(preset.model_type, **common)
@@ -117,8 +152,10 @@ def _configuration(preset: Preset) -> object:
 def test_sliding_windows_are_those_of_transformers(name: str, window: int, full: int) -> None:
     configuration = _configuration(find(name))
     text = getattr(configuration, "text_config", configuration)
-    assert text.layer_types.count("full_attention") == full == find(name).dimensions.full_attention_layers
-    assert window == find(name).dimensions.sliding_window
+    dimensions = find(name).dimensions
+    assert dimensions is not None
+    assert text.layer_types.count("full_attention") == full == dimensions.full_attention_layers
+    assert window == dimensions.sliding_window
 
 
 CONVERSATION = [
@@ -205,6 +242,34 @@ def test_unknown_name_is_answered_with_the_nearest(written: str, meant: str) -> 
     with pytest.raises(ConfigError, match="unknown preset") as caught:
         find(written)
     assert repr(meant) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "llama-2-7b-chat",
+            r"was retired by KAITO; use llama-3\.1-8b-instruct, or the repository meta-llama/",
+        ),
+        ("Llama-2-70B", r"was retired by KAITO; use llama-3\.3-70b-instruct"),
+        ("deepseek-r1-0528", r"670 billion weights.*use deepseek-r1-distill"),
+        ("deepseek-v3-0324", "670 billion weights"),
+        ("mistral-large-3-675b-instruct", r"670 billion weights.*use ministral-3-14b-instruct"),
+    ],
+)
+def test_names_of_kaitos_that_are_no_presets_say_what_to_use(name: str, said: str) -> None:
+    for ask in (find, source):
+        with pytest.raises(ConfigError, match=said):
+            ask(name)
+
+
+def test_a_preset_has_dimensions_or_a_configuration() -> None:
+    facts = find("phi-4").model_dump()
+    for wrong in ({"dimensions": None}, {"configuration": {"model_type": "phi3"}, "counted_parameters": 1}):
+        with pytest.raises(
+            ConfigError, match="expected dimensions, or configuration with counted_parameters"
+        ):
+            parse(Preset, {**facts, **wrong}, "preset")
 
 
 def test_source_takes_preset_directory_and_repository(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def server_report(
 ) -> MemoryReport:
     """Return the memory plan of the server that `target` describes on `machine`."""
     server = load_server(target, environ=environ, config=config, overrides=overrides).config
-    support.check_server(server.model, server.quantization, machine)
+    support.check_server(server.model, server.quantization, machine, engine=server.engine)
     model = shape.of(server.model)
     run = requested(server, machine, model)
     capacity = serving.forecast(model, run, machine)
@@ -172,7 +172,6 @@ def server_report(
         "cache_bytes_per_token": capacity.token_bytes,
         "fits_on": list(serving.fits_on(model, run)),
     }
-    too_large = "quantise it (--set quantization.bits=4), or take a larger GPU"
     return MemoryReport(
         fits=capacity.fits,
         title=f"Server of {server.served_name} on {_described(machine)}",
@@ -183,11 +182,25 @@ def server_report(
             f"Requested: {run.sequences} sequences of {run.context_tokens} tokens, {run.dtype}.",
             f"One of these is enough for one sequence: {_few(facts['fits_on'])}.",
         ),
-        verdict=f"{capacity.sequences} sequences of {capacity.context_tokens} tokens"
+        verdict=_served(model, run, capacity)
         if capacity.fits
-        else f"{model.name} leaves no memory for one sequence; {too_large}",
+        else f"{model.name} leaves no memory for one sequence; {_advice(model, run, machine)}",
         facts=facts,
     )
+
+
+def _served(model: shape.Shape, run: serving.ServingRun, capacity: serving.Capacity) -> str:
+    if serving.batched(model, run):
+        return f"{capacity.sequences} sequences of {capacity.context_tokens} tokens"
+    return f"one request at a time, of {capacity.context_tokens} tokens"
+
+
+def _advice(model: shape.Shape, run: serving.ServingRun, machine: Hardware) -> str:
+    """Return what would make a server fit."""
+    quantised = replace(run, bits=4, double_quant=True)
+    if model.quantized is None and run.bits is None and serving.forecast(model, quantised, machine).fits:
+        return "quantise it (--set quantization.bits=4), or take a larger GPU"
+    return "take a larger GPU"
 
 
 def _job(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from runtime import families
+from runtime import families, support
 from runtime.cli import render
 from runtime.cli.options import AsJson
 from runtime.config import flatten
@@ -18,7 +18,7 @@ Name = Annotated[str | None, typer.Argument(metavar="NAME", help="Show all facts
 
 
 def presets(name: Name = None, as_json: AsJson = False) -> None:
-    """List the models known by name."""
+    """List the models known by name; of one, also why it is not batched or not tuned."""
     if name is not None:
         facts = _facts(find(name))
         if as_json:
@@ -32,7 +32,7 @@ def presets(name: Name = None, as_json: AsJson = False) -> None:
         typer.echo(json.dumps([_facts(preset) for preset in all_presets()], indent=2))
     else:
         render.table(
-            ("name", "parameters", "context", "download", "licence", "gated", "tune", "repository"),
+            ("name", "parameters", "context", "download", "licence", "gated", "serve", "tune", "repository"),
             [_row(preset) for preset in all_presets()],
         )
 
@@ -40,7 +40,15 @@ def presets(name: Name = None, as_json: AsJson = False) -> None:
 def _facts(preset: Preset) -> dict[str, Any]:
     facts = preset.model_dump(mode="json")
     renames = families.find(preset.model_type).renames
-    return {**facts, "fused_targets": renames, "parameters": preset.parameters}
+    served, why = support.serving_of(preset)
+    return {
+        **facts,
+        "fused_targets": renames,
+        "parameters": preset.parameters,
+        "served": served,
+        "not_batched": why or None,
+        "tunable": preset.tunable,
+    }
 
 
 def _row(preset: Preset) -> tuple[str, ...]:
@@ -51,6 +59,7 @@ def _row(preset: Preset) -> tuple[str, ...]:
         f"{preset.download_gib:.1f} GiB",
         preset.licence,
         "yes" if preset.gated else "no",
+        support.serving_of(preset)[0],
         "yes" if preset.tunable else "no",
         preset.repository,
     )

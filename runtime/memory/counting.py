@@ -100,7 +100,7 @@ def measure(config: dict[str, Any]) -> Counts:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**stated)).eval()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Counts(
-        dimensions=_dimensions(model.config.get_text_config()),
+        dimensions=_dimensions(model.config.get_text_config().to_dict()),
         context_tokens=context_tokens(model.config),
         parameters=parameters,
         linears=tuple(_linears(model)),
@@ -108,11 +108,11 @@ def measure(config: dict[str, Any]) -> Counts:
     )
 
 
-def _dimensions(config: Any) -> Dimensions:
+def _dimensions(config: Mapping[str, Any]) -> Dimensions:
     """Return the figures of a configuration that architectures name alike, and sizes of one layer of it."""
 
     def stated(*names: str, default: int) -> int:
-        values = (getattr(config, name, None) for name in names)
+        values = (config.get(name) for name in names)
         several = (max(value) if isinstance(value, list) and value else value for value in values)
         return next((int(value) for value in several if isinstance(value, int | float) and value), default)
 
@@ -126,7 +126,7 @@ def _dimensions(config: Any) -> Dimensions:
         head_dim=stated("head_dim", default=max(1, hidden // heads)),
         intermediate=stated("moe_intermediate_size", "intermediate_size", default=4 * hidden),
         vocabulary=stated("vocab_size", default=1),
-        active_experts=stated("num_experts_per_tok", "moe_topk", default=1) + shared,
+        active_experts=stated("num_experts_per_tok", "top_k_experts", "moe_topk", default=1) + shared,
     )
 
 

@@ -25,7 +25,7 @@ GPU_SHARE = 0.97
 HOST_SHARE = 0.5
 """Part of a CPU's memory that a server plans with: the page cache and the process live there too."""
 
-DEQUANTISED = {"mxfp4"}
+DEQUANTISED = {"mxfp4", "fp8"}
 """Stored types that transformers turns into the compute type while it reads them: its own kernels need
 triton 3.4 and the package `kernels`, and the image has neither (docs/decisions/021-no-triton.md)."""
 
@@ -153,7 +153,7 @@ def fits_on(shape: Shape, server: ServingRun) -> tuple[str, ...]:
 def weights(shape: Shape, server: ServingRun) -> MemoryItem:
     """Weights: parameters x b; linear ones x bits / 8; the files' size where they are used as they are."""
     width = BYTES[server.dtype]
-    if shape.quantized is not None and shape.quantized not in DEQUANTISED:
+    if shape.quantized is not None and not (shape.quantized in DEQUANTISED and server.engine == "own"):
         basis: Basis = "stored" if shape.files_known else "estimated"
         return MemoryItem("weights", shape.stored_bytes, f"stored as {shape.quantized}", basis)
     if server.bits is None or shape.quantized is not None:

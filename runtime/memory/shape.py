@@ -142,13 +142,15 @@ def of(source: ModelSource) -> Shape:
     if preset is None:
         return read(models.config_file(source), name=source.name)
     counts = None if preset.dimensions else counting.count(preset.configuration or {})
+    if counts is not None:
+        counts = counts.model_copy(update={"parameters": counts.parameters + preset.other_parameters})
     return Shape(
         name=preset.name,
         model_type=preset.model_type,
         dimensions=preset.dimensions or _counted(counts).dimensions,
         context_tokens=preset.context_tokens,
         stored_bytes=int(preset.download_gib * 2**30),
-        quantized=preset.stored_as if preset.stored_as not in BYTES else None,
+        quantized=preset.quantized,
         counts=counts,
     )
 

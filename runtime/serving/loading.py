@@ -41,7 +41,9 @@ def load(config: ServeConfig, access: oci.Access) -> ServedModel:
     """
     started = time.monotonic()
     devices = hardware.detect()
-    support.check_server(config.model, config.quantization, devices)
+    support.check_server(config.model, config.quantization, devices, engine=config.engine)
+    if config.engine == "own":
+        support.check_architecture(config.model)
     served = _with_vllm(config, devices) if config.engine == "vllm" else _with_own_engine(config, devices)
     served = replace(
         served,

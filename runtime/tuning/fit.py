@@ -74,7 +74,7 @@ def plan(
     Without `rows` every row is taken to be as long as it may be, and all of it labelled. Raises ConfigError
     when the model's shape is not known, or the model cannot be tuned on `machine`.
     """
-    check_dtype(job, machine)
+    check_model(job, machine)
     shape = of(job.model)
     count = processes or machine.count
     longest = max((len(row) for row in rows), default=0)
@@ -98,21 +98,24 @@ def plan(
 def check(job: TuningJob, machine: Hardware, *, processes: int | None = None) -> None:
     """Log what `job` will take; CapacityError, with advice, when it cannot fit on `machine`.
 
-    Raises ConfigError when the model overflows the type that `machine` computes in.
+    Raises ConfigError when the model cannot be tuned on `machine`, or transformers builds none of it.
     """
-    check_dtype(job, machine)
-    planned = _plan_if_known(job, machine, processes or machine.count)
+    check_model(job, machine)
+    if job.model.trust_remote_code:  # whose shape only its own code may know
+        planned = _plan_if_known(job, machine, processes or machine.count)
+    else:
+        planned = plan(job, machine, processes=processes or machine.count)
     if planned is not None and not planned.forecast.fits:
         raise CapacityError(planned.summary)
     if planned is not None:
         log.info("memory plan: %s", planned.summary)
 
 
-def check_dtype(job: TuningJob, machine: Hardware) -> None:
-    """Raise ConfigError where `job` would be computed in a type that its model overflows on `machine`."""
+def check_model(job: TuningJob, machine: Hardware) -> None:
+    """Raise ConfigError where the model of `job` cannot be tuned on `machine`."""
     wishes = [f"--set training.{name}=false" for name in ("bf16", "fp16") if job.training.get(name)]
     how = " ".join(["--set model.dtype=float32", *wishes])
-    support.check_dtype(job.model, machine, dtype=choose_dtype(job, machine), training=True, how=how)
+    support.check_tuner(job.model, machine, dtype=choose_dtype(job, machine), how=how)
 
 
 def shorten(job: TuningJob, machine: Hardware, *, processes: int) -> TuningJob:

@@ -14,7 +14,9 @@ from typing import Any
 
 from pydantic import SecretStr
 
+from runtime import gpus, instance_types
 from runtime.errors import ConfigError
+from runtime.hardware import has_bfloat16
 from runtime.tuning import training_arguments
 from runtime.tuning.model import lora_init
 from runtime.tuning.settings import TuningJob
@@ -32,11 +34,6 @@ from runtime.workspace.layers import LayeredSettings, Resolved, find_placeholder
 from runtime.workspace.manifest import WorkspaceDocuments, is_manifest, read
 from runtime.workspace.mounts import Mounts
 from runtime.workspace.schema import TuningSpec, host_path
-
-SIZES_WITHOUT_BFLOAT16 = re.compile(
-    r"standard_(?P<gpu>nc\d+r?s_v3|nc\d+as_t4_v3|nc\d+s_v2|nd\d+r?s)$", re.IGNORECASE
-)
-"""Azure VM sizes with V100, T4, P100 or P40 GPUs."""
 
 
 def load_job(
@@ -137,9 +134,7 @@ def _choose_model(settings: LayeredSettings, name: str, where: str) -> None:
     if preset is None:
         return
     if not preset.tunable:
-        raise ConfigError(
-            f"{where}: preset {preset.name} can be served but not tuned (see `runtime presets`)"
-        )
+        raise ConfigError(f"{where}: preset {preset.name} can be served but not tuned: {preset.untunable}")
     settings.put("training.learning_rate", preset.learning_rate, f"preset {preset.name}")
 
 
@@ -233,7 +228,8 @@ def _finish_data(settings: LayeredSettings, mounts: Mounts, manifest: WorkspaceD
 
 def _warn_of_gpu(settings: LayeredSettings, manifest: WorkspaceDocuments) -> None:
     size = manifest.workspace.resource.instance_type
-    without_bfloat16 = SIZES_WITHOUT_BFLOAT16.match(size)
+    found = instance_types.find(size)
+    without_bfloat16 = found and found.gpu and not has_bfloat16(gpus.of_kind(found.gpu))
     preferred = [source for source in settings.sources.values() if "(bfloat16: where" in source]
     if without_bfloat16 and (preferred or settings.get("training.bf16")):
         settings.warn(

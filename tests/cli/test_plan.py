@@ -80,6 +80,23 @@ def test_a_model_that_overflows_float16_is_refused_where_there_is_no_bfloat16(
         assert line.count("\n") == 1
 
 
+def test_a_server_of_one_request_at_a_time_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    status, report = plan("gemma-3-4b-instruct", "--serve", "--gpu", "A10", capsys=capsys)
+    assert (status, report["rows"]) == (0, 1)
+    assert run(["plan", "gemma-3-4b-instruct", "--serve", "--gpu", "A10"], {}) == 0
+    assert "Fits: one request at a time, of 131072 tokens" in capsys.readouterr().out
+    assert run(["plan", "gpt-oss-20b", "--serve", "--gpu", "A100-40GB"], {}) == 6
+    assert "one sequence; take a larger GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--serve"], []], ids=["serve", "tune"])
+def test_what_no_engine_here_runs_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "ministral-3-8b-instruct", *words, "--gpu", "A100-80GB"], {}) == 2
+    assert "a causal language model" in capsys.readouterr().err or not words
+    assert run(["plan", "llama-2-7b-chat", *words, "--gpu", "A100-80GB"], {}) == 2
+    assert "was retired by KAITO; use llama-3.1-8b-instruct" in capsys.readouterr().err
+
+
 def test_no_torch_is_needed() -> None:
     code = (
         "import sys; from runtime.cli.main import run; "

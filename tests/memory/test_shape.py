@@ -9,7 +9,7 @@ import pytest
 from runtime.errors import ConfigError
 from runtime.memory import shape
 from runtime.model_source import ModelSource
-from runtime.presets import all_presets, source
+from runtime.presets import all_presets, find, source
 from tests.families import TINY, config_of
 
 
@@ -33,12 +33,24 @@ def test_linear_modules_and_weights_are_those_of_the_model(kind: str, tmp_path: 
     assert found.parameters == pytest.approx(weights, rel=0.03)
 
 
-@pytest.mark.parametrize("preset", [it for it in all_presets() if it.stored_as == "bfloat16"], ids=str)
+WHOLE = [it for it in all_presets() if it.stored_as == "bfloat16" and it.dimensions is not None]
+
+
+@pytest.mark.parametrize("preset", WHOLE, ids=lambda preset: preset.name)
 def test_presets_count_the_weights_of_their_files(preset: Any) -> None:
     found = shape.of(source(preset.name))
     count = found.parameters
     head = preset.dimensions.vocabulary * preset.dimensions.hidden if preset.stored_head else 0
     assert (count + head) * 2 == pytest.approx(found.stored_bytes, rel=0.02)
+
+
+def test_a_preset_whose_layers_differ_is_counted_with_what_is_loaded_beside_them() -> None:
+    preset = find("gemma-4-12b-instruct")
+    found = shape.of(source(preset.name))
+    assert found.parameters == pytest.approx(preset.parameters, rel=0.001)
+    assert preset.parameters == (preset.counted_parameters or 0) + preset.other_parameters
+    assert found.cache.window == 1024
+    assert found.context_tokens == 262_144
 
 
 def test_targets_reach_what_peft_would_adapt() -> None:

@@ -66,8 +66,17 @@ def test_a_model_that_overflows_float16_is_refused_before_anything_is_read(
             ask(half, machine)
     advice = "float32 (--set model.dtype=float32 --set training.fp16=false)"
     assert (advice in str(refused.value)) == (machine is V100)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3_text", **sizes}))
     whole = job(model=ModelSource(name="m", path=tmp_path, dtype="float32"))
     fit.check(whole, machine)
+
+
+def test_a_model_that_transformers_does_not_build_is_refused_before_data_is_fetched(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of"}))
+    with pytest.raises(ConfigError, match="transformers builds no model of this configuration"):
+        fit.check(job(model=ModelSource(name="m", path=tmp_path)), V100)
+    fit.check(job(model=ModelSource(name="m", path=tmp_path, trust_remote_code=True)), V100)
 
 
 def test_gpus_without_bfloat16_are_not_proposed_to_models_that_overflow_float16() -> None:

@@ -90,7 +90,7 @@ def of_server(manifest: WorkspaceDocuments, config: ServeConfig, options: PodOpt
 
 def _divide(manifest: WorkspaceDocuments, config: ServeConfig, machine: Hardware, nodes: int) -> Placement:
     """Return the placement with the fewest GPUs a pod; `machine` is one of the equal nodes."""
-    support.check_server(config.model, config.quantization, machine)
+    support.check_server(config.model, config.quantization, machine, engine=config.engine)
     try:
         model = shape.of(config.model)
     except Failure as error:
