@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from runtime.errors import RegistryError
+from runtime.net import RetriableError
 from runtime.oci import manifests
 from runtime.oci.access import Access
 from runtime.oci.auth import Login
@@ -20,7 +21,7 @@ from runtime.oci.image import INDEX, MANIFEST
 from runtime.oci.reference import Reference
 from runtime.oci.responses import succeeded, unexpected
 from runtime.oci.store import Report, StoredManifest, check_manifest
-from runtime.oci.transport import Transport
+from runtime.oci.transport import Outgoing, Transport
 from runtime.oci.upload import BlobUrls, rehearse, upload
 
 log = logging.getLogger(__name__)
@@ -55,9 +56,12 @@ class Repository:
     def check_writable(self) -> None:
         """Send a blob and cancel it."""
         with self.writing():
-            # One more right, to cancel: not every registry gives it, and none refuses to be asked.
+            session = rehearse(self._transport, self._uploads_url)
+            # Not every registry deletes an upload on request; one that keeps it drops it after a while.
             self._login = Login(self._transport, self._reference, "pull,push,delete")
-            rehearse(self._transport, self._uploads_url)
+            with contextlib.suppress(RegistryError, RetriableError):
+                self._transport.send(Outgoing("DELETE", session, {}))
+            self._login = Login(self._transport, self._reference, "pull,push")
 
     def find(self, selector: str) -> StoredManifest | None:
         """Return the manifest under a tag or digest."""

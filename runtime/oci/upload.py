@@ -6,7 +6,6 @@ token, 5xx) the registry is queried for the bytes it has; an upload it no longer
 are streamed from disk, never held in memory. Start at `upload`.
 """
 
-import contextlib
 import logging
 import re
 from collections.abc import Callable
@@ -137,12 +136,13 @@ def upload(
     open_sessions.forget(urls.uploads, blob.descriptor.digest)
 
 
-def rehearse(transport: Transport, uploads: str) -> None:
-    """Send a blob the way `upload` does and cancel it: the path works for bodies above 4 MiB, too."""
+def rehearse(transport: Transport, uploads: str) -> str:
+    """Send a blob of more than 4 MiB the way `upload` does; return the session, for the caller to cancel."""
     blob = from_bytes(bytes(REHEARSAL_BYTES), "application/octet-stream")
     state = _Upload(transport, BlobUrls(uploads, ""), blob, lambda count: None, UploadSessions(None))
     _start(state)
-    _run(state, _cancel)
+    _run(state, lambda state: True)
+    return state.session
 
 
 def _run(state: _Upload, finish: Callable[[_Upload], bool]) -> None:
@@ -283,13 +283,6 @@ def _finish(state: _Upload) -> bool:
         return False
     _recover(state, response, f"closing the upload of {digest}")
     return False
-
-
-def _cancel(state: _Upload) -> bool:
-    """Cancel the upload. A registry that does not do that on request drops it after a while."""
-    with contextlib.suppress(RegistryError, RetriableError):
-        state.transport.send(Outgoing("DELETE", state.session, {}))
-    return True
 
 
 def _recover(state: _Upload, response: requests.Response, what: str) -> None:
