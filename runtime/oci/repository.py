@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from runtime.errors import RegistryError
+from runtime.errors import RegistryError, TransientError
 from runtime.net import RetriableError
 from runtime.oci import manifests
 from runtime.oci.access import Access
@@ -59,7 +59,7 @@ class Repository:
             session = rehearse(self._transport, self._uploads_url)
             # Not every registry deletes an upload on request; one that keeps it drops it after a while.
             self._login = Login(self._transport, self._reference, "pull,push,delete")
-            with contextlib.suppress(RegistryError, RetriableError):
+            with contextlib.suppress(RegistryError, TransientError, RetriableError):
                 self._transport.send(Outgoing("DELETE", session, {}))
             self._login = Login(self._transport, self._reference, "pull,push")
 

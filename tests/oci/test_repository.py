@@ -12,7 +12,7 @@ import pytest
 from runtime import oci
 from runtime.errors import RegistryError, TransientError
 from runtime.oci import Access
-from tests.faults.registry import FaultyRegistry
+from tests.faults.registry import Answer, FaultyRegistry
 from tests.oci.conftest import (
     AzureLike,
     Started,
@@ -251,9 +251,7 @@ def test_preflight_needs_no_right_to_delete(azure: AzureLike, tmp_path: Path) ->
     """A token server that refuses all of a request of which one action is not permitted."""
     answer = azure.tokens.answer
 
-    def strict(
-        method: str, path: str, headers: dict[str, str], body: bytes
-    ) -> tuple[int, dict[str, str], bytes]:
+    def strict(method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
         return (403, {}, b"{}") if "delete" in path else answer(method, path, headers, body)
 
     routes = dict(azure.front.routes)
