@@ -45,6 +45,11 @@ def none_requested(setting: str | None) -> bool:
     return not setting.strip() or first.lower() in _NOTHING or (index is not None and int(index[0]) < 0)
 
 
+def single(setting: str | None, number: int) -> str:
+    """Return the value that shows a process only the GPU `number` of those that `setting` shows, from 0."""
+    return str(number) if setting is None else setting.split(",")[number].strip()
+
+
 def visible(setting: str | None, *, order: str | None = None) -> Visible:
     """Return what CUDA shows with these values of CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER.
 

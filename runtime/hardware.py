@@ -157,6 +157,13 @@ def device(hardware: Hardware, local_rank: int = 0) -> str:
     return f"cuda:{local_rank}"
 
 
+def environment_of(hardware: Hardware, local_rank: int) -> dict[str, str]:
+    """Return the variables with which a process finds the GPU of `local_rank` only; none on a CPU."""
+    if hardware.kind == "cpu":
+        return {}
+    return {cuda_devices.VARIABLE: cuda_devices.single(os.environ.get(cuda_devices.VARIABLE), local_rank)}
+
+
 def check_processes(hardware: Hardware, processes: int | None) -> None:
     """Raise ConfigError when there are fewer GPUs than processes, which have one each."""
     if processes is not None and hardware.kind == "cuda" and processes > hardware.count:

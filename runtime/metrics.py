@@ -47,6 +47,8 @@ class EngineFigures(Protocol):
     def out_of_memory(self) -> Mapping[str, int]: ...
     @property
     def prompt_tokens_limit(self) -> int: ...
+    @property
+    def replicas(self) -> int: ...
 
 
 class _Gauges(Collector):
@@ -98,6 +100,9 @@ class _Gauges(Collector):
         yield info
         yield self._gauge(
             "kaito_max_concurrent_requests", "Requests generated at the same time", figures.max_sequences
+        )
+        yield self._gauge(
+            "runtime:replicas", "Copies of the model, whose figures are added up here", figures.replicas
         )
 
     def _memory(self, figures: EngineFigures) -> Iterator[Metric]:

@@ -168,3 +168,13 @@ def test_a_driver_older_than_mig_has_whole_gpus(nvml_process: NvmlProcess) -> No
 
 def test_a_driver_without_gpus_shows_none(nvml_process: NvmlProcess) -> None:
     assert nvml_process.ask(Machine(), functools.partial(uuids, "0")) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "shown"),
+    [(None, ["0", "1"]), ("3,1", ["3", "1"]), (" 2 , 0,5", ["2", "0"]), ("GPU-a,MIG-b", ["GPU-a", "MIG-b"])],
+)
+def test_each_of_several_processes_gets_one_of_the_devices_shown(
+    setting: str | None, shown: list[str]
+) -> None:
+    assert [cuda_devices.single(setting, number) for number in range(2)] == shown

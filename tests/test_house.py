@@ -49,6 +49,7 @@ ROOMS = {
             "structured_output",
             "lifecycle",
             "loading",
+            "replica",
             "check",
         },
         {"http"},

@@ -199,7 +199,12 @@ def test_a_torch_for_other_machines_ends_the_command(
 
 
 @pytest.mark.parametrize(
-    "words", [(*TUNE, "--processes", "2"), (*SERVE, "--parallel", "tp", "--processes", "2")]
+    "words",
+    [
+        (*TUNE, "--processes", "2"),
+        (*SERVE, "--parallel", "tp", "--processes", "2"),
+        (*SERVE, "--replicas", "2"),
+    ],
 )
 def test_more_processes_than_gpus_end_the_command(
     words: tuple[str, ...], runtime_on: RuntimeOn, tmp_path: Path

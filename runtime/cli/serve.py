@@ -83,6 +83,10 @@ Engine = Annotated[
 Processes = Annotated[
     int | None, typer.Option(min=1, help="With --parallel: number of processes; one per GPU by default.")
 ]
+Replicas = Annotated[
+    int | None,
+    typer.Option(min=1, help="Copies of the model, each in a process and on a GPU of its own."),
+]
 Rows = Annotated[int | None, typer.Option(min=1, help="Sequences (requests) generated at the same time.")]
 ContextTokens = Annotated[
     int | None, typer.Option(min=16, help="Most tokens of prompt and answer together, per request.")
@@ -113,6 +117,7 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     engine: Engine = None,
     parallel: Parallel = None,
     processes: Processes = None,
+    replicas: Replicas = None,
     rows: Rows = None,
     context_tokens: ContextTokens = None,
     speculative_tokens: SpeculativeTokens = None,
@@ -128,7 +133,7 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     environ = context.obj or {}
     flags = {
         "host": host, "port": port if port is not None else port_variable(environ), "engine": engine,
-        "parallel": parallel, "processes": processes, "limits.rows": rows,
+        "parallel": parallel, "processes": processes, "replicas": replicas, "limits.rows": rows,
         "limits.context_tokens": context_tokens, "speculative_tokens": speculative_tokens,
         "served_name": served_name, "combine_adapters": combine_adapters, "adapter_root": adapter_root,
         "api_key": api_key(environ, api_key_env), "--adapter": adapter,
@@ -137,9 +142,8 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     resolved = load_server(target, environ=environ, config=config, overrides=overrides)
     if dry_run:
         return render.dry_run(resolved, render.server, as_json=as_json)
-    server = resolved.ready()
     resolved.warn()
-    return _run(server, oci.from_environment(environ), check=check, as_json=as_json)
+    return _run(resolved.ready(), oci.from_environment(environ), check=check, as_json=as_json)
 
 
 def _run(config: ServeConfig, access: oci.Access, *, check: bool, as_json: bool) -> None:

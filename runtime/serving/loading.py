@@ -8,7 +8,7 @@ import contextlib
 import logging
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from runtime import adapters, attention, hardware, models, oci, support, torch_b
 from runtime.errors import ConfigError, Failure
 from runtime.hardware import Hardware
 from runtime.serving.engine.create import create
+from runtime.serving.engine.replicas import engine as replicas
 from runtime.serving.generation_config import end_ids, sampling_defaults
 from runtime.serving.lifecycle import ServedModel
 from runtime.serving.settings import AdapterSource, ServeConfig
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from runtime.serving.engine.model_runner import Rank
     from runtime.serving.engine.parallel.workers import Workers
+    from runtime.serving.engine.protocol import Engine
 
 log = logging.getLogger(__name__)
 
@@ -44,15 +46,18 @@ def load(config: ServeConfig, access: oci.Access) -> ServedModel:
     support.check_server(config.model, config.quantization, devices, engine=config.engine)
     if config.engine == "own":
         support.check_architecture(config.model)
-    served = _with_vllm(config, devices) if config.engine == "vllm" else _with_own_engine(config, devices)
+    if config.engine == "vllm":
+        served = _with_vllm(config, devices)
+    elif config.replicas > 1:
+        served = _with_replicas(config, devices)
+    else:
+        served = _with_own_engine(config, devices)
     served = replace(
         served,
         aliases=config.served_aliases,
         tool_call_parser=config.tool_call_parser,
         reasoning_parser=config.reasoning_parser,
     )
-    if config.replicas > 1:
-        log.warning("%d copies of the model were requested: one GPU serves, the others idle", config.replicas)
     if config.combine_adapters and config.adapters:
         served = _combined(served, config, access)
     else:
@@ -65,28 +70,71 @@ def load(config: ServeConfig, access: oci.Access) -> ServedModel:
     return served
 
 
-def _with_own_engine(config: ServeConfig, devices: Hardware) -> ServedModel:
-    """Return the model behind this project's own engine."""
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model behind this project's own engine, in this process."""
+
+    engine: "Engine"
+    weights: str
+    """Their type, size and device."""
+    generation_config: dict[str, Any]
+    """The model's defaults, those of its configuration too."""
+
+
+def load_own_engine(config: ServeConfig, devices: Hardware) -> LoadedModel:
+    """Return the model behind this project's own engine; one of `config.replicas` takes its share of a CPU.
+
+    Raises as `load` does.
+    """
     torch_build.check_loaded(devices)  # vLLM has a torch of its own
     import torch
 
     attention.disable_cudnn()
-    torch.set_num_threads(min(torch.get_num_threads(), hardware.usable_cores()))
-    tokenizer = models.load_tokenizer(config.model)
+    threads = min(torch.get_num_threads(), hardware.usable_cores())
+    torch.set_num_threads(max(1, threads // config.replicas))
     with contextlib.ExitStack() as undo:
         model, workers, rank = _model(config, devices, undo)
         running = create(config, model, rank=rank)
         if workers is not None:
             workers.watch(running.abort)
         undo.pop_all()
-    generation_config = model.generation_config.to_diff_dict() if model.generation_config else {}
+    return LoadedModel(
+        engine=running,
+        weights=f"{_format(config, model)}, {model.get_memory_footprint() / 2**20:.1f} MiB on {devices.name}"
+        + (f", on each of {rank.group.world}" if rank is not None else ""),
+        generation_config=model.generation_config.to_diff_dict() if model.generation_config else {},
+    )
+
+
+def _with_own_engine(config: ServeConfig, devices: Hardware) -> ServedModel:
+    """Return the model behind this project's own engine."""
+    tokenizer = models.load_tokenizer(config.model)
+    loaded = load_own_engine(config, devices)
+    return ServedModel(
+        name=config.served_name,
+        engine=loaded.engine,
+        tokenizer=_prompt_tokenizer(
+            config, loaded.generation_config, tokenizer, loaded.engine.context_tokens
+        ),
+        created=int(time.time()),
+        weights=loaded.weights,
+    )
+
+
+def _with_replicas(config: ServeConfig, devices: Hardware) -> ServedModel:
+    """Return the model behind several processes that each load all of it; this one loads its tokenizer."""
+    source = config.model.model_copy(update={"path": models.locate(config.model)})
+    tokenizer = models.load_tokenizer(source)
+    # requests wait here; what a process is sent beyond its rows waits for those that were cancelled
+    limits = config.limits.model_copy(update={"queue": config.limits.rows})
+    task = config.model_copy(update={"model": source, "limits": limits, "api_key": None, "adapters": ()})
+    running, first = replicas.start(task, devices, max_waiting=config.replicas * config.limits.queue)
     return ServedModel(
         name=config.served_name,
         engine=running,
-        tokenizer=_prompt_tokenizer(config, generation_config, tokenizer, running.context_tokens),
+        tokenizer=_prompt_tokenizer(config, first.generation_config, tokenizer, running.context_tokens),
         created=int(time.time()),
-        weights=f"{_format(config, model)}, {model.get_memory_footprint() / 2**20:.1f} MiB on {devices.name}"
-        + (f", on each of {rank.group.world}" if rank is not None else ""),
+        weights=f"{first.weights}, on each of {config.replicas}",
     )
 
 

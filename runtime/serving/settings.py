@@ -34,9 +34,9 @@ class Limits(Strict):
     """Limits of one request, and of all requests together."""
 
     rows: int = Field(32, ge=1)
-    """Sequences (answers) generated at the same time."""
+    """Sequences (answers) generated at the same time, by each copy of the model."""
     queue: int = Field(64, ge=0)
-    """Requests waiting to be generated; one more is answered 429."""
+    """Requests waiting to be generated, for each copy of the model; one more is answered 429."""
     context_tokens: int | None = Field(None, ge=16)
     """Prompt and answer together, per request; None takes what the model and the memory allow."""
     gpu_memory_share: float | None = Field(None, gt=0, le=1)
@@ -83,7 +83,7 @@ class ServeConfig(Strict):
     reasoning_parser: str | None = None
     """vLLM's name of the form in which the model writes its reasoning; none is known here."""
     replicas: int = Field(1, ge=1)
-    """Copies of the model, each on a GPU of its own."""
+    """Copies of the model, each in a process and on a GPU of its own; on a CPU they share its cores."""
     speculative_tokens: int = Field(16, ge=0)
     """Most draft tokens per step of a lone sequence, from its own text (own engine); 0 turns drafts off."""
     cuda_graphs: bool = True
@@ -119,3 +119,8 @@ def check(config: ServeConfig) -> None:
     divided = config.engine == "own" and config.parallel == "tp" and (config.processes or 1) > 1
     if quantization is not None and divided:
         raise ConfigError("--parallel tp divides whole weights: leave the quantisation out, or one GPU")
+    if config.replicas > 1 and config.engine == "own" and config.parallel is not None:
+        raise ConfigError(
+            f"replicas is {config.replicas} and parallel {config.parallel}: a copy of the model is not "
+            "divided among GPUs; leave one of them out, or take --engine vllm"
+        )

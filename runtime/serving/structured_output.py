@@ -7,11 +7,10 @@ through llguidance (extra `guided`) and token ids; does not know routes or engin
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from runtime.errors import RequestError
-from runtime.serving.engine.protocol import Grammar
+from runtime.serving.engine.protocol import Constraint, Grammar
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -24,16 +23,6 @@ JSON_STYLE: "JsonCompileOptions" = {
     "key_separator": ": ",
 }
 """One spelling, Python's, which models have seen most: free white space lets a weak model go on for ever."""
-
-
-@dataclass(frozen=True, slots=True)
-class Constraint:
-    """What one answer must match, and the field of the request that asks for it."""
-
-    kind: Literal["schema", "regex"]
-    value: Any
-    """A JSON schema as a mapping, or a regular expression."""
-    param: str
 
 
 def json_object(param: str) -> Constraint:
@@ -87,7 +76,7 @@ class GrammarCompiler:
         matcher = LLMatcher(self._tokens(), grammar, log_level=0)
         if matcher.is_error():
             raise RequestError(f"'{param}': {_reason(matcher.get_error())}", param=param)
-        return Grammar(constraint.kind, constraint.value, lambda: _GrammarMask(matcher.deep_copy(), param))
+        return Grammar(constraint, lambda: _GrammarMask(matcher.deep_copy(), param))
 
     def _tokens(self) -> "LLTokenizer":
         from llguidance.hf import from_tokenizer

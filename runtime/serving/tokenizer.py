@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from runtime.errors import RequestError
-from runtime.serving.engine.protocol import Sampling
+from runtime.serving.engine.protocol import Constraint, Sampling
 from runtime.serving.generation_config import SamplingDefaults
-from runtime.serving.structured_output import Constraint, GrammarCompiler
+from runtime.serving.structured_output import GrammarCompiler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -19,7 +19,7 @@ from runtime.errors import RequestError
 from runtime.metrics import ServingMetrics
 from runtime.model_source import ModelSource
 from runtime.serving.engine.create import create
-from runtime.serving.engine.protocol import Grammar, Request, Sampling
+from runtime.serving.engine.protocol import Constraint, Grammar, Request, Sampling
 from runtime.serving.generation_config import SamplingDefaults
 from runtime.serving.http.app import create_app
 from runtime.serving.lifecycle import Lifecycle, ServedModel
@@ -232,7 +232,9 @@ async def test_constraint_beyond_its_limits_ends_that_answer_alone(served: Serve
     with pytest.raises(RequestError, match="too complex"):
         async for _ in served.engine.submit(
             Request(
-                prompt, Sampling(max_new_tokens=5, grammar=Grammar("regex", "endless", Endless)), id="endless"
+                prompt,
+                Sampling(max_new_tokens=5, grammar=Grammar(Constraint("regex", "endless", ""), Endless)),
+                id="endless",
             )
         ):
             pass

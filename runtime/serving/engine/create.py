@@ -56,7 +56,7 @@ def _batching(
 ) -> "Engine":
     from runtime.serving.engine.engine import BatchingEngine, EngineLimits
 
-    free = free_bytes(model, memory_share=config.limits.gpu_memory_share)
+    free = free_bytes(model, processes=config.replicas, memory_share=config.limits.gpu_memory_share)
     if rank is not None:
         share = config.limits.gpu_memory_share
         free = rank.group.all_reduce_min(free_bytes(model, processes=rank.group.world, memory_share=share))

@@ -4,6 +4,7 @@ Does not know models, requests or HTTP; the exception types decide the HTTP stat
 """
 
 import logging
+import signal
 
 from runtime.errors import (
     CapacityError,
@@ -27,6 +28,11 @@ def stopped() -> UnavailableError:
 def died() -> UnavailableError:
     """Return the failure of requests whose engine ran in a process that has ended."""
     return UnavailableError("the engine has died; the server's log has the reason")
+
+
+def how_ended(status: int) -> str:
+    """Return how a process ended, by the status that Popen gives it."""
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
 
 def queue_full(waiting: int) -> OverloadedError:

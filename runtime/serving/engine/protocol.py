@@ -25,12 +25,20 @@ class Mask(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Grammar:
-    """The constraint on one answer: as text, for engines that compile it themselves, and compiled."""
+class Constraint:
+    """What one answer must match, and the field of the request that asks for it."""
 
     kind: Literal["schema", "regex"]
     value: Any
     """A JSON schema as a mapping, or a regular expression."""
+    param: str
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A constraint, for engines that compile it themselves, and compiled."""
+
+    constraint: Constraint
     begin: Callable[[], Mask]
     """Makes the mask of one answer."""
 
@@ -128,6 +136,8 @@ class Stats:
     """How often memory ran out, by what it ran out for, since the start."""
     prompt_tokens_limit: int = 0
     """Prompt tokens that a pass is limited to since memory ran out; 0 without such a limit."""
+    replicas: int = 1
+    """Copies of the model, whose figures these are together."""
 
 
 class Engine(Protocol):

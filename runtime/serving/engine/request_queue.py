@@ -27,6 +27,8 @@ class RequestHandle:
         self.request = request
         self.cancelled = False
         """Set from any thread; the engine checks it before each step."""
+        self.on_cancel: Callable[[], None] = lambda: None
+        """Called, from any thread, when `cancelled` is set on a running request; must not block."""
         self._start: Start | None = None
         """Set by `start`, posted with the first token."""
         self._submitted_s = time.monotonic()
@@ -188,7 +190,7 @@ class RequestQueue:
             while self._waiting:
                 self._end(self._waiting.popleft(), end)
             for handle in self._running:
-                handle.cancelled = True
+                self._mark(handle)
             while self._calls:
                 self._calls.popleft()[1].set_exception(failures.stopped())
             self._changed.notify_all()
@@ -234,10 +236,16 @@ class RequestQueue:
     def _drop(self, handle: RequestHandle) -> None:
         """Cancel a request: a waiting one ends here, a running one at the next step."""
         with self._changed:
-            handle.cancelled = True
+            self._mark(handle)
             if handle in self._waiting:
                 self._waiting.remove(handle)
                 self._end(handle, "cancelled")
+
+    def _mark(self, handle: RequestHandle) -> None:
+        """Note that a request is cancelled, and say so to the engine that runs it."""
+        if not handle.cancelled:
+            handle.cancelled = True
+            handle.on_cancel()
 
     def _end(self, handle: RequestHandle, end: FinishReason | Exception) -> None:
         self._in_flight[handle.request.adapter] -= 1

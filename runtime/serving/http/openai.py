@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
 from runtime.serving import structured_output
-from runtime.serving.engine.protocol import Token
+from runtime.serving.engine.protocol import Constraint, Token
 from runtime.serving.generation import GeneratedText, GenerationGroup, GenerationRequest, Generator, TextChunk
 from runtime.serving.http import parameters
 from runtime.serving.http.schema import (
@@ -244,7 +244,7 @@ def _check_tools(served: ServedModel) -> None:
         )
 
 
-def _forced_call(body: ChatCompletionBody) -> structured_output.Constraint | None:
+def _forced_call(body: ChatCompletionBody) -> Constraint | None:
     """Return the constraint of an answer that must be a call: `tool_choice` "required" or a function."""
     choice = body.tool_choice
     if not body.tools or choice is None or choice in {"auto", "none"}:

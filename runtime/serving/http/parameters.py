@@ -10,10 +10,10 @@ import re
 from dataclasses import dataclass, fields
 
 from runtime.errors import RequestError
-from runtime.serving.engine.protocol import Sampling
+from runtime.serving.engine.protocol import Constraint, Sampling
 from runtime.serving.generation_config import SamplingDefaults
 from runtime.serving.http.schema import SamplingFields
-from runtime.serving.structured_output import Constraint, json_object
+from runtime.serving.structured_output import json_object
 from runtime.serving.tokenizer import PromptTokenizer
 
 PASSED_ON = {field.name for field in fields(Sampling)} & SamplingFields.model_fields.keys() - {"temperature"}

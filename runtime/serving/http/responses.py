@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
 from runtime.serving import structured_output
+from runtime.serving.engine.protocol import Constraint
 from runtime.serving.generation import GenerationGroup, GenerationRequest, Generator
 from runtime.serving.http import parameters
 from runtime.serving.http.schema import (
@@ -129,13 +130,13 @@ async def _generation_request(
     return GenerationRequest(ids, sampling, body.stops(), adapter, request_id)
 
 
-def _constraint(body: ResponsesBody) -> structured_output.Constraint | None:
+def _constraint(body: ResponsesBody) -> Constraint | None:
     text_format = body.text.format if body.text else Format()
     if text_format.type == "text":
         return parameters.constraint(body)
     if text_format.type == "json_object" or text_format.schema_ is None:
         return structured_output.json_object("text.format")
-    return structured_output.Constraint("schema", text_format.schema_, "text.format")
+    return Constraint("schema", text_format.schema_, "text.format")
 
 
 class _ResponseFormat:

@@ -123,7 +123,7 @@ def check_hardware(config: ServeConfig) -> None:
         hardware.detect()
     else:
         machine = torch_build.usable_hardware(quantized=config.quantization is not None)
-        hardware.check_processes(machine, config.processes if config.parallel == "tp" else None)
+        hardware.check_processes(machine, config.processes if config.parallel == "tp" else config.replicas)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -163,7 +163,7 @@ class Serving:
         self._config = config
         self._adapter_loader = adapter_loader
         self._load = load
-        self._lifecycle = Lifecycle(capacity=config.limits.rows + config.limits.queue)
+        self._lifecycle = Lifecycle(capacity=config.replicas * (config.limits.rows + config.limits.queue))
         self._stop = asyncio.Event()
 
     async def run(self, listener: socket.socket) -> None:

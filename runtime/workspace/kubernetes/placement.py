@@ -75,9 +75,16 @@ def of_server(manifest: WorkspaceDocuments, config: ServeConfig, options: PodOpt
     if options.gpus == 0:
         return Placement(nodes)
     if partition is not None and partition.mode == "mig":
+        if config.replicas > 1:
+            raise ConfigError(
+                f"{manifest.file}: replicas is {config.replicas}, and a process sees one MIG device: leave "
+                "it out, there is a pod for each"
+            )
         placed = _divide(manifest, config, gpus_of(manifest), nodes * partition.count)
         return replace(placed, resource=f"nvidia.com/mig-{partition.profile.replace('+', '.')}")
     node = _node(manifest, options)
+    if config.replicas > 1:
+        return _copies(manifest, config, node, nodes)
     if node.machine is not None:
         return _divide(manifest, config, replace(node.machine, count=node.count), nodes)
     if node.count == 1:
@@ -86,6 +93,16 @@ def of_server(manifest: WorkspaceDocuments, config: ServeConfig, options: PodOpt
         f"{manifest.file}: whether a model is divided among {node.count} GPUs depends on their memory; "
         "name them with --gpu"
     )
+
+
+def _copies(manifest: WorkspaceDocuments, config: ServeConfig, node: _Node, nodes: int) -> Placement:
+    """Return pods with a GPU for each of the copies that the server's settings ask for."""
+    if config.replicas > node.count:
+        raise ConfigError(
+            f"{manifest.file}: replicas is {config.replicas}, each on a GPU of its own, and a node has "
+            f"{node.count}"
+        )
+    return Placement(nodes * (node.count // config.replicas), config.replicas, warnings=node.warnings)
 
 
 def _divide(manifest: WorkspaceDocuments, config: ServeConfig, machine: Hardware, nodes: int) -> Placement:

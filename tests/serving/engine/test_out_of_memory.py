@@ -15,7 +15,7 @@ from runtime.serving.engine import out_of_memory
 from runtime.serving.engine.backends.simple import SimpleEngine
 from runtime.serving.engine.engine import BatchingEngine, EngineLimits
 from runtime.serving.engine.out_of_memory import MemoryLimits, divide
-from runtime.serving.engine.protocol import Grammar, Request, Sampling
+from runtime.serving.engine.protocol import Constraint, Grammar, Request, Sampling
 from runtime.serving.engine.scheduler import Draft, PrefixCopy, PromptChunk, Sequence, StepPlan
 from tests.families import model_of
 from tests.serving.engine.calls import collect, generate, load, make_request, run
@@ -180,7 +180,9 @@ def refuse_to_begin() -> Any:
 def test_a_constraint_that_fails_ends_its_own_request_however_often(
     engine: BatchingEngine, model: Any, begin: Any
 ) -> None:
-    bad = Request((5, 6), Sampling(max_new_tokens=4, grammar=Grammar("regex", "x", begin)), id="bad")
+    bad = Request(
+        (5, 6), Sampling(max_new_tokens=4, grammar=Grammar(Constraint("regex", "x", ""), begin)), id="bad"
+    )
     good = make_request((5, 17, 41), max_new_tokens=40)
     expected = (generate(model, good.prompt_ids, max_new_tokens=40), "length")
     for _ in range(30):  # more often than there are slots

@@ -103,6 +103,18 @@ def test_more_gpus_than_the_machine_has_are_refused(tmp_path: Path) -> None:
         made(served(f"partition: {{mode: accelerator, count: 2}}, instanceType: {TYPE}"), tmp_path)
 
 
+def test_copies_of_a_model_have_a_gpu_each(tmp_path: Path) -> None:
+    kind = served("instanceType: Standard_ND96isr_H100_v5", "phi-4-mini-instruct")
+    objects, _ = made(kind, tmp_path, settings={"replicas": 2})
+    assert of_kind("Deployment", objects)["spec"]["replicas"] == 4
+    assert container_of(objects)["resources"]["limits"]["nvidia.com/gpu"] == 2
+    with pytest.raises(ConfigError, match="replicas is 9, each on a GPU of its own, and a node has 8"):
+        made(kind, tmp_path, settings={"replicas": 9})
+    slices = served("partition: {mode: mig, profile: 1g.20gb, count: 2}", "phi-4-mini-instruct")
+    with pytest.raises(ConfigError, match="replicas is 2, and a process sees one MIG device"):
+        made(slices, tmp_path, settings={"replicas": 2})
+
+
 def test_slices_are_requested_by_their_profile(tmp_path: Path) -> None:
     objects, _ = made(
         served("partition: {mode: mig, profile: 1g.20gb+me, count: 3}", "phi-4-mini-instruct"), tmp_path

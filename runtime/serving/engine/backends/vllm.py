@@ -67,8 +67,8 @@ def start(config: ServeConfig, folder: Path, devices: Hardware) -> "VllmEngine":
         server,
         name=config.served_name,
         context_tokens=int(served["max_model_len"]),
-        max_sequences=config.limits.rows,
-        max_waiting=config.limits.queue,
+        max_sequences=config.replicas * config.limits.rows,
+        max_waiting=config.replicas * config.limits.queue,
     )
 
 
@@ -89,6 +89,8 @@ def flags(config: ServeConfig, devices: Hardware) -> list[str]:
         chosen["max-model-len"] = config.limits.context_tokens
     if config.parallel == "tp":
         chosen["tensor-parallel-size"] = config.processes or devices.count
+    if config.replicas > 1:
+        chosen["data-parallel-size"] = config.replicas
     if config.model.trust_remote_code:
         chosen["trust-remote-code"] = True
     if config.adapters or config.adapter_root is not None:
@@ -126,7 +128,7 @@ class VllmEngine:
             max_running=max_sequences, max_waiting=max_waiting, adapters=lambda: tuple(self._loaded)
         )
         self._tasks: dict[RequestHandle, asyncio.Task[None]] = {}
-        self._kv_share, self._cache_tokens = 0.0, 0
+        self._kv_share, self._cache_tokens, self._replicas = 0.0, 0, 1
         self._prompt_tokens = self._cached_tokens = 0
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="engine", daemon=True)
         self._thread.start()
@@ -176,6 +178,7 @@ class VllmEngine:
             cached_tokens=self._cached_tokens,
             max_sequences=self.max_sequences,
             cache_tokens=self._cache_tokens,
+            replicas=self._replicas,
         )
 
     def close(self) -> None:
@@ -212,18 +215,19 @@ class VllmEngine:
 
     def _read_metrics(self, text: str) -> None:
         """Take the cache's size and how full it is, over all of vLLM's engine processes."""
-        shares, tokens = [0.0], 0
+        shares, tokens, replicas = [0.0], 0, 0
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if sample.name == "vllm:kv_cache_usage_perc":
                     shares.append(sample.value)
                 if sample.name == "vllm:cache_config_info":
+                    replicas += 1
                     blocks, size = (
                         sample.labels.get("num_gpu_blocks", ""),
                         sample.labels.get("block_size", ""),
                     )
                     tokens += int(blocks) * int(size) if blocks.isdecimal() and size.isdecimal() else 0
-        self._kv_share, self._cache_tokens = max(shares), tokens
+        self._kv_share, self._cache_tokens, self._replicas = max(shares), tokens, max(1, replicas)
 
     async def _answer(self, client: httpx.AsyncClient, handle: RequestHandle) -> None:
         """Give one request its tokens and its end."""
@@ -295,8 +299,9 @@ def _body(request: Request, *, model: str, context_tokens: int) -> dict[str, Any
         body["seed"] = sampling.seed & (1 << 63) - 1
     if sampling.top_logprobs is not None:
         body |= {"logprobs": sampling.top_logprobs, "return_tokens_as_token_ids": True}
-    if (grammar := sampling.grammar) is not None:
-        body["structured_outputs"] = {"json" if grammar.kind == "schema" else "regex": grammar.value}
+    if sampling.grammar is not None:
+        constraint = sampling.grammar.constraint
+        body["structured_outputs"] = {"json" if constraint.kind == "schema" else "regex": constraint.value}
     return body
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import httpx
 
 from runtime.errors import ConfigError
+from runtime.serving.engine import failures
 
 log = logging.getLogger(__name__)
 
@@ -152,8 +153,7 @@ class VllmProcess:
 
     def _end(self) -> str:
         status = self._process.wait()
-        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        return f"vLLM {how}: {self._reason()}"
+        return f"vLLM {failures.how_ended(status)}: {self._reason()}"
 
     def _reason(self) -> str:
         """Return the last line of its log that names an error, else the last line."""

@@ -6,7 +6,6 @@ Does not know models or requests. Start at `Workers`.
 """
 
 import logging
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from runtime import hardware
 from runtime.errors import EXIT_CODES, Failure
 from runtime.hardware import Hardware
 from runtime.model_source import ModelSource
+from runtime.serving.engine import failures
 from runtime.serving.engine.parallel.group import Group, rendezvous
 from runtime.serving.engine.parallel.worker import WorkerTask, loaded_key
 
@@ -105,8 +105,7 @@ class Workers:
         return next(((rank, status) for rank, status in ended if status), None)
 
     def _describe(self, rank: int, status: int) -> str:
-        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        return f"rank {rank} of {self._world} {how}"
+        return f"rank {rank} of {self._world} {failures.how_ended(status)}"
 
 
 def _start(task: WorkerTask) -> "subprocess.Popen[bytes]":

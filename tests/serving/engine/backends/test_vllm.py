@@ -17,7 +17,7 @@ from runtime import hardware
 from runtime.errors import ConfigError, RequestError, UnavailableError, UnknownModelError
 from runtime.model_source import ModelSource, Quantization
 from runtime.serving.engine.backends import vllm
-from runtime.serving.engine.protocol import Grammar, Sampling, Token
+from runtime.serving.engine.protocol import Constraint, Grammar, Sampling, Token
 from runtime.serving.settings import AdapterSource, ServeConfig
 from tests.serving.conftest import until
 from tests.serving.engine.calls import collect, make_request, run
@@ -84,7 +84,7 @@ def test_the_answer_is_vllms_tokens_without_the_stop_id(start: Start) -> None:
 
 
 def test_every_sampling_setting_reaches_vllm(start: Start, folder: Path) -> None:
-    grammar = Grammar("regex", "[ab]+", begin=lambda: pytest.fail("vLLM compiles it itself"))
+    grammar = Grammar(Constraint("regex", "[ab]+", ""), begin=lambda: pytest.fail("vLLM compiles it itself"))
     request = make_request(
         (ANSWER, 5), max_new_tokens=500, temperature=0.7, top_p=0.9, top_k=40, min_p=0.1, seed=-1,
         repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.3, logit_bias={7: 1.5},
@@ -166,6 +166,7 @@ def test_vllm_gets_at_most_max_sequences_requests_and_the_rest_wait_here(start: 
                 await asyncio.sleep(0.01)
         assert (engine.stats().running, engine.stats().waiting) == (2, 2)
         assert (engine.stats().max_sequences, engine.stats().cache_tokens) == (2, 2 * 100 * 16)
+        assert engine.stats().replicas == 2
         for number in range(4):
             engine.cancel(str(number))
         assert {(await collect(each))[1] for each in tokens} == {"cancelled"}
@@ -271,12 +272,14 @@ def test_settings_become_vllms_flags_and_the_users_own_win() -> None:
         adapters=[source],
         parallel="tp",
         processes=4,
+        replicas=2,
         limits={"rows": 7, "context_tokens": 512},
         quantization=Quantization(bits=4),
         vllm={"flags": {"gpu_memory_utilization": 0.9, "max-loras": 3, "enforce-eager": False}},
     )
     wanted = (
         "--dtype=float32 --max-num-seqs=7 --max-model-len=512 --tensor-parallel-size=4 --enable-lora "
+        "--data-parallel-size=2 "
         "--max-loras=3 --quantization=bitsandbytes --gpu-memory-utilization=0.9 --no-enforce-eager"
     )
     assert set(wanted.split()) <= set(vllm.flags(settings, devices))
