@@ -3,7 +3,9 @@
 import asyncio
 import copy
 import gc
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +26,38 @@ from tests.serving.engine.models import some_prompts
 
 SCORES = 4 * 4
 """Bytes of the attention scores of one token and position in the model below: 4 heads of float32."""
+GATE_UP = 2 * 96 * 4
+"""Bytes of a token in the middle of its MLP."""
+LIMITS = EngineLimits(max_sequences=12, context_tokens=512, max_waiting=32)
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
     """Gemma 2: its soft cap is no part of any attention kernel, so scores are (heads, chunk, positions)."""
-    return model_of("gemma2", max_position_embeddings=2048)
+    return model_of("gemma2")
+
+
+@pytest.fixture(scope="module")
+def uncapped(model: Any) -> Iterator[BatchingEngine]:
+    """What test_engine.py compares with transformers; its answers are those that a cap must not change."""
+    made = BatchingEngine(copy.deepcopy(model), LIMITS)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def shared(model: Any) -> Iterator[BatchingEngine]:
+    made = BatchingEngine(copy.deepcopy(model), LIMITS)
+    yield made
+    made.close()
 
 
 @pytest.fixture
-def engine(model: Any) -> Iterator[BatchingEngine]:
-    limits = EngineLimits(max_sequences=24, context_tokens=1024, max_waiting=32)
-    made = BatchingEngine(copy.deepcopy(model), limits)
-    yield made
-    made.close()
+def engine(shared: BatchingEngine) -> BatchingEngine:
+    """An engine that has met no request yet: nothing is cached, and nothing remembered that did not fit."""
+    shared._queue.call(lambda: shared._scheduler.invalidate(everything=True))
+    shared._memory = MemoryLimits()
+    return shared
 
 
 def answers(engine: BatchingEngine | SimpleEngine, *requests: Request) -> list[Any]:
@@ -51,101 +71,103 @@ def answers(engine: BatchingEngine | SimpleEngine, *requests: Request) -> list[A
 
 
 def test_one_that_asks_for_too_much_ends_alone_and_the_others_answer_as_alone(
-    engine: BatchingEngine, model: Any
+    engine: BatchingEngine, uncapped: BatchingEngine
 ) -> None:
-    *short, long = some_prompts(3, 80, 1, 17, 60, 33, 700)
-    requests = [make_request(prompt, id=str(n), max_new_tokens=24) for n, prompt in enumerate(short)]
+    *short, long = some_prompts(3, 80, 1, 17, 60, 33, 200)
+    requests = [make_request(prompt, id=str(n)) for n, prompt in enumerate(short)]
+    expected = [run(uncapped, request)[0] for request in requests]
     requests.insert(3, make_request(long, id="long"))  # neither the oldest nor the newest
-    with capped(engine, 32 * 512 * SCORES, "step"):
+    with capped(engine, 32 * 128 * SCORES, "step"):
         got = answers(engine, *requests)
     failure = got.pop(3)
-    assert [ids for ids, _ in got] == [generate(model, prompt, max_new_tokens=24) for prompt in short]
+    assert got == expected
     assert isinstance(failure, TooLargeError)
     assert failure.code == "out_of_memory"
     assert "send a shorter prompt" in str(failure)
-    assert "at token 5" in str(failure), "the first position whose scores do not fit is 513"
+    token = int(re.findall(r"at token (\d+)", str(failure))[0])
+    assert 128 < token <= 128 + 32, "the first position whose scores do not fit is 129"
 
 
-def test_twenty_that_ask_for_too_much_do_not_end_the_server(engine: BatchingEngine, model: Any) -> None:
-    *long, short = some_prompts(*[700] * 20, 40)
-    with capped(engine, 32 * 512 * SCORES, "step"):
-        for number, prompt in enumerate(long):
-            assert isinstance(answers(engine, make_request(prompt, id=str(number)))[0], TooLargeError)
+def test_twenty_that_ask_for_too_much_do_not_end_the_server(
+    engine: BatchingEngine, uncapped: BatchingEngine
+) -> None:
+    *long, short = (make_request(prompt) for prompt in some_prompts(*[200] * 20, 40))
+    with capped(engine, 32 * 128 * SCORES, "step"):
+        for request in long:
+            assert isinstance(answers(engine, request)[0], TooLargeError)
         assert engine.stats().alive
         assert (engine.stats().running, engine.stats().kv_cache_share) == (0, 0)
-        assert run(engine, make_request(short)) == [(generate(model, short), "length")]
+        assert run(engine, short) == run(uncapped, short)
     assert engine.stats().out_of_memory["prompt"] == 20
-    assert run(engine, make_request(long[0])) == [(generate(model, long[0]), "length")]
+    assert run(engine, long[0]) == run(uncapped, long[0])
 
 
 def test_a_prompt_that_fits_in_smaller_chunks_is_answered_and_the_next_does_not_run_out(
-    engine: BatchingEngine, model: Any
+    engine: BatchingEngine, uncapped: BatchingEngine
 ) -> None:
-    first, second, short = some_prompts(500, 500, 200)
-    with capped(engine, 80 * 512 * SCORES, "step") as allocator:
-        assert run(engine, make_request(first)) == [(generate(model, first), "length")]
+    first, second, short = (make_request(prompt) for prompt in some_prompts(256, 256, 100))
+    with capped(engine, 80 * 256 * SCORES, "step") as allocator:
+        assert run(engine, first) == run(uncapped, first)
         refused = allocator.refused
         assert refused > 0
-        assert 32 <= engine.stats().prompt_tokens_limit < 512
-        assert run(engine, make_request(second)) == [(generate(model, second), "length")]
-        assert run(engine, make_request(short)) == [(generate(model, short), "length")]
+        assert 32 <= engine.stats().prompt_tokens_limit < 256
+        assert run(engine, second) == run(uncapped, second)
+        assert run(engine, short) == run(uncapped, short)
     assert allocator.refused == refused
     assert engine.stats().out_of_memory["prompt"] == 0
     assert engine.stats().out_of_memory["divided"] == refused
 
 
 def test_a_failed_pass_leaves_no_tensor_behind(engine: BatchingEngine) -> None:
-    long = some_prompts(700)[0]
+    long = some_prompts(200)[0]
     gc.collect()
     gc.disable()
     try:
-        with capped(engine, 32 * 512 * SCORES, "step") as allocator:
+        with capped(engine, 32 * 128 * SCORES, "step") as allocator:
             assert isinstance(answers(engine, make_request(long))[0], TooLargeError)
             engine._queue.call(lambda: None)
-            assert len(allocator.made) > 500
+            assert len(allocator.made) > 200
             assert allocator.alive == 0
     finally:
         gc.enable()
 
 
 def test_sequences_that_cannot_decode_together_decode_in_several_passes(
-    engine: BatchingEngine, model: Any
+    engine: BatchingEngine, uncapped: BatchingEngine
 ) -> None:
-    prompts = some_prompts(*range(3, 23))
-    requests = [make_request(prompt, id=str(n), max_new_tokens=24) for n, prompt in enumerate(prompts)]
-    gate_up = 2 * 96 * 4  # bytes of a token in the MLP
-    with capped(engine, 11 * gate_up, "step") as allocator:
-        got = answers(engine, *(make_request(prompt[:11], id=str(n)) for n, prompt in enumerate(prompts)))
-    assert [ids for ids, _ in got] == [generate(model, prompt[:11]) for prompt in prompts]
-    assert allocator.refused < 40, "what did not fit once is not tried at every step"
-    with capped(engine, 32 * gate_up, "step"):
-        assert [ids for ids, _ in answers(engine, *requests)] == [
-            generate(model, prompt, max_new_tokens=24) for prompt in prompts
-        ]
+    requests = [make_request(prompt, id=str(n)) for n, prompt in enumerate(some_prompts(*range(3, 15)))]
+    expected = [run(uncapped, request)[0] for request in requests]
+    with capped(engine, 7 * GATE_UP, "step") as allocator:
+        short = [replace(request, prompt_ids=request.prompt_ids[:7]) for request in requests]
+        assert answers(engine, *short) == [run(uncapped, request)[0] for request in short]
+    assert allocator.refused < 30, "what did not fit once is not tried at every step"
+    with capped(engine, 32 * GATE_UP, "step"):
+        assert answers(engine, *requests) == expected
 
 
 def test_a_drafted_step_that_does_not_fit_runs_without_its_draft(model: Any, oracle: Any) -> None:
     prompt = some_prompts(9)[0]
-    expected = generate(model, prompt, max_new_tokens=40)
+    expected = generate(model, prompt, max_new_tokens=24)
     oracle.known = [(*prompt, *expected)]
-    limits = EngineLimits(max_sequences=2, context_tokens=1024, max_waiting=4, draft_tokens=15)
+    limits = EngineLimits(max_sequences=2, context_tokens=128, max_waiting=4, draft_tokens=15)
     engine = BatchingEngine(copy.deepcopy(model), limits)
-    with capped(engine, 10 * 2 * 96 * 4, "step") as allocator:
-        assert run(engine, make_request(prompt, max_new_tokens=40)) == [(expected, "length")]
+    with capped(engine, 10 * GATE_UP, "step") as allocator:
+        assert run(engine, make_request(prompt, max_new_tokens=24)) == [(expected, "length")]
     assert allocator.refused == 1
     engine.close()
 
 
-def test_logits_that_do_not_fit_together_are_sampled_row_by_row(model: Any) -> None:
-    half = model_of("gemma2", max_position_embeddings=2048, vocab_size=8192).to(torch.bfloat16)
-    engine = BatchingEngine(half, EngineLimits(max_sequences=8, context_tokens=256, max_waiting=8))
+def test_logits_that_do_not_fit_together_are_sampled_row_by_row() -> None:
+    half = model_of("gemma2", vocab_size=1024).to(torch.bfloat16)
+    engine = BatchingEngine(half, EngineLimits(max_sequences=8, context_tokens=128, max_waiting=8))
+    sampling = {"temperature": 1.0, "max_new_tokens": 6}
     prompts = some_prompts(3, 9, 5, 12)
-    requests = [make_request(each, id=str(n), temperature=1.0, seed=n) for n, each in enumerate(prompts)]
+    requests = [make_request(each, id=str(n), seed=n, **sampling) for n, each in enumerate(prompts)]
     expected = [run(engine, request)[0] for request in requests]
-    with capped(engine, 3 * 8192 * 4, "_choose") as allocator:  # three rows in float32
+    with capped(engine, 3 * 1024 * 4, "_choose") as allocator:  # three rows in float32
         assert answers(engine, *requests) == expected
         assert allocator.refused > 0
-        allocator.most_bytes = 8192  # not even one
+        allocator.most_bytes = 1024  # not even one
         (failed,) = answers(engine, make_request(some_prompts(60)[0], temperature=1.0))
     assert isinstance(failed, TooLargeError)
     assert engine.stats().out_of_memory["sampling"] == 1
@@ -153,7 +175,8 @@ def test_logits_that_do_not_fit_together_are_sampled_row_by_row(model: Any) -> N
     engine.close()
 
 
-def test_an_engine_that_can_run_nothing_any_more_stops(engine: BatchingEngine) -> None:
+def test_an_engine_that_can_run_nothing_any_more_stops(model: Any) -> None:
+    engine = BatchingEngine(copy.deepcopy(model), LIMITS)
     with capped(engine, 0, "step"):
         for _ in range(3):
             (failed,) = answers(engine, make_request((5, 17, 41)))
@@ -178,14 +201,14 @@ def refuse_to_begin() -> Any:
 
 @pytest.mark.parametrize("begin", [Unruly, refuse_to_begin])
 def test_a_constraint_that_fails_ends_its_own_request_however_often(
-    engine: BatchingEngine, model: Any, begin: Any
+    engine: BatchingEngine, uncapped: BatchingEngine, begin: Any
 ) -> None:
     bad = Request(
         (5, 6), Sampling(max_new_tokens=4, grammar=Grammar(Constraint("regex", "x", ""), begin)), id="bad"
     )
-    good = make_request((5, 17, 41), max_new_tokens=40)
-    expected = (generate(model, good.prompt_ids, max_new_tokens=40), "length")
-    for _ in range(30):  # more often than there are slots
+    good = make_request((5, 17, 41), max_new_tokens=6)
+    expected = run(uncapped, good)[0]
+    for _ in range(LIMITS.max_sequences + 2):
         failed, answered = answers(engine, bad, good)
         assert isinstance(failed, UnavailableError)
         assert answered == expected
@@ -220,32 +243,32 @@ def test_an_adapter_that_does_not_fit_is_in_no_layer_and_the_others_answer_on(
 
 @pytest.fixture
 def simple(model: Any) -> Iterator[SimpleEngine]:
-    made = SimpleEngine(copy.deepcopy(model), context_tokens=1024, max_waiting=8)
+    made = SimpleEngine(copy.deepcopy(model), context_tokens=512, max_waiting=8)
     yield made
     made.close()
 
 
 def test_the_simple_engine_answers_in_smaller_chunks_and_refuses_what_needs_too_much(
-    simple: SimpleEngine, model: Any
+    simple: SimpleEngine, uncapped: BatchingEngine
 ) -> None:
-    fits, again, long, short = some_prompts(450, 450, 900, 9)
-    with capped(simple, 80 * 512 * SCORES, "_end_of") as allocator:
-        assert run(simple, make_request(fits)) == [(generate(model, fits), "length")]
+    fits, again, long, short = (make_request(prompt) for prompt in some_prompts(225, 225, 400, 9))
+    with capped(simple, 80 * 256 * SCORES, "_end_of") as allocator:
+        assert run(simple, fits) == run(uncapped, fits)
         refused = allocator.refused
         assert refused > 0
-        assert run(simple, make_request(again)) == [(generate(model, again), "length")]
+        assert run(simple, again) == run(uncapped, again)
         assert allocator.refused == refused
-        allocator.most_bytes = 32 * 512 * SCORES
+        allocator.most_bytes = 32 * 256 * SCORES
         gc.collect()
         gc.disable()
         try:
-            (failed,) = answers(simple, make_request(long))
+            (failed,) = answers(simple, long)
             simple._queue.call(lambda: None)
             assert allocator.alive == 0
         finally:
             gc.enable()
         assert isinstance(failed, TooLargeError)
-        assert run(simple, make_request(short)) == [(generate(model, short), "length")]
+        assert run(simple, short) == run(uncapped, short)
     assert simple.stats().out_of_memory["prompt"] == 1
     assert simple.stats().alive
 
