@@ -118,6 +118,13 @@ class Process:
         threading.Thread(target=lambda: server.log.extend(server.process.stderr or ()), daemon=True).start()
         return server
 
+    @classmethod
+    def serve(cls, model: Path, *flags: str, environ: Mapping[str, str] | None = None) -> "Process":
+        """Run `runtime serve MODEL` on a free port until it listens."""
+        program = "import sys; from runtime.cli.main import run; sys.exit(run(sys.argv[1:], {}))"
+        command = [sys.executable, "-c", program, "serve", str(model), *flags]
+        return cls.start([*command, "--host", "127.0.0.1", "--port", "0"], environ=environ)
+
     def close(self) -> None:
         """Kill what still runs."""
         if self.process.poll() is None:

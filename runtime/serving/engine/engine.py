@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from runtime.errors import CapacityError, RequestError, is_out_of_memory
+from runtime.errors import CapacityError, Failure, RequestError, is_out_of_memory
 from runtime.serving.engine import failures
 from runtime.serving.engine.cuda_graphs import GraphBackend
 from runtime.serving.engine.model_runner import ModelRunner, Rank
@@ -382,11 +382,16 @@ class BatchingEngine:
     def _fail(self, error: Exception) -> None:
         """Answer the requests that a failed step cost: all of them, as nothing says which one it was."""
         lost = list(self._running.values())
-        log.error("A step of %d sequences failed in the engine", len(lost), exc_info=error)
+        failure: Failure = failures.failed()
+        if self._rank is not None and is_out_of_memory(error):
+            failure = failures.out_of_memory()
+            log.error("%s", failures.rank_out_of_memory(0, error))
+        else:
+            log.error("A step of %d sequences failed in the engine", len(lost), exc_info=error)
         self._scheduler.invalidate(everything=True)
         for running in lost:
             running.sequence.filled = 0  # what the step left in the cache cannot be trusted
-            self._end(running, failures.failed())
+            self._end(running, failure)
         if self._rank is not None:  # the other processes may be at another step by now
             self.abort()
         else:

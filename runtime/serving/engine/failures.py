@@ -77,6 +77,14 @@ def no_memory_for_adapter(adapter: str) -> CapacityError:
     )
 
 
+def rank_out_of_memory(rank: int, error: Exception) -> CapacityError:
+    """Return why a server that divides its model ends: `rank` ran out of memory, as `error` says."""
+    return CapacityError(
+        f"rank {rank}: out of memory, which ends the server: lower limits.rows or limits.context_tokens, or "
+        f"divide the model among more GPUs ({' '.join(str(error).split())[:300]})"
+    )
+
+
 def invalid_output() -> UnavailableError:
     """Return the failure of a request whose logits are not finite."""
     return UnavailableError("model output contains NaN or Inf for this prompt")

@@ -1,11 +1,15 @@
-"""A capped allocator: no operation of a pass may make a tensor above a number of bytes.
+"""Capped allocators: what is larger than a number of bytes cannot be had.
 
-On a GPU the caching allocator raises the same exception; here a test says where.
+`capped` is for an engine in this process: no operation of a pass may make a larger tensor (a GPU's caching
+allocator raises the same exception). `ProcessCaps` is for processes: torch's own allocator fails (capped.c).
 """
 
+import os
+import subprocess
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,3 +73,20 @@ def capped(engine: BatchingEngine | SimpleEngine, most_bytes: int, method: str) 
         setattr(engine, method, original)
         if engine._queue.is_open:
             engine._queue.call(lambda: None)
+
+
+class ProcessCaps:
+    """Caps of processes that are started with `environ`, and of their own; each may be set while it runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        library, source = folder / "capped.so", Path(__file__).with_suffix(".c")
+        command = ["cc", "-O1", "-Wall", "-Werror", "-fPIC", "-shared", "-o", str(library), str(source)]
+        subprocess.run(command, check=True)
+        self.environ = os.environ | {
+            "LD_PRELOAD": str(library), "CAPPED_BY": str(folder), "OMP_NUM_THREADS": "1"
+        }  # fmt: skip
+
+    def set(self, pid: int, most_bytes: int) -> None:
+        """Let process `pid` have no block of more than `most_bytes` from now on."""
+        (self._folder / str(pid)).write_text(str(most_bytes))

@@ -1,6 +1,7 @@
 """A model and adapters that change every answer, made once; a vLLM over that model, where there is one."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from runtime.serving.engine.prompt_lookup import PromptLookup
 from runtime.serving.settings import ServeConfig
 from tests.conftest import write_tiny_llama
 from tests.serving.engine.calls import Oracle, save_adapter
+from tests.serving.engine.capped import ProcessCaps
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +57,14 @@ def adapter_dirs(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory)
         made[name] = tmp_path_factory.mktemp("adapters") / name
         save_adapter(tiny_llama_dir, made[name], rank=rank, targets=targets, seed=seed)
     return made
+
+
+@pytest.fixture
+def process_caps(tmp_path_factory: pytest.TempPathFactory) -> ProcessCaps:
+    """Makes the processes that it starts run out of memory."""
+    if shutil.which("cc") is None:
+        pytest.skip("needs a C compiler")
+    return ProcessCaps(tmp_path_factory.mktemp("caps"))
 
 
 @pytest.fixture

@@ -5,10 +5,12 @@ import copy
 import gc
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -19,9 +21,11 @@ from runtime.serving.engine.engine import BatchingEngine, EngineLimits
 from runtime.serving.engine.out_of_memory import MemoryLimits, divide
 from runtime.serving.engine.protocol import Constraint, Grammar, Request, Sampling
 from runtime.serving.engine.scheduler import Draft, PrefixCopy, PromptChunk, Sequence, StepPlan
+from tests.conftest import write_tiny_tokenizer
 from tests.families import model_of
+from tests.serving.conftest import Process
 from tests.serving.engine.calls import collect, generate, load, make_request, run
-from tests.serving.engine.capped import capped
+from tests.serving.engine.capped import ProcessCaps, capped
 from tests.serving.engine.models import some_prompts
 
 SCORES = 4 * 4
@@ -345,3 +349,34 @@ def test_refused_requests_are_logged_up_to_a_rate_and_the_rest_counted(
     memory.refuse("later", "prompt", tokens=500)
     assert f"and {100 - out_of_memory.LINES} such lines that were not logged" in caplog.messages[-1]
     assert memory.counts["prompt"] == 101
+
+
+@pytest.mark.slow
+def test_a_server_refuses_five_prompts_that_cannot_be_allocated_and_answers_the_others_exactly(
+    tmp_path: Path, process_caps: ProcessCaps
+) -> None:
+    """torch's own allocator fails, for what is larger than the scores of 32 tokens with 128 positions."""
+    write_tiny_tokenizer(tmp_path)
+    model_of("gemma2", vocab_size=512, num_attention_heads=64, head_dim=8).save_pretrained(str(tmp_path))
+    *long, one, two, three = some_prompts(*[200] * 5, 20, 31, 42)
+    site = Process.serve(tmp_path, environ=process_caps.environ)
+    try:
+        site.wait_ready(120)
+
+        def ask(prompt: tuple[int, ...]) -> httpx.Response:
+            body = {"model": tmp_path.name, "prompt": prompt, "max_tokens": 64, "temperature": 0}
+            return httpx.post(f"{site.url}/v1/completions", json=body | {"ignore_eos": True}, timeout=60)
+
+        expected = [ask(prompt).json()["choices"] for prompt in (one, two, three)]
+        process_caps.set(site.process.pid, 32 * 128 * 64 * 4)
+        with ThreadPoolExecutor() as pool:
+            answered = pool.map(ask, (one, two, three))
+            refused = [ask(prompt) for prompt in long]
+        assert [(each.status_code, each.json()["error"]["code"]) for each in refused] == [
+            (413, "out_of_memory")
+        ] * 5
+        assert [answer.json()["choices"] for answer in answered] == expected
+        assert site.get("/livez").status_code == site.get("/readyz").status_code == 200
+        assert site.stop() == 0
+    finally:
+        site.close()

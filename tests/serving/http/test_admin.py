@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from runtime.errors import ConfigError
+from runtime.serving.engine import failures
 from runtime.serving.http.admin import AdapterLoader
 from runtime.serving.lifecycle import ServedModel
 from runtime.serving.settings import AdapterSource
@@ -36,7 +37,7 @@ async def test_conversation_to_ids_is_what_chat_would_generate_from(open_site: A
 @pytest.fixture
 def adapter_loader(tmp_path: Path) -> AdapterLoader:
     """A loader that looks only at the name: what an adapter is, runtime.adapters' tests say."""
-    for name in ("shop", "bad"):
+    for name in ("shop", "bad", "large"):
         (tmp_path / "adapters" / name).mkdir(parents=True)
     (tmp_path / "outside").mkdir()
     (tmp_path / "adapters" / "link").symlink_to(tmp_path / "outside")
@@ -44,6 +45,8 @@ def adapter_loader(tmp_path: Path) -> AdapterLoader:
     def add(served: ServedModel, source: AdapterSource) -> None:
         if Path(source.reference).name == "bad":
             raise ConfigError(f"adapter {source.name}: is it half-written?")
+        if Path(source.reference).name == "large":
+            raise failures.no_memory_for_adapter(source.name)
         served.engine.add_adapter(source.name, Path(source.reference))
 
     return AdapterLoader(tmp_path / "adapters", add)
@@ -103,6 +106,18 @@ async def test_bad_adapter_is_refused_with_its_reason(open_site: Any, adapter_lo
         reply = await site.client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "bad"})
     assert reply.status_code == 400
     assert "half-written" in reply.json()["error"]["message"]
+
+
+async def test_adapter_that_does_not_fit_is_507_and_another_is_loaded_after_it(
+    open_site: Any, adapter_loader: AdapterLoader
+) -> None:
+    async with open_site(adapter_loader=adapter_loader) as site:
+        post = site.client.post
+        reply = await post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "large"})
+        assert (await post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "shop"})).is_success
+    error = reply.json()["error"]
+    assert (reply.status_code, error["type"], error["code"]) == (507, "server_error", "out_of_memory")
+    assert "unload another adapter first" in error["message"]
 
 
 async def test_loading_is_off_unless_a_directory_is_given(open_site: Any) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from runtime import garbage_collection, logs
 from runtime.config import Strict
-from runtime.errors import EXIT_CODES, CapacityError, Failure, exit_code, is_out_of_memory
+from runtime.errors import Failure, exit_code, is_out_of_memory
 from runtime.model_source import ModelSource
+from runtime.serving.engine import failures
 
 log = logging.getLogger("runtime.serving.engine.parallel.worker")
 
@@ -53,11 +54,9 @@ def main() -> int:
         return exit_code(failure)
     except (RuntimeError, MemoryError, OSError) as error:  # out of memory, or another rank is gone
         if is_out_of_memory(error):
-            log.error(  # noqa: TRY400 - expected, and its text is complete
-                "rank %d: out of memory, which ends the server: lower limits.rows or limits.context_tokens, "
-                "or divide the model among more GPUs (%s)", task.rank, " ".join(str(error).split())[:300]
-            )  # fmt: skip
-            return EXIT_CODES[CapacityError]
+            failure = failures.rank_out_of_memory(task.rank, error)
+            log.error("%s", failure)  # noqa: TRY400 - expected, and its text is complete
+            return exit_code(failure)
         log.error("rank %d: %s", task.rank, " ".join(str(error).split())[:300])  # noqa: TRY400
         return 1
     return 0

@@ -3,9 +3,8 @@
 import json
 import os
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ from runtime.model_source import ModelSource
 from runtime.serving import loading
 from runtime.serving.engine.parallel.workers import Workers
 from runtime.serving.settings import ServeConfig
+from tests.conftest import write_tiny_tokenizer
+from tests.families import model_of
 from tests.serving.conftest import Process, until
+from tests.serving.engine.capped import ProcessCaps
 
 pytestmark = pytest.mark.slow
 
-PROGRAM = (
-    "import sys; from runtime import logs; from runtime.cli.main import run; sys.exit(run(sys.argv[1:], {}))"
-)
 Serve = Callable[..., Process]
 
 
@@ -34,10 +33,9 @@ def serve() -> Iterator[Serve]:
     """Starts `runtime serve MODEL --parallel tp` with two ranks and waits until its port answers."""
     started: list[Process] = []
 
-    def start(model: Path) -> Process:
-        command = [sys.executable, "-c", PROGRAM, "serve", str(model), "--parallel", "tp", "--processes", "2"]
-        command += ["--host", "127.0.0.1", "--port", "0"]
-        started.append(Process.start(command, environ=os.environ | {"OMP_NUM_THREADS": "1"}))
+    def start(model: Path, environ: Mapping[str, str] = os.environ) -> Process:
+        flags, environ = ("--parallel", "tp", "--processes", "2"), {**environ, "OMP_NUM_THREADS": "1"}
+        started.append(Process.serve(model, *flags, environ=environ))
         return started[-1]
 
     yield start
@@ -87,6 +85,24 @@ def test_a_rank_that_dies_ends_the_server_with_its_reason(serve: Serve, tiny_lla
     reader.join(10)
     assert '"error"' in "".join(lines), "the answer in flight says that it was cut off"
     assert any("rank 1 of 2 was ended by SIGKILL" in line for line in site.log)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_runs_out_of_memory_ends_the_server_and_says_what_to_lower(
+    serve: Serve, tmp_path: Path, process_caps: ProcessCaps, rank: int
+) -> None:
+    write_tiny_tokenizer(tmp_path)
+    model_of("llama", vocab_size=512, intermediate_size=4096).save_pretrained(str(tmp_path))
+    site = serve(tmp_path, process_caps.environ)
+    site.wait_ready(90)
+    (other,) = others(site)
+    process_caps.set((site.process.pid, other.pid)[rank], 1 << 20)
+    body = {"prompt": "z" * 200, "temperature": 0}  # 200 tokens, 16 KiB each in the middle of a rank's MLP
+    answer = httpx.post(f"{site.url}/chat", json=body, timeout=60)
+    assert (answer.status_code, site.process.wait(30)) == (503, 1)
+    advice = f"rank {rank}: out of memory, which ends the server: lower limits.rows or limits.context_tokens"
+    assert any(advice in line for line in site.log)
+    assert not other.is_running()
 
 
 def test_no_rank_outlives_a_server_that_is_killed(serve: Serve, tiny_llama_dir: Path) -> None:
