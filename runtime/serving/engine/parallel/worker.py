@@ -54,9 +54,9 @@ def main() -> int:
         return exit_code(failure)
     except (RuntimeError, MemoryError, OSError) as error:  # out of memory, or another rank is gone
         if is_out_of_memory(error):
-            failure = failures.rank_out_of_memory(task.rank, error)
-            log.error("%s", failure)  # noqa: TRY400 - expected, and its text is complete
-            return exit_code(failure)
+            reason = failures.rank_out_of_memory(task.rank, error)
+            log.error("%s", reason)  # noqa: TRY400 - expected, and its text is complete
+            return exit_code(reason)
         log.error("rank %d: %s", task.rank, " ".join(str(error).split())[:300])  # noqa: TRY400
         return 1
     return 0
