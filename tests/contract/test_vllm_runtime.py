@@ -51,13 +51,12 @@ def test_the_default_runtime_becomes_ready_with_a_result_that_the_controller_par
             answer = httpx.post(f"{base}/v1/chat/completions", json=body, timeout=60)
             assert answer.status_code == 200, answer.text
             assert answer.json()["model"] == model
+        running = f'vllm:num_requests_running{{model_name="{MODEL}"}} 1.0'
         with ThreadPoolExecutor(1) as pool:
-            body = {"prompt": "hi", "max_tokens": 200, "ignore_eos": True, "stream": True}
+            body = {"prompt": "hi", "max_tokens": 480, "ignore_eos": True, "stream": True}
             stream = pool.submit(httpx.post, f"{base}/v1/completions", json=body, timeout=60)
-            while "vllm:num_requests_running{" not in (text := httpx.get(f"{base}/metrics").text) or (
-                f'vllm:num_requests_running{{model_name="{MODEL}"}} 1.0' not in text
-            ):
-                assert not stream.done(), "it ended before it was seen"
+            while running not in httpx.get(f"{base}/metrics").text:
+                assert not stream.done(), f"it ended before it was seen: {stream.result().text[-500:]}"
             assert pod.stop() == {SERVER: 0}, pod.logs(SERVER)
             assert stream.result().text.endswith("data: [DONE]\n\n"), "an answer in flight is completed"
         assert json.loads(stream.result().text.split("\n\n")[-3].removeprefix("data: "))["choices"]
