@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime import logs, oci, packaged
-from runtime.errors import CapacityError, ConfigError, TransientError
+from runtime.errors import CapacityError, ConfigError, TransientError, is_out_of_memory
 from runtime.files import cache_folder
 from runtime.hardware import Hardware, compute_dtype
 from runtime.model_source import ModelSource, Quantization
@@ -105,7 +105,6 @@ def load(
     With `quantization` the linear layers are quantised while they are read, so that the full-size weights
     are never in memory together. `training` keeps a half-precision model's other layers as they are.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     folder = locate(source)
@@ -115,12 +114,14 @@ def load(
     try:
         with logs.quiet_progress():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), **options)
-    except torch.OutOfMemoryError:
-        raise CapacityError(
-            f"model {source.name} does not fit into the memory of {hardware.name} "
-            f"({hardware.memory_bytes / 2**30:.0f} GiB); quantise it (nf4) or use a larger GPU"
-        ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise CapacityError(
+                f"model {source.name} does not fit into the memory of {hardware.name} "
+                f"({hardware.memory_bytes / 2**30:.0f} GiB); quantise it (nf4) or use a larger GPU"
+            ) from None
+        if not isinstance(error, OSError | ValueError):
+            raise
         raise ConfigError(f"model {source.name} in {folder}: {_one_line(error)}") from error
     model.train(mode=False)
     if not training:

@@ -19,7 +19,7 @@ from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from runtime.errors import CapacityError, DivergedError
+from runtime.errors import CapacityError, DivergedError, is_out_of_memory
 from runtime.tuning.data.batching import BatchPlan, MicroBatch, RankBatch, collate
 from runtime.tuning.data.tokenize import TokenizedRow
 from runtime.tuning.loss import batch_loss, mean_loss
@@ -79,15 +79,23 @@ class AdapterTrainer(Trainer):
         """
         model.train()
         batch: RankBatch = inputs if self.plan is self.workload.plan else self._regroup(inputs)
-        while True:
-            try:
-                loss = self._run_step(model, batch)
-            except torch.OutOfMemoryError:
-                self._halve_budget(model, batch)
-                batch = self._regroup(batch)
-            else:
-                self._check_finite(loss, model)
-                return loss
+        while (loss := self._attempt(model, batch)) is None:
+            self._halve_budget(model, batch)
+            batch = self._regroup(batch)
+        self._check_finite(loss, model)
+        return loss
+
+    def _attempt(self, model: Any, batch: RankBatch) -> torch.Tensor | None:
+        """Run a step; None where memory ran out.
+
+        What the failed pass held lives as long as its traceback, so nothing is freed before this returns.
+        """
+        try:
+            return self._run_step(model, batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        return None
 
     def _run_step(self, model: Any, batch: RankBatch) -> torch.Tensor:
         ranks, scale = self.workload.ranks, self.workload.ranks.world_size / batch.labelled_tokens
@@ -144,7 +152,7 @@ class AdapterTrainer(Trainer):
             raise CapacityError(
                 f"out of GPU memory with {budget} tokens in a pass, longest row {longest}; lower max_length "
                 "or per_device_train_batch_size, or set gradient_checkpointing: true"
-            ) from None
+            )
         model.zero_grad()
         torch.cuda.empty_cache()
         self.plan = replace(self.plan, budget_tokens=max(longest, budget // 2))
