@@ -123,6 +123,8 @@ def named(text: str) -> NamedGpus:
     """
     counted = re.fullmatch(r"\s*(\d{1,2})\s*x\s+(.+)|\s*(\d{1,2})x(?=\D)(.+)", text, re.IGNORECASE)
     count = int(counted[1] or counted[3]) if counted else 1
+    if count == 0:
+        raise ConfigError(f"GPU {text!r}: expected one GPU at least, as in '2x A100-80GB'")
     name = (counted[2] or counted[4]).strip() if counted else text.strip()
     rented_type = instance_types.find(name)
     if rented_type is not None:

@@ -125,3 +125,8 @@ def test_proposed_gpus_are_those_of_clouds_smallest_first() -> None:
 def test_every_gpu_of_an_instance_type_is_known() -> None:
     for name in instance_types.names():
         assert gpus.named(name).hardware.count >= 1
+
+
+def test_no_gpu_at_all_is_refused() -> None:
+    with pytest.raises(ConfigError, match="one GPU at least"):
+        gpus.named("0x A100-80GB")

@@ -102,6 +102,9 @@ def parse(text: str) -> Reference:
         text = text.removeprefix(_REGISTRY_SCHEME)
     elif text.startswith("oci:"):
         return _parse_layout(text)
+    login, at, rest = text.partition("@")
+    if at and ":" in login and "/" not in login:
+        raise ConfigError(f"image ...@{rest}: a name holds no login; use `docker login` or --auth")
     if text != text.strip() or not text:
         raise ConfigError(f"image {text!r}: expected {_EXPECTED}")
     if "://" in text:

@@ -93,10 +93,15 @@ def vllm_server(
     return load_server(
         _target(options.get("model")),
         environ=_with_strengths(environ, root),
-        config=Mounts(root, environ).at(file) if file else None,
+        config=_config_file(file, root, environ) if file else None,
         overrides=overrides,
         root=root,
     )
+
+
+def _config_file(path: str, root: Path, environ: Mapping[str, str]) -> Path:
+    """Return the path of the configuration: in the pod, or from the working directory on."""
+    return Mounts(root, environ).at(path) if Path(path).is_absolute() else Path(path)
 
 
 def _adapters_in(folder: str | None) -> list[str]:

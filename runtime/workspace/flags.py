@@ -81,6 +81,9 @@ def _put_output(settings: LayeredSettings, words: Iterable[str]) -> None:
     folders = [word for word in words if not is_image(word)]
     if len(images) > 1 or len(folders) > 1:
         raise ConfigError(f"--output: expected at most one directory and one image, got {', '.join(words)}")
+    if folders and "://" in folders[0]:
+        bare = folders[0].split("://", 1)[1]
+        raise ConfigError(f"--output {folders[0]}: write an image without the scheme, as {bare}")
     if folders:
         settings.put("output.folder", Path(folders[0]).expanduser(), "flag --output")
     settings.put("output.image", images[0].removeprefix("docker://") if images else None, "flag --output")

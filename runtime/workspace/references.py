@@ -1,11 +1,11 @@
-"""Names of images, checked when the settings are resolved: a dry run refuses what the pod would refuse.
+"""Names of models and images, checked when settings are resolved: a dry run refuses what the pod would.
 
 Contacts no registry; what a name may be stands in oci/reference.py. Start at `check_job` and `check_server`.
 """
 
 from collections.abc import Mapping
 
-from runtime import oci
+from runtime import oci, presets, support
 from runtime.errors import ConfigError
 from runtime.files import kind_of
 from runtime.serving.settings import ServeConfig
@@ -27,7 +27,16 @@ def check_job(job: TuningJob, sources: Mapping[str, str]) -> None:
 
 
 def check_server(config: ServeConfig, sources: Mapping[str, str]) -> None:
-    """Raise ConfigError, naming its source, for an image of the server that no registry can have."""
+    """Raise ConfigError, naming its source, for what the pod would refuse.
+
+    A preset that only vLLM can serve, an image name that no registry can have, an adapter's directory or
+    layout that is not there.
+    """
+    preset = presets.matching(config.model)
+    if preset is not None and config.engine == "own":
+        served, why = support.serving_of(preset)
+        if served == "vLLM only":
+            raise ConfigError(f"model {config.model.name}: {why}; --engine vllm may serve it")
     if config.model.image is not None:
         _check(config.model.image, sources.get("model.image", "model.image"), read=True)
     for adapter in config.adapters:

@@ -84,7 +84,8 @@ def apply(settings: LayeredSettings, flags: Mapping[str, Any], where: str = "") 
             raise ConfigError(f"{shown}: unknown flag{nearest(name, rules())}")
         if rule.treatment == "refused":
             if text.lower() not in rule.neutral:
-                raise ConfigError(f"{shown} is {text!r}, which is not served here: {rule.why}")
+                asked = f"{shown} is {text!r}, which" if _is_plain(name, text) else shown
+                raise ConfigError(f"{asked} is not served here: {rule.why}")
         elif rule.treatment == "harmless":
             harmless.setdefault(rule.why, []).append(str(written))
         elif name in _HONOURED:
@@ -92,6 +93,11 @@ def apply(settings: LayeredSettings, flags: Mapping[str, Any], where: str = "") 
         else:
             files[name] = text
     return Applied(files, tuple(f"{', '.join(names)}: {why}" for why, names in harmless.items()))
+
+
+def _is_plain(name: str, text: str) -> bool:
+    """Whether a value may be shown: a word or number, no JSON, path or token that may hold a secret."""
+    return "token" not in name and re.fullmatch(r"[\w.]{1,20}", text) is not None
 
 
 def token_count(text: str, where: str) -> int | None:

@@ -105,3 +105,10 @@ def test_a_tag_alone_makes_an_image_only_where_no_repository_id_is_possible() ->
     assert not is_image("me/adapter:1", or_repository_id=True)
     assert is_image("some.org/model-1.5")
     assert not is_image("some.org/model-1.5", or_repository_id=True)
+
+
+@pytest.mark.parametrize("text", ["user:pw123@127.0.0.1:1/x:1", "user:pw123@x.io/a:1"])
+def test_a_login_in_a_name_is_refused_and_not_shown(text: str) -> None:
+    with pytest.raises(ConfigError, match="a name holds no login") as caught:
+        parse(text)
+    assert "pw123" not in str(caught.value)

@@ -166,6 +166,15 @@ def test_vllm_flags_that_cannot_be_served_are_refused(words: list[str], message:
         vllm_server(words, {}, pod)
 
 
+def test_a_relative_config_file_lies_in_the_working_directory(
+    pod: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here.yaml").write_text("vllm: {max-model-len: 256}\n")
+    monkeypatch.chdir(tmp_path)
+    config = vllm_server(["--kaito-config-file=here.yaml"], {}, pod).config
+    assert config.limits.context_tokens == 256
+
+
 def test_a_pod_for_prefill_alone_is_refused(pod: Path) -> None:
     with pytest.raises(ConfigError, match="KAITO_INFERENCE_ROLE is 'prefill'"):
         vllm_server([], {"KAITO_INFERENCE_ROLE": "prefill"}, pod)

@@ -82,3 +82,8 @@ def test_data_flag_takes_file_directory_address_and_image(tmp_path: Path) -> Non
     assert results["https://x.example/y.parquet"].urls == ("https://x.example/y.parquet",)
     assert results[layout].image == layout
     assert [bool(data.urls) for data in results.values()] == [False, False, True, False]
+
+
+def test_an_output_with_a_scheme_is_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"write an image without the scheme, as x\.io/a:1"):
+        load(SEED, tmp_path, overrides={"--output": ["https://x.io/a:1"]})

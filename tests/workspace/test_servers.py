@@ -80,3 +80,10 @@ def test_adapter_flag_holds_reference_and_strength(
         "phi-4", environ={}, root=tmp_path, overrides={"--adapter": [word]}
     ).config.adapters[0]
     assert (adapter.reference, adapter.strength) == (reference, strength)
+
+
+def test_a_preset_that_only_vllm_serves_is_refused_when_settings_are_resolved() -> None:
+    with pytest.raises(ConfigError, match="--engine vllm may serve it"):
+        load_server("ministral-3-3b-instruct", environ={})
+    config = load_server("ministral-3-3b-instruct", environ={}, overrides={"engine": "vllm"}).config
+    assert config.engine == "vllm"

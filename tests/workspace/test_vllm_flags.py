@@ -149,3 +149,14 @@ def test_the_page_shows_the_table() -> None:
     page = DOCS.read_text()
     for flag, treatment, why in vllm_flags.table():
         assert f"| `{flag}` | {treatment} | {why} |" in page
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("hf_token", "Zq8vN2tLw0Kx"), ("additional_config", '{"password": "Zq8vN2tLw0Kx"}')],
+)
+def test_a_value_that_may_hold_a_secret_is_not_shown(flag: str, value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        applied({flag: value})
+    assert "Zq8vN2tLw0Kx" not in str(caught.value)
+    assert f"--{flag.replace('_', '-')} is not served here" in str(caught.value)
