@@ -105,8 +105,9 @@ def test_further_pods_of_several_pass_at_once(tmp_path: Path) -> None:
 )
 def test_a_failed_benchmark_reports_minus_one_and_fails_the_probe(
     config: dict[str, Any], engine: dict[str, Any], environ: dict[str, str], tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    monkeypatch.setattr(benchmark, "MOST_S", 0.5)
     output = tmp_path / "log"
     with server(tmp_path, config, {"pace_s": 0.002, **engine}) as base:
         assert run(base, output, **environ) == 1
@@ -116,6 +117,13 @@ def test_a_failed_benchmark_reports_minus_one_and_fails_the_probe(
     assert "benchmark: " in caplog.text
     with pytest.raises(AssertionError, match="benchmark failed"):
         controller_reads(output.read_text())
+
+
+def test_a_slow_server_is_loaded_until_it_has_generated_something(tmp_path: Path) -> None:
+    output = tmp_path / "log"
+    with server(tmp_path, {}, {"rows": 2, "queue": 0, "pace_s": 2.5}) as base:
+        assert run(base, output) == 0
+    assert controller_reads(output.read_text())[1]["ttft_avg_ms"] > 2000
 
 
 def test_the_servers_key_is_taken_from_the_environment(tmp_path: Path) -> None:
