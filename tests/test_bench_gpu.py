@@ -5,6 +5,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,8 +51,9 @@ CRASHES = """
         os.abort()
 """
 WORKS = """
+    import torch
     def run(context):
-        context.case("works", lambda: {"seconds": 3.5})
+        context.case("works", lambda: {"seconds": 3.5, "cudnn": torch.backends.cuda.cudnn_sdp_enabled()})
 """
 
 
@@ -133,6 +135,12 @@ def test_a_step_that_crashes_or_hangs_is_named_with_where_it_was(stand_ins: Any)
 
 
 @pytest.mark.slow
+def test_steps_run_without_cudnn_attention_as_the_commands_do(stand_ins: Any) -> None:
+    made, _, _ = stand_ins
+    assert [line["cudnn"] for line in read(made.results) if line.get("case") == "works"] == [False, False]
+
+
+@pytest.mark.slow
 def test_what_a_killed_step_started_is_killed_too(stand_ins: Any) -> None:
     made, _, _ = stand_ins
     (child,) = (line["child"] for line in read(made.results) if "child" in line)
@@ -176,6 +184,89 @@ def test_a_gradient_that_is_off_is_a_fault() -> None:
         assert ("fault" in errors(step, 5.0, true)) == fault
         assert "fault" in errors(step, 5.5, true)
     assert "fault" in errors(LastStep(NoTrainer()), 5.0, true)
+
+
+def test_cudnn_attention_is_on_within_only() -> None:
+    import torch
+
+    from tests.bench.gpu.step import cudnn_attention
+
+    flags = torch.backends.cuda
+    before = flags.cudnn_sdp_enabled()
+    try:
+        flags.enable_cudnn_sdp(False)
+        with pytest.raises(ZeroDivisionError), cudnn_attention():
+            assert flags.cudnn_sdp_enabled()
+            raise ZeroDivisionError
+        assert not flags.cudnn_sdp_enabled()
+    finally:
+        flags.enable_cudnn_sdp(before)
+
+
+def test_one_read_is_one_wait_and_a_counter_on_the_host_is_none() -> None:
+    from tests.bench.gpu.traces import read as seen
+
+    names = [
+        "aten::item", "aten::_local_scalar_dense",  # of a tensor on the host
+        "cudaLaunchKernel",
+        "aten::item", "aten::_local_scalar_dense", "cudaMemcpyAsync", "cudaStreamSynchronize",
+        "cudaDeviceSynchronize",
+        "cudaLaunchKernel",
+        "cudaDeviceSynchronize", "cudaDeviceSynchronize",  # the bench's, and the profiler's
+    ]  # fmt: skip
+    events = [recorded(name, number, "CPU") for number, name in enumerate(names)]
+    events.append(recorded("Memcpy DtoH (Device -> Pageable)", 6, "CUDA"))
+    events.append(recorded("Memcpy HtoD (Pageable -> Device)", 7, "CUDA"))
+    trace = seen(SimpleNamespace(events=lambda: events[::-1]), gpu=True)  # type: ignore[arg-type]
+    assert trace.waits == {"cudaStreamSynchronize": 1, "cudaDeviceSynchronize": 1}
+    assert (trace.reads, trace.launches, trace.asked) == (1, 2, {"aten::item": 2})
+
+
+def recorded(name: str, start: int, device: str) -> SimpleNamespace:
+    """Return what torch's profiler gives of one event of 1 µs."""
+    span = SimpleNamespace(start=start, end=start + 1, elapsed_us=lambda: 1)
+    return SimpleNamespace(name=name, device_type=f"DeviceType.{device}", time_range=span)
+
+
+def test_a_trace_on_a_cpu_counts_what_was_asked_and_no_waits() -> None:
+    import torch
+
+    from tests.bench.gpu.step import Context
+    from tests.bench.gpu.traces import trace
+
+    here = Context(3, "cpu", "tiny", Path(), Path())
+    seen = trace(here, lambda: torch.ones(3).sum().item())
+    assert (seen.waits, seen.reads, seen.asked) == ({}, 0, {"aten::item": 1})
+    assert seen.launches > 1
+
+
+def test_an_engine_with_memory_for_fewer_rows_says_so(tmp_path: Path) -> None:
+    from tests.bench.gpu.load import Load, serving
+    from tests.bench.gpu.models import build
+    from tests.bench.gpu.step import Context
+
+    results = tmp_path / "results.jsonl"
+    here = Context(5, "cpu", "tiny", tmp_path, results)
+    with serving(here, build(here), rows=2, context_tokens=64) as running:
+        for rows in (3, 2):
+            here.case(f"{rows} rows", lambda rows=rows: running.equal(rows, Load((5, 5), (3, 3))))  # type: ignore[misc]
+    few, enough = read(results)
+    assert few["not_here"] == "memory for 2 of 3 rows"
+    assert enough["steps"] > 0
+    assert not here.failed
+
+
+def test_rows_that_never_decode_together_are_named(tmp_path: Path) -> None:
+    from tests.bench.gpu.load import Load, serving
+    from tests.bench.gpu.models import build
+    from tests.bench.gpu.step import Context
+
+    here = Context(5, "cpu", "tiny", tmp_path, tmp_path / "results.jsonl")
+    with (
+        serving(here, build(here), rows=2, context_tokens=64) as running,
+        pytest.raises(RuntimeError, match=r"in none of \d+ steps did all of 2 rows decode"),
+    ):
+        running.equal(2, Load((5, 5), (1, 1)))
 
 
 def test_the_busy_share_counts_overlapping_kernels_once() -> None:

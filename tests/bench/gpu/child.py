@@ -22,6 +22,7 @@ def main(given: str) -> int:
     """Run a step; return 0, 1 when a case failed."""
     parent = os.dup(1)
     os.dup2(2, 1)
+    from runtime.attention import disable_cudnn
     from tests.bench.gpu.step import Context
 
     fields = json.loads(given)
@@ -36,6 +37,7 @@ def main(given: str) -> int:
     faulthandler.dump_traceback_later(max(seconds - SPARE_S, seconds / 2))
     paths = {name: Path(fields.pop(name)) for name in ("scratch", "results")}
     context = Context(**fields, **paths, until=time.monotonic() + max(seconds - 2 * SPARE_S, seconds / 2))
+    disable_cudnn()  # as the commands do
     step.run(context)
     faulthandler.cancel_dump_traceback_later()
     return int(context.failed)

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,56 +29,41 @@ MOST_GAP = 0.02
 """Of the largest logit: by so much the engine's token may be below the reference's best."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kernels:
-    """Which of torch's attention kernels may run."""
-
-    name: str
-    cudnn: bool = True
-    flash: bool = True
-
-    @contextlib.contextmanager
-    def chosen(self) -> Iterator[None]:
-        """Within: only these."""
-        kinds = torch.backends.cuda
-        before = kinds.cudnn_sdp_enabled(), kinds.flash_sdp_enabled()
-        kinds.enable_cudnn_sdp(before[0] and self.cudnn)
-        kinds.enable_flash_sdp(before[1] and self.flash)
-        try:
-            yield
-        finally:
-            kinds.enable_cudnn_sdp(before[0])
-            kinds.enable_flash_sdp(before[1])
-
-
-EVERY = Kernels("")
-NO_CUDNN = Kernels(", cuDNN off", cudnn=False)
-V100 = Kernels(", cuDNN and flash off", cudnn=False, flash=False)
+@contextlib.contextmanager
+def _flash(allowed: bool) -> Iterator[None]:
+    """Within: torch takes FlashAttention only where `allowed`; without it as on a V100."""
+    before = torch.backends.cuda.flash_sdp_enabled()
+    torch.backends.cuda.enable_flash_sdp(before and allowed)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_flash_sdp(before)
 
 
 def run(context: Context) -> None:
     """Compare everything; a GPU has more types and kernels to compare than a CPU."""
     cases = [
-        *((TrainingCase(name), EVERY) for name in models.TINY),
-        (TrainingCase("llama", checkpointing=True), EVERY),
-        (TrainingCase("llama", bits=None), EVERY),
+        *((TrainingCase(name), True) for name in models.TINY),
+        (TrainingCase("llama", checkpointing=True), True),
+        (TrainingCase("llama", bits=None), True),
     ]
-    engines = [(name, "auto", EVERY) for name in models.TINY]
+    engines = [(name, "auto", True) for name in models.TINY]
     if context.device == "cuda":
         cases += [
-            (TrainingCase("llama", dtype="float16"), EVERY),
-            (TrainingCase("llama", dtype="float16"), V100),
-            (TrainingCase("phi3", dtype="float16", checkpointing=True), V100),
-            (TrainingCase("longrope"), NO_CUDNN),
-            (TrainingCase("llama"), NO_CUDNN),
+            (TrainingCase("llama", dtype="float16"), True),
+            (TrainingCase("llama", dtype="float16"), False),
+            (TrainingCase("phi3", dtype="float16", checkpointing=True), False),
         ]
-        engines += [("llama", "float16", V100), ("longrope", "float16", V100), ("llama", "auto", NO_CUDNN)]
-    for case, kernels in cases:
-        with kernels.chosen():
-            context.case(f"tune {case.name}{kernels.name}", partial(compare, context, case))
-    for name, dtype, kernels in engines:
-        with kernels.chosen():
-            context.case(f"serve {name} {dtype}{kernels.name}", partial(_served, context, name, dtype))
+        engines += [("llama", "float16", False), ("longrope", "float16", False)]
+    for case, flash in cases:
+        with _flash(flash):
+            context.case(f"tune {case.name}{_OFF[flash]}", partial(compare, context, case))
+    for name, dtype, flash in engines:
+        with _flash(flash):
+            context.case(f"serve {name} {dtype}{_OFF[flash]}", partial(_served, context, name, dtype))
+
+
+_OFF = {True: "", False: ", flash off"}
 
 
 def _served(context: Context, name: str, dtype: str) -> Figures:

@@ -42,7 +42,7 @@ def run(context: Context) -> None:
             load = EQUAL[context.shape]
             context.case(f"{rows} equal rows", partial(_equal, context, running, rows, load), needs_s=3)
             if number == 0:
-                _others(context, running, rows)
+                _others(context, running, min(rows, running.engine.max_sequences))
         del model, running
         context.release()
 
@@ -52,12 +52,13 @@ def _others(context: Context, running: Running, rows: int) -> None:
     arriving = Load(PROMPTS[shape], ANSWERS[shape])
     drawn = replace(arriving, sampling=DRAWN)
     seconds = SECONDS[shape]
+    rate = context.case(
+        f"rate of {rows} rows", lambda: {"requests_per_s": running.rate(rows, arriving)}, needs_s=5
+    )
     for name, load in ((f"Poisson at {rows} rows", arriving), (f"Poisson at {rows} rows, drawn", drawn)):
-        context.case(
-            name,
-            partial(running.poisson, rows, load, seconds=seconds),
-            needs_s=2 * seconds,
-        )
+        if rate:
+            measured = partial(running.poisson, rate["requests_per_s"], load, seconds=seconds)
+            context.case(name, measured, needs_s=2 * seconds)
     load = replace(EQUAL[shape], sampling=DRAWN)
     context.case(f"{rows} equal rows, drawn", lambda: _equal(context, running, rows, load), needs_s=3)
     context.case("first token", lambda: running.first_token(LENGTHS[shape]), needs_s=3)

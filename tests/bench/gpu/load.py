@@ -19,7 +19,7 @@ from runtime.serving.engine import cuda_graphs
 from runtime.serving.engine.create import create
 from runtime.serving.engine.protocol import Request, Sampling
 from runtime.serving.settings import Limits, ServeConfig
-from tests.bench.gpu.step import Context, Figures, percentile
+from tests.bench.gpu.step import Context, Figures, NotHereError, percentile
 
 VOCABULARY = 500
 MOST_REQUESTS = 2000
@@ -101,23 +101,33 @@ class Running:
     weight_bytes: int
 
     def equal(self, rows: int, load: Load) -> Figures:
-        """Answer `rows` requests at a time, and return the speed while all of them decode."""
+        """Answer `rows` requests at a time, and return the speed while all of them decode.
+
+        NotHereError where the engine has memory for fewer.
+        """
+        if self.engine.max_sequences < rows:
+            raise NotHereError(f"memory for {self.engine.max_sequences} of {rows} rows")
         asyncio.run(self._all(load.requests(rows)))  # the same slots and lengths: kernels, graphs, memory
         self.counts.steps.clear()
         asyncio.run(self._all(load.requests(rows)))
         begun = self.engine.stats().prompt_tokens
         steps = [each for each in self.counts.steps if (each.running, each.prompt_tokens) == (rows, begun)]
+        if not steps:
+            raise RuntimeError(f"in none of {len(self.counts.steps)} steps did all of {rows} rows decode")
         taken = steps[-1].ended - steps[0].began
         return {"tokens_per_s": rows * len(steps) / taken} | _times(steps)
 
-    def poisson(self, rows: int, load: Load, *, seconds: float) -> Figures:
-        """Answer requests that arrive at random for some seconds.
+    def rate(self, rows: int, load: Load) -> float:
+        """Return how many requests a second keep BUSY_SHARE of `rows` busy, by the second of two loads."""
+        began = 0.0
+        for _ in range(2):
+            began = time.monotonic()
+            asyncio.run(self._all(load.requests(2 * rows)))
+        return BUSY_SHARE * 2 * rows / (time.monotonic() - began)
 
-        A warm-up with all rows busy says how many a second keep BUSY_SHARE of them so.
-        """
-        began = time.monotonic()
-        asyncio.run(self._all(load.requests(2 * rows)))
-        rate = BUSY_SHARE * 2 * rows / (time.monotonic() - began)
+    def poisson(self, rate: float, load: Load, *, seconds: float) -> Figures:
+        """Answer requests that arrive at random, so many a second, for some seconds."""
+        asyncio.run(self._all(load.requests(self.engine.max_sequences)))  # its kernels, all rows busy
         self.counts.steps.clear()
         began = time.monotonic()
         answers = asyncio.run(self._arrive(rate, seconds, load.request))

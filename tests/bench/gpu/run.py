@@ -22,6 +22,7 @@ LEAST_S = 8.0
 """A step with less time than this is left out."""
 IMPORT_S = 60.0
 """Most time that the imports of a step take."""
+KILLED_S = 10.0
 SLOW = 3
 RESERVE_S = 3.0
 """Of the deadline, for the table."""
@@ -170,7 +171,8 @@ def _kill(process: "subprocess.Popen[str]") -> None:
     """Kill the process and all that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a driver can hold a killed process
+        process.wait(timeout=KILLED_S)
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             pipe.close()

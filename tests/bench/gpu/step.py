@@ -9,7 +9,7 @@ import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,12 @@ class Context:
             self.emit(name, left_out=f"{max(self.left_s(), 0):.0f} s left, {needs_s:.0f} needed")
             return {}
         began = time.monotonic()
+        figures: Figures | None
         try:
             figures = work()
         except NotHereError as reason:
             self.emit(name, not_here=str(reason))
-            return {}
+            figures = None
         except Exception as error:  # the other cases still tell something
             lines = traceback.format_exc().rstrip().splitlines()
             print(f"--- {name}", *lines, sep="\n", flush=True)
@@ -84,7 +85,7 @@ class Context:
             self.emit(name, error=f"{type(error).__name__}: {said}", traceback=lines[-TRACEBACK_LINES:])
             figures = {}
         if not figures:
-            self.failed = True
+            self.failed |= figures is not None
             with contextlib.suppress(Exception):  # a device that is broken fails here too
                 self.release()  # what the frames of the traceback held is free by now
             return {}
@@ -142,6 +143,17 @@ class Context:
         out = torch.empty_like(left)
         taken = self.milliseconds(lambda: torch.mm(left, right, out=out), repeats=7, warm=2)
         return 2 * size**3 / taken / 1e9
+
+
+@contextlib.contextmanager
+def cudnn_attention() -> Iterator[None]:
+    """Within: torch may take cuDNN's attention, as in a process that has not disabled it."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -28,7 +28,7 @@ from runtime.tuning.settings import Output, TuningJob
 from runtime.tuning.train import setup
 from runtime.tuning.train.progress import JobProgress
 from tests.bench.gpu.models import SHAPES, saved
-from tests.bench.gpu.step import Context, Figures, NotHereError
+from tests.bench.gpu.step import Context, Figures, NotHereError, cudnn_attention
 from tests.bench.gpu.traces import Trace, read
 
 PASSES = {"phi-3-mini": (2048, 8192, 32768), "tiny": (256, 512)}
@@ -78,7 +78,9 @@ class StepClock(TrainerCallback):
                 "launches": self.trace.launches,
                 "busy_share": self.trace.busy_share,
                 "host_waits": sum(self.trace.waits.values()),
+                "host_reads": self.trace.reads,
                 "waits": self.trace.waits,
+                "asked": self.trace.asked,
                 "kernels": self.trace.kernels,
             }
         return found
@@ -214,7 +216,8 @@ def _trl(context: Context, tokens: int, roof: float) -> Figures:
         seen = _count_tokens(trainer)
         clock = StepClock(context, steps=steps, tokens=lambda: seen[0])
         trainer.add_callback(clock)
-        trainer.train()
+        with cudnn_attention():  # TRL's own process has not disabled it
+            trainer.train()
     figures = clock.figures()
     figures["roofline_share"] = figures["tokens_per_s"] / roof
     figures["peak_gib"] = _peak_bytes(context) / 2**30
