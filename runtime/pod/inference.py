@@ -83,12 +83,15 @@ def vllm_server(
     words = flags.parse(arguments, lists=vllm_flags.LISTS, short=vllm_flags.SHORT)
     if words.stray:
         raise ConfigError(f"unexpected {words.stray[0]!r}: expected flags, as in --max-model-len=4096")
-    options = {"port": str(port(words.flags, environ)), "api_key": environ.get("VLLM_API_KEY")} | words.flags
+    options: Flags = {"port": str(port(words.flags, environ))}
+    if key := environ.get("VLLM_API_KEY"):
+        options["api_key"] = key
+    options |= words.flags
     _warn_of_download_folder(options.get("download_dir"))
     file = options.get("kaito_config_file")
     overrides = {
         "--adapter": [*_adapters_in(options.get("kaito_adapters_dir")), *_lora_modules(options)],
-        "--vllm": {name: value for name, value in options.items() if name != "api_key" or value},
+        "--vllm": options,
     }
     return load_server(
         _target(options.get("model")),

@@ -89,6 +89,8 @@ def apply(settings: LayeredSettings, flags: Mapping[str, Any], where: str = "") 
         elif rule.treatment == "harmless":
             harmless.setdefault(rule.why, []).append(str(written))
         elif name in _HONOURED:
+            if value is None:
+                raise ConfigError(f"{shown}: expected a value")
             _HONOURED[name](settings, text, shown)
         else:
             files[name] = text

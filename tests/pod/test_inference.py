@@ -159,6 +159,8 @@ def test_more_of_vllms_flags_are_carried_out(pod: Path, tmp_path: Path) -> None:
         (["-x", "2"], "unexpected '-x'"),
         (["--kaito-config-file=/mnt/config/missing.yaml"], "missing.yaml"),
         (["--lora-modules", "{}"], "expected name and path"),
+        (["--api-key", "--enable-lora"], "--api-key: expected a value"),
+        (["--served-model-name"], "--served-model-name: expected a value"),
     ],
 )
 def test_vllm_flags_that_cannot_be_served_are_refused(words: list[str], message: str, pod: Path) -> None:
