@@ -126,6 +126,11 @@ RETRIABLE = frozenset({TransientError, StoppedError})
 """Failures after which the same command may succeed unchanged."""
 
 
+def one_line(said: object, most: int = 300) -> str:
+    """Return at most `most` characters of what an error or another program says, in one line."""
+    return " ".join(str(said).split())[:most]
+
+
 _OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -147,6 +152,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         text == "could not create a primitive" or any(part in text for part in _OUT_OF_MEMORY)
     )
+
+
+def kind_of_exit(status: int) -> type[Failure]:
+    """Return the failure that a process of this project ended with, by its exit status; else Failure."""
+    return next((kind for kind, code in EXIT_CODES.items() if code == status), Failure)
 
 
 def exit_code(failure: Failure) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from runtime import adapters, logs, models, presets
 from runtime.config import read_text
-from runtime.errors import CapacityError, ConfigError
+from runtime.errors import CapacityError, ConfigError, one_line
 from runtime.files import atomic_folder
 from runtime.hardware import Hardware
 from runtime.memory.shape import BYTES
@@ -69,7 +69,7 @@ def _merged(base: ModelSource, folder: Path, machine: Hardware) -> "PreTrainedMo
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=True)
     except (RuntimeError, ValueError) as error:
-        what = " ".join(str(error).split())[:300]
+        what = one_line(error)
         raise ConfigError(f"adapter {folder.name} does not fit {base.name}: {what}") from None
     return cast("PreTrainedModel", adapted.merge_and_unload(safe_merge=True))
 

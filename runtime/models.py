@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime import logs, oci, packaged
-from runtime.errors import CapacityError, ConfigError, TransientError, is_out_of_memory
+from runtime.errors import CapacityError, ConfigError, TransientError, is_out_of_memory, one_line
 from runtime.files import cache_folder
 from runtime.hardware import Hardware, compute_dtype
 from runtime.model_source import ModelSource, Quantization
@@ -89,7 +89,7 @@ def config_file(source: ModelSource) -> Path:
             f"model {source.name}: no config.json in the cache, and the hub cannot be reached"
         ) from None
     except HfHubHTTPError as error:
-        raise ConfigError(f"model {source.name}: {_one_line(error)}") from None
+        raise ConfigError(f"model {source.name}: {one_line(error, 400)}") from None
 
 
 def load(
@@ -122,7 +122,7 @@ def load(
             ) from None
         if not isinstance(error, OSError | ValueError):
             raise
-        raise ConfigError(f"model {source.name} in {folder}: {_one_line(error)}") from error
+        raise ConfigError(f"model {source.name} in {folder}: {one_line(error, 400)}") from error
     model.train(mode=False)
     if not training:
         model.requires_grad_(False)
@@ -184,7 +184,7 @@ def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
             str(folder), local_files_only=True, trust_remote_code=source.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"tokenizer of {source.name} in {folder}: {_one_line(error)}") from error
+        raise ConfigError(f"tokenizer of {source.name} in {folder}: {one_line(error, 400)}") from error
     if source.chat_template is not None:
         tokenizer.chat_template = source.chat_template
     if tokenizer.pad_token is None:
@@ -277,7 +277,3 @@ def _readable_hub_errors(source: ModelSource) -> Iterator[None]:
             f"model {source.name}: no repository {source.repository} on the hub, or it is private and "
             "HF_TOKEN is missing"
         ) from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]

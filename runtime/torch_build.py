@@ -13,7 +13,7 @@ from pathlib import Path
 
 from runtime import hardware
 from runtime.cuda_devices import USE_THE_CPU
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, one_line
 from runtime.hardware import Hardware
 
 CudaVersion = tuple[int, int]
@@ -77,7 +77,7 @@ def check_loaded(machine: Hardware) -> None:
         torch.cuda.init()  # type: ignore[no-untyped-call]
         count = torch.cuda.device_count()
     except RuntimeError as error:
-        why = " ".join(str(error).split())[:300]
+        why = one_line(error)
         raise ConfigError(f"CUDA does not start on {machine.name}: {why}; {USE_THE_CPU}") from None
     check(machine, TorchBuild(version, cuda, tuple(torch.cuda.get_arch_list())))
     if count < machine.count:

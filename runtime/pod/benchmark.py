@@ -21,7 +21,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from runtime import ports
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -198,9 +198,7 @@ async def _requests(client: httpx.AsyncClient, load: Load, token_ids: list[int])
 async def _post(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> httpx.Response:
     response = await client.post(path, json=body, timeout=REQUEST_S)
     if response.is_error and response.status_code != 429:
-        raise BenchmarkError(
-            f"{path} answered {response.status_code}: {' '.join(response.text.split())[:300]}"
-        )
+        raise BenchmarkError(f"{path} answered {response.status_code}: {one_line(response.text)}")
     return response
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime import garbage_collection, hardware, logs
-from runtime.errors import CapacityError, Failure, exit_code, is_out_of_memory
+from runtime.errors import CapacityError, Failure, exit_code, is_out_of_memory, one_line
 from runtime.model_source import ModelSource
 from runtime.serving.engine.protocol import Constraint, Grammar
 from runtime.serving.engine.replicas.messages import ReplicaReady, ReplicaTask
@@ -57,7 +57,7 @@ def main() -> int:
 def _failure_of(error: Exception, task: ReplicaTask) -> Failure:
     if isinstance(error, Failure):
         return error
-    said = f"replica {task.number} of {task.config.replicas}: {' '.join(str(error).split())[:300]}"
+    said = f"replica {task.number} of {task.config.replicas}: {one_line(error)}"
     if is_out_of_memory(error):
         return CapacityError(f"{said}; lower limits.rows or limits.context_tokens, or start fewer replicas")
     log.error("A replica failed", exc_info=error)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import RequestError
+from runtime.errors import RequestError, one_line
 from runtime.serving.engine.protocol import Constraint, Grammar
 
 if TYPE_CHECKING:
@@ -72,10 +72,10 @@ class GrammarCompiler:
                 schema = json.dumps(constraint.value)
                 grammar = LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
         except ValueError as error:
-            raise RequestError(f"'{param}': {_reason(str(error))}", param=param) from None
+            raise RequestError(f"'{param}': {one_line(error)}", param=param) from None
         matcher = LLMatcher(self._tokens(), grammar, log_level=0)
         if matcher.is_error():
-            raise RequestError(f"'{param}': {_reason(matcher.get_error())}", param=param)
+            raise RequestError(f"'{param}': {one_line(matcher.get_error())}", param=param)
         return Grammar(constraint, lambda: _GrammarMask(matcher.deep_copy(), param))
 
     def _tokens(self) -> "LLTokenizer":
@@ -101,14 +101,10 @@ class _GrammarMask:
         allowed = self._matcher.compute_logit_bias()
         if self._matcher.is_error():  # it ran into the limits that keep a grammar from using up the machine
             raise RequestError(
-                f"'{self._param}' is too complex: {_reason(self._matcher.get_error())}", param=self._param
+                f"'{self._param}' is too complex: {one_line(self._matcher.get_error())}", param=self._param
             )
         return allowed
 
     def take(self, token: int) -> None:
         """Advance past `token`."""
         self._matcher.consume_token(token)
-
-
-def _reason(text: str) -> str:
-    return " ".join(text.split())[:300]

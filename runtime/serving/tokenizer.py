@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from runtime.errors import RequestError
+from runtime.errors import RequestError, one_line
 from runtime.serving.engine.protocol import Constraint, Sampling
 from runtime.serving.generation_config import SamplingDefaults
 from runtime.serving.structured_output import GrammarCompiler
@@ -153,7 +153,7 @@ class PromptTokenizer:
             return list(self._tokenizer.encode(str(text), add_special_tokens=False))
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             # Templates refuse roles and orders that they do not know by raising any of these.
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise RequestError(
                 f"the model's chat template refuses these messages: {reason}", param="messages"
             ) from None

@@ -56,10 +56,10 @@ def _batching(
 ) -> "Engine":
     from runtime.serving.engine.engine import BatchingEngine, EngineLimits
 
-    free = free_bytes(model, processes=config.replicas, memory_share=config.limits.gpu_memory_share)
+    processes = config.replicas if rank is None else rank.group.world
+    free = free_bytes(model, processes=processes, memory_share=config.limits.gpu_memory_share)
     if rank is not None:
-        share = config.limits.gpu_memory_share
-        free = rank.group.all_reduce_min(free_bytes(model, processes=rank.group.world, memory_share=share))
+        free = rank.group.all_reduce_min(free)
     wanted = (config.limits.rows, context_tokens)
     sequences, context_tokens = sequences_that_fit(
         wanted,

@@ -15,6 +15,7 @@ from runtime.errors import (
     UnavailableError,
     UnknownModelError,
     is_out_of_memory,
+    one_line,
 )
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def rank_out_of_memory(rank: int, error: Exception) -> CapacityError:
     """Return why a server that divides its model ends: `rank` ran out of memory, as `error` says."""
     return CapacityError(
         f"rank {rank}: out of memory, which ends the server: lower limits.rows or limits.context_tokens, or "
-        f"divide the model among more GPUs ({' '.join(str(error).split())[:300]})"
+        f"divide the model among more GPUs ({one_line(error)})"
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from runtime.config import describe
-from runtime.errors import DataError
+from runtime.errors import DataError, one_line
 
 Row = dict[str, Any]
 
@@ -90,7 +90,7 @@ def read(path: Path, extension: str | None = None) -> Iterator[Row]:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except (ValueError, NotImplementedError, OSError, csv.Error) as error:  # pyarrow's are of the first three
         start = path.read_bytes()[:40] if path.is_file() else b""
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise DataError(f"{path}: not a readable {kind} file ({reason}); it starts with {start!r}") from None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime import errors
-from runtime.errors import Failure, StoppedError
+from runtime.errors import Failure, StoppedError, one_line
 from runtime.files import write_atomic
 from runtime.logs import redact
 
@@ -46,7 +46,7 @@ def as_failure(error: BaseException) -> Failure:
         return errors.CapacityError(
             "out of memory; lower max_length or per_device_train_batch_size, or quantise to 4 bits"
         )
-    return Failure(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+    return Failure(f"{type(error).__name__}: {one_line(error, 500)}")
 
 
 def describe(failure: Failure, phase: str, step: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import signal
 import sys
 
 from runtime import garbage_collection, logs
+from runtime.errors import one_line
 from runtime.hardware import usable_cores
 from runtime.tuning.process.failure import RENDEZVOUS_FAILED
 from runtime.tuning.process.signals import end_with_parent
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     except (DistError, TimeoutError, RendezvousError) as error:
-        log.error("rendezvous failed: %s", " ".join(str(error).split())[:300])  # noqa: TRY400
+        log.error("rendezvous failed: %s", one_line(error))  # noqa: TRY400
         return RENDEZVOUS_FAILED
     except ChildFailedError as error:
         signals = {rank: -failure.exitcode for rank, failure in error.failures.items()}

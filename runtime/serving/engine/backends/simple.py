@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from runtime.errors import CapacityError, is_out_of_memory
+from runtime.errors import CapacityError, is_out_of_memory, one_line
 from runtime.serving.engine import failures
 from runtime.serving.engine.out_of_memory import FLOOR_TOKENS, MemoryLimits, Reason, free_memory
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
@@ -59,7 +59,7 @@ class PeftAdapters:
                 self.model = PeftModel(self._base, shape, adapter_name=peft_name)
             self.model.load_adapter(str(folder), adapter_name=peft_name)
         except (ValueError, RuntimeError, KeyError, MemoryError) as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = one_line(error) or type(error).__name__
             no_memory = is_out_of_memory(error)
         finally:
             self._active = "unknown"

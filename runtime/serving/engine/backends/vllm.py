@@ -21,7 +21,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from runtime import adapters, hardware, net
-from runtime.errors import RequestError, UnavailableError, UnknownModelError
+from runtime.errors import RequestError, UnavailableError, UnknownModelError, one_line
 from runtime.hardware import Hardware
 from runtime.serving.engine import failures
 from runtime.serving.engine.backends.vllm_process import VllmProcess
@@ -347,4 +347,4 @@ def _message(text: str) -> str:
     """Return the message in an error body, in one line."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
         text = str(json.loads(text)["error"]["message"])
-    return " ".join(text.split())[:300]
+    return one_line(text)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from runtime import garbage_collection, logs
 from runtime.config import Strict
-from runtime.errors import Failure, exit_code, is_out_of_memory
+from runtime.errors import Failure, exit_code, is_out_of_memory, one_line
 from runtime.model_source import ModelSource
 from runtime.serving.engine import failures
 
@@ -57,7 +57,7 @@ def main() -> int:
             reason = failures.rank_out_of_memory(task.rank, error)
             log.error("%s", reason)  # noqa: TRY400 - expected, and its text is complete
             return exit_code(reason)
-        log.error("rank %d: %s", task.rank, " ".join(str(error).split())[:300])  # noqa: TRY400
+        log.error("rank %d: %s", task.rank, one_line(error))  # noqa: TRY400
         return 1
     return 0
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from runtime import hardware
-from runtime.errors import EXIT_CODES, Failure
+from runtime.errors import kind_of_exit
 from runtime.hardware import Hardware
 from runtime.model_source import ModelSource
 from runtime.serving.engine import failures
@@ -55,7 +55,7 @@ class Workers:
         while not self._store.check(loaded):
             if (lost := self._lost()) is not None:
                 rank, status = lost
-                kind = next((kind for kind, code in EXIT_CODES.items() if code == status), Failure)
+                kind = kind_of_exit(status)
                 raise kind(f"{self._describe(rank, status)} while it loaded; its own line says why")
             time.sleep(POLL_S)
         return Group(self._store, rank=0, world=self._world, device=device)

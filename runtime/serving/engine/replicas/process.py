@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-from runtime.errors import EXIT_CODES, Failure
+from runtime.errors import Failure, kind_of_exit
 from runtime.serving.engine import failures
 
 MODULE = "runtime.serving.replica"
@@ -78,7 +78,7 @@ class ReplicaProcess:
     def end(self) -> Failure:
         """Return how a process that does not run any more has ended, as the failure of its exit status."""
         status = self._process.wait()
-        kind = next((kind for kind, code in EXIT_CODES.items() if code == status), Failure)
+        kind = kind_of_exit(status)
         return kind(f"{self.name} {failures.how_ended(status)}")
 
     def _write(self) -> None:
