@@ -13,6 +13,7 @@
         ├── UnknownModelError         404
         ├── DeadlineError             408   the body or the answer took too long
         ├── TooLargeError             413   its body, or the memory that it takes
+        ├── ContentCodingError        415   its body is compressed in a way that is not read here
         ├── OverloadedError           429   the waiting queue is full
         ├── ClientGoneError           499   the client has disconnected
         └── UnavailableError          503   loading, draining or broken
@@ -85,6 +86,10 @@ class TooLargeError(RequestError):
     """The request body is larger than the server accepts, or its tokens take more memory than there is."""
 
 
+class ContentCodingError(RequestError):
+    """The request body is compressed in a way that is not read here."""
+
+
 class OverloadedError(RequestError):
     """The waiting queue is full; the client should try again shortly."""
 
@@ -116,6 +121,7 @@ HTTP_STATUSES: dict[type[Failure], int] = {
     UnknownModelError: 404,
     DeadlineError: 408,
     TooLargeError: 413,
+    ContentCodingError: 415,
     OverloadedError: 429,
     ClientGoneError: 499,
     UnavailableError: 503,

@@ -44,7 +44,9 @@ class Limits(Strict):
     new_tokens: int = Field(512, ge=1)
     """Answer length when the request states none."""
     body_bytes: int = Field(4 << 20, ge=1024)
-    """Largest request body."""
+    """Largest request body, as sent and decompressed."""
+    bodies_bytes: int = Field(256 << 20, ge=1024)
+    """Bodies that are arriving at one time, of all clients together; one that exceeds it is answered 429."""
     header_timeout_s: float = Field(15.0, gt=0)
     """From the connection, or a further request's first byte on it, to the end of the headers."""
     body_timeout_s: float = Field(30.0, gt=0)
@@ -111,7 +113,12 @@ class ServeConfig(Strict):
 
 def check(config: ServeConfig) -> None:
     """Raise ConfigError for settings that do not go together: before a dry run ends, or a server starts."""
-    quantization = config.quantization
+    quantization, limits = config.quantization, config.limits
+    if limits.bodies_bytes < limits.body_bytes:
+        raise ConfigError(
+            f"limits.bodies_bytes is {limits.bodies_bytes}, which one body of limits.body_bytes "
+            f"({limits.body_bytes}) exceeds: raise it, or lower limits.body_bytes"
+        )
     if config.adapter_root is not None and config.api_key is None:
         raise ConfigError("adapter_root needs an API key: only known clients may load adapters")
     if quantization is not None and config.engine == "vllm" and quantization.bits != 4:

@@ -43,6 +43,7 @@ def create_app(
         version=__version__,
         docs_url=None,  # FastAPI's page loads its script from a CDN
         redoc_url=None,
+        redirect_slashes=False,  # the middleware takes them off
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     generator = Generator(lifecycle, metrics, timeout_s=limits.request_timeout_s)
@@ -143,13 +144,19 @@ def _add_failures(app: FastAPI, metrics: ServingMetrics) -> None:
     async def refused(request: Request, failure: Exception) -> Response:
         status = failure.status_code if isinstance(failure, HTTPException) else 500
         path = request.url.path
+        headers = dict(getattr(failure, "headers", None) or {})
+        if status == 405:
+            allowed = headers.get("Allow", "").split(", ")
+            headers["Allow"] = ", ".join([*allowed, *(["HEAD"] if "GET" in allowed else []), "OPTIONS"])
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
         text = {
             404: f"there is no {path} here; GET /docs lists the routes",
             405: f"{path} does not take {request.method}; GET /docs lists the routes",
             400: "the body is not valid JSON",
         }.get(status, str(getattr(failure, "detail", "")))
         response = counted(reply(path, status, error_object(text, status)))
-        response.headers.update(getattr(failure, "headers", None) or {})
+        response.headers.update(headers)
         return response
 
     app.add_exception_handler(Failure, failed)

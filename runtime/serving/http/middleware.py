@@ -16,8 +16,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from runtime.errors import ClientGoneError, DeadlineError, RequestError, TooLargeError
+from runtime.errors import ClientGoneError, ContentCodingError, RequestError
 from runtime.serving.http.sse import error_object, failure_reply, reply
+from runtime.serving.http.uploads import CODINGS, Uploads
 from runtime.serving.lifecycle import Lifecycle
 from runtime.serving.settings import Limits
 
@@ -50,8 +51,7 @@ class RequestMiddleware:
     ) -> None:
         self._app = app
         self._lifecycle = lifecycle
-        self._body_bytes = limits.body_bytes
-        self._body_timeout_s = limits.body_timeout_s
+        self._uploads = Uploads(limits)
         self._api_key = api_key
         self._count = count
 
@@ -60,18 +60,20 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        path = scope["path"] = plain_path(scope["path"])
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         given = given if _ID.match(given) else ""
         request_id = f"{given}-{secrets.token_hex(3)}" if given else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
         send = _with_id(send, given or request_id)
-        path = scope["path"]
         if self._api_key is not None and path not in OPEN_PATHS and not authorized(headers, self._api_key):
             self._count(401)
             await _unauthorized(path, headers)(scope, receive, send)
         elif scope["method"] in {"GET", "HEAD", "OPTIONS"}:
-            await self._app(scope, receive, send)
+            # The server sends no body to HEAD, whatever a route answers.
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]
+            await self._app({**scope, "method": method}, receive, send)
         elif not _JSON.match(headers.get("content-type", "application/json")):
             self._count(415)
             message = (
@@ -84,37 +86,31 @@ class RequestMiddleware:
             await self._with_body(scope, receive, send)
 
     async def _with_body(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
         try:
+            self._uploads.check(headers)
             self._lifecycle.admit()
-            body = await self._read(Headers(scope=scope), receive)
+            body = await self._uploads.read(headers, receive)
             with self._lifecycle.in_flight():  # not before: a slow body must not count
                 await self._app(scope, _replay(body, receive), send)
         except ClientGoneError:
             return
         except RequestError as failure:  # from the body or admission: the app answers its own
             response = failure_reply(scope["path"], failure, scope["state"]["request_id"])
+            if isinstance(failure, ContentCodingError):
+                response.headers["Accept-Encoding"] = CODINGS
             self._count(response.status_code)
             await _linger(response, receive, scope, send)
 
-    async def _read(self, headers: Mapping[str, str], receive: Receive) -> bytes:
-        too_large = TooLargeError(f"the body is larger than the {self._body_bytes} bytes this server accepts")
-        length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > self._body_bytes:
-            raise too_large
-        body = bytearray()
-        try:
-            async with asyncio.timeout(self._body_timeout_s):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientGoneError("the client closed the connection within its request")
-                    body += message.get("body", b"")
-                    if len(body) > self._body_bytes:
-                        raise too_large
-                    if not message.get("more_body", False):
-                        return bytes(body)
-        except TimeoutError:
-            raise DeadlineError(f"the body was not complete after {self._body_timeout_s:.0f} s") from None
+
+def plain_path(path: str) -> str:
+    """Return `path` without doubled and trailing slashes, which base URLs that end in one bring in.
+
+    They are not redirected: many clients send a redirected POST again as GET, or without its key.
+    """
+    if not path.endswith("/") and "//" not in path:
+        return path
+    return re.sub("/{2,}", "/", path).rstrip("/") or "/"
 
 
 def authorized(headers: Mapping[str, str], api_key: str) -> bool:
@@ -146,14 +142,12 @@ def _unauthorized(path: str, headers: Mapping[str, str]) -> ASGIApp:
 
 def _replay(body: bytes, receive: Receive) -> Receive:
     """Return a `receive` that first gives the body read before, then the messages after it."""
-    replayed = False
+    kept: list[bytes] = [body]
 
     async def replay() -> Message:
-        nonlocal replayed
-        if replayed:
+        if not kept:
             return await receive()
-        replayed = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return {"type": "http.request", "body": kept.pop(), "more_body": False}
 
     return replay
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import re
 from typing import Any
 
@@ -84,3 +85,63 @@ async def test_body_over_the_limit_is_413(open_site: Any) -> None:
         assert reply.status_code == 413
         assert "2048 bytes" in reply.json()["detail"]
         assert (await site.chat()).status_code == 200
+
+
+async def test_compressed_bodies_are_read_and_other_codings_refused(open_site: Any) -> None:
+    async with open_site() as site:
+        body = gzip.compress(b'{"prompt": "hi"}')
+        read = await site.client.post("/chat", content=body, headers={"Content-Encoding": "gzip"})
+        refused = await site.client.post("/chat", content=body, headers={"Content-Encoding": "br"})
+    assert (read.status_code, refused.status_code) == (200, 415)
+    assert refused.headers["accept-encoding"] == "gzip, deflate, zstd"
+    assert "'br'" in refused.json()["detail"]
+
+
+async def test_checks_come_in_order(open_site: Any) -> None:
+    """Key, declared size, a place in the queue, the body: each refusal is the first that applies."""
+    limits = Limits(rows=1, queue=0, body_bytes=2048)
+    large, broken = b"x" * 3000, b"x"
+    sesame = {"Authorization": "Bearer sesame"}
+    async with open_site(api_key="sesame", limits=limits, pace_s=0.02) as site:
+        post = site.client.post
+        assert (await post("/chat", content=large)).status_code == 401
+        assert (await post("/chat", content=broken, headers=sesame)).status_code == 400
+        first = asyncio.create_task(post("/chat", json={"prompt": "hi"}, headers=sesame))
+        await asyncio.sleep(0.05)
+        assert (await post("/chat", content=large, headers=sesame)).status_code == 413
+        assert (await post("/chat", content=broken, headers=sesame)).status_code == 429
+        assert (await first).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/chat/", "//chat", "/chat//", "/v1/chat/completions/", "//v1//completions"]
+)
+async def test_superfluous_slashes_are_no_redirect(open_site: Any, path: str) -> None:
+    body = (
+        {"prompt": "hi"} if "completions/" not in path else {"messages": [{"role": "user", "content": "hi"}]}
+    )
+    async with open_site() as site:
+        assert (await site.client.post(f"http://test{path}", json=body)).status_code == 200
+
+
+async def test_slashes_open_nothing_that_the_key_closes(open_site: Any) -> None:
+    async with open_site(api_key="sesame") as site:
+        assert (await site.client.get("/livez/")).status_code == 200
+        for path in ("/livez/../v1/models", "//v1/models", "/v1/models/", "/livez//models"):
+            assert (await site.client.get(f"http://test{path}")).status_code == 401
+
+
+async def test_every_get_route_answers_head_and_every_route_options(open_site: Any) -> None:
+    async with open_site() as site:
+        for method, path in operations(site.app):
+            head = await site.client.head(path)
+            options = await site.client.options(path)
+            assert options.status_code == 204, path
+            assert {method, "OPTIONS"} <= set(options.headers["allow"].split(", "))
+            if method == "GET":
+                get = await site.client.get(path)
+                assert head.status_code == get.status_code, path
+                assert head.headers["content-type"] == get.headers["content-type"]
+            elif method == "POST":
+                assert (head.status_code, head.headers["allow"]) == (405, options.headers["allow"])
+        assert (await site.client.options("/nowhere")).status_code == 404
