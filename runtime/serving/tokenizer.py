@@ -43,6 +43,8 @@ class PromptTokenizer:
         self.defaults = defaults
         self._tokenizer = tokenizer
         self._vocabulary = len(tokenizer)
+        added = tokenizer.added_tokens_decoder
+        self._special = {str(token): number for number, token in added.items() if token.special}
         self._grammars = GrammarCompiler(tokenizer, stop_ids)
         # One thread: long prompts do not block the event loop, and the tokenizer is never entered twice.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
@@ -110,6 +112,22 @@ class PromptTokenizer:
     def token_text(self, token: int) -> str:
         """Return one token as text, special tokens too; U+FFFD where it is part of a character."""
         return str(self._tokenizer.decode([token]))
+
+    async def spellings(self, words: Sequence[str]) -> list[list[int]]:
+        """Return how `words` are spelled in tokens, at the beginning of a text and after a space."""
+        return await self._in_thread(lambda: [ids for word in words for ids in self._spellings(word)])
+
+    def _spellings(self, word: str) -> list[list[int]]:
+        texts = (word.lstrip(), " " + word.lstrip())
+        first, spaced = (self._tokenizer.encode(text, add_special_tokens=False) for text in texts)
+        if not first:
+            return []
+        # a space that is a token of its own leaves the word as it is spelled without one
+        return [first] if spaced[-len(first) :] == first else [first, spaced]
+
+    def special_ids(self, texts: Sequence[str]) -> list[int]:
+        """Return the ids of those `texts` that are special tokens."""
+        return [self._special[text] for text in texts if text in self._special]
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         """Raise RequestError, naming the field `param`, when an id is not in the vocabulary."""

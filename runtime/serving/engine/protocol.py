@@ -4,12 +4,15 @@
 or chat templates. Start at `Engine`.
 """
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length", "cancelled"]
+
+GREEDY_BELOW = 1e-5
+"""A temperature below this always takes the likeliest token, as in vLLM; logits divided by it overflow."""
 
 
 class Mask(Protocol):
@@ -45,7 +48,7 @@ class Grammar:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen. `temperature` 0 is greedy, and then only the penalties matter."""
+    """How the next token is chosen. `temperature` 0 is greedy, and then only penalties and bans matter."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -66,10 +69,29 @@ class Sampling:
     """Token ids that end the answer; they are not part of it."""
     min_new_tokens: int = 0
     """Stop ids are not chosen before this many tokens."""
+    no_repeat_ngram_size: int = 0
+    """No run of this many tokens occurs twice in prompt and answer; 0 allows all."""
+    bad_words_ids: Sequence[Sequence[int]] = ()
+    """Sequences of tokens that the answer does not complete, also after the end of the prompt."""
+    bad_words: Sequence[str] = ()
+    """The texts whose spellings `bad_words_ids` are, for an engine that takes texts."""
+    suppress_tokens: Sequence[int] = ()
+    """Token ids that are never chosen."""
+    begin_suppress_tokens: Sequence[int] = ()
+    """Token ids that are not chosen first."""
+    allowed_token_ids: Sequence[int] | None = None
+    """The only token ids that are chosen; None allows all."""
+    forced_eos_token_id: Sequence[int] = ()
+    """Of these one is chosen where `max_new_tokens` leaves one token."""
     grammar: Grammar | None = None
     """The constraint on the answer; None allows every token."""
     top_logprobs: int | None = None
     """Alternatives reported per token; None reports no log probabilities at all."""
+
+    def __post_init__(self) -> None:
+        """Make the smallest temperatures 0."""
+        if self.temperature < GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 @dataclass(frozen=True, slots=True)

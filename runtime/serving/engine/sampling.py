@@ -1,17 +1,21 @@
 """How the next token is chosen from one sequence's logits; pure but for the sequence's random generator.
 
-The order is that of transformers' generate: penalties and bias, then temperature, then truncation. `V` is
-the vocabulary. Does not know models or batches: a choice depends on the past of its sequence alone, so it is
-the same alone and among others. Start at `Sampler.choose`.
+The order is that of transformers' generate: penalties and bias, bans, then temperature, then truncation. `V`
+is the vocabulary. Does not know models or batches: a choice depends on the past of its sequence alone, so it
+is the same alone and among others. Start at `Sampler.choose`.
 """
 
 import torch
 from torch import Tensor
 
+from runtime.errors import RequestError
 from runtime.serving.engine.protocol import Sampling, Token
+from runtime.serving.engine.token_bans import TokenBans
 
 SHORTLIST = 256
 """Truncation looks at this many of the likeliest tokens first: sorting a vocabulary takes milliseconds."""
+SMALLEST_PENALTY = 1e-30
+"""Repetition penalties below this would be 0 in float32, or make infinities of logits."""
 
 
 class Sampler:
@@ -22,6 +26,8 @@ class Sampler:
         self.generated: list[int] = []
         self._prompt = torch.tensor(prompt_ids, dtype=torch.long)
         self._mask = sampling.grammar.begin() if sampling.grammar is not None else None
+        self._bans = TokenBans(sampling, prompt_ids) if TokenBans.needed(sampling) else None
+        self._likeliest = self._bans is None and _takes_likeliest(sampling)
         self._random = torch.Generator()
         if sampling.seed is None:
             self._random.seed()
@@ -30,13 +36,14 @@ class Sampler:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the next token is the likeliest one, with no penalty, constraint or log probabilities."""
-        s = self.sampling
-        if s.grammar is not None:
-            return False
-        early = bool(s.stop_ids) and len(self.generated) < s.min_new_tokens
-        penalties = s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty or s.logit_bias
-        return s.temperature == 0 and s.top_logprobs is None and not penalties and not early
+        """Whether the next token is the likeliest one, and nothing else is wanted."""
+        return self._likeliest and not self._is_early
+
+    @property
+    def _is_early(self) -> bool:
+        """Whether the answer may not end yet."""
+        sampling = self.sampling
+        return len(self.generated) < sampling.min_new_tokens and bool(sampling.stop_ids)
 
     def accept(self, token: int) -> Token:
         """Append a token that was chosen elsewhere, the likeliest one of an `is_greedy` sequence."""
@@ -44,14 +51,23 @@ class Sampler:
         return Token(token)
 
     def choose(self, logits: Tensor) -> Token:
-        """Return the next token for `logits` (V,) float32 on the CPU, and append it."""
+        """Return the next token for `logits` (V,) float32 on the CPU, and append it.
+
+        Raises RequestError when the request allows no token at all.
+        """
         sampling = self.sampling
         scores = self._adjusted(logits)
+        best, likeliest = scores.max(dim=-1)
+        if best == -torch.inf:
+            raise RequestError("no token is left that this request allows: its bans exclude all of them")
         if sampling.temperature == 0:
-            chosen = int(scores.argmax())
+            chosen = int(likeliest)
         else:
-            chosen = self._draw(scores / sampling.temperature)
+            # below the best one: divided by a small temperature, the scores themselves would overflow
+            chosen = self._draw((scores - best) / sampling.temperature)
         self.generated.append(chosen)
+        if self._bans is not None:
+            self._bans.push(chosen)
         if self._mask is not None:
             self._mask.take(chosen)
         if sampling.top_logprobs is None:
@@ -69,7 +85,7 @@ class Sampler:
         return index if ids is None else int(ids[index])
 
     def _adjusted(self, logits: Tensor) -> Tensor:
-        """Return a copy of `logits` (V,) with penalties and bias; the same tensor when there are none."""
+        """Return a copy of `logits` (V,) with penalties, bias and bans; the same tensor without any."""
         sampling = self.sampling
         past = torch.tensor(self.generated, dtype=torch.long)
         scores = logits
@@ -84,9 +100,23 @@ class Sampler:
             scores = scores.index_add(
                 0, ids, torch.tensor(list(sampling.logit_bias.values()), dtype=scores.dtype)
             )
-        if len(self.generated) < sampling.min_new_tokens and sampling.stop_ids:
+        if self._bans is not None:
+            scores = self._bans.apply(scores)
+        if self._is_early:
             scores = scores.index_fill(0, torch.tensor(sorted(sampling.stop_ids)), -torch.inf)
         return scores if self._mask is None else forbid(scores, self._mask.allowed())
+
+
+def _takes_likeliest(sampling: Sampling) -> bool:
+    """Return whether `sampling` always takes the likeliest token and reports nothing else."""
+    changed = (
+        sampling.repetition_penalty != 1
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
+        or sampling.logit_bias
+        or sampling.grammar is not None
+    )
+    return sampling.temperature == 0 and sampling.top_logprobs is None and not changed
 
 
 def forbid(scores: Tensor, allowed: bytes) -> Tensor:
@@ -100,8 +130,10 @@ def forbid(scores: Tensor, allowed: bytes) -> Tensor:
 def penalise_repetition(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Return `scores` (V,) with the ids in `seen` made less likely (CTRL, arXiv:1909.05858, section 4.1)."""
     ids = torch.unique(seen)
-    values = scores[ids]
-    return scores.index_copy(0, ids, torch.where(values < 0, values * penalty, values / penalty))
+    values, penalty = scores[ids], max(penalty, SMALLEST_PENALTY)
+    penalised = torch.where(values < 0, values * penalty, values / penalty)
+    most = torch.finfo(scores.dtype).max
+    return scores.index_copy(0, ids, torch.where(values.isinf(), values, penalised.clamp(-most, most)))
 
 
 def truncate(scores: Tensor, sampling: Sampling) -> Tensor:

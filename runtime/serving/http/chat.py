@@ -53,8 +53,8 @@ async def _generation_request(generator: Generator, body: ChatBody, request_id: 
     adapter = generator.adapter_for(body.adapter if body.adapter is not None else body.model, param=param)
     continues_prompt = not body.messages and (body.raw or not tokenizer.template)
     ids = await _prompt_ids(body, tokenizer, continues_prompt=continues_prompt)
-    fields = _canonical(body.merged_parameters())
-    sampling = parameters.sampling(
+    fields = _canonical(body.merged_parameters(), prompt_tokens=len(ids))
+    sampling = await parameters.sampling(
         fields,
         tokenizer,
         max_new_tokens=parameters.max_new_tokens(_length(fields), tokenizer, prompt_tokens=len(ids)),
@@ -95,7 +95,7 @@ async def _prompt_ids(
     return await tokenizer.prompt_from_chat(turns_of([Message(role="user", content=text)]), param="prompt")
 
 
-def _canonical(fields: GenerateFields) -> GenerateFields:
+def _canonical(fields: GenerateFields, *, prompt_tokens: int) -> GenerateFields:
     """Return `fields` with transformers' names replaced by those of `SamplingFields`."""
     for name in ("num_beams", "num_return_sequences", "typical_p"):
         if getattr(fields, name) != 1:
@@ -103,6 +103,8 @@ def _canonical(fields: GenerateFields) -> GenerateFields:
     renamed: dict[str, Any] = {}
     if fields.min_new_tokens is not None:
         renamed["min_tokens"] = fields.min_new_tokens
+    elif fields.min_length is not None and fields.min_tokens is None:
+        renamed["min_tokens"] = max(0, fields.min_length - prompt_tokens)
     if fields.stop is None and fields.stop_strings is not None:
         renamed["stop"] = fields.stop_strings
     return fields.model_copy(update=renamed)

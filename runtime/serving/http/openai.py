@@ -221,7 +221,7 @@ async def _chat_request(generator: Generator, body: ChatCompletionBody, request_
         length = parameters.AnswerLength(body.max_completion_tokens, param="max_completion_tokens")
     else:
         length = parameters.AnswerLength(body.max_tokens)
-    sampling = parameters.sampling(
+    sampling = await parameters.sampling(
         body,
         tokenizer,
         max_new_tokens=parameters.max_new_tokens(length, tokenizer, prompt_tokens=len(ids)),
@@ -288,7 +288,7 @@ async def _completion_requests(
             ids = await tokenizer.prompt_from_text(prompt)
         else:
             ids = tokenizer.prompt_from_ids(prompt)
-        sampling = parameters.sampling(
+        sampling = await parameters.sampling(
             body,
             tokenizer,
             max_new_tokens=parameters.max_new_tokens(length, tokenizer, prompt_tokens=len(ids)),

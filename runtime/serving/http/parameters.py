@@ -7,6 +7,7 @@ out here. Does not know routes. Start at `sampling`.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from runtime.errors import RequestError
@@ -16,7 +17,9 @@ from runtime.serving.http.schema import SamplingFields
 from runtime.serving.structured_output import json_object
 from runtime.serving.tokenizer import PromptTokenizer
 
-PASSED_ON = {field.name for field in fields(Sampling)} & SamplingFields.model_fields.keys() - {"temperature"}
+OWN_WAY = {"temperature", "bad_words_ids", "forced_eos_token_id"}
+"""Parameters of this name in both classes that need code of their own."""
+PASSED_ON = {field.name for field in fields(Sampling)} & SamplingFields.model_fields.keys() - OWN_WAY
 """Parameters that need no code of their own on their way from the body to the engine."""
 
 
@@ -31,7 +34,7 @@ class AnswerLength:
     """The field to name when it does not fit."""
 
 
-def sampling(
+async def sampling(
     body: SamplingFields,
     tokenizer: PromptTokenizer,
     *,
@@ -44,20 +47,51 @@ def sampling(
     Args:
         sample: False is greedy, True samples; None leaves it to temperature, top_p, top_k and min_p.
         top_logprobs: alternatives to report per token; None reports no log probabilities.
+
+    Raises RequestError for token ids that the vocabulary does not have.
     """
-    tokenizer.check_ids(tuple(body.logit_bias or ()), "logit_bias")
+    _check_ids(body, tokenizer)
     defaults = tokenizer.defaults
     own = {field.name: getattr(defaults, field.name) for field in fields(defaults) if field.name in PASSED_ON}
     requested = {name: value for name in PASSED_ON if (value := getattr(body, name)) is not None}
-    end_ids = frozenset() if body.ignore_eos else tokenizer.stop_ids
     return Sampling(
         max_new_tokens=max_new_tokens,
         temperature=_temperature(body, defaults, sample),
-        stop_ids=end_ids | frozenset(body.stop_token_ids or ()),
+        stop_ids=_stop_ids(body, tokenizer),
         min_new_tokens=min(body.min_tokens or 0, max_new_tokens),
+        bad_words_ids=await _bad_words_ids(body, tokenizer),
+        forced_eos_token_id=_listed(body.forced_eos_token_id),
         top_logprobs=top_logprobs,
         **(own | requested),
     )
+
+
+def _check_ids(body: SamplingFields, tokenizer: PromptTokenizer) -> None:
+    for name in ("suppress_tokens", "begin_suppress_tokens", "allowed_token_ids", "stop_token_ids"):
+        tokenizer.check_ids(getattr(body, name) or (), name)
+    for name in ("eos_token_id", "forced_eos_token_id"):
+        tokenizer.check_ids(_listed(getattr(body, name)), name)
+    tokenizer.check_ids(tuple(body.logit_bias or ()), "logit_bias")
+    for word in body.bad_words_ids or ():
+        tokenizer.check_ids(word, "bad_words_ids")
+
+
+def _listed(ids: int | Sequence[int] | None) -> Sequence[int]:
+    """Return ids that may be sent as one number."""
+    return [ids] if isinstance(ids, int) else ids or []
+
+
+def _stop_ids(body: SamplingFields, tokenizer: PromptTokenizer) -> frozenset[int]:
+    """Return the ids that end the answer: a stop string that is a special token is never seen as text."""
+    end_ids = tokenizer.stop_ids if body.eos_token_id is None else frozenset(_listed(body.eos_token_id))
+    as_texts = () if body.include_stop_str_in_output else tokenizer.special_ids(body.stops())
+    return (frozenset() if body.ignore_eos else end_ids).union(body.stop_token_ids or (), as_texts)
+
+
+async def _bad_words_ids(body: SamplingFields, tokenizer: PromptTokenizer) -> Sequence[Sequence[int]]:
+    if body.bad_words and body.bad_words_ids:
+        raise RequestError("'bad_words' and 'bad_words_ids' exclude each other", param="bad_words_ids")
+    return await tokenizer.spellings(body.bad_words) if body.bad_words else body.bad_words_ids or ()
 
 
 def _temperature(body: SamplingFields, defaults: SamplingDefaults, sample: bool | None) -> float:

@@ -121,7 +121,7 @@ async def _generation_request(
     tokenizer = generator.served().tokenizer
     ids = await tokenizer.prompt_from_chat(turns_of(messages), param="input")
     length = parameters.AnswerLength(body.max_output_tokens, param="max_output_tokens")
-    sampling = parameters.sampling(
+    sampling = await parameters.sampling(
         body,
         tokenizer,
         max_new_tokens=parameters.max_new_tokens(length, tokenizer, prompt_tokens=len(ids)),

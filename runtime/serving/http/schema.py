@@ -19,6 +19,10 @@ MAX_STOPS = 16
 MAX_BIASES = 1024
 MAX_CHOICE_TEXTS = 256
 MAX_LOGPROBS = 20
+MAX_NGRAM = 64
+MAX_BAD_WORDS = 1024
+MAX_BANNED = 4096
+MAX_ALLOWED = 2**16
 
 SEED_LIMIT = 2**63
 
@@ -37,6 +41,9 @@ ShortText = Annotated[Text, Field(max_length=256)]
 Name = Annotated[Text, Field(max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenCount = Annotated[int, Field(ge=1, lt=2**31)]
+EndIds = TokenId | Annotated[list[TokenId], Field(max_length=MAX_STOPS)]
+BannedIds = Annotated[list[TokenId], Field(max_length=MAX_BANNED)]
+BadWord = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_NGRAM)]
 TopK = Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(lambda k: max(k, 0))]
 
 
@@ -92,13 +99,33 @@ class SamplingFields(Body):
     seed: int | None = Field(None, ge=-SEED_LIMIT, lt=SEED_LIMIT)
     """Same seed, prompt and settings: same text."""
     stop: ShortText | Annotated[list[ShortText], Field(max_length=MAX_STOPS)] | None = None
-    """Strings that end the answer; they are not part of it."""
+    """Strings that end the answer; they are not part of it. Empty ones are ignored."""
+    include_stop_str_in_output: bool = False
+    """Make the stop string that ends the answer part of it."""
     stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOPS)
     """Token ids that end the answer, beside the model's own."""
     ignore_eos: bool = False
     """Do not stop at the model's end token."""
+    eos_token_id: EndIds | None = None
+    """The token ids that end the answer, in place of the model's own."""
     min_tokens: int | None = Field(None, ge=0, lt=2**31)
-    """Tokens before an end token may be chosen."""
+    """Tokens before the answer may end, by an end token or a stop string."""
+    no_repeat_ngram_size: int | None = Field(None, ge=0, le=MAX_NGRAM)
+    """No run of this many tokens occurs twice in prompt and answer; 0 allows all."""
+    bad_words: Annotated[list[ShortText], Field(max_length=MAX_BANNED // MAX_NGRAM)] | None = None
+    """Texts that the answer does not contain, with and without a space before them."""
+    bad_words_ids: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
+    """Sequences of token ids that the answer does not complete."""
+    suppress_tokens: BannedIds | None = None
+    """Token ids that are never chosen."""
+    begin_suppress_tokens: BannedIds | None = None
+    """Token ids that are not chosen first."""
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED)] | None = None
+    """The only token ids that are chosen."""
+    forced_eos_token_id: EndIds | None = None
+    """The token id, or one of these, that is the last one of an answer of the full length."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the answer's text."""
     response_format: ResponseFormat | None = None
     """What the answer must be: text, json_object or json_schema."""
     guided_json: dict[str, Any] | None = None
@@ -200,6 +227,9 @@ class GenerateFields(SamplingFields):
     max_length: TokenCount | None = None
     """Longest prompt and answer together, in tokens."""
     min_new_tokens: int | None = Field(None, ge=0, lt=2**31)
+    """transformers' name for `min_tokens`."""
+    min_length: int | None = Field(None, ge=0, lt=2**31)
+    """Shortest prompt and answer together, in tokens, where `min_new_tokens` does not say."""
     max_tokens: TokenCount | None = None
     """OpenAI's name for `max_new_tokens`."""
     max_gen_len: TokenCount | None = None

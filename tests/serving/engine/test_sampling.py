@@ -108,3 +108,55 @@ def test_the_shortlist_equals_truncation_or_is_none(
     if not ties:  # among equals at the border either may stay
         assert len(set(ids.tolist()) ^ set(expected)) <= border
     assert abs(len(ids) - len(expected)) <= border
+
+
+TINY = [1e-5 / 2, 1e-7, 1e-38, 1e-40, 1.4e-45, 1e-320, 5e-324]
+
+
+@pytest.mark.parametrize("temperature", TINY)
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 1e4, 1e30])
+def test_the_smallest_temperatures_take_the_likeliest_token(temperature: float, spread: float) -> None:
+    sampler = Sampler(Sampling(9, temperature=temperature, top_p=0.9, top_k=3, min_p=0.1), (0,))
+    assert sampler.is_greedy
+    assert sampler.choose(LOGITS * spread).id == 0
+
+
+SMALLEST = [5e-324, 1e-320, 1.4e-45, 1e-40, 1e-38, 1e-30, 1e-5, 0.01]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    values=st.lists(st.floats(-(2.0**127), 2.0**127, width=32), min_size=2, max_size=40),
+    temperature=st.sampled_from([1e-5, 1e-4, 1.0, 100.0]),
+    top_p=st.sampled_from([0.0, *SMALLEST, 1.0]),
+    min_p=st.sampled_from([0.0, *SMALLEST, 1.0]),
+    penalty=st.sampled_from([*SMALLEST, 1.0, 100.0]),
+    bias=st.sampled_from([-100.0, 0.0, 100.0]),
+    counts=st.sampled_from([-2.0, 0.0, 2.0]),
+)
+def test_no_setting_makes_a_probability_that_is_no_number(
+    values: list[float],
+    temperature: float,
+    top_p: float,
+    min_p: float,
+    penalty: float,
+    bias: float,
+    counts: float,
+) -> None:
+    options = {"top_p": top_p, "min_p": min_p, "repetition_penalty": penalty}
+    options |= {"presence_penalty": counts, "frequency_penalty": counts}
+    made = Sampling(9, temperature=temperature, logit_bias={0: bias, 1: bias}, seed=1, **options)
+    sampler = Sampler(made, (0,))
+    logits = torch.tensor(values)
+    for _ in range(3):
+        scores = sampler._adjusted(logits)
+        assert not scores.isnan().any()
+        assert scores.max() < torch.inf
+        chosen = sampler.choose(logits).id
+        assert chosen is not None
+        assert scores[chosen] > -torch.inf
+
+
+def test_a_banned_token_is_never_drawn() -> None:
+    sampler = Sampler(Sampling(999, temperature=100.0, seed=1, suppress_tokens=[0, 2, 4]), (0,))
+    assert {sampler.choose(LOGITS).id for _ in range(400)} == {1, 3}

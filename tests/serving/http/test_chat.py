@@ -283,3 +283,34 @@ async def test_default_adapter_answers_for_the_base(open_site: Any) -> None:
         await site.chat(model="base")
         await site.complete()
         assert [request.adapter for request in site.engine.requests] == ["combined_adapter"] * 3
+
+
+@pytest.mark.parametrize("place", [None, "generate_kwargs", "parameters"])
+async def test_what_generate_forbids_reaches_the_engine(open_site: Any, place: str | None) -> None:
+    wanted = {
+        "no_repeat_ngram_size": 3,
+        "bad_words_ids": [[5], [6, 7]],
+        "suppress_tokens": [8],
+        "begin_suppress_tokens": [9],
+        "eos_token_id": [10, 11],
+        "forced_eos_token_id": 12,
+    }
+    async with open_site() as site:
+        reply = await site.chat(**({place: wanted} if place else wanted))
+        assert reply.status_code == 200
+        (request,) = site.engine.requests
+    made = request.sampling
+    assert (made.no_repeat_ngram_size, made.bad_words_ids) == (3, [[5], [6, 7]])
+    assert (made.suppress_tokens, made.begin_suppress_tokens) == ([8], [9])
+    assert (made.stop_ids, made.forced_eos_token_id) == ({10, 11}, [12])
+
+
+async def test_min_length_counts_the_prompt_and_min_new_tokens_wins(open_site: Any) -> None:
+    async with open_site() as site:
+        for more in ({"min_length": 0}, {"min_length": 30}, {"min_length": 30, "min_new_tokens": 2}):
+            await site.chat("hello there", generate_kwargs=more)
+        await site.chat("hello there", generate_kwargs={"min_length": 10**6, "max_new_tokens": 7})
+        prompt_tokens = len(site.engine.requests[0].prompt_ids)
+        made = [request.sampling.min_new_tokens for request in site.engine.requests]
+    assert 0 < prompt_tokens < 30
+    assert made == [0, min(30 - prompt_tokens, 16), 2, 7]

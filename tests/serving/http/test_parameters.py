@@ -1,5 +1,6 @@
 """The way of a sampling parameter from the body to the engine."""
 
+import asyncio
 from dataclasses import fields
 from typing import Any
 
@@ -8,12 +9,20 @@ import pytest
 from runtime.errors import RequestError
 from runtime.serving.engine.protocol import Sampling
 from runtime.serving.generation_config import SamplingDefaults
-from runtime.serving.http.parameters import PASSED_ON, AnswerLength, max_new_tokens, sampling
+from runtime.serving.http import parameters
+from runtime.serving.http.parameters import PASSED_ON, AnswerLength, max_new_tokens
 from runtime.serving.http.schema import SamplingFields
 from runtime.serving.tokenizer import PromptTokenizer
 
-OWN_WAY = {"temperature", "max_new_tokens", "stop_ids", "min_new_tokens", "grammar", "top_logprobs"}
+OWN_WAY = {
+    "temperature", "max_new_tokens", "stop_ids", "min_new_tokens", "grammar", "top_logprobs", "bad_words_ids",
+    "forced_eos_token_id",
+}  # fmt: skip
 """Fields of `Sampling` that do not come from one field of the body."""
+
+
+def sampling(body: SamplingFields, tokenizer: PromptTokenizer, **options: Any) -> Sampling:
+    return asyncio.run(parameters.sampling(body, tokenizer, **options))
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +55,51 @@ def test_sample_false_is_greedy_and_min_tokens_fit_the_answer(prompts: PromptTok
     assert (made.temperature, made.min_new_tokens, made.stop_ids) == (0.0, 4, frozenset())
 
 
-def test_unknown_token_id_in_logit_bias_is_refused(prompts: PromptTokenizer) -> None:
-    with pytest.raises(RequestError, match="token id 100000 is not in the vocabulary"):
-        sampling(SamplingFields(logit_bias={100000: 1.0}), prompts, max_new_tokens=4)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("logit_bias", {100000: 1.0}),
+        ("bad_words_ids", [[5], [6, 100000]]),
+        ("suppress_tokens", [5, 100000]),
+        ("begin_suppress_tokens", [100000]),
+        ("allowed_token_ids", [100000]),
+        ("stop_token_ids", [100000]),
+        ("eos_token_id", 100000),
+        ("forced_eos_token_id", [5, 100000]),
+    ],
+)
+def test_unknown_token_ids_are_refused_by_the_name_of_their_field(
+    prompts: PromptTokenizer, name: str, value: Any
+) -> None:
+    with pytest.raises(RequestError, match="token id 100000 is not in the vocabulary") as caught:
+        sampling(SamplingFields.model_validate({name: value}), prompts, max_new_tokens=4)
+    assert caught.value.param == name
+
+
+def test_eos_token_id_replaces_the_models_end_tokens_and_stop_token_ids_add_to_them(
+    prompts: PromptTokenizer,
+) -> None:
+    def stop_ids(**fields: Any) -> frozenset[int]:
+        return sampling(SamplingFields(**fields), prompts, max_new_tokens=4).stop_ids
+
+    assert stop_ids(eos_token_id=7) == {7}
+    assert stop_ids(eos_token_id=[7, 8], stop_token_ids=[9]) == {7, 8, 9}
+    assert stop_ids(eos_token_id=[]) == frozenset()
+    assert stop_ids(eos_token_id=7, ignore_eos=True) == frozenset()
+
+
+def test_a_stop_string_that_is_a_special_token_is_a_stop_id(prompts: PromptTokenizer) -> None:
+    body = SamplingFields(stop=["<|im_start|>", "word", "<|im_start|>x", ""], ignore_eos=True)
+    assert sampling(body, prompts, max_new_tokens=4).stop_ids == {1}
+
+
+def test_bad_words_are_spelled_with_and_without_a_space(prompts: PromptTokenizer, tokenizer: Any) -> None:
+    made = sampling(SamplingFields(bad_words=["word", " zq", ""]), prompts, max_new_tokens=4)
+    assert made.bad_words == ["word", " zq", ""]
+    decoded = [tokenizer.decode(ids) for ids in made.bad_words_ids]
+    assert decoded == ["word", " word", "zq"], "a space before zq is a token of its own"
+    with pytest.raises(RequestError, match="exclude each other"):
+        sampling(SamplingFields(bad_words=["x"], bad_words_ids=[[5]]), prompts, max_new_tokens=4)
 
 
 @pytest.mark.parametrize(

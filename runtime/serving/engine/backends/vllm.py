@@ -48,6 +48,8 @@ SAME_NAME = (
     "frequency_penalty",
 )
 """Fields of `Sampling` that vLLM takes under the same name and in the same sense."""
+REFUSED = ("no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id")
+"""Fields of `Sampling` for which vLLM has nothing."""
 
 
 def start(config: ServeConfig, folder: Path, devices: Hardware) -> "VllmEngine":
@@ -135,7 +137,13 @@ class VllmEngine:
         server.on_end(self._process_ended)
 
     def submit(self, request: Request) -> AsyncIterator[Token]:
-        """Queue `request`; see `Engine.submit`."""
+        """Queue `request`; see `Engine.submit`. RequestError for what vLLM cannot do."""
+        sampling = request.sampling
+        refused = [name for name in REFUSED if getattr(sampling, name)]
+        if sampling.bad_words_ids and not sampling.bad_words:
+            refused.append("bad_words_ids")
+        for name in refused:
+            raise RequestError(f"'{name}' is not supported by vLLM, which serves this model", param=name)
         return self._queue.submit(request)
 
     def cancel(self, request_id: str) -> None:
@@ -295,6 +303,10 @@ def _body(request: Request, *, model: str, context_tokens: int) -> dict[str, Any
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    if sampling.allowed_token_ids is not None:
+        body["allowed_token_ids"] = list(sampling.allowed_token_ids)
+    if sampling.bad_words:
+        body["bad_words"] = list(sampling.bad_words)
     if sampling.seed is not None:
         body["seed"] = sampling.seed & (1 << 63) - 1
     if sampling.top_logprobs is not None:

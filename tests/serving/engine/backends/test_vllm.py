@@ -89,6 +89,7 @@ def test_every_sampling_setting_reaches_vllm(start: Start, folder: Path) -> None
         (ANSWER, 5), max_new_tokens=500, temperature=0.7, top_p=0.9, top_k=40, min_p=0.1, seed=-1,
         repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.3, logit_bias={7: 1.5},
         stop_ids=frozenset({9, 2}), min_new_tokens=3, grammar=grammar, top_logprobs=2,
+        allowed_token_ids=[4, 9], bad_words=["no"], bad_words_ids=[[8], [6, 7]],
     )  # fmt: skip
     run(start(), request)
     body = received(folder, "body")
@@ -106,14 +107,32 @@ def test_every_sampling_setting_reaches_vllm(start: Start, folder: Path) -> None
     assert (body["stop_token_ids"], body["ignore_eos"]) == ([2, 9], True)
     assert body["structured_outputs"] == {"regex": "[ab]+"}
     assert body["logprobs"] == 2
+    assert (body["allowed_token_ids"], body["bad_words"]) == ([4, 9], ["no"])
 
 
 def test_no_sampling_setting_is_left_out() -> None:
     """A new field of `Sampling` goes into SAME_NAME or gets a line in `_body`."""
     converted = {
-        "max_new_tokens", "min_new_tokens", "logit_bias", "seed", "stop_ids", "grammar", "top_logprobs"
+        "max_new_tokens", "min_new_tokens", "logit_bias", "seed", "stop_ids", "grammar", "top_logprobs",
+        "allowed_token_ids", "bad_words", "bad_words_ids",
     }  # fmt: skip
-    assert {field.name for field in fields(Sampling)} == converted | set(vllm.SAME_NAME)
+    assert {field.name for field in fields(Sampling)} == converted | {*vllm.SAME_NAME, *vllm.REFUSED}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("no_repeat_ngram_size", 3),
+        ("suppress_tokens", [4]),
+        ("begin_suppress_tokens", [4]),
+        ("forced_eos_token_id", [4]),
+        ("bad_words_ids", [[4]]),
+    ],
+)
+def test_what_vllm_cannot_do_is_refused_by_name(start: Start, name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=f"'{name}' is not supported by vLLM") as caught:
+        run(start(), make_request(**{name: value}))
+    assert caught.value.param == name
 
 
 def test_log_probabilities_are_the_tokens_own_and_the_likeliest(start: Start) -> None:

@@ -1,0 +1,128 @@
+"""Tokens that a request forbids: some always, some by what came before them.
+
+The meanings are those of transformers' generate. Costs nothing for requests that forbid nothing, and per
+token a few passes over the ids of the sequence for those that forbid repeated n-grams. Does not know logits
+of a model or batches. Start at `TokenBans.apply`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from runtime.serving.engine.protocol import Sampling
+
+_NONE = torch.empty(0, dtype=torch.long)
+_ZERO = torch.zeros(1, dtype=torch.int32)
+
+
+class RepeatedNgrams:
+    """Which tokens would complete a run of `size` tokens that occurred before."""
+
+    def __init__(self, size: int, ids: Sequence[int]) -> None:
+        self._size = size
+        self._ids = torch.tensor(ids, dtype=torch.int32)
+        self._matching = self._matching_at_first()
+        # (n - 1,): how many tokens up to each position equal the newest ones
+
+    def _matching_at_first(self) -> Tensor:
+        ids, last = self._ids, len(self._ids) - 1
+        matching = torch.zeros(max(last, 0), dtype=torch.int32)
+        places = torch.arange(max(last, 0))
+        for back in range(min(self._size - 1, last)):
+            places = places[places >= back]
+            places = places[ids[places - back] == ids[last - back]]
+            if not len(places):
+                break
+            matching[places] = back + 1
+        return matching
+
+    def push(self, token: int) -> None:
+        """Append `token` to the sequence."""
+        longer = torch.cat((_ZERO, self._matching)).add_(1)
+        self._matching = longer.mul_(self._ids == token)
+        self._ids = torch.cat((self._ids, torch.tensor([token], dtype=torch.int32)))
+
+    def completing(self) -> Tensor:
+        """Return the ids of these tokens, some more than once."""
+        if self._size == 1:
+            return self._ids.long()
+        return self._ids[1:][self._matching >= self._size - 1].long()
+
+
+class BadWords:
+    """Which tokens would complete one of some sequences of tokens."""
+
+    def __init__(self, words: Sequence[Sequence[int]], ids: Sequence[int]) -> None:
+        self._by_end: dict[int, list[tuple[list[int], int]]] = {}
+        for *before, last in words:
+            if before:
+                self._by_end.setdefault(before[-1], []).append((before, last))
+        self._longest = max((len(word) for word in words), default=1) - 1
+        self._recent = list(ids[-self._longest :]) if self._longest else []
+
+    def push(self, token: int) -> None:
+        """Append `token` to the sequence."""
+        self._recent = [*self._recent, token][-self._longest :] if self._longest else []
+
+    def completing(self) -> list[int]:
+        """Return the ids of these tokens; words of one token are not among them."""
+        recent = self._recent
+        if not recent:
+            return []
+        return [last for before, last in self._by_end.get(recent[-1], ()) if recent[-len(before) :] == before]
+
+
+class TokenBans:
+    """What one request forbids, and the tokens it has so far."""
+
+    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int]) -> None:
+        self._sampling = sampling
+        self._generated = 0
+        # as in transformers, a bad word does not forbid to end the answer
+        single = {word[0] for word in sampling.bad_words_ids if len(word) == 1} - sampling.stop_ids
+        self._always = torch.tensor(sorted(single.union(sampling.suppress_tokens)), dtype=torch.long)
+        self._words = BadWords(sampling.bad_words_ids, prompt_ids)
+        size = sampling.no_repeat_ngram_size
+        self._ngrams = RepeatedNgrams(size, prompt_ids) if size else None
+
+    @staticmethod
+    def needed(sampling: Sampling) -> bool:
+        """Return whether `sampling` forbids any token, ends before `min_new_tokens` aside."""
+        return bool(
+            sampling.no_repeat_ngram_size
+            or sampling.bad_words_ids
+            or sampling.suppress_tokens
+            or sampling.begin_suppress_tokens
+            or sampling.forced_eos_token_id
+            or sampling.allowed_token_ids is not None
+        )
+
+    def push(self, token: int) -> None:
+        """Append `token`, which was chosen."""
+        self._generated += 1
+        self._words.push(token)
+        if self._ngrams is not None:
+            self._ngrams.push(token)
+
+    def apply(self, scores: Tensor) -> Tensor:
+        """Return `scores` (V,) with minus infinity for every token that may not come next."""
+        sampling = self._sampling
+        if sampling.forced_eos_token_id and self._generated == sampling.max_new_tokens - 1:
+            scores = _only(torch.zeros_like(scores), sampling.forced_eos_token_id)
+        if sampling.allowed_token_ids is not None:
+            scores = _only(scores, sampling.allowed_token_ids)
+        banned = [
+            self._always,
+            self._ngrams.completing() if self._ngrams is not None else _NONE,
+            torch.tensor(self._words.completing(), dtype=torch.long),
+        ]
+        if self._generated == 0:
+            banned.append(torch.tensor(sampling.begin_suppress_tokens, dtype=torch.long))
+        return scores.index_fill(0, torch.cat(banned), -torch.inf)
+
+
+def _only(scores: Tensor, ids: Sequence[int]) -> Tensor:
+    """Return `scores` (V,) with minus infinity for all tokens but `ids`."""
+    index = torch.tensor(ids, dtype=torch.long)
+    return torch.full_like(scores, -torch.inf).index_copy(0, index, scores[index])
