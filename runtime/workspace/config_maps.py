@@ -4,7 +4,7 @@ Knows where to look and in which order, not what the document says (sections.py,
 `find`; `read` is for a file that a command line names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,3 +115,14 @@ def _only(documents: Sequence[dict[str, Any]], where: str) -> dict[str, Any]:
     if len(documents) > 1:
         raise ConfigError(f"{where}: holds {len(documents)} documents, expected one")
     return documents[0] if documents else {}
+
+
+def unnamed(manifest: WorkspaceDocuments | None, key: str) -> Iterator[str]:
+    """Yield a warning where the ConfigMap that `find` takes is not named by the Workspace."""
+    beside = chosen(manifest, key) if manifest is not None else None
+    if manifest is not None and beside is not None and not _wanted(manifest):
+        field, name = f"{manifest.work}.config", beside.metadata.name
+        yield (
+            f"{manifest.file.name}: ConfigMap {name} is used, but '{field}' does not name it: a controller "
+            f"takes its defaults; write '{field}: {name}'"
+        )

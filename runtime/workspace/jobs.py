@@ -20,7 +20,7 @@ from runtime.hardware import has_bfloat16
 from runtime.tuning import training_arguments
 from runtime.tuning.model import lora_init
 from runtime.tuning.settings import TuningJob
-from runtime.workspace import config_file, flags, outside, references, sections
+from runtime.workspace import config_file, config_maps, flags, outside, references, sections
 from runtime.workspace.apply import apply_training_config
 from runtime.workspace.base_model import (
     map_targets,
@@ -60,6 +60,8 @@ def load_job(
     manifest = _apply_target(settings, target, mounts)
     file = config_file.find(config, manifest, mounts, overrides)
     _apply_config(settings, file, mounts)
+    if config is None and not environ.get("YAML_FILE_PATH"):
+        settings.warn_all(config_maps.unnamed(manifest, sections.KEY))
     put_mounted_weights(settings, mounts)
     _apply_environment(settings, environ)
     require_model(settings)
@@ -85,8 +87,7 @@ def _apply_target(
         _choose_model(settings, str(target), "command line")
         return None
     manifest = target if isinstance(target, WorkspaceDocuments) else read(Path(target), "tuning")
-    for warning in manifest.warnings:
-        settings.warn(warning)
+    settings.warn_all(manifest.warnings)
     _apply_manifest(settings, manifest, mounts)
     return manifest
 

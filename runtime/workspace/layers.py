@@ -5,7 +5,7 @@ Knows dotted names and sources, not what they mean. Start at `LayeredSettings.pu
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -91,6 +91,11 @@ class LayeredSettings:
         """Add a warning for the user, unless it is there already."""
         if warning not in self.warnings:
             self.warnings.append(warning)
+
+    def warn_all(self, warnings: Iterable[str]) -> None:
+        """Add several warnings."""
+        for warning in warnings:
+            self.warn(warning)
 
     def build(self, model: type[Model], where: str) -> Model:
         """Return the values as a `model`; `where` names their origin in errors."""

@@ -65,7 +65,7 @@ def load_server(
     elif target is not None:
         _choose_model(settings, str(target), "command line")
     _apply_engine_flags(settings, overrides.get("--vllm", {}), mounts)
-    _apply_config(settings, _config(config, manifest, mounts), mounts)
+    _apply_config(settings, _config(settings, config, manifest, mounts), mounts)
     _put_weights(settings, mounts)
     _put_adapters(settings, adapters, overrides.get("--adapter", ()), mounts)
     require_model(settings)
@@ -89,9 +89,12 @@ def _manifest(target: WorkspaceDocuments | Path | str | None) -> WorkspaceDocume
     return read(Path(target), "inference") if is_manifest(target) else None
 
 
-def _config(named: Path | None, manifest: WorkspaceDocuments | None, mounts: Mounts) -> ConfigDocument | None:
+def _config(
+    settings: LayeredSettings, named: Path | None, manifest: WorkspaceDocuments | None, mounts: Mounts
+) -> ConfigDocument | None:
     if named is not None:
         return config_maps.read(named, INFERENCE_KEY)
+    settings.warn_all(config_maps.unnamed(manifest, INFERENCE_KEY))
     return config_maps.find(manifest, INFERENCE_KEY, mounts.inference_config)
 
 
@@ -124,8 +127,7 @@ def _apply_manifest(
     file, inference = manifest.file, manifest.workspace.inference
     if inference is None:
         raise ConfigError(f"{file}: this Workspace has 'tuning', not 'inference'; use `runtime tune {file}`")
-    for warning in manifest.warnings:
-        settings.warn(warning)
+    settings.warn_all(manifest.warnings)
     if inference.template is not None or inference.preset is None:
         raise ConfigError(
             f"{file}: 'inference.preset' is missing; a Workspace with a pod template runs the image it names"

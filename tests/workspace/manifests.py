@@ -172,6 +172,18 @@ spec:
     ),
     # --- several documents
     Written("with its ConfigMap", SERVING + "  config: mine\n" + VLLM, {"limits.context_tokens": 4096}),
+    Written(
+        "ConfigMap that no Workspace names",
+        SERVING + VLLM,
+        {"limits.context_tokens": 4096},
+        says="ConfigMap mine is used, but 'inference.config' does not name it",
+    ),
+    Written(
+        "training ConfigMap that no Workspace names",
+        TUNING + QLORA,
+        {"lora.r": 4},
+        says="write 'tuning.config: mine'",
+    ),
     Written("ConfigMap before the Workspace", VLLM + "---\n" + SERVING, {"limits.context_tokens": 4096}),
     Written(
         "named ConfigMap missing",

@@ -5,6 +5,6 @@ how many pods with how many GPUs stands in placement.py, on which nodes in nodes
 """
 
 from runtime.workspace.kubernetes.objects import objects
-from runtime.workspace.kubernetes.pod import PodOptions
+from runtime.workspace.kubernetes.options import PodOptions
 
 __all__ = ["PodOptions", "objects"]

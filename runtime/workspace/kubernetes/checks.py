@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from runtime import oci
+from runtime.config import yaml_documents
 from runtime.errors import ConfigError
-from runtime.workspace.kubernetes import deployment, names, nodes, placement
-from runtime.workspace.kubernetes.pod import PodOptions
+from runtime.workspace.kubernetes import deployment, names, nodes, placement, secrets
+from runtime.workspace.kubernetes.options import PodOptions
 from runtime.workspace.layers import find_placeholders
 from runtime.workspace.manifest import Document, WorkspaceDocuments
 from runtime.workspace.schema import PresetSpec, Source, TuningSpec, Workspace
@@ -23,6 +24,8 @@ _WITH_EFFECT = {
     "kaito.sh/runtime",  # load_server says what serves instead
     "kaito.sh/disable-benchmark",  # there is none
 }
+_LAST_APPLIED = "kubectl.kubernetes.io/"
+"""Annotations that kubectl writes for itself, and that no object is given."""
 
 
 def refuse(manifest: WorkspaceDocuments, others: Sequence[Document], options: PodOptions) -> None:
@@ -54,6 +57,8 @@ def _metadata(manifest: WorkspaceDocuments) -> None:
     if metadata.namespace:
         names.label(metadata.namespace, f"{where}.namespace")
     names.labels(metadata.labels, f"{where}.labels")
+    for place in secrets.places(metadata.labels, f"{where}.labels"):
+        raise ConfigError(f"{place} holds a secret, which everybody who lists objects reads; leave it out")
     names.annotations(metadata.annotations, f"{where}.annotations")
 
 
@@ -72,6 +77,7 @@ def _resource(workspace: Workspace, where: str) -> None:
 
 
 def _preset(preset: PresetSpec, field: str) -> None:
+    _in_a_registry(preset.options.image, f"{field}.image")
     if preset.options.model_weights_pvc:
         names.subdomain(preset.options.model_weights_pvc, f"{field}.modelWeightsPVC")
     names.sub_path(preset.options.model_weights_sub_path, f"{field}.modelWeightsSubPath")
@@ -80,14 +86,23 @@ def _preset(preset: PresetSpec, field: str) -> None:
 def _tuning(spec: TuningSpec, field: str) -> None:
     _source(spec.input, f"{field}.input")
     if spec.output.volume is not None:
-        names.volume(spec.output.volume, f"{field}.output.volumeSource")
+        _volume(spec.output.volume, f"{field}.output.volumeSource")
     _in_a_registry(spec.output.image, f"{field}.output.image")
 
 
 def _source(source: Source, field: str) -> None:
     if source.volume is not None:
-        names.volume(source.volume, f"{field}.volumeSource")
+        _volume(source.volume, f"{field}.volumeSource")
     _in_a_registry(source.image, f"{field}.image")
+
+
+def _volume(source: Mapping[str, Any], field: str) -> None:
+    names.volume(source, field)
+    for place in secrets.places(source, field):
+        raise ConfigError(
+            f"{place} holds a secret, which everybody who lists pods reads; write it into a Secret that the "
+            "volume names (secretRef, nodePublishSecretRef, secretName)"
+        )
 
 
 def _in_a_registry(image: str, field: str) -> None:
@@ -168,13 +183,33 @@ def ineffective(manifest: WorkspaceDocuments, options: PodOptions, *, gpus: bool
         )
     if preset is not None and preset.access_mode == "private" and not preset.options.image:
         yield f"{name} {manifest.work}.preset.accessMode is private, which has no effect without an image"
-    for annotation in workspace.metadata.annotations:
-        if annotation.startswith("kaito.sh/") and annotation not in _WITH_EFFECT:
+    for annotation, value in workspace.metadata.annotations.items():
+        if any(secrets.places({annotation: value})) and not annotation.startswith(_LAST_APPLIED):
+            yield f"{name} metadata.annotations {annotation} holds a secret, so it is left out of the objects"
+        elif annotation.startswith("kaito.sh/") and annotation not in _WITH_EFFECT:
             yield f"{name} metadata.annotations {annotation} has no effect without the controller"
     yield from nodes.warnings(workspace.resource, name, gpus=gpus)
     if manifest.work == "inference" and deployment.wants_load_balancer(manifest) and options.api_key is None:
         asked = f"{name} {deployment.ENABLE_LOAD_BALANCER}"
         yield f"{asked}: anybody who reaches the address is served; give --api-key-secret"
+
+
+def exposed(others: Sequence[Document]) -> Iterator[str]:
+    """Yield the ConfigMaps of the file that hold a secret: they are passed on as they are."""
+    for document in others:
+        if document["kind"] == "ConfigMap":
+            name = document.get("metadata", {}).get("name")
+            for key, value in _values(document, "data").items():
+                if any(secrets.places({key: _read(value)})):
+                    yield f"ConfigMap {name}: data.{key} holds a secret, which belongs into a Secret"
+
+
+def _read(value: Any) -> Any:
+    """Return the documents of a text that is YAML, else the text."""
+    try:
+        return yaml_documents(value, "") if isinstance(value, str) and "\n" in value else value
+    except ConfigError:
+        return value
 
 
 def wrong_secrets(others: Sequence[Document]) -> Iterator[str]:

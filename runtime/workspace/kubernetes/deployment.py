@@ -8,9 +8,10 @@ from pathlib import Path
 
 from runtime import ports
 from runtime.serving.settings import API_KEY_VARIABLE, ServeConfig
-from runtime.workspace.kubernetes import pod
+from runtime.workspace.kubernetes import files, pod
+from runtime.workspace.kubernetes.options import PodOptions
 from runtime.workspace.kubernetes.placement import Placement
-from runtime.workspace.kubernetes.pod import EXIT_MARGIN_S, FILE, Accelerators, Object, PodOptions
+from runtime.workspace.kubernetes.pod import EXIT_MARGIN_S, Accelerators, Object
 from runtime.workspace.manifest import WorkspaceDocuments
 from runtime.workspace.schema import InferenceSpec
 
@@ -64,7 +65,7 @@ def wants_load_balancer(manifest: WorkspaceDocuments) -> bool:
 def _container(manifest: WorkspaceDocuments, placement: Placement, options: PodOptions) -> Object:
     preset = manifest.workspace.preset
     assert preset is not None, "load_server refuses other Workspaces"  # noqa: S101
-    arguments = ["serve", str(FILE), "--port", str(POD_PORT), *options.flags]
+    arguments = ["serve", str(files.FILE), "--port", str(POD_PORT), *options.flags]
     if placement.divided:
         arguments += ["--parallel", "tp"]
     made = pod.container("serve", preset, options, arguments)

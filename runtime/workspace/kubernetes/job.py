@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from runtime import oci, ports
 from runtime.errors import EXIT_CODES, RETRIABLE, Failure, StoppedError
 from runtime.tuning.settings import CHECKPOINT_GRACE_S, TuningJob
-from runtime.workspace.kubernetes import pod
+from runtime.workspace.kubernetes import files, pod
+from runtime.workspace.kubernetes.options import PodOptions
 from runtime.workspace.kubernetes.placement import Placement
-from runtime.workspace.kubernetes.pod import EXIT_MARGIN_S, FILE, Accelerators, Object, PodOptions
+from runtime.workspace.kubernetes.pod import EXIT_MARGIN_S, Accelerators, Object
 from runtime.workspace.manifest import WorkspaceDocuments
 
 FINAL_CODES = sorted(EXIT_CODES[kind] for kind in EXIT_CODES.keys() - RETRIABLE - {Failure})
@@ -64,7 +65,7 @@ def _pod(
 def _container(manifest: WorkspaceDocuments, job: TuningJob, options: PodOptions) -> Object:
     preset = manifest.workspace.preset
     assert preset is not None, "a tuning Workspace has one"  # noqa: S101
-    arguments = ["tune", str(FILE)]
+    arguments = ["tune", str(files.FILE)]
     if job.output.image:
         arguments += ["--checkpoint-image", oci.checkpoints.beside(job.output.image)]
     return pod.container("tune", preset, options, arguments)

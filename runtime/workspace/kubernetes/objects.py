@@ -1,10 +1,10 @@
 """All objects of a manifest file, in the order in which a cluster needs them.
 
-The Workspace itself goes, with its configuration and nothing else of the file, into a ConfigMap, which the
-pod reads with `runtime tune FILE` or `runtime serve FILE`; other documents are passed on. Start at `objects`.
+The Workspace itself goes, with its configuration and nothing else of the file, into a ConfigMap, or a Secret
+where it holds one. The pod reads it with `runtime tune FILE` or `runtime serve FILE`; other documents are
+passed on. Start at `objects`.
 """
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,19 +13,20 @@ from runtime.memory import shape
 from runtime.model_source import ModelSource
 from runtime.serving.settings import ServeConfig
 from runtime.tuning.settings import TuningJob
-from runtime.workspace import config_maps, sections, servers
+from runtime.workspace import config_maps
 from runtime.workspace.jobs import load_job
-from runtime.workspace.kubernetes import checks, placement, pod, text
+from runtime.workspace.kubernetes import checks, files, placement, pod
 from runtime.workspace.kubernetes.deployment import objects_of_server
+from runtime.workspace.kubernetes.files import PodFiles
 from runtime.workspace.kubernetes.job import objects_of_job
-from runtime.workspace.kubernetes.names import LARGEST_CONFIG_MAP
-from runtime.workspace.kubernetes.pod import CONFIG_FILE, FILE, Object, PodOptions
+from runtime.workspace.kubernetes.options import PodOptions
+from runtime.workspace.kubernetes.pod import Object
 from runtime.workspace.layers import Resolved
 from runtime.workspace.manifest import ManifestFile, WorkspaceDocuments, read_file
 from runtime.workspace.servers import load_server
 
 READS = "workspace-runtime/reads"
-"""Annotation of a pod: digest of the ConfigMap that it reads."""
+"""Annotation of a pod: digest of the ConfigMap or Secret that it reads."""
 _CLUSTER_SCOPED = (
     "ClusterRole ClusterRoleBinding CustomResourceDefinition Namespace PersistentVolume PriorityClass "
     "RuntimeClass StorageClass"
@@ -41,7 +42,8 @@ def objects(file: Path, options: PodOptions) -> tuple[list[Object], tuple[str, .
     """
     found = read_file(file)
     _refuse_together(found, options)
-    made, warnings = [], list(checks.wrong_secrets(found.others))
+    passed_on = list(_passed_on(found, options))
+    made, warnings = [], [*checks.wrong_secrets(passed_on), *checks.exposed(passed_on)]
     for manifest in found.workspaces:
         its, said = _workspace(manifest, found, options)
         made += its
@@ -49,7 +51,7 @@ def objects(file: Path, options: PodOptions) -> tuple[list[Object], tuple[str, .
     for document in found.others:
         if str(document.get("apiVersion")).startswith("kaito.sh/"):
             warnings.append(f"{file.name}: {document['kind']} is left out: it needs the controller")
-    return [*_passed_on(found, options), *made], tuple(dict.fromkeys(warnings))
+    return [*passed_on, *made], tuple(dict.fromkeys(warnings))
 
 
 def _refuse_together(found: ManifestFile, options: PodOptions) -> None:
@@ -79,18 +81,18 @@ def _workspace(
         placed = placement.of_server(manifest, server.config, options)
         size = _weights_bytes(server.config.model)
         made = objects_of_server(manifest, server.config, placed, options, weights_bytes=size)
-    map_ = _config_map(manifest, options)
-    _restart_with(map_, made)
+    read = files.of(manifest, options)
+    _restart_with(read, made)
     ineffective = checks.ineffective(manifest, options, gpus=placed.gpus > 0)
-    warnings = [*resolved.warnings, *resolved.placeholders, *placed.warnings, *ineffective]
-    return [map_, *made], warnings
+    warnings = [*resolved.warnings, *resolved.placeholders, *placed.warnings, *ineffective, *read.warnings]
+    described = pod.named("v1", read.kind, manifest, name=files.name(manifest))
+    return [{**described, **read.content}, *made], warnings
 
 
-def _restart_with(map_: Object, made: list[Object]) -> None:
+def _restart_with(read: PodFiles, made: list[Object]) -> None:
     """Have the pods of a Deployment replaced when what they read changes: they read it once."""
-    digest = hashlib.sha256(repr(sorted(map_["data"].items())).encode()).hexdigest()
     for deployment in (each for each in made if each["kind"] == "Deployment"):
-        deployment["spec"]["template"]["metadata"]["annotations"] = {READS: digest}
+        deployment["spec"]["template"]["metadata"]["annotations"] = {READS: read.digest}
 
 
 def _environ(manifest: WorkspaceDocuments) -> dict[str, str]:
@@ -108,54 +110,13 @@ def _weights_bytes(model: ModelSource) -> int | None:
         return None
 
 
-def _config_map(manifest: WorkspaceDocuments, options: PodOptions) -> Object:
-    """Return the ConfigMap with the Workspace and its configuration, as the pod's command reads them."""
-    key, beside = _key(manifest), config_maps.chosen(manifest, _key(manifest))
-    documents: list[Object] = [_read_by_the_pod(manifest)]
-    data = {}
-    if options.config is not None:
-        data[CONFIG_FILE.name] = text.dump([config_maps.read(options.config, key).values])
-    elif beside is not None:
-        metadata = {"name": beside.metadata.name}
-        config = {key: beside.data[key]} if key in beside.data else {}
-        documents.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": config})
-    data = {FILE.name: text.dump(documents), **data}
-    size = sum(len(content.encode()) for content in data.values())
-    if size > LARGEST_CONFIG_MAP:
-        raise ConfigError(
-            f"{manifest.file}: {size} bytes, expected at most {LARGEST_CONFIG_MAP} of a ConfigMap"
-        )
-    return {**pod.named("v1", "ConfigMap", manifest, name=pod.map_name(manifest)), "data": data}
-
-
-def _key(manifest: WorkspaceDocuments) -> str:
-    return sections.KEY if manifest.work == "tuning" else servers.INFERENCE_KEY
-
-
-def _read_by_the_pod(manifest: WorkspaceDocuments) -> Object:
-    """Return the Workspace without what the cluster or the user wrote for others."""
-    metadata = manifest.workspace.metadata
-    annotations = {key: value for key, value in metadata.annotations.items() if key.startswith("kaito.sh/")}
-    kept = {name: manifest.document.get(name) for name in ("resource", "tuning", "inference")}
-    described = {
-        "name": metadata.name,
-        "namespace": metadata.namespace or None,
-        "annotations": annotations or None,
-    }
-    whole = {
-        "apiVersion": manifest.workspace.api_version, "kind": "Workspace", "metadata": described, **kept,
-    }  # fmt: skip
-    cleaned: Object = pod.without_nulls(whole)
-    return cleaned
-
-
 def _passed_on(found: ManifestFile, options: PodOptions) -> Iterator[Object]:
     """Yield the file's other documents, those without a namespace in the Workspaces' own."""
     namespaces = {each.workspace.metadata.namespace for each in found.workspaces}
     namespace = namespaces.pop() if len(namespaces) == 1 else ""
     embedded = set()
     for each in found.workspaces if options.config is None else ():
-        beside = config_maps.chosen(each, _key(each))
+        beside = config_maps.chosen(each, files.key(each))
         embedded |= {(beside.metadata.namespace, beside.metadata.name)} if beside else set()
     for document in found.others:
         metadata = document.get("metadata")

@@ -18,7 +18,7 @@ from runtime.serving.settings import ServeConfig
 from runtime.tuning import fit
 from runtime.tuning.settings import TuningJob
 from runtime.workspace.instances import NAME_THE_GPU, gpus_of
-from runtime.workspace.kubernetes.pod import PodOptions
+from runtime.workspace.kubernetes.options import PodOptions
 from runtime.workspace.manifest import WorkspaceDocuments
 
 WHOLE_GPU = "nvidia.com/gpu"

@@ -3,16 +3,16 @@
 Knows what tuning and serving have in common. Start at `container` and `pod`.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import ConfigError
-from runtime.hardware import Hardware
 from runtime.oci.access import MOUNTED_SECRETS
-from runtime.workspace.kubernetes import nodes
+from runtime.workspace.kubernetes import files, nodes, secrets, text
+from runtime.workspace.kubernetes.options import PodOptions
 from runtime.workspace.manifest import WorkspaceDocuments
 from runtime.workspace.schema import PresetSpec
 
@@ -20,10 +20,6 @@ Object = dict[str, Any]
 
 USER = 10001
 """The image's own user."""
-FOLDER = Path("/etc/workspace")
-FILE = FOLDER / "workspace.yaml"
-CONFIG_FILE = FOLDER / "config.yaml"
-"""Where the pod reads its manifest, and the configuration that --config gave."""
 WEIGHTS = Path("/workspace/weights")
 EXIT_MARGIN_S = 15
 """From the end of the work to the end of the process."""
@@ -33,33 +29,6 @@ CPUS_PER_GPU, GIB_PER_GPU = 2, 6
 above what the process itself takes (estimate: CUDA's and torch's libraries, one file of weights)."""
 GIB_BESIDE_WEIGHTS = 4
 """Memory beside the weights on a CPU, and disk beside them in the cache (estimate)."""
-
-
-@dataclass(frozen=True, slots=True)
-class PodOptions:
-    """What the objects need and a Workspace does not hold."""
-
-    image: str
-    """This project's image, as the cluster's nodes pull it."""
-    machine: Hardware | None = None
-    """The GPUs of a node; None takes those of the instance type."""
-    gpus: int | None = None
-    """How many of them a Workspace has on a node; None takes all, 0 is for nodes without any."""
-    image_volumes: bool = False
-    """Mount adapter images as volumes (Kubernetes 1.35, or the ImageVolume feature from 1.33 on)."""
-    config: Path | None = None
-    """A training_config.yaml or inference_config.yaml, in place of the ConfigMap that the Workspace names."""
-    flags: tuple[str, ...] = ()
-    """Further flags of the server."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """The settings that they stand for."""
-    cpu: str | None = None
-    """Quantities to request; None takes an estimate."""
-    memory: str | None = None
-    cache_claim: str | None = None
-    """PersistentVolumeClaim for downloaded weights; None downloads them again in each pod."""
-    api_key: tuple[str, str] | None = None
-    """Name and key of the Secret with the API key; None serves everybody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +49,7 @@ def container(name: str, preset: PresetSpec, options: PodOptions, arguments: lis
     if preset.options.model_access_secret:
         environ.append(secret_variable("HF_TOKEN", preset.options.model_access_secret, "HF_TOKEN"))
     if options.config is not None:
-        arguments = [*arguments, "--config", str(CONFIG_FILE)]
+        arguments = [*arguments, "--config", str(files.CONFIG_FILE)]
     return {
         "name": name,
         "image": options.image,
@@ -136,7 +105,7 @@ def pod(
         else {"emptyDir": {}}
     )
     shared = [
-        volume("workspace", {"configMap": {"name": map_name(manifest)}}, FOLDER, made),
+        volume("workspace", files.of(manifest, options).volume, files.FOLDER, made),
         volume("cache", cache, Path("/cache"), made),
         volume("shm", {"emptyDir": {"medium": "Memory"}}, Path("/dev/shm"), made),  # noqa: S108
     ]
@@ -170,14 +139,7 @@ def volume(name: str, source: Object, folder: Path, made: Object, *, sub_path: s
     """Return the volume, mounted into the container `made` at `folder`."""
     mount = {"name": name, "mountPath": str(folder)}
     made["volumeMounts"].append(mount | ({"subPath": sub_path} if sub_path else {}))
-    return {"name": name, **without_nulls(source)}
-
-
-def without_nulls(value: Any) -> Any:
-    """Return `value` without keys that have no value, at any depth."""
-    if isinstance(value, dict):
-        return {key: without_nulls(each) for key, each in value.items() if each is not None}
-    return [without_nulls(each) for each in value] if isinstance(value, list) else value
+    return {"name": name, **text.without_nulls(source)}
 
 
 def registry_secrets(names: Iterable[str], made: Object) -> list[Object]:
@@ -197,7 +159,11 @@ def registry_secrets(names: Iterable[str], made: Object) -> list[Object]:
 def named(version: str, kind: str, manifest: WorkspaceDocuments, *, name: str = "") -> Object:
     """Return an object with its metadata alone; `name` replaces the Workspace's."""
     metadata = manifest.workspace.metadata
-    own = {key: value for key, value in metadata.annotations.items() if not _is_of_a_controller(key)}
+    own = {
+        key: value
+        for key, value in metadata.annotations.items()
+        if not _is_of_a_controller(key) and not any(secrets.places({key: value}))
+    }
     described: Object = {"name": name or metadata.name}
     if metadata.namespace:
         described["namespace"] = metadata.namespace
@@ -219,11 +185,6 @@ def selector(manifest: WorkspaceDocuments) -> Object:
         "app.kubernetes.io/instance": manifest.workspace.metadata.name,
         "app.kubernetes.io/component": manifest.work,
     }
-
-
-def map_name(manifest: WorkspaceDocuments) -> str:
-    """Return the name of the ConfigMap that the pod mounts."""
-    return f"{manifest.workspace.metadata.name}-workspace"
 
 
 def _is_of_a_controller(annotation: str) -> bool:

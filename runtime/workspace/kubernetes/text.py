@@ -1,4 +1,4 @@
-"""Objects as YAML that people read. Start at `dump`."""
+"""Objects as YAML that people read, without keys that have no value. Start at `dump`."""
 
 import re
 from collections.abc import Iterable
@@ -33,3 +33,10 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _text)
+
+
+def without_nulls(value: Any) -> Any:
+    """Return `value` without keys that have no value, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value

@@ -404,6 +404,6 @@ def test_input_and_output_in_one_place_are_refused(tmp_path: Path) -> None:
 
 def test_config_map_larger_than_a_cluster_takes_is_refused(tmp_path: Path) -> None:
     text = SERVING + "  config: c\n---\napiVersion: v1\nkind: ConfigMap\nmetadata: {name: c}\ndata:\n"
-    text += f"  inference_config.yaml: '# {'x' * (1 << 20)}'\n"
+    text += f"  inference_config.yaml: 'chat-template: \"{{{{ {'x' * (1 << 20)} }}}}\"'\n"
     with pytest.raises(ConfigError, match="expected at most 1048576 of a ConfigMap"):
         made(text, tmp_path)
