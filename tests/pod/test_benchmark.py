@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,6 +125,19 @@ def test_a_slow_server_is_loaded_until_it_has_generated_something(tmp_path: Path
     with server(tmp_path, {}, {"rows": 2, "queue": 0, "pace_s": 2.5}) as base:
         assert run(base, output) == 0
     assert controller_reads(output.read_text())[1]["ttft_avg_ms"] > 2000
+
+
+def test_a_server_too_slow_for_all_prompts_at_once_is_measured_in_the_time_given(tmp_path: Path) -> None:
+    """Its 16 prompts take 8 s, and those that begin together end together."""
+    output = tmp_path / "log"
+    with server(tmp_path, {}, {"rows": 16, "queue": 0, "prompt_s": 0.5, "context_tokens": 4096}) as base:
+        began = time.monotonic()
+        assert run(base, output, BENCHMARK_DURATION_SEC="2") == 0
+        assert time.monotonic() - began < 4
+    config, result = controller_reads(output.read_text())
+    assert config is not None
+    assert config["max_concurrency"] == 16
+    assert result["vllm_total_tpm"] > 30 * 2 * 2048, "the prompts that were answered by then, at least two"
 
 
 def test_the_servers_key_is_taken_from_the_environment(tmp_path: Path) -> None:

@@ -18,7 +18,10 @@ Outbox: TypeAlias = "asyncio.Queue[Token | Exception]"
 
 
 class EchoEngine:
-    """Gives one token every `pace_s` to each of at most `rows` requests."""
+    """Gives one token every `pace_s` to each of at most `rows` requests, after `prompt_s` for its prompt.
+
+    Prompts share that time, as those that take turns on one processor: two at once take twice as long.
+    """
 
     def __init__(
         self,
@@ -26,6 +29,7 @@ class EchoEngine:
         rows: int = 4,
         queue: int = 8,
         pace_s: float = 0.0,
+        prompt_s: float = 0.0,
         context_tokens: int = 512,
         adapters: Sequence[str] = (),
         script: Callable[[Request], Sequence[int]] | None = None,
@@ -42,7 +46,8 @@ class EchoEngine:
         self._rows = rows
         self._free = asyncio.Semaphore(rows)
         self._queue = queue
-        self._pace_s = pace_s
+        self._pace_s, self._prompt_s = pace_s, prompt_s
+        self._prompts = 0
         self._adapters = list(adapters)
         self._script = script
         self._dies_after = dies_after
@@ -127,7 +132,17 @@ class EchoEngine:
             finally:
                 self._running.discard(request.id)
 
+    async def _read_prompt(self) -> None:
+        left_s, self._prompts = self._prompt_s, self._prompts + 1
+        try:
+            while left_s > 0:
+                await asyncio.sleep(0.01)
+                left_s -= 0.01 / self._prompts
+        finally:
+            self._prompts -= 1
+
     async def _tokens(self, request: Request, outbox: Outbox, start: Start) -> None:
+        await self._read_prompt()
         limit = request.sampling.max_new_tokens
         echo = [request.prompt_ids[i % len(request.prompt_ids)] for i in range(limit)]
         answer = self._script(request) if self._script else echo

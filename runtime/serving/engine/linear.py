@@ -16,7 +16,9 @@ from runtime.serving.engine.kernels import MAX_TOKENS, WIDTH, Kernels
 
 FEW_TOKENS = (1, 2, 4, 8, 16)
 """Numbers of tokens at which two layouts are compared, until the one for few is no longer the faster."""
-TRIALS = 10
+TRIALS = 5
+COMPARISON_S = 0.4
+"""For one size of weight. A machine that is busy with other work compares no better in a longer time."""
 GAIN = 1.02
 """How much faster a second copy of a weight has to make a product."""
 COLD_BYTES = 64 << 20
@@ -172,6 +174,7 @@ def measure_few_tokens(
     oneDNN a packed one on an Intel CPU, half as fast on an AMD one (tests/bench/RESULTS.md).
     """
     most = 0
+    deadline = time.perf_counter() + COMPARISON_S
     for tokens in (each for each in FEW_TOKENS if each <= limit):
         x = torch.zeros(tokens, features)
         seconds = [math.inf, math.inf]
@@ -181,6 +184,8 @@ def measure_few_tokens(
                 for layer in layers:
                     layer(x)
                 seconds[index] = min(seconds[index], time.perf_counter() - begun)
+            if time.perf_counter() > deadline:
+                break
         if seconds[0] * GAIN > seconds[1]:
             break
         most = tokens
@@ -204,11 +209,14 @@ class LinearLayouts:
         if self._packing is None or layer.weight.dtype != torch.float32:
             return TransposedLinear(layer.weight, layer.bias)
         size = (layer.in_features, layer.out_features)
-        if self._twice and size not in self._measured:
-            self._measured[size] = self._compare(layer.weight, self._packing)
         packed = PackedLinear(layer.weight, layer.bias, self._packing)
-        few = self._measured.get(size, 0)
-        return LinearBySize(self._few(layer.weight, layer.bias), packed, few_tokens=few) if few else packed
+        if not self._twice or self._measured.get(size) == 0:
+            return packed
+        few = self._few(layer.weight, layer.bias)
+        if size not in self._measured:
+            self._measured[size] = self._compare(few, packed, layer=layer, packing=self._packing)
+        most = self._measured[size]
+        return LinearBySize(few, packed, few_tokens=most) if most else packed
 
     def _few(self, weight: Tensor, bias: Tensor | None) -> TransposedLinear | StreamedLinear:
         """Return the layout for few tokens."""
@@ -216,10 +224,21 @@ class LinearLayouts:
             return TransposedLinear(weight, bias)
         return StreamedLinear(weight, bias, self._kernels)
 
-    def _compare(self, weight: Tensor, packing: Packing) -> int:
-        """Return up to how many tokens the layout for few is faster, for weights like this one (out, in)."""
-        copies = range(min(1 + COLD_BYTES // weight.nbytes, MAX_COPIES))
-        few = [self._few(weight, None) for _ in copies]
-        packed = [PackedLinear(weight, None, packing) for _ in copies]
-        limit = MAX_TOKENS if isinstance(few[0], StreamedLinear) else FEW_TOKENS[-1]
-        return measure_few_tokens(few, packed, weight.shape[1], limit=limit)
+    def _compare(
+        self,
+        few: TransposedLinear | StreamedLinear,
+        packed: PackedLinear,
+        *,
+        layer: nn.Linear,
+        packing: Packing,
+    ) -> int:
+        """Return up to how many tokens `few` is faster than `packed`, both made from `layer`."""
+        weight, bias = layer.weight, layer.bias
+        others = range(min(COLD_BYTES // weight.nbytes, MAX_COPIES - 1))
+        limit = MAX_TOKENS if isinstance(few, StreamedLinear) else FEW_TOKENS[-1]
+        return measure_few_tokens(
+            [few, *(self._few(weight, bias) for _ in others)],
+            [packed, *(PackedLinear(weight, bias, packing) for _ in others)],
+            layer.in_features,
+            limit=limit,
+        )

@@ -91,6 +91,15 @@ def test_a_second_layout_serves_up_to_the_tokens_at_which_it_is_measured_to_be_c
     assert linear.measure_few_tokens([Timed(transposed)], [Timed({})], 8) == most
 
 
+def test_a_comparison_on_a_busy_machine_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer is slow, the second layout the faster: one trial of each number of tokens decides."""
+    monkeypatch.setattr(linear.time, "perf_counter", lambda: Timed.now)
+    began = Timed.now
+    few = {tokens: 0.5 for tokens in linear.FEW_TOKENS}
+    assert linear.measure_few_tokens([Timed(few)], [Timed({})], 8) == linear.FEW_TOKENS[-1]
+    assert Timed.now - began == pytest.approx(1.5 * len(linear.FEW_TOKENS))
+
+
 @pytest.mark.parametrize("most", [0, 2])
 def test_a_second_layout_that_is_no_faster_is_not_kept(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     measured = []
