@@ -95,7 +95,7 @@ def test_a_comparison_on_a_busy_machine_ends(monkeypatch: pytest.MonkeyPatch) ->
     """Each layer is slow, the second layout the faster: one trial of each number of tokens decides."""
     monkeypatch.setattr(linear.time, "perf_counter", lambda: Timed.now)
     began = Timed.now
-    few = {tokens: 0.5 for tokens in linear.FEW_TOKENS}
+    few = dict.fromkeys(linear.FEW_TOKENS, 0.5)
     assert linear.measure_few_tokens([Timed(few)], [Timed({})], 8) == linear.FEW_TOKENS[-1]
     assert Timed.now - began == pytest.approx(1.5 * len(linear.FEW_TOKENS))
 
