@@ -78,6 +78,7 @@ MOST_FILE_LINES = 500
 MOST_FUNCTION_LINES = 40
 
 CROSS_CUTTING = {
+    "tests/attacks": None,
     "tests": {"test_house", "test_readme", "test_docs", "test_demo", "test_bench_gpu"},
     "tests/contract": None,
     "tests/oci": {"test_engines", "test_eviction", "test_faults"},

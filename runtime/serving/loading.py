@@ -240,10 +240,12 @@ def _prompt_tokenizer(
     tokenizer: "PreTrainedTokenizerBase",
     context_tokens: int,
 ) -> PromptTokenizer:
-    return PromptTokenizer(
+    prompts = PromptTokenizer(
         tokenizer,
         context_tokens=context_tokens,
         new_tokens=config.limits.new_tokens,
         stop_ids=end_ids(generation_config.get("eos_token_id"), tokenizer.eos_token_id),
         defaults=sampling_defaults(generation_config),
     )
+    prompts.start()
+    return prompts

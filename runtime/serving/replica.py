@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from runtime.serving.engine.replicas.messages import ReplicaReady, ReplicaTask
 from runtime.serving.engine.replicas.worker import ReplicaWorker
 from runtime.serving.generation_config import end_ids
 from runtime.serving.settings import ServeConfig
-from runtime.serving.structured_output import GrammarCompiler
+from runtime.serving.structured_output.compiler import GrammarCompiler
 
 if TYPE_CHECKING:
     from runtime.serving.loading import LoadedModel
@@ -82,7 +82,12 @@ async def _serve(task: ReplicaTask, channel: "Connection[Any, Any]") -> int:
     # a thread that ends: each that has run torch's parallel operators on a CPU keeps a pool of threads
     with ThreadPoolExecutor(1, thread_name_prefix="load") as thread:
         loaded = await loop.run_in_executor(thread, _load, task.config)
-    compile_grammar = partial(_compile, task.config, end_ids(loaded.generation_config.get("eos_token_id")))
+    stop_ids = end_ids(loaded.generation_config.get("eos_token_id"))
+
+    async def compile_grammar(constraint: Constraint) -> Grammar:
+        compiler = await asyncio.to_thread(_compiler, task.config.model, stop_ids)
+        return await compiler.compile(constraint)
+
     worker = ReplicaWorker(loaded.engine, send=channel.send, compile_grammar=compile_grammar)
     await worker.first_token()
     gc.collect()
@@ -98,10 +103,6 @@ def _load(config: ServeConfig) -> "LoadedModel":
         from runtime.serving import loading
 
         return loading.load_own_engine(config, hardware.detect())
-
-
-def _compile(config: ServeConfig, stop_ids: frozenset[int], constraint: Constraint) -> Grammar:
-    return _compiler(config.model, stop_ids).compile(constraint)
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from runtime.errors import RequestError, one_line
 from runtime.serving.engine.protocol import Constraint, Sampling
 from runtime.serving.generation_config import SamplingDefaults
-from runtime.serving.structured_output import GrammarCompiler
+from runtime.serving.structured_output.compiler import GrammarCompiler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,8 +49,13 @@ class PromptTokenizer:
         # One thread: long prompts do not block the event loop, and the tokenizer is never entered twice.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
+    def start(self) -> None:
+        """Read the vocabulary for constraints in the background."""
+        self._grammars.start()
+
     def close(self) -> None:
-        """Let the tokenizer's thread end."""
+        """Let the tokenizer's thread and the processes of constraints end."""
+        self._grammars.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def warm_up_prompt(self) -> tuple[int, ...]:
@@ -137,11 +142,16 @@ class PromptTokenizer:
                 f"token id {unknown} is not in the vocabulary of {self._vocabulary}", param=param
             )
 
-    async def constrained(self, sampling: Sampling, constraint: Constraint | None) -> Sampling:
-        """Return `sampling` with the constraint's grammar; the answer then ends where that is complete."""
+    async def constrained(
+        self, sampling: Sampling, constraint: Constraint | None, *, client: str = ""
+    ) -> Sampling:
+        """Return `sampling` with the constraint's grammar; the answer then ends where that is complete.
+
+        `client` is who waits for it; clients take turns.
+        """
         if constraint is None:
             return sampling
-        grammar = await self._in_thread(lambda: self._grammars.compile(constraint))
+        grammar = await self._grammars.compile(constraint, client)
         return replace(
             sampling, grammar=grammar, min_new_tokens=0, stop_ids=sampling.stop_ids | self.stop_ids
         )

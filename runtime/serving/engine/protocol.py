@@ -31,10 +31,14 @@ class Mask(Protocol):
 class Constraint:
     """What one answer must match, and the field of the request that asks for it."""
 
-    kind: Literal["schema", "regex"]
+    kind: Literal["schema", "regex", "grammar"]
     value: Any
-    """A JSON schema as a mapping, or a regular expression."""
+    """A JSON schema as a mapping, a regular expression, or a grammar in Lark's or llama.cpp's notation."""
     param: str
+    strict: bool = False
+    """Refuse what of a schema cannot be enforced, rather than relax it."""
+    whitespace: str | None = None
+    """Of a schema: a pattern for the white space between its parts; None is a fixed style."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,8 @@ class Grammar:
     constraint: Constraint
     begin: Callable[[], Mask]
     """Makes the mask of one answer."""
+    relaxed: tuple[str, ...] = ()
+    """Paths inside a schema whose keyword is not enforced."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
-from runtime.serving import structured_output
 from runtime.serving.engine.protocol import Constraint, Token
 from runtime.serving.generation import GeneratedText, GenerationGroup, GenerationRequest, Generator, TextChunk
 from runtime.serving.http import parameters
@@ -27,6 +26,7 @@ from runtime.serving.http.schema import (
 )
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
 from runtime.serving.lifecycle import ServedModel
+from runtime.serving.structured_output.constraints import function_call
 from runtime.serving.tokenizer import PromptTokenizer
 from runtime.serving.tool_calls import PARSERS, Call, ToolStream, split
 
@@ -255,7 +255,7 @@ def _forced_call(body: ChatCompletionBody) -> Constraint | None:
         tools = [tool for tool in tools if tool.name == name]
         if not tools:
             raise RequestError(f"'tool_choice' names '{name}', which is no tool here", param="tool_choice")
-    return structured_output.function_call(((tool.name, tool.parameters) for tool in tools), "tool_choice")
+    return function_call(((tool.name, tool.parameters) for tool in tools), "tool_choice")
 
 
 def tool_names(body: ChatCompletionBody) -> frozenset[str]:

@@ -6,7 +6,6 @@ default. To add one, add it to those two classes and to the engine; only what is
 out here. Does not know routes. Start at `sampling`.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -14,7 +13,7 @@ from runtime.errors import RequestError
 from runtime.serving.engine.protocol import Constraint, Sampling
 from runtime.serving.generation_config import SamplingDefaults
 from runtime.serving.http.schema import SamplingFields
-from runtime.serving.structured_output import json_object
+from runtime.serving.structured_output.constraints import json_object, one_of
 from runtime.serving.tokenizer import PromptTokenizer
 
 OWN_WAY = {"temperature", "bad_words_ids", "forced_eos_token_id"}
@@ -140,8 +139,7 @@ def constraint(body: SamplingFields) -> Constraint | None:
     if body.guided_regex is not None:
         constraints.append(Constraint("regex", body.guided_regex, "guided_regex"))
     if body.guided_choice is not None:
-        either = "|".join(f"(?:{re.escape(text)})" for text in body.guided_choice)
-        constraints.append(Constraint("regex", either, "guided_choice"))
+        constraints.append(one_of(body.guided_choice, "guided_choice"))
     if len(constraints) > 1:
         first, second = constraints[0].param, constraints[1].param
         raise RequestError(f"'{first}' and '{second}' exclude each other", param=second)

@@ -13,7 +13,6 @@ from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
-from runtime.serving import structured_output
 from runtime.serving.engine.protocol import Constraint
 from runtime.serving.generation import GenerationGroup, GenerationRequest, Generator
 from runtime.serving.http import parameters
@@ -28,6 +27,7 @@ from runtime.serving.http.schema import (
     turns_of,
 )
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
+from runtime.serving.structured_output.constraints import json_object
 
 
 class Item(Message):
@@ -135,7 +135,7 @@ def _constraint(body: ResponsesBody) -> Constraint | None:
     if text_format.type == "text":
         return parameters.constraint(body)
     if text_format.type == "json_object" or text_format.schema_ is None:
-        return structured_output.json_object("text.format")
+        return json_object("text.format")
     return Constraint("schema", text_format.schema_, "text.format")
 
 

@@ -313,7 +313,8 @@ def _body(request: Request, *, model: str, context_tokens: int) -> dict[str, Any
         body |= {"logprobs": sampling.top_logprobs, "return_tokens_as_token_ids": True}
     if sampling.grammar is not None:
         constraint = sampling.grammar.constraint
-        body["structured_outputs"] = {"json" if constraint.kind == "schema" else "regex": constraint.value}
+        name = "json" if constraint.kind == "schema" else constraint.kind
+        body["structured_outputs"] = {name: constraint.value}
     return body
 
 

@@ -6,7 +6,7 @@ Tokens of one step leave together, in one message. Does not know how the engine 
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -40,7 +40,7 @@ class ReplicaWorker:
         engine: Engine,
         *,
         send: Callable[[object], None],
-        compile_grammar: Callable[[Constraint], Grammar],
+        compile_grammar: Callable[[Constraint], Awaitable[Grammar]],
     ) -> None:
         self._engine = engine
         self._send = send
@@ -48,8 +48,7 @@ class ReplicaWorker:
         self._running: dict[int, asyncio.Task[None]] = {}
         self._step: list[tuple[int, Token | Failure]] = []
         self._closing = asyncio.Event()
-        # one thread each: a long compilation delays no adapter, and messages are carried out in order
-        self._grammars = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        # one thread: messages are carried out in order
         self._adapters = ThreadPoolExecutor(1, thread_name_prefix="adapter")
         self._changes: set[asyncio.Future[None]] = set()
 
@@ -103,8 +102,7 @@ class ReplicaWorker:
     async def _answer(self, number: int, request: Request, constraint: Constraint | None) -> None:
         try:
             if constraint is not None:
-                loop = asyncio.get_running_loop()
-                grammar = await loop.run_in_executor(self._grammars, self._compile, constraint)
+                grammar = await self._compile(constraint)
                 request = replace(request, sampling=replace(request.sampling, grammar=grammar))
             async for token in self._engine.submit(request):
                 self._put(number, token)

@@ -44,7 +44,8 @@ def serve() -> Iterator[Serve]:
 
 
 def others(site: Process) -> list[psutil.Process]:
-    return psutil.Process(site.process.pid).children()
+    children = psutil.Process(site.process.pid).children()
+    return [each for each in children if "runtime.serving.engine.parallel.worker" in each.cmdline()]
 
 
 def stream(site: Process, lines: list[str]) -> threading.Thread:

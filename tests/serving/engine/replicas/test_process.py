@@ -39,7 +39,8 @@ def serve() -> Iterator[Serve]:
 
 
 def replicas(site: Process) -> list[psutil.Process]:
-    return psutil.Process(site.process.pid).children()
+    children = psutil.Process(site.process.pid).children()
+    return [each for each in children if "runtime.serving.replica" in each.cmdline()]
 
 
 def metric(site: Process, name: str) -> float:

@@ -1,0 +1,81 @@
+"""What a constraint may be, and what its process may take: checked before anything grows with it.
+
+The figures are for the people who write schemas, too: every refusal names the limit that it comes from.
+Does not know llguidance or JSON Schema's words. Start at `encoded`.
+"""
+
+import json
+from typing import Any
+
+from runtime.errors import RequestError
+from runtime.serving.engine.protocol import Constraint
+
+MAX_FORM_BYTES = 256 * 1024
+"""Of a schema, pattern or grammar as JSON text; schemas of real tools are below 100 KiB."""
+MAX_DEPTH = 64
+"""Nesting of a schema."""
+MAX_NODES = 20_000
+"""Objects, lists and values of a schema."""
+MAX_PATTERN_CHARACTERS = 4096
+"""Of one regular expression."""
+MAX_ENUM_TEXTS = 5_000
+"""Of one `enum`."""
+MAX_COUNT = 10_000
+"""Of any repetition: `{1,n}` in a pattern, minItems, maxLength and their like."""
+
+COMPILE_CPU_S = 2.0
+"""Processor time that a form may take before its first token."""
+COMPILE_WALL_S = 10.0
+"""The same on the clock: on a machine with other work."""
+MASK_CPU_S = 0.2
+"""Processor time for one token; llguidance's own limits end nearly every form earlier."""
+MASK_WALL_S = 2.0
+"""The same on the clock."""
+MEMORY_BYTES = 512 * 2**20
+"""Beyond what the vocabulary takes, for a form and all answers that follow it."""
+
+PARSER_LIMITS: dict[str, int] = {
+    "max_items_in_row": 2_000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 20_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 200_000,
+}
+"""llguidance's LLParserLimits: about 20 ms of work before the first token and 10 ms for each one."""
+
+
+def encoded(constraint: Constraint) -> str:
+    """Return the value of `constraint` as JSON text; RequestError where it is larger than any form may be."""
+    _check_tree(constraint)
+    text = json.dumps(constraint.value, ensure_ascii=False)
+    if len(text) > MAX_FORM_BYTES:
+        raise refused(constraint, f"has {len(text)} characters, at most {MAX_FORM_BYTES}")
+    return text
+
+
+def refused(constraint: Constraint, reason: str, path: str = "") -> RequestError:
+    """Return the failure of a constraint that is not carried out, at `path` inside it."""
+    at = f" at {path}" if path else ""
+    return RequestError(f"'{constraint.param}'{at}: {reason}", param=constraint.param)
+
+
+def _check_tree(constraint: Constraint) -> None:
+    """Raise RequestError for a value too deep or of too many parts; looks at no more than it allows."""
+    level: list[Any] = [constraint.value]
+    seen = depth = 0
+    while level:
+        seen += len(level)
+        if seen > MAX_NODES:
+            raise refused(constraint, f"has more than {MAX_NODES} values and keys")
+        if depth > MAX_DEPTH:
+            raise refused(constraint, f"is nested more than {MAX_DEPTH} deep")
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                below.extend(value.values())
+            elif isinstance(value, list):
+                below.extend(value)
+            if len(below) > MAX_NODES:
+                break
+        level, depth = below, depth + 1
