@@ -16,7 +16,10 @@ from starlette.responses import JSONResponse, Response
 
 from runtime.errors import ConfigError, ForbiddenError, RequestError, UnknownModelError
 from runtime.serving.generation import Generator
-from runtime.serving.http.schema import Body, Message, Name, Text, TokenId, turns_of
+from runtime.serving.http import fields
+from runtime.serving.http.body import BodyRoute
+from runtime.serving.http.body_types import Body, Flag, Name, Text, TokenIds
+from runtime.serving.http.messages import Messages, turns_of
 from runtime.serving.lifecycle import ServedModel
 from runtime.serving.settings import ADAPTER_NAME, AdapterSource
 
@@ -26,20 +29,26 @@ log = logging.getLogger(__name__)
 class TokenizeBody(Body):
     """POST /tokenize: a `prompt` or `messages`."""
 
+    treatments = fields.PLAIN
+
     prompt: Text | None = None
-    messages: list[Message] | None = None
-    add_special_tokens: bool = True
-    return_token_strs: bool = False
+    messages: Messages | None = None
+    add_special_tokens: Flag = True
+    return_token_strs: Flag = False
 
 
 class DetokenizeBody(Body):
     """POST /detokenize."""
 
-    tokens: list[TokenId]
+    treatments = fields.PLAIN
+
+    tokens: TokenIds
 
 
 class LoadBody(Body):
     """POST /v1/load_lora_adapter."""
+
+    treatments = fields.PLAIN
 
     lora_name: str = Field(pattern=ADAPTER_NAME)
     lora_path: Text = Field(max_length=4096)
@@ -48,6 +57,8 @@ class LoadBody(Body):
 
 class UnloadBody(Body):
     """POST /v1/unload_lora_adapter."""
+
+    treatments = fields.PLAIN
 
     lora_name: Name
 
@@ -75,7 +86,7 @@ class AdapterLoader:
 
 def router(generator: Generator, adapter_loader: AdapterLoader | None) -> APIRouter:
     """Return the routes; `adapter_loader` None refuses to load and unload."""
-    routes = APIRouter(tags=["tools"])
+    routes = APIRouter(tags=["tools"], route_class=BodyRoute)
     _add_tokenizer_routes(routes, generator)
     _add_adapter_routes(routes, generator, adapter_loader)
     return routes
@@ -86,7 +97,7 @@ def _add_tokenizer_routes(routes: APIRouter, generator: Generator) -> None:
     async def tokenize(body: TokenizeBody) -> Response:
         tokenizer = generator.served().tokenizer
         if body.messages:
-            ids = await tokenizer.tokenize_chat(turns_of(body.messages))
+            ids = await tokenizer.tokenize_chat(turns_of(body.messages, tokenizer.template))
         else:
             ids = await tokenizer.tokenize_text(body.prompt or "", special=body.add_special_tokens)
         strings = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None

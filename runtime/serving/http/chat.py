@@ -13,14 +13,16 @@ from starlette.responses import JSONResponse, Response
 from runtime.errors import RequestError
 from runtime.serving.generation import GenerationGroup, GenerationRequest, Generator
 from runtime.serving.http import parameters
-from runtime.serving.http.schema import ChatBody, GenerateFields, Message, turns_of
+from runtime.serving.http.body import BodyRoute
+from runtime.serving.http.messages import turns_of
+from runtime.serving.http.schema import ChatBody, GenerateFields
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
 from runtime.serving.tokenizer import PromptTokenizer
 
 
 def router(generator: Generator) -> APIRouter:
     """Return the route /chat."""
-    routes = APIRouter(tags=["chat"])
+    routes = APIRouter(tags=["chat"], route_class=BodyRoute)
 
     @routes.post(
         "/chat", responses=STREAMED, summary="Answer a prompt or a conversation", response_model=None
@@ -84,7 +86,7 @@ async def _prompt_ids(
             )
         if body.prompt:
             raise RequestError("send 'prompt' or 'messages', not both", param="prompt")
-        return await tokenizer.prompt_from_chat(turns_of(body.messages))
+        return await tokenizer.prompt_from_chat(turns_of(body.messages, tokenizer.template))
     if not body.prompt:
         raise RequestError(
             "Text generation parameter prompt required: send 'prompt' or 'messages'", param="prompt"
@@ -92,7 +94,7 @@ async def _prompt_ids(
     text = _prompt_text(body)
     if continues_prompt:
         return await tokenizer.prompt_from_text(text)
-    return await tokenizer.prompt_from_chat(turns_of([Message(role="user", content=text)]), param="prompt")
+    return await tokenizer.prompt_from_chat([{"role": "user", "content": text}], param="prompt")
 
 
 def _canonical(fields: GenerateFields, *, prompt_tokens: int) -> GenerateFields:

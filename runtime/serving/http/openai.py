@@ -16,13 +16,14 @@ from runtime.errors import RequestError
 from runtime.serving.engine.protocol import Constraint, Token
 from runtime.serving.generation import GeneratedText, GenerationGroup, GenerationRequest, Generator, TextChunk
 from runtime.serving.http import parameters
+from runtime.serving.http.body import BodyRoute
+from runtime.serving.http.messages import turns_of
 from runtime.serving.http.schema import (
     MAX_CHOICES,
     ChatCompletionBody,
     CompletionBody,
     OpenAIFields,
     ToolChoice,
-    turns_of,
 )
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
 from runtime.serving.lifecycle import ServedModel
@@ -155,7 +156,7 @@ def finite(logprob: float | None) -> float:
 
 def router(generator: Generator) -> APIRouter:
     """Return the /v1 routes for text."""
-    routes = APIRouter(prefix="/v1", tags=["openai"])
+    routes = APIRouter(prefix="/v1", tags=["openai"], route_class=BodyRoute)
 
     @routes.get("/models", summary="The base model and its adapters", response_model=None)
     async def models() -> Response:
@@ -199,10 +200,6 @@ def model_list(generator: Generator) -> list[dict[str, Any]]:
 
 async def _chat_request(generator: Generator, body: ChatCompletionBody, request_id: str) -> GenerationRequest:
     _check_common(body)
-    for name in ("functions", "audio", "modalities"):
-        value = getattr(body, name)
-        if value and value != ["text"]:
-            raise RequestError(f"'{name}' is not supported here", param=name)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("'top_logprobs' needs 'logprobs': true", param="top_logprobs")
     adapter = generator.adapter_for(body.model)
@@ -216,7 +213,7 @@ async def _chat_request(generator: Generator, body: ChatCompletionBody, request_
             param="include_reasoning",
         )
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if names else None
-    ids = await tokenizer.prompt_from_chat(turns_of(body.messages), tools=tools)
+    ids = await tokenizer.prompt_from_chat(turns_of(body.messages, tokenizer.template), tools=tools)
     if body.max_completion_tokens is not None:
         length = parameters.AnswerLength(body.max_completion_tokens, param="max_completion_tokens")
     else:

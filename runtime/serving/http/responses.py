@@ -6,49 +6,29 @@ Knows that route's JSON and events; what generation is, runtime/serving/generati
 
 import time
 from collections.abc import AsyncGenerator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import Field, Tag
 from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
 from runtime.serving.engine.protocol import Constraint
 from runtime.serving.generation import GenerationGroup, GenerationRequest, Generator
-from runtime.serving.http import parameters
-from runtime.serving.http.schema import (
-    Body,
-    Message,
-    Name,
-    SamplingFields,
-    Text,
-    TextPart,
-    TokenCount,
-    turns_of,
-)
+from runtime.serving.http import fields, parameters
+from runtime.serving.http.body import BodyRoute
+from runtime.serving.http.body_types import Body, Flag, Metadata, Name, Text, TokenCount, by_kind
+from runtime.serving.http.messages import MOST_MESSAGES, Message, turns_of
+from runtime.serving.http.schema import SamplingFields
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
 from runtime.serving.structured_output.constraints import json_object
 
 
 class Item(Message):
-    """One item of `input`: a message; its text parts are called input_text and output_text."""
+    """One item of `input`: a message, or the reasoning of an answer, which is not shown again."""
 
     type: Name = "message"
-
-    def as_message(self, index: int) -> Message:
-        """Return the item as a message of a conversation."""
-        if self.type != "message":
-            raise RequestError(
-                f"input items of type '{self.type}' are not served here", param=f"input[{index}]"
-            )
-        content = self.content
-        if isinstance(content, list):
-            texts = {"input_text", "output_text", "text"}
-            content = [
-                TextPart(type="text" if part.type in texts else part.type, text=part.text) for part in content
-            ]
-        role = "system" if self.role == "developer" else self.role
-        return Message(role=role, content=content)
+    role: Name = ""
 
 
 class Format(Body):
@@ -65,26 +45,33 @@ class TextFormat(Body):
     format: Format = Format()
 
 
+Inputs = Annotated[
+    Annotated[Text, Tag("<text>")]
+    | Annotated[list[Item], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True), Tag("<items>")],
+    by_kind("a string or a list of items", {str: "<text>", list: "<items>"}),
+]
+
+
 class ResponsesBody(SamplingFields):
     """POST /v1/responses."""
 
-    input: Text | list[Item]
+    treatments = fields.RESPONSES
+
+    input: Inputs
     model: Name | None = None
     instructions: Text | None = None
     """A system turn before the input."""
     max_output_tokens: TokenCount | None = None
-    stream: bool = False
-    previous_response_id: Name | None = None
-    """Refused: nothing is stored."""
-    tools: list[Any] | None = None
+    stream: Flag = False
     text: TextFormat | None = None
     """What the answer must be: text, json_object or json_schema."""
-    metadata: dict[Name, Text] | None = Field(None, max_length=16)
+    metadata: Metadata | None = None
+    """Sent back with the answer."""
 
 
 def router(generator: Generator) -> APIRouter:
     """Return the route /v1/responses."""
-    routes = APIRouter(prefix="/v1", tags=["openai"])
+    routes = APIRouter(prefix="/v1", tags=["openai"], route_class=BodyRoute)
 
     @routes.post("/responses", responses=STREAMED, summary="Answer an input (text)", response_model=None)
     async def responses(body: ResponsesBody, request: Request) -> Response:
@@ -108,18 +95,9 @@ def router(generator: Generator) -> APIRouter:
 async def _generation_request(
     generator: Generator, body: ResponsesBody, request_id: str
 ) -> GenerationRequest:
-    for name in ("previous_response_id", "tools"):
-        if getattr(body, name):
-            raise RequestError(f"'{name}' is not supported here", param=name)
     adapter = generator.adapter_for(body.model)
-    if isinstance(body.input, str):
-        messages = [Message(role="user", content=body.input)]
-    else:
-        messages = [item.as_message(index) for index, item in enumerate(body.input)]
-    if body.instructions:
-        messages.insert(0, Message(role="system", content=body.instructions))
     tokenizer = generator.served().tokenizer
-    ids = await tokenizer.prompt_from_chat(turns_of(messages), param="input")
+    ids = await tokenizer.prompt_from_chat(_turns(body, tokenizer.template), param="input")
     length = parameters.AnswerLength(body.max_output_tokens, param="max_output_tokens")
     sampling = await parameters.sampling(
         body,
@@ -128,6 +106,23 @@ async def _generation_request(
     )
     sampling = await tokenizer.constrained(sampling, _constraint(body))
     return GenerationRequest(ids, sampling, body.stops(), adapter, request_id)
+
+
+def _turns(body: ResponsesBody, template: str) -> list[dict[str, Any]]:
+    """Return the instructions and the input as chat templates know them."""
+    turns = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    if isinstance(body.input, str):
+        return [*turns, {"role": "user", "content": body.input}]
+    for index, item in enumerate(body.input):
+        if item.type not in {"message", "reasoning"}:
+            raise RequestError(
+                f"'input[{index}].type' is '{item.type[:40]}'; items of type 'message' are served here",
+                param=f"input[{index}]",
+            )
+        if item.type == "message" and not item.role:
+            raise RequestError(f"'input[{index}].role' is missing", param=f"input[{index}].role")
+    # What the model thought is not shown to it again: an item of its own is no turn.
+    return turns + turns_of([item for item in body.input if item.type == "message"], template, param="input")
 
 
 def _constraint(body: ResponsesBody) -> Constraint | None:

@@ -220,11 +220,12 @@ async def test_model_without_a_template_continues_the_prompt(open_site: Any, tok
     assert "no chat template" in refused.json()["detail"]
 
 
-async def test_role_that_the_template_refuses_is_400(open_site: Any) -> None:
-    async with open_site() as site:
-        reply = await site.client.post("/chat", json={"messages": [{"role": "wizard", "content": "x"}]})
+async def test_order_that_the_template_refuses_is_400(open_site: Any) -> None:
+    template = "{% if messages[0].role == 'assistant' %}{{ raise_exception('user first') }}{% endif %}x"
+    async with open_site(template=template) as site:
+        reply = await site.client.post("/chat", json={"messages": [{"role": "assistant", "content": "x"}]})
     assert reply.status_code == 400
-    assert "no role wizard" in reply.json()["detail"]
+    assert "user first" in reply.json()["detail"]
 
 
 async def test_prompt_over_the_context_is_400_not_cut(open_site: Any) -> None:

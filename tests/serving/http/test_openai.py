@@ -178,7 +178,9 @@ async def test_prompt_and_answer_over_the_context_is_400(open_site: Any) -> None
 @pytest.mark.parametrize(
     ("extra", "param"),
     [
-        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"functions": [{"name": "f"}]}, "tools"),
+        ({"functions": [{}]}, "functions[0].name"),
+        ({"functions": [{"name": "f"}], "tools": [{"function": {"name": "f"}}]}, ""),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),

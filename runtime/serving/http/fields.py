@@ -1,0 +1,305 @@
+"""What becomes of fields that clients send for other servers and that no body here carries out.
+
+A field that would change the answer is refused by name, unless its value asks for nothing; one that has no
+effect on the answer is ignored. The names are those of OpenAI's API, vLLM 0.25, llama.cpp's server, TGI and
+transformers' `generate` (KAITO's /chat). A field of a body (schema.py) is carried out, whatever stands
+here. docs/http.md shows the table to users. Knows no JSON. Start at `Treatment`, then `GENERATION`.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+MOST_UNKNOWN = 16
+"""Unknown names of one request that are looked at; the rest is ignored without a look."""
+
+LONGEST_NAME = 64
+NEAR = 0.84
+"""difflib's ratio from which a name is taken for a misspelling: one letter in six."""
+
+
+@dataclass(frozen=True, slots=True)
+class Treatment:
+    """What becomes of one field: `why` it has no effect, or why and when it is refused."""
+
+    why: str
+    effect: bool = False
+    """Whether the field changes the answer: then it is refused."""
+    neutral: tuple[Any, ...] = (False,)
+    """Values that ask for nothing, beside null and what is empty."""
+
+    def refuses(self, value: Any) -> bool:
+        """Return whether a request with this value must be refused."""
+        if not self.effect or value is None or value in ("", [], {}):
+            return False
+        return not any(type(value) in _kinds(one) and value == one for one in self.neutral)
+
+
+Treatments = Mapping[str, Treatment]
+
+
+def _kinds(value: Any) -> tuple[type, ...]:
+    """Return the types that a value may have to be the same as this one: 1 is 1.0 and is not true."""
+    return (int, float) if type(value) in (int, float) else (type(value),)
+
+
+@dataclass(slots=True)
+class UnknownFields:
+    """The unknown names of one request, the first `MOST_UNKNOWN` of them."""
+
+    names: dict[str, None] = field(default_factory=dict)
+
+    def add(self, name: str) -> bool:
+        """Note a name; False when there are so many that this one is not looked at."""
+        if len(self.names) >= MOST_UNKNOWN:
+            return False
+        self.names[re.sub(r"[^A-Za-z0-9_.-]", "?", name[:LONGEST_NAME])] = None
+        return True
+
+
+def refused(treatments: Treatments) -> Iterable[str]:
+    """Return the names that may be refused."""
+    return (name for name, treatment in treatments.items() if treatment.effect)
+
+
+@lru_cache(1024)
+def near_miss(name: str, known: tuple[str, ...]) -> str | None:
+    """Return the known name that `name` is a misspelling of: max_token, maxTokens, temprature."""
+    if len(name) > LONGEST_NAME:
+        return None
+    plain = {_plain(one): one for one in known}
+    if (same := plain.get(_plain(name))) is not None:
+        return same
+    close = difflib.get_close_matches(_plain(name), plain, 1, NEAR)
+    return plain[close[0]] if close else None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _ignored(why: str, *names: str) -> dict[str, Treatment]:
+    return dict.fromkeys(names, Treatment(why))
+
+
+def _refused(why: str, *names: str, neutral: tuple[Any, ...] = (False,)) -> dict[str, Treatment]:
+    return dict.fromkeys(names, Treatment(why, effect=True, neutral=neutral))
+
+
+_BOOKKEEPING = {
+    **_ignored(
+        "it says who asks, and the answer does not depend on it", "user", "safety_identifier", "metadata"
+    ),
+    **_ignored(
+        "nothing is stored", "store", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"
+    ),
+    **_ignored("requests are answered in the order of their arrival", "service_tier", "priority"),
+    **_ignored("send the header x-request-id", "request_id"),
+    **_ignored(
+        "the prefix cache is one, and always used", "cache_salt", "cache_prompt", "id_slot", "n_cache_reuse"
+    ),
+    **_ignored("caches are not moved between servers", "kv_transfer_params"),
+    **_ignored("it speeds an answer up and does not change it", "prediction", "backend_sampling"),
+    **_ignored("text is all that is taken in", "media_io_kwargs", "mm_processor_kwargs"),
+    **_ignored("GET /metrics has times", "timings_per_token", "return_progress"),
+    **_ignored(
+        "a prompt that does not fit is refused, never cut",
+        "truncation",
+        "truncation_side",
+        "n_keep",
+        "n_discard",
+    ),
+}
+
+_SAMPLING = {
+    **_refused("beam search is not offered", "use_beam_search"),
+    **_refused("beam search is not offered", "num_beam_groups", neutral=(1,)),
+    **_ignored("it belongs to beam search", "length_penalty", "early_stopping", "diversity_penalty"),
+    **_refused("this kind of sampling is not offered", "top_a", "top_n_sigma", neutral=(0, -1)),
+    **_refused("this kind of sampling is not offered", "typical_p", "typ_p", "tfs_z", "top_h", neutral=(1,)),
+    **_refused(
+        "this kind of sampling is not offered", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", neutral=(0,)
+    ),
+    **_refused(
+        "this kind of sampling is not offered", "mirostat", "dynatemp_range", "dry_multiplier", neutral=(0,)
+    ),
+    **_refused("this kind of sampling is not offered", "xtc_probability", "min_keep", neutral=(0,)),
+    **_refused("this kind of sampling is not offered", "adaptive_target", neutral=(-1,)),
+    **_refused("samplers are applied in one order", "samplers"),
+    **_ignored("it belongs to a kind of sampling that is not offered", "mirostat_tau", "mirostat_eta"),
+    **_ignored("it belongs to a kind of sampling that is not offered", "dynatemp_exponent", "xtc_threshold"),
+    **_ignored("it belongs to a kind of sampling that is not offered", "dry_base", "dry_allowed_length"),
+    **_ignored(
+        "it belongs to a kind of sampling that is not offered", "dry_penalty_last_n", "dry_sequence_breakers"
+    ),
+    **_ignored("it belongs to a kind of sampling that is not offered", "adaptive_decay"),
+    **_refused("use 'repetition_penalty'", "repeat_penalty", neutral=(1,)),
+    **_ignored("a repetition penalty looks at all tokens", "repeat_last_n"),
+    **_refused("logits are not processed by code of the request", "logits_processors", "vllm_xargs"),
+    **_refused("use 'logit_bias'", "sequence_bias", "bad_words", "bad_words_ids", "allowed_token_ids"),
+    **_refused(
+        "use 'logit_bias'", "suppress_tokens", "begin_suppress_tokens", "force_words_ids", "constraints"
+    ),
+    **_refused("it is not offered", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", neutral=(0,)),
+    **_refused("it is not offered", "encoder_repetition_penalty", "guidance_scale", neutral=(1,)),
+    **_refused("it is not offered", "watermark", "watermarking_config", "token_healing", "dola_layers"),
+    **_refused("it is not offered", "exponential_decay_length_penalty", "repetition_detection"),
+    **_refused("it is not offered", "negative_prompt_ids", "negative_prompt_attention_mask", "prompt_embeds"),
+    **_refused("it is not offered", "forced_bos_token_id", "forced_eos_token_id", "n_indent", neutral=(0,)),
+}
+
+_LENGTH = {
+    **_refused(
+        "use 'max_tokens'", "n_predict", "max_new_tokens", "max_output_tokens", "max_gen_len", neutral=(-1,)
+    ),
+    **_refused("use 'max_tokens'", "max_completion_tokens", "max_tokens", "max_length", neutral=(-1,)),
+    **_refused("use 'min_tokens'", "min_length", "min_new_tokens", neutral=(0,)),
+    **_refused("use 'stop'", "stop_strings", "stop_sequences"),
+    **_refused("use 'stop_token_ids'", "eos_token_id", neutral=()),
+    **_refused("use 'temperature', which is greedy at 0", "do_sample", neutral=()),
+    **_refused("answers end by tokens, not by time", "max_time", "t_max_predict_ms", neutral=(0, -1)),
+    **_refused("a prompt that does not fit is refused, never cut", "truncate_prompt_tokens", "truncate"),
+    **_refused("a prompt that does not fit is refused, never cut", "handle_long_generation"),
+    **_refused("stop strings are never part of an answer", "include_stop_str_in_output"),
+    **_refused("special tokens are never part of an answer", "skip_special_tokens", neutral=(True,)),
+    **_ignored(
+        "special tokens are never part of an answer", "spaces_between_special_tokens", "preserved_tokens"
+    ),
+}
+
+_FORM = {
+    **_refused("use 'response_format' with a json_schema", "json_schema", "structured_outputs"),
+    **_refused("use 'response_format' with a json_schema", "guided_grammar", "grammar", "structural_tag"),
+    **_refused("use 'response_format' with a json_schema", "grammar_lazy", "grammar_triggers"),
+    **_ignored("there is one compiler of forms", "guided_decoding_backend", "guided_whitespace_pattern"),
+}
+
+_TEMPLATE = {
+    **_refused(
+        "a template comes from the model, never from a request", "chat_template", "tool_prompt", "guideline"
+    ),
+    **_refused(
+        "templates are rendered without arguments of the request", "chat_template_kwargs", "documents"
+    ),
+    **_refused("templates are rendered without arguments of the request", "enable_thinking", "thinking"),
+    **_refused("the assistant always begins a new turn", "continue_final_message"),
+    **_refused("the assistant always begins a new turn", "add_generation_prompt", neutral=(True,)),
+    **_refused(
+        "a text gets the tokenizer's opening tokens, a conversation the template's", "add_special_tokens"
+    ),
+    **_refused("send a message of role 'system'", "system", "system_prompt", "instructions"),
+    **_refused("the model decides how long it thinks", "thinking_token_budget", "thinking_budget_tokens"),
+    **_refused("the model decides how long it thinks", "reasoning_budget_tokens", "thinking_forced_open"),
+    **_ignored("the model decides how long it thinks", "reasoning_effort", "reasoning"),
+    **_refused("reasoning stays in the text", "reasoning_in_content", neutral=(True, False)),
+    **_refused("reasoning stays in the text", "reasoning_format", neutral=("none", "auto")),
+    **_refused("the model decides how long it answers", "verbosity", neutral=("medium",)),
+    **_refused("text is all that is taken in", "image_data", "input_extra", "input_prefix", "input_suffix"),
+}
+
+_OUTPUT = {
+    **_refused("text is all that is answered", "audio", "modalities", neutral=(["text"],)),
+    **_refused("no tool is run here", "web_search_options", "moderation"),
+    **_refused("several calls in one answer cannot be prevented", "parallel_tool_calls", neutral=(True,)),
+    **_refused("tools are taken by /v1/chat/completions", "tools", "tool_choice", neutral=("auto", "none")),
+    **_refused("function calls are always found", "parse_tool_calls", neutral=(True,)),
+    **_refused("one answer to a request", "n", "best_of", "n_cmpl", "num_return_sequences", neutral=(0, 1)),
+    **_refused(
+        "it is not offered", "logprobs", "top_logprobs", "prompt_logprobs", "n_probs", neutral=(False, 0)
+    ),
+    **_refused("it is not offered", "post_sampling_probs", "top_n_tokens", neutral=(False, 0)),
+    **_refused("the answer never repeats the prompt", "echo", "return_full_text", "return_prompt_text"),
+    **_refused("token ids are not part of an answer", "return_token_ids", "return_tokens_as_token_ids"),
+    **_refused("token ids are not part of an answer", "return_tokens", "return_token_offsets"),
+    **_refused("token ids are not part of an answer", "return_assistant_tokens_mask", "details"),
+    **_refused("token ids are not part of an answer", "decoder_input_details"),
+    **_refused("an answer has all its fields", "response_fields"),
+    **_refused("choose an adapter by its name as 'model'", "lora", "adapter_id"),
+    **_refused("send 'prompt', or 'messages'", "inputs", "input_data"),
+    **_ignored("streams carry it by themselves, or nothing does", "stream_options", "chat_format"),
+}
+
+_GENERATE = {
+    **_ignored("it does not change the text", "clean_up_tokenization_spaces", "renormalize_logits"),
+    **_ignored(
+        "it does not change the text", "use_cache", "cache_implementation", "cache_config", "low_memory"
+    ),
+    **_ignored(
+        "it does not change the text",
+        "compile_config",
+        "disable_compile",
+        "synced_gpus",
+        "return_legacy_cache",
+    ),
+    **_ignored(
+        "it does not change the text", "remove_invalid_values", "prefill_chunk_size", "transformers_version"
+    ),
+    **_ignored(
+        "the text is all that is answered", "output_attentions", "output_hidden_states", "output_scores"
+    ),
+    **_ignored("the text is all that is answered", "output_logits", "return_dict_in_generate"),
+    **_ignored("the tokenizer has it", "pad_token_id", "bos_token_id", "decoder_start_token_id"),
+    **_ignored(
+        "it speeds an answer up and does not change it",
+        "is_assistant",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold",
+        "assistant_early_exit",
+        "assistant_lookbehind",
+        "target_lookbehind",
+        "prompt_lookup_num_tokens",
+        "max_matching_ngram_size",
+        "use_model_defaults",
+        "continuous_batching_config",
+    ),
+}
+
+GENERATION: Treatments = {
+    **_BOOKKEEPING,
+    **_SAMPLING,
+    **_LENGTH,
+    **_FORM,
+    **_TEMPLATE,
+    **_OUTPUT,
+    **_GENERATE,
+}
+"""For every route that generates; the fields of its body go first."""
+
+COMPLETION: Treatments = {
+    **GENERATION,
+    **_refused("a prompt gets the tokenizer's opening tokens", "add_special_tokens", neutral=(True,)),
+}
+
+RESPONSES: Treatments = {
+    **GENERATION,
+    **_refused("use 'max_output_tokens'", "max_tokens", "max_completion_tokens", "max_new_tokens"),
+    **_refused("nothing is stored", "previous_response_id", "conversation", "background", "prompt"),
+    **_refused("nothing is stored", "background_options", "context_management", "previous_input_messages"),
+    **_refused("it is not offered", "access_programs", "image", "enable_response_messages"),
+    **_refused("tools are taken by /v1/chat/completions", "tools", "tool_choice", neutral=("auto", "none")),
+    **_ignored("there are no tools on this route", "parallel_tool_calls", "max_tool_calls"),
+    **_ignored("an answer has its text and no additions", "include"),
+}
+
+MESSAGE: Treatments = {
+    **_ignored("it is not shown to models", "id", "status", "index", "annotations", "phase", "cache_control"),
+    **_ignored("it is not shown to models", "thinking_blocks", "provider_specific_fields", "citations"),
+    **_ignored("text is all that is taken in", "audio"),
+    **_refused("the assistant always begins a new turn", "prefix"),
+}
+
+PART: Treatments = {
+    **MESSAGE,
+    **_ignored("the part's type says that it is refused", "image_url", "input_audio", "file", "video_url"),
+    **_ignored(
+        "the part's type says that it is refused", "audio_url", "image", "file_id", "file_data", "detail"
+    ),
+    **_ignored("it is not shown to models", "logprobs", "signature", "data", "summary", "content"),
+}
+
+PLAIN: Treatments = {**_ignored("there is one model", "model")}
+"""For routes that do not generate."""
