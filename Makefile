@@ -12,12 +12,12 @@ TORCH_INDEX ?=
 SYSTEM_PACKAGES := gcc libc6-dev curl docker-registry skopeo umoci apache2-utils openssl chromium chromium-driver \
   podman runc catatonit containerd docker.io buildah mmdebstrap containernetworking-plugins iptables iproute2
 
-.PHONY: demo test test-long check format image bench gpu system clean
+.PHONY: demo test test-long clients check format image bench gpu system clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo/demo.py
 
-test: system $(VENV)/.installed-dev
+test: system $(VENV)/.installed-dev clients
 	$(BIN)/python -m pytest
 
 test-long: system $(VENV)/.installed-dev
@@ -31,6 +31,15 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# What tests/clients runs: other people's clients, whose versions must not meet ours.
+clients: $(VENV)/.installed-clients
+
+$(VENV)/.installed-clients: $(VENV)/bin/python tests/clients/requirements.txt tests/clients/package-lock.json
+	$(PYTHON) -m venv $(VENV)/clients
+	$(VENV)/clients/bin/pip install -q --no-deps -r tests/clients/requirements.txt
+	PATH=$(abspath $(VENV)/clients/bin):$$PATH npm ci --silent --no-audit --no-fund --prefix tests/clients
+	touch $@
 
 image:
 	docker/build.sh

@@ -3,10 +3,12 @@
 import json
 import sys
 import time
+from functools import partial
 from typing import Any
 
 from runtime import errors, logs
 from runtime.model_source import ModelSource
+from runtime.serving.engine.protocol import Request
 from runtime.serving.generation_config import SamplingDefaults
 from runtime.serving.http import server
 from runtime.serving.lifecycle import ServedModel
@@ -16,17 +18,22 @@ from tests.serving.conftest import make_tokenizer
 from tests.serving.echo_engine import EchoEngine
 
 
+TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}"
+
+
 def main(options: dict[str, Any]) -> None:
     """Serve as `options` say: config, engine, load_s (how long loading takes), fail (what it ends with),
-    close_s (how long the engine takes to close)."""
+    close_s (how long the engine takes to close), says (it answers with what follows "SAY:")."""
     logs.configure()
 
     def load(config: ServeConfig) -> ServedModel:
         time.sleep(options.get("load_s", 0))
         if "fail" in options:
             raise errors.CapacityError(options["fail"])
-        engine = EchoEngine(**options.get("engine", {}), close_s=options.get("close_s", 0))
         tokenizer = make_tokenizer()
+        tokenizer.chat_template += TOOLS
+        script = partial(said, tokenizer) if options.get("says") else None
+        engine = EchoEngine(**options.get("engine", {}), close_s=options.get("close_s", 0), script=script)
         prompts = PromptTokenizer(
             tokenizer,
             context_tokens=engine.context_tokens,
@@ -43,6 +50,12 @@ def main(options: dict[str, Any]) -> None:
     except errors.Failure as failure:
         sys.stderr.write(f"Error: {failure}\n")
         raise SystemExit(errors.exit_code(failure)) from None
+
+
+def said(tokenizer: Any, request: Request) -> list[int]:
+    """Return the tokens of what follows the last "SAY:" in the prompt, up to the end of its message."""
+    prompt = tokenizer.decode(list(request.prompt_ids))
+    return list(tokenizer.encode(prompt.rpartition("SAY:")[2].partition("<|im_end|>")[0]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,159 @@
+"""The clients that people use, as they are released, against the real HTTP side over a scripted engine.
+
+Each is one program in `programs/` that runs in an environment of its own (`make clients`) and prints what it
+read as JSON. The engine says what follows "SAY:" in the last message.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.serving.conftest import Process
+
+HERE = Path(__file__).parent
+ENVIRONMENT = Path(sys.prefix) / "clients"
+ODD_TEXT = "a\u2028b ünd 😀"
+TOOLS = {"call": ["weather", {"city": "Oslo"}], "answer": "wet"}
+
+pytestmark = [pytest.mark.slow]
+needs_clients = pytest.mark.skipif(
+    not (ENVIRONMENT / "bin/python").exists(), reason="needs the clients' environment: make clients"
+)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Process]:
+    """One server for all clients."""
+    options = {"says": True, "engine": {"rows": 8, "queue": 16, "context_tokens": 4096}}
+    site = Process.start([sys.executable, "-m", "tests.serving.fake_server", json.dumps(options)])
+    try:
+        site.wait_ready()
+        yield site
+    finally:
+        site.close()
+
+
+@pytest.fixture
+def read(server: Process, tmp_path: Path) -> Callable[..., Any]:
+    """Return a function that runs a client's program and returns what it printed."""
+
+    def run(command: str, program: str) -> Any:
+        environ = {
+            "PATH": f"{ENVIRONMENT}/bin:/usr/bin:/bin",
+            "HOME": str(tmp_path),
+            "NO_PROXY": "*",
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # or it asks a server of its makers at import
+        }
+        ran = subprocess.run(
+            [str(ENVIRONMENT / "bin" / command), str(HERE / "programs" / program), server.url],
+            capture_output=True,
+            text=True,
+            env=environ,
+            timeout=240,
+        )
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        return json.loads(ran.stdout.strip().rpartition("\n")[2])
+
+    return run
+
+
+@needs_clients
+def test_openai_for_python(read: Callable[..., Any]) -> None:
+    answers = read("python", "openai_python.py")
+    errors = answers.pop("errors")
+    assert answers == {
+        "models": ["base"],
+        "chat": "ok",
+        "responses": "ok",
+        "completion": "ok",
+        "stream": {"text": ODD_TEXT, "usage": True},
+        "parsed": {"name": "Oslo", "people": 700000},
+        "tools": {"finish": "tool_calls", **TOOLS},
+    }
+    assert errors["model"][:2] == ["NotFoundError", "model_not_found"]
+    assert errors["context"][:2] == ["BadRequestError", "context_length_exceeded"]
+    assert errors["field"][0] == "BadRequestError"
+    assert errors["field"][2] == "temperature"
+
+
+@needs_clients
+def test_openai_for_node(read: Callable[..., Any]) -> None:
+    answers = read("node", "openai_node.mjs")
+    errors = answers.pop("errors")
+    assert answers == {
+        "models": ["base"],
+        "chat": "ok",
+        "responses": "ok",
+        "stream": {"text": ODD_TEXT, "usage": True},
+        "tools": {"finish": "tool_calls", **TOOLS},
+    }
+    assert errors["model"][:2] == ["NotFoundError", "model_not_found"]
+    assert errors["context"][:2] == ["BadRequestError", "context_length_exceeded"]
+    assert errors["field"][2] == "temperature"
+
+
+@needs_clients
+def test_langchain(read: Callable[..., Any]) -> None:
+    city = {"name": "Oslo", "people": 700000}
+    assert read("python", "langchain_python.py") == {
+        "chat": "ok",
+        "stream": {"text": ODD_TEXT},
+        "tools": TOOLS,
+        "json_schema": city,
+        "function_calling": city,
+    }
+
+
+@needs_clients
+def test_litellm(read: Callable[..., Any]) -> None:
+    assert read("python", "litellm_python.py") == {
+        "chat": "ok",
+        "stream": {"text": ODD_TEXT},
+        "tools": {"finish": "tool_calls", **TOOLS},
+        "errors": {"model": "NotFoundError", "context": "ContextWindowExceededError"},
+    }
+
+
+@needs_clients
+def test_llm_command(server: Process, tmp_path: Path) -> None:
+    (tmp_path / "extra-openai-models.yaml").write_text(
+        f"- model_id: ours\n  model_name: base\n  api_base: {server.url}/v1\n  supports_schema: true\n  supports_tools: true\n"
+    )
+    environ = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "LLM_USER_PATH": str(tmp_path),
+        "NO_PROXY": "*",
+    }
+
+    def llm(*words: str) -> str:
+        command = [str(ENVIRONMENT / "bin/llm"), *words]
+        ran = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=240)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        return ran.stdout.strip()
+
+    assert llm("-m", "ours", "SAY:ok") == "ok"
+    assert llm("-c", "SAY:and on") == "and on"
+    said = '{"name": "Oslo", "people": 7}'
+    assert json.loads(llm("-m", "ours", "--schema", "name, people int", "SAY:" + said))["people"] == 7
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="needs a JDK")
+def test_javas_default_client(server: Process) -> None:
+    ran = subprocess.run(
+        ["java", str(HERE / "programs/Chat.java"), server.url],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_PROXY": "*"},
+        timeout=120,
+    )
+    status, _, body = ran.stdout.partition(" ")
+    assert status == "200", ran.stdout + ran.stderr
+    assert json.loads(body)["choices"][0]["message"]["content"] == "ok"
