@@ -17,7 +17,6 @@ from runtime.serving.tokenizer import PromptTokenizer
 from tests.serving.conftest import make_tokenizer
 from tests.serving.echo_engine import EchoEngine
 
-
 TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}"
 
 

@@ -29,6 +29,10 @@ def user(text: str) -> dict:
     return {"role": "user", "content": text}
 
 
+def ask(messages: list, **more) -> openai.types.chat.chat_completion.Choice:
+    return client.chat.completions.create(model="base", messages=messages, **more).choices[0]
+
+
 def streamed() -> dict:
     with client.chat.completions.create(
         model="base",
