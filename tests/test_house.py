@@ -80,7 +80,6 @@ MOST_FUNCTION_LINES = 40
 CROSS_CUTTING = {
     "tests/attacks": None,
     "tests": {"test_house", "test_readme", "test_docs", "test_demo", "test_bench_gpu"},
-    "tests/attacks": None,
     "tests/clients": None,
     "tests/contract": None,
     "tests/oci": {"test_engines", "test_eviction", "test_faults"},
