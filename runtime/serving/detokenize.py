@@ -5,7 +5,8 @@ may become a stop string (which may span tokens too, and is never sent). Knows i
 engines or HTTP. Start at `TextStream.push`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -15,6 +16,10 @@ TAIL_TOKENS = 6
 """Prompt tokens decoded before the answer's first one, so that its leading space survives."""
 PENDING_TOKENS = 8
 """No character needs more tokens than this: what is still unfinished then is noise, and is returned."""
+BEGUN_TOKENS = 3
+"""The last tokens of noise, with which a character may begin: it has four bytes at most."""
+FIRST_MARK = 0xD800
+"""Half a surrogate pair, which no text and no stop string can hold, stands for a special token."""
 
 
 class Detokenizer:
@@ -33,26 +38,52 @@ class Detokenizer:
     def push(self, token: int) -> str:
         """Return the text that `token` completes, "" when it ends within a character."""
         self._window.append(token)
-        text = self._new_text()
-        pending = len(self._window) - self._shown
-        if not text or (text.endswith(UNFINISHED) and pending < PENDING_TOKENS):
-            return ""
-        self._advance()
+        end = len(self._window)
+        text = self._new_text(end)
+        if not text or text.endswith(UNFINISHED):
+            if end - self._shown < PENDING_TOKENS:
+                return ""
+            # the last tokens may begin a character: where least is unfinished, none is cut in two
+            ends = range(end - BEGUN_TOKENS, end + 1)
+            text, end = min(((self._new_text(at), at) for at in ends), key=_unfinished)
+        self._advance(end)
         return text
 
     def flush(self) -> str:
         """Return the rest at the end of the answer, an unfinished character as U+FFFD."""
-        text = self._new_text()
-        self._advance()
+        text = self._new_text(len(self._window))
+        self._advance(len(self._window))
         return text
 
-    def _new_text(self) -> str:
+    def _new_text(self, end: int) -> str:
         before = self._decode(self._window[: self._shown])
-        return self._decode(self._window)[len(before) :]
+        text = self._decode(self._window[:end])
+        if text.startswith(before):
+            return text[len(before) :]
+        # with byte fallback, one byte that is no UTF-8 undoes all characters of the bytes before it
+        return self._decode(self._window[self._shown : end])
 
-    def _advance(self) -> None:
-        self._window = self._window[self._shown :] or self._window
-        self._shown = len(self._window)
+    def _advance(self, end: int) -> None:
+        if end > self._shown:
+            self._window, self._shown = self._window[self._shown :], end - self._shown
+
+
+def _unfinished(cut: tuple[str, int]) -> int:
+    return cut[0].count(UNFINISHED)
+
+
+@dataclass(frozen=True, slots=True)
+class StopRules:
+    """Which text ends an answer."""
+
+    strings: Sequence[str] = ()
+    """Empty ones are ignored."""
+    included: bool = False
+    """Whether the stop string is part of the answer."""
+    min_tokens: int = 0
+    """A stop string that ends within so many tokens does not end the answer."""
+    special: Mapping[str, int] = field(default_factory=dict)
+    """Special tokens in `strings` that the text leaves out, with their ids: they are met as tokens."""
 
 
 class StopScanner:
@@ -61,19 +92,26 @@ class StopScanner:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
-        self.after = ""
-        """What followed the stop string in the chunk that completed it."""
+        self._ignored = 0  # characters of what is held in which no stop string may end
+        self.found = self.after = ""
+        """The stop string that was met, and what followed it in the chunk that completed it."""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """Return the text that is safe to send, and whether a stop string ends the answer there."""
+    def push(self, text: str, *, counts: bool = True) -> tuple[str, bool]:
+        """Return the text that is safe to send, and whether a stop string ends the answer there.
+
+        A stop string that ends in text that does not count is none.
+        """
         text = self._held + text
-        matches = [(text.find(stop), len(stop)) for stop in self._stops if stop in text]
+        ignored = self._ignored if counts else len(text)
+        places = [(text.find(stop, max(0, ignored + 1 - len(stop))), stop) for stop in self._stops]
+        matches = [(start, len(stop), stop) for start, stop in places if start >= 0]
         if matches:
-            start, length = min(matches)
+            start, length, self.found = min(matches)
             self._held, self.after = "", text[start + length :]
             return text[:start], True
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
+        self._ignored = max(0, ignored - (len(text) - keep))
         return text[: len(text) - keep], False
 
     def flush(self) -> str:
@@ -93,15 +131,41 @@ def _overlap(text: str, stop: str) -> int:
 class TextStream:
     """Turns one answer's tokens into text: `push` each, then `finish`."""
 
-    def __init__(self, decode: Decode, *, stops: Sequence[str] = (), tail: Sequence[int] = ()) -> None:
+    def __init__(self, decode: Decode, *, stops: StopRules | None = None, tail: Sequence[int] = ()) -> None:
         self._detokenizer = Detokenizer(decode, tail)
-        self._scanner = StopScanner(stops)
+        self._rules = rules = stops or StopRules()
+        marks = {text: chr(FIRST_MARK + n) for n, text in enumerate(rules.special)}
+        self._marks = {rules.special[text]: mark for text, mark in marks.items()}
+        self._unmarked = str.maketrans(dict.fromkeys(marks.values(), ""))
+        self._strings = {_marked(stop, marks): stop for stop in rules.strings}
+        self._scanner = StopScanner(tuple(self._strings))
+        self._tokens = 0
+        self.decoded = ""
+        """The text that the last token completed, stop strings among it."""
 
     def push(self, token: int) -> tuple[str, bool]:
         """Return the text to send after `token`, and whether a stop string was met."""
-        return self._scanner.push(self._detokenizer.push(token))
+        self._tokens += 1
+        self.decoded = self._detokenizer.push(token)
+        return self._scan(self.decoded + self._marks.get(token, "") if self._marks else self.decoded)
 
     def finish(self) -> tuple[str, bool]:
         """Return the text still to send, and whether a stop string was met in it."""
-        text, met = self._scanner.push(self._detokenizer.flush())
-        return (text, True) if met else (text + self._scanner.flush(), False)
+        self.decoded = self._detokenizer.flush()
+        text, met = self._scan(self.decoded)
+        return (text, True) if met else (text + self._sent(self._scanner.flush()), False)
+
+    def _scan(self, text: str) -> tuple[str, bool]:
+        text, met = self._scanner.push(text, counts=self._tokens > self._rules.min_tokens)
+        text = self._sent(text)
+        return text + self._strings[self._scanner.found] if met and self._rules.included else text, met
+
+    def _sent(self, text: str) -> str:
+        return text.translate(self._unmarked) if self._marks else text
+
+
+def _marked(stop: str, marks: Mapping[str, str]) -> str:
+    """Return a stop string with its special tokens, the longest first, replaced by their marks."""
+    for text in sorted(marks, key=len, reverse=True):
+        stop = stop.replace(text, marks[text])
+    return stop

@@ -16,13 +16,27 @@ from typing import Literal
 
 from runtime.errors import DeadlineError, UnavailableError, UnknownModelError
 from runtime.metrics import ServingMetrics
-from runtime.serving.detokenize import TAIL_TOKENS, TextStream
+from runtime.serving.detokenize import TAIL_TOKENS, StopRules, TextStream
 from runtime.serving.engine.protocol import Request, Sampling, Token
 from runtime.serving.lifecycle import Lifecycle, ServedModel
+from runtime.serving.token_bytes import AnswerToken, AnswerTokens
+from runtime.serving.tokenizer import PromptTokenizer
 
 log = logging.getLogger(__name__)
 
 TextFinish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextRules:
+    """What becomes text, and which text ends the answer."""
+
+    stops: tuple[str, ...] = ()
+    """Strings that end the answer, once it has the tokens that it must have."""
+    includes_stop: bool = False
+    """The stop string is part of the answer."""
+    shows_special: bool = False
+    """Special tokens are part of the text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +45,7 @@ class GenerationRequest:
 
     prompt_ids: tuple[int, ...]
     sampling: Sampling
-    stops: tuple[str, ...] = ()
-    """Strings that end the answer; they are not part of it."""
+    text: TextRules = TextRules()
     adapter: str | None = None
     request_id: str = ""
     continues_prompt: bool = False
@@ -41,10 +54,11 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TextChunk:
-    """Text to send, and the tokens that it was decoded from; the last chunk says how the answer ended."""
+    """Text to send; the last chunk says how the answer ended."""
 
     text: str
-    tokens: tuple[Token, ...] = ()
+    tokens: tuple[AnswerToken, ...] = ()
+    """The tokens whose text ends in this chunk, where the request wants their log probabilities."""
     finish: TextFinish | None = None
 
 
@@ -53,7 +67,7 @@ class GeneratedText:
     """A complete answer."""
 
     text: str = ""
-    tokens: list[Token] = field(default_factory=list)
+    tokens: list[AnswerToken] = field(default_factory=list)
     finish: TextFinish = "stop"
 
 
@@ -76,8 +90,7 @@ class Generation:
             Request(request.prompt_ids, request.sampling, adapter=request.adapter, id=request.request_id)
         )
         self._mark_running = self._stack.enter_context(metrics.adapter(request.adapter))
-        tail = request.prompt_ids[-TAIL_TOKENS:] if request.continues_prompt else ()
-        self._text = TextStream(served.tokenizer.decode, stops=request.stops, tail=tail)
+        self._text, self._answer_tokens = _texts(served.tokenizer, request)
         metrics.admitted(len(request.prompt_ids))
 
     async def chunks(self) -> AsyncIterator[TextChunk]:
@@ -85,7 +98,6 @@ class Generation:
 
         Raises DeadlineError, UnavailableError when the server shuts down, or the engine's own failure.
         """
-        pending: list[Token] = []  # tokens whose text is not sent yet
         last_at = self._arrived
         async for token in self._tokens_until_deadline():
             if token.start is not None:
@@ -96,19 +108,26 @@ class Generation:
                 if token.finish_reason == "cancelled":
                     raise UnavailableError("the server is shutting down and cancelled this answer")
                 text, stopped = self._text.finish()
+                tokens = self._sent(None, text, stopped=stopped)
                 stopped = stopped or token.finish_reason == "stop"
-                yield self._last_chunk(text, pending, "stop" if stopped else "length")
+                yield self._last_chunk(text, tokens, "stop" if stopped else "length")
                 return
             last_at = self._record_token(last_at)
-            pending.append(token)
             text, stopped = self._text.push(token.id)
+            tokens = self._sent(token, text, stopped=stopped)
             if stopped:
-                yield self._last_chunk(text, pending, "stop")
+                yield self._last_chunk(text, tokens, "stop")
                 return
             if text:
-                yield TextChunk(text, tuple(pending))
-                pending = []
+                yield TextChunk(text, tokens)
         raise UnavailableError("the engine ended this answer without a reason")
+
+    def _sent(self, token: Token | None, text: str, *, stopped: bool) -> tuple[AnswerToken, ...]:
+        """Return the tokens that `text` completes, where they are wanted."""
+        if self._answer_tokens is None:
+            return ()
+        tokens = self._answer_tokens.push(token, self._text.decoded, sent=len(text))
+        return tokens + self._answer_tokens.cut() if stopped else tokens
 
     async def complete(self) -> GeneratedText:
         """Return the answer once it is complete."""
@@ -148,7 +167,7 @@ class Generation:
         self.new_tokens += 1
         return now
 
-    def _last_chunk(self, text: str, tokens: Sequence[Token], finish: TextFinish) -> TextChunk:
+    def _last_chunk(self, text: str, tokens: tuple[AnswerToken, ...], finish: TextFinish) -> TextChunk:
         seconds = time.monotonic() - self._arrived
         self._metrics.finished(finish, seconds=seconds, tokens=self.new_tokens)
         log.info(
@@ -169,7 +188,25 @@ class Generation:
                 }
             },
         )
-        return TextChunk(text, tuple(tokens), finish)
+        return TextChunk(text, tokens, finish)
+
+
+def _texts(tokenizer: PromptTokenizer, request: GenerationRequest) -> tuple[TextStream, AnswerTokens | None]:
+    """Return what makes text of an answer's tokens, and what says which token is which part of it."""
+    wanted = request.text
+    rules = StopRules(
+        wanted.stops,
+        included=wanted.includes_stop,
+        min_tokens=request.sampling.min_new_tokens,
+        special={} if wanted.shows_special else tokenizer.special_within(wanted.stops),
+    )
+    tail = request.prompt_ids[-TAIL_TOKENS:] if request.continues_prompt else ()
+    decode = tokenizer.decode_verbatim if wanted.shows_special else tokenizer.decode
+    tokens = None
+    if request.sampling.top_logprobs is not None:
+        left_out = () if wanted.shows_special else tokenizer.special.values()
+        tokens = AnswerTokens(tokenizer.token_bytes, frozenset(left_out))
+    return TextStream(decode, stops=rules, tail=tail), tokens
 
 
 class GenerationGroup:

@@ -15,6 +15,7 @@ from runtime.errors import RequestError, one_line
 from runtime.serving.engine.protocol import Constraint, Sampling
 from runtime.serving.generation_config import SamplingDefaults
 from runtime.serving.structured_output.compiler import GrammarCompiler
+from runtime.serving.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +45,9 @@ class PromptTokenizer:
         self._tokenizer = tokenizer
         self._vocabulary = len(tokenizer)
         added = tokenizer.added_tokens_decoder
-        self._special = {str(token): number for number, token in added.items() if token.special}
+        self.special = {str(token): number for number, token in added.items() if token.special}
+        """The special tokens, which `decode` leaves out, with their ids."""
+        self.token_bytes = TokenBytes(tokenizer)
         self._grammars = GrammarCompiler(tokenizer, stop_ids)
         # One thread: long prompts do not block the event loop, and the tokenizer is never entered twice.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
@@ -110,8 +113,7 @@ class PromptTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def decode_verbatim(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids` with special tokens; RequestError for an unknown id."""
-        self.check_ids(ids, "tokens")
+        """Return the text of `ids` with special tokens."""
         return str(self._tokenizer.decode(list(ids)))
 
     def token_text(self, token: int) -> str:
@@ -130,9 +132,15 @@ class PromptTokenizer:
         # a space that is a token of its own leaves the word as it is spelled without one
         return [first] if spaced[-len(first) :] == first else [first, spaced]
 
+    def special_within(self, texts: Sequence[str]) -> dict[str, int]:
+        """Return the special tokens that occur in `texts`, with their ids."""
+        if not texts:
+            return {}
+        return {text: number for text, number in self.special.items() if any(text in each for each in texts)}
+
     def special_ids(self, texts: Sequence[str]) -> list[int]:
         """Return the ids of those `texts` that are special tokens."""
-        return [self._special[text] for text in texts if text in self._special]
+        return [self.special[text] for text in texts if text in self.special]
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         """Raise RequestError, naming the field `param`, when an id is not in the vocabulary."""

@@ -66,6 +66,26 @@ def make_tokenizer() -> Any:
     return made
 
 
+def make_sentencepiece(*, strips: bool) -> Any:
+    """A tokenizer with byte fallback, as those of Llama 2 and Phi-3 (`strips`: no first space) and Gemma."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "<s>", "</s>", "<|user|>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += [*"▁abdehinoqrstuwx.\n", "an", "is", "the", "wor", "word", "▁is", "▁the", "▁word"]
+    merges = [("a", "n"), ("i", "s"), ("t", "h"), ("th", "e"), ("w", "o"), ("wo", "r"), ("wor", "d")]
+    merges += [("▁", "is"), ("▁", "the"), ("▁", "word")]
+    vocabulary = {piece: n for n, piece in enumerate(dict.fromkeys([*pieces, "th", "wo"]))}
+    core = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    prepend = [normalizers.Prepend("▁")] if strips else []
+    core.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if strips else []
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    core.decoder = decoders.Sequence(parts)
+    core.add_special_tokens(["<s>", "</s>", "<|user|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+
+
 @dataclass
 class Site:
     """One app and what it was made of."""

@@ -1,12 +1,21 @@
 """Text is complete: no half characters, no stop strings, nothing lost."""
 
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.serving.detokenize import Detokenizer, StopScanner, TextStream
+from runtime.serving.detokenize import Detokenizer, StopRules, StopScanner, TextStream
+from tests.serving.conftest import make_sentencepiece, make_tokenizer
+
+KINDS = {
+    "byte level": make_tokenizer,
+    "sentencepiece": lambda: make_sentencepiece(strips=False),
+    "sentencepiece without the first space": lambda: make_sentencepiece(strips=True),
+}
+NOISE = re.compile("\ufffd+")
 
 TEXTS = [
     "plain words",
@@ -107,6 +116,109 @@ def test_stop_string_is_found_however_the_text_is_cut(text: str, stop: str, size
 
 
 def test_stop_string_in_the_last_unfinished_text_is_met(tokenizer: Any) -> None:
-    stream = TextStream(tokenizer.decode, stops=["\ufffd"])
+    stream = TextStream(tokenizer.decode, stops=StopRules(["\ufffd"]))
     stream.push(tokenizer.encode("🦜")[0])
     assert stream.finish() == ("", True)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Any:
+    """A tokenizer of each kind."""
+    return KINDS[request.param]()
+
+
+def shown(tokenizer: Any, ids: list[int], **options: Any) -> str:
+    stream = TextStream(lambda each: str(tokenizer.decode(list(each), skip_special_tokens=True)), **options)
+    text = ""
+    for token in ids:
+        more, met = stream.push(token)
+        text += more
+        if met:
+            return text
+    return text + stream.finish()[0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(alphabet="the word is an日é🦜🇩\u200d\ufffd \n\x00", max_size=30))
+def test_any_text_survives_in_every_kind_of_tokenizer(kind: Any, text: str) -> None:
+    ids = kind.encode(text, add_special_tokens=False)
+    assert shown(kind, ids) == kind.decode(ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(st.text(alphabet="the日é🦜 ", max_size=5), max_size=5))
+def test_bytes_that_are_no_utf8_undo_no_character_before_them(kind: Any, texts: list[str]) -> None:
+    """Byte fallback makes U+FFFD of all bytes in a row, once it has one among them that is no UTF-8."""
+    broken = kind.convert_tokens_to_ids("<0xF3>" if "<0xF3>" in kind.get_vocab() else "ó")
+    texts = [f"a{text}" for text in texts]
+    encoded = [kind.encode(text, add_special_tokens=False) for text in texts]
+    first_space = [kind.decode(ids[:1]) == "" for ids in encoded]
+    expected = "".join(
+        " " * (space and n > 0) + text + "\ufffd"
+        for n, (text, space) in enumerate(zip(texts, first_space, strict=True))
+    )
+    assert NOISE.sub("?", shown(kind, [id_ for ids in encoded for id_ in (*ids, broken)])) == NOISE.sub(
+        "?", expected
+    )
+
+
+def test_many_special_tokens_are_not_kept(tokenizer: Any) -> None:
+    lengths: list[int] = []
+
+    def decode(ids: Any) -> str:
+        lengths.append(len(ids))
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    stream = Detokenizer(decode)
+    text = "".join(stream.push(token) for token in [1] * 100 + tokenizer.encode("a word"))
+    assert text + stream.flush() == "a word"
+    assert max(lengths) < 20
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    pieces=st.lists(st.text(alphabet="ab", max_size=3), max_size=10),
+    stop=st.text(alphabet="ab", min_size=1, max_size=4),
+    least=st.integers(0, 6),
+)
+def test_a_stop_string_that_ends_too_early_ends_nothing(pieces: list[str], stop: str, least: int) -> None:
+    stream = TextStream(
+        lambda ids: "".join(pieces[n] for n in ids), stops=StopRules([stop], min_tokens=least)
+    )
+    text, met = "", False
+    for n in range(len(pieces)):
+        more, met = stream.push(n)
+        text += more
+        if met:
+            break
+    if not met:
+        more, met = stream.finish()
+        text += more
+    whole, early = "".join(pieces), len("".join(pieces[:least]))
+    ends = [at for at in range(len(whole)) if whole.startswith(stop, at) and at + len(stop) > early]
+    assert met == bool(ends)
+    assert text == (whole[: ends[0]] if ends else whole)
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "expected"),
+    [
+        ("<|im_start|>user", "well\n<|im_start|>user\nand", "well\n"),
+        ("\n<|im_start|>", "well\n<|im_start|>user", "well"),
+        ("<|im_start|>user", "well<|im_start|>system", "wellsystem"),
+        ("<|im_start|>user", "user<|im_start|>us", "userus"),
+        ("<|im_start|><|endoftext|>", "a<|im_start|>b<|im_start|><|endoftext|>c", "ab"),
+        ("ab", "a<|im_start|>b", ""),
+    ],
+)
+def test_a_stop_string_may_hold_special_tokens(tokenizer: Any, stop: str, text: str, expected: str) -> None:
+    known = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
+    rules = StopRules([stop, ""], special={name: id_ for name, id_ in known.items() if name in stop})
+    assert shown(tokenizer, tokenizer.encode(text), stops=rules) == expected
+
+
+def test_an_included_stop_string_is_shown_to_its_end(tokenizer: Any) -> None:
+    ids = tokenizer.encode("one\n<|im_start|>user two")
+    rules = StopRules(["\n<|im_start|>us"], included=True, special={"<|im_start|>": 1})
+    assert shown(tokenizer, ids, stops=rules) == "one\n<|im_start|>us"
+    assert shown(tokenizer, tokenizer.encode("abcd"), stops=StopRules(["bc"], included=True)) == "abc"

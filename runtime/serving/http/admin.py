@@ -106,7 +106,9 @@ def _add_tokenizer_routes(routes: APIRouter, generator: Generator) -> None:
 
     @routes.post("/detokenize", summary="The text of token ids", response_model=None)
     async def detokenize(body: DetokenizeBody) -> Response:
-        return JSONResponse({"prompt": generator.served().tokenizer.decode_verbatim(body.tokens)})
+        tokenizer = generator.served().tokenizer
+        tokenizer.check_ids(body.tokens, "tokens")
+        return JSONResponse({"prompt": tokenizer.decode_verbatim(body.tokens)})
 
 
 def _add_adapter_routes(routes: APIRouter, generator: Generator, loader: AdapterLoader | None) -> None:

@@ -65,7 +65,7 @@ async def _generation_request(generator: Generator, body: ChatBody, request_id: 
     return GenerationRequest(
         ids,
         await tokenizer.constrained(sampling, parameters.constraint(fields)),
-        stops=fields.stops(),
+        text=parameters.text_rules(fields),
         adapter=adapter,
         request_id=request_id,
         continues_prompt=continues_prompt,

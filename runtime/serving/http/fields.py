@@ -282,7 +282,6 @@ RESPONSES: Treatments = {
     **_refused("it is not offered", "access_programs", "image", "enable_response_messages"),
     **_refused("tools are taken by /v1/chat/completions", "tools", "tool_choice", neutral=("auto", "none")),
     **_ignored("there are no tools on this route", "parallel_tool_calls", "max_tool_calls"),
-    **_ignored("an answer has its text and no additions", "include"),
 }
 
 MESSAGE: Treatments = {

@@ -13,10 +13,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
-from runtime.serving.engine.protocol import Constraint, Token
+from runtime.serving.engine.protocol import Constraint
 from runtime.serving.generation import GeneratedText, GenerationGroup, GenerationRequest, Generator, TextChunk
 from runtime.serving.http import parameters
 from runtime.serving.http.body import BodyRoute
+from runtime.serving.http.logprobs import Logprobs
 from runtime.serving.http.messages import turns_of
 from runtime.serving.http.schema import (
     MAX_CHOICES,
@@ -28,6 +29,7 @@ from runtime.serving.http.schema import (
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
 from runtime.serving.lifecycle import ServedModel
 from runtime.serving.structured_output.constraints import function_call
+from runtime.serving.token_bytes import AnswerToken
 from runtime.serving.tokenizer import PromptTokenizer
 from runtime.serving.tool_calls import PARSERS, Call, ToolStream, split
 
@@ -85,24 +87,8 @@ class ChatFormat:
             for delta, logprobs, reason in deltas
         ]
 
-    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        if not self.logprobs:
-            return None
-        content = [
-            {
-                **self._token(token.id, token.logprob),
-                "top_logprobs": [self._token(other, logprob) for other, logprob in token.top],
-            }
-            for token in tokens
-            if token.id is not None
-        ]
-        return {"content": content, "refusal": None}
-
-    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self.tokenizer.token_text(token)
-        # Part of a character has no text of its own; OpenAI's `bytes` is null where it is not known.
-        known = list(text.encode()) if "\ufffd" not in text else None
-        return {"token": text, "logprob": finite(logprob), "bytes": known}
+    def _logprobs(self, tokens: Sequence[AnswerToken]) -> dict[str, Any] | None:
+        return {"content": Logprobs(self.tokenizer).chat(tokens), "refusal": None} if self.logprobs else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,24 +120,8 @@ class CompletionFormat:
         logprobs = self._logprobs(chunk.tokens) if chunk.tokens else None
         return [{"index": index, "text": chunk.text, "logprobs": logprobs, "finish_reason": chunk.finish}]
 
-    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        if self.logprobs is None:
-            return None
-        texts = [self.tokenizer.token_text(token.id) for token in tokens if token.id is not None]
-        offsets = [sum(map(len, texts[:i])) for i in range(len(texts))]
-        return {
-            "tokens": texts,
-            "token_logprobs": [finite(token.logprob) for token in tokens],
-            "top_logprobs": [
-                {self.tokenizer.token_text(i): finite(p) for i, p in token.top} for token in tokens
-            ],
-            "text_offset": offsets,
-        }
-
-
-def finite(logprob: float | None) -> float:
-    """Return a log probability that JSON can hold; -9999 stands for impossible, as it does at OpenAI."""
-    return max(logprob, -9999.0) if logprob is not None else -9999.0
+    def _logprobs(self, tokens: Sequence[AnswerToken]) -> dict[str, Any] | None:
+        return Logprobs(self.tokenizer).completion(tokens) if self.logprobs is not None else None
 
 
 def router(generator: Generator) -> APIRouter:
@@ -226,7 +196,7 @@ async def _chat_request(generator: Generator, body: ChatCompletionBody, request_
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     sampling = await tokenizer.constrained(sampling, parameters.constraint(body) or _forced_call(body))
-    return GenerationRequest(ids, sampling, body.stops(), adapter, request_id)
+    return GenerationRequest(ids, sampling, parameters.text_rules(body), adapter, request_id)
 
 
 def _check_tools(served: ServedModel) -> None:
@@ -276,7 +246,7 @@ async def _completion_requests(
     if body.echo and body.logprobs is not None:
         raise RequestError("'logprobs' of the prompt ('echo') are not supported here", param="logprobs")
     adapter = generator.adapter_for(body.model)
-    constraint = parameters.constraint(body)
+    constraint, text_rules = parameters.constraint(body), parameters.text_rules(body)
     length = parameters.AnswerLength(body.max_tokens)
     tokenizer = generator.served().tokenizer
     requests, echoes = [], []
@@ -293,9 +263,8 @@ async def _completion_requests(
             top_logprobs=body.logprobs,
         )
         sampling = await tokenizer.constrained(sampling, constraint)
-        requests.append(
-            GenerationRequest(ids, sampling, body.stops(), adapter, request_id, continues_prompt=True)
-        )
+        request = GenerationRequest(ids, sampling, text_rules, adapter, request_id, continues_prompt=True)
+        requests.append(request)
         text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
         echoes += [text if body.echo else ""] * body.n
     if len(echoes) > MAX_CHOICES:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 from runtime.errors import RequestError
 from runtime.serving.engine.protocol import Constraint, Sampling
+from runtime.serving.generation import TextRules
 from runtime.serving.generation_config import SamplingDefaults
 from runtime.serving.http.schema import SamplingFields
 from runtime.serving.structured_output.constraints import json_object, one_of
@@ -91,6 +92,15 @@ async def _bad_words_ids(body: SamplingFields, tokenizer: PromptTokenizer) -> Se
     if body.bad_words and body.bad_words_ids:
         raise RequestError("'bad_words' and 'bad_words_ids' exclude each other", param="bad_words_ids")
     return await tokenizer.spellings(body.bad_words) if body.bad_words else body.bad_words_ids or ()
+
+
+def text_rules(body: SamplingFields) -> TextRules:
+    """Return what `body` says about the answer's text."""
+    return TextRules(
+        body.stops(),
+        includes_stop=body.include_stop_str_in_output,
+        shows_special=not body.skip_special_tokens,
+    )
 
 
 def _temperature(body: SamplingFields, defaults: SamplingDefaults, sample: bool | None) -> float:

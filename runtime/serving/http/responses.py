@@ -5,7 +5,7 @@ Knows that route's JSON and events; what generation is, runtime/serving/generati
 """
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -17,11 +17,16 @@ from runtime.serving.engine.protocol import Constraint
 from runtime.serving.generation import GenerationGroup, GenerationRequest, Generator
 from runtime.serving.http import fields, parameters
 from runtime.serving.http.body import BodyRoute
-from runtime.serving.http.body_types import Body, Flag, Metadata, Name, Text, TokenCount, by_kind
+from runtime.serving.http.body_types import Body, Flag, Integer, Metadata, Name, Text, TokenCount, by_kind
+from runtime.serving.http.logprobs import Logprobs
 from runtime.serving.http.messages import MOST_MESSAGES, Message, turns_of
-from runtime.serving.http.schema import SamplingFields
+from runtime.serving.http.schema import MAX_LOGPROBS, SamplingFields
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
 from runtime.serving.structured_output.constraints import json_object
+
+LOGPROBS = "message.output_text.logprobs"
+Entries = Sequence[dict[str, Any]]
+"""Log probabilities of the answer's tokens, one entry a token."""
 
 
 class Item(Message):
@@ -65,6 +70,10 @@ class ResponsesBody(SamplingFields):
     stream: Flag = False
     text: TextFormat | None = None
     """What the answer must be: text, json_object or json_schema."""
+    include: Annotated[list[Name], Field(max_length=16, fail_fast=True)] | None = None
+    """`message.output_text.logprobs` reports log probabilities; of nothing else there is more to include."""
+    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    """Alternatives reported per token, with that."""
     metadata: Metadata | None = None
     """Sent back with the answer."""
 
@@ -79,7 +88,8 @@ def router(generator: Generator) -> APIRouter:
         generation_request = await _generation_request(generator, body, request_id)
         group = generator.start([generation_request])
         model = generation_request.adapter or generator.served().name
-        json_format = _ResponseFormat(body, generation_request, model, group)
+        logprobs = Logprobs(generator.served().tokenizer)
+        json_format = _ResponseFormat(body, generation_request, model, group=group, logprobs=logprobs)
         if body.stream:
             events = _events(group, json_format)
             return EventStream(events, close=group.close, request_id=request_id, named=True)
@@ -87,7 +97,8 @@ def router(generator: Generator) -> APIRouter:
             (answer,) = await unless_gone(request, group.complete(), request_id=request_id)
         finally:
             group.close()
-        return JSONResponse(json_format.response(answer.text, answer.finish))
+        logged = json_format.logprobs.chat(answer.tokens)
+        return JSONResponse(json_format.response(answer.text, answer.finish, logged))
 
     return routes
 
@@ -103,9 +114,19 @@ async def _generation_request(
         body,
         tokenizer,
         max_new_tokens=parameters.max_new_tokens(length, tokenizer, prompt_tokens=len(ids)),
+        top_logprobs=_top_logprobs(body),
     )
     sampling = await tokenizer.constrained(sampling, _constraint(body))
-    return GenerationRequest(ids, sampling, body.stops(), adapter, request_id)
+    return GenerationRequest(ids, sampling, parameters.text_rules(body), adapter, request_id)
+
+
+def _top_logprobs(body: ResponsesBody) -> int | None:
+    """Return how many alternatives to report per token, None for no log probabilities at all."""
+    if body.include is not None and LOGPROBS in body.include:
+        return body.top_logprobs or 0
+    if body.top_logprobs:
+        raise RequestError(f"'top_logprobs' needs '{LOGPROBS}' in 'include'", param="top_logprobs")
+    return None
 
 
 def _turns(body: ResponsesBody, template: str) -> list[dict[str, Any]]:
@@ -138,9 +159,16 @@ class _ResponseFormat:
     """The JSON of one response, at its beginning and at its end."""
 
     def __init__(
-        self, body: ResponsesBody, request: GenerationRequest, model: str, group: GenerationGroup
+        self,
+        body: ResponsesBody,
+        request: GenerationRequest,
+        model: str,
+        *,
+        group: GenerationGroup,
+        logprobs: Logprobs,
     ) -> None:
         self._group = group
+        self.logprobs = logprobs
         self.item_id = f"msg_{request.request_id}"
         self._head: dict[str, Any] = {
             "id": f"resp_{request.request_id}",
@@ -158,6 +186,7 @@ class _ResponseFormat:
             "text": (body.text or TextFormat()).model_dump(by_alias=True, exclude_none=True),
             "tool_choice": "none",
             "tools": [],
+            "top_logprobs": request.sampling.top_logprobs or 0,
             "top_p": request.sampling.top_p,
         }
 
@@ -171,9 +200,9 @@ class _ResponseFormat:
             "usage": None,
         }
 
-    def item(self, text: str | None, status: str) -> dict[str, Any]:
+    def item(self, text: str | None, status: str, logprobs: Entries = ()) -> dict[str, Any]:
         """Return the one output item; `text` None is the item before its first token."""
-        content = [] if text is None else [self.part(text)]
+        content = [] if text is None else [self.part(text, logprobs)]
         return {
             "id": self.item_id,
             "type": "message",
@@ -182,11 +211,11 @@ class _ResponseFormat:
             "content": content,
         }
 
-    def part(self, text: str) -> dict[str, Any]:
+    def part(self, text: str, logprobs: Entries = ()) -> dict[str, Any]:
         """Return the one content part of the item."""
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
 
-    def response(self, text: str, finish: str) -> dict[str, Any]:
+    def response(self, text: str, finish: str, logprobs: Entries) -> dict[str, Any]:
         """Return the response with its answer."""
         truncated = finish == "length"
         status = "incomplete" if truncated else "completed"
@@ -195,7 +224,7 @@ class _ResponseFormat:
             **self._head,
             "status": status,
             "incomplete_details": {"reason": "max_output_tokens"} if truncated else None,
-            "output": [self.item(text, status)],
+            "output": [self.item(text, status, logprobs)],
             "usage": {
                 "input_tokens": group.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": group.cached_tokens},
@@ -222,14 +251,16 @@ async def _events(
     yield numbered("in_progress", response=json_format.in_progress())
     yield numbered("output_item.added", output_index=0, item=json_format.item(None, "in_progress"))
     yield numbered("content_part.added", **at, part=json_format.part(""))
-    text, finish = "", "stop"
+    text, finish, logprobs = "", "stop", list[dict[str, Any]]()
     async for _, chunk in group.chunks():
         text += chunk.text
         finish = chunk.finish or finish
-        if chunk.text:
-            yield numbered("output_text.delta", **at, delta=chunk.text, logprobs=[])
-    response = json_format.response(text, finish)
-    yield numbered("output_text.done", **at, text=text, logprobs=[])
-    yield numbered("content_part.done", **at, part=json_format.part(text))
+        logged = json_format.logprobs.chat(chunk.tokens)
+        logprobs += logged
+        if chunk.text or logged:
+            yield numbered("output_text.delta", **at, delta=chunk.text, logprobs=logged)
+    response = json_format.response(text, finish, logprobs)
+    yield numbered("output_text.done", **at, text=text, logprobs=logprobs)
+    yield numbered("content_part.done", **at, part=json_format.part(text, logprobs))
     yield numbered("output_item.done", output_index=0, item=response["output"][0])
     yield numbered("incomplete" if finish == "length" else "completed", response=response)

@@ -112,7 +112,8 @@ async def test_logprobs_of_chat(open_site: Any, tokenizer: Any) -> None:
     first = scored.content[0]
     assert (first.token, first.logprob, first.bytes) == ("a", -0.5, [97])
     assert len(first.top_logprobs) == 2
-    assert scored.content[1].bytes is None
+    assert bytes(byte for entry in scored.content for byte in entry.bytes or []).decode() == "a🦜"
+    assert scored.content[1].token == r"\xf0", "a part of a character is no text"
 
 
 async def test_streamed_logprobs_miss_no_token(open_site: Any, tokenizer: Any) -> None:
@@ -298,3 +299,68 @@ async def test_the_base_model_answers_to_every_name_it_is_served_under(open_site
         answer = await client_of(site).chat.completions.create(model="other", messages=HI)
     assert listed == [("base", "base", None), ("other", "base", None), ("shop", "shop", "base")]
     assert answer.model == "base"
+
+
+async def test_offsets_count_over_the_whole_answer_in_a_stream_too(open_site: Any, tokenizer: Any) -> None:
+    said = "a 🦜 word"
+    async with open_site(script=say(tokenizer, said)) as site:
+        client = client_of(site)
+        stream = await client.completions.create(model="base", prompt="x", stream=True, logprobs=2)
+        chunks = [chunk.choices[0].logprobs async for chunk in stream]
+        whole = (await client.completions.create(model="base", prompt="x", logprobs=2)).choices[0].logprobs
+    streamed = [chunk for chunk in chunks if chunk]
+    assert whole is not None
+    offsets = whole.text_offset or []
+    assert [offset for chunk in streamed for offset in chunk.text_offset or []] == offsets
+    assert [token for chunk in streamed for token in chunk.tokens or []] == whole.tokens
+    assert len(offsets) == len(tokenizer.encode(said))
+    for offset, token in zip(offsets, whole.tokens or [], strict=True):
+        assert said[offset:].startswith(token) or said[offset] == "🦜"
+    assert [t for t in whole.tokens or [] if t.startswith("bytes:")] == [
+        r"bytes:\xf0", r"bytes:\x9f", r"bytes:\xa6", r"bytes:\x9c"
+    ]  # fmt: skip
+    assert all(token in top for token, top in zip(whole.tokens or [], whole.top_logprobs or [], strict=True))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_tokens_of_a_stop_string_have_no_log_probabilities(
+    open_site: Any, tokenizer: Any, stream: bool
+) -> None:
+    async with open_site(script=say(tokenizer, "ab STOP and more")) as site:
+        reply = await site.complete(stop=["STOP"], logprobs=True, stream=stream, max_tokens=60)
+    if stream:
+        events = [json.loads(line[6:]) for line in reply.text.split("\n\n") if line.startswith("data: {")]
+        logged = [event["choices"][0]["logprobs"] for event in events]
+    else:
+        logged = [reply.json()["choices"][0]["logprobs"]]
+    entries = [entry for part in logged if part for entry in part["content"]]
+    assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == "ab "
+
+
+async def test_stop_strings_wait_for_min_tokens(open_site: Any, tokenizer: Any) -> None:
+    async with open_site(script=say(tokenizer, "aXbXcX")) as site:
+        texts = [
+            (await site.complete(stop="X", min_tokens=least, max_tokens=6)).json()["choices"][0]
+            for least in (0, 1, 2, 4, 6)
+        ]
+    assert [choice["message"]["content"] for choice in texts] == ["a", "a", "aXb", "aXbXc", "aXbXcX"]
+    assert [choice["finish_reason"] for choice in texts] == ["stop"] * 4 + ["length"]
+
+
+async def test_special_tokens_and_stop_strings_are_shown_where_they_are_wanted(
+    open_site: Any, tokenizer: Any
+) -> None:
+    async with open_site(script=say(tokenizer, "ab<|im_start|>user")) as site:
+
+        async def content(**fields: Any) -> str:
+            reply = await site.complete(max_tokens=7, **fields)
+            return str(reply.json()["choices"][0]["message"]["content"])
+
+        assert await content() == "abuser"
+        assert await content(skip_special_tokens=False) == "ab<|im_start|>user"
+        assert await content(stop=["<|im_start|>user"]) == "ab"
+        assert await content(stop=["<|im_start|>user"], skip_special_tokens=False) == "ab"
+        assert await content(stop=["bu"]) == "a"
+        assert await content(stop=["se", ""], include_stop_str_in_output=True) == "abuse"
+        await content(stop=["<|im_start|>"])
+        assert 1 in site.engine.requests[-1].sampling.stop_ids

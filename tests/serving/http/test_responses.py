@@ -84,3 +84,28 @@ async def test_what_is_not_supported_names_its_field(open_site: Any, extra: Any,
         with pytest.raises(openai.BadRequestError) as caught:
             await client_of(site).responses.create(**({"model": "base", "input": "hi"} | extra))
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_log_probabilities_are_included_where_they_are_wanted(
+    open_site: Any, tokenizer: Any, stream: bool
+) -> None:
+    wanted: Any = {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "stream": stream}
+    async with open_site(script=say(tokenizer, "a 🦜")) as site:
+        answer: Any = await client_of(site).responses.create(model="base", input="hi", **wanted)
+        events = [event async for event in answer] if stream else []
+    deltas = [entry for e in events if e.type == "response.output_text.delta" for entry in e.logprobs]
+    response = events[-1].response if stream else answer
+    logged = response.output[0].content[0].logprobs
+    assert bytes(byte for entry in logged for byte in entry.bytes).decode() == "a 🦜"
+    assert {len(entry.top_logprobs) for entry in logged} == {2}
+    assert [entry.token for entry in deltas] == ([entry.token for entry in logged] if stream else [])
+
+
+async def test_no_log_probabilities_without_include(open_site: Any) -> None:
+    async with open_site() as site:
+        answer: Any = await client_of(site).responses.create(model="base", input="hi", include=[])
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client_of(site).responses.create(model="base", input="hi", top_logprobs=2)
+    assert answer.output[0].content[0].logprobs == []
+    assert caught.value.param == "top_logprobs"
