@@ -296,6 +296,8 @@ class _Pace:
 
 _LINE_END = re.compile(rb"\r\n|\r|\n")
 _BOM = b"\xef\xbb\xbf"
+LARGEST_EVENT = 8 << 20
+"""Bytes of a line, and of an event's lines together; the largest that servers send repeats a whole answer."""
 
 
 class EventReader:
@@ -305,22 +307,33 @@ class EventReader:
     Types, ids and reconnection times of events are not used here and are skipped.
     """
 
-    def __init__(self) -> None:
-        self._rest = b""
+    def __init__(self, *, largest: int = LARGEST_EVENT) -> None:
+        self._largest = largest
+        self._rest = bytearray()
         """The beginning of a line whose end has not arrived yet."""
         self._after_cr = False
         """The last chunk ended with a CR: a LF at the start of the next belongs to it."""
         self._begun = False
         self._data: list[str] = []
+        self._data_bytes = 0
 
     def feed(self, chunk: bytes) -> list[str]:
-        """Return the data of the events that `chunk` completes; an event that is cut off is dropped."""
+        """Return the data of the events that `chunk` completes; an event that is cut off is dropped.
+
+        Raises TransientError for a line or event of more than `largest` bytes.
+        """
         if not chunk:
             return []
         if self._after_cr:
             chunk = chunk.removeprefix(b"\n")
         self._after_cr = chunk.endswith(b"\r")
-        *lines, self._rest = _LINE_END.split(self._rest + chunk)
+        first, *others = _LINE_END.split(chunk)
+        self._rest += first  # a line in small chunks is searched and copied once
+        self._check(len(self._rest))
+        if not others:
+            return []
+        lines = (bytes(self._rest), *others[:-1])
+        self._rest = bytearray(others[-1])
         return [data for line in lines if (data := self._line(line)) is not None]
 
     def _line(self, line: bytes) -> str | None:
@@ -331,11 +344,18 @@ class EventReader:
         if not line:
             event = "\n".join(self._data) if self._data else None
             self._data.clear()
+            self._data_bytes = 0
             return event
         field, _, value = line.decode("utf-8", errors="replace").partition(":")
         if field == "data":  # a comment's field is empty
+            self._data_bytes += len(line)
+            self._check(self._data_bytes)
             self._data.append(value.removeprefix(" "))
         return None
+
+    def _check(self, size: int) -> None:
+        if size > self._largest:
+            raise TransientError(f"an event of the server's stream is larger than {self._largest} bytes")
 
 
 def events(chunks: Iterable[bytes]) -> Iterator[str]:

@@ -86,6 +86,25 @@ def test_event_stream(body: str, expected: list[str]) -> None:
     assert EventReader().feed(body.encode()) == expected == standard_events(body.encode())
 
 
+def test_an_endless_line_or_event_ends_the_stream() -> None:
+    reader = EventReader(largest=1000)
+    assert reader.feed(b"data: " + b"x" * 900 + b"\n\n") == ["x" * 900]
+    with pytest.raises(TransientError, match="larger than 1000 bytes"):
+        for _ in range(1000):
+            reader.feed(b"xx")
+    reader = EventReader(largest=1000)
+    with pytest.raises(TransientError, match="larger than 1000 bytes"):
+        for _ in range(1000):
+            reader.feed(b"data: x\n")
+
+
+def test_a_long_line_in_small_pieces_is_copied_once() -> None:
+    reader, started = EventReader(), time.process_time()
+    for _ in range(100_000):
+        reader.feed(b"x" * 40)
+    assert time.process_time() - started < 2
+
+
 @contextmanager
 def serving(chunks: list[bytes], *, pause_s: float = 0.0) -> Iterator[str]:
     """Answer every request with an event stream whose body is sent in these chunks; yield the address."""

@@ -51,6 +51,8 @@ class Limits(Strict):
     """From the connection, or a further request's first byte on it, to the end of the headers."""
     body_timeout_s: float = Field(30.0, gt=0)
     """From the end of the headers to the end of the body."""
+    write_timeout_s: float = Field(30.0, gt=0)
+    """Longest time in which a client takes nothing of an answer that waits for it."""
     request_timeout_s: float = Field(600.0, gt=0)
     """Longest time from the request's arrival to its last token."""
 

@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 
 from runtime import net
-from runtime.errors import ConfigError, TransientError, UnknownModelError
+from runtime.errors import ConfigError, TransientError, UnknownModelError, one_line
+from runtime.serving.printable import Printable, printable
 
 HELP = """\
 /models            what is served
@@ -71,9 +72,8 @@ class Conversation:
         self.new_tokens = 0
         try:
             for event in _events(self.client, body):
-                self.new_tokens = (event.get("usage") or {}).get("completion_tokens", self.new_tokens)
-                for choice in event["choices"]:
-                    chunk = choice["delta"].get("content") or ""
+                self.new_tokens = _completion_tokens(event) or self.new_tokens
+                if chunk := _text(event):
                     text += chunk
                     yield chunk
         finally:
@@ -92,7 +92,14 @@ def connect(client: httpx.Client, model: str | None = None) -> Conversation:
     except httpx.HTTPError as error:
         raise TransientError(f"no answer from {client.base_url}: {error}; does a server run there?") from None
     _check(reply, str(client.base_url))
-    models = tuple(entry["id"] for entry in reply.json()["data"])
+    try:
+        models = tuple(printable(str(entry["id"])) for entry in reply.json()["data"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{client.base_url} lists no models as OpenAI does: is it the right address?"
+        ) from None
+    if not models:
+        raise TransientError(f"{client.base_url} serves no model")
     if model is not None and model not in models:
         raise UnknownModelError(
             f"model '{model}' is not served at {client.base_url}: {', '.join(models)} are"
@@ -110,7 +117,7 @@ def talk(
     """Read questions and write answers until `read` raises EOFError or the user leaves.
 
     An interrupt (Ctrl-C) ends the current answer, not the conversation. `greet` writes the model and the
-    commands, and after each answer its speed.
+    commands, and after each answer its speed. Nothing that comes from the server controls the terminal.
     """
     if greet:
         write(f"{conversation.model} at {conversation.client.base_url}\n{HELP}\n")
@@ -139,10 +146,11 @@ def _answer(
     conversation: Conversation, chunks: Iterator[str], write: Callable[[str], None], *, rate: bool
 ) -> None:
     first: float | None = None
+    terminal = Printable()
     try:
         for chunk in chunks:
             first = first or time.monotonic()
-            write(chunk)
+            write(terminal.feed(chunk))
     except KeyboardInterrupt:
         write(" [stopped]")
     except TransientError as failure:
@@ -193,20 +201,66 @@ def _set(conversation: Conversation, name: str, value: str) -> str:
 
 def _events(client: httpx.Client, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the chunks of a streamed chat completion; TransientError for whatever ends it early."""
+    complete = False
     try:
         with client.stream("POST", "/v1/chat/completions", json=body) as reply:
             if reply.is_error:
                 reply.read()
             _check(reply, str(client.base_url))
             for data in net.events(reply.iter_bytes()):
-                if data == "[DONE]":
+                if data.startswith("[DONE]"):
+                    complete = True
                     continue
-                event = json.loads(data)
-                if "error" in event:
-                    raise TransientError(event["error"]["message"])
+                event = _chunk(data)
+                complete = complete or any(choice.get("finish_reason") for choice in _choices(event))
                 yield event
     except httpx.HTTPError as error:
         raise TransientError(f"the connection to {client.base_url} broke: {error}") from None
+    if not complete:
+        raise TransientError(f"{client.base_url} ended the answer without saying why; it may be incomplete")
+
+
+def _chunk(data: str) -> dict[str, Any]:
+    """Return one event's JSON object; TransientError for an error that it reports, or for anything else."""
+    try:
+        event = json.loads(data)
+    except (ValueError, RecursionError):
+        event = None
+    if not isinstance(event, dict):
+        raise TransientError(
+            f"the server sent an event that is no JSON object: {printable(one_line(data, 80))}"
+        )
+    if event.get("error"):
+        raise TransientError(_message(event) or "the server reports an error without saying which")
+    return event
+
+
+def _choices(event: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a chunk's choices; servers leave them out, null or empty in chunks that carry something else."""
+    choices = event.get("choices")
+    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+
+
+def _text(event: dict[str, Any]) -> str:
+    """Return what a chunk adds to the answer, "" where it adds nothing."""
+    deltas = [choice.get("delta") for choice in _choices(event)]
+    contents = [delta.get("content") for delta in deltas if isinstance(delta, dict)]
+    return "".join(content for content in contents if isinstance(content, str))
+
+
+def _completion_tokens(event: dict[str, Any]) -> int:
+    usage = event.get("usage")
+    count = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return count if isinstance(count, int) else 0
+
+
+def _message(body: Any) -> str:
+    """Return the message of an error body in one printable line: OpenAI's shape, or one of its variants."""
+    error = body.get("error") if isinstance(body, dict) else None
+    said = error.get("message") if isinstance(error, dict) else error
+    if said is None and isinstance(body, dict):
+        said = body.get("message") or body.get("detail")
+    return printable(one_line(said)) if said else ""
 
 
 def _check(reply: httpx.Response, url: str) -> None:
@@ -214,7 +268,7 @@ def _check(reply: httpx.Response, url: str) -> None:
         raise ConfigError(f"{url} wants another API key")
     if reply.is_error:
         try:
-            message = reply.json()["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            message = f"status {reply.status_code}"
-        raise TransientError(f"{url} answers: {message}")
+            message = _message(reply.json())
+        except (ValueError, RecursionError):
+            message = ""
+        raise TransientError(f"{url} answers: {message or f'status {reply.status_code}'}")

@@ -1,5 +1,6 @@
 """`runtime chat`, against a real server over the engine without a model."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import httpx
 import pytest
 
 from runtime.errors import ConfigError, TransientError, UnknownModelError
-from runtime.serving.terminal import connect, talk
+from runtime.serving.terminal import Conversation, connect, talk
 
 
 @pytest.fixture
@@ -131,3 +132,63 @@ def test_no_server_is_one_line_and_worth_a_retry() -> None:
     ran = subprocess.run(command, input="", capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 75
     assert ran.stderr.startswith("error: no answer from http://127.0.0.1:9")
+
+
+def answered_with(*events: str, **reply: Any) -> str:
+    """Return what is written when another server answers "hello" with these events."""
+    body = "".join(f"data: {event}\n\n" for event in events)
+    transport = httpx.MockTransport(lambda _: httpx.Response(**{"status_code": 200, "text": body, **reply}))
+    written: list[str] = []
+    typed = iter(["hello", "/quit"])
+    with httpx.Client(transport=transport, base_url="http://other") as client:
+        conversation = Conversation(client, "m", ("m",))
+        talk(conversation, read=lambda: next(typed), write=written.append, greet=False)
+    return "".join(written)
+
+
+def delta(text: str | None, **choice: Any) -> str:
+    return json.dumps({"choices": [{"index": 0, "delta": {"content": text}, **choice}]})
+
+
+def test_other_servers_streams_are_read() -> None:
+    """llama.cpp, vLLM and gateways leave fields out, or send null; some end without [DONE]."""
+    begun = '{"choices":[{"index":0,"delta":{"role":"assistant","content":null},"finish_reason":null}]}'
+    usage = '{"choices":[],"usage":{"completion_tokens":2},"timings":{"predicted_n":2}}'
+    end = '{"choices":[{"finish_reason":"stop","index":0,"delta":{}}],"usage":null}'
+    assert answered_with(begun, delta("a"), delta("b"), end, usage, "[DONE]") == "ab\n"
+    assert answered_with('{"object":"ping"}', '{"choices":null}', delta("ab"), end) == "ab\n"
+    assert answered_with('{"choices":[{"delta":null}]}', delta("ab"), "[DONE]") == "ab\n"
+
+
+@pytest.mark.parametrize(
+    ("events", "said"),
+    [
+        ((delta("a"),), "ended the answer without saying why"),
+        ((delta("a"), "{not json"), "no JSON object: {not json"),
+        (("[" * 100_000,), "no JSON object: [["),
+        (("[1]",), "no JSON object: [1]"),
+        ((delta("a"), '{"error":{"message":"the \\u001b[31mengine\\nfailed"}}'), "[the engine failed]"),
+        (('{"error":"overloaded"}',), "[overloaded]"),
+        (('{"error":{"code":500}}',), "without saying which"),
+        ((delta("x" * (9 << 20)),), "larger than"),
+    ],
+)
+def test_a_broken_stream_is_one_line_and_the_conversation_goes_on(events: tuple[str, ...], said: str) -> None:
+    assert said in answered_with(*events)
+
+
+def test_nothing_of_the_server_controls_the_terminal() -> None:
+    events = [delta("a\x1b"), delta("[2"), delta("Jb\x1b]0;title"), delta("\x07c\r\u202e"), "[DONE]"]
+    assert answered_with(*events) == "abc\n"
+    refusal = {"status_code": 400, "json": {"error": {"message": "no\x1b[2J \x9b31mway"}}}
+    assert answered_with(text=None, **refusal) == "[http://other answers: no way]\n"
+
+
+@pytest.mark.parametrize("listed", ["[]", "{}", '{"data":[{}]}', "<html>"])
+def test_an_address_that_lists_no_models_is_refused(listed: str) -> None:
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, text=listed))
+    with (
+        httpx.Client(transport=transport, base_url="http://other") as client,
+        pytest.raises(ConfigError, match="is it the right address"),
+    ):
+        connect(client)

@@ -92,7 +92,9 @@ def router(generator: Generator) -> APIRouter:
         json_format = _ResponseFormat(body, generation_request, model, group=group, logprobs=logprobs)
         if body.stream:
             events = _events(group, json_format)
-            return EventStream(events, close=group.close, request_id=request_id, named=True)
+            return EventStream(
+                events, close=group.close, request_id=request_id, named=True, failed=json_format.failed
+            )
         try:
             (answer,) = await unless_gone(request, group.complete(), request_id=request_id)
         finally:
@@ -169,6 +171,7 @@ class _ResponseFormat:
     ) -> None:
         self._group = group
         self.logprobs = logprobs
+        self._events = 0
         self.item_id = f"msg_{request.request_id}"
         self._head: dict[str, Any] = {
             "id": f"resp_{request.request_id}",
@@ -190,15 +193,28 @@ class _ResponseFormat:
             "top_p": request.sampling.top_p,
         }
 
+    def event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """Return an event of type `kind` with the next number of this stream."""
+        self._events += 1
+        return {"type": kind, "sequence_number": self._events - 1, **fields}
+
     def in_progress(self) -> dict[str, Any]:
         """Return the response before its first token."""
-        return {
-            **self._head,
-            "status": "in_progress",
-            "incomplete_details": None,
-            "output": [],
-            "usage": None,
-        }
+        return self._without_answer("in_progress")
+
+    def failed(self, error: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the events that end a stream with `error`: what went wrong, and the response it ended."""
+        ours = error["type"] == "server_error"  # the one of OpenAI's codes for whatever is not the client's
+        code = "server_error" if ours else error["code"] or error["type"]
+        message, param = error["message"], error["param"]
+        response = self._without_answer("failed") | {"error": {"code": code, "message": message}}
+        return [
+            self.event("error", code=code, message=message, param=param),
+            self.event("response.failed", response=response),
+        ]
+
+    def _without_answer(self, status: str) -> dict[str, Any]:
+        return {**self._head, "status": status, "incomplete_details": None, "output": [], "usage": None}
 
     def item(self, text: str | None, status: str, logprobs: Entries = ()) -> dict[str, Any]:
         """Return the one output item; `text` None is the item before its first token."""
@@ -239,13 +255,10 @@ async def _events(
     group: GenerationGroup, json_format: _ResponseFormat
 ) -> AsyncGenerator[dict[str, Any], None]:
     """Yield the route's events in OpenAI's order, numbered."""
-    number = 0
     at = {"item_id": json_format.item_id, "output_index": 0, "content_index": 0}
 
     def numbered(kind: str, **fields: Any) -> dict[str, Any]:
-        nonlocal number
-        number += 1
-        return {"type": f"response.{kind}", "sequence_number": number - 1, **fields}
+        return json_format.event(f"response.{kind}", **fields)
 
     yield numbered("created", response=json_format.in_progress())
     yield numbered("in_progress", response=json_format.in_progress())

@@ -27,8 +27,9 @@ from runtime.oci import Access
 from runtime.serving.engine.protocol import Stats
 from runtime.serving.http.admin import AdapterLoader
 from runtime.serving.http.app import create_app
+from runtime.serving.http.write_watch import WriteWatch, limit_unsent
 from runtime.serving.lifecycle import Lifecycle, ServedModel
-from runtime.serving.settings import ServeConfig
+from runtime.serving.settings import Limits, ServeConfig
 from runtime.serving.settings import check as check_settings
 
 log = logging.getLogger(__name__)
@@ -46,9 +47,12 @@ CLOSE_TIMEOUT_S = 5
 
 
 class DeadlineProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 protocol, which closes connections whose headers do not arrive in time."""
+    """uvicorn's HTTP/1.1 protocol; closes connections that send no headers or read no answer in time."""
 
     header_timeout_s: float
+    request_timeout_s: float
+    write_timeout_s: float
+    _writes: WriteWatch
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,7 +61,23 @@ class DeadlineProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock."""
         super().connection_made(transport)
+        self._writes = WriteWatch(transport, stall_s=self.write_timeout_s, timeout_s=self.request_timeout_s)
         self._start_clock()
+
+    def on_headers_complete(self) -> None:
+        """Begin the request's own time, which its answer's writes have too."""
+        super().on_headers_complete()
+        self._writes.request()
+
+    def pause_writing(self) -> None:
+        """Watch whether the client reads: bytes wait for it."""
+        super().pause_writing()
+        self._writes.paused()
+
+    def resume_writing(self) -> None:
+        """Stop watching: none wait."""
+        super().resume_writing()
+        self._writes.resumed()
 
     def data_received(self, data: bytes) -> None:
         """Start the clock with a request's first bytes, stop it with the end of its headers."""
@@ -68,8 +88,9 @@ class DeadlineProtocol(HttpToolsProtocol):
             self._stop_clock()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Stop the clocks."""
         self._stop_clock()
+        self._writes.closed()
         super().connection_lost(exc)
 
     def _between_requests(self) -> bool:
@@ -89,9 +110,10 @@ class DeadlineProtocol(HttpToolsProtocol):
             self.transport.close()
 
 
-def protocol(header_timeout_s: float) -> type[asyncio.Protocol]:
-    """Return the protocol class for uvicorn, with this deadline."""
-    return type("Protocol", (DeadlineProtocol,), {"header_timeout_s": header_timeout_s})
+def protocol(limits: Limits) -> type[asyncio.Protocol]:
+    """Return the protocol class for uvicorn, with these deadlines."""
+    names = ("header_timeout_s", "request_timeout_s", "write_timeout_s")
+    return type("Protocol", (DeadlineProtocol,), {name: getattr(limits, name) for name in names})
 
 
 def run(config: ServeConfig, *, access: Access | None = None, load: Load | None = None) -> None:
@@ -133,6 +155,7 @@ def bind(host: str, port: int) -> socket.socket:
     # client's delayed acknowledgement every second write of a reply or a stream would wait 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    limit_unsent(listener)
     try:
         listener.bind((host, port))
         listener.listen(WAITING_CONNECTIONS)
@@ -209,7 +232,7 @@ class Serving:
         return _Server(
             uvicorn.Config(
                 app,
-                http=protocol(config.limits.header_timeout_s),
+                http=protocol(config.limits),
                 ws="none",
                 lifespan="off",
                 log_config=None,

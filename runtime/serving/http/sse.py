@@ -29,6 +29,7 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 """For the routes' description: the content types without and with `stream`."""
 
 DONE = b"data: [DONE]\n\n"
+LINE_SEPARATORS = tuple((chr(code), f"\\u{code:04x}") for code in (0x85, 0x2028, 0x2029))
 
 _TYPES = {
     401: "authentication_error",
@@ -94,14 +95,40 @@ def failure_reply(path: str, failure: BaseException, request_id: str) -> JSONRes
 def event(data: dict[str, Any], *, named: bool = False) -> bytes:
     """Return one server-sent event; `named` repeats its type in an `event:` line, as /v1/responses does."""
     name = f"event: {data['type']}\n".encode() if named else b""
-    return name + b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return name + b"data: " + _one_line_json(data) + b"\n\n"
+
+
+def _one_line_json(data: dict[str, Any]) -> bytes:
+    """Return `data` as JSON without any character at which some client ends a line.
+
+    The standard knows CR and LF, which JSON escapes; Python's splitlines, which clients use, three more.
+    """
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    if text.isascii():
+        return text.encode()
+    for character, escaped in LINE_SEPARATORS:
+        text = text.replace(character, escaped)  # they stand in strings only
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which only JSON's escape can carry
+        return json.dumps(data, separators=(",", ":")).encode()
+
+
+Failed = Callable[[dict[str, Any]], list[dict[str, Any]]]
+"""Turns an error object into the events that report it."""
+
+
+def _error_event(error: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"error": error}]
 
 
 class EventStream(Response):
-    """A stream of server-sent events that ends with [DONE], an error event, or the client's disconnect.
+    """A stream of server-sent events; ends with [DONE], the events of an error, or the client's disconnect.
 
-    `named` events carry their type in a line of its own, and no [DONE] ends them.
-    `events` is closed, and `close` called, within one event loop turn of the disconnect.
+    `named` events carry their type in a line of its own, and no [DONE] ends them. `failed` returns the events
+    that report an error; without it OpenAI's `{"error": …}` does.
+    `events` is closed, and `close` called, within one event loop turn of the disconnect. A client that does
+    not read is disconnected by http/write_watch.py; until then `send` waits, and no further event is made.
     """
 
     media_type = "text/event-stream"
@@ -113,6 +140,7 @@ class EventStream(Response):
         close: Callable[[], None],
         request_id: str,
         named: bool = False,
+        failed: Failed = _error_event,
     ) -> None:
         self.status_code = 200
         self.background = None
@@ -123,6 +151,7 @@ class EventStream(Response):
         self._close = close
         self._request_id = request_id
         self._named = named
+        self._failed = failed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events as an ASGI response."""
@@ -148,8 +177,8 @@ class EventStream(Response):
                     break
                 if failure is not None:  # the status is sent already: only an event can report it
                     error = failure_object(failure, self._request_id)[1]
-                    fields = {**error, "type": "error"} if self._named else {"error": error}
-                    await _chunk(send, event(fields, named=self._named), more=False)
+                    last = b"".join(event(data, named=self._named) for data in self._failed(error))
+                    await _chunk(send, last, more=False)
                     return
                 chunk = event(pending.result(), named=self._named)
                 pending = None

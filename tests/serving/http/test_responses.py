@@ -66,7 +66,7 @@ async def test_failure_in_a_stream_is_an_error_event(open_site: Any) -> None:
     async with open_site() as site:
         site.engine.failure, site.engine.fail_after = RuntimeError("boom"), 2
         reply = await site.client.post("/v1/responses", json={"input": "hi", "stream": True})
-    assert reply.text.rstrip().split("\n\n")[-1].startswith("event: error\n")
+    assert reply.text.rstrip().split("\n\n")[-2].startswith("event: error\n")
     assert "boom" not in reply.text
 
 
