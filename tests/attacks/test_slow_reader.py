@@ -68,11 +68,10 @@ def test_streams_that_nobody_reads_free_their_places(start_server: Any, path: st
     with contextlib.ExitStack() as stack:
         for _ in range(3):
             stack.enter_context(client(server, "POST", path, stream(path)))
-        until(lambda: server.running() == 3)
-        assert not answers(server)
-        until(lambda: answers(server), 20)
-        until(lambda: server.running() == 0)
-        until(lambda: cut_off(server) == 3)
+        until(lambda: not answers(server), 20)
+        until(lambda: cut_off(server) == 3, 20)
+        assert answers(server)
+        assert server.running() == 0
 
 
 def test_a_slow_client_that_reads_lives(start_server: Any) -> None:
