@@ -1,17 +1,18 @@
 """From conversations and texts to token ids, and back to text.
 
-The only part of serving that knows the tokenizer. Templates come from the model and never from a
-request, and transformers renders them in Jinja's immutable sandbox. Does not know HTTP or the engine's
+The only part of serving that knows the tokenizer, with chat_template.py. Does not know HTTP or the engine's
 state. Start at `PromptTokenizer.prompt_from_chat`.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from runtime.errors import RequestError, one_line
+from runtime.errors import RequestError
+from runtime.serving import chat_template
+from runtime.serving.chat_template import TemplateOptions, Turn
 from runtime.serving.engine.protocol import Constraint, Sampling
 from runtime.serving.generation_config import SamplingDefaults
 from runtime.serving.structured_output.compiler import GrammarCompiler
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
-
-Turn = dict[str, Any]
-"""One message of a conversation as chat templates know it."""
 
 
 class PromptTokenizer:
@@ -75,7 +73,7 @@ class PromptTokenizer:
         self,
         turns: Sequence[Turn],
         *,
-        tools: list[dict[str, Any]] | None = None,
+        options: TemplateOptions | None = None,
         param: str = "messages",
     ) -> tuple[int, ...]:
         """Return the token ids of a conversation, up to where the assistant begins to speak.
@@ -87,11 +85,11 @@ class PromptTokenizer:
                 "this model has no chat template; use /v1/completions, or /chat with 'prompt'",
                 param=param,
             )
-        return self._checked(await self.tokenize_chat(turns, tools=tools), param)
+        return self._checked(await self.tokenize_chat(turns, options=options), param)
 
-    async def prompt_from_text(self, text: str) -> tuple[int, ...]:
-        """Return the token ids of `text` as it stands, with the tokenizer's opening tokens."""
-        return self._checked(await self.tokenize_text(text), "prompt")
+    async def prompt_from_text(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+        """Return the token ids of `text` as it stands; `special` adds the tokenizer's opening tokens."""
+        return self._checked(await self.tokenize_text(text, special=special), "prompt")
 
     def prompt_from_ids(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Return token ids that a client sent, checked against vocabulary and context."""
@@ -99,10 +97,10 @@ class PromptTokenizer:
         return self._checked(ids, "prompt")
 
     async def tokenize_chat(
-        self, turns: Sequence[Turn], *, tools: list[dict[str, Any]] | None = None
+        self, turns: Sequence[Turn], *, options: TemplateOptions | None = None
     ) -> list[int]:
         """Return the token ids of a conversation, of any length."""
-        return await self._in_thread(lambda: self._render(turns, tools))
+        return await self._in_thread(lambda: self._render(turns, options or TemplateOptions()))
 
     async def tokenize_text(self, text: str, *, special: bool = True) -> list[int]:
         """Return the token ids of `text`, of any length; `special` adds the tokenizer's opening tokens."""
@@ -119,6 +117,10 @@ class PromptTokenizer:
     def token_text(self, token: int) -> str:
         """Return one token as text, special tokens too; U+FFFD where it is part of a character."""
         return str(self._tokenizer.decode([token]))
+
+    def check_template_variables(self, variables: Mapping[str, Any], param: str) -> None:
+        """Raise RequestError, naming the field `param`, for variables that a request may not set."""
+        chat_template.check_variables(self._tokenizer, variables, param)
 
     async def spellings(self, words: Sequence[str]) -> list[list[int]]:
         """Return how `words` are spelled in tokens, at the beginning of a text and after a space."""
@@ -176,23 +178,9 @@ class PromptTokenizer:
             )
         return tuple(ids)
 
-    def _render(self, turns: Sequence[Turn], tools: list[dict[str, Any]] | None) -> list[int]:
-        import jinja2
-
-        try:
-            text = self._tokenizer.apply_chat_template(
-                list(turns),
-                tools=tools,  # type: ignore[arg-type]  # the stub knows lists of one kind only
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-            return list(self._tokenizer.encode(str(text), add_special_tokens=False))
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            # Templates refuse roles and orders that they do not know by raising any of these.
-            reason = one_line(error, 200)
-            raise RequestError(
-                f"the model's chat template refuses these messages: {reason}", param="messages"
-            ) from None
+    def _render(self, turns: Sequence[Turn], options: TemplateOptions) -> list[int]:
+        text = chat_template.render(self._tokenizer, turns, options)
+        return list(self._tokenizer.encode(text, add_special_tokens=options.adds_special))
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

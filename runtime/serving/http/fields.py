@@ -98,9 +98,8 @@ _BOOKKEEPING = {
     ),
     **_ignored("requests are answered in the order of their arrival", "service_tier", "priority"),
     **_ignored("send the header x-request-id", "request_id"),
-    **_ignored(
-        "the prefix cache is one, and always used", "cache_salt", "cache_prompt", "id_slot", "n_cache_reuse"
-    ),
+    **_ignored("the prefix cache is one, and always used", "cache_prompt", "id_slot", "n_cache_reuse"),
+    **_refused("the prefix cache is one, and cannot be divided", "cache_salt"),
     **_ignored("caches are not moved between servers", "kv_transfer_params"),
     **_ignored("it speeds an answer up and does not change it", "prediction", "backend_sampling"),
     **_ignored("text is all that is taken in", "media_io_kwargs", "mm_processor_kwargs"),
@@ -184,7 +183,7 @@ _TEMPLATE = {
     **_refused(
         "templates are rendered without arguments of the request", "chat_template_kwargs", "documents"
     ),
-    **_refused("templates are rendered without arguments of the request", "enable_thinking", "thinking"),
+    **_refused("use 'chat_template_kwargs' of /v1/chat/completions", "enable_thinking", "thinking"),
     **_refused("the assistant always begins a new turn", "continue_final_message"),
     **_refused("the assistant always begins a new turn", "add_generation_prompt", neutral=(True,)),
     **_refused(

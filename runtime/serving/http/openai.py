@@ -27,6 +27,7 @@ from runtime.serving.http.schema import (
     ToolChoice,
 )
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
+from runtime.serving.http.template_fields import template_options
 from runtime.serving.lifecycle import ServedModel
 from runtime.serving.structured_output.constraints import function_call
 from runtime.serving.token_bytes import AnswerToken
@@ -41,6 +42,8 @@ class ChatFormat:
     tokenizer: PromptTokenizer
     logprobs: bool
     tools: frozenset[str] = frozenset()
+    one_call: bool = False
+    """Of several calls in an answer only the first is passed on."""
     tool_streams: dict[int, ToolStream] = field(default_factory=dict)
     """Of a streamed answer, by its index."""
     id_prefix = "chatcmpl"
@@ -50,6 +53,7 @@ class ChatFormat:
     def choice(self, index: int, answer: GeneratedText) -> dict[str, Any]:
         """Return one complete answer."""
         text, calls = split(answer.text, self.tools) if self.tools else (answer.text, [])
+        calls = calls[:1] if self.one_call else calls
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if calls:
             message |= {"content": text or None, "tool_calls": [call.as_json() for call in calls]}
@@ -73,6 +77,7 @@ class ChatFormat:
             text = stream.push(text)
             if finish:
                 rest, calls = stream.finish()
+                calls = calls[:1] if self.one_call else calls
                 text, finish = text + rest, "tool_calls" if calls else finish
         logprobs = self._logprobs(chunk.tokens) if chunk.tokens else None
         deltas: list[tuple[dict[str, Any], Any, str | None]] = []
@@ -142,7 +147,8 @@ def router(generator: Generator) -> APIRouter:
     )
     async def chat_completions(body: ChatCompletionBody, request: Request) -> Response:
         requests = [await _chat_request(generator, body, request.state.request_id)]
-        json_format = ChatFormat(generator.served().tokenizer, body.logprobs, tool_names(body))
+        one_call = not body.parallel_tool_calls
+        json_format = ChatFormat(generator.served().tokenizer, body.logprobs, tool_names(body), one_call)
         return await _respond(generator, requests, body, request, json_format)
 
     @routes.post("/completions", responses=STREAMED, summary="Continue a text", response_model=None)
@@ -183,7 +189,8 @@ async def _chat_request(generator: Generator, body: ChatCompletionBody, request_
             param="include_reasoning",
         )
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if names else None
-    ids = await tokenizer.prompt_from_chat(turns_of(body.messages, tokenizer.template), tools=tools)
+    options = template_options(body, tokenizer, tools)
+    ids = await tokenizer.prompt_from_chat(turns_of(body.messages, tokenizer.template), options=options)
     if body.max_completion_tokens is not None:
         length = parameters.AnswerLength(body.max_completion_tokens, param="max_completion_tokens")
     else:
@@ -196,7 +203,8 @@ async def _chat_request(generator: Generator, body: ChatCompletionBody, request_
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     sampling = await tokenizer.constrained(sampling, parameters.constraint(body) or _forced_call(body))
-    return GenerationRequest(ids, sampling, parameters.text_rules(body), adapter, request_id)
+    text_rules, continues = parameters.text_rules(body), options.continues_last
+    return GenerationRequest(ids, sampling, text_rules, adapter, request_id, continues_prompt=continues)
 
 
 def _check_tools(served: ServedModel) -> None:
@@ -252,7 +260,7 @@ async def _completion_requests(
     requests, echoes = [], []
     for prompt in _prompts(body.prompt):
         if isinstance(prompt, str):
-            ids = await tokenizer.prompt_from_text(prompt)
+            ids = await tokenizer.prompt_from_text(prompt, special=body.add_special_tokens)
         else:
             ids = tokenizer.prompt_from_ids(prompt)
         sampling = await parameters.sampling(

@@ -28,6 +28,7 @@ from runtime.serving.http.body_types import (
     integral,
 )
 from runtime.serving.http.messages import Messages
+from runtime.serving.http.template_fields import TemplateFields
 
 MAX_CHOICES = 8
 """Answers to one request (`n`): each is a sequence of the engine."""
@@ -270,7 +271,7 @@ class OpenAIFields(SamplingFields):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class ChatCompletionBody(OpenAIFields):
+class ChatCompletionBody(OpenAIFields, TemplateFields):
     """POST /v1/chat/completions."""
 
     messages: Messages = Field(min_length=1)
@@ -285,6 +286,8 @@ class ChatCompletionBody(OpenAIFields):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoices | None = None
     """Whether the model may or must call a function; an object names one that it must call."""
+    parallel_tool_calls: Flag = True
+    """Whether one answer may hold several calls; false: the first of them."""
     include_reasoning: Flag | None = None
     """Whether the answer shows the model's reasoning; refused where the server was started to separate it."""
 
@@ -334,6 +337,8 @@ class CompletionBody(OpenAIFields):
     prompt: Prompts
     echo: Flag = False
     """Put the prompt before the answer."""
+    add_special_tokens: Flag = True
+    """Put the tokenizer's opening tokens before a prompt that is a text."""
     logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: Integer | None = Field(None, ge=1)
     suffix: Text | None = None
