@@ -78,8 +78,8 @@ class Browser:
 
 
 @contextmanager
-def browser() -> Iterator[Browser]:
-    """Open a browser with a profile of its own, and close it."""
+def browser(*flags: str) -> Iterator[Browser]:
+    """Open a browser with a profile of its own and these flags, and close it."""
     driver = subprocess.Popen(
         ["chromedriver", "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -89,7 +89,7 @@ def browser() -> Iterator[Browser]:
             found[1] for line in driver.stdout if (found := re.search(r"successfully on port (\d+)", line))
         )
         with tempfile.TemporaryDirectory() as profile, driver.stdout:
-            options = {"args": [*FLAGS.split(), f"--user-data-dir={profile}"]}
+            options = {"args": [*FLAGS.split(), *flags, f"--user-data-dir={profile}"]}
             logs = {"browser": "WARNING"}
             wanted = {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": logs}}
             base = f"http://127.0.0.1:{port}/session"

@@ -4,6 +4,7 @@ Knows flags. Which settings they are lies in runtime/workspace. Start at `serve`
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,7 +27,7 @@ from runtime.cli.options import (
 )
 from runtime.errors import ConfigError
 from runtime.serving.settings import ServeConfig
-from runtime.workspace import load_server
+from runtime.workspace import Resolved, load_server
 
 Target = Annotated[
     str | None,
@@ -54,6 +55,22 @@ Port = Annotated[
     ),
 ]
 Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
+AllowOrigin = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ORIGIN",
+        help="Let pages of this origin call the server from a browser, as in http://localhost:5173; * is "
+        "every page. May be repeated.",
+    ),
+]
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="A further name that a server on a loopback address answers to, behind a proxy that passes it "
+        "on; * is every name. May be repeated.",
+    ),
+]
 Combine = Annotated[
     bool | None,
     typer.Option(
@@ -113,6 +130,8 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     adapter_root: AdapterRoot = None,
     port: Port = None,
     host: Host = None,
+    allow_origin: AllowOrigin = None,
+    allow_host: AllowHost = None,
     quantize: Quantize = None,
     engine: Engine = None,
     parallel: Parallel = None,
@@ -133,22 +152,27 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     environ = context.obj or {}
     flags = {
         "host": host, "port": port if port is not None else port_variable(environ), "engine": engine,
-        "parallel": parallel, "processes": processes, "replicas": replicas, "limits.rows": rows,
-        "limits.context_tokens": context_tokens, "speculative_tokens": speculative_tokens,
+        "api_key": api_key(environ, api_key_env), "parallel": parallel, "processes": processes,
+        "replicas": replicas, "limits.rows": rows, "limits.context_tokens": context_tokens,
+        "speculative_tokens": speculative_tokens, "allowed_hosts": allow_host or None, "--adapter": adapter,
         "served_name": served_name, "combine_adapters": combine_adapters, "adapter_root": adapter_root,
-        "api_key": api_key(environ, api_key_env), "--adapter": adapter,
+        "allowed_origins": allow_origin or None,
     }  # fmt: skip
     overrides = without_defaults(flags) | QUANTIZE.get(quantize, {}) | set_flags(settings)
     resolved = load_server(target, environ=environ, config=config, overrides=overrides)
+    _run(resolved, environ, dry_run=dry_run, check=check, as_json=as_json)
+
+
+def _run(
+    resolved: Resolved[ServeConfig], environ: Mapping[str, str], *, dry_run: bool, check: bool, as_json: bool
+) -> None:
     if dry_run:
-        return render.dry_run(resolved, render.server, as_json=as_json)
-    resolved.warn()
-    return _run(resolved.ready(), oci.from_environment(environ), check=check, as_json=as_json)
-
-
-def _run(config: ServeConfig, access: oci.Access, *, check: bool, as_json: bool) -> None:
+        render.dry_run(resolved, render.server, as_json=as_json)
+        return
     from runtime.serving.http import server
 
+    resolved.warn()
+    config, access = resolved.ready(), oci.from_environment(environ)
     if check:
         server.check_hardware(config)
         _check(config, access, as_json=as_json)

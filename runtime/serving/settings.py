@@ -4,10 +4,11 @@ Does not know KAITO's schema (runtime/workspace/ turns a Workspace into this), t
 torch.
 """
 
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr
 
 from runtime import ports
 from runtime.config import Strict
@@ -17,6 +18,24 @@ from runtime.model_source import ModelSource, Quantization
 API_KEY_VARIABLE = "RUNTIME_API_KEY"
 """Environment variable with the API key, where no other one is named."""
 ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$"
+
+
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?")
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+
+
+def _origin(text: str) -> str:
+    """Return an origin as browsers write it, `*` as it is."""
+    found = _ORIGIN.fullmatch(text.lower().removesuffix("/"))
+    if text == "*":
+        return text
+    if found is None:
+        raise ValueError(
+            "expected the scheme, host and port of a page, as in https://chat.example.com or "
+            "http://localhost:5173 (other than ASCII as punycode), or * for all pages"
+        )
+    scheme, host, port = found.groups("")
+    return f"{scheme}://{host}{'' if port == _DEFAULT_PORTS.get(scheme) else port}"
 
 
 class AdapterSource(Strict):
@@ -102,6 +121,11 @@ class ServeConfig(Strict):
     host: str = "0.0.0.0"  # noqa: S104 - a pod must be reachable
     port: int = Field(ports.SERVING, ge=0, le=65535)
     """TCP port; 0 takes a free one and logs it."""
+    allowed_origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()
+    """Origins whose pages may call this server from a browser; `*` is all. Its own page always may."""
+    allowed_hosts: tuple[Annotated[str, Field(pattern=r"^(\*|[A-Za-z0-9._-]+)$")], ...] = ()
+    """Names that a server on a loopback address answers to besides localhost; `*` is all. Behind a proxy that
+    passes the name of its own on."""
     limits: Limits = Limits()
     api_key: SecretStr | None = None
     """Bearer token that every route except health and metrics then requires."""

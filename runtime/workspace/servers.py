@@ -29,8 +29,9 @@ from runtime.workspace.schema import AdapterSpec, host_path
 
 INFERENCE_KEY = "inference_config.yaml"
 
-ENGINE_LIMITS = frozenset({"max_model_len", "max_num_seqs", "gpu_memory_utilization"})
-"""Keys of the `vllm` section that are settings of every engine; the rest are vLLM's where it serves."""
+SERVER_KEYS = frozenset({"max_model_len", "max_num_seqs", "gpu_memory_utilization", "allowed_origins"})
+"""Keys of the `vllm` section that are settings of this server, whatever its engine; the rest are vLLM's where
+it serves."""
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ def _apply_config(settings: LayeredSettings, found: ConfigDocument | None, mount
         raise ConfigError(f"{found.where}: 'vllm' is {describe(engine)}, expected keys and values")
     engine = {key: value for key, value in engine.items() if value is not None}
     if settings.get("engine") == "vllm":
-        theirs = {key: engine[key] for key in engine if str(key).replace("-", "_") not in ENGINE_LIMITS}
+        theirs = {key: engine[key] for key in engine if str(key).replace("-", "_") not in SERVER_KEYS}
         settings.put_all("vllm.flags", theirs, where)
         engine = {key: engine[key] for key in engine.keys() - theirs.keys()}
     sections = (("vllm.", engine), ("", beside))

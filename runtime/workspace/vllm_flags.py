@@ -5,6 +5,7 @@ by name, because the answers or the place they come from would differ. A flag th
 refused too, as vLLM does. Names are vLLM 0.25's and KAITO's. Start at `apply`; docs/kaito.md shows the table.
 """
 
+import json
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -225,6 +226,20 @@ def _reasoning_parser(settings: LayeredSettings, text: str, where: str) -> None:
     )
 
 
+def _allowed_origins(settings: LayeredSettings, text: str, where: str) -> None:
+    """A list in a file, and the JSON of one on a command line."""
+    origins: Any = text.splitlines() if text.lower() != "none" else []
+    if text.startswith("["):
+        try:
+            origins = json.loads(text)
+        except ValueError:
+            origins = None
+        if not isinstance(origins, list):
+            raise ConfigError(f'{where}: expected a list in JSON, as in ["https://chat.example.com"]')
+    if origins:
+        settings.put("allowed_origins", tuple(origins), where)
+
+
 def _api_key(settings: LayeredSettings, text: str, where: str) -> None:
     settings.put("api_key", SecretStr(text), where)
 
@@ -238,6 +253,7 @@ _HONOURED: dict[str, Put] = {
     "host": _text("host"),
     "port": _number("port"),
     "api_key": _api_key,
+    "allowed_origins": _allowed_origins,
     "shutdown_timeout": _number("drain_timeout_s", least=0),
     "max_model_len": _context,
     "max_num_seqs": _number("limits.rows"),

@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from runtime.metrics import ServingMetrics
 from runtime.serving.generation_config import SamplingDefaults
 from runtime.serving.http.app import create_app
+from runtime.serving.http.origins import Callers
 from runtime.serving.lifecycle import Lifecycle, ServedModel
 from runtime.serving.settings import Limits
 from runtime.serving.tokenizer import PromptTokenizer
@@ -182,18 +183,27 @@ def until(condition: Callable[[], bool], timeout_s: float = 5) -> float:
     return time.monotonic() - started
 
 
+def start_fake_server(*, ready: bool = True, **options: Any) -> Process:
+    """Start `fake_server` with options and return it once it listens, or is ready."""
+    site = Process.start([sys.executable, "-m", "tests.serving.fake_server", json.dumps(options)])
+    try:
+        assert site.url, f"no server: {site.log}"
+        if ready:
+            site.wait_ready()
+    except BaseException:
+        site.close()
+        raise
+    return site
+
+
 @pytest.fixture
 def start_server() -> Iterator[Callable[..., Process]]:
     """Return a function that starts `fake_server` with options and waits for its port."""
     started: list[Process] = []
 
-    def start(*, ready: bool = True, **options: Any) -> Process:
-        site = Process.start([sys.executable, "-m", "tests.serving.fake_server", json.dumps(options)])
-        started.append(site)
-        assert site.url, f"no server: {site.log}"
-        if ready:
-            site.wait_ready()
-        return site
+    def start(**options: Any) -> Process:
+        started.append(start_fake_server(**options))
+        return started[-1]
 
     yield start
     for site in started:
@@ -212,6 +222,8 @@ def open_site(tokenizer: Any) -> OpenSite:
         *,
         limits: Limits | None = None,
         api_key: str | None = None,
+        origins: frozenset[str] = frozenset(),
+        hosts: frozenset[str] | None = None,
         defaults: SamplingDefaults | None = None,
         ready: bool = True,
         template: str | None = TEMPLATE,
@@ -235,7 +247,7 @@ def open_site(tokenizer: Any) -> OpenSite:
             lifecycle=lifecycle,
             metrics=metrics,
             limits=limits,
-            api_key=api_key,
+            callers=Callers(api_key, origins, hosts),
             adapter_loader=adapter_loader,
         )
         if ready:

@@ -44,6 +44,9 @@ def applied(flags: dict[str, Any]) -> tuple[dict[str, Any], LayeredSettings]:
         ({"revision": "abc", "code_revision": "def"}, {"model.revision": "abc"}),
         ({"code_revision": "def"}, {"model.revision": "def"}),
         ({"host": "127.0.0.1", "port": 5001}, {"host": "127.0.0.1", "port": 5001}),
+        ({"allowed_origins": '["https://a.example"]'}, {"allowed_origins": ("https://a.example",)}),
+        ({"allowed_origins": ["*"]}, {"allowed_origins": ("*",)}),
+        ({"allowed_origins": "[]"}, {}),
         ({"tool_call_parser": "hermes"}, {"tool_call_parser": "hermes"}),
     ],
 )  # fmt: skip
@@ -58,6 +61,9 @@ def test_honoured_flags_become_settings(flags: dict[str, Any], expected: dict[st
     [
         ({"pipeline-parallel-size": "2"}, "one node: set resource.count to 1"),
         ({"distributed_executor_backend": "ray"}, "without Ray"),
+        ({"allowed_origins": "[x"}, "list in JSON"),
+        ({"allow_credentials": None}, "stored password"),
+        ({"allowed_methods": '["GET"]'}, "every method and header"),
         ({"kaito_kv_cache_cpu_memory_utilization": "0.5"}, "set it to 0"),
         ({"cpu-offload-gb": 4}, "set it to 0"),
         ({"kv_transfer_config": '{"kv_connector": "NixlConnector"}'}, "prefill and decode run in one server"),
@@ -124,7 +130,7 @@ def test_every_honoured_setting_exists() -> None:
         "data_parallel_size": 2, "dtype": "half", "quantization": "bitsandbytes",
         "served_model_name": ["a", "b"], "shutdown_timeout": 5,
         "revision": "r", "host": "127.0.0.1", "port": 1, "api_key": "k", "tool_call_parser": "hermes",
-        "reasoning_parser": "qwen3",
+        "reasoning_parser": "qwen3", "allowed_origins": ["*"],
     }  # fmt: skip
     _, settings = applied(values)
     settings.put("model.name", "m", "test")

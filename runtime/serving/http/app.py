@@ -20,6 +20,7 @@ from runtime.metrics import ServingMetrics
 from runtime.serving.generation import Generator
 from runtime.serving.http import admin, chat, openai, responses
 from runtime.serving.http.middleware import RequestMiddleware
+from runtime.serving.http.origins import Callers
 from runtime.serving.http.schema import ErrorBody
 from runtime.serving.http.sse import error_object, failure_reply, reply
 from runtime.serving.lifecycle import Lifecycle
@@ -34,7 +35,7 @@ def create_app(
     lifecycle: Lifecycle,
     metrics: ServingMetrics,
     limits: Limits,
-    api_key: str | None = None,
+    callers: Callers = Callers(),  # noqa: B008 - a constant
     adapter_loader: admin.AdapterLoader | None = None,
 ) -> FastAPI:
     """Return the server's routes behind its middleware; `adapter_loader` loads adapters at run time."""
@@ -55,7 +56,11 @@ def create_app(
     _add_pages(app, metrics)
     _add_failures(app, metrics)
     app.add_middleware(
-        RequestMiddleware, lifecycle=lifecycle, limits=limits, api_key=api_key, count=metrics.refused
+        RequestMiddleware,
+        lifecycle=lifecycle,
+        limits=limits,
+        callers=callers,
+        count=metrics.refused,
     )
     return app
 

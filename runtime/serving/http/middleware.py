@@ -1,4 +1,4 @@
-"""What every request passes before its route: request id, API key, admission, size and time of the body.
+"""What every request passes before its route: id, origin, API key, admission, size and time of the body.
 
 Plain ASGI, because a body must be refused while it arrives, or before. Knows paths only as "open" or
 not; does not know routes, models or the engine. Start at `RequestMiddleware.__call__`.
@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.errors import ClientGoneError, ContentCodingError, RequestError
+from runtime.serving.http.origins import FORGEABLE, Callers, OriginMiddleware, may_be_forged, may_use_password
 from runtime.serving.http.sse import error_object, failure_reply, reply
 from runtime.serving.http.uploads import CODINGS, Uploads
 from runtime.serving.lifecycle import Lifecycle
@@ -46,13 +47,14 @@ class RequestMiddleware:
         *,
         lifecycle: Lifecycle,
         limits: Limits,
-        api_key: str | None = None,
+        callers: Callers,
         count: Callable[[int], None] = lambda status: None,
     ) -> None:
         self._app = app
+        self._known_origin = OriginMiddleware(self._of_known_origin, callers, count=count)
         self._lifecycle = lifecycle
         self._uploads = Uploads(limits)
-        self._api_key = api_key
+        self._api_key = callers.api_key
         self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -60,13 +62,15 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = scope["path"] = plain_path(scope["path"])
-        headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
+        scope["path"] = plain_path(scope["path"])
+        given = Headers(scope=scope).get("x-request-id", "")
         given = given if _ID.match(given) else ""
         request_id = f"{given}-{secrets.token_hex(3)}" if given else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
-        send = _with_id(send, given or request_id)
+        await self._known_origin(scope, receive, _with_id(send, given or request_id))
+
+    async def _of_known_origin(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, headers = scope["path"], Headers(scope=scope)
         if self._api_key is not None and path not in OPEN_PATHS and not authorized(headers, self._api_key):
             self._count(401)
             await _unauthorized(path, headers)(scope, receive, send)
@@ -74,6 +78,9 @@ class RequestMiddleware:
             # The server sends no body to HEAD, whatever a route answers.
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
             await self._app({**scope, "method": method}, receive, send)
+        elif may_be_forged(headers):
+            self._count(403)
+            await reply(path, 403, error_object(FORGEABLE, 403, code="origin_unknown"))(scope, receive, send)
         elif not _JSON.match(headers.get("content-type", "application/json")):
             self._count(415)
             message = (
@@ -120,7 +127,7 @@ def authorized(headers: Mapping[str, str], api_key: str) -> bool:
     """
     scheme, _, credentials = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "basic":
-        if headers.get("sec-fetch-site", "same-origin") not in {"same-origin", "none"}:
+        if not may_use_password(headers):
             return False
         try:
             credentials = base64.b64decode(credentials, validate=True).decode().partition(":")[2]

@@ -27,6 +27,7 @@ from runtime.oci import Access
 from runtime.serving.engine.protocol import Stats
 from runtime.serving.http.admin import AdapterLoader
 from runtime.serving.http.app import create_app
+from runtime.serving.http.origins import EVERY, Callers, known_hosts
 from runtime.serving.http.write_watch import WriteWatch, limit_unsent
 from runtime.serving.lifecycle import Lifecycle, ServedModel
 from runtime.serving.settings import Limits, ServeConfig
@@ -191,7 +192,7 @@ class Serving:
 
     async def run(self, listener: socket.socket) -> None:
         """Answer on `listener` until a signal; raises what loading failed with."""
-        server = self._http_server()
+        server = self._http_server(self._callers(listener.getsockname()[0]))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
@@ -217,15 +218,25 @@ class Serving:
             await serving
         log.info("Stopped")
 
-    def _http_server(self) -> uvicorn.Server:
+    def _callers(self, address: str) -> Callers:
+        """Return who may call the server that listens on `address`."""
+        config = self._config
+        if EVERY in config.allowed_origins:
+            log.warning("Pages of every site may call this server: an allowed origin is *")
+        return Callers(
+            config.api_key.get_secret_value() if config.api_key else None,
+            frozenset(config.allowed_origins),
+            known_hosts(config.host, address, config.allowed_hosts),
+        )
+
+    def _http_server(self, callers: Callers) -> uvicorn.Server:
         config = self._config
         metrics = ServingMetrics(config.served_name, self._engine_stats)
-        key = config.api_key.get_secret_value() if config.api_key else None
         app = create_app(
             lifecycle=self._lifecycle,
             metrics=metrics,
             limits=config.limits,
-            api_key=key,
+            callers=callers,
             adapter_loader=self._adapter_loader,
         )
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
