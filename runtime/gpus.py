@@ -5,6 +5,7 @@ Knows what NVIDIA's driver reports of each kind. What this machine has is asked 
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from runtime import instance_types
@@ -82,6 +83,24 @@ _KINDS = (
 )
 _BY_NAME = {kind.name.lower(): kind for kind in _KINDS}
 
+_SLICES: Mapping[str, str] = {
+    "A30-24GB": "1g.6gb 2g.12gb 4g.24gb",
+    "A100-40GB": "1g.5gb 1g.10gb 2g.10gb 3g.20gb 4g.20gb 7g.40gb",
+    "A100-80GB": "1g.10gb 1g.20gb 2g.20gb 3g.40gb 4g.40gb 7g.80gb",
+    "H100-80GB": "1g.10gb 1g.20gb 2g.20gb 3g.40gb 4g.40gb 7g.80gb",
+    "H100-94GB": "1g.12gb 1g.24gb 2g.24gb 3g.47gb 4g.47gb 7g.94gb",
+    "H20-96GB": "1g.12gb 1g.24gb 2g.24gb 3g.48gb 4g.48gb 7g.96gb",
+    "GH200-96GB": "1g.12gb 1g.24gb 2g.24gb 3g.48gb 4g.48gb 7g.96gb",
+    "RTX-PRO-6000-96GB": "1g.24gb 2g.48gb 4g.96gb",
+    "H200-141GB": "1g.18gb 1g.35gb 2g.35gb 3g.71gb 4g.71gb 7g.141gb",
+    "B200-180GB": "1g.23gb 1g.45gb 2g.45gb 3g.90gb 4g.90gb 7g.180gb",
+    "GB200-186GB": "1g.23gb 1g.47gb 2g.47gb 3g.93gb 4g.93gb 7g.186gb",
+    "B300-288GB": "1g.34gb 1g.67gb 2g.67gb 3g.135gb 4g.135gb 7g.269gb",
+}
+"""MIG profiles of each kind, the whole GPU last (NVIDIA MIG User Guide, "Supported MIG Profiles")."""
+_SLICES_UNKNOWN = frozenset({"GB300-288GB"})
+"""Kinds with MIG of which the profiles are not known here."""
+
 _NOISE = {
     *("nvidia", "geforce", "tesla", "quadro", "gpu", "pcie", "sxm", "sxm2", "sxm3", "sxm4", "sxm5", "hbm3"),
     *("hbm3e", "generation", "blackwell", "server", "workstation", "edition"),
@@ -113,6 +132,33 @@ def of_kind(name: str, *, count: int = 1) -> Hardware:
     if kind is None:
         raise ConfigError(f"no GPU {name!r}{_hint(name)}")
     return Hardware("cuda", kind.name, kind.capability, kind.mebibytes << 20, count)
+
+
+def most_slices(profile: str, kind: str | None) -> int | None:
+    """Return how many MIG slices of `profile` one GPU of `kind` has; None where the kind is not known.
+
+    Raises ConfigError, with the profiles that there are, for one that neither this kind nor any has.
+    """
+    wanted = re.split(r"[+]|(?<=gb)\.", profile)[0]
+    known = _SLICES.get(kind or "", "").split()
+    if kind is None or (not known and kind in _SLICES_UNKNOWN):
+        if all(wanted not in names.split() for names in _SLICES.values()):
+            raise ConfigError(
+                f"no GPU known here has a MIG profile {profile!r}; one of an A100-80GB is 3g.40gb"
+            )
+        return None
+    if wanted not in known:
+        has = f"it has {', '.join(known)}" if known else "it has no MIG"
+        raise ConfigError(f"{kind} has no MIG profile {profile!r}; {has}")
+    (slices, size), (all_slices, whole) = _slice(wanted), _slice(known[-1])
+    eighths = 8 if all_slices == 7 else all_slices
+    return min(all_slices // slices, eighths // max(1, round(eighths * size / whole)))
+
+
+def _slice(profile: str) -> tuple[int, int]:
+    """Return the compute slices and the gigabytes of a profile such as 3g.40gb."""
+    slices, size = profile.removesuffix("gb").split("g.")
+    return int(slices), int(size)
 
 
 def named(text: str) -> NamedGpus:

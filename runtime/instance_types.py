@@ -4,6 +4,7 @@ Those that KAITO's controller provisions (kaito-project/kaito, pkg/sku), and GKE
 public size tables. Does not know the GPUs themselves (gpus.py). Start at `find`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -114,10 +115,29 @@ _OTHER: Mapping[str, Mapping[int, str]] = {
 }
 """The same for what this project does not run on."""
 
+_WITHOUT_GPU = re.compile(
+    r"standard_(?:[abdefhlm]|dc|ec|fx|gs|hb|hc|hx|eb)[a-z]*\d+\w*"  # Azure: series with GPUs begin with N
+    r"|(?:a1|[cmrtxzdih]\d\w*(?:-\w+)?|im4gn|is4gen|u\d?-\w+|mac\w*|hpc\w*)\.(?:nano|micro|small|medium|metal|"
+    r"\d*x?large)\w*(?:-\w+)?"  # AWS
+    r"|(?:e2|n2|n2d|n4|c2|c2d|c3|c3d|c4|c4a|c4d|t2d|t2a|m1|m2|m3|m4|x4|h3|z3|f1|g1)-[\w-]+"  # Google Cloud
+)
+"""Names of machines without a GPU, in lower case; n1 is none of them, since GPUs are attached to it."""
+
 
 def find(name: str) -> InstanceType | None:
     """Return the instance type called `name`, in any case; None where it is not known."""
     return _all().get(name.lower())
+
+
+def canonical(name: str) -> str:
+    """Return `name` as the cloud spells it, which labels of nodes do too; as it is where it is not known."""
+    found = find(name)
+    return found.name if found else name
+
+
+def has_no_gpu(name: str) -> bool:
+    """Whether `name` is a type of a series that has no GPU: Standard_D4s_v5, m5.xlarge, e2-standard-4."""
+    return find(name) is None and _WITHOUT_GPU.fullmatch(name.lower()) is not None
 
 
 def hint(name: str) -> str:

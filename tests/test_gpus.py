@@ -127,6 +127,25 @@ def test_every_gpu_of_an_instance_type_is_known() -> None:
         assert gpus.named(name).hardware.count >= 1
 
 
+@pytest.mark.parametrize(
+    ("profile", "kind", "most"),
+    [
+        ("1g.10gb", "A100-80GB", 7),
+        ("1g.20gb", "A100-80GB", 4),
+        ("2g.20gb", "A100-80GB", 3),
+        ("3g.47gb", "H100-94GB", 2),
+        ("7g.141gb", "H200-141GB", 1),
+        ("1g.18gb+me", "H200-141GB", 7),
+        ("1g.6gb", "A30-24GB", 4),
+        ("2g.48gb", "RTX-PRO-6000-96GB", 2),
+        ("2g.24gb", None, None),
+        ("1g.35gb", "GB300-288GB", None),
+    ],
+)
+def test_slices_of_a_gpu_are_counted(profile: str, kind: str | None, most: int | None) -> None:
+    assert gpus.most_slices(profile, kind) == most
+
+
 def test_no_gpu_at_all_is_refused() -> None:
     with pytest.raises(ConfigError, match="one GPU at least"):
         gpus.named("0x A100-80GB")

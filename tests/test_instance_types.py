@@ -38,6 +38,29 @@ def test_what_the_controller_knows_and_this_project_does_not_run_on_is_known(nam
     assert found.gpu is None
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Standard_D4s_v5",
+        "standard_e8ads_v5",
+        "Standard_HB120rs_v3",
+        "c7g.large",
+        "r6id.metal",
+        "t2d-standard-4",
+    ],
+)
+def test_machines_of_series_without_a_gpu_are_told(name: str) -> None:
+    assert instance_types.has_no_gpu(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["Standard_ND96_v9", "g9.xlarge", "n1-standard-8", "dl1.24xlarge", "my-node", ""]
+)
+def test_machines_that_may_have_one_are_not(name: str) -> None:
+    assert not instance_types.has_no_gpu(name)
+    assert not any(map(instance_types.has_no_gpu, instance_types.names()))
+
+
 def test_no_instance_type_stands_in_two_places() -> None:
     listed = [
         name.lower()

@@ -5,7 +5,7 @@ runtime/tuning/fit.py. Imports no torch. Start at `plan`.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,7 @@ from runtime.errors import CapacityError, exit_code
 from runtime.hardware import Hardware
 from runtime.memory import serving, shape
 from runtime.memory.tuning import MemoryItem
-from runtime.serving.fit import requested
+from runtime.serving import fit
 from runtime.tuning.settings import TuningJob
 from runtime.workspace import load_job, load_server
 from runtime.workspace.instances import gpus_of
@@ -157,21 +157,14 @@ def server_report(
     overrides: Mapping[str, Any],
 ) -> MemoryReport:
     """Return the memory plan of the server that `target` describes on `machine`."""
-    server = load_server(target, environ=environ, config=config, overrides=overrides).config
+    resolved = load_server(target, environ=environ, config=config, overrides=overrides)
+    server = resolved.config
     support.check_server(server.model, server.quantization, machine, engine=server.engine)
     model = shape.of(server.model)
-    run = requested(server, machine, model)
-    capacity = serving.forecast(model, run, machine)
-    facts: dict[str, Any] = {
-        "fits": capacity.fits,
-        "device": machine.name,
-        "available_bytes": capacity.available_bytes,
-        "dtype": run.dtype,
-        "rows": capacity.sequences,
-        "context_tokens": capacity.context_tokens,
-        "cache_bytes_per_token": capacity.token_bytes,
-        "fits_on": list(serving.fits_on(model, run)),
-    }
+    layout = fit.lay_out(server, machine, model)
+    capacity, run = layout.capacity, layout.run
+    warnings = tuple(dict.fromkeys((*resolved.warnings, *fit.warnings(layout, server, model))))
+    facts = _server_facts(layout, model, machine) | {"warnings": list(warnings)}
     return MemoryReport(
         fits=capacity.fits,
         title=f"Server of {server.served_name} on {_described(machine)}",
@@ -179,14 +172,49 @@ def server_report(
         total_bytes=sum(item.size_bytes for item in capacity.parts),
         available_bytes=capacity.available_bytes,
         notes=(
+            *_placed(layout, machine, is_divided_by_default=not fit.is_laid_out(server)),
             f"Requested: {run.sequences} sequences of {run.context_tokens} tokens, {run.dtype}.",
             f"One of these is enough for one sequence: {_few(facts['fits_on'])}.",
+            *(f"Warning: {warning}" for warning in warnings),
         ),
         verdict=_served(model, run, capacity)
         if capacity.fits
-        else f"{model.name} leaves no memory for one sequence; {_advice(model, run, machine)}",
+        else f"{model.name} leaves no memory for one sequence; {_advice(model, layout, machine)}",
         facts=facts,
     )
+
+
+def _server_facts(layout: fit.ServerLayout, model: shape.Shape, machine: Hardware) -> dict[str, Any]:
+    capacity, run = layout.capacity, layout.run
+    return {
+        "fits": layout.fits,
+        "device": machine.name,
+        "gpus": layout.gpus,
+        "processes": run.processes,
+        "replicas": run.copies,
+        "servers": layout.servers,
+        "available_bytes": capacity.available_bytes,
+        "dtype": run.dtype,
+        "rows": capacity.sequences,
+        "context_tokens": capacity.context_tokens,
+        "cache_bytes_per_token": capacity.token_bytes,
+        "fits_on": list(serving.fits_on(model, run)),
+    }
+
+
+def _placed(layout: fit.ServerLayout, machine: Hardware, *, is_divided_by_default: bool) -> Iterator[str]:
+    """Yield how the server is laid over the GPUs, and what the figures are of."""
+    run, device = layout.run, "GPU" if machine.kind == "cuda" else "process"
+    if run.processes > 1:
+        flags = f" (serve --parallel tp --processes {run.processes})" if is_divided_by_default else ""
+        yield f"One model is divided among {run.processes} {device}s{flags}; figures are of one {device}."
+    if run.copies > 1:
+        where = "on GPUs of their own" if machine.kind == "cuda" else "in equal parts of the memory"
+        yield f"There are {run.copies} copies of the model, {where}; figures are of one {device}."
+    if layout.servers > 1:
+        yield f"{layout.servers} such servers have place on the {machine.count} GPUs of a node."
+    if layout.indivisible:
+        yield f"The model is not divided among more GPUs: {layout.indivisible}."
 
 
 def _served(model: shape.Shape, run: serving.ServingRun, capacity: serving.Capacity) -> str:
@@ -195,10 +223,11 @@ def _served(model: shape.Shape, run: serving.ServingRun, capacity: serving.Capac
     return f"one request at a time, of {capacity.context_tokens} tokens"
 
 
-def _advice(model: shape.Shape, run: serving.ServingRun, machine: Hardware) -> str:
+def _advice(model: shape.Shape, layout: fit.ServerLayout, machine: Hardware) -> str:
     """Return what would make a server fit."""
-    quantised = replace(run, bits=4, double_quant=True)
-    if model.quantized is None and run.bits is None and serving.forecast(model, quantised, machine).fits:
+    whole = model.quantized is None and layout.run.bits is None
+    quantised = replace(layout.run, bits=4, double_quant=True, processes=1)
+    if whole and serving.forecast(model, quantised, machine).fits:
         return "quantise it (--set quantization.bits=4), or take a larger GPU"
     return "take a larger GPU"
 
@@ -217,7 +246,8 @@ def _machine(manifest: WorkspaceDocuments | None, gpu: str | None) -> tuple[Hard
     if gpu in (None, "auto"):
         return torch_build.usable_hardware(), None
     found = gpus.named(gpu or "")
-    return found.hardware, found.assumed
+    machine = gpus_of(manifest, found.hardware) if manifest is not None else found.hardware
+    return machine, found.assumed
 
 
 def _few(names: Sequence[str]) -> str:

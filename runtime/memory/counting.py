@@ -69,6 +69,18 @@ class Counts(Strict):
     cache: CacheSize | None
     """None where the forward pass cannot be followed without numbers."""
 
+    def shard(self, world: int) -> "Counts":
+        """Return a `world`-th of weights and cache."""
+        linears = tuple(it.model_copy(update={"outputs": it.outputs // world}) for it in self.linears)
+        kept = None
+        if self.cache is not None:
+            sizes = {
+                name: size // world for name, size in self.cache.model_dump().items() if name != "window"
+            }
+            kept = self.cache.model_copy(update=sizes)
+        update = {"parameters": self.parameters // world, "linears": linears, "cache": kept}
+        return self.model_copy(update=update)
+
 
 def count(config: Mapping[str, Any]) -> Counts:
     """Return the figures of the model of a config.json; ConfigError where transformers builds none."""

@@ -4,7 +4,7 @@ The same arithmetic before a GPU is rented (`forecast`) and in the server itself
 Does not know engines or requests. Start at `forecast`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from runtime import gpus, support
@@ -44,6 +44,12 @@ class ServingRun:
     """Fewer sequences are preferred to a context below this: the requested one, where there is a request."""
     bits: int | None = None
     double_quant: bool = False
+    processes: int = 1
+    """GPUs that one model is divided among (tensor parallelism); the plan is of one of them."""
+    copies: int = 1
+    """Copies of the model on this machine: on GPUs of their own, or in equal parts of a CPU's memory."""
+    memory_share: float | None = None
+    """Largest part of a GPU's memory in use, by whatever process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +71,10 @@ class Capacity:
 
 
 def forecast(shape: Shape, server: ServingRun, machine: Hardware) -> Capacity:
-    """Return what `server` takes on `machine`, and the sequences and context that fit there."""
-    available = int(machine.memory_bytes * (GPU_SHARE if machine.kind == "cuda" else HOST_SHARE))
+    """Return what `server` takes on one device of `machine`, and the sequences and context that fit there."""
+    available = _available(server, machine)
     fixed: tuple[MemoryItem, ...] = (weights(shape, server),)
+    shape = _held(shape, server)
     if machine.kind == "cuda":  # a CPU's other half has the process
         how = "with cuBLAS's workspace"
         fixed += (MemoryItem("CUDA context", CONTEXT_BYTES["cuda"], how, "estimated"),)
@@ -88,6 +95,23 @@ def forecast(shape: Shape, server: ServingRun, machine: Hardware) -> Capacity:
         "estimated",
     )
     return Capacity((*fixed, cache, work), available, token_bytes, sequences, tokens)
+
+
+def _available(server: ServingRun, machine: Hardware) -> int:
+    """Return the bytes that one process may plan with."""
+    if machine.kind == "cpu":
+        return int(machine.memory_bytes * HOST_SHARE / (server.processes * server.copies))
+    unused = 1 - (server.memory_share or 1)
+    if server.engine == "vllm":  # whose share is of what it takes itself
+        return int(machine.memory_bytes * min(GPU_SHARE, 1 - unused))
+    return int(machine.memory_bytes * max(0, GPU_SHARE - unused))
+
+
+def _held(shape: Shape, server: ServingRun) -> Shape:
+    """Return the shape of what each process holds."""
+    if server.processes == 1:
+        return shape
+    return shape.shard(server.processes, embeddings=server.engine == "vllm")
 
 
 def batched(shape: Shape, server: ServingRun) -> bool:
@@ -142,23 +166,26 @@ def fits_on(shape: Shape, server: ServingRun) -> tuple[str, ...]:
     Those that would compute in float16 are left out where the model does not stay within it.
     """
     context = min(server.context_tokens, shape.context_tokens, server.least_context_tokens)
+    alone = replace(server, processes=1, copies=1)
     half = server.dtype != "float32" and not support.stays_within_float16(shape.model_type, training=False)
     return tuple(
         gpu.name
         for gpu in map(gpus.of_kind, gpus.rented())
-        if not (half and not has_bfloat16(gpu)) and forecast(shape, server, gpu).context_tokens >= context
+        if not (half and not has_bfloat16(gpu)) and forecast(shape, alone, gpu).context_tokens >= context
     )
 
 
 def weights(shape: Shape, server: ServingRun) -> MemoryItem:
-    """Weights: parameters x b; linear ones x bits / 8; the files' size where they are used as they are."""
-    width = BYTES[server.dtype]
+    """Weights of one process: parameters x b; linear ones x bits / 8; the files' size where they stay so."""
+    width, whole = BYTES[server.dtype], shape.parameters
+    shape = _held(shape, server)
     if shape.quantized is not None and not (shape.quantized in DEQUANTISED and server.engine == "own"):
         basis: Basis = "stored" if shape.files_known else "estimated"
         return MemoryItem("weights", shape.stored_bytes, f"stored as {shape.quantized}", basis)
     if server.bits is None or shape.quantized is not None:
         count = shape.parameters
-        how = f"{count / 1e9:.2f}B x {width} bytes"
+        part = f" of {whole / 1e9:.2f}B" if server.processes > 1 else ""
+        how = f"{count / 1e9:.2f}B{part} x {width} bytes"
         if shape.quantized is not None:
             how += f", dequantised from the {shape.quantized} of the files"
         return MemoryItem("weights", count * width, how)

@@ -123,6 +123,21 @@ class Shape:
         windowed = each * (size.layers - whole)
         return CacheSize(token=each * whole, window_token=windowed, window=size.sliding_window)
 
+    def shard(self, world: int, *, embeddings: bool = False) -> "Shape":
+        """Return the shape of what each of `world` ranks holds under tensor parallelism.
+
+        Heads and inner features are divided, key-value heads at most to one; the rest is whole on each, but
+        for the `embeddings` where an engine divides them too. What is counted is divided evenly.
+        """
+        size, counts = self.dimensions, self.counts
+        divided = {"heads": size.heads, "kv_heads": size.kv_heads, "intermediate": size.intermediate}
+        divided |= {"vocabulary": size.vocabulary} if embeddings else {}
+        part = size.model_copy(update={name: max(1, count // world) for name, count in divided.items()})
+        if counts is not None:
+            counts = counts.shard(world)
+        stored = self.stored_bytes // world
+        return replace(self, dimensions=part, counts=counts, stored_bytes=stored)
+
     def adapted(self, targets: str | tuple[str, ...]) -> tuple[Linear, ...]:
         """Return the linear modules of a layer that LoRA `targets` reach, by peft's rules of matching."""
         if targets == "all-linear":

@@ -138,3 +138,50 @@ def test_a_manifest_with_an_unknown_machine_asks_for_its_gpu(
     )
     assert plan(str(file), "--gpu", "A10", capsys=capsys)[1]["device"] == "A10-24GB"
     assert plan(str(file), "--gpu", "24GB", capsys=capsys)[1]["assumed"].startswith("Assumed of GPU of 24 GB")
+
+
+LARGE = """\
+apiVersion: kaito.sh/v1beta1
+kind: Workspace
+metadata: {name: w}
+resource: {RESOURCE}
+inference: {preset: {name: llama-3.3-70b-instruct}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("resource", "words", "gpus"),
+    [
+        ("instanceType: Standard_NC48ads_A100_v4", [], 2),
+        ("instanceType: Standard_ND96amsr_A100_v4", [], 2),
+        ("instanceType: Standard_ND96amsr_A100_v4", ["--set", "parallel=tp"], 8),
+        ("instanceType: Standard_ND96amsr_A100_v4", ["--set", "parallel=tp", "--set", "processes=4"], 4),
+        ("partition: {mode: accelerator, count: 2}", ["--gpu", "H100-80GB"], 2),
+        ("count: 1", ["--gpu", "2x A100-80GB"], 2),
+    ],
+)
+def test_a_model_that_several_gpus_hold_is_planned_as_it_is_placed(
+    resource: str, words: list[str], gpus: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "workspace.yaml"
+    file.write_text(LARGE.replace("RESOURCE", resource))
+    status, report = plan(str(file), *words, capsys=capsys)
+    assert (status, report["gpus"], report["processes"]) == (0, gpus, gpus)
+    weights = next(part["bytes"] for part in report["parts"] if part["name"] == "weights")
+    assert weights == pytest.approx((68.45 / gpus + 2.1) * 2e9, rel=0.01)  # the embeddings are on each
+    assert run(["plan", str(file), *words], {}) == 0
+    assert f"One model is divided among {gpus} GPUs" in capsys.readouterr().out
+
+
+def test_a_plan_of_several_gpus_says_what_its_figures_are_of(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "phi-4", "--serve", "--gpu", "4x A100-80GB"]
+    assert run(words, {}) == 0
+    assert "4 such servers have place on the 4 GPUs of a node." in capsys.readouterr().out
+    assert run([*words, "--set", "replicas=2"], {}) == 0
+    out = capsys.readouterr().out
+    assert "There are 2 copies of the model, on GPUs of their own; figures are of one GPU." in out
+    assert "2 such servers" in out
+    assert run([*words, "--set", "limits.context_tokens=100000"], {}) == 0
+    assert "limits.context_tokens is 100000, but phi-4 was made for 16384" in capsys.readouterr().out
+    assert run([*words, "--set", "processes=8", "--set", "parallel=tp"], {}) == 2
+    assert "processes is 8, each on a GPU of its own, and a node has 4" in capsys.readouterr().err

@@ -342,7 +342,7 @@ spec:
     # --- parts of GPUs
     Written(
         "MIG slice",
-        serving("resource: {", "resource: {partition: {mode: mig, profile: 2g.40gb}, "),
+        serving("resource: {", "resource: {partition: {mode: mig, profile: 3g.40gb}, "),
         {"served_name": "phi-4"},
     ),
     Written(

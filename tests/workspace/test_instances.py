@@ -27,7 +27,10 @@ def test_instance_type_in_any_case_has_its_gpus(size: str, kind: str, count: int
 @pytest.mark.parametrize(
     ("size", "said"),
     [
-        ("Standard_B1s", r"resource\.instanceType is 'Standard_B1s', which is not known here; name its GPU"),
+        ("Standard_X1", r"resource\.instanceType is 'Standard_X1', which is not known here; name its GPU"),
+        ("Standard_D4s_v5", r"'Standard_D4s_v5', a machine without a GPU"),
+        ("m5.2xlarge", "a machine without a GPU"),
+        ("e2-standard-4", "a machine without a GPU"),
         ("Standard_NC24ads_A100_v5", r"did you mean 'Standard_NC24ads_A100_v4'"),
         ("n1-standard-8", "--gpu"),
         ("", r"resource\.instanceType is missing.*--gpu"),

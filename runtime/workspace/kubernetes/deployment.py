@@ -33,7 +33,9 @@ def objects_of_server(
 ) -> list[Object]:
     """Return the Deployment of `server` and the Service before it."""
     made = _container(manifest, placement, options)
-    needed = Accelerators(placement.gpus, placement.resource, weights_bytes, pod.downloads(manifest))
+    needed = Accelerators(
+        placement.gpus, placement.resource, weights_bytes, pod.downloads(manifest), server.replicas
+    )
     made["resources"] = pod.requests(needed, options)
     inference = manifest.workspace.inference
     assert inference is not None, "load_server refuses other Workspaces"  # noqa: S101

@@ -3,8 +3,10 @@
 Knows a Workspace's `resource`, not how many GPUs a pod has. Start at `selection`.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
+from runtime import instance_types
 from runtime.workspace.schema import LabelSelector, Resource
 
 Object = dict[str, Any]
@@ -29,10 +31,10 @@ def selection(resource: Resource, *, gpus: bool) -> Object:
     selector = resource.label_selector or LabelSelector()
     required = dict(selector.match_labels)
     preferred: list[Object] = []
-    if resource.instance_type and gpus:
+    if _requires_type(resource, gpus=gpus):
         if required:
             preferred.append({"matchExpressions": [_equals(*label) for label in required.items()]})
-        required = {INSTANCE_TYPE: resource.instance_type}
+        required = {INSTANCE_TYPE: instance_types.canonical(resource.instance_type)}
     for name in resource.preferred_nodes:
         field = {"key": "metadata.name", "operator": "In", "values": [name]}
         preferred.append({"matchFields": [field]})
@@ -60,20 +62,27 @@ def selection(resource: Resource, *, gpus: bool) -> Object:
     }
 
 
-def warnings(resource: Resource, where: str, *, gpus: bool) -> list[str]:
-    """Return what of the selection is weaker here than with a controller."""
+def warnings(resource: Resource, where: str, *, gpus: bool) -> Iterator[str]:
+    """Yield what of the selection is other or weaker here than with a controller."""
     labels = resource.label_selector.match_labels if resource.label_selector else {}
-    if resource.instance_type and not gpus:
-        return [
-            f"{where} resource.instanceType {resource.instance_type} is not required: no GPU is requested"
-        ]
-    if not (labels and resource.instance_type):
-        return []
-    written = ", ".join(f"{key}={value}" for key, value in labels.items())
-    return [
-        f"{where} resource.labelSelector ({written}) is preferred, not required: without the controller "
-        f"nobody labels the nodes, which are chosen by their instance type {resource.instance_type}"
-    ]
+    name = resource.instance_type
+    spelling = instance_types.canonical(name)
+    if name and not _requires_type(resource, gpus=gpus):
+        yield f"{where} resource.instanceType {name} is not required: no GPU is requested"
+    elif spelling != name:
+        yield f"{where} resource.instanceType {name} is written {spelling}, as the label of its nodes is"
+    if labels and _requires_type(resource, gpus=gpus):
+        written = ", ".join(f"{key}={value}" for key, value in labels.items())
+        yield (
+            f"{where} resource.labelSelector ({written}) is preferred, not required: without the controller "
+            f"nobody labels the nodes, which are chosen by their instance type {spelling}"
+        )
+
+
+def _requires_type(resource: Resource, *, gpus: bool) -> bool:
+    """Whether only nodes of the instance type will do: not one that was named for GPUs nobody asks for."""
+    name = resource.instance_type
+    return bool(name) and (gpus or instance_types.has_no_gpu(name))
 
 
 def _equals(key: str, value: str) -> Object:

@@ -4,26 +4,26 @@ Asks the memory plans of tuning and serving, with the GPUs that the instance typ
 write objects. Start at `of_server` and `of_job`.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from runtime import instance_types, support
+from runtime import support
 from runtime.errors import CapacityError, ConfigError, Failure
 from runtime.hardware import Hardware
 from runtime.memory import serving, shape
 from runtime.memory.shape import Shape
-from runtime.memory.tuning import CONTEXT_BYTES
-from runtime.serving.fit import requested
+from runtime.serving import fit
 from runtime.serving.settings import ServeConfig
-from runtime.tuning import fit
+from runtime.tuning import fit as tuning_fit
 from runtime.tuning.settings import TuningJob
-from runtime.workspace.instances import NAME_THE_GPU, gpus_of
+from runtime.workspace.instances import NAME_THE_GPU, gpus_of, is_known
 from runtime.workspace.kubernetes.options import PodOptions
 from runtime.workspace.manifest import WorkspaceDocuments
 
 WHOLE_GPU = "nvidia.com/gpu"
 BYPASS = "kaito.sh/bypass-resource-checks"
 """Annotation with which a user vouches for the memory."""
+
+_UNKNOWN = Hardware("cuda", "GPU", None, 0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def of_job(manifest: WorkspaceDocuments, job: TuningJob, options: PodOptions) ->
     warnings = list(node.warnings)
     if node.machine is not None:
         try:
-            fit.check(job, node.machine, processes=node.count)
+            tuning_fit.check(job, node.machine, processes=node.count)
         except CapacityError as error:
             warnings.append(_vouched(manifest, error))
     return Placement(pods, node.count, warnings=tuple(warnings))
@@ -80,13 +80,14 @@ def of_server(manifest: WorkspaceDocuments, config: ServeConfig, options: PodOpt
                 f"{manifest.file}: replicas is {config.replicas}, and a process sees one MIG device: leave "
                 "it out, there is a pod for each"
             )
-        placed = _divide(manifest, config, gpus_of(manifest), nodes * partition.count)
+        placed = _planned(manifest, config, gpus_of(manifest, options.machine), nodes * partition.count)
         return replace(placed, resource=f"nvidia.com/mig-{partition.profile.replace('+', '.')}")
     node = _node(manifest, options)
-    if config.replicas > 1:
-        return _copies(manifest, config, node, nodes)
     if node.machine is not None:
-        return _divide(manifest, config, replace(node.machine, count=node.count), nodes)
+        return _planned(manifest, config, replace(node.machine, count=node.count), nodes)
+    if fit.is_laid_out(config):
+        needed = fit.gpus_of_a_model(config, replace(_UNKNOWN, count=node.count)) * config.replicas
+        return _on_each(nodes, node.count, needed, node.warnings)
     if node.count == 1:
         return Placement(nodes, 1, warnings=node.warnings)
     raise ConfigError(
@@ -95,60 +96,38 @@ def of_server(manifest: WorkspaceDocuments, config: ServeConfig, options: PodOpt
     )
 
 
-def _copies(manifest: WorkspaceDocuments, config: ServeConfig, node: _Node, nodes: int) -> Placement:
-    """Return pods with a GPU for each of the copies that the server's settings ask for."""
-    if config.replicas > node.count:
-        raise ConfigError(
-            f"{manifest.file}: replicas is {config.replicas}, each on a GPU of its own, and a node has "
-            f"{node.count}"
-        )
-    return Placement(nodes * (node.count // config.replicas), config.replicas, warnings=node.warnings)
-
-
-def _divide(manifest: WorkspaceDocuments, config: ServeConfig, machine: Hardware, nodes: int) -> Placement:
-    """Return the placement with the fewest GPUs a pod; `machine` is one of the equal nodes."""
+def _planned(manifest: WorkspaceDocuments, config: ServeConfig, machine: Hardware, nodes: int) -> Placement:
+    """Return the placement that the memory plan says; `machine` is one of the equal nodes."""
     support.check_server(config.model, config.quantization, machine, engine=config.engine)
     try:
         model = shape.of(config.model)
     except Failure as error:
-        warning = f"memory is not planned, so each pod has one GPU: {error}"
-        return Placement(nodes * machine.count, 1, warnings=(warning,))
-    refused = ""
-    for count in _divisors(machine.count):
-        refused = _indivisible(model, config, count) if count > 1 else ""
-        if not refused and _fits(model, config, machine, count):
-            return Placement(nodes * (machine.count // count), count, divided=count > 1)
-    warning = _vouched(manifest, CapacityError(_too_large(model, config, machine, refused)))
-    count = 1 if refused else machine.count
-    return Placement(nodes * (machine.count // count), count, divided=count > 1, warnings=(warning,))
+        needed = fit.gpus_of_a_model(config, machine) * config.replicas
+        return _on_each(nodes, machine.count, needed, (f"memory is not planned: {error}",))
+    try:
+        layout = fit.lay_out(config, machine, model)
+    except ConfigError as error:
+        raise ConfigError(f"{manifest.file}: {error}") from None
+    warnings = list(fit.warnings(layout, config, model))
+    if not layout.fits:
+        warnings.append(_vouched(manifest, CapacityError(_too_large(layout, model, machine))))
+    divided = layout.divided and not fit.is_laid_out(config)
+    return replace(_on_each(nodes, machine.count, layout.gpus, tuple(warnings)), divided=divided)
 
 
-def _fits(model: Shape, config: ServeConfig, machine: Hardware, count: int) -> bool:
-    """Whether one sequence fits beside the weights on `count` together: all but CUDA's context is divided."""
-    together = count * machine.memory_bytes - (count - 1) * CONTEXT_BYTES["cuda"]
-    all_of_them = replace(machine, memory_bytes=together)
-    return serving.forecast(model, requested(config, machine, model), all_of_them).fits
+def _on_each(nodes: int, count: int, gpus: int, warnings: tuple[str, ...]) -> Placement:
+    """Return as many pods of `gpus` as have place on nodes of `count`; what is left over is said."""
+    idle = count % gpus
+    said = (f"{idle} of the {count} GPUs of each node are not used: a server has {gpus}",) if idle else ()
+    return Placement(nodes * (count // gpus), gpus, warnings=(*warnings, *said))
 
 
-def _indivisible(model: Shape, config: ServeConfig, count: int) -> str:
-    """Return why `count` GPUs cannot divide the model, "" where they can (engine/parallel/shard.py)."""
-    size = model.dimensions
-    if not model.family.own_layers:
-        return f"{model.model_type} models cannot be divided among GPUs"
-    if model.quantized is not None or config.quantization is not None:
-        return "quantised weights cannot be divided among GPUs"
-    if size.heads % count or size.intermediate % count or (size.kv_heads % count and count % size.kv_heads):
-        return f"{size.heads} attention heads cannot be divided among {count} GPUs"
-    return ""
-
-
-def _too_large(model: Shape, config: ServeConfig, machine: Hardware, refused: str) -> str:
-    run = requested(config, machine, model)
-    weights = serving.weights(model, run).size_bytes / 2**30
+def _too_large(layout: fit.ServerLayout, model: Shape, machine: Hardware) -> str:
+    weights = serving.weights(model, replace(layout.run, processes=1)).size_bytes / 2**30
     kind = f"{machine.count} x {machine.name}" if machine.count > 1 else machine.name
-    larger = ", ".join(serving.fits_on(model, run)[:5]) or "none that is known here"
-    why = f"; {refused}" if refused else ""
-    quantise = "" if config.quantization or model.quantized else ", or --quantize nf4"
+    larger = ", ".join(serving.fits_on(model, layout.run)[:5]) or "none that is known here"
+    why = f"; {layout.indivisible}" if layout.indivisible else ""
+    quantise = "" if layout.run.bits or model.quantized else ", or --quantize nf4"
     return (
         f"{model.name} ({weights:.0f} GiB of weights) does not fit on the GPUs of one node, {kind}{why}; one "
         f"model is not divided among nodes: take nodes with more or larger GPUs (one is enough of {larger})"
@@ -159,26 +138,17 @@ def _too_large(model: Shape, config: ServeConfig, machine: Hardware, refused: st
 def _node(manifest: WorkspaceDocuments, options: PodOptions) -> _Node:
     """Return the GPUs that a pod can have on one node: flags first, then the partition, then the type."""
     resource = manifest.workspace.resource
-    rented = _rented(manifest) if options.machine is None else None
-    machine = options.machine or rented
+    if options.machine is not None or is_known(manifest):
+        machine = gpus_of(manifest, options.machine)
+        if options.machine is None and (options.gpus or 0) > machine.count:
+            raise ConfigError(f"--gpus is {options.gpus}, but {resource.instance_type} has {machine.count}")
+        return _Node(options.gpus or machine.count, replace(machine, count=1))
     count = options.gpus or (resource.partition.count if resource.partition else 0)
-    if rented is not None and count > rented.count:
-        field = "--gpus" if options.gpus else f"{manifest.file}: resource.partition.count"
-        raise ConfigError(f"{field} is {count}, but {resource.instance_type} has {rented.count}")
-    if machine is not None:
-        return _Node(count or machine.count, replace(machine, count=1))
+    if resource.instance_type and not count:
+        gpus_of(manifest)  # which raises: how many GPUs it has is not known
     name = f"resource.instanceType {resource.instance_type}" if resource.instance_type else "the GPU"
-    hint = instance_types.hint(resource.instance_type) if resource.instance_type else ""
-    warning = (
-        f"{manifest.file.name}: {name} is not known here{hint}, so memory is not planned; {NAME_THE_GPU}"
-    )
+    warning = f"{manifest.file.name}: {name} is not known here, so memory is not planned; {NAME_THE_GPU}"
     return _Node(count or 1, None, (warning,))
-
-
-def _rented(manifest: WorkspaceDocuments) -> Hardware | None:
-    """Return the GPUs of the instance type; None where it is not known."""
-    known = instance_types.find(manifest.workspace.resource.instance_type)
-    return gpus_of(manifest) if known is not None else None
 
 
 def _vouched(manifest: WorkspaceDocuments, error: CapacityError) -> str:
@@ -186,7 +156,3 @@ def _vouched(manifest: WorkspaceDocuments, error: CapacityError) -> str:
     if manifest.workspace.metadata.annotations.get(BYPASS, "").lower() != "true":
         raise error
     return f"{error} ({BYPASS} is set)"
-
-
-def _divisors(count: int) -> Iterator[int]:
-    yield from (number for number in range(1, count + 1) if count % number == 0)

@@ -41,6 +41,8 @@ class Accelerators:
     """Size of the model's files; None where it is not known."""
     downloads: bool
     """Whether the pod fetches them."""
+    copies: int = 1
+    """Copies of the model in the pod."""
 
 
 def container(name: str, preset: PresetSpec, options: PodOptions, arguments: list[str]) -> Object:
@@ -83,7 +85,7 @@ def requests(accelerators: Accelerators, options: PodOptions) -> Object:
     gpus, weights = accelerators.gpus, accelerators.weights_bytes
     weights_gib = ceil(weights / 2**30) if weights is not None else 0
     # On a CPU weights are float32, twice the size of most files.
-    memory_gib = GIB_PER_GPU * gpus if gpus else 2 * weights_gib + GIB_BESIDE_WEIGHTS
+    memory_gib = GIB_PER_GPU * gpus if gpus else 2 * weights_gib * accelerators.copies + GIB_BESIDE_WEIGHTS
     requested = {
         "cpu": options.cpu or str(CPUS_PER_GPU * max(1, gpus)),
         "memory": options.memory or f"{memory_gib}Gi",

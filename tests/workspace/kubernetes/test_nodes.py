@@ -28,7 +28,7 @@ def test_labels_beside_an_instance_type_are_preferred_and_said() -> None:
     assert preferred["preference"] == {
         "matchExpressions": [{"key": "apps", "operator": "In", "values": ["x"]}]
     }
-    (warning,) = nodes.warnings(described, "w.yaml", gpus=True)
+    (warning,) = list(nodes.warnings(described, "w.yaml", gpus=True))
     assert "(apps=x) is preferred, not required" in warning
 
 
@@ -56,4 +56,21 @@ def test_preferred_nodes_are_preferred_by_name() -> None:
 def test_instance_type_is_not_required_without_gpus_and_said() -> None:
     described = resource(instanceType="Standard_X")
     assert nodes.selection(described, gpus=False) == {}
-    assert "Standard_X is not required" in nodes.warnings(described, "w.yaml", gpus=False)[0]
+    assert "Standard_X is not required" in next(nodes.warnings(described, "w.yaml", gpus=False))
+
+
+def test_instance_type_is_written_as_its_nodes_are_labelled_and_said() -> None:
+    described = resource(instanceType="standard_nc24ads_a100_V4")
+    selected = nodes.selection(described, gpus=True)
+    assert selected["nodeSelector"] == {"node.kubernetes.io/instance-type": "Standard_NC24ads_A100_v4"}
+    (warning,) = nodes.warnings(described, "w.yaml", gpus=True)
+    assert "standard_nc24ads_a100_V4 is written Standard_NC24ads_A100_v4" in warning
+    assert list(nodes.warnings(resource(instanceType="g5.xlarge"), "w.yaml", gpus=True)) == []
+
+
+def test_machine_without_a_gpu_is_required_where_none_is_asked_for() -> None:
+    described = resource(instanceType="Standard_D4s_v5")
+    assert nodes.selection(described, gpus=False)["nodeSelector"] == {
+        "node.kubernetes.io/instance-type": "Standard_D4s_v5"
+    }
+    assert list(nodes.warnings(described, "w.yaml", gpus=False)) == []
