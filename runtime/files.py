@@ -17,13 +17,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from runtime.errors import CapacityError, ConfigError
+from runtime.errors import CapacityError, ConfigError, Failure
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.1
 """How often a lock that another holds is tried again."""
 
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_NO_SUCH_PLACE = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
+)
 _WITHOUT_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
 
 
@@ -154,18 +159,50 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turn a full or read-only disk under `path` into an error a user can act on."""
+    """Turn what the file system refuses under `path` into an error a user can act on."""
     try:
         yield
     except OSError as error:
+        failure = disk_failure(error, path, needed_bytes=needed_bytes)
+        if failure is None:
+            raise
+        raise failure from None
+
+
+def disk_failure(
+    error: OSError, path: Path | None = None, *, needed_bytes: int | None = None
+) -> Failure | None:
+    """Return what a user can do about `error`, met under `path`; None where it is not about a path.
+
+    CapacityError for a full disk, ConfigError for a path that does not exist, may not be used or is none.
+    """
+    reason = error.strerror
+    named = error.filename2 or error.filename or path
+    if error.errno in _FULL:
         need = f"; {needed_bytes} bytes are needed" if needed_bytes else ""
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise CapacityError(
-                f"{path}: the disk is full{need}; free space or use another directory"
-            ) from None
-        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
-            raise ConfigError(f"{error.filename or path}: not allowed ({os.strerror(error.errno)})") from None
-        raise
+        return CapacityError(f"{path or named}: the disk is full{need}; free space or use another directory")
+    if named is None:
+        return None
+    if error.errno in _REFUSED:
+        return ConfigError(f"{named}: not allowed ({reason})")
+    if error.errno in _NO_SUCH_PLACE:
+        where = f"{path}: cannot be used ({named}: {reason})" if path else f"{named}: {reason}"
+        return ConfigError(f"{where}; name another path")
+    return None
+
+
+def check_folder(path: Path, what: str) -> None:
+    """Raise ConfigError unless `path` is a folder or can become one, by the kinds of what is there.
+
+    `what` says what it is for.
+    """
+    for existing in (path.absolute(), *path.absolute().parents):
+        if os.path.lexists(existing):
+            if existing.is_dir():
+                return
+            kind = "a link that leads to no directory" if existing.is_symlink() else "a file"
+            where = f"{path}: is" if existing == path.absolute() else f"{path}: {existing} is"
+            raise ConfigError(f"{where} {kind}, expected {what}")
 
 
 @contextlib.contextmanager

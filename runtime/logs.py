@@ -36,6 +36,20 @@ def redact(text: str) -> str:
     return _TOKEN.sub("[redacted]", text)
 
 
+_UNSHOWABLE = (
+    {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+    | {0x7F: 0x2421}
+    | dict.fromkeys((*range(0x80, 0xA0), *range(0x2028, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)
+    | dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
+)
+"""Control characters as pictures of themselves; those that reorder text and lone surrogates as U+FFFD."""
+
+
+def printable(text: str) -> str:
+    """Return `text` without what controls a terminal or cannot be encoded; line breaks and tabs stay."""
+    return text.translate(_UNSHOWABLE)
+
+
 class _Redacting(logging.Formatter):
     """Formats for people: time, level, text; every line is redacted, including tracebacks."""
 
@@ -43,7 +57,7 @@ class _Redacting(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        return printable(redact(super().format(record)))
 
 
 class _JsonLines(logging.Formatter):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from runtime import adapters, logs, models, presets
 from runtime.config import read_text
 from runtime.errors import CapacityError, ConfigError, one_line
-from runtime.files import atomic_folder
+from runtime.files import atomic_folder, check_folder, disk_errors
 from runtime.hardware import Hardware
 from runtime.memory.shape import BYTES
 from runtime.model_source import Dtype, ModelSource
@@ -47,14 +47,15 @@ def merge(folder: Path, target: Path, *, base: ModelSource, machine: Hardware, d
     of the base. Raises ConfigError when `target` is taken or the base is quantised, CapacityError without
     enough memory.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    check_folder(target, "a new directory for the model")
+    if target.is_dir() and any(target.iterdir()):
         raise ConfigError(f"{target} exists already; give a new directory")
     weights = models.locate(base)
     stored = _stored_dtype(base, weights)
     written = stored if dtype == "auto" else dtype
     _check_memory(base, weights, BYTES[written] / BYTES[stored], machine)
     merged = _merged(base.model_copy(update={"path": weights, "dtype": written}), folder, machine)
-    with atomic_folder(target) as scratch, logs.quiet_progress():
+    with disk_errors(target), atomic_folder(target) as scratch, logs.quiet_progress():
         merged.save_pretrained(str(scratch))
         _save_tokenizer(base, folder, scratch)
     log.info("merged %s into %s, %s", folder.name, target, written)

@@ -15,6 +15,7 @@ from typing import Any
 from runtime import presets
 from runtime.adapters import CONFIG_FILE, WEIGHTS_FILE
 from runtime.errors import ConfigError
+from runtime.logs import printable
 from runtime.model_source import ModelSource
 from runtime.oci import is_path
 from runtime.oci.listing import list_files, named
@@ -109,7 +110,7 @@ def annotations(folder: Path) -> dict[str, str]:
         "sh.kaito.model.revision": model.get("revision") or (config.get("revision") if repository else None),
         "sh.kaito.tuning.data.sha256": " ".join(digest for digest in digests if isinstance(digest, str)),
     }
-    return {key: value for key, value in given.items() if isinstance(value, str) and value}
+    return {key: printable(value) for key, value in given.items() if isinstance(value, str) and value}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -81,6 +81,7 @@ CROSS_CUTTING = {
     "tests/attacks": None,
     "tests": {"test_house", "test_readme", "test_docs", "test_demo", "test_bench_gpu"},
     "tests/clients": None,
+    "tests/cli": {"test_odd_invocations"},
     "tests/contract": None,
     "tests/oci": {"test_engines", "test_eviction", "test_faults"},
     "tests/pod": {"test_scripts"},

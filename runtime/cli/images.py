@@ -4,7 +4,8 @@ Knows flags. The work lies in runtime/oci. Start at `add_to`.
 """
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,22 +13,29 @@ import typer
 
 from runtime import oci
 from runtime.cli import render
-from runtime.cli.options import AsJson
+from runtime.cli.options import AsJson, Debug, path
 from runtime.errors import ConfigError
-from runtime.oci import Access
+from runtime.oci import Access, Reference
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder.")]
+log = logging.getLogger(__name__)
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", parser=path, help="The folder.")]
 Image = Annotated[
     str, typer.Argument(metavar="REF", help="registry/repository:tag, or oci:DIRECTORY[:tag] for a layout.")
 ]
 Auth = Annotated[
     Path | None,
     typer.Option(
-        "--auth", metavar="PATH", help="A Docker config.json, or a folder of them, tried before all others."
+        "--auth",
+        metavar="PATH",
+        parser=path,
+        help="A Docker config.json, or a folder of them, tried before all others.",
     ),
 ]
 Insecure = Annotated[bool, typer.Option(help="Allow plain HTTP and untrusted certificates.")]
-Ca = Annotated[Path | None, typer.Option("--ca-file", metavar="FILE", help="CA certificates to trust.")]
+Ca = Annotated[
+    Path | None, typer.Option("--ca-file", metavar="FILE", parser=path, help="CA certificates to trust.")
+]
 Files = Annotated[
     list[str] | None, typer.Option("--file", metavar="PATH", help="Push only this file of the folder.")
 ]
@@ -43,7 +51,8 @@ AsModelPack = Annotated[
     bool, typer.Option("--modelpack", help="Make a CNCF ModelPack artifact instead of an image.")
 ]
 Cache = Annotated[
-    Path | None, typer.Option("--cache", metavar="DIR", help="Keep downloaded blobs here, by digest.")
+    Path | None,
+    typer.Option("--cache", metavar="DIR", parser=path, help="Keep downloaded blobs here, by digest."),
 ]
 
 
@@ -65,6 +74,7 @@ def push(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     auth: Auth = None,
     insecure: Insecure = False,
     ca_file: Ca = None,
+    debug: Debug = False,
 ) -> None:
     """Push a folder as an image with its files under /data, and print the digest.
 
@@ -76,10 +86,10 @@ def push(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     from runtime.oci.images import load_base, scratch_folder
     from runtime.oci.modelpack import build as build_modelpack
 
-    target, access = oci.parse(reference), _access(context, auth, insecure, ca_file)
-    if base and modelpack:
+    target, source = oci.parse(reference), None if base is None else oci.parse(base)
+    if source and modelpack:
         raise ConfigError("--base and --modelpack exclude each other: an artifact has no base image")
-    source = oci.parse(base) if base else None
+    access = _access(context, [target, source], auth, insecure, ca_file)
     mount = source.repository if source and source.registry == target.registry else None
     chosen = packing.files(folder, file)
     notes = packing.annotations(folder) | _annotations(annotation or [])
@@ -103,10 +113,12 @@ def pull(  # noqa: PLR0913, PLR0917
     auth: Auth = None,
     insecure: Insecure = False,
     ca_file: Ca = None,
+    debug: Debug = False,
 ) -> None:
     """Pull an image's /data, or an artifact's files, into a new or empty folder."""
-    access = _access(context, auth, insecure, ca_file, cache=cache)
-    typer.echo(str(oci.pull(oci.parse(reference), folder, access=access)))
+    source = oci.parse(reference)
+    access = _access(context, [source], auth, insecure, ca_file, cache=cache)
+    typer.echo(str(oci.pull(source, folder, access=access)))
 
 
 def inspect(  # noqa: PLR0913, PLR0917
@@ -116,9 +128,12 @@ def inspect(  # noqa: PLR0913, PLR0917
     auth: Auth = None,
     insecure: Insecure = False,
     ca_file: Ca = None,
+    debug: Debug = False,
 ) -> None:
     """Show digest, kind, layers and annotations of an image."""
-    info = oci.inspect(oci.parse(reference), _access(context, auth, insecure, ca_file))
+    image = oci.parse(reference)
+    access = _access(context, [image], auth, insecure, ca_file)
+    info = oci.inspect(image, access)
     manifest = info.manifest
     if as_json:
         layers = [layer.as_json() for layer in manifest.layers]
@@ -132,8 +147,9 @@ def inspect(  # noqa: PLR0913, PLR0917
     render.table(("fact", "value"), rows)
 
 
-def _access(
+def _access(  # noqa: PLR0913 - the flags that all three commands share
     context: typer.Context,
+    references: Sequence[Reference | None],
     auth: Path | None,
     insecure: bool,
     ca_file: Path | None,
@@ -141,15 +157,26 @@ def _access(
     cache: Path | None = None,
 ) -> Access:
     environ: Mapping[str, str] = context.obj or {}
-    if auth is not None and not auth.exists():
+    if auth is not None and not (auth.is_file() or auth.is_dir()):
         raise ConfigError(f"{auth}: no such file, expected a Docker config.json or a folder of them")
+    if ca_file is not None and not (ca_file.is_file() or ca_file.is_dir()):
+        raise ConfigError(f"{ca_file}: no such file, expected CA certificates in PEM form")
+    flags = {"--auth": auth, "--insecure": insecure, "--ca-file": ca_file}
+    given = [flag for flag, value in flags.items() if value]
+    images = [reference for reference in references if reference is not None]
+    if given and all(image.layout is not None for image in images):
+        log.warning("%s without effect: %s is a directory, not a registry", ", ".join(given), images[0])
     files = [auth] if auth else []
     return oci.from_environment(environ, files=files, insecure=insecure, ca_file=ca_file, cache=cache)
 
 
 def _annotations(words: list[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in words]
-    for key, equals, _ in pairs:
+    notes: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
         if not equals or not key:
-            raise ConfigError(f"--annotation {key!r}: expected KEY=VALUE")
-    return {key: value for key, _, value in pairs}
+            raise ConfigError(f"--annotation {word!r}: expected KEY=VALUE")
+        if key in notes:
+            raise ConfigError(f"--annotation {word!r}: {key!r} is given twice; expected one value for it")
+        notes[key] = value
+    return notes

@@ -16,6 +16,7 @@ import typer
 from runtime import __version__, garbage_collection, logs
 from runtime.cli import chat, images, manifest, merge, plan, presets, serve, tune
 from runtime.errors import ConfigError, Failure, exit_code
+from runtime.files import disk_failure
 
 log = logging.getLogger(__name__)
 
@@ -79,11 +80,19 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     except PermissionError as error:
         denied = ConfigError(_denied(error))
         return _explain(error, str(denied), exit_code(denied), debug=debug)
+    except OSError as error:
+        failure = disk_failure(error)
+        if failure is None:
+            return _explain_bug(error, debug=debug)
+        return _explain(error, str(failure), exit_code(failure), debug=debug)
     except Exception as error:
-        what = f"internal error: {type(error).__name__}: {error}"
-        hint = "" if debug else "; rerun with --debug for the traceback"
-        return _explain(error, f"{what}{hint}", 1, debug=debug)
+        return _explain_bug(error, debug=debug)
     return status if isinstance(status, int) else 0
+
+
+def _explain_bug(error: Exception, *, debug: bool) -> int:
+    hint = "" if debug else "; rerun with --debug for the traceback"
+    return _explain(error, f"internal error: {type(error).__name__}: {error}{hint}", 1, debug=debug)
 
 
 def _denied(error: PermissionError) -> str:
@@ -97,5 +106,5 @@ def _explain(error: BaseException, message: str, status: int, *, debug: bool) ->
     """Write the one line, with --debug after the traceback, and return `status`."""
     if debug:
         log.debug("traceback", exc_info=error)
-    typer.echo(f"error: {logs.redact(' '.join(message.split()))}", err=True)
+    typer.echo(f"error: {logs.printable(logs.redact(' '.join(message.split())))}", err=True)
     return status

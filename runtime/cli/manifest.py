@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from runtime import gpus as known_gpus
-from runtime.cli.options import QUANTIZE, Quantize
+from runtime.cli.options import QUANTIZE, Debug, Quantize
 from runtime.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ def manifest(  # noqa: PLR0913, PLR0917 - a command line has as many parameters 
     memory: Memory = None,
     cache_claim: CacheClaim = None,
     api_key_secret: ApiKeySecret = None,
+    debug: Debug = False,
 ) -> None:
     """Print Workspaces as Jobs, or Deployments and Services, for clusters without the controller."""
     from runtime.workspace import kubernetes

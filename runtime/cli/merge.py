@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 
 from runtime import adapters, hardware, oci
+from runtime.cli.options import Debug, path
 from runtime.model_source import Dtype
 
 Adapter = Annotated[
     str,
     typer.Argument(metavar="ADAPTER", help="A directory, oci:DIRECTORY[:tag], or registry/repository:tag."),
 ]
-Target = Annotated[Path, typer.Argument(metavar="DIR", help="The new model directory.")]
+Target = Annotated[Path, typer.Argument(metavar="DIR", parser=path, help="The new model directory.")]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -28,12 +29,13 @@ WeightsDtype = Annotated[
 ]
 
 
-def merge(
+def merge(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as flags
     context: typer.Context,
     adapter: Adapter,
     target: Target,
     model: Model = None,
     dtype: WeightsDtype = "auto",
+    debug: Debug = False,
 ) -> None:
     """Merge an adapter into its 16-bit base model, into a plain model that transformers loads."""
     from runtime import merge as merging

@@ -56,6 +56,13 @@ Debug = Annotated[bool, typer.Option("--debug", help="Log everything; show trace
 """Read by main.run, before a command runs."""
 
 
+def path(text: str) -> Path:
+    """Return a path; an empty one, as an unset variable gives it, is refused: it would be this directory."""
+    if not text:
+        raise typer.BadParameter("is empty, expected a path")
+    return Path(text)
+
+
 def set_flags(words: list[str] | None) -> dict[str, Any]:
     """Return `KEY=VALUE` words as settings; a value is read as YAML, or kept as text where it is none."""
     settings: dict[str, Any] = {}

@@ -14,7 +14,7 @@ import typer
 
 from runtime import gpus, support, torch_build
 from runtime.cli import render
-from runtime.cli.options import Config, Processes, Set, set_flags
+from runtime.cli.options import Config, Debug, Processes, Set, set_flags
 from runtime.errors import CapacityError, exit_code
 from runtime.hardware import Hardware
 from runtime.memory import serving, shape
@@ -79,6 +79,7 @@ def plan(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     settings: Set = None,
     processes: Processes = None,
     as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Show how much memory a job or a server takes, and what fits. Exit status 6 when it does not."""
     environ, overrides = context.obj or {}, set_flags(settings)

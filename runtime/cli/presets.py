@@ -10,14 +10,14 @@ import typer
 
 from runtime import families, support
 from runtime.cli import render
-from runtime.cli.options import AsJson
+from runtime.cli.options import AsJson, Debug
 from runtime.config import flatten
 from runtime.presets import Preset, all_presets, find
 
 Name = Annotated[str | None, typer.Argument(metavar="NAME", help="Show all facts about this preset.")]
 
 
-def presets(name: Name = None, as_json: AsJson = False) -> None:
+def presets(name: Name = None, as_json: AsJson = False, debug: Debug = False) -> None:
     """List the models known by name; of one, also why it is not batched or not tuned."""
     if name is not None:
         facts = _facts(find(name))

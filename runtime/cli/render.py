@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from runtime import presets
 from runtime.config import flatten
-from runtime.logs import redact
+from runtime.logs import printable, redact
 from runtime.model_source import ModelSource
 from runtime.serving.settings import ServeConfig
 from runtime.tuning.settings import DataSource, Output, TuningJob
@@ -30,8 +30,7 @@ Config = TypeVar("Config", bound=BaseModel)
 LONGEST_CELL = 72
 """Characters of a value in a table; a chat template is far longer."""
 
-CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-"""Control characters as printable pictures of themselves: data must not control the terminal."""
+_IN_ONE_LINE = {ord("\n"): "␊", ord("\t"): "␉"}
 
 OUTCOMES = {
     "whole": "",
@@ -197,11 +196,11 @@ def _marked(row: "Sequence[TextRun]", *, coloured: bool) -> "Text":
 
     marked = Text()
     for run in row:
-        printable = run.text.translate(CONTROL_PICTURES)
+        text = printable(run.text)
         if coloured:
-            marked.append(printable, "green" if run.labelled else "")
+            marked.append(text, "green" if run.labelled else "")
         else:
-            marked.append(f"⟦{printable}⟧" if run.labelled else printable)
+            marked.append(f"⟦{text}⟧" if run.labelled else text)
     return marked
 
 
@@ -210,7 +209,7 @@ def _marked(row: "Sequence[TextRun]", *, coloured: bool) -> "Text":
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write rows under column names: a rich table on a terminal, aligned text elsewhere."""
-    rows = list(rows)
+    rows = [[printable(cell).translate(_IN_ONE_LINE) for cell in row] for row in rows]
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table

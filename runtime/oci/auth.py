@@ -196,6 +196,12 @@ class Login:
             raise self._denied()
 
     def _denied(self) -> RegistryError:
+        without_realm = all(each.scheme == "bearer" and not each.realm for each in self._challenges)
+        if without_realm and self._challenges and not self._refusals:
+            return RegistryError(
+                f"{self._reference}: the registry {self._reference.registry} asks for a token without the"
+                " realm, the address that gives tokens; no login helps: mend the registry's configuration"
+            )
         tried = "; ".join([*self._skipped, *self._refusals]) or "no credentials found"
         return RegistryError(
             f"{self._reference}: the registry {self._reference.registry} refused to let us"

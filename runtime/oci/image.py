@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from runtime.errors import ConfigError
 from runtime.files import disk_errors
+from runtime.logs import printable
 from runtime.oci.blobs import (
     Blob,
     BlobPart,
@@ -113,7 +115,8 @@ def build(
 def assemble(
     layers: Sequence[Blob], config: Blob, *, annotations: Mapping[str, str], artifact_type: str | None = None
 ) -> Image:
-    """Return the image with these blobs."""
+    """Return the image with these blobs; ConfigError for annotations that a reader could not show."""
+    _check_annotations(annotations)
     manifest: dict[str, Any] = {"schemaVersion": 2, "mediaType": MANIFEST}
     if artifact_type:
         manifest["artifactType"] = artifact_type
@@ -122,6 +125,16 @@ def assemble(
     if annotations:
         manifest["annotations"] = dict(sorted(annotations.items()))
     return Image(_encode(manifest), (*layers, config))
+
+
+def _check_annotations(annotations: Mapping[str, str]) -> None:
+    for key, value in annotations.items():
+        if not key.strip() or printable(key) != key or "\n" in key or "\t" in key:
+            raise ConfigError(f"annotation {key!r}: expected a key in printable characters, such as a.b/c")
+        if printable(value) != value:
+            raise ConfigError(
+                f"annotation {key}: {value[:80]!r} holds characters that cannot be shown, expected text"
+            )
 
 
 def tar_parts(folder: Path, names: Iterable[str], root: str = "data") -> Iterable[BlobPart]:

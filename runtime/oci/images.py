@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import CapacityError, ConfigError, Failure, RegistryError, TransientError
-from runtime.files import atomic_folder, disk_errors, locked
+from runtime.files import atomic_folder, check_folder, disk_errors, locked
 from runtime.oci import contents, manifests
 from runtime.oci.access import DEFAULT, Access
 from runtime.oci.blobs import Descriptor, file_digest, from_file
@@ -115,7 +115,10 @@ def pull(reference: Reference, folder: Path, *, access: Access = DEFAULT) -> Pat
     A folder that an earlier pull of the same image made is kept; one with other files in it is refused.
     Interrupted downloads resume; a pull that fails for good leaves nothing.
     """
-    _check_target(folder)
+    with disk_errors(folder):
+        _check_target(folder)
+        if access.cache is not None:
+            check_folder(access.cache, "a folder for the cache")
     with closing(open_store(reference, access)) as store:
         info = _inspect(store, reference)
         if _pulled_digest(folder) == info.digest:
@@ -308,8 +311,7 @@ def _wait(jobs: Sequence[Future[None]], pool: ThreadPoolExecutor, progress: Prog
 
 
 def _check_target(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder}: is a file, expected a folder to pull into")
+    check_folder(folder, "a folder to pull into")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
         raise ConfigError(f"{folder}: holds other files; pull into a new or empty folder")
 

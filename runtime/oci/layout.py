@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from runtime.errors import ConfigError, RegistryError
-from runtime.files import atomic_file, disk_errors, locked
+from runtime.files import atomic_file, check_folder, disk_errors, locked
 from runtime.oci.blobs import Blob, Descriptor, Reader, is_digest, read_all
 from runtime.oci.image import INDEX, MANIFEST
 from runtime.oci.store import Report, StoredManifest, check_manifest
@@ -53,13 +53,15 @@ class Layout:
 
     def check_writable(self) -> None:
         """Raise ConfigError unless files can be made in the directory (or in the nearest one that exists)."""
-        if self._root.exists() and not self._root.is_dir():
-            raise ConfigError(f"{self._root}: is a file, expected a directory for the OCI layout")
-        if self._root.is_dir() and any(self._root.iterdir()) and not (self._root / "oci-layout").exists():
-            raise ConfigError(f"{self._root}: holds files but no OCI layout; name an empty or new directory")
-        existing = next(p for p in (self._root.absolute(), *self._root.absolute().parents) if p.exists())
-        with disk_errors(existing), tempfile.NamedTemporaryFile(dir=existing):
-            pass
+        with disk_errors(self._root):
+            check_folder(self._root, "a directory for the OCI layout")
+            if self._root.is_dir() and any(self._root.iterdir()) and not (self._root / "oci-layout").exists():
+                raise ConfigError(
+                    f"{self._root}: holds files but no OCI layout; name an empty or new directory"
+                )
+            existing = next(p for p in (self._root.absolute(), *self._root.absolute().parents) if p.exists())
+            with tempfile.NamedTemporaryFile(dir=existing):
+                pass
 
     def find(self, selector: str) -> StoredManifest | None:
         """Return the manifest under a tag or digest."""

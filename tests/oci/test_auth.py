@@ -202,6 +202,16 @@ def test_useless_challenge_is_shown(start: Start) -> None:
         oci.check_push(fresh(server.host, "x"), access=quick())
 
 
+def test_bearer_challenge_without_a_realm_is_named(start: Start, tmp_path: Path) -> None:
+    """No login can help, so none is advised."""
+    server = start()
+    server.challenges = ['Bearer service="r"']
+    for access in (quick(), quick(docker_config(tmp_path / "c.json", server.host, **QUIRKY))):
+        with pytest.raises(RegistryError, match="token without the realm") as caught:
+            oci.check_push(fresh(server.host, "x"), access=access)
+        assert "log in" not in str(caught.value)
+
+
 @pytest.mark.parametrize("status", [403, 404])
 @pytest.mark.parametrize("auth", ["basic", "bearer"])
 def test_registry_that_hides_what_is_private_is_asked_at_its_base(
