@@ -81,10 +81,10 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         denied = ConfigError(_denied(error))
         return _explain(error, str(denied), exit_code(denied), debug=debug)
     except OSError as error:
-        failure = disk_failure(error)
-        if failure is None:
+        named = disk_failure(error)
+        if named is None:
             return _explain_bug(error, debug=debug)
-        return _explain(error, str(failure), exit_code(failure), debug=debug)
+        return _explain(error, str(named), exit_code(named), debug=debug)
     except Exception as error:
         return _explain_bug(error, debug=debug)
     return status if isinstance(status, int) else 0
