@@ -4,7 +4,6 @@ Runs in the process that may be killed; a server only imports it. Start at `form
 """
 
 import json
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,9 @@ from runtime.errors import one_line
 from runtime.serving.engine.protocol import Constraint
 from runtime.serving.structured_output import limits
 from runtime.serving.structured_output.limits import refused
+from runtime.serving.structured_output.negation import Schema
+from runtime.serving.structured_output.patterns import from_ecma
+from runtime.serving.structured_output.schemas import Rewriter
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -23,7 +25,6 @@ JSON_STYLE: "JsonCompileOptions" = {
     "key_separator": ": ",
 }
 """One spelling, Python's, which models have seen most: free white space lets a weak model go on for ever."""
-REPETITION = re.compile(r"(?<!\\)\{(\d*)(?:,(\d*))?\}")
 EXHAUSTED = ("fuel", "too many", "too complex", "too large", "unable to determine", "limit")
 """In the texts of llguidance's errors that come from its limits."""
 
@@ -44,12 +45,29 @@ def form_of(constraint: Constraint) -> Form:
     from llguidance import LLMatcher
 
     if constraint.kind == "regex":
-        check_pattern(constraint.value, constraint)
-        return Form(LLMatcher.grammar_from_regex(constraint.value), constraint.value)
+        limits.check_pattern(constraint.value, constraint)
+        return Form(LLMatcher.grammar_from_regex(from_ecma(constraint.value)), constraint.value)
     if constraint.kind == "grammar":
         return Form(LLMatcher.grammar_from_lark(_lark(constraint)), constraint.value)
-    grammar = LLMatcher.grammar_from_json_schema(json.dumps(constraint.value), overrides=JSON_STYLE)
-    return Form(grammar, constraint.value)
+    rewriter = Rewriter(constraint, takes=_takes)
+    try:
+        schema = rewriter.root()
+    except (AttributeError, KeyError, TypeError, ValueError):  # words with values of other types
+        raise refused(constraint, "is not a well-formed JSON schema") from None
+    style = dict(JSON_STYLE)
+    if constraint.whitespace is not None:
+        limits.check_pattern(constraint.whitespace, constraint)
+        style = {"whitespace_flexible": True, "whitespace_pattern": constraint.whitespace}
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=style)  # type: ignore[arg-type]
+    return Form(grammar, schema, tuple(rewriter.relaxed))
+
+
+def _takes(schema: Schema) -> bool:
+    """Return whether llguidance takes a small schema."""
+    from llguidance import LLMatcher
+
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+    return not LLMatcher.validate_grammar_with_warnings(grammar)[0]
 
 
 def _lark(constraint: Constraint) -> str:
@@ -62,16 +80,6 @@ def _lark(constraint: Constraint) -> str:
         raise refused(
             constraint, f"is no grammar in Lark's or llama.cpp's notation: {one_line(error)}"
         ) from None
-
-
-def check_pattern(pattern: str, constraint: Constraint, path: str = "") -> None:
-    """Raise RequestError for a regular expression that is too long or repeats too often."""
-    if len(pattern) > limits.MAX_PATTERN_CHARACTERS:
-        most = limits.MAX_PATTERN_CHARACTERS
-        raise refused(constraint, f"a pattern of {len(pattern)} characters, at most {most}", path)
-    for found in REPETITION.finditer(pattern):
-        if any(count and (len(count) > 9 or int(count) > limits.MAX_COUNT) for count in found.groups()):
-            raise refused(constraint, f"repeats {found[0][:40]}, at most {limits.MAX_COUNT} times", path)
 
 
 def matcher(form: Form, tokens: "LLTokenizer", constraint: Constraint) -> "LLMatcher":

@@ -5,6 +5,7 @@ Does not know llguidance or JSON Schema's words. Start at `encoded`.
 """
 
 import json
+import re
 from typing import Any
 
 from runtime.errors import RequestError
@@ -22,6 +23,8 @@ MAX_ENUM_TEXTS = 5_000
 """Of one `enum`."""
 MAX_COUNT = 10_000
 """Of any repetition: `{1,n}` in a pattern, minItems, maxLength and their like."""
+
+REPETITION = re.compile(r"(?<!\\)\{(\d*)(?:,(\d*))?\}")
 
 COMPILE_CPU_S = 2.0
 """Processor time that a form may take before its first token."""
@@ -52,6 +55,16 @@ def encoded(constraint: Constraint) -> str:
     if len(text) > MAX_FORM_BYTES:
         raise refused(constraint, f"has {len(text)} characters, at most {MAX_FORM_BYTES}")
     return text
+
+
+def check_pattern(pattern: str, constraint: Constraint, path: str = "") -> None:
+    """Raise RequestError for a regular expression that is too long or repeats too often."""
+    if len(pattern) > MAX_PATTERN_CHARACTERS:
+        most = MAX_PATTERN_CHARACTERS
+        raise refused(constraint, f"a pattern of {len(pattern)} characters, at most {most}", path)
+    for found in REPETITION.finditer(pattern):
+        if any(count and (len(count) > 9 or int(count) > MAX_COUNT) for count in found.groups()):
+            raise refused(constraint, f"repeats {found[0][:40]}, at most {MAX_COUNT} times", path)
 
 
 def refused(constraint: Constraint, reason: str, path: str = "") -> RequestError:
