@@ -174,6 +174,101 @@ async def test_required_call_is_made(served: ServedModel, choice: Any) -> None:
         Order.model_validate_json(call.function.arguments)
 
 
+ONE = {
+    "type": "object",
+    "properties": {"a": {"enum": [1, 2]}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+SPELLINGS: list[tuple[dict[str, Any], str]] = [
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": ONE}}}, "one"),
+    ({"response_format": {"type": "json_object", "schema": ONE}}, "one"),
+    ({"response_format": {"type": "json_schema", "schema": ONE}}, "one"),
+    ({"response_format": {"type": "json", "value": ONE}}, "one"),
+    ({"response_format": {"type": "regex", "pattern": "[ab]{3}"}}, "ab"),
+    ({"response_format": {"type": "grammar", "grammar": 'root ::= "yes" | "no"'}}, "choice"),
+    ({"structured_outputs": {"json": ONE}}, "one"),
+    ({"structured_outputs": {"json": json.dumps(ONE)}}, "one"),
+    ({"structured_outputs": {"regex": "[ab]{3}"}}, "ab"),
+    ({"structured_outputs": {"choice": ["yes", "no"]}}, "choice"),
+    ({"structured_outputs": {"grammar": 'root ::= "yes" | "no"'}}, "choice"),
+    ({"guided_json": json.dumps(ONE)}, "one"),
+    ({"guided_json": ONE, "guided_whitespace_pattern": " ?", "guided_decoding_backend": "xgrammar"}, "one"),
+    ({"guided_grammar": 'start: "yes" | "no"'}, "choice"),
+    ({"json_schema": ONE}, "one"),
+    ({"grammar": 'root ::= "yes" | "no"'}, "choice"),
+    ({"grammar": {"type": "json", "value": ONE}}, "one"),
+    ({"grammar": {"type": "regex", "value": "[ab]{3}"}}, "ab"),
+]
+
+
+@pytest.mark.parametrize(("extra", "form"), SPELLINGS, ids=str)
+async def test_every_spelling_is_carried_out(served: ServedModel, extra: Any, form: str) -> None:
+    async with opened(served) as client:
+        reply = await client.post("/v1/completions", json={"prompt": "hi", "temperature": 1, **extra})
+    assert reply.status_code == 200, reply.text
+    assert "x-ignored-fields" not in reply.headers
+    text = _text(reply.json())
+    if form == "one":
+        assert json.loads(text) in ({"a": 1}, {"a": 2})
+    else:
+        assert re.fullmatch({"ab": "[ab]{3}", "choice": "yes|no"}[form], text), text
+
+
+@pytest.mark.parametrize("path", ["/chat", "/v1/completions", "/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_relaxed_schema_is_named_in_a_header(served: ServedModel, path: str, *, stream: bool) -> None:
+    bodies = {"/v1/chat/completions": {"messages": HI}, "/v1/responses": {"input": "hi"}}
+    schema = {"type": "array", "maxItems": 2, "items": {"enum": list(range(9))}, "uniqueItems": True}
+    schema = ONE | {"properties": {"a": {"const": 1}, "tägs": schema}}
+    body = bodies.get(path, {"prompt": "hi"}) | {"guided_json": schema, "stream": stream}
+    async with opened(served) as client:
+        reply = await client.post(path, json=body)
+        plain = await client.post(path, json=body | {"guided_json": ONE})
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["x-relaxed-schema"] == "#/properties/t%C3%A4gs/uniqueItems"
+    assert "x-relaxed-schema" not in plain.headers
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+async def test_strict_schema_that_cannot_be_enforced_is_refused_with_its_path(
+    served: ServedModel, path: str
+) -> None:
+    schema = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+    strict = {"name": "x", "schema": schema, "strict": True}
+    body: dict[str, Any] = {
+        "messages": HI,
+        "response_format": {"type": "json_schema", "json_schema": strict},
+    }
+    if path == "/v1/responses":
+        body = {"input": "hi", "text": {"format": {"type": "json_schema", **strict}}}
+    async with opened(served) as client:
+        reply = await client.post(path, json=body)
+    assert reply.status_code == 400
+    assert "at #/uniqueItems" in reply.json()["error"]["message"]
+
+
+async def test_forced_call_keeps_references_and_strictness(served: ServedModel) -> None:
+    """`#/$defs` of a tool's parameters is theirs, wherever the call puts them."""
+    parameters = {
+        "$defs": {"size": {"enum": ["small", "large"]}},
+        "type": "object",
+        "properties": {"size": {"$ref": "#/$defs/size"}},
+        "required": ["size"],
+        "additionalProperties": False,
+    }
+    function: dict[str, Any] = {"name": "order", "parameters": parameters, "strict": True}
+    body = {"messages": HI, "tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+    async with opened(served) as client:
+        answer = (await client.post("/v1/chat/completions", json=body)).json()
+        function["parameters"] = {"type": "array", "uniqueItems": True}
+        refused = await client.post("/v1/chat/completions", json=body)
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"])["size"] in {"small", "large"}
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tool_choice")
+    assert "#/properties/arguments/uniqueItems" in refused.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("extra", "param"),
     [
@@ -184,6 +279,15 @@ async def test_required_call_is_made(served: ServedModel, choice: Any) -> None:
         ({"guided_regex": "a(b"}, "guided_regex"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
         ({"guided_choice": []}, "guided_choice"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"guided_json": "[]"}, "guided_json"),
+        ({"guided_grammar": "root ::= ("}, "guided_grammar"),
+        ({"grammar": {"type": "regex", "value": {}}}, "grammar"),
+        ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "a"}, "guided_regex": "a"}, "guided_regex"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+        ({"response_format": {"type": "structural_tag"}}, "response_format"),
+        ({"response_format": {"type": "grammar"}}, "response_format"),
     ],
 )
 async def test_wrong_constraint_is_400_and_names_its_field(

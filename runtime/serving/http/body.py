@@ -20,6 +20,7 @@ from starlette.responses import Response
 from runtime.errors import RequestError
 from runtime.serving.http.body_errors import refusal, shown
 from runtime.serving.http.body_types import Body
+from runtime.serving.http.constraint_fields import RELAXED, relaxed_header
 from runtime.serving.http.fields import UnknownFields
 from runtime.serving.http.json_parser import parse
 
@@ -57,6 +58,8 @@ class BodyRoute(APIRoute):
             if with_request:
                 given["request"] = request
             response: Response = await endpoint(**given)
+            if (relaxed := relaxed_header(request)) is not None:
+                response.headers[RELAXED] = relaxed
             if unknown.names:
                 _log_once(request.url.path, unknown)
                 response.headers[IGNORED] = ", ".join(unknown.names)

@@ -170,10 +170,10 @@ _LENGTH = {
 }
 
 _FORM = {
-    **_refused("use 'response_format' with a json_schema", "json_schema", "structured_outputs"),
-    **_refused("use 'response_format' with a json_schema", "guided_grammar", "grammar", "structural_tag"),
-    **_refused("use 'response_format' with a json_schema", "grammar_lazy", "grammar_triggers"),
-    **_ignored("there is one compiler of forms", "guided_decoding_backend", "guided_whitespace_pattern"),
+    **_refused(
+        "use 'response_format' or 'structured_outputs'", "structural_tag", "grammar_lazy", "grammar_triggers"
+    ),
+    **_ignored("one library compiles all schemas", "guided_decoding_backend"),
 }
 
 _TEMPLATE = {
@@ -282,6 +282,15 @@ RESPONSES: Treatments = {
     **_refused("tools are taken by /v1/chat/completions", "tools", "tool_choice", neutral=("auto", "none")),
     **_ignored("there are no tools on this route", "parallel_tool_calls", "max_tool_calls"),
 }
+
+STRUCTURED: Treatments = {
+    **_ignored("one library compiles all schemas", "backend", "_backend", "_backend_was_auto"),
+    **_ignored("JSON is written in one style", "disable_any_whitespace"),
+    **_ignored("one library compiles all schemas", "disable_fallback"),
+    **_refused("a schema says it itself", "disable_additional_properties"),
+    **_refused("use 'json', 'regex' or 'grammar'", "structural_tag"),
+}
+"""For vLLM's `structured_outputs`."""
 
 MESSAGE: Treatments = {
     **_ignored("it is not shown to models", "id", "status", "index", "annotations", "phase", "cache_control"),

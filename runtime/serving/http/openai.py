@@ -17,6 +17,7 @@ from runtime.serving.engine.protocol import Constraint
 from runtime.serving.generation import GeneratedText, GenerationGroup, GenerationRequest, Generator, TextChunk
 from runtime.serving.http import parameters
 from runtime.serving.http.body import BodyRoute
+from runtime.serving.http.constraint_fields import constraint, note_relaxed
 from runtime.serving.http.logprobs import Logprobs
 from runtime.serving.http.messages import turns_of
 from runtime.serving.http.schema import (
@@ -24,6 +25,7 @@ from runtime.serving.http.schema import (
     ChatCompletionBody,
     CompletionBody,
     OpenAIFields,
+    Tool,
     ToolChoice,
 )
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
@@ -188,7 +190,7 @@ async def _chat_request(generator: Generator, body: ChatCompletionBody, request_
             f"'include_reasoning' is not supported here: reasoning of the form '{parser}' stays in the text",
             param="include_reasoning",
         )
-    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if names else None
+    tools = [_shown(tool) for tool in body.tools or ()] if names else None
     options = template_options(body, tokenizer, tools)
     ids = await tokenizer.prompt_from_chat(turns_of(body.messages, tokenizer.template), options=options)
     if body.max_completion_tokens is not None:
@@ -202,9 +204,14 @@ async def _chat_request(generator: Generator, body: ChatCompletionBody, request_
         sample=_sample(body),
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    sampling = await tokenizer.constrained(sampling, parameters.constraint(body) or _forced_call(body))
+    sampling = await tokenizer.constrained(sampling, constraint(body) or _forced_call(body))
     text_rules, continues = parameters.text_rules(body), options.continues_last
     return GenerationRequest(ids, sampling, text_rules, adapter, request_id, continues_prompt=continues)
+
+
+def _shown(tool: Tool) -> dict[str, Any]:
+    """Return a tool as templates print it: `strict` is said to the server."""
+    return tool.model_dump(exclude_none=True, exclude={"function": {"strict"}})
 
 
 def _check_tools(served: ServedModel) -> None:
@@ -230,7 +237,8 @@ def _forced_call(body: ChatCompletionBody) -> Constraint | None:
         tools = [tool for tool in tools if tool.name == name]
         if not tools:
             raise RequestError(f"'tool_choice' names '{name}', which is no tool here", param="tool_choice")
-    return function_call(((tool.name, tool.parameters) for tool in tools), "tool_choice")
+    strict = any(tool.strict for tool in tools)
+    return function_call([(tool.name, tool.parameters) for tool in tools], "tool_choice", strict=strict)
 
 
 def tool_names(body: ChatCompletionBody) -> frozenset[str]:
@@ -254,7 +262,7 @@ async def _completion_requests(
     if body.echo and body.logprobs is not None:
         raise RequestError("'logprobs' of the prompt ('echo') are not supported here", param="logprobs")
     adapter = generator.adapter_for(body.model)
-    constraint, text_rules = parameters.constraint(body), parameters.text_rules(body)
+    asked, text_rules = constraint(body), parameters.text_rules(body)
     length = parameters.AnswerLength(body.max_tokens)
     tokenizer = generator.served().tokenizer
     requests, echoes = [], []
@@ -270,7 +278,7 @@ async def _completion_requests(
             sample=_sample(body),
             top_logprobs=body.logprobs,
         )
-        sampling = await tokenizer.constrained(sampling, constraint)
+        sampling = await tokenizer.constrained(sampling, asked)
         request = GenerationRequest(ids, sampling, text_rules, adapter, request_id, continues_prompt=True)
         requests.append(request)
         text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
@@ -310,6 +318,7 @@ async def _respond(
     json_format: ChatFormat | CompletionFormat,
 ) -> Response:
     request_id = request.state.request_id
+    note_relaxed(request, requests[0].sampling)
     group = generator.start(requests, n=body.n)
     head = {
         "id": f"{json_format.id_prefix}-{request_id}",

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from runtime.errors import RequestError
-from runtime.serving.engine.protocol import Constraint, Sampling
+from runtime.serving.engine.protocol import Sampling
 from runtime.serving.generation import TextRules
 from runtime.serving.generation_config import SamplingDefaults
 from runtime.serving.http.schema import SamplingFields
-from runtime.serving.structured_output.constraints import json_object, one_of
 from runtime.serving.tokenizer import PromptTokenizer
 
 OWN_WAY = {"temperature", "bad_words_ids", "forced_eos_token_id"}
@@ -134,41 +133,3 @@ def max_new_tokens(length: AnswerLength, tokenizer: PromptTokenizer, *, prompt_t
             )
         return min(length.total_tokens - prompt_tokens, left)
     return min(tokenizer.default_new_tokens, left)
-
-
-def constraint(body: SamplingFields) -> Constraint | None:
-    """Return the constraint that a request asks for, None for free text.
-
-    Raises RequestError for an unknown response_format, or more than one constraint.
-    """
-    constraints = []
-    if (from_format := _format_constraint(body)) is not None:
-        constraints.append(from_format)
-    if body.guided_json is not None:
-        constraints.append(Constraint("schema", body.guided_json, "guided_json"))
-    if body.guided_regex is not None:
-        constraints.append(Constraint("regex", body.guided_regex, "guided_regex"))
-    if body.guided_choice is not None:
-        constraints.append(one_of(body.guided_choice, "guided_choice"))
-    if len(constraints) > 1:
-        first, second = constraints[0].param, constraints[1].param
-        raise RequestError(f"'{first}' and '{second}' exclude each other", param=second)
-    return constraints[0] if constraints else None
-
-
-def _format_constraint(body: SamplingFields) -> Constraint | None:
-    wanted = body.response_format
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.type not in {"json_object", "json_schema"}:
-        raise RequestError(
-            f"response_format '{wanted.type}' is not one of text, json_object, json_schema",
-            param="response_format",
-        )
-    if wanted.type == "json_object":
-        return json_object("response_format")
-    if wanted.json_schema is None:
-        raise RequestError("response_format json_schema needs 'json_schema'", param="response_format")
-    if wanted.json_schema.schema_ is None:
-        return json_object("response_format")
-    return Constraint("schema", wanted.json_schema.schema_, "response_format")

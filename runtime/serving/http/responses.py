@@ -18,6 +18,7 @@ from runtime.serving.generation import GenerationGroup, GenerationRequest, Gener
 from runtime.serving.http import fields, parameters
 from runtime.serving.http.body import BodyRoute
 from runtime.serving.http.body_types import Body, Flag, Integer, Metadata, Name, Text, TokenCount, by_kind
+from runtime.serving.http.constraint_fields import constraint, note_relaxed
 from runtime.serving.http.logprobs import Logprobs
 from runtime.serving.http.messages import MOST_MESSAGES, Message, turns_of
 from runtime.serving.http.schema import MAX_LOGPROBS, SamplingFields
@@ -41,7 +42,11 @@ class Format(Body):
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: Name = "answer"
+    description: Text | None = None
+    """Ignored."""
     schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: Flag = False
+    """Refuse a schema that cannot be enforced in all its parts."""
 
 
 class TextFormat(Body):
@@ -86,6 +91,7 @@ def router(generator: Generator) -> APIRouter:
     async def responses(body: ResponsesBody, request: Request) -> Response:
         request_id = request.state.request_id
         generation_request = await _generation_request(generator, body, request_id)
+        note_relaxed(request, generation_request.sampling)
         group = generator.start([generation_request])
         model = generation_request.adapter or generator.served().name
         logprobs = Logprobs(generator.served().tokenizer)
@@ -151,10 +157,10 @@ def _turns(body: ResponsesBody, template: str) -> list[dict[str, Any]]:
 def _constraint(body: ResponsesBody) -> Constraint | None:
     text_format = body.text.format if body.text else Format()
     if text_format.type == "text":
-        return parameters.constraint(body)
+        return constraint(body)
     if text_format.type == "json_object" or text_format.schema_ is None:
         return json_object("text.format")
-    return Constraint("schema", text_format.schema_, "text.format")
+    return Constraint("schema", text_format.schema_, "text.format", strict=text_format.strict)
 
 
 class _ResponseFormat:

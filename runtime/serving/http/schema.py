@@ -27,13 +27,13 @@ from runtime.serving.http.body_types import (
     by_kind,
     integral,
 )
+from runtime.serving.http.constraint_fields import ConstraintFields
 from runtime.serving.http.messages import Messages
 from runtime.serving.http.template_fields import TemplateFields
 
 MAX_CHOICES = 8
 """Answers to one request (`n`): each is a sequence of the engine."""
 MAX_STOPS = 16
-MAX_CHOICE_TEXTS = 256
 MAX_LOGPROBS = 20
 MAX_NGRAM = 64
 MAX_BAD_WORDS = 1024
@@ -58,22 +58,7 @@ BannedIds = Annotated[TokenIds, Field(max_length=MAX_BANNED)]
 BadWord = Annotated[TokenIds, Field(min_length=1, max_length=MAX_NGRAM)]
 
 
-class JsonSchema(Body):
-    """The schema of `response_format`."""
-
-    name: Name = "answer"
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
-    """None is any object."""
-
-
-class ResponseFormat(Body):
-    """What the answer must be: text, json_object or json_schema."""
-
-    type: Name = "text"
-    json_schema: JsonSchema | None = None
-
-
-class SamplingFields(Body):
+class SamplingFields(ConstraintFields):
     """How tokens are chosen; None takes the model's own generation_config."""
 
     treatments = fields.GENERATION
@@ -126,16 +111,6 @@ class SamplingFields(Body):
     """The token id, or one of these, that is the last one of an answer of the full length."""
     skip_special_tokens: Flag = True
     """Leave special tokens out of the answer's text."""
-    response_format: ResponseFormat | None = None
-    """What the answer must be: text, json_object or json_schema."""
-    guided_json: dict[str, Any] | None = None
-    """The same as a response_format json_schema with this schema."""
-    guided_regex: Annotated[Text, Field(max_length=4096)] | None = None
-    """A regular expression that the answer matches as a whole."""
-    guided_choice: (
-        Annotated[list[ShortText], Field(min_length=1, max_length=MAX_CHOICE_TEXTS, fail_fast=True)] | None
-    ) = None
-    """The answer is one of these texts."""
 
     def stops(self) -> tuple[str, ...]:
         """Return the stop strings as a tuple, however they were written."""
@@ -219,6 +194,8 @@ class FunctionTool(Body):
     name: Name
     description: Text | None = None
     parameters: dict[str, Any] | None = None
+    strict: Flag | None = None
+    """A call that is forced has a schema that is enforced in all its parts."""
 
 
 class Tool(Body):

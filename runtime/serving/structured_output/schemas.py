@@ -31,6 +31,8 @@ PLAIN = frozenset({"$ref", "$id", "id", "$anchor", "$schema", "const", "enum", "
     "multipleOf",
 }
 """Words that llguidance takes as they are."""
+TAKEN = dict.fromkeys(LIST, list) | dict.fromkeys(MAPPING, dict) | {"pattern": str}
+"""Of which type their values must be."""
 MOST_UNIQUE = 5
 """Values of which all orders are written out: 325 lists."""
 MOST_DEPENDENCIES = 6
@@ -66,9 +68,11 @@ class Rewriter:
                 made[word] = value
             elif word in ONE:
                 made[word] = self._one(value, f"{path}/{word}")
-            elif word in LIST and isinstance(value, list):
+            elif word in TAKEN and not isinstance(value, TAKEN[word]):
+                made[word] = value  # llguidance says what is wrong
+            elif word in LIST:
                 made[word] = [self._schema(part, f"{path}/{word}/{i}") for i, part in enumerate(value)]
-            elif word in MAPPING and isinstance(value, dict):
+            elif word in MAPPING:
                 made[word] = {
                     name: self._schema(part, f"{path}/{word}/{name}") for name, part in value.items()
                 }

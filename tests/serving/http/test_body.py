@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from runtime.serving.http import admin, messages, responses, schema
+from runtime.serving.http import admin, constraint_fields, messages, responses, schema
 from runtime.serving.http.body import IGNORED, read_now
 from runtime.serving.http.body_types import Body
 from runtime.serving.http.fields import UnknownFields
@@ -20,8 +20,11 @@ pytestmark = pytest.mark.anyio
 USER = {"role": "user", "content": "hi"}
 FUNCTION = {"name": "now"}
 LEAST: dict[type[Body], dict[str, Any]] = {
-    schema.JsonSchema: {},
-    schema.ResponseFormat: {},
+    constraint_fields.ConstraintFields: {},
+    constraint_fields.JsonSchema: {},
+    constraint_fields.ResponseFormat: {},
+    constraint_fields.StructuredOutputs: {},
+    constraint_fields.TgiGrammar: {"type": "regex", "value": "a"},
     schema.SamplingFields: {},
     schema.GenerateFields: {},
     schema.ChatBody: {},

@@ -6,14 +6,11 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from runtime import models
 from runtime.errors import OverloadedError, RequestError
-from runtime.model_source import ModelSource
 from runtime.serving.engine.protocol import Constraint, Grammar
 from runtime.serving.structured_output import limits
 from runtime.serving.structured_output.compiler import GrammarCompiler
@@ -32,11 +29,6 @@ def bomb(patterns: int, pattern: str = "^.*a{}.*$") -> dict[str, Any]:
 
 def form(value: Any, kind: Literal["schema", "regex", "grammar"] = "schema") -> Constraint:
     return Constraint(kind, value, "guided")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_llama_dir: Path) -> Any:
-    return models.load_tokenizer(ModelSource(name="tiny", path=tiny_llama_dir))
 
 
 @pytest.fixture

@@ -315,6 +315,8 @@ def _body(request: Request, *, model: str, context_tokens: int) -> dict[str, Any
         constraint = sampling.grammar.constraint
         name = "json" if constraint.kind == "schema" else constraint.kind
         body["structured_outputs"] = {name: constraint.value}
+        if constraint.whitespace is not None:
+            body["structured_outputs"]["whitespace_pattern"] = constraint.whitespace
     return body
 
 

@@ -1,0 +1,221 @@
+"""Every way to say what an answer must match: the fields, and the constraint that they mean.
+
+OpenAI's `response_format`, with the `schema` of Together, Fireworks and llama.cpp; vLLM's
+`structured_outputs` and `guided_*`; llama.cpp's `json_schema` and `grammar`; TGI's `grammar`. Does not know
+routes, or how a grammar is followed. Start at `constraint`.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+from urllib.parse import quote
+
+from pydantic import Field, Tag
+from starlette.requests import Request
+
+from runtime.errors import RequestError
+from runtime.serving.engine.protocol import Constraint, Sampling
+from runtime.serving.http import fields
+from runtime.serving.http.body_types import Body, Flag, Name, ShortText, Text, by_kind
+from runtime.serving.http.json_parser import parse
+from runtime.serving.structured_output.constraints import json_object, one_of
+from runtime.serving.structured_output.limits import MAX_FORM_BYTES, MAX_PATTERN_CHARACTERS
+
+RELAXED = "x-relaxed-schema"
+"""The header of an answer that lists the paths of what the schema asks for and no grammar can enforce."""
+MOST_RELAXED = 16
+"""Paths in it."""
+MAX_CHOICE_TEXTS = 256
+
+Pattern = Annotated[Text, Field(max_length=MAX_PATTERN_CHARACTERS)]
+FormText = Annotated[Text, Field(max_length=MAX_FORM_BYTES)]
+Choices = Annotated[list[ShortText], Field(min_length=1, max_length=MAX_CHOICE_TEXTS, fail_fast=True)]
+SchemaOrText = Annotated[
+    Annotated[dict[str, Any], Tag("<schema>")] | Annotated[FormText, Tag("<text>")],
+    by_kind("a JSON schema, or one as text", {dict: "<schema>", str: "<text>"}),
+]
+
+
+class JsonSchema(Body):
+    """The schema of `response_format`."""
+
+    name: Name = "answer"
+    description: Text | None = None
+    """Ignored."""
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    """None is any object."""
+    strict: Flag = False
+    """Refuse a schema that cannot be enforced in all its parts."""
+
+
+class ResponseFormat(Body):
+    """What the answer must be: text, json_object, json_schema, regex or grammar."""
+
+    type: Name = "text"
+    json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    """Of a json_object or json_schema, as Together, Fireworks and llama.cpp spell it."""
+    grammar: FormText | None = None
+    pattern: Pattern | None = None
+    value: SchemaOrText | None = None
+    """TGI's name for the schema or pattern."""
+
+
+class StructuredOutputs(Body):
+    """vLLM's way to say it: one of these."""
+
+    treatments = fields.STRUCTURED
+
+    json_: SchemaOrText | None = Field(default=None, alias="json")
+    regex: Pattern | None = None
+    choice: Choices | None = None
+    grammar: FormText | None = None
+    json_object: Flag = False
+    whitespace_pattern: Pattern | None = None
+    """What may stand between the parts of JSON."""
+
+
+class TgiGrammar(Body):
+    """TGI's way to say it."""
+
+    type: Literal["json", "json_schema", "regex"]
+    value: SchemaOrText
+
+
+class ConstraintFields(Body):
+    """What the answer must match; one of these, and none is free text."""
+
+    response_format: ResponseFormat | None = None
+    """What the answer must be: text, json_object or json_schema."""
+    structured_outputs: StructuredOutputs | None = None
+    """vLLM's name for the same: json, regex, choice, grammar or json_object."""
+    guided_json: SchemaOrText | None = None
+    """The same as a response_format json_schema with this schema."""
+    guided_regex: Pattern | None = None
+    """A regular expression that the answer matches as a whole."""
+    guided_choice: Choices | None = None
+    """The answer is one of these texts."""
+    guided_grammar: FormText | None = None
+    """A grammar in Lark's or llama.cpp's notation (GBNF)."""
+    guided_whitespace_pattern: Pattern | None = None
+    """What may stand between the parts of JSON."""
+    json_schema: SchemaOrText | None = None
+    """llama.cpp's name for `guided_json`."""
+    grammar: (
+        Annotated[
+            Annotated[FormText, Tag("<text>")] | Annotated[TgiGrammar, Tag("<grammar>")],
+            by_kind("a grammar, or an object with its type and value", {str: "<text>", dict: "<grammar>"}),
+        ]
+        | None
+    ) = None
+    """llama.cpp's name for `guided_grammar`; TGI's for a schema or pattern."""
+
+
+def constraint(body: ConstraintFields) -> Constraint | None:
+    """Return the constraint that a request asks for, None for free text.
+
+    Raises RequestError for an unknown response_format, or more than one constraint.
+    """
+    found = list(_constraints(body))
+    if len(found) > 1:
+        first, second = found[0].param, found[1].param
+        raise RequestError(f"'{first}' and '{second}' exclude each other", param=second)
+    return found[0] if found else None
+
+
+def _constraints(body: ConstraintFields) -> Iterator[Constraint]:
+    space = body.guided_whitespace_pattern
+    if body.response_format is not None:
+        yield from _of_format(body.response_format)
+    if body.structured_outputs is not None:
+        yield from _of_vllm(body.structured_outputs)
+    for name in ("guided_json", "json_schema"):
+        if (value := getattr(body, name)) is not None:
+            yield _schema(value, name, space=space)
+    if body.guided_regex is not None:
+        yield Constraint("regex", body.guided_regex, "guided_regex")
+    if body.guided_choice is not None:
+        yield one_of(body.guided_choice, "guided_choice")
+    if body.guided_grammar:
+        yield Constraint("grammar", body.guided_grammar, "guided_grammar")
+    if isinstance(body.grammar, TgiGrammar):
+        yield _typed(body.grammar.type, body.grammar.value, "grammar")
+    elif body.grammar:
+        yield Constraint("grammar", body.grammar, "grammar")
+
+
+def _of_vllm(asked: StructuredOutputs) -> Iterator[Constraint]:
+    param = "structured_outputs"
+    if asked.json_ is not None:
+        yield _schema(asked.json_, f"{param}.json", space=asked.whitespace_pattern)
+    if asked.json_object:
+        yield json_object(f"{param}.json_object")
+    if asked.regex is not None:
+        yield Constraint("regex", asked.regex, f"{param}.regex")
+    if asked.choice is not None:
+        yield one_of(asked.choice, f"{param}.choice")
+    if asked.grammar:
+        yield Constraint("grammar", asked.grammar, f"{param}.grammar")
+
+
+def _of_format(asked: ResponseFormat) -> Iterator[Constraint]:
+    param = "response_format"
+    match asked.type:
+        case "text":
+            return
+        case "json_object" | "json_schema" if asked.schema_ is not None and asked.json_schema is None:
+            yield Constraint("schema", asked.schema_, param)
+        case "json_object":
+            yield json_object(param)
+        case "json_schema" if asked.json_schema is not None:
+            inner = asked.json_schema
+            if inner.schema_ is None:
+                yield json_object(param)
+            else:
+                yield Constraint("schema", inner.schema_, param, strict=inner.strict)
+        case "json_schema" if asked.value is None:
+            raise RequestError("response_format json_schema needs 'json_schema'", param=param)
+        case "grammar" if asked.grammar:
+            yield Constraint("grammar", asked.grammar, param)
+        case "regex" if asked.pattern is not None:
+            yield Constraint("regex", asked.pattern, param)
+        case "json" | "json_schema" | "regex" if asked.value is not None:
+            yield _typed(asked.type, asked.value, param)
+        case "regex" | "grammar":
+            needed = "pattern" if asked.type == "regex" else "grammar"
+            raise RequestError(f"response_format {asked.type} needs '{needed}'", param=param)
+        case other:
+            raise RequestError(
+                f"response_format '{other}' is not one of text, json_object, json_schema", param=param
+            )
+
+
+def _typed(kind: str, value: dict[str, Any] | str, param: str) -> Constraint:
+    if kind != "regex":
+        return _schema(value, param)
+    if not isinstance(value, str):
+        raise RequestError(f"'{param}' of type regex needs a pattern as 'value'", param=param)
+    return Constraint("regex", value, param)
+
+
+def _schema(value: dict[str, Any] | str, param: str, *, space: str | None = None) -> Constraint:
+    if isinstance(value, str):
+        try:
+            value = parse(value.encode())
+        except RequestError as error:
+            raise RequestError(f"'{param}' is not a JSON schema: {error}", param=param) from None
+        if not isinstance(value, dict):
+            raise RequestError(f"'{param}' is not a JSON schema: it is no object", param=param)
+    return Constraint("schema", value, param, whitespace=space)
+
+
+def note_relaxed(request: Request, sampling: Sampling) -> None:
+    """Keep for the answer's header what of its schema is not enforced."""
+    if sampling.grammar is not None and sampling.grammar.relaxed:
+        request.state.relaxed = sampling.grammar.relaxed
+
+
+def relaxed_header(request: Request) -> str | None:
+    """Return the value of the header RELAXED, None where all is enforced."""
+    paths: tuple[str, ...] = getattr(request.state, "relaxed", ())
+    shown = [quote(path[:200], safe="#/$*~") for path in paths[:MOST_RELAXED]]
+    return ", ".join(shown + ["..."] * (len(paths) > MOST_RELAXED)) or None
