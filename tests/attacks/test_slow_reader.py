@@ -15,7 +15,6 @@ from tests.serving.conftest import Process, until
 
 LIMITS = {"write_timeout_s": 1.0, "request_timeout_s": 60.0}
 ENGINE = {"rows": 3, "queue": 0, "context_tokens": 100_000}
-LONG = {"max_new_tokens": 15_000, "max_tokens": 15_000, "max_output_tokens": 15_000}
 
 
 @contextlib.contextmanager
@@ -35,11 +34,14 @@ def client(
 
 def stream(path: str) -> dict[str, Any]:
     """Return a streamed request for a long answer."""
-    texts = {
-        "/v1/responses": {"input": "hi"},
+    texts: dict[str, dict[str, Any]] = {
+        "/chat": {"prompt": "hi"},
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+        "/v1/completions": {"prompt": "hi"},
+        "/v1/responses": {"input": "hi"},
     }
-    return {**texts.get(path, {"prompt": "hi"}), **LONG, "stream": True}
+    length = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    return {**texts[path], length: 15_000, "stream": True}
 
 
 def answers(server: Process) -> bool:
