@@ -222,3 +222,10 @@ def test_an_included_stop_string_is_shown_to_its_end(tokenizer: Any) -> None:
     rules = StopRules(["\n<|im_start|>us"], included=True, special={"<|im_start|>": 1})
     assert shown(tokenizer, ids, stops=rules) == "one\n<|im_start|>us"
     assert shown(tokenizer, tokenizer.encode("abcd"), stops=StopRules(["bc"], included=True)) == "abc"
+
+
+def test_a_stop_string_sees_the_first_space_where_the_text_has_it() -> None:
+    tokenizer = make_sentencepiece(strips=True)
+    ids, rules = tokenizer.encode("word is", add_special_tokens=False), StopRules([" word"])
+    assert shown(tokenizer, ids, stops=rules) == "word is", "the answer of a conversation begins without it"
+    assert shown(tokenizer, ids, stops=rules, tail=ids[-1:]) == ""

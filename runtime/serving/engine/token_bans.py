@@ -12,7 +12,6 @@ from torch import Tensor
 
 from runtime.serving.engine.protocol import Sampling
 
-_NONE = torch.empty(0, dtype=torch.long)
 _ZERO = torch.zeros(1, dtype=torch.int32)
 
 
@@ -77,11 +76,13 @@ class TokenBans:
     """What one request forbids, and the tokens it has so far."""
 
     def __init__(self, sampling: Sampling, prompt_ids: Sequence[int]) -> None:
-        self._sampling = sampling
-        self._generated = 0
+        self._most, self._generated = sampling.max_new_tokens, 0
         # as in transformers, a bad word does not forbid to end the answer
         single = {word[0] for word in sampling.bad_words_ids if len(word) == 1} - sampling.stop_ids
-        self._always = torch.tensor(sorted(single.union(sampling.suppress_tokens)), dtype=torch.long)
+        self._always = _ids(sorted(single.union(sampling.suppress_tokens)))
+        self._at_first = _ids(sampling.begin_suppress_tokens)
+        self._at_last = _ids(sampling.forced_eos_token_id)
+        self._allowed = None if sampling.allowed_token_ids is None else _ids(sampling.allowed_token_ids)
         self._words = BadWords(sampling.bad_words_ids, prompt_ids)
         size = sampling.no_repeat_ngram_size
         self._ngrams = RepeatedNgrams(size, prompt_ids) if size else None
@@ -107,22 +108,22 @@ class TokenBans:
 
     def apply(self, scores: Tensor) -> Tensor:
         """Return `scores` (V,) with minus infinity for every token that may not come next."""
-        sampling = self._sampling
-        if sampling.forced_eos_token_id and self._generated == sampling.max_new_tokens - 1:
-            scores = _only(torch.zeros_like(scores), sampling.forced_eos_token_id)
-        if sampling.allowed_token_ids is not None:
-            scores = _only(scores, sampling.allowed_token_ids)
-        banned = [
-            self._always,
-            self._ngrams.completing() if self._ngrams is not None else _NONE,
-            torch.tensor(self._words.completing(), dtype=torch.long),
-        ]
+        if len(self._at_last) and self._generated == self._most - 1:
+            scores = _only(torch.zeros_like(scores), self._at_last)
+        if self._allowed is not None:
+            scores = _only(scores, self._allowed)
+        banned = [self._always, _ids(self._words.completing())]
+        if self._ngrams is not None:
+            banned.append(self._ngrams.completing())
         if self._generated == 0:
-            banned.append(torch.tensor(sampling.begin_suppress_tokens, dtype=torch.long))
+            banned.append(self._at_first)
         return scores.index_fill(0, torch.cat(banned), -torch.inf)
 
 
-def _only(scores: Tensor, ids: Sequence[int]) -> Tensor:
+def _ids(ids: Sequence[int]) -> Tensor:
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def _only(scores: Tensor, ids: Tensor) -> Tensor:
     """Return `scores` (V,) with minus infinity for all tokens but `ids`."""
-    index = torch.tensor(ids, dtype=torch.long)
-    return torch.full_like(scores, -torch.inf).index_copy(0, index, scores[index])
+    return torch.full_like(scores, -torch.inf).index_copy(0, ids, scores[ids])

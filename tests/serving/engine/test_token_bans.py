@@ -100,6 +100,24 @@ def test_only_allowed_tokens_are_chosen(engine: Engine) -> None:
     assert (ids, reason) == ([], "stop")
 
 
+@pytest.mark.parametrize("least", [{"min_length": 12}, {"min_new_tokens": 5}, {"min_length": 3}, {}])
+def test_the_least_length_and_end_tokens_are_those_of_generate(
+    engine: Engine, plain: Any, least: dict[str, int]
+) -> None:
+    (prompt,) = some_prompts(8, vocabulary=512)
+    answer = generate(plain, prompt)
+    ends = [answer[2], answer[7]]
+    ids = torch.tensor([prompt])
+    made = plain.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16,
+        eos_token_id=ends, pad_token_id=2, **least,
+    )[0, len(prompt) :].tolist()  # fmt: skip
+    expected = made[:-1] if made[-1] in ends else made
+    wanted = least.get("min_new_tokens", max(0, least.get("min_length", 0) - len(prompt)))
+    request = make_request(prompt, stop_ids=frozenset(ends), min_new_tokens=wanted)
+    assert run(engine, request)[0][0] == expected
+
+
 def test_a_request_that_allows_nothing_is_refused_and_the_next_is_served(engine: Engine) -> None:
     nothing = {"allowed_token_ids": [5], "suppress_tokens": [5]}
     for temperature in (0.0, 1.0):

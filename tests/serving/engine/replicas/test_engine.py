@@ -122,6 +122,14 @@ def test_a_seed_and_log_probabilities_cross_the_border(two: ReplicaEngine, one: 
     assert all(token.start is None for token in ours[1:])
 
 
+def test_bans_cross_the_border(two: ReplicaEngine, one: Engine) -> None:
+    plain = run(one, make_request(PROMPTS[4]))[0][0]
+    bans = {"no_repeat_ngram_size": 2, "bad_words_ids": [plain[:2]], "begin_suppress_tokens": [plain[0]]}
+    request = make_request(PROMPTS[4], **bans)
+    assert run(two, request) == run(one, request)
+    assert run(two, request)[0][0] != plain
+
+
 def test_equal_beginnings_are_answered_by_the_replica_that_has_them(two: ReplicaEngine) -> None:
     (beginning,) = some_prompts(256, vocabulary=499)
     before = dispatched(two)
