@@ -1,7 +1,7 @@
 """`inference_api.py` of both runtimes that controllers know: their flags become one `ServeConfig`.
 
-The server behind both is this project's own. Controllers pass the flags of every engine, so those without
-effect here are ignored, with one log line. Start at `transformers_server` and `vllm_server`.
+The server behind both is this project's own. A flag is honoured, or harmless (one log line says why), or
+refused by name (vllm_flags.toml, transformers_flags.toml). Start at `transformers_server` and `vllm_server`.
 """
 
 import json
@@ -18,7 +18,7 @@ from runtime.pod.termination import exit_status_of
 from runtime.serving.settings import ServeConfig
 from runtime.tuning.process import failure
 from runtime.workspace import Resolved, load_server, vllm_flags
-from runtime.workspace.base_model import chat_template
+from runtime.workspace.base_model import chat_template, read_dtype
 from runtime.workspace.mounts import WEIGHTS, Mounts
 
 log = logging.getLogger(__name__)
@@ -27,16 +27,18 @@ Flags = dict[str, str | None]
 Resolve = Callable[[Sequence[str], Mapping[str, str], Path], Resolved[ServeConfig]]
 
 COMMON_FLAGS = {"revision": "model.revision", "served_model_name": "served_name"}
-TRANSFORMERS_FLAGS = {
-    "pretrained_model_name_or_path", "allow_remote_files", "pipeline", "torch_dtype", "chat_template",
-    "load_in_4bit", "load_in_8bit", "port", "trust_remote_code", *COMMON_FLAGS,
-}  # fmt: skip
+TRANSFORMERS_FLAGS = Path(__file__).with_name("transformers_flags.toml")
+SWITCHES = {"allow_remote_files", "load_in_4bit", "load_in_8bit"}
+"""Flags of the transformers runtime that need no value."""
 
 
 def main(
     resolve: Resolve, arguments: Sequence[str], environ: Mapping[str, str], *, root: Path = Path("/")
 ) -> int:
     """Serve, until SIGTERM, the config that `resolve` makes of the flags; return the exit status."""
+    if {"--help", "-h"} & set(arguments):
+        _print_flags(TRANSFORMERS_FLAGS if resolve is transformers_server else vllm_flags.TABLE)
+        return 0
     logs.configure(debug=environ.get("DEBUG_MODE", "").lower() == "true")
 
     def serve() -> None:
@@ -55,13 +57,15 @@ def transformers_server(
 ) -> Resolved[ServeConfig]:
     """Return the server that the flags of /workspace/tfs/inference_api.py describe."""
     options = flags.read(arguments)
-    _log_ignored(options, TRANSFORMERS_FLAGS)
+    _judge(options)
     pipeline = options.get("pipeline") or "text-generation"
     if pipeline not in ("text-generation", "conversational"):
         raise ConfigError(f"--pipeline is {pipeline!r}, expected text-generation or conversational")
     settings = _common(options, environ, root)
     settings["combine_adapters"] = True  # as KAITO's own runtime does: /chat answers with all of them
-    settings |= _dtype(options.get("torch_dtype"), "--torch_dtype")
+    dtype = read_dtype(options.get("torch_dtype") or "auto", "--torch_dtype")
+    if dtype != "auto":
+        settings["model.dtype"] = dtype
     for bits in (4, 8):
         if _is_true(options, f"load_in_{bits}bit"):
             settings["quantization.bits"] = bits
@@ -172,18 +176,7 @@ def _with_strengths(environ: Mapping[str, str], root: Path) -> dict[str, str]:
 
 def _target(model: str | None) -> str | None:
     """Return the model to load, None where its weights are mounted in the pod."""
-    return None if model is None or model.rstrip("/") in WEIGHTS else model
-
-
-def _dtype(written: str | None, flag: str) -> dict[str, Any]:
-    """Return the compute type; KAITO's presets pass bfloat16 for every GPU, so the hardware decides then."""
-    dtype = (written or "auto").removeprefix("torch.")
-    if dtype in ("auto", "bfloat16"):
-        return {}
-    dtype = {"half": "float16", "float": "float32"}.get(dtype, dtype)
-    if dtype not in ("float16", "float32"):
-        raise ConfigError(f"{flag} is {written!r}, expected auto, bfloat16, float16 or float32")
-    return {"model.dtype": dtype}
+    return None if not model or model.rstrip("/") in WEIGHTS else model
 
 
 def _is_true(options: Flags, flag: str) -> bool:
@@ -202,9 +195,21 @@ def _number(text: str | None, where: str) -> int:
     return int(text)
 
 
-def _log_ignored(options: Flags, known: set[str]) -> None:
-    ignored = sorted(options.keys() - known)
-    if "trust_remote_code" in options:
-        ignored.append("trust_remote_code (models run on the library's own classes)")
-    if ignored:
-        log.info("ignored flags: %s", ", ".join(ignored))
+def _judge(options: Flags) -> None:
+    """Log flags without effect; ConfigError for the first that is unknown, refused or lacks a value."""
+    known, harmless = vllm_flags.rules(TRANSFORMERS_FLAGS), dict[str, list[str]]()
+    for name, value in options.items():
+        rule = vllm_flags.judged(name, "true" if value is None else value, f"--{name}", known)
+        if rule.treatment == "harmless":
+            harmless.setdefault(rule.why, []).append(name)
+        elif not value and name not in SWITCHES:
+            raise ConfigError(f"--{name}: expected a value")
+    if harmless:
+        log.info("flags without effect here: %s", "; ".join(vllm_flags.phrases(harmless)))
+
+
+def _print_flags(table: Path) -> None:
+    rows = list(vllm_flags.table(table))
+    print("usage: inference_api.py [--FLAG[=VALUE] ...]; the flags, and what becomes of each:")  # noqa: T201
+    for flag, treatment, why in rows:
+        print(f"  {flag:{max(len(row[0]) for row in rows)}}  {treatment:8}  {why}")  # noqa: T201

@@ -132,20 +132,25 @@ def _offline(settings: LayeredSettings, section: ModelConfig, label: Label, moun
 
 
 def put_dtype(settings: LayeredSettings, name: str, written: str | None, where: str) -> None:
-    """Set a compute type.
-
-    Every stock template has bfloat16, even for a V100, so it is taken as a preference: "auto" is bfloat16
-    wherever the GPU has it. Any other type is the user's own choice and is kept.
-    """
+    """Set a compute type."""
     if written is None:
         return
+    dtype = read_dtype(written, where)
+    preferred = dtype == "auto" and not written.endswith("auto")
+    settings.put(name, dtype, f"{where} (bfloat16: where the GPU has it)" if preferred else where)
+
+
+def read_dtype(written: str, where: str) -> str:
+    """Return a compute type as a setting, from torch's or vLLM's name for it.
+
+    Every stock template and preset has bfloat16, even for a V100, so it is taken as a preference: "auto" is
+    bfloat16 wherever the GPU has it. Any other type is the user's own choice and is kept.
+    """
     dtype = written.removeprefix("torch.")
-    if dtype in ("auto", "bfloat16"):
-        settings.put(name, "auto", f"{where} ({dtype}: where the GPU has it)" if dtype != "auto" else where)
-    elif dtype in ("float16", "float32"):
-        settings.put(name, dtype, where)
-    else:
+    dtype = {"half": "float16", "float": "float32", "bfloat16": "auto"}.get(dtype, dtype)
+    if dtype not in ("auto", "float16", "float32"):
         raise ConfigError(f"{where} is {describe(written)}, expected auto, bfloat16, float16 or float32")
+    return dtype
 
 
 def chat_template(written: str, where: str, mounts: Mounts) -> str:

@@ -240,7 +240,7 @@ def _apply_config(settings: LayeredSettings, found: ConfigDocument | None, mount
     for name, value in (applied[0].files | applied[1].files).items():
         if name == "chat_template":
             settings.put("model.chat_template", chat_template(value, where, mounts), where)
-        elif name != "enable_lora":
+        else:
             raise ConfigError(f"{where}: {name} is a flag of the command, not a key of this file")
     if harmless := [phrase for each in applied for phrase in each.harmless]:
         settings.warn(f"{where}: without effect here: {'; '.join(harmless)}")

@@ -8,7 +8,7 @@ refused too, as vLLM does. Names are vLLM 0.25's and KAITO's. Start at `apply`; 
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from pydantic import SecretStr
 from runtime.config import nearest
 from runtime.errors import ConfigError
 from runtime.serving.tool_calls import PARSERS
+from runtime.workspace.base_model import read_dtype
 from runtime.workspace.layers import LayeredSettings
 
 TABLE = Path(__file__).with_suffix(".toml")
@@ -46,9 +47,9 @@ class Rule:
 
 
 @cache
-def rules() -> dict[str, Rule]:
-    """Return the rule of every flag, by its name with underscores."""
-    tables = tomllib.loads(TABLE.read_text(encoding="utf-8"))["rule"]
+def rules(file: Path = TABLE) -> dict[str, Rule]:
+    """Return the rule of every flag in a file of this form, by its name with underscores."""
+    tables = tomllib.loads(file.read_text(encoding="utf-8"))["rule"]
     return {
         name: Rule(table["treatment"], table["why"], frozenset(table.get("pass", "").split()))
         for table in tables
@@ -79,23 +80,35 @@ def apply(settings: LayeredSettings, flags: Mapping[str, Any], where: str = "") 
     harmless: dict[str, list[str]] = {}
     for written, value in flags.items():
         name, text = _canonical(written, value)
-        rule = rules().get(name)
         shown = f"{where}{written}" if where else f"--{name.replace('_', '-')}"
-        if rule is None:
-            raise ConfigError(f"{shown}: unknown flag{nearest(name, rules())}")
-        if rule.treatment == "refused":
-            if text.lower() not in rule.neutral:
-                asked = f"{shown} is {text!r}, which" if _is_plain(name, text) else shown
-                raise ConfigError(f"{asked} is not served here: {rule.why}")
-        elif rule.treatment == "harmless":
+        rule = judged(name, text, shown, rules())
+        if rule.treatment == "harmless":
             harmless.setdefault(rule.why, []).append(str(written))
-        elif name in _HONOURED:
-            if value is None:
-                raise ConfigError(f"{shown}: expected a value")
+        if rule.treatment != "honoured":
+            continue
+        if (value is None and name not in _SWITCHES) or (not text and name not in _MAY_BE_EMPTY):
+            raise ConfigError(f"{shown}: expected a value")
+        if name in _HONOURED:
             _HONOURED[name](settings, text, shown)
         else:
             files[name] = text
-    return Applied(files, tuple(f"{', '.join(names)}: {why}" for why, names in harmless.items()))
+    return Applied(files, phrases(harmless))
+
+
+def judged(name: str, text: str, shown: str, known: Mapping[str, Rule]) -> Rule:
+    """Return the rule of a flag; ConfigError, which calls it `shown`, where it is unknown or refused."""
+    rule = known.get(name)
+    if rule is None:
+        raise ConfigError(f"{shown}: unknown flag{nearest(name, known)}")
+    if rule.treatment == "refused" and text.lower() not in rule.neutral:
+        asked = f"{shown} is {text!r}, which" if _is_plain(name, text) else shown
+        raise ConfigError(f"{asked} is not served here: {rule.why}")
+    return rule
+
+
+def phrases(harmless: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Return one phrase for each reason why flags have no effect."""
+    return tuple(f"{', '.join(names)}: {why}" for why, names in harmless.items())
 
 
 def _is_plain(name: str, text: str) -> bool:
@@ -116,11 +129,11 @@ def token_count(text: str, where: str) -> int | None:
     return int(count)
 
 
-def table() -> Iterable[tuple[str, str, str]]:
+def table(file: Path = TABLE) -> Iterable[tuple[str, str, str]]:
     """Yield (flag, treatment, why) for every flag, in the order of the rules."""
-    for name, rule in rules().items():
+    for name, rule in rules(file).items():
         allowed = f" ({', '.join(sorted(rule.neutral))} pass)" if rule.neutral else ""
-        yield f"--{name.replace('_', '-')}", rule.treatment, rule.why + allowed
+        yield f"--{name.replace('_', '-') if file == TABLE else name}", rule.treatment, rule.why + allowed
 
 
 def _canonical(written: str, value: Any) -> tuple[str, str]:
@@ -180,11 +193,8 @@ def _names(settings: LayeredSettings, text: str, where: str) -> None:
 
 
 def _dtype(settings: LayeredSettings, text: str, where: str) -> None:
-    """KAITO's presets pass bfloat16 for every GPU, so the hardware decides then."""
-    dtype = {"half": "float16", "float": "float32"}.get(text, text)
-    if dtype not in ("auto", "bfloat16", "float16", "float32"):
-        raise ConfigError(f"{where} is {text!r}, expected auto, bfloat16, half, float16, float or float32")
-    if dtype not in ("auto", "bfloat16"):
+    dtype = read_dtype(text, where)
+    if dtype != "auto":
         settings.put("model.dtype", dtype, where)
 
 
@@ -240,6 +250,13 @@ def _allowed_origins(settings: LayeredSettings, text: str, where: str) -> None:
         settings.put("allowed_origins", tuple(origins), where)
 
 
+def _enable_lora(settings: LayeredSettings, text: str, where: str) -> None:
+    if text.lower() not in ("true", "false"):
+        raise ConfigError(f"{where} is {text!r}, expected true or false")
+    if text.lower() == "false":
+        settings.warn(f"{where} is false: adapters that are mounted are served all the same")
+
+
 def _api_key(settings: LayeredSettings, text: str, where: str) -> None:
     settings.put("api_key", SecretStr(text), where)
 
@@ -262,5 +279,9 @@ _HONOURED: dict[str, Put] = {
     "data_parallel_size": _data_parallel,
     "tool_call_parser": _tool_parser,
     "reasoning_parser": _reasoning_parser,
+    "enable_lora": _enable_lora,
 }
 """Those that are settings; the others name models, files and folders."""
+_SWITCHES = frozenset({"enable_lora"})
+"""Flags that need no value."""
+_MAY_BE_EMPTY = frozenset({"kaito_config_file"})

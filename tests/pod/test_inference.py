@@ -60,16 +60,58 @@ def test_values_in_a_word_of_their_own_are_read() -> None:
     assert (config.model.repository, config.model.dtype, config.served_name) == ("acme/m", "float16", "m")
 
 
-def test_flags_of_other_programs_are_logged_once_and_ignored(
-    pod: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_flags_without_effect_are_named_with_the_reason(pod: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    config = transformers_server(
-        [*STOCK, "--combination_type=svd", "--gpu-memory-utilization", "0.8"], {}, pod
-    ).config
-    assert config.model.path == pod / "workspace/weights"
-    (line,) = [record.message for record in caplog.records if "ignored flags" in record.message]
-    assert "combination_type, gpu_memory_utilization, trust_remote_code" in line
+    words = [
+        *STOCK,
+        "--force_download",
+        "--resume_download",
+        "--combination_type=svd",
+        "--device_map",
+        "auto",
+    ]
+    assert transformers_server(words, {}, pod).config.model.path == pod / "workspace/weights"
+    (line,) = [record.message for record in caplog.records if "without effect" in record.message]
+    assert "force_download, resume_download: downloads are resumed and checked" in line
+    assert "trust_remote_code: models run on the library's own classes" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--load_in_4bti"], "--load_in_4bti: unknown flag .did you mean 'load_in_4bit'"),
+        (["--gpu-memory-utilization", "0.8"], "--gpu_memory_utilization: unknown flag"),
+        (["--combination_type=ties"], "--combination_type is 'ties', which is not served here: adapters are"),
+        (["--device_map=cpu"], "CUDA_VISIBLE_DEVICES"),
+        (["--from_tf"], "safetensors alone"),
+        (["--cache_dir=/x"], "--cache_dir is not served here: set HF_HOME"),
+        (["--pretrained_model_name_or_path"], "--pretrained_model_name_or_path: expected a value"),
+        (["--torch_dtype="], "--torch_dtype: expected a value"),
+        (["--port", "--pipeline=text-generation"], "--port: expected a value"),
+    ],
+)
+def test_transformers_flags_that_ask_for_something_else_are_refused(
+    words: list[str], message: str, pod: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        transformers_server(words, {}, pod)
+
+
+def test_every_word_for_a_type_means_the_same_in_both_runtimes(pod: Path) -> None:
+    for word, dtype in {"half": "float16", "float": "float32", "bfloat16": "auto", "auto": "auto"}.items():
+        assert transformers_server([f"--torch_dtype={word}"], {}, pod).config.model.dtype == dtype
+        assert vllm_server([f"--dtype={word}"], {}, pod).config.model.dtype == dtype
+
+
+@pytest.mark.parametrize("resolve", [transformers_server, vllm_server])
+def test_help_shows_what_becomes_of_each_flag(
+    resolve: inference.Resolve, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inference.main(resolve, ["--help"], {}) == 0
+    said = capsys.readouterr().out
+    assert "usage: inference_api.py" in said
+    assert "honoured" in said
+    assert ("--torch_dtype" in said) == (resolve is transformers_server)
 
 
 def test_mounted_weights_serve_without_any_flag(pod: Path) -> None:
@@ -161,6 +203,11 @@ def test_more_of_vllms_flags_are_carried_out(pod: Path, tmp_path: Path) -> None:
         (["--lora-modules", "{}"], "expected name and path"),
         (["--api-key", "--enable-lora"], "--api-key: expected a value"),
         (["--served-model-name"], "--served-model-name: expected a value"),
+        (["--served-model-name="], "--served-model-name: expected a value"),
+        (["--max-num-seqs"], "--max-num-seqs: expected a value"),
+        (["--model", "--max-num-seqs=4"], "--model: expected a value"),
+        (["--model="], "--model: expected a value"),
+        (["--enable-lora=maybe"], "--enable-lora is 'maybe', expected true or false"),
     ],
 )
 def test_vllm_flags_that_cannot_be_served_are_refused(words: list[str], message: str, pod: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from runtime.config import flatten
 from runtime.errors import ConfigError
+from runtime.pod.inference import TRANSFORMERS_FLAGS
 from runtime.serving.settings import ServeConfig
 from runtime.workspace import vllm_flags
 from runtime.workspace.layers import LayeredSettings
@@ -115,6 +116,12 @@ def test_harmless_flags_are_named_with_the_reason() -> None:
     ]  # fmt: skip
 
 
+def test_adapters_that_are_switched_off_are_a_warning() -> None:
+    assert not applied({"enable_lora": None})[1].warnings
+    (warning,) = applied({"no-enable-lora": None})[1].warnings
+    assert "served all the same" in warning
+
+
 @pytest.mark.parametrize("flag", ["tool_call_parser", "reasoning_parser"])
 def test_a_parser_that_is_not_known_is_a_warning(flag: str) -> None:
     _, settings = applied({flag: "qwen3_coder"})
@@ -151,9 +158,9 @@ def test_every_flag_of_vllm_has_a_rule() -> None:
     assert set(flags) - vllm_flags.rules().keys() == set()
 
 
-def test_the_page_shows_the_table() -> None:
+def test_the_page_shows_the_tables() -> None:
     page = DOCS.read_text()
-    for flag, treatment, why in vllm_flags.table():
+    for flag, treatment, why in (*vllm_flags.table(), *vllm_flags.table(TRANSFORMERS_FLAGS)):
         assert f"| `{flag}` | {treatment} | {why} |" in page
 
 
