@@ -9,6 +9,7 @@ import math
 import random
 import re
 import shutil
+import ssl
 import threading
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
@@ -128,6 +129,16 @@ def raise_if_retriable(response: Response, detail: str = "") -> None:
         raise RetriableError(f"answered {response.status_code}{detail}", wait_s)
 
 
+def untrusted(error: BaseException) -> str | None:
+    """Return why a certificate was not trusted where that is what `error` is about: no try will mend it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return cause.verify_message
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
 def part_of(path: Path) -> Path:
     """Return the file that holds a download to `path` until it is complete."""
     return path.with_name(f"{path.name}.part")
@@ -206,6 +217,11 @@ class Download:
             try:
                 self._attempt(get, have)
             except (httpx.TransportError, httpx.StreamError, RetriableError) as error:
+                if (distrust := untrusted(error)) is not None:
+                    raise DataError(
+                        f"{self._what}: its certificate is not trusted ({distrust}); set SSL_CERT_FILE to the CA's "
+                        "certificates, or correct the host name"
+                    ) from None
                 if self._received() > have:
                     retries.progressed()
                 if not isinstance(error, RetriableError):

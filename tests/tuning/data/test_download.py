@@ -27,6 +27,8 @@ from runtime.tuning.data import formats
 from runtime.tuning.data.download import check_address, check_url, fetch
 from runtime.tuning.settings import DataSource
 from tests.faults.dataset_server import DatasetServer, Reply
+from tests.faults.quirky_registry import QuirkyRegistry
+from tests.faults.registry_tokens import make_certificate
 
 QUICK = DownloadLimits(attempts=3, backoff_s=0.02, stall_s=0.3, deadline_s=5)
 
@@ -347,3 +349,18 @@ def test_fault_5_stop_before_the_connection_is_open_ends_the_request_too() -> No
         address.hang_up()
         with pytest.raises(httpx.RemoteProtocolError), address.get(client, {}):
             pass
+
+
+def test_a_certificate_that_is_not_trusted_is_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a registry: the next try would meet the same certificate."""
+    certificate = make_certificate(tmp_path, "server")
+    server = QuirkyRegistry(certificate=certificate)
+    source = DataSource(urls=(f"https://{server.host}/v2/",), folder=tmp_path / "data")
+    try:
+        with pytest.raises(DataError, match=r"certificate is not trusted \(self-signed.*set SSL_CERT_FILE"):
+            fetch(source, limits=DownloadLimits(attempts=2, backoff_s=0.01))
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+        fetch(source, limits=DownloadLimits(attempts=1))
+    finally:
+        server.stop()
+    assert [path.name for path in (tmp_path / "data").glob("[!.]*")]
