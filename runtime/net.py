@@ -217,18 +217,22 @@ class Download:
             try:
                 self._attempt(get, have)
             except (httpx.TransportError, httpx.StreamError, RetriableError) as error:
-                if (distrust := untrusted(error)) is not None:
-                    raise DataError(
-                        f"{self._what}: its certificate is not trusted ({distrust}); set SSL_CERT_FILE to the CA's "
-                        "certificates, or correct the host name"
-                    ) from None
                 if self._received() > have:
                     retries.progressed()
-                if not isinstance(error, RetriableError):
-                    error = RetriableError(str(error) or type(error).__name__)
-                retries.failed(error)
+                retries.failed(self._retriable(error))
             else:
                 return
+
+    def _retriable(self, error: Exception) -> RetriableError:
+        """Return `error` as one after which a request is sent again; DataError where none would help."""
+        if isinstance(error, RetriableError):
+            return error
+        if (distrust := untrusted(error)) is not None:
+            raise DataError(
+                f"{self._what}: its certificate is not trusted ({distrust}); set SSL_CERT_FILE to the "
+                "certificates of its CA, or correct the host name"
+            ) from None
+        return RetriableError(str(error) or type(error).__name__)
 
     def finish(self) -> None:
         """Rename the checked file to `path`."""
