@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import cache
@@ -101,6 +102,26 @@ def configure(*, debug: bool = False, rank: int = 0, stream: TextIO | None = Non
 def once(log: logging.Logger, level: int, message: str) -> None:
     """Log `message` the first time that it is given, for facts that are met again and again."""
     log.log(level, "%s", message)
+
+
+class Repeated:
+    """Logs an event that clients can cause thousands of times: one line a minute, which counts the others."""
+
+    def __init__(self, log: logging.Logger, *, every_s: float = 60.0) -> None:
+        self._log = log
+        self._every_s = every_s
+        self._next_s = 0.0
+        self._unsaid = 0
+
+    def __call__(self, level: int, message: str, *args: object) -> None:
+        """Log a line, or count it where the last one is too recent."""
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            self._unsaid += 1
+            return
+        more = f" ({self._unsaid} more since the last such line)" if self._unsaid else ""
+        self._next_s, self._unsaid = now_s + self._every_s, 0
+        self._log.log(level, message + more, *args)
 
 
 @contextlib.contextmanager

@@ -62,6 +62,13 @@ class Limits(Strict):
     """Largest part of a GPU's memory in use, by whatever process; None takes what is free."""
     new_tokens: int = Field(512, ge=1)
     """Answer length when the request states none."""
+    connections: int | None = Field(None, ge=1)
+    """Open connections; for a new one the longest idle one is closed. None is 4,096, or fewer where the
+    process may open fewer files."""
+    header_bytes: int = Field(64 << 10, ge=1024)
+    """Largest request line and headers together."""
+    header_fields: int = Field(100, ge=1)
+    """Most header fields of a request."""
     body_bytes: int = Field(4 << 20, ge=1024)
     """Largest request body, as sent and decompressed."""
     bodies_bytes: int = Field(256 << 20, ge=1024)

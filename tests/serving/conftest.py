@@ -183,9 +183,12 @@ def until(condition: Callable[[], bool], timeout_s: float = 5) -> float:
     return time.monotonic() - started
 
 
-def start_fake_server(*, ready: bool = True, **options: Any) -> Process:
-    """Start `fake_server` with options and return it once it listens, or is ready."""
-    site = Process.start([sys.executable, "-m", "tests.serving.fake_server", json.dumps(options)])
+def start_fake_server(*, ready: bool = True, files: int | None = None, **options: Any) -> Process:
+    """Start `fake_server` with options and return it once it listens, or is ready; `files` may be open."""
+    command = [sys.executable, "-m", "tests.serving.fake_server", json.dumps(options)]
+    if files is not None:
+        command = ["bash", "-c", f'ulimit -n {files}; exec "$0" "$@"', *command]
+    site = Process.start(command)
     try:
         assert site.url, f"no server: {site.log}"
         if ready:
@@ -198,7 +201,7 @@ def start_fake_server(*, ready: bool = True, **options: Any) -> Process:
 
 @pytest.fixture
 def start_server() -> Iterator[Callable[..., Process]]:
-    """Return a function that starts `fake_server` with options and waits for its port."""
+    """Return a function that starts `fake_server` and waits until it is ready."""
     started: list[Process] = []
 
     def start(**options: Any) -> Process:

@@ -1,6 +1,7 @@
 """Runs the real server over the engine without a model: `python -m tests.serving.fake_server JSON`."""
 
 import json
+import os
 import sys
 import time
 from functools import partial
@@ -22,7 +23,8 @@ TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}"
 
 def main(options: dict[str, Any]) -> None:
     """Serve as `options` say: config, engine, load_s (how long loading takes), fail (what it ends with),
-    close_s (how long the engine takes to close), says (it answers with what follows "SAY:")."""
+    close_s (how long the engine takes to close), says (it answers with what follows "SAY:"), files_left (all
+    file descriptors but these are used up)."""
     logs.configure()
 
     def load(config: ServeConfig) -> ServedModel:
@@ -40,6 +42,7 @@ def main(options: dict[str, Any]) -> None:
             stop_ids=frozenset({tokenizer.eos_token_id}),
             defaults=SamplingDefaults(),
         )
+        use_up_files(options.get("files_left"))
         return ServedModel(name=config.served_name, engine=engine, tokenizer=prompts, created=1)
 
     settings = {"model": ModelSource(name="echo"), "served_name": "base", "host": "127.0.0.1", "port": 0}
@@ -55,6 +58,17 @@ def said(tokenizer: Any, request: Request) -> list[int]:
     """Return the tokens of what follows the last "SAY:" in the prompt, up to the end of its message."""
     prompt = tokenizer.decode(list(request.prompt_ids))
     return list(tokenizer.encode(prompt.rpartition("SAY:")[2].partition("<|im_end|>")[0]))
+
+
+def use_up_files(left: int | None) -> None:
+    """Open files until only `left` more could be opened; None opens none."""
+    opened: list[int] = []
+    try:
+        while left is not None:
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        for file in opened[len(opened) - (left or 0) :]:
+            os.close(file)
 
 
 if __name__ == "__main__":

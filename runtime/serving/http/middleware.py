@@ -4,16 +4,13 @@ Plain ASGI, because a body must be refused while it arrives, or before. Knows pa
 not; does not know routes, models or the engine. Start at `RequestMiddleware.__call__`.
 """
 
-import asyncio
 import base64
 import binascii
-import contextlib
 import re
 import secrets
 from collections.abc import Callable, Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.errors import ClientGoneError, ContentCodingError, RequestError
@@ -27,10 +24,6 @@ OPEN_PATHS = frozenset(
     {"/livez", "/readyz", "/health", "/healthz", "/ping", "/v2/health/live", "/v2/health/ready", "/metrics"}
 )
 """Answered without the key: probes and scrapers have none."""
-
-SMALL_BYTES = 64 << 10
-LINGER_S = 5.0
-"""How long the rest of a refused body is read and dropped, so that the client reads the answer."""
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}$")
 _JSON = re.compile(
@@ -107,7 +100,7 @@ class RequestMiddleware:
             if isinstance(failure, ContentCodingError):
                 response.headers["Accept-Encoding"] = CODINGS
             self._count(response.status_code)
-            await _linger(response, receive, scope, send)
+            await response(scope, receive, send)
 
 
 def plain_path(path: str) -> str:
@@ -166,29 +159,3 @@ def _with_id(send: Send, request_id: str) -> Send:
         await send(message)
 
     return with_id
-
-
-async def _linger(response: JSONResponse, receive: Receive, scope: Scope, send: Send) -> None:
-    """Answer a request whose body has not arrived in full, and drop the rest of it.
-
-    Closing at once would reset the connection while the client is still sending, and it would never read
-    the answer. A small body is dropped first: it has arrived already, and the connection can be kept.
-    """
-    length = Headers(scope=scope).get("content-length", "")
-    if response.status_code == 408 or (length.isdecimal() and int(length) <= SMALL_BYTES):
-        if response.status_code != 408:  # that client has stopped sending
-            await _drop(receive)
-        await response(scope, receive, send)
-        return
-    head = {"status": response.status_code, "headers": response.raw_headers}
-    await send({"type": "http.response.start", **head})
-    await send({"type": "http.response.body", "body": bytes(response.body), "more_body": True})
-    await _drop(receive)
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _drop(receive: Receive) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(LINGER_S):
-            while (await receive()).get("more_body", False):
-                pass

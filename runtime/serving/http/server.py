@@ -15,20 +15,20 @@ import socket
 import threading
 from collections.abc import Callable, Generator
 from functools import partial
-from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from runtime import garbage_collection, hardware, torch_build
 from runtime.errors import ConfigError, Failure
 from runtime.metrics import ServingMetrics
 from runtime.oci import Access
 from runtime.serving.engine.protocol import Stats
+from runtime.serving.http.acceptor import Acceptor, OpenConnections, connection_limit
 from runtime.serving.http.admin import AdapterLoader
 from runtime.serving.http.app import create_app
+from runtime.serving.http.connections import Connection, Shared
 from runtime.serving.http.origins import EVERY, Callers, known_hosts
-from runtime.serving.http.write_watch import WriteWatch, limit_unsent
+from runtime.serving.http.write_watch import limit_unsent
 from runtime.serving.lifecycle import Lifecycle, ServedModel
 from runtime.serving.settings import Limits, ServeConfig
 from runtime.serving.settings import check as check_settings
@@ -37,84 +37,11 @@ log = logging.getLogger(__name__)
 
 Load = Callable[[ServeConfig], ServedModel]
 
-KEEP_ALIVE_S = 75.0
-"""Longer than load balancers keep idle connections (60 s), so that they close first."""
 WATCH_S = 1.0
 """How often the engine is checked for being alive."""
 WAITING_CONNECTIONS = 2048
-ACCEPTED_AT_ONCE = 64
 CLOSE_TIMEOUT_S = 5
 """For the engine and connections to close after the last answer was cut off."""
-
-
-class DeadlineProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 protocol; closes connections that send no headers or read no answer in time."""
-
-    header_timeout_s: float
-    request_timeout_s: float
-    write_timeout_s: float
-    _writes: WriteWatch
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._deadline: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the clock."""
-        super().connection_made(transport)
-        self._writes = WriteWatch(transport, stall_s=self.write_timeout_s, timeout_s=self.request_timeout_s)
-        self._start_clock()
-
-    def on_headers_complete(self) -> None:
-        """Begin the request's own time, which its answer's writes have too."""
-        super().on_headers_complete()
-        self._writes.request()
-
-    def pause_writing(self) -> None:
-        """Watch whether the client reads: bytes wait for it."""
-        super().pause_writing()
-        self._writes.paused()
-
-    def resume_writing(self) -> None:
-        """Stop watching: none wait."""
-        super().resume_writing()
-        self._writes.resumed()
-
-    def data_received(self, data: bytes) -> None:
-        """Start the clock with a request's first bytes, stop it with the end of its headers."""
-        if self._deadline is None and self._between_requests():
-            self._start_clock()
-        super().data_received(data)
-        if not self._between_requests():
-            self._stop_clock()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clocks."""
-        self._stop_clock()
-        self._writes.closed()
-        super().connection_lost(exc)
-
-    def _between_requests(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
-
-    def _start_clock(self) -> None:
-        self._deadline = self.loop.call_later(self.header_timeout_s, self._close_if_late)
-
-    def _stop_clock(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    def _close_if_late(self) -> None:
-        self._deadline = None
-        if self._between_requests() and not self.transport.is_closing():
-            self.transport.close()
-
-
-def protocol(limits: Limits) -> type[asyncio.Protocol]:
-    """Return the protocol class for uvicorn, with these deadlines."""
-    names = ("header_timeout_s", "request_timeout_s", "write_timeout_s")
-    return type("Protocol", (DeadlineProtocol,), {name: getattr(limits, name) for name in names})
 
 
 def run(config: ServeConfig, *, access: Access | None = None, load: Load | None = None) -> None:
@@ -192,11 +119,11 @@ class Serving:
 
     async def run(self, listener: socket.socket) -> None:
         """Answer on `listener` until a signal; raises what loading failed with."""
-        server = self._http_server(self._callers(listener.getsockname()[0]))
+        server = self._http_server(listener)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        serving = asyncio.create_task(server.serve())
         log.info("Listening on %s port %s", *listener.getsockname()[:2])
         loading: asyncio.Future[ServedModel] = loop.create_future()
         # A daemon: a process that has to stop while it loads need not wait for the weights.
@@ -229,32 +156,27 @@ class Serving:
             known_hosts(config.host, address, config.allowed_hosts),
         )
 
-    def _http_server(self, callers: Callers) -> uvicorn.Server:
+    def _http_server(self, listener: socket.socket) -> uvicorn.Server:
         config = self._config
         metrics = ServingMetrics(config.served_name, self._engine_stats)
         app = create_app(
             lifecycle=self._lifecycle,
             metrics=metrics,
             limits=config.limits,
-            callers=callers,
+            callers=self._callers(listener.getsockname()[0]),
             adapter_loader=self._adapter_loader,
         )
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
-        return _Server(
-            uvicorn.Config(
-                app,
-                http=protocol(config.limits),
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                backlog=ACCEPTED_AT_ONCE,
-                timeout_keep_alive=int(KEEP_ALIVE_S),
-                timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
-            )
+        uvicorn_config = uvicorn.Config(
+            app,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
         )
+        return _Server(uvicorn_config, listener, config.limits, metrics)
 
     def _engine_stats(self) -> Stats | None:
         served = self._lifecycle.loaded
@@ -331,15 +253,28 @@ def _exit_within(seconds: float) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handling, and fair to open connections when a thousand new ones arrive."""
+    """uvicorn's life of a server, without its signal handling and its way of accepting connections."""
+
+    def __init__(
+        self, config: uvicorn.Config, listener: socket.socket, limits: Limits, metrics: ServingMetrics
+    ) -> None:
+        super().__init__(config)
+        connections = OpenConnections(asyncio.get_running_loop().time)
+        shared = Shared(config, self.server_state, limits, connections, metrics.refused)
+        self._acceptor = Acceptor(
+            listener,
+            connections,
+            lambda reserved: Connection(shared, reserved=reserved),
+            limit=connection_limit(limits.connections),
+        )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        # asyncio uses one number for two things: how many connections wait in the kernel, and how many are
-        # accepted one after another before anything else is served. A burst must wait in the kernel, not
-        # in front of a probe: of 1,000 requests at once the slowest /livez takes 0.3 s on two cores.
-        for listener in sockets or ():
-            listener.listen(WAITING_CONNECTIONS)
+        await super().startup(sockets=[])
+        self._acceptor.start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._acceptor.close()
+        await super().shutdown(sockets=[])
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
