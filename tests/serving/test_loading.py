@@ -133,6 +133,53 @@ def test_seed_repeats_sampled_text(tiny: Process) -> None:
     assert texts[0] != texts[2]
 
 
+def test_chat_carries_out_what_generate_does_with_the_same_parameters(
+    tiny: Process, tiny_llama_dir: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny_llama_dir))
+    ids = torch.tensor([tokenizer.encode("Hello there")])
+
+    def answer(**options: Any) -> list[int]:
+        options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0} | options
+        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        return list(made[0, ids.shape[1] :].tolist())
+
+    plain = answer()
+    cases: list[dict[str, Any]] = [
+        {},
+        {"no_repeat_ngram_size": 2},
+        {"bad_words_ids": [plain[:1], plain[1:3]]},
+        {"suppress_tokens": plain[:2]},
+        {"begin_suppress_tokens": plain[:1]},
+        {"eos_token_id": plain[5]},
+        {"eos_token_id": [plain[5], plain[3]], "min_length": ids.shape[1] + 8},
+        {"forced_eos_token_id": 9},
+        {
+            "repetition_penalty": 1.2,
+            "num_beams": 1,
+            "top_k": 50,
+            "use_cache": True,
+            "renormalize_logits": True,
+        },
+    ]
+    post = httpx.Client(base_url=tiny.url, headers={"Authorization": "Bearer sesame"}, timeout=60).post
+    for case in cases:
+        kwargs = {"max_new_tokens": 24, "do_sample": False, **case}
+        reply = post("/chat", json={"prompt": "Hello there", "raw": True, "generate_kwargs": kwargs})
+        assert reply.status_code == 200, reply.text
+        ends = case.get("eos_token_id", [])
+        expected = answer(**case)
+        if expected[-1] in (ends if isinstance(ends, list) else [ends]):
+            expected.pop()
+        before = tokenizer.decode(ids[0], skip_special_tokens=True)
+        text = tokenizer.decode([*ids[0].tolist(), *expected], skip_special_tokens=True)[len(before) :]
+        assert reply.json()["Result"] == text, case
+
+
 def test_logprobs_are_probabilities(tiny: Process) -> None:
     answer = client_of(tiny).chat.completions.create(
         model="tiny", messages=HI, temperature=0, max_tokens=4, logprobs=True, top_logprobs=3

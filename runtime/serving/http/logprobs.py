@@ -19,7 +19,7 @@ class Logprobs:
     tokenizer: PromptTokenizer
 
     def chat(self, tokens: Sequence[AnswerToken]) -> list[dict[str, Any]]:
-        """Return the entries of chat completions and responses."""
+        """Return the entries of chat completions."""
         return [
             {
                 **self._entry(sent.token.id, sent.data, sent.token.logprob),
@@ -31,6 +31,10 @@ class Logprobs:
             for sent in tokens
             if sent.token.id is not None
         ]
+
+    def response(self, tokens: Sequence[AnswerToken]) -> list[dict[str, Any]]:
+        """Return the entries of responses, whose clients expect a list of bytes for every token."""
+        return [entry | {"bytes": entry["bytes"] or []} for entry in self.chat(tokens)]
 
     def completion(self, tokens: Sequence[AnswerToken]) -> dict[str, Any]:
         """Return the object of completions; each token is among its own alternatives."""

@@ -105,7 +105,7 @@ def router(generator: Generator) -> APIRouter:
             (answer,) = await unless_gone(request, group.complete(), request_id=request_id)
         finally:
             group.close()
-        logged = json_format.logprobs.chat(answer.tokens)
+        logged = json_format.logprobs.response(answer.tokens)
         return JSONResponse(json_format.response(answer.text, answer.finish, logged))
 
     return routes
@@ -274,7 +274,7 @@ async def _events(
     async for _, chunk in group.chunks():
         text += chunk.text
         finish = chunk.finish or finish
-        logged = json_format.logprobs.chat(chunk.tokens)
+        logged = json_format.logprobs.response(chunk.tokens)
         logprobs += logged
         if chunk.text or logged:
             yield numbered("output_text.delta", **at, delta=chunk.text, logprobs=logged)

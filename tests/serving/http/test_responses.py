@@ -91,7 +91,7 @@ async def test_log_probabilities_are_included_where_they_are_wanted(
     open_site: Any, tokenizer: Any, stream: bool
 ) -> None:
     wanted: Any = {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "stream": stream}
-    async with open_site(script=say(tokenizer, "a 🦜")) as site:
+    async with open_site(script=say(tokenizer, "a<|im_start|> 🦜")) as site:
         answer: Any = await client_of(site).responses.create(model="base", input="hi", **wanted)
         events = [event async for event in answer] if stream else []
     deltas = [entry for e in events if e.type == "response.output_text.delta" for entry in e.logprobs]
