@@ -138,16 +138,14 @@ _SAMPLING = {
     **_refused("use 'repetition_penalty'", "repeat_penalty", neutral=(1,)),
     **_ignored("a repetition penalty looks at all tokens", "repeat_last_n"),
     **_refused("logits are not processed by code of the request", "logits_processors", "vllm_xargs"),
-    **_refused("use 'logit_bias'", "sequence_bias", "bad_words", "bad_words_ids", "allowed_token_ids"),
-    **_refused(
-        "use 'logit_bias'", "suppress_tokens", "begin_suppress_tokens", "force_words_ids", "constraints"
-    ),
-    **_refused("it is not offered", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", neutral=(0,)),
+    **_refused("use 'logit_bias'", "sequence_bias"),
+    **_refused("use 'logit_bias'", "force_words_ids", "constraints"),
+    **_refused("it is not offered", "encoder_no_repeat_ngram_size", neutral=(0,)),
     **_refused("it is not offered", "encoder_repetition_penalty", "guidance_scale", neutral=(1,)),
     **_refused("it is not offered", "watermark", "watermarking_config", "token_healing", "dola_layers"),
     **_refused("it is not offered", "exponential_decay_length_penalty", "repetition_detection"),
     **_refused("it is not offered", "negative_prompt_ids", "negative_prompt_attention_mask", "prompt_embeds"),
-    **_refused("it is not offered", "forced_bos_token_id", "forced_eos_token_id", "n_indent", neutral=(0,)),
+    **_refused("it is not offered", "forced_bos_token_id", "n_indent", neutral=(0,)),
 }
 
 _LENGTH = {
@@ -157,13 +155,13 @@ _LENGTH = {
     **_refused("use 'max_tokens'", "max_completion_tokens", "max_tokens", "max_length", neutral=(-1,)),
     **_refused("use 'min_tokens'", "min_length", "min_new_tokens", neutral=(0,)),
     **_refused("use 'stop'", "stop_strings", "stop_sequences"),
-    **_refused("use 'stop_token_ids'", "eos_token_id", neutral=()),
+    **_refused("use 'stop_token_ids'", neutral=()),
     **_refused("use 'temperature', which is greedy at 0", "do_sample", neutral=()),
     **_refused("answers end by tokens, not by time", "max_time", "t_max_predict_ms", neutral=(0, -1)),
     **_refused("a prompt that does not fit is refused, never cut", "truncate_prompt_tokens", "truncate"),
     **_refused("a prompt that does not fit is refused, never cut", "handle_long_generation"),
-    **_refused("stop strings are never part of an answer", "include_stop_str_in_output"),
-    **_refused("special tokens are never part of an answer", "skip_special_tokens", neutral=(True,)),
+    **_refused("stop strings are never part of an answer"),
+    **_refused("special tokens are never part of an answer", neutral=(True,)),
     **_ignored(
         "special tokens are never part of an answer", "spaces_between_special_tokens", "preserved_tokens"
     ),
@@ -248,6 +246,12 @@ _GENERATE = {
         "num_assistant_tokens_schedule",
         "assistant_confidence_threshold",
         "assistant_early_exit",
+        "assistant_ensemble_weight",
+        "speculation_type",
+        "use_mtp",
+        "speculative.n_max",
+        "speculative.n_min",
+        "speculative.p_min",
         "assistant_lookbehind",
         "target_lookbehind",
         "prompt_lookup_num_tokens",

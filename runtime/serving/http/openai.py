@@ -48,6 +48,8 @@ class ChatFormat:
     """Of several calls in an answer only the first is passed on."""
     tool_streams: dict[int, ToolStream] = field(default_factory=dict)
     """Of a streamed answer, by its index."""
+    one_function: bool = False
+    """Answer in the older form, which has room for one call: the request had `functions`."""
     id_prefix = "chatcmpl"
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
@@ -58,13 +60,20 @@ class ChatFormat:
         calls = calls[:1] if self.one_call else calls
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if calls:
-            message |= {"content": text or None, "tool_calls": [call.as_json() for call in calls]}
+            message |= {"content": text or None, **self._called([call.as_json() for call in calls])}
         return {
             "index": index,
             "message": message,
             "logprobs": self._logprobs(answer.tokens),
-            "finish_reason": "tool_calls" if calls else answer.finish,
+            "finish_reason": self._calls_reason if calls else answer.finish,
         }
+
+    @property
+    def _calls_reason(self) -> str:
+        return "function_call" if self.one_function else "tool_calls"
+
+    def _called(self, calls: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"function_call": calls[0]["function"]} if self.one_function else {"tool_calls": calls}
 
     def opening_events(self, index: int) -> list[dict[str, Any]]:
         """Return the events that open an answer: the role."""
@@ -80,13 +89,13 @@ class ChatFormat:
             if finish:
                 rest, calls = stream.finish()
                 calls = calls[:1] if self.one_call else calls
-                text, finish = text + rest, "tool_calls" if calls else finish
+                text, finish = text + rest, self._calls_reason if calls else finish
         logprobs = self._logprobs(chunk.tokens) if chunk.tokens else None
         deltas: list[tuple[dict[str, Any], Any, str | None]] = []
         if text or logprobs:
             deltas.append(({"content": text}, logprobs, None))
         if calls:
-            deltas.append(({"tool_calls": [call.as_json(i) for i, call in enumerate(calls)]}, None, None))
+            deltas.append((self._called([call.as_json(i) for i, call in enumerate(calls)]), None, None))
         if finish:
             deltas.append(({}, None, finish))
         return [
@@ -149,8 +158,13 @@ def router(generator: Generator) -> APIRouter:
     )
     async def chat_completions(body: ChatCompletionBody, request: Request) -> Response:
         requests = [await _chat_request(generator, body, request.state.request_id)]
-        one_call = not body.parallel_tool_calls
-        json_format = ChatFormat(generator.served().tokenizer, body.logprobs, tool_names(body), one_call)
+        json_format = ChatFormat(
+            generator.served().tokenizer,
+            body.logprobs,
+            tool_names(body),
+            one_call=not body.parallel_tool_calls,
+            one_function=bool(body.functions),
+        )
         return await _respond(generator, requests, body, request, json_format)
 
     @routes.post("/completions", responses=STREAMED, summary="Continue a text", response_model=None)
