@@ -35,7 +35,8 @@ class Treatment:
         """Return whether a request with this value must be refused."""
         if not self.effect or value is None or value in ("", [], {}):
             return False
-        return not any(type(value) in _kinds(one) and value == one for one in self.neutral)
+        sent = tuple(value) if type(value) is list else value
+        return not any(type(sent) in _kinds(one) and sent == one for one in self.neutral)
 
 
 Treatments = Mapping[str, Treatment]
@@ -139,7 +140,7 @@ _SAMPLING = {
     **_ignored("a repetition penalty looks at all tokens", "repeat_last_n"),
     **_refused("logits are not processed by code of the request", "logits_processors", "vllm_xargs"),
     **_refused("use 'logit_bias'", "sequence_bias"),
-    **_refused("use 'logit_bias'", "force_words_ids", "constraints"),
+    **_refused("it is not offered", "force_words_ids", "constraints", "suffix"),
     **_refused("it is not offered", "encoder_no_repeat_ngram_size", neutral=(0,)),
     **_refused("it is not offered", "encoder_repetition_penalty", "guidance_scale", neutral=(1,)),
     **_refused("it is not offered", "watermark", "watermarking_config", "token_healing", "dola_layers"),
@@ -155,13 +156,10 @@ _LENGTH = {
     **_refused("use 'max_tokens'", "max_completion_tokens", "max_tokens", "max_length", neutral=(-1,)),
     **_refused("use 'min_tokens'", "min_length", "min_new_tokens", neutral=(0,)),
     **_refused("use 'stop'", "stop_strings", "stop_sequences"),
-    **_refused("use 'stop_token_ids'", neutral=()),
     **_refused("use 'temperature', which is greedy at 0", "do_sample", neutral=()),
     **_refused("answers end by tokens, not by time", "max_time", "t_max_predict_ms", neutral=(0, -1)),
     **_refused("a prompt that does not fit is refused, never cut", "truncate_prompt_tokens", "truncate"),
     **_refused("a prompt that does not fit is refused, never cut", "handle_long_generation"),
-    **_refused("stop strings are never part of an answer"),
-    **_refused("special tokens are never part of an answer", neutral=(True,)),
     **_ignored(
         "special tokens are never part of an answer", "spaces_between_special_tokens", "preserved_tokens"
     ),
@@ -191,6 +189,7 @@ _TEMPLATE = {
     **_refused("the model decides how long it thinks", "thinking_token_budget", "thinking_budget_tokens"),
     **_refused("the model decides how long it thinks", "reasoning_budget_tokens", "thinking_forced_open"),
     **_ignored("the model decides how long it thinks", "reasoning_effort", "reasoning"),
+    **_ignored("reasoning stays in the text", "include_reasoning"),
     **_refused("reasoning stays in the text", "reasoning_in_content", neutral=(True, False)),
     **_refused("reasoning stays in the text", "reasoning_format", neutral=("none", "auto")),
     **_refused("the model decides how long it answers", "verbosity", neutral=("medium",)),
@@ -198,7 +197,7 @@ _TEMPLATE = {
 }
 
 _OUTPUT = {
-    **_refused("text is all that is answered", "audio", "modalities", neutral=(["text"],)),
+    **_refused("text is all that is answered", "audio", "modalities", neutral=(("text",),)),
     **_refused("no tool is run here", "web_search_options", "moderation"),
     **_refused("several calls in one answer cannot be prevented", "parallel_tool_calls", neutral=(True,)),
     **_refused("tools are taken by /v1/chat/completions", "tools", "tool_choice", neutral=("auto", "none")),
@@ -222,7 +221,12 @@ _OUTPUT = {
 _GENERATE = {
     **_ignored("it does not change the text", "clean_up_tokenization_spaces", "renormalize_logits"),
     **_ignored(
-        "it does not change the text", "use_cache", "cache_implementation", "cache_config", "low_memory"
+        "it does not change the text",
+        "use_cache",
+        "cache_implementation",
+        "cache_config",
+        "low_memory",
+        "max_cache_len",
     ),
     **_ignored(
         "it does not change the text",
@@ -310,6 +314,24 @@ PART: Treatments = {
         "the part's type says that it is refused", "audio_url", "image", "file_id", "file_data", "detail"
     ),
     **_ignored("it is not shown to models", "logprobs", "signature", "data", "summary", "content"),
+}
+
+FORM: Treatments = {
+    **_ignored("it is not shown to models", "description"),
+    **_ignored("a schema is always enforced", "strict"),
+    **_refused("use type json_schema", "schema", "structures", "triggers"),
+    **_refused("the model decides how long it answers", "verbosity", neutral=("medium",)),
+}
+"""Within `response_format`, and `text` of /v1/responses."""
+
+TOOL: Treatments = {
+    **_ignored("arguments follow the schema where a call is forced", "strict"),
+    **_ignored("it is not shown to models", "cache_control"),
+}
+
+STREAM: Treatments = {
+    **_ignored("texts have their own length", "include_obfuscation"),
+    **_refused("usage comes once, at the end", "continuous_usage_stats"),
 }
 
 PLAIN: Treatments = {**_ignored("there is one model", "model")}

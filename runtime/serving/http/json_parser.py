@@ -11,7 +11,7 @@ import jiter
 
 from runtime.errors import RequestError, one_line
 
-MOST_NODES = 2**17
+MOST_NODES = 2**16
 """Lists, objects and keys in one body. Numbers and texts cost less; the body's size bounds them."""
 
 _BOM = b"\xef\xbb\xbf"

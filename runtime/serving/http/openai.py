@@ -259,8 +259,6 @@ def tool_names(body: ChatCompletionBody) -> frozenset[str]:
     """Return the functions the model may call; none for `tool_choice` "none"."""
     if not body.tools or body.tool_choice == "none":
         return frozenset()
-    if (other := next((tool.type for tool in body.tools if tool.type != "function"), None)) is not None:
-        raise RequestError(f"tools of type '{other}' are not supported here", param="tools")
     return frozenset(tool.function.name for tool in body.tools)
 
 

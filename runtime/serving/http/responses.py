@@ -40,6 +40,8 @@ class Item(Message):
 class Format(Body):
     """What the answer must be: text, json_object, or json_schema with its schema."""
 
+    treatments = fields.FORM
+
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: Name = "answer"
     description: Text | None = None
@@ -51,6 +53,8 @@ class Format(Body):
 
 class TextFormat(Body):
     """How the answer's text is constrained."""
+
+    treatments = fields.FORM
 
     format: Format = Format()
 

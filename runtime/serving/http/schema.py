@@ -184,12 +184,16 @@ class ChatBody(GenerateFields):
 class StreamOptions(Body):
     """What a stream carries in addition to the text."""
 
+    treatments = fields.STREAM
+
     include_usage: Flag = False
     """Send one more chunk with the token counts before [DONE]."""
 
 
 class FunctionTool(Body):
     """A function the model may call; `parameters` is a JSON schema."""
+
+    treatments = fields.TOOL
 
     name: Name
     description: Text | None = None
@@ -201,18 +205,24 @@ class FunctionTool(Body):
 class Tool(Body):
     """One tool of a request; only functions exist."""
 
-    type: Name = "function"
+    treatments = fields.TOOL
+
+    type: Literal["function"] = "function"
     function: FunctionTool
 
 
 class NamedFunction(Body):
     """A function by its name."""
 
+    treatments = fields.TOOL
+
     name: Name
 
 
 class ToolChoice(Body):
     """The one function that must be called."""
+
+    treatments = fields.TOOL
 
     type: Literal["function"] = "function"
     function: NamedFunction

@@ -120,7 +120,7 @@ async def test_routes_take_null_for_what_is_not_set(
         (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", "4300 digits"),
         (b'{"prompt": "x", "seed": ' + b"9" * 4000 + b"}", "'seed' must be less than"),
         (b'{"prompt": "x", "temperature": ' + b"9" * 4000 + b"}", "'temperature' must be"),
-        (b"[" * 100_000, "nested deeper than 200"),
+        (b"[" * 50_000, "nested deeper than 200"),
         (b'{"a":' * 300 + b"1" + b"}" * 300, "nested deeper than 200"),
         (b"[" * (MOST_NODES + 1), "lists, objects and keys"),
         (b'{"prompt": "x"} {}', "not valid JSON"),
@@ -391,13 +391,16 @@ KINDS = (
 
 
 async def worst_probe(site: Any, done: asyncio.Event) -> float:
-    """Return the longest that /livez took until `done`."""
+    """Return the most seconds of processor time that lay between two answers of /livez until `done`.
+
+    On a machine with nothing else to do that is the time it took; on another one it is still the same.
+    """
     worst = 0.0
     while not done.is_set():
-        started = time.perf_counter()
+        started = time.process_time()
         assert (await site.client.get("/livez")).status_code == 200
         await asyncio.sleep(0.005)
-        worst = max(worst, time.perf_counter() - started)
+        worst = max(worst, time.process_time() - started)
     return worst
 
 
@@ -405,23 +408,19 @@ async def worst_probe(site: Any, done: asyncio.Event) -> float:
 async def test_four_megabytes_of_anything_cost_little_and_stop_nobody(open_site: Any, kind: str) -> None:
     sent = large(kind)
     route = ROUTES.get(kind, "/chat" if b'"messages"' not in sent[:20] else CHAT)
-    cost, delay = [], []
     async with open_site() as site:
-        for _ in range(3):  # a machine with other work delays everything, but not three times
-            done = asyncio.Event()
-            probing = asyncio.create_task(worst_probe(site, done))
-            await asyncio.sleep(0.02)
-            used = time.process_time()
-            reply = await site.client.post(route, content=sent)
-            cost.append(time.process_time() - used)
-            done.set()
-            delay.append(await probing)
-            assert reply.status_code == (200 if kind == "arguments" else 400), reply.text[:200]
-            assert len(reply.text) < 1000
-            if delay[-1] < 0.3:
-                break
-    assert min(cost) < 0.5
-    assert min(delay) < 0.3
+        done = asyncio.Event()
+        probing = asyncio.create_task(worst_probe(site, done))
+        await asyncio.sleep(0.02)
+        used = time.process_time()
+        reply = await site.client.post(route, content=sent)
+        used = time.process_time() - used
+        done.set()
+        delay = await probing
+    assert reply.status_code == (200 if kind == "arguments" else 400), reply.text[:200]
+    assert len(reply.text) < 1000
+    assert used < 0.5
+    assert delay < 0.3
 
 
 def test_an_ordinary_body_is_read_in_microseconds() -> None:

@@ -263,7 +263,7 @@ async def test_unknown_routes_and_methods_answer_in_the_same_shape(open_site: An
         method = await site.client.get("/v1/chat/completions")
     assert (missing.status_code, method.status_code) == (404, 405)
     assert json.loads(missing.text)["error"]["message"].startswith("there is no /v1/nothing")
-    assert method.headers["allow"] == "POST"
+    assert method.headers["allow"] == "POST, OPTIONS"
 
 
 WEATHER = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
