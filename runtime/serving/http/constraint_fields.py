@@ -50,6 +50,8 @@ class JsonSchema(Body):
 class ResponseFormat(Body):
     """What the answer must be: text, json_object, json_schema, regex or grammar."""
 
+    treatments = fields.FORM
+
     type: Name = "text"
     json_schema: JsonSchema | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")

@@ -317,9 +317,9 @@ PART: Treatments = {
 }
 
 FORM: Treatments = {
-    **_ignored("it is not shown to models", "description"),
-    **_ignored("a schema is always enforced", "strict"),
-    **_refused("use type json_schema", "schema", "structures", "triggers"),
+    **_ignored("it is not shown to models", "description", "name"),
+    **_refused("use type json_schema", "structures", "triggers"),
+    **_refused("it stands beside the schema, in 'json_schema'", "strict"),
     **_refused("the model decides how long it answers", "verbosity", neutral=("medium",)),
 }
 """Within `response_format`, and `text` of /v1/responses."""
