@@ -4,24 +4,28 @@ The only part of serving that knows the tokenizer, with chat_template.py. Does n
 state. Start at `PromptTokenizer.prompt_from_chat`.
 """
 
-import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from runtime.errors import RequestError
+from runtime.errors import ClientGoneError, RequestError
 from runtime.serving import chat_template
 from runtime.serving.chat_template import TemplateOptions, Turn
 from runtime.serving.engine.protocol import Constraint, Sampling
 from runtime.serving.generation_config import SamplingDefaults
 from runtime.serving.structured_output.compiler import GrammarCompiler
 from runtime.serving.token_bytes import TokenBytes
+from runtime.serving.tokenizing import CALLER, SHORT_CHARACTERS, Stopped, TokenizingPool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-T = TypeVar("T")
+COUNTED_TOKENS = 65_536
+"""Tokens of a text that /tokenize counts, where the context is no longer."""
+PIECE_CHARACTERS = 32_768
+"""A text that hardly fits is counted in such pieces first, until it is known that it does not fit."""
+CUT_TOKENS = 16
+"""By how many tokens a cut between two pieces changes their number, at the most."""
 
 
 class PromptTokenizer:
@@ -47,17 +51,18 @@ class PromptTokenizer:
         """The special tokens, which `decode` leaves out, with their ids."""
         self.token_bytes = TokenBytes(tokenizer)
         self._grammars = GrammarCompiler(tokenizer, stop_ids)
-        # One thread: long prompts do not block the event loop, and the tokenizer is never entered twice.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
+        self._texts: dict[int, str] = {}
+        self._pool = TokenizingPool()
 
     def start(self) -> None:
         """Read the vocabulary for constraints in the background."""
         self._grammars.start()
 
     def close(self) -> None:
-        """Let the tokenizer's thread and the processes of constraints end."""
+        """Let the tokenizer's threads and the processes of constraints end."""
         self._grammars.close()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
 
     def warm_up_prompt(self) -> tuple[int, ...]:
         """Return a short prompt, for a first generation that proves the engine works."""
@@ -85,11 +90,12 @@ class PromptTokenizer:
                 "this model has no chat template; use /v1/completions, or /chat with 'prompt'",
                 param=param,
             )
-        return self._checked(await self.tokenize_chat(turns, options=options), param)
+        most = self.context_tokens
+        return self._checked(await self._chat_ids(turns, options or TemplateOptions(), most, param), param)
 
     async def prompt_from_text(self, text: str, *, special: bool = True) -> tuple[int, ...]:
         """Return the token ids of `text` as it stands; `special` adds the tokenizer's opening tokens."""
-        return self._checked(await self.tokenize_text(text, special=special), "prompt")
+        return self._checked(await self._text_ids(text, self.context_tokens, special=special), "prompt")
 
     def prompt_from_ids(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Return token ids that a client sent, checked against vocabulary and context."""
@@ -99,12 +105,42 @@ class PromptTokenizer:
     async def tokenize_chat(
         self, turns: Sequence[Turn], *, options: TemplateOptions | None = None
     ) -> list[int]:
-        """Return the token ids of a conversation, of any length."""
-        return await self._in_thread(lambda: self._render(turns, options or TemplateOptions()))
+        """Return the token ids of a conversation; RequestError beyond `counted_tokens`."""
+        return await self._chat_ids(turns, options or TemplateOptions(), self.counted_tokens, "messages")
 
     async def tokenize_text(self, text: str, *, special: bool = True) -> list[int]:
-        """Return the token ids of `text`, of any length; `special` adds the tokenizer's opening tokens."""
-        return await self._in_thread(lambda: self._tokenizer.encode(text, add_special_tokens=special))
+        """Return the token ids of `text`, with the tokenizer's opening tokens if `special`.
+
+        Raises RequestError beyond `counted_tokens`.
+        """
+        return await self._text_ids(text, self.counted_tokens, special=special)
+
+    @property
+    def counted_tokens(self) -> int:
+        """Tokens that a text or a list of ids may have where nothing is generated from it."""
+        return max(self.context_tokens, COUNTED_TOKENS)
+
+    def check_length(self, text: str, param: str) -> None:
+        """Raise RequestError for a text that cannot fit into the context, without tokenizing it."""
+        self._check_length(text, self.context_tokens, param)
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids` with special tokens; RequestError for unknown ids or too many."""
+        self._check_count(len(ids), self.counted_tokens, "tokens")
+        self.check_ids(ids, "tokens")
+        return await self._pool.run(lambda stopped: self.decode_verbatim(ids), characters=4 * len(ids))
+
+    async def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """Return the text of each of `ids`, as `token_text` does."""
+
+        def texts(stopped: Stopped) -> list[str]:
+            for token in set(ids) - self._texts.keys():
+                if stopped():
+                    return []
+                self._texts[token] = self.token_text(token)
+            return [self._texts[token] for token in ids]
+
+        return await self._pool.run(texts, characters=4 * len(ids))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` without special tokens."""
@@ -124,7 +160,11 @@ class PromptTokenizer:
 
     async def spellings(self, words: Sequence[str]) -> list[list[int]]:
         """Return how `words` are spelled in tokens, at the beginning of a text and after a space."""
-        return await self._in_thread(lambda: [ids for word in words for ids in self._spellings(word)])
+
+        def spelled(stopped: Stopped) -> list[list[int]]:
+            return [ids for word in words for ids in self._spellings(word)]
+
+        return await self._pool.run(spelled, characters=sum(map(len, words)))
 
     def _spellings(self, word: str) -> list[list[int]]:
         texts = (word.lstrip(), " " + word.lstrip())
@@ -157,11 +197,11 @@ class PromptTokenizer:
     ) -> Sampling:
         """Return `sampling` with the constraint's grammar; the answer then ends where that is complete.
 
-        `client` is who waits for it; clients take turns.
+        `client` is who waits for it, by default the caller of this request; clients take turns.
         """
         if constraint is None:
             return sampling
-        grammar = await self._grammars.compile(constraint, client)
+        grammar = await self._grammars.compile(constraint, client or CALLER.get().name)
         return replace(
             sampling, grammar=grammar, min_new_tokens=0, stop_ids=sampling.stop_ids | self.stop_ids
         )
@@ -178,9 +218,64 @@ class PromptTokenizer:
             )
         return tuple(ids)
 
-    def _render(self, turns: Sequence[Turn], options: TemplateOptions) -> list[int]:
-        text = chat_template.render(self._tokenizer, turns, options)
-        return list(self._tokenizer.encode(text, add_special_tokens=options.adds_special))
+    async def _chat_ids(
+        self, turns: Sequence[Turn], options: TemplateOptions, most: int, param: str
+    ) -> list[int]:
+        def ids(stopped: Stopped) -> list[int]:
+            text = chat_template.render(self._tokenizer, turns, options)
+            self._check_tokens(text, most, param, stopped)
+            return list(self._tokenizer.encode(text, add_special_tokens=options.adds_special))
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        return await self._pool.run(ids, characters=_characters(turns, options.tools, options.documents))
+
+    async def _text_ids(self, text: str, most: int, *, special: bool) -> list[int]:
+        def ids(stopped: Stopped) -> list[int]:
+            self._check_tokens(text, most, "prompt", stopped)
+            return list(self._tokenizer.encode(text, add_special_tokens=special))
+
+        self._check_length(text, most, "prompt")
+        return await self._pool.run(ids, characters=len(text))
+
+    def _check_tokens(self, text: str, most: int, param: str, stopped: Stopped) -> None:
+        """Raise RequestError as soon as it is known that `text` has more than `most` tokens."""
+        self._check_length(text, most, param)
+        if len(text) <= 2 * most:
+            return
+        count = 0
+        for start in range(0, len(text), PIECE_CHARACTERS):
+            if stopped():
+                raise ClientGoneError("the client closed the connection")
+            piece = text[start : start + PIECE_CHARACTERS]
+            count += len(self._tokenizer.encode(piece, add_special_tokens=False)) - CUT_TOKENS
+            self._check_count(count, most, param)
+
+    def _check_length(self, text: str, most: int, param: str) -> None:
+        self._check_count(len(text) // self._longest_token, most, param)
+
+    def _check_count(self, least: int, most: int, param: str) -> None:
+        """Raise RequestError for a text or list of at least `least` tokens where `most` are possible."""
+        if least <= most:
+            return
+        if most == self.context_tokens:
+            raise RequestError(
+                f"the prompt has {least} tokens or more; prompt and answer together may have "
+                f"{most}: shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
+        raise RequestError(
+            f"'{param}' has {least} tokens or more; at most {most} are taken here", param=param
+        )
+
+
+def _characters(*values: Any) -> int:
+    """Return about how many characters of text are in `values`, or that they are more than a short text's."""
+    count, waiting = 0, list(values)
+    while waiting and count <= SHORT_CHARACTERS:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+        count += len(value) if isinstance(value, str) else 8
+    return count

@@ -2,10 +2,12 @@
 
 import contextlib
 import gzip
+import json
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,13 @@ from tests.serving.conftest import Process, start_fake_server, until
 from tests.serving.http.test_acceptor import cpu_s
 from tests.serving.http.test_connections import CHUNKED, HEAD, answer, connect, read
 from tests.serving.http.test_server import resident_kb
+
+
+def post(path: bytes, **body: Any) -> bytes:
+    """Return a request."""
+    sent = json.dumps(body, ensure_ascii=False).encode()
+    return HEAD.replace(b"/chat", path) + b"Content-Length: %d\r\n\r\n%b" % (len(sent), sent)
+
 
 MOST_CPU_S = 0.5
 MOST_PROBE_S = 0.3
@@ -33,6 +42,15 @@ FOUR_MB = {
     "pipelined": b"GET /livez HTTP/1.1\r\n\r\n" * 180_000,
     "not HTTP": b"\x00" * 4_000_000,
     "no JSON": HEAD + b"Content-Length: 4000000\r\n\r\n" + b"x" * 4_000_000,
+    "one word": post(b"/chat", prompt="ab" * 2_000_000),
+    "one word of a conversation": post(b"/chat", messages=[{"role": "user", "content": "ab" * 2_000_000}]),
+    "words to count": post(b"/tokenize", prompt="a b " * 1_000_000, return_token_strs=True),
+    "one word to count": post(b"/tokenize", prompt="a" * 4_000_000),
+    "spaces to count": post(b"/tokenize", prompt=" " * 4_000_000),
+    "U+FDFA to count": post(b"/tokenize", prompt="\ufdfa" * 1_300_000),
+    "combining marks to count": post(b"/tokenize", prompt="a" + "\u0301" * 2_000_000),
+    "as much as is counted": post(b"/tokenize", prompt="a b " * 16_000, return_token_strs=True),
+    "ids": post(b"/detokenize", tokens=[1] * 1_300_000),
     "a gzip bomb": HEAD
     + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n%b"
     % (len(bomb := gzip.compress(bytes(1 << 30))), bomb),
@@ -71,7 +89,8 @@ def probed(server: Process) -> Iterator[list[float]]:
 
 @pytest.mark.parametrize("kind", FOUR_MB)
 def test_four_megabytes_of_anything_cost_little(server: Process, kind: str) -> None:
-    sent = FOUR_MB[kind].replace(HEAD, HEAD + b"Authorization: Bearer sesame\r\n", 1)
+    host = b"Host: localhost\r\n"
+    sent = FOUR_MB[kind].replace(host, host + b"Authorization: Bearer sesame\r\n", 1)
     with probed(server) as took:
         before_s = cpu_s(server)
         reply = answer(server, sent)

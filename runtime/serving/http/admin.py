@@ -100,15 +100,14 @@ def _add_tokenizer_routes(routes: APIRouter, generator: Generator) -> None:
             ids = await tokenizer.tokenize_chat(turns_of(body.messages, tokenizer.template))
         else:
             ids = await tokenizer.tokenize_text(body.prompt or "", special=body.add_special_tokens)
-        strings = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
+        strings = await tokenizer.token_texts(ids) if body.return_token_strs else None
         counted = {"count": len(ids), "max_model_len": tokenizer.context_tokens, "tokens": ids}
         return JSONResponse({**counted, "token_strs": strings})
 
     @routes.post("/detokenize", summary="The text of token ids", response_model=None)
     async def detokenize(body: DetokenizeBody) -> Response:
         tokenizer = generator.served().tokenizer
-        tokenizer.check_ids(body.tokens, "tokens")
-        return JSONResponse({"prompt": tokenizer.decode_verbatim(body.tokens)})
+        return JSONResponse({"prompt": await tokenizer.detokenize(body.tokens)})
 
 
 def _add_adapter_routes(routes: APIRouter, generator: Generator, loader: AdapterLoader | None) -> None:

@@ -14,11 +14,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.errors import ClientGoneError, ContentCodingError, RequestError
+from runtime.serving.http.departure import Departure
 from runtime.serving.http.origins import FORGEABLE, Callers, OriginMiddleware, may_be_forged, may_use_password
 from runtime.serving.http.sse import error_object, failure_reply, reply
 from runtime.serving.http.uploads import CODINGS, Uploads
 from runtime.serving.lifecycle import Lifecycle
 from runtime.serving.settings import Limits
+from runtime.serving.tokenizing import CALLER, Caller
 
 OPEN_PATHS = frozenset(
     {"/livez", "/readyz", "/health", "/healthz", "/ping", "/v2/health/live", "/v2/health/ready", "/metrics"}
@@ -92,7 +94,7 @@ class RequestMiddleware:
             self._lifecycle.admit()
             body = await self._uploads.read(headers, receive)
             with self._lifecycle.in_flight():  # not before: a slow body must not count
-                await self._app(scope, _replay(body, receive), send)
+                await self._answer(scope, Departure(body, receive), send)
         except ClientGoneError:
             return
         except RequestError as failure:  # from the body or admission: the app answers its own
@@ -101,6 +103,15 @@ class RequestMiddleware:
                 response.headers["Accept-Encoding"] = CODINGS
             self._count(response.status_code)
             await response(scope, receive, send)
+
+    async def _answer(self, scope: Scope, departure: Departure, send: Send) -> None:
+        client = scope.get("client") or ("",)
+        caller = CALLER.set(Caller(client[0], departure.left))
+        try:
+            await self._app(scope, departure.receive, send)
+        finally:
+            CALLER.reset(caller)
+            departure.close()
 
 
 def plain_path(path: str) -> str:
@@ -138,18 +149,6 @@ def _unauthorized(path: str, headers: Mapping[str, str]) -> ASGIApp:
         # A browser then asks its user for it: any user name, the key as the password.
         response.headers["WWW-Authenticate"] = 'Basic realm="API key as password", charset="UTF-8"'
     return response
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that first gives the body read before, then the messages after it."""
-    kept: list[bytes] = [body]
-
-    async def replay() -> Message:
-        if not kept:
-            return await receive()
-        return {"type": "http.request", "body": kept.pop(), "more_body": False}
-
-    return replay
 
 
 def _with_id(send: Send, request_id: str) -> Send:
