@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import pytest
 
 BOMB = {"type": "string", "allOf": [{"pattern": f"^.*a{i}.*$"} for i in range(30)]}
 """831 bytes as the body of a request."""
@@ -65,3 +66,15 @@ def test_sigterm_does_not_wait_for_a_bomb(start_server: Any) -> None:
 
 def _post(url: str, body: dict[str, Any]) -> httpx.Response:
     return httpx.post(url + "/chat", json=body, timeout=30)
+
+
+def test_author_that_leaves_takes_his_bomb_with_him(start_server: Any) -> None:
+    server = start_server()
+    httpx.post(server.url + "/chat", json={"prompt": "hi", "guided_choice": ["yes"]}).raise_for_status()
+    for body in bombs(12):  # more than are compiled at once
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(server.url + "/chat", json=body, timeout=0.1)
+    before = time.monotonic()
+    reply = httpx.post(server.url + "/chat", json={"prompt": "hi", "guided_choice": ["no"]}, timeout=30)
+    assert reply.status_code == 200
+    assert time.monotonic() - before < 1

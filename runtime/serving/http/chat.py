@@ -14,7 +14,7 @@ from runtime.errors import RequestError
 from runtime.serving.generation import GenerationGroup, GenerationRequest, Generator
 from runtime.serving.http import parameters
 from runtime.serving.http.body import BodyRoute
-from runtime.serving.http.constraint_fields import constraint, note_relaxed
+from runtime.serving.http.constraint_fields import constrained, constraint
 from runtime.serving.http.messages import turns_of
 from runtime.serving.http.schema import ChatBody, GenerateFields
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
@@ -30,8 +30,7 @@ def router(generator: Generator) -> APIRouter:
     )
     async def chat(body: ChatBody, request: Request) -> Response:
         request_id = request.state.request_id
-        generation_request = await _generation_request(generator, body, request_id)
-        note_relaxed(request, generation_request.sampling)
+        generation_request = await _generation_request(generator, body, request)
         group = generator.start([generation_request])
         model = generation_request.adapter or generator.served().name
         prefix = _prompt_text(body) if body.return_full_text else ""
@@ -46,7 +45,7 @@ def router(generator: Generator) -> APIRouter:
     return routes
 
 
-async def _generation_request(generator: Generator, body: ChatBody, request_id: str) -> GenerationRequest:
+async def _generation_request(generator: Generator, body: ChatBody, request: Request) -> GenerationRequest:
     if body.input_data is not None:
         raise RequestError(
             "'input_data' (llama-2's request shape) is not supported; send the conversation as 'messages'",
@@ -66,10 +65,10 @@ async def _generation_request(generator: Generator, body: ChatBody, request_id: 
     )
     return GenerationRequest(
         ids,
-        await tokenizer.constrained(sampling, constraint(fields)),
+        await constrained(request, tokenizer, sampling, constraint(fields)),
         text=parameters.text_rules(fields),
         adapter=adapter,
-        request_id=request_id,
+        request_id=request.state.request_id,
         continues_prompt=continues_prompt,
     )
 

@@ -17,8 +17,10 @@ from runtime.serving.engine.protocol import Constraint, Sampling
 from runtime.serving.http import fields
 from runtime.serving.http.body_types import Body, Flag, Name, ShortText, Text, by_kind
 from runtime.serving.http.json_parser import parse
+from runtime.serving.http.sse import unless_gone
 from runtime.serving.structured_output.constraints import json_object, one_of
 from runtime.serving.structured_output.limits import MAX_FORM_BYTES, MAX_PATTERN_CHARACTERS
+from runtime.serving.tokenizer import PromptTokenizer
 
 RELAXED = "x-relaxed-schema"
 """The header of an answer that lists the paths of what the schema asks for and no grammar can enforce."""
@@ -210,10 +212,21 @@ def _schema(value: dict[str, Any] | str, param: str, *, space: str | None = None
     return Constraint("schema", value, param, whitespace=space)
 
 
-def note_relaxed(request: Request, sampling: Sampling) -> None:
-    """Keep for the answer's header what of its schema is not enforced."""
-    if sampling.grammar is not None and sampling.grammar.relaxed:
-        request.state.relaxed = sampling.grammar.relaxed
+async def constrained(
+    request: Request, tokenizer: PromptTokenizer, sampling: Sampling, asked: Constraint | None
+) -> Sampling:
+    """Return `sampling` with the grammar of `asked`; given up where the client leaves before it is compiled.
+
+    Keeps for the answer's header what of a schema is not enforced.
+    """
+    if asked is None:
+        return sampling
+    client = request.client.host if request.client else ""
+    work = tokenizer.constrained(sampling, asked, client=client)
+    made = await unless_gone(request, work, request_id=request.state.request_id)
+    if made.grammar is not None and made.grammar.relaxed:
+        request.state.relaxed = made.grammar.relaxed
+    return made
 
 
 def relaxed_header(request: Request) -> str | None:

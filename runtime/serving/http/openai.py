@@ -17,7 +17,7 @@ from runtime.serving.engine.protocol import Constraint
 from runtime.serving.generation import GeneratedText, GenerationGroup, GenerationRequest, Generator, TextChunk
 from runtime.serving.http import parameters
 from runtime.serving.http.body import BodyRoute
-from runtime.serving.http.constraint_fields import constraint, note_relaxed
+from runtime.serving.http.constraint_fields import constrained, constraint
 from runtime.serving.http.logprobs import Logprobs
 from runtime.serving.http.messages import turns_of
 from runtime.serving.http.schema import (
@@ -157,7 +157,7 @@ def router(generator: Generator) -> APIRouter:
         "/chat/completions", responses=STREAMED, summary="Answer a conversation", response_model=None
     )
     async def chat_completions(body: ChatCompletionBody, request: Request) -> Response:
-        requests = [await _chat_request(generator, body, request.state.request_id)]
+        requests = [await _chat_request(generator, body, request)]
         json_format = ChatFormat(
             generator.served().tokenizer,
             body.logprobs,
@@ -169,7 +169,7 @@ def router(generator: Generator) -> APIRouter:
 
     @routes.post("/completions", responses=STREAMED, summary="Continue a text", response_model=None)
     async def completions(body: CompletionBody, request: Request) -> Response:
-        requests, echoes = await _completion_requests(generator, body, request.state.request_id)
+        requests, echoes = await _completion_requests(generator, body, request)
         json_format = CompletionFormat(generator.served().tokenizer, body.logprobs, echoes)
         return await _respond(generator, requests, body, request, json_format)
 
@@ -190,7 +190,9 @@ def model_list(generator: Generator) -> list[dict[str, Any]]:
     ]
 
 
-async def _chat_request(generator: Generator, body: ChatCompletionBody, request_id: str) -> GenerationRequest:
+async def _chat_request(
+    generator: Generator, body: ChatCompletionBody, request: Request
+) -> GenerationRequest:
     _check_common(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("'top_logprobs' needs 'logprobs': true", param="top_logprobs")
@@ -218,7 +220,8 @@ async def _chat_request(generator: Generator, body: ChatCompletionBody, request_
         sample=_sample(body),
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    sampling = await tokenizer.constrained(sampling, constraint(body) or _forced_call(body))
+    sampling = await constrained(request, tokenizer, sampling, constraint(body) or _forced_call(body))
+    request_id = request.state.request_id
     text_rules, continues = parameters.text_rules(body), options.continues_last
     return GenerationRequest(ids, sampling, text_rules, adapter, request_id, continues_prompt=continues)
 
@@ -263,7 +266,7 @@ def tool_names(body: ChatCompletionBody) -> frozenset[str]:
 
 
 async def _completion_requests(
-    generator: Generator, body: CompletionBody, request_id: str
+    generator: Generator, body: CompletionBody, request: Request
 ) -> tuple[list[GenerationRequest], list[str]]:
     """Return what to generate for each prompt, and per answer the text that `echo` puts first."""
     _check_common(body)
@@ -290,9 +293,11 @@ async def _completion_requests(
             sample=_sample(body),
             top_logprobs=body.logprobs,
         )
-        sampling = await tokenizer.constrained(sampling, asked)
-        request = GenerationRequest(ids, sampling, text_rules, adapter, request_id, continues_prompt=True)
-        requests.append(request)
+        sampling = await constrained(request, tokenizer, sampling, asked)
+        request_id = request.state.request_id
+        requests.append(
+            GenerationRequest(ids, sampling, text_rules, adapter, request_id, continues_prompt=True)
+        )
         text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
         echoes += [text if body.echo else ""] * body.n
     if len(echoes) > MAX_CHOICES:
@@ -330,7 +335,6 @@ async def _respond(
     json_format: ChatFormat | CompletionFormat,
 ) -> Response:
     request_id = request.state.request_id
-    note_relaxed(request, requests[0].sampling)
     group = generator.start(requests, n=body.n)
     head = {
         "id": f"{json_format.id_prefix}-{request_id}",

@@ -18,7 +18,7 @@ from runtime.serving.generation import GenerationGroup, GenerationRequest, Gener
 from runtime.serving.http import fields, parameters
 from runtime.serving.http.body import BodyRoute
 from runtime.serving.http.body_types import Body, Flag, Integer, Metadata, Name, Text, TokenCount, by_kind
-from runtime.serving.http.constraint_fields import constraint, note_relaxed
+from runtime.serving.http.constraint_fields import constrained, constraint
 from runtime.serving.http.logprobs import Logprobs
 from runtime.serving.http.messages import MOST_MESSAGES, Message, turns_of
 from runtime.serving.http.schema import MAX_LOGPROBS, SamplingFields
@@ -94,8 +94,7 @@ def router(generator: Generator) -> APIRouter:
     @routes.post("/responses", responses=STREAMED, summary="Answer an input (text)", response_model=None)
     async def responses(body: ResponsesBody, request: Request) -> Response:
         request_id = request.state.request_id
-        generation_request = await _generation_request(generator, body, request_id)
-        note_relaxed(request, generation_request.sampling)
+        generation_request = await _generation_request(generator, body, request)
         group = generator.start([generation_request])
         model = generation_request.adapter or generator.served().name
         logprobs = Logprobs(generator.served().tokenizer)
@@ -116,7 +115,7 @@ def router(generator: Generator) -> APIRouter:
 
 
 async def _generation_request(
-    generator: Generator, body: ResponsesBody, request_id: str
+    generator: Generator, body: ResponsesBody, request: Request
 ) -> GenerationRequest:
     adapter = generator.adapter_for(body.model)
     tokenizer = generator.served().tokenizer
@@ -128,7 +127,8 @@ async def _generation_request(
         max_new_tokens=parameters.max_new_tokens(length, tokenizer, prompt_tokens=len(ids)),
         top_logprobs=_top_logprobs(body),
     )
-    sampling = await tokenizer.constrained(sampling, _constraint(body))
+    sampling = await constrained(request, tokenizer, sampling, _constraint(body))
+    request_id = request.state.request_id
     return GenerationRequest(ids, sampling, parameters.text_rules(body), adapter, request_id)
 
 
