@@ -1,25 +1,23 @@
 """The process of one replica: it loads the model and answers what the server sends it.
 
-Its standard input is its end of a pair of sockets, and closes when the server is gone, of whatever kind its
-end. It ignores signals: the server handles them. torch is imported only after both are set up. Does not know
-HTTP. Start at `main`.
+It ignores signals, which the server handles, and ends when that is gone (engine/child.py). torch is imported
+only after that is set up. Does not know HTTP. Start at `main`.
 """
 
 import asyncio
 import gc
 import logging
 import os
-import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime import garbage_collection, hardware, logs
 from runtime.errors import CapacityError, Failure, exit_code, is_out_of_memory, one_line
 from runtime.model_source import ModelSource
+from runtime.serving.engine import child
 from runtime.serving.engine.protocol import Constraint, Grammar
 from runtime.serving.engine.replicas.messages import ReplicaReady, ReplicaTask
 from runtime.serving.engine.replicas.worker import ReplicaWorker
@@ -35,11 +33,7 @@ log = logging.getLogger("runtime.serving.replica")
 
 def main() -> int:
     """Load what the first message says, answer until the server closes, and return the exit status."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    channel: Connection[Any, Any] = Connection(os.dup(0))
-    with Path(os.devnull).open("rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
+    channel: Connection[Any, Any] = Connection(child.begin().detach())
     try:
         task: ReplicaTask = channel.recv()
     except EOFError:  # the server has ended by now

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -261,3 +261,19 @@ def open_site(tokenizer: Any) -> OpenSite:
         prompts.close()
 
     return open_
+
+
+Serve = Callable[..., Process]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Calls `Process.serve`, and kills in the end what still runs."""
+    with ExitStack() as started:
+
+        def start(model: Path, *flags: str, environ: Mapping[str, str] | None = None) -> Process:
+            site = Process.serve(model, *flags, environ=environ)
+            started.callback(site.close)
+            return site
+
+        yield start

@@ -56,6 +56,11 @@ def does_not_fit(adapter: str, reason: str) -> ConfigError:
     return ConfigError(f"adapter {adapter}: does not fit this model: {reason}")
 
 
+def unread_elsewhere(adapter: str) -> CapacityError:
+    """Return the failure of adding an adapter that another process of the server could not read."""
+    return CapacityError(f"adapter {adapter}: another process of this server could not read it")
+
+
 def needs_too_much_memory(tokens: int) -> TooLargeError:
     """Return the failure of a request that ran out of memory at its `tokens`-th token."""
     return TooLargeError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from runtime.adapters import CONFIG_FILE, WEIGHTS_FILE, scaling
 from runtime.errors import ConfigError
+from runtime.serving.engine import failures
 from runtime.serving.engine.adapter_groups import (
     MASKED,
     AdapterGroups,
@@ -238,13 +239,14 @@ class AdapterStore:
         for path, pair in _pairs(name, load_file(str(folder / WEIGHTS_FILE))).items():
             target = self._targets.get(path)
             if target is None:
-                raise ConfigError(f"adapter {name}: does not fit this model: no layer '{path}' to adapt here")
+                raise failures.does_not_fit(name, f"no layer '{path}' to adapt here")
             down, up = pair if self._slice_adapter is None else self._slice_adapter(path, *pair)
             expected = (target.layer.in_features, target.layer.out_features[target.index])
             if (down.shape[1], up.shape[0]) != expected or down.shape[0] != up.shape[1]:
-                raise ConfigError(
-                    f"adapter {name}: does not fit this model: {path} maps {down.shape[1]} to {up.shape[0]} "
-                    f"features, expected {expected[0]} to {expected[1]}"
+                raise failures.does_not_fit(
+                    name,
+                    f"{path} maps {down.shape[1]} to {up.shape[0]} features, expected {expected[0]} to "
+                    f"{expected[1]}",
                 )
             scale = strength * scaling(config, path, down.shape[0])
             weights.setdefault(target.layer, {})[target.index] = (

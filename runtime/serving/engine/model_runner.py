@@ -197,7 +197,7 @@ class ModelRunner:
             ready = staged is not None
             on_every_rank = self._group is None or self._group.all_reduce_min(int(ready))
         if not on_every_rank or staged is None:
-            raise CapacityError(f"adapter {name}: another process of this server could not read it")
+            raise failures.unread_elsewhere(name)
         self.adapters.add(name, staged)
         if self._graphs is not None:
             self._graphs.clear()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import RequestError, one_line
+from runtime.serving.engine import child
 from runtime.serving.engine.protocol import Constraint
 from runtime.serving.structured_output import forms, limits
 
@@ -38,10 +39,8 @@ NICENESS = 5
 
 def main() -> int:
     """Read the vocabulary, then fork for each form until the server closes its end."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    control = child.begin()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # which also takes their exit statuses
-    control = socket.socket(fileno=os.dup(0))
     try:
         head = json.loads(read(control))
         tokenizer = read(control).decode()

@@ -12,13 +12,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from runtime.errors import RequestError, UnavailableError
+from runtime.serving.engine import child
 from runtime.serving.engine.protocol import Constraint
 from runtime.serving.structured_output import forms, host, limits
 
@@ -73,11 +73,7 @@ class FormHost:
             return self._control
 
     def _spawn(self) -> "tuple[socket.socket, subprocess.Popen[bytes]]":
-        here, there = socket.socketpair()
-        with there:
-            process = subprocess.Popen(  # noqa: S603 - this package, by the interpreter that runs it
-                [sys.executable, "-m", MODULE], stdin=there.fileno(), start_new_session=True
-            )
+        process, here = child.start(MODULE)
         with contextlib.suppress(OSError):
             host.send(here, json.dumps({"end_ids": self._end_ids}).encode())
             host.send(here, self._vocabulary().encode())

@@ -1,13 +1,13 @@
 """A worker process of a server that divides its model: it loads its shard and runs rank 0's commands.
 
-Its standard input holds one line, a WorkerTask, and closes when rank 0 is gone. It ignores signals: rank 0
-handles them. torch is imported only after both are set up. Does not know requests. Start at `run`.
+It is sent one line, a WorkerTask. It ignores signals, which rank 0 handles, and ends when that is gone
+(child.py). torch is imported only after that is set up. Does not know requests. Start at `run`.
 """
 
+import contextlib
 import logging
 import os
-import signal
-import sys
+import socket
 import threading
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from runtime import garbage_collection, logs
 from runtime.config import Strict
 from runtime.errors import Failure, exit_code, is_out_of_memory, one_line
 from runtime.model_source import ModelSource
-from runtime.serving.engine import failures
+from runtime.serving.engine import child, failures
 
 log = logging.getLogger("runtime.serving.engine.parallel.worker")
 
@@ -42,11 +42,11 @@ def loaded_key(rank: int) -> str:
 
 def main() -> int:
     """Run rank 0's commands to the end and return the exit status."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    task = WorkerTask.model_validate_json(sys.stdin.readline())
+    channel = child.begin()
+    with channel.makefile("rb") as lines:
+        task = WorkerTask.model_validate_json(lines.readline())
     logs.configure(rank=task.rank)
-    threading.Thread(target=_end_with_rank_0, daemon=True).start()
+    threading.Thread(target=_end_with_rank_0, args=(channel,), daemon=True).start()
     try:
         run(task)
     except Failure as failure:
@@ -89,9 +89,10 @@ def run(task: WorkerTask) -> None:
     group.close()
 
 
-def _end_with_rank_0() -> None:
-    """End this process with rank 0, whose end, of whatever kind, closes standard input."""
-    os.read(0, 1)
+def _end_with_rank_0(channel: socket.socket) -> None:
+    """End this process with rank 0, whose end, of whatever kind, closes the channel."""
+    with contextlib.suppress(OSError):
+        channel.recv(1)
     os._exit(1)
 
 

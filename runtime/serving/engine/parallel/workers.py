@@ -1,13 +1,14 @@
 """The worker processes of a server that divides its model: started, connected, watched, ended.
 
 Rank 0 is the server itself; each worker is `python -m runtime.serving.engine.parallel.worker` and holds its
-shard. Workers end when rank 0 broadcasts `Stop`, and when it is gone (their standard input closes).
+shard. Workers end when rank 0 broadcasts `Stop`, and when it is gone (child.py).
 Does not know models or requests. Start at `Workers`.
 """
 
+import contextlib
 import logging
+import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -18,12 +19,14 @@ from runtime import hardware
 from runtime.errors import kind_of_exit
 from runtime.hardware import Hardware
 from runtime.model_source import ModelSource
-from runtime.serving.engine import failures
+from runtime.serving.engine import child, failures
 from runtime.serving.engine.parallel.group import Group, rendezvous
 from runtime.serving.engine.parallel.worker import WorkerTask, loaded_key
 
 log = logging.getLogger(__name__)
 
+MODULE = "runtime.serving.engine.parallel.worker"
+"""What the processes run."""
 POLL_S = 0.1
 """How often the processes are checked."""
 STOP_S = 10.0
@@ -47,7 +50,9 @@ class Workers:
             )
             for rank in range(1, world)
         ]  # fmt: skip
-        self._processes = {task.rank: _start(task) for task in tasks}
+        started = {task.rank: _start(task) for task in tasks}
+        self._processes = {rank: process for rank, (process, _) in started.items()}
+        self._channels = [channel for _, channel in started.values()]
 
     def connect(self, device: str) -> Group:
         """Wait until every rank has loaded its shard, and return the group; raise what a rank ended with."""
@@ -86,8 +91,8 @@ class Workers:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            if process.stdin is not None:
-                process.stdin.close()
+        for channel in self._channels:
+            channel.close()
         failed = [rank for rank, process in self._processes.items() if process.returncode]
         if not failed:
             log.info("All %d ranks have ended", self._world)
@@ -108,11 +113,8 @@ class Workers:
         return f"rank {rank} of {self._world} {failures.how_ended(status)}"
 
 
-def _start(task: WorkerTask) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "runtime.serving.engine.parallel.worker"]
-    # a session of its own: Ctrl-C on a terminal is handled by rank 0
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # noqa: S603
-    assert process.stdin is not None, "stdin=PIPE"  # noqa: S101
-    process.stdin.write(task.model_dump_json().encode() + b"\n")
-    process.stdin.flush()
-    return process
+def _start(task: WorkerTask) -> "tuple[subprocess.Popen[bytes], socket.socket]":
+    process, channel = child.start(MODULE)
+    with contextlib.suppress(OSError):  # it has ended, which its status says
+        channel.sendall(task.model_dump_json().encode() + b"\n")
+    return process, channel

@@ -1,21 +1,19 @@
 """The process of one replica as the server sees it: started, written to, read from, ended.
 
-Its standard input is one end of a pair of sockets, over which messages go both ways; the process ends when
-the server's end closes. Does not know what messages mean. Start at `ReplicaProcess`.
+Messages go both ways over its standard input (child.py); it ends when the server's end closes. Does not know
+what messages mean. Start at `ReplicaProcess`.
 """
 
 import contextlib
 import queue
-import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
 from runtime.errors import Failure, kind_of_exit
-from runtime.serving.engine import failures
+from runtime.serving.engine import child, failures
 
 MODULE = "runtime.serving.replica"
 """What the process runs."""
@@ -35,12 +33,7 @@ class ReplicaProcess:
         """Start it with more variables; callbacks come from one thread, `on_end` as the last."""
         self.name = name
         """As in messages: "replica 1 of 2"."""
-        here, there = socket.socketpair()
-        command = ["env", *(f"{key}={value}" for key, value in environment.items())]
-        command += [sys.executable, "-m", MODULE]
-        with there:
-            # a session of its own: Ctrl-C on a terminal is handled by the server
-            self._process = subprocess.Popen(command, stdin=there.fileno(), start_new_session=True)  # noqa: S603
+        self._process, here = child.start(MODULE, environment)
         self._channel: Connection[Any, Any] = Connection(here.detach())
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._on_message, self._on_end = on_message, on_end

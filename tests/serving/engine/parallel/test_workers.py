@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +20,22 @@ from runtime.serving.engine.parallel.workers import Workers
 from runtime.serving.settings import ServeConfig
 from tests.conftest import write_tiny_tokenizer
 from tests.families import model_of
-from tests.serving.conftest import Process, until
+from tests.serving.conftest import Process, Serve, until
 from tests.serving.engine.capped import ProcessCaps
 
 pytestmark = pytest.mark.slow
 
-Serve = Callable[..., Process]
-
 
 @pytest.fixture
-def serve() -> Iterator[Serve]:
-    """Starts `runtime serve MODEL --parallel tp` with two ranks and waits until its port answers."""
-    started: list[Process] = []
+def serve(serve: Serve) -> Serve:
+    """Starts `runtime serve MODEL` with two ranks and waits until its port answers."""
 
     def start(model: Path, environ: Mapping[str, str] = os.environ) -> Process:
-        flags, environ = ("--parallel", "tp", "--processes", "2"), {**environ, "OMP_NUM_THREADS": "1"}
-        started.append(Process.serve(model, *flags, environ=environ))
-        return started[-1]
+        return serve(
+            model, "--parallel", "tp", "--processes", "2", environ={**environ, "OMP_NUM_THREADS": "1"}
+        )
 
-    yield start
-    for site in started:
-        site.close()
+    return start
 
 
 def others(site: Process) -> list[psutil.Process]:

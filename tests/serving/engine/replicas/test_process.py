@@ -2,9 +2,8 @@
 
 import os
 import re
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,30 +11,19 @@ import httpx
 import psutil
 import pytest
 
-from tests.serving.conftest import Process, until
+from tests.serving.conftest import Process, Serve, until
 
 pytestmark = pytest.mark.slow
 
-PROGRAM = (
-    "import sys; from runtime import logs; from runtime.cli.main import run; sys.exit(run(sys.argv[1:], {}))"
-)
-Serve = Callable[[Path], Process]
-
 
 @pytest.fixture
-def serve() -> Iterator[Serve]:
-    """Starts `runtime serve MODEL --replicas 2` and waits until its port answers."""
-    started: list[Process] = []
+def serve(serve: Serve) -> Serve:
+    """Starts `runtime serve MODEL` with two replicas and waits until its port answers."""
 
-    def start(model: Path) -> Process:
-        command = [sys.executable, "-c", PROGRAM, "serve", str(model), "--replicas", "2", "--rows", "3"]
-        command += ["--host", "127.0.0.1", "--port", "0"]
-        started.append(Process.start(command, environ=os.environ | {"OMP_NUM_THREADS": "2"}))
-        return started[-1]
+    def start(model: Path, environ: Mapping[str, str] = os.environ) -> Process:
+        return serve(model, "--replicas", "2", "--rows", "3", environ={**environ, "OMP_NUM_THREADS": "2"})
 
-    yield start
-    for site in started:
-        site.close()
+    return start
 
 
 def replicas(site: Process) -> list[psutil.Process]:
