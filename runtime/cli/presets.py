@@ -26,7 +26,7 @@ def presets(name: Name = None, as_json: AsJson = False, debug: Debug = False) ->
         else:
             render.table(
                 ("fact", "value"),
-                [(key, render.cell(value)) for key, value in flatten(facts).items()],
+                [(key, render.cell(value, whole=True)) for key, value in flatten(facts).items()],
             )
     elif as_json:
         typer.echo(json.dumps([_facts(preset) for preset in all_presets()], indent=2))

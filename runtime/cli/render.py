@@ -226,8 +226,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         typer.echo(line.rstrip())
 
 
-def cell(value: Any) -> str:
-    """Return a value as one short cell of a table."""
+def cell(value: Any, *, whole: bool = False) -> str:
+    """Return a value as one cell of a table, short unless the `whole` of it is asked for."""
     if value is None or value in ([], {}, ""):
         return "-"
     if isinstance(value, bool):
@@ -235,7 +235,7 @@ def cell(value: Any) -> str:
     if isinstance(value, list | tuple):
         value = ", ".join(str(item) for item in value)
     line = redact(" ".join(str(value).split()))
-    return line if len(line) <= LONGEST_CELL else f"{line[: LONGEST_CELL - 3]}..."
+    return line if whole or len(line) <= LONGEST_CELL else f"{line[: LONGEST_CELL - 3]}..."
 
 
 def parameter_count(number: int) -> str:

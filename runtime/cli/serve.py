@@ -27,7 +27,7 @@ from runtime.cli.options import (
 )
 from runtime.errors import ConfigError
 from runtime.serving.settings import ServeConfig
-from runtime.workspace import Resolved, load_server
+from runtime.workspace import Resolved, load_server, references
 
 Target = Annotated[
     str | None,
@@ -173,6 +173,7 @@ def _run(
 
     resolved.warn()
     config, access = resolved.ready(), oci.from_environment(environ)
+    references.check_adapters(config)
     if check:
         server.check_hardware(config)
         _check(config, access, as_json=as_json)

@@ -125,13 +125,13 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     }  # fmt: skip
     environ, overrides = context.obj or {}, set_flags(settings) | without_defaults(flags)
     resolved = load_job(target, environ=environ, config=config, overrides=overrides)
+    nodes = Nodes.read(environ, count=nnodes, rank=node_rank, endpoint=rdzv_endpoint)
     if dry_run:
         return render.dry_run(resolved, render.tuning_job, as_json=as_json)
     if preview is not None:
         return _preview(resolved.config, preview, environ=environ)
     job = resolved.ready()
     resolved.warn()
-    nodes = Nodes.read(environ, count=nnodes, rank=node_rank, endpoint=rdzv_endpoint)
     return _launch(job, nodes, processes=processes, environ=environ)
 
 

@@ -147,6 +147,10 @@ class ServeConfig(Strict):
 def check(config: ServeConfig) -> None:
     """Raise ConfigError for settings that do not go together: before a dry run ends, or a server starts."""
     quantization, limits = config.quantization, config.limits
+    names = [config.served_name, *config.served_aliases, *(adapter.name for adapter in config.adapters)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"two models are served as {twice!r}: base model and adapters need different names")
     if limits.bodies_bytes < limits.body_bytes:
         raise ConfigError(
             f"limits.bodies_bytes is {limits.bodies_bytes}, which one body of limits.body_bytes "

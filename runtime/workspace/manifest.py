@@ -14,9 +14,13 @@ from runtime.errors import ConfigError
 from runtime.files import kind_of
 from runtime.workspace.schema import (
     API_VERSIONS,
+    KUBECTL,
+    OF_THE_CLUSTER,
     UNNAMED,
     ConfigMap,
     InferenceSet,
+    InferenceSetSpec,
+    Metadata,
     Workspace,
 )
 
@@ -124,13 +128,18 @@ def _workspace(
             f"{path}: a Workspace has no 'spec': write {', '.join(fields)} one level up, beside 'metadata'"
         )
     workspace = parse(Workspace, without_nulls(document), str(path))
-    return WorkspaceDocuments(
-        path, workspace, config_maps, document, replicas, tuple(_of_metadata(workspace, path))
-    )
+    warnings = tuple(_of_metadata(workspace.metadata, path, status=workspace.status))
+    return WorkspaceDocuments(path, workspace, config_maps, document, replicas, warnings)
 
 
-def _of_metadata(workspace: Workspace, path: Path) -> Iterator[str]:
-    metadata = workspace.metadata
+def _of_metadata(metadata: Metadata, path: Path, *, status: Any = None) -> Iterator[str]:
+    """Yield what a name was made of, and what has no effect because a cluster writes it."""
+    written = [f"metadata.{field.alias or name}" for name, field in Metadata.model_fields.items()
+               if name in OF_THE_CLUSTER and getattr(metadata, name)]  # fmt: skip
+    written += [f"metadata.annotations {name}" for name in metadata.annotations if name.startswith(KUBECTL)]
+    written += ["status"] if status else []
+    if written:
+        yield f"{path.name}: without effect, since a cluster writes it: {', '.join(written)}"
     if metadata.name == UNNAMED and "name" not in metadata.model_fields_set:
         yield f"{path.name}: 'metadata.name' is missing, so the name is {UNNAMED!r}"
     elif metadata.generate_name and metadata.name == metadata.generate_name.rstrip("-."):
@@ -166,14 +175,21 @@ def _of_inference_set(
         "inference": spec.template.inference,
     }
     made = _workspace(workspace, path, config_maps)
-    replicas, warnings = spec.replicas, list(made.warnings)
-    if 0 < spec.node_count_limit < replicas:
-        replicas = spec.node_count_limit
-        warnings.append(
-            f"{path.name}: 'spec.nodeCountLimit' is {replicas}: so many replicas, not {spec.replicas}"
+    replicas = min(spec.replicas, spec.node_count_limit or spec.replicas)
+    warnings = (*_of_metadata(metadata, path, status=parsed.status), *_of_set(spec, path))
+    return WorkspaceDocuments(path, made.workspace, config_maps, workspace, replicas, warnings)
+
+
+def _of_set(spec: InferenceSetSpec, path: Path) -> Iterator[str]:
+    """Yield what of an InferenceSet is carried out otherwise than by a controller."""
+    placed = spec.template.metadata.model_fields_set - {"labels", "annotations"}
+    if placed:
+        fields = ", ".join(sorted(Metadata.model_fields[name].alias or name for name in placed))
+        yield f"{path.name}: without effect in 'spec.template.metadata': {fields}"
+    if 0 < spec.node_count_limit < spec.replicas:
+        yield (
+            f"{path.name}: 'spec.nodeCountLimit' is {spec.node_count_limit}: so many replicas, "
+            f"not {spec.replicas}"
         )
     if spec.update_strategy not in ({}, {"type": "RollingUpdate"}):
-        warnings.append(
-            f"{path.name}: 'spec.updateStrategy' has no effect here: one pod is replaced at a time"
-        )
-    return WorkspaceDocuments(path, made.workspace, config_maps, workspace, replicas, tuple(warnings))
+        yield f"{path.name}: 'spec.updateStrategy' has no effect here: one pod is replaced at a time"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from runtime.workspace.layers import LayeredSettings
 from runtime.workspace.manifest import WorkspaceDocuments
 from runtime.workspace.mounts import Mounts
-from runtime.workspace.schema import PresetOptions
+from runtime.workspace.schema import LOAD_BALANCER, PresetOptions
 
 
 def warn(settings: LayeredSettings, manifest: WorkspaceDocuments | None, mounts: Mounts) -> None:
@@ -28,6 +28,8 @@ def warn(settings: LayeredSettings, manifest: WorkspaceDocuments | None, mounts:
             f"{manifest.file.name} names {_secrets(names)}, which only a cluster has: registries are asked "
             "without credentials; log in with `docker login`"
         )
+    if manifest.work == "inference" and manifest.workspace.metadata.asks(LOAD_BALANCER):
+        settings.warn(f"{manifest.file.name} metadata.annotations {LOAD_BALANCER}: only a cluster has it")
     nodes = manifest.workspace.resource.count * manifest.replicas
     if manifest.work == "inference" and nodes > 1:
         settings.warn(f"{manifest.file.name} asks for {nodes} nodes; here one server runs, on this machine")

@@ -4,6 +4,7 @@ Contacts no registry; what a name may be stands in oci/reference.py. Start at `c
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from runtime import oci, presets, support
 from runtime.errors import ConfigError
@@ -24,6 +25,8 @@ def check_job(job: TuningJob, sources: Mapping[str, str]) -> None:
     for setting, image in images.items():
         if image is not None:
             _check(image, sources.get(setting, setting), read=not setting.startswith("output"))
+    paths = {"output.credentials": job.output.credentials, "data.file": job.data.file}
+    _check_paths(paths | {"model.path": job.model.path}, sources)
 
 
 def check_server(config: ServeConfig, sources: Mapping[str, str]) -> None:
@@ -39,9 +42,42 @@ def check_server(config: ServeConfig, sources: Mapping[str, str]) -> None:
             raise ConfigError(f"model {config.model.name}: {why}; --engine vllm may serve it")
     if config.model.image is not None:
         _check(config.model.image, sources.get("model.image", "model.image"), read=True)
+    _check_paths({"model.path": config.model.path}, sources)
     for adapter in config.adapters:
         if not oci.is_path(adapter.reference) and kind_of(adapter.reference) is None:
             _check(adapter.reference, f"{sources.get('adapters', 'adapters')} {adapter.name}", read=True)
+
+
+def check_adapter(reference: str, where: str) -> None:
+    """Refuse what is neither a directory with an adapter nor written as an image.
+
+    A path that is mistyped must not become a question to a public registry: an image has a scheme, a
+    registry's host or, with a folder before it, a tag.
+    """
+    folder = Path(reference)
+    if folder.is_dir():
+        if not any(folder.glob("adapter_[cm]o*")):  # half of one is refused by name, when it is loaded
+            raise ConfigError(f"{where}: directory {reference} holds no adapter (adapter_config.json)")
+    elif kind_of(reference) is not None:
+        raise ConfigError(f"{where}: {reference} is a file, expected the directory of an adapter")
+    elif not oci.is_image(reference) and not find_placeholders(reference):
+        image = "" if oci.is_path(reference) else "; an image is written registry/repository:tag"
+        raise ConfigError(f"{where}: no directory {reference}{image}")
+
+
+def check_adapters(config: ServeConfig) -> None:
+    """Refuse, before a model is loaded, adapters in directories that are not there."""
+    for adapter in config.adapters:
+        if oci.is_path(adapter.reference):
+            check_adapter(adapter.reference, f"adapter {adapter.name}")
+
+
+def _check_paths(paths: Mapping[str, Path | None], sources: Mapping[str, str]) -> None:
+    """Refuse files and directories that a flag names and that are not there."""
+    for setting, path in paths.items():
+        source = sources.get(setting, "")
+        if path is not None and source.startswith("flag") and not path.exists():
+            raise ConfigError(f"{source}: no such file or directory: {path}")
 
 
 def _check(image: str, source: str, *, read: bool) -> None:

@@ -26,6 +26,13 @@ Texts = Annotated[
 
 UNNAMED = "workspace"
 
+LOAD_BALANCER = "kaito.sh/enablelb"
+BYPASS = "kaito.sh/bypass-resource-checks"
+RUNTIME = "kaito.sh/runtime"
+"""Annotations that ask for an address outside the cluster, vouch for the memory, and name a runtime."""
+_SWITCHES = (LOAD_BALANCER, BYPASS, "kaito.sh/disable-benchmark")
+_TRUE, _FALSE = ("1", "t", "true"), ("0", "f", "false")
+
 
 class Metadata(Sparse):
     """Object metadata."""
@@ -47,6 +54,20 @@ class Metadata(Sparse):
     owner_references: Any = Field(None, alias="ownerReferences")
     managed_fields: Any = Field(None, alias="managedFields")
 
+    def asks(self, annotation: str) -> bool:
+        """Whether the annotation is true, in any of Go's spellings."""
+        return self.annotations.get(annotation, "").lower() in _TRUE
+
+    @field_validator("annotations")
+    @classmethod
+    def _values_that_mean_something(cls, annotations: dict[str, str]) -> dict[str, str]:
+        expected = dict.fromkeys(_SWITCHES, "true or false") | {RUNTIME: "vllm or transformers"}
+        known = dict.fromkeys(_SWITCHES, (*_TRUE, *_FALSE)) | {RUNTIME: ("vllm", "transformers")}
+        for name, values in known.items():
+            if annotations.get(name) and annotations[name].lower() not in values:
+                raise ValueError(f"has {name} {describe(annotations[name])}, expected {expected[name]}")
+        return annotations
+
     @model_validator(mode="before")
     @classmethod
     def _name_from_prefix(cls, data: Any) -> Any:
@@ -54,6 +75,13 @@ class Metadata(Sparse):
         if isinstance(prefix, str) and prefix.rstrip("-.") and not data.get("name"):
             return {**data, "name": prefix.rstrip("-.")}
         return data
+
+
+KUBECTL = "kubectl.kubernetes.io/"
+"""Beginning of annotations that kubectl writes for itself."""
+_PLACED = {"name", "generate_name", "namespace", "labels", "annotations"}
+OF_THE_CLUSTER = frozenset(Metadata.model_fields) - _PLACED
+"""Fields of the metadata that a cluster writes."""
 
 
 class PresetOptions(Sparse):

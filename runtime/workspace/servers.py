@@ -10,8 +10,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from runtime import presets
 from runtime.config import describe, nearest, parse
 from runtime.errors import ConfigError
+from runtime.serving import fit
 from runtime.serving.settings import AdapterSource, ServeConfig, check
 from runtime.workspace import config_maps, outside, references, vllm_flags
 from runtime.workspace.base_model import (
@@ -25,7 +27,7 @@ from runtime.workspace.config_maps import ConfigDocument
 from runtime.workspace.layers import LayeredSettings, Resolved, find_placeholders
 from runtime.workspace.manifest import WorkspaceDocuments, is_manifest, read
 from runtime.workspace.mounts import Mounts
-from runtime.workspace.schema import AdapterSpec, host_path
+from runtime.workspace.schema import RUNTIME, AdapterSpec, host_path
 
 INFERENCE_KEY = "inference_config.yaml"
 
@@ -75,7 +77,7 @@ def load_server(
     built = _build(settings, overrides, str(manifest.file if manifest else target or "mounts"))
     sources = settings.origins(built)
     references.check_server(built, sources)
-    return Resolved(built, sources, tuple(settings.warnings), _placeholders(built))
+    return Resolved(built, sources, (*settings.warnings, *_beyond(built)), _placeholders(built))
 
 
 def _put_weights(settings: LayeredSettings, mounts: Mounts) -> None:
@@ -114,6 +116,8 @@ def _build(settings: LayeredSettings, overrides: Mapping[str, Any], where: str) 
 def adapter_flag(word: str) -> AdapterSource:
     """Return the adapter of `NAME=REFERENCE` or `NAME=REFERENCE@STRENGTH` (a number after the last @)."""
     name, equals, reference = word.partition("=")
+    if reference.startswith("~"):
+        reference = str(Path(reference).expanduser())
     before, at, strength = reference.rpartition("@")
     if not equals or not name or not reference:
         raise ConfigError(f"--adapter {word}: expected NAME=DIRECTORY or NAME=IMAGE")
@@ -134,7 +138,7 @@ def _apply_manifest(
             f"{file}: 'inference.preset' is missing; a Workspace with a pod template runs the image it names"
         )
     _choose_model(settings, inference.preset.name, f"{file.name} inference.preset.name")
-    asks_vllm = manifest.workspace.metadata.annotations.get("kaito.sh/runtime") == "vllm"
+    asks_vllm = manifest.workspace.metadata.annotations.get(RUNTIME, "").lower() == "vllm"
     if asks_vllm and settings.get("engine") != "vllm":
         settings.warn(
             f"{file.name} asks for the vllm runtime; it is served by this project's own engine, "
@@ -187,6 +191,13 @@ def _add_mounted(settings: LayeredSettings, adapters: dict[str, AdapterSource], 
 def _add_flags(settings: LayeredSettings, adapters: dict[str, AdapterSource], words: Iterable[str]) -> None:
     for word in words:
         adapter = adapter_flag(word)
+        known = adapters.get(adapter.name)
+        if known is not None and known.reference != adapter.reference:
+            raise ConfigError(
+                f"--adapter {adapter.name}: two adapters of one name, from {known.reference} and "
+                f"{adapter.reference}; rename one or leave it out"
+            )
+        references.check_adapter(adapter.reference, f"--adapter {adapter.name}")
         adapters[adapter.name] = adapter
         settings.sources["adapters"] = "flag --adapter"
 
@@ -244,6 +255,13 @@ def _apply_config(settings: LayeredSettings, found: ConfigDocument | None, mount
             raise ConfigError(f"{where}: {name} is a flag of the command, not a key of this file")
     if harmless := [phrase for each in applied for phrase in each.harmless]:
         settings.warn(f"{where}: without effect here: {'; '.join(harmless)}")
+
+
+def _beyond(config: ServeConfig) -> tuple[str, ...]:
+    """Return a warning where more context is asked for than the preset has; servers know that of others."""
+    preset = presets.matching(config.model)
+    warning = fit.beyond_the_model(config, preset.context_tokens) if preset else None
+    return (warning,) if warning else ()
 
 
 def _put(settings: LayeredSettings, name: str, value: Any) -> None:

@@ -258,6 +258,8 @@ def _enable_lora(settings: LayeredSettings, text: str, where: str) -> None:
 
 
 def _api_key(settings: LayeredSettings, text: str, where: str) -> None:
+    if "\n" in text:
+        raise ConfigError(f"{where}: several keys, expected one")
     settings.put("api_key", SecretStr(text), where)
 
 

@@ -44,3 +44,13 @@ def test_each_preset_says_how_it_is_served_and_why(capsys: pytest.CaptureFixture
     told = capsys.readouterr().out
     assert "one at a time" in told
     assert "experts are one tensor a layer" in told
+
+
+def test_reasons_are_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("gpt-oss-20b", "ministral-3-8b-instruct"):
+        assert main.run(["presets", name, "--json"], {}) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert main.run(["presets", name], {}) == 0
+        told = capsys.readouterr().out
+        assert facts["not_batched"] in told
+        assert facts["untunable"] in told

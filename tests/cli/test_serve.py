@@ -55,6 +55,22 @@ def test_quantize_and_limits_reach_the_server(capsys: pytest.CaptureFixture[str]
         (["--parallel", "tp", "--processes", "2", "--quantize", "nf4"], "divides whole weights"),
         (["--adapter", "a=MyAcr.azurecr.io/A:1"], "lower-case"),
         (["--adapter", "a=oci:/nowhere/layout"], "no OCI layout"),
+        (["--adapter", "a=/nonexistent"], "--adapter a: no directory /nonexistent"),
+        (["--adapter", "a=./nonexistent@0.5"], "--adapter a: no directory ./nonexistent"),
+        (["--adapter", "a=~/nonexistent"], "--adapter a: no directory /"),
+        (["--adapter", "a=outputs/nonexistent"], "an image is written registry/repository:tag"),
+        (["--adapter", "a=nonexistent"], "an image is written registry/repository:tag"),
+        (["--adapter", f"a={__file__}"], "is a file, expected the directory of an adapter"),
+        (["--adapter", f"a={Path(__file__).parent}"], "holds no adapter"),
+        (
+            ["--adapter=a=r.io/a:1", "--adapter=a=r.io/b:1"],
+            "two adapters of one name, from r.io/a:1 and r.io",
+        ),
+        (["--adapter", "phi-4=r.io/a:1"], "two models are served as 'phi-4'"),
+        (
+            ["--set", "model.path=/nonexistent"],
+            "flag --set model.path: no such file",
+        ),
         (["--set", "model.image=https://r.io/x:1"], "without the scheme"),
     ],
 )
@@ -87,3 +103,42 @@ def test_occupied_port_is_one_line(capsys: pytest.CaptureFixture[str], away: Pat
         port = taken.getsockname()[1]
         assert main.run(["serve", "phi-4", "--host", "127.0.0.1", "--port", str(port)], {}) == 2
     assert f"port {port} is in use" in failure_line(capsys)
+
+
+def test_images_need_no_directory(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"--adapter=a{number}={image}" for number, image in enumerate(IMAGES)]
+    assert main.run(["serve", "phi-4", "--dry-run", "--json", *words], {}) == 0
+    adapters = json.loads(capsys.readouterr().out)["settings"]["adapters"]["value"]
+    assert [adapter["reference"] for adapter in adapters] == IMAGES
+
+
+IMAGES = ["r.io/a", "localhost/a", "localhost:5000/a:1", "owner/a:1", "r.io/a@sha256:" + "0" * 64]
+
+
+def test_context_beyond_the_model_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["serve", "phi-4", "--dry-run", "--context-tokens", "99999"], {}) == 0
+    assert "limits.context_tokens is 99999, but phi-4 was made for 16384" in capsys.readouterr().out
+
+
+WITH_FOLDER = """\
+apiVersion: kaito.sh/v1beta1
+kind: Workspace
+metadata: {name: w}
+inference:
+  preset: {name: phi-4}
+  adapters: [{source: {name: a, volumeSource: {hostPath: {path: /nonexistent}}}}]
+"""
+
+
+def test_adapter_folder_of_a_manifest_is_looked_for_at_start_not_where_it_is_only_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "workspace.yaml"
+    file.write_text(WITH_FOLDER)
+    for words in (["serve", str(file), "--dry-run"], ["plan", str(file), "--gpu", "A100-80GB"]):
+        assert main.run(words, {}) == 0
+    capsys.readouterr()
+    assert main.run(["serve", str(file), "--port", "0"], {}) == 2
+    assert "adapter a: no directory /nonexistent" in failure_line(capsys)
+    assert main.run(["serve", str(file), "--dry-run", "--adapter", "a=r.io/a:1"], {}) == 2
+    assert "two adapters of one name, from /nonexistent and r.io/a:1" in failure_line(capsys)

@@ -175,9 +175,13 @@ def test_vllm_flags_are_mapped(pod: Path) -> None:
 
 
 def test_more_of_vllms_flags_are_carried_out(pod: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "adapters" / name for name in ("shop", "help")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{}")
     words = [
         "-tp", "2", "--gpu-memory-utilization=0.84", "--served-model-name", "phi-4", "phi",
-        "--lora-modules", "shop=/adapters/shop", '{"name": "help", "path": "/adapters/help"}',
+        "--lora-modules", f"shop={folders[0]}", f'{{"name": "help", "path": "{folders[1]}"}}',
         "--tool-call-parser=phi4_mini_json", "--enable-auto-tool-choice", "--port=5001",
     ]  # fmt: skip
     resolved = vllm_server(words, {}, pod)
@@ -186,8 +190,8 @@ def test_more_of_vllms_flags_are_carried_out(pod: Path, tmp_path: Path) -> None:
     assert config.limits.gpu_memory_share == 0.84
     assert (config.served_name, config.served_aliases) == ("phi-4", ("phi",))
     assert [(each.name, each.reference) for each in config.adapters[1:]] == [
-        ("shop", "/adapters/shop"),
-        ("help", "/adapters/help"),
+        ("shop", str(folders[0])),
+        ("help", str(folders[1])),
     ]
     assert any("phi4_mini_json" in warning for warning in resolved.warnings)
 

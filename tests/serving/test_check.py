@@ -80,6 +80,7 @@ def test_refused_adapter_is_named_and_the_status_says_so(
     tiny_llama_dir: Path, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "half").mkdir()
+    (tmp_path / "half/adapter_model.safetensors").write_bytes(b"")
     status, found = check(
         capsys, str(tiny_llama_dir),
         "--adapter", f"half={tmp_path / 'half'}", "--adapter", f"red={folders / 'red'}",

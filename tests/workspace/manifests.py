@@ -317,6 +317,80 @@ inference:
         )
         + "status: {state: Ready}\n",
         {"served_name": "phi-4"},
+        says="without effect, since a cluster writes it: metadata.uid, metadata.generation, "
+        "metadata.resourceVersion, metadata.finalizers, status",
+    ),
+    Written(
+        "owned by another object",
+        serving(
+            "{name: w}",
+            "{name: w, ownerReferences: [{apiVersion: v1, kind: X, name: x}], creationTimestamp: null, "
+            "annotations: {kubectl.kubernetes.io/last-applied-configuration: '{}'}}",
+        ),
+        {"served_name": "phi-4"},
+        says="metadata.ownerReferences, metadata.annotations kubectl.kubernetes.io/last-applied-conf",
+    ),
+    Written(
+        "as a controller is about to delete it",
+        tuning("{name: w}", "{name: w, deletionTimestamp: '2026-11-30T00:00:00Z', selfLink: /x}"),
+        {"name": "w"},
+        says="metadata.selfLink, metadata.deletionTimestamp",
+    ),
+    Written(
+        "another runtime",
+        serving("{name: w}", "{name: w, annotations: {kaito.sh/runtime: tgi}}"),
+        refused="'metadata.annotations' has kaito.sh/runtime 'tgi', expected vllm or transformers",
+    ),
+    Written(
+        "the runtime in capitals",
+        serving("{name: w}", "{name: w, annotations: {kaito.sh/runtime: VLLM}}"),
+        {"served_name": "phi-4"},
+        says="asks for the vllm runtime",
+    ),
+    Written(
+        "a switch that is no boolean",
+        serving("{name: w}", '{name: w, annotations: {kaito.sh/enablelb: "yes"}}'),
+        refused="has kaito.sh/enablelb 'yes', expected true or false",
+    ),
+    Written(
+        "a bypass that is no boolean",
+        serving("{name: w}", "{name: w, annotations: {kaito.sh/bypass-resource-checks: sure}}"),
+        refused="has kaito.sh/bypass-resource-checks 'sure', expected true or false",
+    ),
+    Written(
+        "a switch as Go writes it",
+        serving(
+            "{name: w}", '{name: w, annotations: {kaito.sh/enablelb: "T", kaito.sh/disable-benchmark: "0"}}'
+        ),
+        {"served_name": "phi-4"},
+        says="kaito.sh/enablelb: only a cluster has it",
+    ),
+    Written(
+        "a switch left empty",
+        serving("{name: w}", '{name: w, annotations: {kaito.sh/enablelb: ""}}'),
+        {"served_name": "phi-4"},
+    ),
+    Written(
+        "InferenceSet as the cluster returns it",
+        """\
+apiVersion: kaito.sh/v1alpha1
+kind: InferenceSet
+metadata: {generateName: w-, uid: u, finalizers: [x]}
+spec:
+  template:
+    metadata: {name: other, namespace: n, labels: {a: b}}
+    inference: {preset: {name: phi-4}}
+status: {replicas: 1}
+""",
+        {"served_name": "phi-4"},
+        says="metadata.uid, metadata.finalizers, status",
+    ),
+    Written(
+        "InferenceSet with a named template",
+        "apiVersion: kaito.sh/v1alpha1\nkind: InferenceSet\nmetadata: {name: w}\nspec:\n"
+        "  template: {metadata: {name: other}, inference: {preset: {name: phi-4}}}\n",
+        {"served_name": "phi-4"},
+        says="without effect in 'spec.template.metadata': name",
     ),
     Written(
         "InferenceSet",

@@ -75,6 +75,8 @@ def test_adapter_flag_holds_reference_and_strength(
     word: str, reference: str, strength: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "d").mkdir()
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/adapter_config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     adapter = load_server(
         "phi-4", environ={}, root=tmp_path, overrides={"--adapter": [word]}

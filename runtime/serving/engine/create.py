@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from runtime import hardware, models
 from runtime.memory.serving import HOST_SHARE, LEAST_CONTEXT_TOKENS, sequences_that_fit
+from runtime.serving import fit
 from runtime.serving.settings import ServeConfig
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def create(config: ServeConfig, model: "PreTrainedModel", *, rank: "Rank | None"
 
     stated = models.context_tokens(model.config)
     context_tokens = min(stated, config.limits.context_tokens or stated)
+    if beyond := fit.beyond_the_model(config, stated):
+        log.warning("%s", beyond)
     reason = refusal(model)
     if reason is not None:
         log.warning("Serving one request at a time: %s", reason)

@@ -50,6 +50,7 @@ class Nodes:
         pods = ("WORLD_SIZE", "RANK") if environ.get("MASTER_ADDR") and not environ.get("LOCAL_RANK") else ()
         count = count or _number(environ, (*_COUNT, *pods[:1])) or 1
         if count == 1:
+            _refuse_alone(rank, endpoint)
             return cls()
         if rank is None:
             rank = _number(environ, (*_RANK, *pods[1:]))
@@ -91,6 +92,13 @@ class Nodes:
 
 
 SINGLE_NODE = Nodes()
+
+
+def _refuse_alone(rank: int | None, endpoint: str | None) -> None:
+    """Refuse flags that ask for several nodes where there is one."""
+    flag = f"--node-rank {rank}" if rank else f"--rdzv-endpoint {endpoint}" if endpoint is not None else ""
+    if flag:
+        raise ConfigError(f"{flag}: this job has one node; give --nnodes, the number of all")
 
 
 def _first(environ: Mapping[str, str], names: tuple[str, ...]) -> str | None:

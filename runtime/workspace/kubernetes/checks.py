@@ -11,21 +11,28 @@ from typing import Any
 from runtime import oci
 from runtime.config import yaml_documents
 from runtime.errors import ConfigError
-from runtime.workspace.kubernetes import deployment, names, nodes, placement, secrets
+from runtime.workspace.kubernetes import names, nodes, pod, secrets
 from runtime.workspace.kubernetes.options import PodOptions
 from runtime.workspace.layers import find_placeholders
 from runtime.workspace.manifest import Document, WorkspaceDocuments
-from runtime.workspace.schema import PresetSpec, Source, TuningSpec, Workspace
+from runtime.workspace.schema import (
+    BYPASS,
+    KUBECTL,
+    LOAD_BALANCER,
+    RUNTIME,
+    PresetSpec,
+    Source,
+    TuningSpec,
+    Workspace,
+)
 
 REGISTRY_KEY = ".dockerconfigjson"
 _WITH_EFFECT = {
-    deployment.ENABLE_LOAD_BALANCER,
-    placement.BYPASS,
-    "kaito.sh/runtime",  # load_server says what serves instead
+    LOAD_BALANCER,
+    BYPASS,
+    RUNTIME,  # load_server says what serves instead
     "kaito.sh/disable-benchmark",  # there is none
 }
-_LAST_APPLIED = "kubectl.kubernetes.io/"
-"""Annotations that kubectl writes for itself, and that no object is given."""
 
 
 def refuse(manifest: WorkspaceDocuments, others: Sequence[Document], options: PodOptions) -> None:
@@ -171,8 +178,10 @@ def _values(document: Document, field: str) -> Mapping[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def ineffective(manifest: WorkspaceDocuments, options: PodOptions, *, gpus: bool) -> Iterator[str]:
-    """Yield what the Workspace asks for and the objects do not carry out."""
+def ineffective(
+    manifest: WorkspaceDocuments, options: PodOptions, *, gpus: bool, keyed: bool
+) -> Iterator[str]:
+    """Yield what the Workspace asks for and the objects do not carry out; `keyed`: clients need a key."""
     workspace, name = manifest.workspace, manifest.file.name
     preset = workspace.preset
     if preset is not None and preset.options.image and preset.options.image != options.image:
@@ -184,13 +193,17 @@ def ineffective(manifest: WorkspaceDocuments, options: PodOptions, *, gpus: bool
     if preset is not None and preset.access_mode == "private" and not preset.options.image:
         yield f"{name} {manifest.work}.preset.accessMode is private, which has no effect without an image"
     for annotation, value in workspace.metadata.annotations.items():
-        if any(secrets.places({annotation: value})) and not annotation.startswith(_LAST_APPLIED):
+        if annotation.startswith(KUBECTL) or annotation in _WITH_EFFECT:
+            continue
+        if any(secrets.places({annotation: value})):
             yield f"{name} metadata.annotations {annotation} holds a secret, so it is left out of the objects"
-        elif annotation.startswith("kaito.sh/") and annotation not in _WITH_EFFECT:
+        elif pod.is_of_a_controller(annotation):
             yield f"{name} metadata.annotations {annotation} has no effect without the controller"
     yield from nodes.warnings(workspace.resource, name, gpus=gpus)
-    if manifest.work == "inference" and deployment.wants_load_balancer(manifest) and options.api_key is None:
-        asked = f"{name} {deployment.ENABLE_LOAD_BALANCER}"
+    asked = f"{name} metadata.annotations {LOAD_BALANCER}"
+    if workspace.metadata.asks(LOAD_BALANCER) and manifest.work == "tuning":
+        yield f"{asked} has no effect on tuning, which serves nobody"
+    elif workspace.metadata.asks(LOAD_BALANCER) and not keyed:
         yield f"{asked}: anybody who reaches the address is served; give --api-key-secret"
 
 

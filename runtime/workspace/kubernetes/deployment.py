@@ -13,14 +13,12 @@ from runtime.workspace.kubernetes.options import PodOptions
 from runtime.workspace.kubernetes.placement import Placement
 from runtime.workspace.kubernetes.pod import EXIT_MARGIN_S, Accelerators, Object
 from runtime.workspace.manifest import WorkspaceDocuments
-from runtime.workspace.schema import InferenceSpec
+from runtime.workspace.schema import LOAD_BALANCER, InferenceSpec
 
 POD_PORT = 8080
 """Where the server listens in its pod: not every node lets this user have port 80, which is the Service's."""
 PRE_STOP_S = 5
 """Time for the nodes' proxies to remove a pod that ends; requests that still arrive are served."""
-ENABLE_LOAD_BALANCER = "kaito.sh/enablelb"
-"""Annotation that asks for an address outside the cluster."""
 
 
 def objects_of_server(
@@ -57,11 +55,6 @@ def objects_of_server(
         "template": {"metadata": {"labels": pod.labels(manifest)}, "spec": template},
     }
     return [{**pod.named("apps/v1", "Deployment", manifest), "spec": deployment}, _service(manifest)]
-
-
-def wants_load_balancer(manifest: WorkspaceDocuments) -> bool:
-    """Whether the Workspace asks for an address outside the cluster."""
-    return manifest.workspace.metadata.annotations.get(ENABLE_LOAD_BALANCER, "").lower() in ("true", "1", "t")
 
 
 def _container(manifest: WorkspaceDocuments, placement: Placement, options: PodOptions) -> Object:
@@ -110,6 +103,6 @@ def _service(manifest: WorkspaceDocuments) -> Object:
         "selector": pod.selector(manifest),
         "ports": [{"name": "http", "port": ports.SERVING, "targetPort": "http"}],
     }
-    if wants_load_balancer(manifest):
+    if manifest.workspace.metadata.asks(LOAD_BALANCER):
         spec["type"] = "LoadBalancer"
     return {**pod.named("v1", "Service", manifest), "spec": spec}

@@ -14,6 +14,7 @@ from runtime.workspace.kubernetes import secrets, text
 from runtime.workspace.kubernetes.names import LARGEST_CONFIG_MAP
 from runtime.workspace.kubernetes.options import PodOptions
 from runtime.workspace.manifest import WorkspaceDocuments
+from runtime.workspace.schema import RUNTIME
 
 Object = dict[str, Any]
 
@@ -104,12 +105,12 @@ def key(manifest: WorkspaceDocuments) -> str:
 def _workspace(manifest: WorkspaceDocuments) -> Object:
     """Return the Workspace without what the cluster or the user wrote for others."""
     metadata = manifest.workspace.metadata
-    annotations = {key: value for key, value in metadata.annotations.items() if key.startswith("kaito.sh/")}
+    runtime = metadata.annotations.get(RUNTIME)
     kept = {name: manifest.document.get(name) for name in ("resource", "tuning", "inference")}
     described = {
         "name": metadata.name,
         "namespace": metadata.namespace or None,
-        "annotations": annotations or None,
+        "annotations": {RUNTIME: runtime} if runtime else None,
     }
     whole = {
         "apiVersion": manifest.workspace.api_version, "kind": "Workspace", "metadata": described, **kept,

@@ -68,6 +68,7 @@ def _workspace(
 ) -> tuple[list[Object], list[str]]:
     environ = _environ(manifest)
     resolved: Resolved[TuningJob] | Resolved[ServeConfig]
+    keyed = options.api_key is not None
     if manifest.work == "tuning":
         resolved = job = load_job(manifest, environ=environ, config=options.config)
         checks.refuse(manifest, found.others, options)
@@ -78,12 +79,13 @@ def _workspace(
         settings = options.settings
         resolved = server = load_server(manifest, environ=environ, config=options.config, overrides=settings)
         checks.refuse(manifest, found.others, options)
+        keyed = keyed or server.config.api_key is not None
         placed = placement.of_server(manifest, server.config, options)
         size = _weights_bytes(server.config.model)
         made = objects_of_server(manifest, server.config, placed, options, weights_bytes=size)
     read = files.of(manifest, options)
     _restart_with(read, made)
-    ineffective = checks.ineffective(manifest, options, gpus=placed.gpus > 0)
+    ineffective = checks.ineffective(manifest, options, gpus=placed.gpus > 0, keyed=keyed)
     warnings = [*resolved.warnings, *resolved.placeholders, *placed.warnings, *ineffective, *read.warnings]
     described = pod.named("v1", read.kind, manifest, name=files.name(manifest))
     return [{**described, **read.content}, *made], warnings

@@ -18,10 +18,9 @@ from runtime.tuning.settings import TuningJob
 from runtime.workspace.instances import NAME_THE_GPU, gpus_of, is_known
 from runtime.workspace.kubernetes.options import PodOptions
 from runtime.workspace.manifest import WorkspaceDocuments
+from runtime.workspace.schema import BYPASS
 
 WHOLE_GPU = "nvidia.com/gpu"
-BYPASS = "kaito.sh/bypass-resource-checks"
-"""Annotation with which a user vouches for the memory."""
 
 _UNKNOWN = Hardware("cuda", "GPU", None, 0, 1)
 
@@ -153,6 +152,6 @@ def _node(manifest: WorkspaceDocuments, options: PodOptions) -> _Node:
 
 def _vouched(manifest: WorkspaceDocuments, error: CapacityError) -> str:
     """Return the error as a warning where the Workspace bypasses the check, else raise it."""
-    if manifest.workspace.metadata.annotations.get(BYPASS, "").lower() != "true":
+    if not manifest.workspace.metadata.asks(BYPASS):
         raise error
     return f"{error} ({BYPASS} is set)"

@@ -164,7 +164,7 @@ def named(version: str, kind: str, manifest: WorkspaceDocuments, *, name: str = 
     own = {
         key: value
         for key, value in metadata.annotations.items()
-        if not _is_of_a_controller(key) and not any(secrets.places({key: value}))
+        if not is_of_a_controller(key) and not any(secrets.places({key: value}))
     }
     described: Object = {"name": name or metadata.name}
     if metadata.namespace:
@@ -189,6 +189,7 @@ def selector(manifest: WorkspaceDocuments) -> Object:
     }
 
 
-def _is_of_a_controller(annotation: str) -> bool:
+def is_of_a_controller(annotation: str) -> bool:
+    """Whether an annotation is for kubectl or KAITO's controller, so that no object is given it."""
     prefix = annotation.partition("/")[0]
     return prefix == "kubectl.kubernetes.io" or prefix.endswith(("kaito.sh", "kaito.io"))

@@ -261,6 +261,25 @@ def test_load_balancer_is_asked_for_by_annotation(written: str, kind: str | None
     assert not any("api-key" in warning for warning in made(text, tmp_path, api_key=("k", "v"))[1])
 
 
+def test_load_balancer_of_a_tuning_workspace_is_said_to_have_no_effect(tmp_path: Path) -> None:
+    text = TUNING.replace("{name: w}", "{name: w, annotations: {kaito.sh/enablelb: 'true'}}")
+    assert any("kaito.sh/enablelb has no effect on tuning" in warning for warning in made(text, tmp_path)[1])
+
+
+def test_load_balancer_before_a_key_of_the_configuration_needs_no_other(tmp_path: Path) -> None:
+    text = SERVING.replace("{name: w}", "{name: w, annotations: {kaito.sh/enablelb: 'true'}}")
+    keyed = "---\napiVersion: v1\nkind: ConfigMap\nmetadata: {name: c}\ndata:\n  inference_config.yaml: |\n"
+    warnings = made(f"{text}  config: c\n{keyed}    vllm: {{api-key: abc}}\n", tmp_path)[1]
+    assert not any("anybody who reaches" in warning for warning in warnings)
+
+
+def test_pod_is_given_no_annotation_but_the_runtime(tmp_path: Path) -> None:
+    written = "{kaito.sh/runtime: vllm, kaito.sh/x: y, kaito.sh/enablelb: 'true', a/b: c}"
+    objects, _ = made(SERVING.replace("{name: w}", f"{{name: w, annotations: {written}}}"), tmp_path)
+    read = yaml.safe_load(of_kind("ConfigMap", objects)["data"]["workspace.yaml"])
+    assert read["metadata"]["annotations"] == {"kaito.sh/runtime": "vllm"}
+
+
 def test_api_key_and_token_come_from_secrets(tmp_path: Path) -> None:
     objects, _ = made(INFERENCE, tmp_path, api_key=("keys", "api-key"))
     values = {v["name"]: v["valueFrom"]["secretKeyRef"] for v in container_of(objects)["env"]}

@@ -1,0 +1,51 @@
+"""`runtime tune`: what a dry run refuses as the pod would."""
+
+from pathlib import Path
+
+import pytest
+
+from runtime.cli import main
+from tests.cli.conftest import failure_line
+
+pytestmark = pytest.mark.usefixtures("restored_logging")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--nnodes", "2", "--node-rank", "5"], "node rank is 5 of 2 nodes, expected 0 to 1"),
+        (["--nnodes", "2", "--node-rank", "1"], "2 nodes have no rendezvous endpoint"),
+        (["--node-rank", "5"], "--node-rank 5: this job has one node; give --nnodes"),
+        (["--rdzv-endpoint", "a:1"], "--rdzv-endpoint a:1: this job has one node"),
+        (["--credentials", "/nonexistent"], "no such file or directory: /nonexistent"),
+        (["--set", "model.path=/nonexistent"], "flag --set model.path: no such file or directory"),
+        (["--set", "data.file=/nonexistent"], "flag --set data.file: no such file or directory"),
+    ],
+)
+def test_dry_run_refuses_what_the_job_would(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n')
+    job = ["tune", "smollm2-135m-instruct", "--data", str(rows), "--dry-run"]
+    assert main.run(job, {}) == 0
+    capsys.readouterr()
+    assert main.run([*job, *flags], {}) == 2
+    assert message in failure_line(capsys)
+
+
+def test_rank_0_of_one_node_is_no_mistake(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n')
+    words = [
+        "tune",
+        "smollm2-135m-instruct",
+        "--data",
+        str(rows),
+        "--dry-run",
+        "--nnodes",
+        "1",
+        "--node-rank",
+        "0",
+    ]
+    assert main.run(words, {}) == 0
