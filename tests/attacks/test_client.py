@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.serving.conftest import Process, start_fake_server, until
 from tests.serving.http.test_acceptor import cpu_s
+from tests.serving.http.test_body import large
 from tests.serving.http.test_connections import CHUNKED, HEAD, answer, connect, read
 from tests.serving.http.test_server import resident_kb
 
@@ -97,6 +99,20 @@ def test_four_megabytes_of_anything_cost_little(server: Process, kind: str) -> N
         time.sleep(0.1)
         assert cpu_s(server) - before_s < MOST_CPU_S
     assert reply.status in {200, 400, 413, 431}
+    assert max(took) < MOST_PROBE_S, took
+
+
+@pytest.mark.parametrize("kind", ["messages", "wrong parts", "ids", "wrong stops", "biases", "keys", "depth"])
+def test_four_megabytes_of_json_cost_little(server: Process, kind: str) -> None:
+    """Every kind, in the test's process: tests/serving/http/test_body.py."""
+    sent, route = large(kind)
+    with probed(server) as took:
+        before_s = cpu_s(server)
+        key = {"Authorization": "Bearer sesame"}
+        reply = httpx.post(server.url + route, content=sent, headers=key, timeout=30)
+        time.sleep(0.1)
+        assert cpu_s(server) - before_s < MOST_CPU_S
+    assert reply.status_code == 400
     assert max(took) < MOST_PROBE_S, took
 
 

@@ -350,10 +350,10 @@ async def test_values_that_ask_for_nothing_are_taken(open_site: Any) -> None:
     assert IGNORED not in reply.headers
 
 
-def large(kind: str) -> bytes:
-    """Return about 4 MB of one thing."""
+def large(kind: str) -> tuple[bytes, str]:
+    """Return about 4 MB of one thing, and the route that it is for."""
     message = json.dumps(USER)
-    return {
+    sent = {
         "messages": '{"messages":[' + ",".join([message] * 120_000) + "]}",
         "wrong messages": '{"messages":[' + ",".join(["0"] * 1_900_000) + "]}",
         "wrong parts": '{"messages":[{"role":"user","content":[' + ",".join(["0"] * 1_900_000) + "]}]}",
@@ -379,6 +379,7 @@ def large(kind: str) -> bytes:
             }
         ),
     }[kind].encode()
+    return sent, ROUTES.get(kind, "/chat" if b'"messages"' not in sent[:20] else CHAT)
 
 
 ROUTES = {"ids": TEXT, "id lists": TEXT, "wrong prompts": TEXT, "wrong ids": TEXT, "items": INPUT}
@@ -406,8 +407,7 @@ async def worst_probe(site: Any, done: asyncio.Event) -> float:
 
 @pytest.mark.parametrize("kind", KINDS.split(","))
 async def test_four_megabytes_of_anything_cost_little_and_stop_nobody(open_site: Any, kind: str) -> None:
-    sent = large(kind)
-    route = ROUTES.get(kind, "/chat" if b'"messages"' not in sent[:20] else CHAT)
+    sent, route = large(kind)
     async with open_site() as site:
         done = asyncio.Event()
         probing = asyncio.create_task(worst_probe(site, done))
