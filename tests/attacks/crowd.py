@@ -1,0 +1,99 @@
+"""Everybody who harms a server, at once, for some seconds; prints the tally of statuses as JSON.
+
+    python crowd.py URL SECONDS
+
+1,000 ordinary requests spread over the time, a third of whose clients leave before the answer; 50 streams
+that nobody reads; and a schema a second that takes hours to compile.
+"""
+
+import asyncio
+import contextlib
+import json
+import random
+import sys
+from collections import Counter
+
+REQUESTS, SLOW_READERS = 1000, 50
+
+
+def request(path: str, body: dict) -> bytes:
+    """Return the bytes of a POST on a connection of its own."""
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+    head += f"Content-Length: {len(content)}\r\n\r\n"
+    return head.encode() + content
+
+
+class Crowd:
+    """The clients, and what they were answered."""
+
+    def __init__(self, url: str, seconds: float) -> None:
+        self.host, _, port = url.removeprefix("http://").partition(":")
+        self.port = int(port)
+        self.seconds = seconds
+        self.counts: Counter[str] = Counter()
+
+    async def send(self, kind: str, content: bytes, *, leave_s: float | None = None) -> None:
+        """Send one request, read its answer, and count its status; leave after `leave_s` without it."""
+        reader, writer = await asyncio.open_connection(self.host, self.port)
+        try:
+            writer.write(content)
+            async with asyncio.timeout(leave_s or self.seconds + 30):
+                reply = await reader.read()
+            status = reply.split(None, 2)[1].decode() if reply else "closed"
+        except TimeoutError:
+            status = "left" if leave_s else "late"
+        except OSError:
+            status = "reset"
+        finally:
+            writer.close()
+        self.counts[f"{kind} {status}"] += 1
+
+    async def ordinary(self) -> None:
+        """Send `REQUESTS` at random moments."""
+        random.seed(0)
+
+        async def one(number: int) -> None:
+            await asyncio.sleep(random.uniform(0, self.seconds))
+            body = {"prompt": f"question {number}", "max_new_tokens": 8}
+            leave_s = random.uniform(0.001, 0.05) if number % 3 == 0 else None
+            await self.send("ordinary", request("/chat", body), leave_s=leave_s)
+
+        await asyncio.gather(*(one(number) for number in range(REQUESTS)))
+
+    async def slow_reader(self) -> None:
+        """Ask for a long stream and read nothing of it, as often as the server ends it."""
+        content = request(
+            "/chat", {"prompt": "x", "stream": True, "ignore_eos": True, "max_new_tokens": 1500}
+        )
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.seconds):
+                while True:
+                    reader, writer = await asyncio.open_connection(self.host, self.port, limit=1024)
+                    writer.write(content)
+                    with contextlib.suppress(OSError):
+                        await reader.read(256)
+                    await asyncio.sleep(5)
+                    writer.transport.abort()
+
+    async def bombs(self) -> None:
+        """Send a schema a second that no compiler finishes, each another."""
+        running = set()
+        for second in range(int(self.seconds)):
+            patterns = [{"pattern": f"^.*a{second}b{number}.*$"} for number in range(30)]
+            body = {"prompt": "x", "guided_json": {"type": "string", "allOf": patterns}}
+            running.add(asyncio.create_task(self.send("bomb", request("/chat", body))))
+            await asyncio.sleep(1)
+        await asyncio.gather(*running)
+
+    async def run(self) -> None:
+        """Run all of them to their end."""
+        await asyncio.gather(
+            self.ordinary(), self.bombs(), *(self.slow_reader() for _ in range(SLOW_READERS))
+        )
+
+
+if __name__ == "__main__":
+    crowd = Crowd(sys.argv[1], float(sys.argv[2]))
+    asyncio.run(crowd.run())
+    print(json.dumps(crowd.counts))
