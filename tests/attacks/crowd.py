@@ -7,9 +7,9 @@ that nobody reads; and a schema a second that takes hours to compile.
 """
 
 import asyncio
-import contextlib
 import json
 import random
+import socket
 import sys
 from collections import Counter
 
@@ -61,20 +61,21 @@ class Crowd:
 
         await asyncio.gather(*(one(number) for number in range(REQUESTS)))
 
-    async def slow_reader(self) -> None:
-        """Ask for a long stream and read nothing of it, as often as the server ends it."""
-        content = request(
-            "/chat", {"prompt": "x", "stream": True, "ignore_eos": True, "max_new_tokens": 1500}
-        )
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.seconds):
-                while True:
-                    reader, writer = await asyncio.open_connection(self.host, self.port, limit=1024)
-                    writer.write(content)
-                    with contextlib.suppress(OSError):
-                        await reader.read(256)
-                    await asyncio.sleep(5)
-                    writer.transport.abort()
+    async def slow_readers(self) -> None:
+        """Ask for a long stream now and again and read nothing of it until the server ends it."""
+        content = request("/chat", {"prompt": "x", "stream": True, "ignore_eos": True, "max_new_tokens": 1500})
+
+        async def one(number: int) -> None:
+            await asyncio.sleep(number * self.seconds / SLOW_READERS)
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.setblocking(False)
+                loop = asyncio.get_running_loop()
+                await loop.sock_connect(client, (self.host, self.port))
+                await loop.sock_sendall(client, content)
+                await asyncio.sleep(self.seconds)
+
+        await asyncio.gather(*(one(number) for number in range(SLOW_READERS)))
 
     async def bombs(self) -> None:
         """Send a schema a second that no compiler finishes, each another."""
@@ -88,9 +89,10 @@ class Crowd:
 
     async def run(self) -> None:
         """Run all of them to their end."""
-        await asyncio.gather(
-            self.ordinary(), self.bombs(), *(self.slow_reader() for _ in range(SLOW_READERS))
-        )
+        async with asyncio.timeout(self.seconds + 60), asyncio.TaskGroup() as crowd:
+            readers = crowd.create_task(self.slow_readers())
+            await asyncio.gather(self.ordinary(), self.bombs())
+            readers.cancel()
 
 
 if __name__ == "__main__":

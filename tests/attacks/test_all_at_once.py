@@ -58,7 +58,7 @@ class Bystander:
 @pytest.mark.slow
 @pytest.mark.model
 def test_a_bystander_is_answered_while_all_attack(tiny_llama_dir: Path) -> None:
-    server = Process.serve(tiny_llama_dir, "--set", "limits.rows=8", "--set", "limits.queue=64")
+    server = Process.serve(tiny_llama_dir, "--set", "limits.rows=16", "--set", "limits.queue=64")
     try:
         server.wait_ready(180)
         report = attacked(server)
