@@ -147,7 +147,6 @@ def test_llm_command(server: Process, tmp_path: Path) -> None:
     assert json.loads(llm("-m", "ours", "--schema", "name, people int", "SAY:" + said))["people"] == 7
 
 
-@pytest.mark.xfail(reason="an offer to upgrade to h2c loses the body")
 @pytest.mark.skipif(shutil.which("java") is None, reason="needs a JDK")
 def test_javas_default_client(server: Process) -> None:
     ran = subprocess.run(
