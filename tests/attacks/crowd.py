@@ -63,7 +63,7 @@ class Crowd:
 
     async def slow_readers(self) -> None:
         """Ask for a long stream now and again and read nothing of it until the server ends it."""
-        content = request("/chat", {"prompt": "x", "stream": True, "ignore_eos": True, "max_new_tokens": 1500})
+        content = request("/chat", {"prompt": "x", "stream": True, "ignore_eos": True, "max_new_tokens": 600})
 
         async def one(number: int) -> None:
             await asyncio.sleep(number * self.seconds / SLOW_READERS)
