@@ -102,7 +102,9 @@ class FormProcess:
         self._channel = channel
         self._pid = 0
         self._numbers = itertools.count()
+        self._answers: set[int] = set()
         self._replies: dict[int, tuple[int, bytes]] = {}
+        """Of those answers; what comes for one that has ended is dropped."""
         self._lock = threading.Lock()
         self.ended = False
         """Whether it was killed, or has ended by itself."""
@@ -146,6 +148,7 @@ class FormProcess:
     def begin(self, param: str) -> "AnswerMask":
         """Return the mask of one more answer."""
         number = next(self._numbers)
+        self._answers.add(number)
         self.send(host.BEGIN, number)
         return AnswerMask(self, number, param)
 
@@ -167,11 +170,13 @@ class FormProcess:
                     self.kill()
                     raise
                 number, fine = host.REPLY.unpack_from(message)
-                self._replies[number] = fine, message[host.REPLY.size :]
+                if number in self._answers:
+                    self._replies[number] = fine, message[host.REPLY.size :]
             return self._replies.pop(answer)
 
     def forget(self, answer: int) -> None:
         """Let go of an answer that has ended."""
+        self._answers.discard(answer)
         self._replies.pop(answer, None)
         self.send(host.END, answer)
 

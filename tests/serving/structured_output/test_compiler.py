@@ -211,3 +211,19 @@ async def test_queue_is_bounded_and_those_who_leave_free_their_place() -> None:
 async def _entered(lanes: Lanes) -> Any:
     async with lanes.enter("b"):
         yield None
+
+
+async def test_what_an_ended_answer_did_not_read_is_forgotten(
+    compiler: GrammarCompiler, tokenizer: Any
+) -> None:
+    """A mask is computed after the last token, too, and nobody asks for it."""
+    grammar = await compiler.compile(form("[ab]+", "regex"))
+    (letter,) = tokenizer("a", add_special_tokens=False)["input_ids"]
+    for _ in range(50):
+        mask = grammar.begin()
+        mask.allowed()
+        mask.take(letter)
+        del mask
+    assert written(grammar, tokenizer, "ab")[END]
+    (process,) = compiler._live
+    assert not process._replies
