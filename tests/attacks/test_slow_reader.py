@@ -23,7 +23,7 @@ def client(
 ) -> Iterator[socket.socket]:
     """Send a request `times` over, on a connection that takes little before it is read."""
     sent = b"" if body is None else json.dumps(body).encode()
-    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(sent)}\r\n\r\n".encode()
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(sent)}\r\n\r\n".encode()
     with socket.socket() as opened:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         opened.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
@@ -98,9 +98,9 @@ def test_a_complete_answer_that_nobody_reads_is_dropped(start_server: Any) -> No
 
 def test_pages_that_nobody_reads_are_dropped(start_server: Any) -> None:
     server = start_server(engine=ENGINE, config={"limits": LIMITS})
-    with client(server, "GET", "/docs", times=200) as connection:
+    with client(server, "GET", "/openapi.json", times=9) as connection:
         until(lambda: cut_off(server) == 1, 20)
-        assert read_to_the_end(connection) < 200 * len(server.get("/docs").content)
+        assert read_to_the_end(connection) < 9 * len(server.get("/openapi.json").content)
 
 
 def test_a_byte_a_second_ends_with_the_request_s_time(start_server: Any) -> None:

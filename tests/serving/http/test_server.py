@@ -149,7 +149,7 @@ def test_client_that_disconnects_without_streaming_frees_its_sequence(start_serv
     body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2000}).encode()
     address = server.url.removeprefix("http://").split(":")
     with socket.create_connection((address[0], int(address[1]))) as client:
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
         client.sendall(head + body)
         until(lambda: server.running() == 1)
     assert until(lambda: server.running() == 0) < 1
@@ -199,7 +199,7 @@ def test_slow_clients_are_cut_and_others_served(start_server: Any) -> None:
         for client in heads:
             client.sendall(b"POST /chat HTTP/1.1\r\n")
         for client in bodies:
-            client.sendall(b"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+            client.sendall(b"POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
         while not stop.wait(0.2):
             for client in [*heads, *bodies]:
                 with contextlib.suppress(OSError):  # cut, as it should be
