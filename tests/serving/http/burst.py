@@ -12,7 +12,8 @@ async def post(host: str, port: int) -> str:
     """Send one request on a connection of its own and return the status."""
     reader, writer = await asyncio.open_connection(host, port)
     writer.write(
-        b"POST /chat HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(BODY)
+        b"POST /chat HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+        % len(BODY)
     )
     writer.write(BODY)
     reply = await reader.read()

@@ -149,7 +149,9 @@ def test_client_that_disconnects_without_streaming_frees_its_sequence(start_serv
     body = json.dumps({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2000}).encode()
     address = server.url.removeprefix("http://").split(":")
     with socket.create_connection((address[0], int(address[1]))) as client:
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(
+            body
+        )
         client.sendall(head + body)
         until(lambda: server.running() == 1)
     assert until(lambda: server.running() == 0) < 1
