@@ -4,14 +4,18 @@ import subprocess
 import sys
 import textwrap
 import time
+import tomllib
+from importlib.metadata import distribution
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from runtime import hardware
-from tests.bench.gpu import report
+from tests.bench.gpu import report, run
 from tests.bench.gpu.run import STEPS, Bench, Step, read
 
 ROOT = Path(__file__).parents[1]
@@ -290,3 +294,38 @@ def test_every_step_gives_its_figures_on_a_cpu(tmp_path: Path) -> None:
         assert not missing, (number, missing, mine)
     assert max(line["gradient_error"] for line in lines if "gradient_error" in line) < 1e-4
     assert all(line["gap_share"] < 1e-4 for line in lines if "gap_share" in line)
+
+
+def test_a_process_that_cannot_be_killed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is in no group of its own stands in for one that a driver holds."""
+    monkeypatch.setattr(run, "KILLED_S", 0.1)
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            run._kill(process)
+            assert process.poll() is None
+            assert process.stdin is not None
+            assert process.stdin.closed
+        finally:
+            process.kill()
+
+
+def test_the_page_lists_every_package_that_a_machine_with_torch_alone_lacks() -> None:
+    def walk(requirement: Requirement, found: set[str]) -> set[str]:
+        name = canonicalize_name(requirement.name)
+        if name not in found:
+            found.add(name)
+            for each in map(Requirement, distribution(name).requires or []):
+                extras = requirement.extras or {""}
+                if each.marker is None or any(each.marker.evaluate({"extra": extra}) for extra in extras):
+                    walk(each, found)
+        return found
+
+    with (ROOT / "pyproject.toml").open("rb") as stream:
+        wanted = [Requirement(text) for text in tomllib.load(stream)["project"]["dependencies"]]
+    needed: set[str] = set().union(*(walk(each, set()) for each in wanted))
+    page = (ROOT / "tests/bench/README.md").read_text()
+    listed = set(
+        page.partition("constraints.txt (filelock")[2].partition("\n\n")[2].partition("\n\n")[0].split()
+    )
+    assert listed == needed - walk(Requirement("torch"), set()) | {"filelock"}
