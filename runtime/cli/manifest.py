@@ -102,6 +102,6 @@ def manifest(  # noqa: PLR0913, PLR0917 - a command line has as many parameters 
 def _secret(written: str) -> tuple[str, str]:
     """Return the name and the key of `NAME` or `NAME:KEY`."""
     name, colon, key = written.partition(":")
-    if not name or (colon and not key):
+    if not name or (colon and not key) or ":" in key:
         raise ConfigError(f"--api-key-secret {written}: expected NAME, or NAME:KEY")
     return name, key or API_KEY

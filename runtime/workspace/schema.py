@@ -25,6 +25,8 @@ Texts = Annotated[
 
 
 UNNAMED = "workspace"
+MOST_ADAPTERS = 10
+"""Of one Workspace, by KAITO's schema."""
 
 LOAD_BALANCER = "kaito.sh/enablelb"
 BYPASS = "kaito.sh/bypass-resource-checks"
@@ -188,11 +190,13 @@ class InferenceSpec(Sparse):
     preset: PresetSpec | None = None
     template: dict[str, Any] | None = None
     config: str = ""
-    adapters: list[AdapterSpec] = Field([], max_length=10)
+    adapters: list[AdapterSpec] = []
 
     @field_validator("adapters")
     @classmethod
     def _unique(cls, adapters: list[AdapterSpec]) -> list[AdapterSpec]:
+        if len(adapters) > MOST_ADAPTERS:
+            raise ValueError(f"holds {len(adapters)} adapters, expected {MOST_ADAPTERS} at most")
         names = [adapter.source.name for adapter in adapters]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:

@@ -39,6 +39,7 @@ inference: {preset: {name: PRESET}}
         ("phi-4", [], 0),
         ("phi-4", ["--api-key-secret", "keys:token", "--cpu", "4", "--memory", "20Gi"], 0),
         ("phi-4", ["--api-key-secret", "keys:"], 2),
+        ("phi-4", ["--api-key-secret", "a:b:c"], 2),
         ("phi-4", ["--memory", "20GB"], 2),
         ("phi-4", ["--gpu", "T4-16GB"], 6),
         ("llama-3.3-70b-instruct", [], 6),

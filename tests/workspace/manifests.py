@@ -337,6 +337,13 @@ inference:
         says="metadata.selfLink, metadata.deletionTimestamp",
     ),
     Written(
+        "more adapters than KAITO takes",
+        SERVING
+        + "  adapters:\n"
+        + "".join(f"  - source: {{name: a{n}, image: r.io/a:{n}}}\n" for n in range(11)),
+        refused="'inference.adapters' holds 11 adapters, expected 10 at most",
+    ),
+    Written(
         "another runtime",
         serving("{name: w}", "{name: w, annotations: {kaito.sh/runtime: tgi}}"),
         refused="'metadata.annotations' has kaito.sh/runtime 'tgi', expected vllm or transformers",
