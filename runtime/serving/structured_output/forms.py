@@ -107,6 +107,8 @@ def _check(made: "LLMatcher", constraint: Constraint) -> None:
 def said(error: str) -> str:
     """Return what llguidance says, and its limits where one was reached."""
     text = one_line(error.replace("<non-verbose/>", ""))
+    if text.startswith("NoExtension"):
+        return "no answer can match it"
     if any(word in text.lower() for word in EXHAUSTED):
         names = ", ".join(f"{name} {value}" for name, value in limits.PARSER_LIMITS.items())
         return f"too complex: {text} (limits: {names})"

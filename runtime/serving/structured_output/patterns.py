@@ -18,7 +18,7 @@ ESCAPES = {
 }
 """Of U+FEFF, white space in ECMA-262 and none in Python, neither `\\s` nor `\\S` allows one."""
 DOT = r"[^\n\r\x{2028}\x{2029}]"
-ESCAPE = re.compile(r"\\(?:c([A-Za-z])|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]+)\}|(.))", re.DOTALL)
+ESCAPE = re.compile(r"\\(?:c([A-Za-z])|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]+)\}|([pP]\{[\w=]+\}|.))", re.DOTALL)
 QUANTIFIER = re.compile(r"\{\d+(?:,\d*)?\}")
 
 

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.anyio
         ("a{,3}{x}{2}{2,}", r"a\{,3}\{x}{2}{2,}"),
         (r"\/\-", r"\/\-"),
         (r"\\d", r"\\d"),
+        (r"\p{L}+\P{Nd}{2}", r"\p{L}+\P{Nd}{2}"),
     ],
 )
 def test_ecma_is_translated(pattern: str, translated: str) -> None:

@@ -164,6 +164,7 @@ async def test_what_cannot_be_enforced_is_named_and_refused_where_strict(
     ("schema", "message"),
     [
         ({"type": "strnig"}, "Invalid type: strnig"),
+        ({"$ref": "#"}, "no answer can match it"),
         ({"properties": [1]}, "properties"),
         ({"type": "object", "required": 5}, "not a well-formed JSON schema"),
         ({"$ref": "http://127.0.0.1:9/x"}, r"at #/\$ref: 'http://127.0.0.1:9/x' is not fetched"),
