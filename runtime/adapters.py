@@ -87,11 +87,17 @@ def local_copy(reference: str, *, access: oci.Access, name: str | None = None) -
     if folder.is_dir():
         yield folder
         return
-    if oci.is_path(reference):
-        raise ConfigError(f"{what}: no directory {reference}")
+    if not oci.is_image(reference):
+        raise no_directory(reference, what)
     with tempfile.TemporaryDirectory(prefix="adapter-") as scratch:
         image = oci.pull(oci.parse(reference), Path(scratch) / "image", access=access)
         yield _only_adapter(image, what, reference)
+
+
+def no_directory(reference: str, what: str) -> ConfigError:
+    """Return the error for an adapter that is no directory here and not written as an image."""
+    hint = "" if oci.is_path(reference) else "; an image is written registry/repository:tag"
+    return ConfigError(f"{what}: no directory {reference}{hint}")
 
 
 def _only_adapter(image: Path, what: str, reference: str) -> Path:

@@ -224,6 +224,7 @@ def test_a_reference_without_an_adapter_is_refused_by_name(tmp_path: Path) -> No
     for reference, message in (
         (image, f"adapter support: {image} holds no adapter_config.json"),
         (f"{tmp_path}/missing", f"adapter support: no directory {tmp_path}/missing"),
+        ("missing", "adapter support: no directory missing; an image is written registry/repository:tag"),
     ):
         with (
             pytest.raises(ConfigError, match=message),

@@ -6,7 +6,7 @@ Contacts no registry; what a name may be stands in oci/reference.py. Start at `c
 from collections.abc import Mapping
 from pathlib import Path
 
-from runtime import oci, presets, support
+from runtime import adapters, oci, presets, support
 from runtime.errors import ConfigError
 from runtime.files import kind_of
 from runtime.serving.settings import ServeConfig
@@ -61,8 +61,7 @@ def check_adapter(reference: str, where: str) -> None:
     elif kind_of(reference) is not None:
         raise ConfigError(f"{where}: {reference} is a file, expected the directory of an adapter")
     elif not oci.is_image(reference) and not find_placeholders(reference):
-        image = "" if oci.is_path(reference) else "; an image is written registry/repository:tag"
-        raise ConfigError(f"{where}: no directory {reference}{image}")
+        raise adapters.no_directory(reference, where)
 
 
 def check_adapters(config: ServeConfig) -> None:

@@ -14,6 +14,8 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from runtime.serving.http.body import IGNORED
+from runtime.serving.http.constraint_fields import RELAXED
 from runtime.serving.http.sse import error_object, reply
 
 EVERY = "*"
@@ -138,7 +140,7 @@ class OriginMiddleware:
                 allow_methods=["*"],
                 allow_headers=["*"],  # SDKs send many of their own
                 allow_private_network=True,
-                expose_headers=["x-request-id", "retry-after", "x-ignored-fields"],
+                expose_headers=["x-request-id", "retry-after", IGNORED, RELAXED],
                 max_age=PREFLIGHT_S,
             )
 
