@@ -9,6 +9,7 @@
     ├── TransientError         75     503   another try would probably work
     ├── StoppedError          143           SIGTERM, after a checkpoint
     └── RequestError                  400   one HTTP request cannot be served
+        ├── ContextLengthError        400   prompt and answer are longer than the model's context
         ├── ForbiddenError            403   this server does not offer it
         ├── UnknownModelError         404
         ├── DeadlineError             408   the body or the answer took too long
@@ -64,6 +65,35 @@ class RequestError(Failure):
         super().__init__(message)
         self.param = param
         self.code = code
+
+
+class ContextLengthError(RequestError):
+    """Prompt and answer are longer than the model's context."""
+
+    def __init__(
+        self,
+        most_tokens: int,
+        prompt_tokens: int,
+        new_tokens: int | None = None,
+        *,
+        param: str | None = None,
+        or_more: bool = False,
+    ):
+        """In OpenAI's words, by which agents recognise that they have to shorten their history."""
+        least = "at least " if or_more else ""
+        found, reduce = f"your messages resulted in {least}{prompt_tokens} tokens", "messages"
+        if new_tokens is not None:
+            found = (
+                f"you requested {prompt_tokens + new_tokens} tokens ({prompt_tokens} in the messages, "
+                f"{new_tokens} in the completion)"
+            )
+            reduce = "messages or completion"
+        super().__init__(
+            f"This model's maximum context length is {most_tokens} tokens. However, {found}. "
+            f"Please reduce the length of the {reduce}.",
+            param=param,
+            code="context_length_exceeded",
+        )
 
 
 class ForbiddenError(RequestError):

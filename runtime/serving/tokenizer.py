@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import ClientGoneError, RequestError
+from runtime.errors import ClientGoneError, ContextLengthError, RequestError
 from runtime.serving import chat_template
 from runtime.serving.chat_template import TemplateOptions, Turn
 from runtime.serving.engine.protocol import Constraint, Sampling
@@ -210,12 +210,7 @@ class PromptTokenizer:
         if not ids:
             raise RequestError("the prompt has no tokens; send some text", param=param)
         if len(ids) >= self.context_tokens:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens; prompt and answer together may have "
-                f"{self.context_tokens}: shorten it",
-                param=param,
-                code="context_length_exceeded",
-            )
+            raise ContextLengthError(self.context_tokens, len(ids), param=param)
         return tuple(ids)
 
     async def _chat_ids(
@@ -257,12 +252,7 @@ class PromptTokenizer:
         if least <= most:
             return
         if most == self.context_tokens:
-            raise RequestError(
-                f"the prompt has {least} tokens or more; prompt and answer together may have "
-                f"{most}: shorten it",
-                param=param,
-                code="context_length_exceeded",
-            )
+            raise ContextLengthError(most, least, param=param, or_more=True)
         raise RequestError(
             f"'{param}' has {least} tokens or more; at most {most} are taken here", param=param
         )

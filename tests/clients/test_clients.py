@@ -112,7 +112,6 @@ def test_langchain(read: Callable[..., Any]) -> None:
     }
 
 
-@pytest.mark.xfail(reason="litellm does not recognise our sentence for a context overflow")
 @needs_clients
 def test_litellm(read: Callable[..., Any]) -> None:
     assert read("python", "litellm_python.py") == {

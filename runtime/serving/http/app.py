@@ -21,6 +21,7 @@ from runtime.serving.generation import Generator
 from runtime.serving.http import admin, chat, openai, responses
 from runtime.serving.http.middleware import RequestMiddleware
 from runtime.serving.http.origins import Callers
+from runtime.serving.http.refusals import Refusals
 from runtime.serving.http.schema import ErrorBody
 from runtime.serving.http.sse import error_object, failure_reply, reply
 from runtime.serving.lifecycle import Lifecycle
@@ -54,13 +55,13 @@ def create_app(
     app.include_router(admin.router(generator, adapter_loader))
     _add_health(app, lifecycle)
     _add_pages(app, metrics)
-    _add_failures(app, metrics)
+    _add_failures(app)
     app.add_middleware(
         RequestMiddleware,
         lifecycle=lifecycle,
         limits=limits,
         callers=callers,
-        count=metrics.refused,
+        refusals=Refusals(metrics.refused),
     )
     return app
 
@@ -132,19 +133,15 @@ def page(name: str) -> HTMLResponse:
     return HTMLResponse(text, headers={"Content-Security-Policy": policy, "Vary": "Accept"})
 
 
-def _add_failures(app: FastAPI, metrics: ServingMetrics) -> None:
-    def counted(response: JSONResponse) -> JSONResponse:
-        metrics.refused(response.status_code)
-        return response
-
+def _add_failures(app: FastAPI) -> None:
     async def failed(request: Request, failure: Exception) -> Response:
-        return counted(failure_reply(request.url.path, failure, request.state.request_id))
+        return failure_reply(request.url.path, failure, request.state.request_id)
 
     async def invalid(request: Request, failure: Exception) -> Response:
         message, param = (
             _explain(failure) if isinstance(failure, RequestValidationError) else (str(failure), None)
         )
-        return counted(reply(request.url.path, 400, error_object(message, 400, param=param)))
+        return reply(request.url.path, 400, error_object(message, 400, param=param))
 
     async def refused(request: Request, failure: Exception) -> Response:
         status = failure.status_code if isinstance(failure, HTTPException) else 500
@@ -160,12 +157,11 @@ def _add_failures(app: FastAPI, metrics: ServingMetrics) -> None:
             405: f"{path} does not take {request.method}; GET /docs lists the routes",
             400: "the body is not valid JSON",
         }.get(status, str(getattr(failure, "detail", "")))
-        response = counted(reply(path, status, error_object(text, status)))
+        response = reply(path, status, error_object(text, status))
         response.headers.update(headers)
         return response
 
     app.add_exception_handler(Failure, failed)
-    app.add_exception_handler(Exception, failed)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, refused)
 

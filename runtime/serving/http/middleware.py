@@ -8,7 +8,7 @@ import base64
 import binascii
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from runtime.errors import ClientGoneError, ContentCodingError, RequestError
 from runtime.serving.http.departure import Departure
 from runtime.serving.http.origins import FORGEABLE, Callers, OriginMiddleware, may_be_forged, may_use_password
+from runtime.serving.http.refusals import Refusals, ends
 from runtime.serving.http.sse import error_object, failure_reply, reply
 from runtime.serving.http.uploads import CODINGS, Uploads
 from runtime.serving.lifecycle import Lifecycle
@@ -43,14 +44,14 @@ class RequestMiddleware:
         lifecycle: Lifecycle,
         limits: Limits,
         callers: Callers,
-        count: Callable[[int], None] = lambda status: None,
+        refusals: Refusals,
     ) -> None:
         self._app = app
-        self._known_origin = OriginMiddleware(self._of_known_origin, callers, count=count)
+        self._known_origin = OriginMiddleware(self._guarded, callers)
         self._lifecycle = lifecycle
         self._uploads = Uploads(limits)
         self._api_key = callers.api_key
-        self._count = count
+        self._refusals = refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let one request through, or answer it here."""
@@ -62,22 +63,45 @@ class RequestMiddleware:
         given = given if _ID.match(given) else ""
         request_id = f"{given}-{secrets.token_hex(3)}" if given else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
-        await self._known_origin(scope, receive, _with_id(send, given or request_id))
+        await self._known_origin(scope, receive, self._noting(scope, send, given or request_id))
+
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._of_known_origin(scope, receive, send)
+        except Exception as failure:  # a bug of a route: answered as other refusals are
+            self._refusals.unexpected(failure, scope)
+            if "status" not in scope["state"]:
+                failed = failure_reply(scope["path"], failure, scope["state"]["request_id"])
+                await failed(scope, receive, send)
+            # What has begun stays incomplete: the server then closes the connection, and the client knows.
+
+    def _noting(self, scope: Scope, send: Send, request_id: str) -> Send:
+        """Return a `send` that adds the request's id to the answer, and notes whether it is a refusal."""
+
+        async def noting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                status = scope["state"]["status"] = message["status"]
+                message = {
+                    **message,
+                    "headers": [*message["headers"], (b"x-request-id", request_id.encode())],
+                }
+                if status >= 400 and scope["path"] not in OPEN_PATHS:
+                    self._refusals.note(scope, status)
+            await send(message)
+
+        return noting
 
     async def _of_known_origin(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, headers = scope["path"], Headers(scope=scope)
         if self._api_key is not None and path not in OPEN_PATHS and not authorized(headers, self._api_key):
-            self._count(401)
             await _unauthorized(path, headers)(scope, receive, send)
         elif scope["method"] in {"GET", "HEAD", "OPTIONS"}:
             # The server sends no body to HEAD, whatever a route answers.
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
             await self._app({**scope, "method": method}, receive, send)
         elif may_be_forged(headers):
-            self._count(403)
             await reply(path, 403, error_object(FORGEABLE, 403, code="origin_unknown"))(scope, receive, send)
         elif not _JSON.match(headers.get("content-type", "application/json")):
-            self._count(415)
             message = (
                 f"content type '{headers['content-type'][:80]}' is not served here, send application/json"
             )
@@ -93,6 +117,7 @@ class RequestMiddleware:
             self._uploads.check(headers)
             self._lifecycle.admit()
             body = await self._uploads.read(headers, receive)
+            scope["state"]["body_ends"] = ends(body)
             with self._lifecycle.in_flight():  # not before: a slow body must not count
                 await self._answer(scope, Departure(body, receive), send)
         except ClientGoneError:
@@ -101,7 +126,6 @@ class RequestMiddleware:
             response = failure_reply(scope["path"], failure, scope["state"]["request_id"])
             if isinstance(failure, ContentCodingError):
                 response.headers["Accept-Encoding"] = CODINGS
-            self._count(response.status_code)
             await response(scope, receive, send)
 
     async def _answer(self, scope: Scope, departure: Departure, send: Send) -> None:
@@ -149,12 +173,3 @@ def _unauthorized(path: str, headers: Mapping[str, str]) -> ASGIApp:
         # A browser then asks its user for it: any user name, the key as the password.
         response.headers["WWW-Authenticate"] = 'Basic realm="API key as password", charset="UTF-8"'
     return response
-
-
-def _with_id(send: Send, request_id: str) -> Send:
-    async def with_id(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
-        await send(message)
-
-    return with_id

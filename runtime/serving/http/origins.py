@@ -7,7 +7,7 @@ first nor the last. Does not know routes. Start at `Callers.refusal`.
 """
 
 import ipaddress
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -20,8 +20,8 @@ from runtime.serving.http.sse import error_object, reply
 
 EVERY = "*"
 """As an allowed origin or host: all of them."""
-OWN_NAMES = frozenset({"localhost", "host.docker.internal", "host.containers.internal"})
-"""How this machine calls itself, and how containers on it call it; nobody else can register these."""
+OWN_NAMES = frozenset({"host.docker.internal", "host.containers.internal"})
+"""How containers call the machine that they run on; nobody else can register these."""
 READING = frozenset({"GET", "HEAD"})
 """Methods that change nothing here."""
 FORGEABLE = (
@@ -114,8 +114,8 @@ def _name(host: str) -> str:
 
 def _is_known(host: str, hosts: frozenset[str]) -> bool:
     name = _name(host)
-    if not name or name in hosts or name.endswith(".localhost"):
-        return True
+    if "." not in name or name in hosts or name.endswith(".localhost"):
+        return True  # without a dot: a name of this machine or its network, which no public page can have
     try:
         ipaddress.ip_address(name.strip("[]"))
     except ValueError:
@@ -129,9 +129,8 @@ class OriginMiddleware:
     Starlette's middleware does the latter; it is left out where no origin is allowed.
     """
 
-    def __init__(self, app: ASGIApp, callers: Callers, *, count: Callable[[int], None]) -> None:
+    def __init__(self, app: ASGIApp, callers: Callers) -> None:
         self._callers = callers
-        self._count = count
         self._app = app
         if callers.origins:
             self._app = CORSMiddleware(
@@ -151,5 +150,4 @@ class OriginMiddleware:
             await self._app(scope, receive, send)
             return
         code, message = refusal
-        self._count(403)
         await reply(scope["path"], 403, error_object(message, 403, code=code))(scope, receive, send)

@@ -9,7 +9,7 @@ out here. Does not know routes. Start at `sampling`.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from runtime.errors import RequestError
+from runtime.errors import ContextLengthError, RequestError
 from runtime.serving.engine.protocol import Sampling
 from runtime.serving.generation import TextRules
 from runtime.serving.generation_config import SamplingDefaults
@@ -116,12 +116,8 @@ def max_new_tokens(length: AnswerLength, tokenizer: PromptTokenizer, *, prompt_t
     left = tokenizer.context_tokens - prompt_tokens
     if length.new_tokens is not None:
         if length.new_tokens > left:
-            raise RequestError(
-                f"the prompt has {prompt_tokens} tokens and '{length.param}' asks for "
-                f"{length.new_tokens} more; together at most {tokenizer.context_tokens}: "
-                f"ask for {left} or shorten the prompt",
-                param=length.param,
-                code="context_length_exceeded",
+            raise ContextLengthError(
+                tokenizer.context_tokens, prompt_tokens, length.new_tokens, param=length.param
             )
         return length.new_tokens
     if length.total_tokens is not None:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import ipaddress
 import logging
 import os
 import signal
@@ -94,6 +95,13 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def url(address: str, port: int) -> str:
+    """Return the URL under which a browser on this machine, or behind a port-forward, finds a listener."""
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    name = "localhost" if parsed.is_unspecified else f"[{parsed}]" if parsed.version == 6 else str(parsed)
+    return f"http://{name}" + (f":{port}" if port != 80 else "")
+
+
 def _why_unbound(error: OSError, host: str, port: int) -> str:
     if error.errno == errno.EADDRINUSE:
         return (
@@ -119,6 +127,7 @@ class Serving:
 
     async def run(self, listener: socket.socket) -> None:
         """Answer on `listener` until a signal; raises what loading failed with."""
+        self._url = url(*listener.getsockname()[:2])
         server = self._http_server(listener)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -201,6 +210,10 @@ class Serving:
         self._lifecycle.ready(served)
         log.info("Model loaded successfully")
         log.info("Serving %s", ", ".join(served.models()))
+        password = " (any user name, the API key as the password)" if self._config.api_key else ""
+        log.info("Chat page: %s/%s", self._url, password)
+        log.info("Routes: %s/docs", self._url)
+        log.info("OpenAI API: %s/v1", self._url)
 
     async def _until_stopped(self) -> None:
         """Wait for a signal; a dead engine ends the process, so that it is restarted."""

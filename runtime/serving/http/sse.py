@@ -10,10 +10,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from runtime import errors
+from runtime.serving.http.refusals import ErrorReply
 
 log = logging.getLogger(__name__)
 
@@ -61,19 +62,16 @@ def error_object(
 
 
 def failure_object(failure: BaseException, request_id: str) -> tuple[int, dict[str, Any]]:
-    """Return status and error object for `failure`; an unexpected one is logged and not shown."""
+    """Return status and error object for `failure`; the text of an unexpected one is not shown."""
     if isinstance(failure, errors.Failure):
         status = errors.http_status(failure)
         param = failure.param if isinstance(failure, errors.RequestError) else None
         code = failure.code if isinstance(failure, errors.RequestError) else None
-        if status >= 500:
-            log.warning("Request %s: %s", request_id, failure)
         return status, error_object(str(failure), status, param=param, code=code)
-    log.error("Request %s failed", request_id, exc_info=failure)
     return 500, error_object(f"internal error; the log of this server has it under request {request_id}", 500)
 
 
-def reply(path: str, status: int, error: dict[str, Any]) -> JSONResponse:
+def reply(path: str, status: int, error: dict[str, Any]) -> ErrorReply:
     """Return an error response: OpenAI's body, and outside /v1 also `detail`, which older clients read."""
     headers = {}
     if status in {429, 503}:
@@ -83,10 +81,10 @@ def reply(path: str, status: int, error: dict[str, Any]) -> JSONResponse:
     if status in {408, 413}:
         headers["Connection"] = "close"
     body = {"error": error} if path.startswith("/v1/") else {"detail": error["message"], "error": error}
-    return JSONResponse(body, status, headers)
+    return ErrorReply(body, status, headers)
 
 
-def failure_reply(path: str, failure: BaseException, request_id: str) -> JSONResponse:
+def failure_reply(path: str, failure: BaseException, request_id: str) -> ErrorReply:
     """Return the response to a request that failed with `failure`."""
     status, error = failure_object(failure, request_id)
     return reply(path, status, error)
@@ -176,8 +174,7 @@ class EventStream(Response):
                 if isinstance(failure, StopAsyncIteration):
                     break
                 if failure is not None:  # the status is sent already: only an event can report it
-                    error = failure_object(failure, self._request_id)[1]
-                    last = b"".join(event(data, named=self._named) for data in self._failed(error))
+                    last = self._failure_events(failure)
                     await _chunk(send, last, more=False)
                     return
                 chunk = event(pending.result(), named=self._named)
@@ -191,6 +188,15 @@ class EventStream(Response):
                 await asyncio.wait((pending,))
             await self._events.aclose()
             self._close()
+
+    def _failure_events(self, failure: BaseException) -> bytes:
+        """Log a failure that came after the answer had begun, and return the events that report it."""
+        status, error = failure_object(failure, self._request_id)
+        unexpected = None if isinstance(failure, errors.Failure) else failure
+        level = logging.ERROR if unexpected else logging.WARNING if status >= 500 else logging.INFO
+        message = "Request %s failed after its answer had begun: %s"
+        log.log(level, message, self._request_id, error["message"], exc_info=unexpected)
+        return b"".join(event(data, named=self._named) for data in self._failed(error))
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T], *, request_id: str) -> T:

@@ -233,7 +233,12 @@ async def test_prompt_over_the_context_is_400_not_cut(open_site: Any) -> None:
     async with open_site(context_tokens=64) as site:
         reply = await site.chat("x y z " * 100)
     assert reply.status_code == 400
-    assert reply.json()["error"]["code"] == "context_length_exceeded"
+    error = reply.json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    # OpenAI's sentence, which agents match.
+    assert error["message"].startswith(
+        "This model's maximum context length is 64 tokens. However, your messages"
+    )
 
 
 async def test_full_queue_answers_429_with_retry_after(open_site: Any) -> None:

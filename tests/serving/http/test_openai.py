@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -174,6 +175,10 @@ async def test_prompt_and_answer_over_the_context_is_400(open_site: Any) -> None
             await client_of(site).chat.completions.create(model="base", messages=HI, max_tokens=1000)
     assert caught.value.code == "context_length_exceeded"
     assert caught.value.param == "max_tokens"
+    said = r"maximum context length is 64 tokens. However, you requested (\d+) tokens \((\d+) in the messages"
+    found = re.search(said, caught.value.message)
+    assert found is not None
+    assert int(found[1]) == int(found[2]) + 1000
 
 
 @pytest.mark.parametrize(

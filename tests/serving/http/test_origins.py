@@ -170,7 +170,8 @@ async def test_a_link_from_another_site_opens_the_page_with_the_stored_password(
         ("[::1]:8000", True),
         ("192.168.0.7", True),
         ("host.docker.internal:8000", True),
-        ("box", True),
+        ("box.lan", True),
+        ("x", True),
         ("tunnel.example", True),
         ("", True),
         ("evil.example", False),
@@ -182,7 +183,7 @@ async def test_a_link_from_another_site_opens_the_page_with_the_stored_password(
 async def test_a_loopback_server_answers_to_its_own_names_only(
     open_site: Any, host: str, known: bool
 ) -> None:
-    hosts = known_hosts("box", "127.0.0.1", ["Tunnel.example"])
+    hosts = known_hosts("box.lan", "127.0.0.1", ["Tunnel.example"])
     async with open_site(hosts=hosts) as site:
         for reply in (
             await site.client.get("/v1/models", headers={"Host": host}),
@@ -200,3 +201,17 @@ def test_a_server_that_others_reach_answers_to_every_name() -> None:
     assert known_hosts("127.0.0.1", "127.0.0.1", ["*"]) is None
     assert known_hosts("::1", "::1", []) is not None
     assert known_hosts("localhost", "127.0.0.1", []) is not None
+
+
+async def test_allowed_page_can_read_an_unexpected_error(open_site: Any) -> None:
+    async with open_site(origins=ALLOWED) as site:
+        site.app.add_api_route("/broken", broken)
+        reply = await site.client.get("/broken", headers={"Origin": PAGE})
+    assert reply.status_code == 500
+    assert reply.headers["access-control-allow-origin"] == PAGE
+    assert reply.headers["x-request-id"] in reply.json()["error"]["message"]
+
+
+async def broken() -> None:
+    """A route with a bug."""
+    raise ZeroDivisionError("/srv/secret.py at 0x7fee201bb560")

@@ -133,7 +133,7 @@ def test_error_is_shown_in_words(page: Browser) -> None:
     page.run("$('max_tokens').value = 99999")
     ask(page, "hi")
     until(lambda: done(page))
-    assert "together at most 8192" in page.texts(".note.error")[0]
+    assert "maximum context length is 8192 tokens" in page.texts(".note.error")[0]
 
 
 def test_new_chat_forgets(page: Browser) -> None:

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from runtime.errors import ConfigError
-from runtime.serving.http.server import bind
+from runtime.serving.http.server import bind, url
 from tests.bench.soak import soak
 from tests.serving.conftest import until
 from tests.serving.test_loading import served
@@ -309,6 +309,27 @@ def test_thousand_requests_at_once(start_server: Any) -> None:
     assert took[-1] < 1, took[-20:]
     assert resident_kb(server) - before < 60_000
     assert server.running() == 0
+
+
+@pytest.mark.parametrize(
+    ("address", "port", "found"),
+    [
+        ("0.0.0.0", 80, "http://localhost"),
+        ("0.0.0.0", 5000, "http://localhost:5000"),
+        ("::", 5000, "http://localhost:5000"),
+        ("127.0.0.1", 5000, "http://127.0.0.1:5000"),
+        ("::1", 5000, "http://[::1]:5000"),
+        ("10.0.0.7", 80, "http://10.0.0.7"),
+    ],
+)
+def test_addresses_are_such_as_a_browser_opens(address: str, port: int, found: str) -> None:
+    assert url(address, port) == found
+
+
+def test_the_log_says_where_page_routes_and_api_are(start_server: Any) -> None:
+    server = start_server()
+    said = [f"Chat page: {server.url}/", f"Routes: {server.url}/docs", f"OpenAI API: {server.url}/v1"]
+    until(lambda: all(any(f'"{line}"' in logged for logged in server.log) for line in said))
 
 
 def test_log_is_one_json_object_a_line(start_server: Any) -> None:
