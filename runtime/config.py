@@ -8,6 +8,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -26,12 +27,18 @@ class Strict(BaseModel):
 
 
 class Sparse(Strict):
-    """Base class of what users write for Kubernetes: a key without a value is as if it were not there."""
+    """Base class of what users write for Kubernetes: a known key without a value is as if it were not there.
+
+    An unknown one is refused like any other: `{name:phi-4}`, with no space, is the key 'name:phi-4'.
+    """
 
     @model_validator(mode="before")
     @classmethod
     def _nulls_are_absent(cls, data: Any) -> Any:
-        return without_nulls(data) if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {key: value for key, value in data.items() if value is not None or key not in known}
 
 
 def without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,6 +50,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 MOST_VALUES = 100_000
 """Values of a document with its aliases written out: a few lines of YAML can stand for billions."""
+MOST_BRACKETS = 100
+"""Of `[` and `{` inside one another: the scanner's time grows with their square."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -63,6 +72,19 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen.add(key.value)
         return node
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803 - the scanner's name
+        if self.flow_level >= MOST_BRACKETS:
+            raise yaml.scanner.ScannerError(None, None, "nested too deeply", self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, AttributeError):  # of an explicit tag, as in `!!int x`
+            kind = node.tag.removeprefix("tag:yaml.org,2002:")
+            problem = f"{describe(node.value)} cannot be read as {kind}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
     def compose_document(self) -> yaml.Node | None:
         document = super().compose_document()
@@ -89,11 +111,13 @@ _FLOAT = re.compile(
     r"[-+]?(?:\.\d+|\d+(?:\.\d*)?)(?:[eE][-+]?\d+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
 )
 _BOOLEAN = re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")
-_REPLACED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
+_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0o?[0-7_]+|0x[0-9a-fA-F_]+)$")  # 1:30 is text
+_REPLACED = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "timestamp"))
 _Loader.yaml_implicit_resolvers = {
     first: [entry for entry in entries if entry[0] not in _REPLACED]
     for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOLEAN, list("tTfF"))
 
@@ -113,41 +137,53 @@ def read_text(path: Path) -> str:
 
 
 def yaml_documents(text: str, where: str) -> list[dict[str, Any]]:
-    """Return the non-empty YAML documents of `text`, or its one JSON object, each a mapping.
+    """Return the non-empty YAML documents of `text`, or its JSON objects, each a mapping.
 
     `where` names the file in errors.
     """
     try:
-        documents = _json_object(text) or [d for d in yaml.load_all(text, Loader=_Loader) if d is not None]
+        text = text.replace("\n\ufeff", "\n")  # of files that were joined; the reader drops the first
+        documents = _json_objects(text) or [d for d in yaml.load_all(text, Loader=_Loader) if d is not None]
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        problem = "a tab; indent with spaces" if "'\\t'" in str(error.problem) else error.problem
-        raise ConfigError(f"{where}:{line} not valid YAML: {problem}") from None
+        raise ConfigError(f"{where}:{line} not valid YAML: {_problem(error, text)}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ConfigError(f"{where}: not valid YAML: nested too deeply") from None
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:  # of an explicit tag, as in `!!int x`
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError:  # of JSON: Python reads no number as long as that
+        raise ConfigError(f"{where}: not valid JSON: a number of more than 4,300 digits") from None
     for document in documents:
         if not isinstance(document, dict):
             raise ConfigError(f"{where}: expected keys and values, found {describe(document)}")
     return documents
 
 
-def _json_object(text: str) -> list[dict[str, Any]]:
-    """Return [object] where `text` is one JSON object: indented with tabs it is no YAML; [] otherwise."""
-    if not text.lstrip("\ufeff \t\r\n").startswith("{"):
-        return []
+def _problem(error: yaml.MarkedYAMLError, text: str) -> str:
+    """Return what is wrong, in the words of the file rather than the parser's."""
+    written = text.splitlines()[error.problem_mark.line :][:1] if error.problem_mark else []
+    if "'\\t'" in str(error.problem):
+        return "a tab; indent with spaces"
+    if any("{{" in line or "${" in line for line in written):
+        return "a variable of a template ({{ }} or ${ }) has not been replaced; render the template first"
+    return str(error.problem)
+
+
+_AFTER = re.compile(r"\s*")
+
+
+def _json_objects(text: str) -> list[dict[str, Any]]:
+    """Return the objects of `text` where it is JSON: indented with tabs it is no YAML; [] otherwise."""
+    text, at, found = text.strip("\ufeff \t\r\n"), 0, []
+    decoder = json.JSONDecoder(object_pairs_hook=_without_duplicates)
     try:
-        return [json.loads(text, object_pairs_hook=_without_duplicates)]
+        while text.startswith("{", at):
+            value, end = decoder.raw_decode(text, at)
+            found.append(value)
+            at = next(_AFTER.finditer(text, end)).end()
     except json.JSONDecodeError:
         return []  # YAML's flow style
+    return found if at == len(text) else []
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -201,13 +237,31 @@ def describe(value: Any) -> str:
         return "nothing"
     if isinstance(value, dict):
         return "a mapping"
-    if isinstance(value, list):
+    if isinstance(value, list | set):
         return "a list"
+    if isinstance(value, date):
+        return f"the date {value}"
     return repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+
+
+_EXPECTED = {
+    "model_type": "keys and values",
+    "dict_type": "keys and values",
+    "list_type": "a list, as in [a, b]",
+    "string_type": "text, written in quotes where it looks like something else",
+    "string_unicode": "text",
+    "string_too_short": "text that is not empty",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+}
+"""What is expected, by pydantic's kind of error, where its own words are those of Python."""
 
 
 def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
     problems = error.errors(include_url=False, include_context=True)
+    # An unknown key often is the missing one misspelt, or in the wrong place.
+    problems.sort(key=lambda problem: problem["type"] not in ("extra_forbidden", "invalid_key"))
     first = problems[0]
     path = ".".join(str(part) for part in first["loc"])
     more = f" ({len(problems) - 1} more like it)" if len(problems) > 1 else ""
@@ -217,8 +271,12 @@ def _explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
         return f"{where}: unknown key '{path}'{hint}{more}"
     if first["type"] == "missing":
         return f"{where}: '{path}' is missing{more}"
+    if first["type"] == "invalid_key" or first["loc"][-1:] == ("[key]",):
+        return f"{where}: the key {describe(first['input'])} in '{path}' is no text; write it in quotes{more}"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if first["type"] != "value_error":
+    if first["type"] in _EXPECTED:
+        message = f"is {describe(first['input'])}, expected {_EXPECTED[first['type']]}"
+    elif first["type"] != "value_error":
         message = f"is {describe(first['input'])}: {message}"
     return f"{where}: '{path}' {message}{more}" if path else f"{where}: {message}{more}"
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.config import nearest, parse, read_text, yaml_documents
+from runtime.config import nearest, read_text, yaml_documents
 from runtime.errors import ConfigError
-from runtime.workspace.manifest import WorkspaceDocuments
+from runtime.workspace.manifest import WorkspaceDocuments, config_map
 from runtime.workspace.schema import ConfigMap
 
 STOCK = ("qlora-params-template", "lora-params-template", "inference-params-template")
@@ -89,9 +89,7 @@ def read(path: Path, key: str) -> ConfigDocument:
     bare = [document for document in documents if "kind" not in document]
     if bare:
         return ConfigDocument(_only(documents, str(path)), str(path))
-    maps = [
-        parse(ConfigMap, document, str(path)) for document in documents if document["kind"] == "ConfigMap"
-    ]
+    maps = [config_map(each, str(path)) for each in documents if each["kind"] == "ConfigMap"]
     holding = [each for each in maps if key in each.data]
     if documents and len(holding) != 1:
         found = " and ".join(each.metadata.name for each in holding) or "none"

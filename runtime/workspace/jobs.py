@@ -128,6 +128,8 @@ def _apply_volumes(settings: LayeredSettings, tuning: TuningSpec, file: Path, mo
             settings.put(setting, folder, where)
         elif name == "input" and not mounts.data.is_dir():
             settings.warn(f"{where} is no hostPath and nothing is mounted at /mnt/data; give --data here")
+        elif name == "output" and not mounts.at("/mnt/results").is_dir():
+            settings.warn(f"{where} is no hostPath: the result is left on this machine; --output names where")
 
 
 def _choose_model(settings: LayeredSettings, name: str, where: str) -> None:

@@ -79,7 +79,7 @@ def read(path: Path, work: Work = "tuning") -> WorkspaceDocuments:
 def read_file(path: Path) -> ManifestFile:
     """Return the Workspaces of the file, at least one, and its other documents; lists are taken apart."""
     documents = list(_flat(yaml_documents(read_text(path), str(path)), path))
-    config_maps = tuple(parse(ConfigMap, d, str(path)) for d in documents if d["kind"] == "ConfigMap")
+    config_maps = tuple(config_map(d, str(path)) for d in documents if d["kind"] == "ConfigMap")
     workspaces = []
     for document in documents:
         if document["kind"] == "Workspace":
@@ -95,22 +95,41 @@ def read_file(path: Path) -> ManifestFile:
     return ManifestFile(tuple(workspaces), others)
 
 
+def config_map(document: Document, file: str) -> ConfigMap:
+    """Return the ConfigMap of a document; ConfigError names it by its name."""
+    metadata = document.get("metadata")
+    name = metadata.get("name") if isinstance(metadata, dict) else None
+    return parse(ConfigMap, document, f"{file}: ConfigMap {name}" if name else f"{file}: ConfigMap")
+
+
 def _flat(documents: Iterable[Document], path: Path) -> Iterator[Document]:
     """Yield the documents, those of a `kind: List` one by one; each has a kind."""
     for number, document in enumerate(documents, start=1):
         kind = document.get("kind")
         if not isinstance(kind, str) or not kind:
-            bare = "training_config" in document or "vllm" in document
-            what = "it goes into a ConfigMap, or into a file of its own that --config names"
-            hint = what if bare else "expected one such as 'kind: Workspace'"
-            raise ConfigError(f"{path}: document {number} has no 'kind'; {hint}")
+            raise ConfigError(f"{path}: document {number} {_without_kind(document)}")
         if kind.endswith("List") and "items" in document:
-            items = document["items"]
-            if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            items = document["items"] or []
+            if not isinstance(items, list):
                 raise ConfigError(f"{path}: 'items' of {kind} is {describe(items)}, expected documents")
+            for item in items:
+                if not isinstance(item, dict):
+                    raise ConfigError(f"{path}: 'items' of {kind} holds {describe(item)}, expected documents")
             yield from _flat(items, path)
         else:
             yield document
+
+
+def _without_kind(document: Document) -> str:
+    """Return what is wrong with a document whose kind is not known, and what to do."""
+    if document.get("kind") is not None:
+        return f"has {describe(document['kind'])} as its 'kind', expected one such as 'kind: Workspace'"
+    if "training_config" in document or "vllm" in document:
+        return "has no 'kind'; it goes into a ConfigMap, or into a file of its own that --config names"
+    misspelt = next((str(key) for key in document if str(key).lower() == "kind"), None)
+    if misspelt is not None:
+        return f"has the key {misspelt!r}, expected 'kind'"
+    return "has no 'kind'; expected one such as 'kind: Workspace'"
 
 
 def _workspace(
@@ -127,7 +146,8 @@ def _workspace(
         raise ConfigError(
             f"{path}: a Workspace has no 'spec': write {', '.join(fields)} one level up, beside 'metadata'"
         )
-    workspace = parse(Workspace, without_nulls(document), str(path))
+    written = {key: value for key, value in document.items() if key != "spec"}  # without a value
+    workspace = parse(Workspace, written, str(path))
     warnings = tuple(_of_metadata(workspace.metadata, path, status=workspace.status))
     return WorkspaceDocuments(path, workspace, config_maps, document, replicas, warnings)
 

@@ -84,9 +84,13 @@ def _check(image: str, source: str, *, read: bool) -> None:
     if find_placeholders(image):
         return  # Resolved.ready refuses it; a dry run shows the rest
     try:
-        layout = oci.parse(image).layout
+        reference = oci.parse(image)
     except ConfigError as error:
         hint = "; a shell variable in it has not been replaced" if "$" in image else ""
         raise ConfigError(f"{source}: {error}{hint}") from None
-    if read and layout is not None and not layout.is_dir():
-        raise ConfigError(f"{source}: no OCI layout in directory {layout}")
+    if not read and reference.digest is not None:
+        raise ConfigError(
+            f"{source}: {image} names an image that is there already; name the new one by a tag"
+        )
+    if read and reference.layout is not None and not reference.layout.is_dir():
+        raise ConfigError(f"{source}: no OCI layout in directory {reference.layout}")

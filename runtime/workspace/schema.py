@@ -24,6 +24,18 @@ Texts = Annotated[
 """Keys and texts; a key without a value is absent."""
 
 
+LARGEST_INT32 = (1 << 31) - 1
+
+
+def _no_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError(f"is {str(value).lower()}, expected a number")  # noqa: TRY004 - pydantic wants it
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_no_boolean), Field(ge=1, le=LARGEST_INT32)]
+"""How many of something, by Kubernetes' type for it."""
+
 UNNAMED = "workspace"
 MOST_ADAPTERS = 10
 """Of one Workspace, by KAITO's schema."""
@@ -105,7 +117,7 @@ class PresetOptions(Sparse):
 class PresetSpec(Sparse):
     """Which model."""
 
-    name: str
+    name: str = Field(min_length=1)
     access_mode: Literal["public", "private"] | None = Field(None, alias="accessMode")
     options: PresetOptions = Field(PresetOptions(), alias="presetOptions")
 
@@ -123,9 +135,25 @@ class Source(Sparse):
     @classmethod
     def _addresses(cls, urls: list[str]) -> list[str]:
         for url in urls:
-            if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-                raise ValueError(f"holds {describe(url)}, expected addresses with http:// or https://")
+            if not _is_address(url):
+                raise ValueError(
+                    f"holds {describe(url)}, expected addresses with http:// or https://, without spaces"
+                )
         return urls
+
+
+def _is_address(url: str) -> bool:
+    """Whether `url` can be requested; pods get several of them, divided by spaces."""
+    try:
+        parts = urlsplit(url)
+        return (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and parts.port != 0
+            and not re.search(r"\s", url)
+        )
+    except ValueError:  # brackets that do not close, a port that is none
+        return False
 
 
 class Destination(Sparse):
@@ -167,7 +195,7 @@ class AdapterSpec(Sparse):
     """One adapter of an inference service."""
 
     source: Source
-    strength: float = Field(1.0, ge=0, le=1)
+    strength: Annotated[float, BeforeValidator(_no_boolean)] = Field(1.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _image_or_volume(self) -> "AdapterSpec":
@@ -191,6 +219,12 @@ class InferenceSpec(Sparse):
     template: dict[str, Any] | None = None
     config: str = ""
     adapters: list[AdapterSpec] = []
+
+    @model_validator(mode="after")
+    def _preset_or_template(self) -> "InferenceSpec":
+        if self.preset is not None and self.template is not None:
+            raise ValueError("has both 'preset' and 'template', expected one of them")
+        return self
 
     @field_validator("adapters")
     @classmethod
@@ -231,9 +265,16 @@ class Partition(Sparse):
     """A part of a node's GPUs: slices of one (mig), or some of several (accelerator)."""
 
     mode: Literal["mig", "accelerator"]
-    count: int = Field(1, ge=1)
-    profile: str = Field("", pattern=r"^(?:[1-9]\d*g\.[1-9]\d*gb(?:[+.][a-z.]+)?)?$")
+    count: Count = 1
+    profile: str = ""
     """Name of a MIG slice, such as 2g.24gb."""
+
+    @field_validator("profile")
+    @classmethod
+    def _of_a_slice(cls, profile: str) -> str:
+        if profile and not re.fullmatch(r"[1-9]\d*g\.[1-9]\d*gb(?:[+.][a-z.]+)?", profile):
+            raise ValueError(f"is {describe(profile)}, expected a MIG slice such as 1g.10gb")
+        return profile
 
     @property
     def gigabytes(self) -> int:
@@ -251,7 +292,7 @@ class Partition(Sparse):
 class Resource(Sparse):
     """Machines to run on: read by `runtime manifest` and `runtime plan`, elsewhere only for warnings."""
 
-    count: int = Field(1, ge=1)
+    count: Count = 1
     instance_type: str = Field("", alias="instanceType")
     label_selector: LabelSelector | None = Field(None, alias="labelSelector")
     preferred_nodes: list[str] = Field([], alias="preferredNodes")
@@ -308,7 +349,7 @@ class InferenceSetSpec(Sparse):
     """How many of which Workspace."""
 
     template: InferenceSetTemplate
-    replicas: int = Field(1, ge=1)
+    replicas: Count = 1
     node_count_limit: int = Field(0, ge=0, alias="nodeCountLimit")
     """Most nodes of all replicas; 0 is no limit."""
     label_selector: dict[str, Any] = Field({}, alias="labelSelector")
@@ -330,8 +371,25 @@ class ConfigMap(Sparse):
 
     model_config = {"extra": "ignore"}
 
-    metadata: Metadata = Metadata()
+    metadata: Metadata
     data: Texts = {}
+
+    @field_validator("metadata")
+    @classmethod
+    def _named(cls, metadata: Metadata) -> Metadata:
+        if metadata.name == UNNAMED and "name" not in metadata.model_fields_set:
+            raise ValueError("has no 'name', which a Workspace names it by")
+        return metadata
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _texts(cls, data: object) -> object:
+        if isinstance(data, dict):
+            for key, value in data.items():
+                if value is not None and not isinstance(value, str):
+                    hint = f"write '{key}: |' before it" if isinstance(value, dict | list) else "quote it"
+                    raise ValueError(f"has {describe(value)} as '{key}', expected text; {hint}")
+        return data
 
 
 def host_path(volume: Mapping[str, Any]) -> Path | None:

@@ -133,9 +133,10 @@ def _apply_manifest(
     if inference is None:
         raise ConfigError(f"{file}: this Workspace has 'tuning', not 'inference'; use `runtime tune {file}`")
     settings.warn_all(manifest.warnings)
-    if inference.template is not None or inference.preset is None:
+    if inference.preset is None:
         raise ConfigError(
-            f"{file}: 'inference.preset' is missing; a Workspace with a pod template runs the image it names"
+            f"{file}: 'inference.preset' is missing: it holds the 'name' of a model; a pod template runs the "
+            "image that it names"
         )
     _choose_model(settings, inference.preset.name, f"{file.name} inference.preset.name")
     asks_vllm = manifest.workspace.metadata.annotations.get(RUNTIME, "").lower() == "vllm"
@@ -145,16 +146,22 @@ def _apply_manifest(
             "which --engine vllm replaces where vLLM is installed"
         )
     settings.sources["adapters"] = f"{file.name} inference.adapters"
-    adapters = (_from_manifest(adapter, manifest, mounts) for adapter in inference.adapters)
+    adapters = (_from_manifest(settings, adapter, manifest, mounts) for adapter in inference.adapters)
     return {adapter.name: adapter for adapter in adapters}
 
 
-def _from_manifest(adapter: AdapterSpec, manifest: WorkspaceDocuments, mounts: Mounts) -> AdapterSource:
+def _from_manifest(
+    settings: LayeredSettings, adapter: AdapterSpec, manifest: WorkspaceDocuments, mounts: Mounts
+) -> AdapterSource:
     """Return the adapter from where it lies: mounted already, in an image, or in a directory of this host."""
     mounted = mounts.at(f"/mnt/adapter/{adapter.source.name}")
     reference = adapter.source.image
     if (mounted / "adapter_config.json").is_file() or adapter.source.volume is not None:
         folder = host_path(adapter.source.volume or {})
+        if folder is None and not mounted.is_dir() and not mounts.controlled:
+            where = f"{manifest.file.name} inference.adapters {adapter.source.name}.volumeSource"
+            flag = f"--adapter {adapter.source.name}=DIR"
+            settings.warn(f"{where} is no hostPath and nothing is mounted at {mounted}; give {flag} here")
         reference = str(folder if folder and not mounted.is_dir() else mounted)
     return _adapter(adapter.source.name, reference, adapter.strength, str(manifest.file))
 

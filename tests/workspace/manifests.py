@@ -259,7 +259,7 @@ spec:
     ),
     Written(
         "with a Secret",
-        SERVING + "---\napiVersion: v1\nkind: Secret\nstringData: {a: b}\n",
+        SERVING + "---\napiVersion: v1\nkind: Secret\nmetadata: {name: s}\nstringData: {a: b}\n",
         {"served_name": "phi-4"},
     ),
     Written("another kind", "apiVersion: kaito.sh/v1beta1\nkind: RAGEngine\n", refused="found RAGEngine"),

@@ -15,6 +15,7 @@ from runtime.errors import ConfigError
 from runtime.workspace import load_server
 from tests.workspace.documents import SEED, SERVE, load, manifest, write
 from tests.workspace.manifests import DOCUMENTS, Written
+from tests.workspace.odd_manifests import ODD_DOCUMENTS
 
 
 def test_both_api_versions_read_alike(tmp_path: Path) -> None:
@@ -92,7 +93,7 @@ def test_other_kind_of_workspace_is_refused_with_the_right_command(tmp_path: Pat
 
 
 @pytest.mark.usefixtures("restored_logging")
-@pytest.mark.parametrize("written", DOCUMENTS, ids=lambda written: written.name)
+@pytest.mark.parametrize("written", [*DOCUMENTS, *ODD_DOCUMENTS], ids=lambda written: written.name)
 def test_documents_are_taken_or_refused_for_a_reason(
     written: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,7 +115,8 @@ def test_documents_are_taken_or_refused_for_a_reason(
 
 
 def test_names_of_the_documents_are_different() -> None:
-    assert len({written.name for written in DOCUMENTS}) == len(DOCUMENTS) >= 60
+    documents = [*DOCUMENTS, *ODD_DOCUMENTS]
+    assert len({written.name for written in documents}) == len(documents) >= 140
 
 
 text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=20)

@@ -94,6 +94,7 @@ def _tuning(spec: TuningSpec, field: str) -> None:
     _source(spec.input, f"{field}.input")
     if spec.output.volume is not None:
         _volume(spec.output.volume, f"{field}.output.volumeSource")
+        _writable(spec.output.volume, f"{field}.output.volumeSource")
     _in_a_registry(spec.output.image, f"{field}.output.image")
 
 
@@ -112,8 +113,20 @@ def _volume(source: Mapping[str, Any], field: str) -> None:
         )
 
 
+def _writable(source: Mapping[str, Any], field: str) -> None:
+    kind, described = next((kind, described) for kind, described in source.items() if described is not None)
+    if kind in names.READ_ONLY_VOLUMES or described.get("readOnly"):
+        raise ConfigError(f"{field}.{kind} cannot be written to; the result needs a volume that can")
+
+
 def _in_a_registry(image: str, field: str) -> None:
-    if image and not find_placeholders(image) and oci.parse(image).layout is not None:
+    if not image or find_placeholders(image):
+        return
+    try:
+        layout = oci.parse(image).layout
+    except ConfigError as error:
+        raise ConfigError(f"{field}: {error}") from None
+    if layout is not None:
         raise ConfigError(f"{field} is {image!r}, a layout on a disk that pods do not have; name an image")
 
 

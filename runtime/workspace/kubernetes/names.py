@@ -32,6 +32,8 @@ _VOLUMES = (
 )
 VOLUMES = frozenset(_VOLUMES.split())
 """Kinds of volumes."""
+READ_ONLY_VOLUMES = frozenset({"configMap", "downwardAPI", "image", "projected", "secret"})
+"""Kinds of volumes that a container cannot write to."""
 _VOLUME_KEYS = {
     "emptyDir": {"medium", "sizeLimit"},
     "hostPath": {"path", "type"},

@@ -125,6 +125,9 @@ def _passed_on(found: ManifestFile, options: PodOptions) -> Iterator[Object]:
         written = dict(metadata) if isinstance(metadata, dict) else {}
         if str(document.get("apiVersion")).startswith("kaito.sh/"):
             continue
+        if not isinstance(written.get("name"), str) and not written.get("generateName"):
+            file = found.workspaces[0].file
+            raise ConfigError(f"{file}: {document['kind']} has no 'metadata.name', which Kubernetes needs")
         if (
             document["kind"] == "ConfigMap"
             and (written.get("namespace") or "", written.get("name")) in embedded

@@ -56,6 +56,24 @@ LONG = "workspace-tuning-phi-3-mini-128k-instruct-customer-support-dataset-2026-
             "tuning.input.volumeSource.persistentVolumeClaim.claimName is ''",
         ),
         (
+            serving("{name: phi-4}", "{name: phi-4, presetOptions: {image: 'https://r.io/x'}}"),
+            "inference.preset.presetOptions.image: image 'https://r.io/x': write it without the scheme",
+        ),
+        (
+            tuning(
+                'image: "myacr.azurecr.io/a:1", imagePushSecret: s', "volumeSource: {configMap: {name: x}}"
+            ),
+            "tuning.output.volumeSource.configMap cannot be written to",
+        ),
+        (
+            tuning(
+                'image: "myacr.azurecr.io/a:1", imagePushSecret: s',
+                "volumeSource: {persistentVolumeClaim: {claimName: x, readOnly: true}}",
+            ),
+            "tuning.output.volumeSource.persistentVolumeClaim cannot be written to",
+        ),
+        (SERVING + "---\nkind: Secret\nmetadata: [a]\n", "Secret has no 'metadata.name', which Kubernetes"),
+        (
             tuning(
                 'image: "myacr.azurecr.io/a:1", imagePushSecret: s',
                 "volumeSource: {emptyDir: {sizeLimit: 1GB}}",
