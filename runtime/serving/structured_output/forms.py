@@ -72,11 +72,11 @@ def _takes(schema: Schema) -> bool:
 
 def _lark(constraint: Constraint) -> str:
     """Return a grammar in Lark's notation; llama.cpp's (GBNF, its rules written with `::=`) is translated."""
-    from llguidance.gbnf_to_lark import any_to_lark
+    from runtime.serving.structured_output.notations import to_lark
 
     try:
-        return str(any_to_lark(constraint.value))
-    except Exception as error:  # its parser raises what it meets
+        return to_lark(constraint.value)
+    except Exception as error:  # llguidance's parser raises what it meets
         raise refused(
             constraint, f"is no grammar in Lark's or llama.cpp's notation: {one_line(error)}"
         ) from None
@@ -109,6 +109,8 @@ def said(error: str) -> str:
     text = one_line(error.replace("<non-verbose/>", ""))
     if text.startswith("NoExtension"):
         return "no answer can match it"
+    if text.startswith("panic"):
+        return "llguidance, which follows it, fails on it by a fault of its own; write it in another way"
     if any(word in text.lower() for word in EXHAUSTED):
         names = ", ".join(f"{name} {value}" for name, value in limits.PARSER_LIMITS.items())
         return f"too complex: {text} (limits: {names})"
