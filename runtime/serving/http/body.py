@@ -62,7 +62,7 @@ class BodyRoute(APIRoute):
                 response.headers[RELAXED] = relaxed
             if unknown.names:
                 _log_once(request.url.path, unknown)
-                response.headers[IGNORED] = ", ".join(unknown.names)
+                response.headers[IGNORED] = unknown.listed()
             return response
 
         return handle

@@ -31,10 +31,10 @@ _EXPECTED = {
     "model_type": "an object",
     "model_attributes_type": "an object",
     "literal_error": "{expected}",
-    "greater_than_equal": "at least {ge:.16g}",
-    "greater_than": "more than {gt:.16g}",
-    "less_than_equal": "at most {le:.16g}",
-    "less_than": "less than {lt:.16g}",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
 }
 """What a value must be, by pydantic's type of the error."""
 
@@ -69,9 +69,15 @@ def _sentence(problem: ErrorDetails, context: Mapping[str, Any]) -> str:
     if kind in _SENTENCES:
         return _SENTENCES[kind].format_map(context)
     if kind in _EXPECTED:
-        return f"must be {_EXPECTED[kind].format_map(context)}, not {shown(problem['input'])}"
+        limits = {name: _written(value) for name, value in context.items()}
+        return f"must be {_EXPECTED[kind].format_map(limits)}, not {shown(problem['input'])}"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should ")
     return f"{message}, not {shown(problem['input'])}" if message.startswith("must be ") else message
+
+
+def _written(limit: Any) -> Any:
+    """Return a limit as a person writes it: 1 for 1.0, and every digit of an integer."""
+    return f"{limit:.16g}" if isinstance(limit, float) else limit
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -165,14 +165,20 @@ def _treat(body: type[Body], name: str, value: Any, unknown: Any) -> None:
     treatment = body.treatments.get(name)
     if treatment is None:
         if isinstance(unknown, fields.UnknownFields) and not unknown.add(name):
-            return
-        if meant := fields.near_miss(name, _meaningful(body)):
+            raise PydanticCustomError(
+                "too_many",
+                "has more than {most} fields that are not known; leave them out",
+                {"most": fields.MOST_UNKNOWN},
+            )
+        meant = fields.near_miss(name, _meaningful(body))
+        if meant in _names(body):
             raise PydanticCustomError(
                 "near_miss",
                 "'{field}' is not known; did you mean '{meant}'?",
                 {"field": name, "meant": meant},
             )
-    elif treatment.refuses(value):
+        treatment = body.treatments.get(meant or "")
+    if treatment is not None and treatment.refuses(value):
         raise PydanticCustomError(
             "refused", "'{field}' is not supported here: {why}", {"field": name, "why": treatment.why}
         )

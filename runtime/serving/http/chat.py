@@ -56,11 +56,15 @@ async def _generation_request(generator: Generator, body: ChatBody, request: Req
     adapter = generator.adapter_for(body.adapter if body.adapter is not None else body.model, param=param)
     continues_prompt = not body.messages and (body.raw or not tokenizer.template)
     ids = await _prompt_ids(body, tokenizer, continues_prompt=continues_prompt)
-    fields = _canonical(body.merged_parameters(), prompt_tokens=len(ids))
+    fields = body.merged_parameters()
+    longest = parameters.max_new_tokens(_length(fields), tokenizer, prompt_tokens=len(ids))
+    shortest, param = _shortest(fields, prompt_tokens=len(ids))
+    parameters.check_shortest(shortest, longest, param=param)
+    fields = _canonical(fields, shortest)
     sampling = await parameters.sampling(
         fields,
         tokenizer,
-        max_new_tokens=parameters.max_new_tokens(_length(fields), tokenizer, prompt_tokens=len(ids)),
+        max_new_tokens=longest,
         sample=fields.do_sample,
     )
     return GenerationRequest(
@@ -87,6 +91,8 @@ async def _prompt_ids(
             )
         if body.prompt:
             raise RequestError("send 'prompt' or 'messages', not both", param="prompt")
+        if body.prefix:
+            raise RequestError("'prefix' is put before a 'prompt', and there is none", param="prefix")
         return await tokenizer.prompt_from_chat(turns_of(body.messages, tokenizer.template))
     if not body.prompt:
         raise RequestError(
@@ -98,19 +104,24 @@ async def _prompt_ids(
     return await tokenizer.prompt_from_chat([{"role": "user", "content": text}], param="prompt")
 
 
-def _canonical(fields: GenerateFields, *, prompt_tokens: int) -> GenerateFields:
+def _canonical(fields: GenerateFields, shortest: int) -> GenerateFields:
     """Return `fields` with transformers' names replaced by those of `SamplingFields`."""
     for name in ("num_beams", "num_return_sequences", "typical_p"):
         if getattr(fields, name) != 1:
             raise RequestError(f"'{name}' other than 1 is not supported", param=name)
-    renamed: dict[str, Any] = {}
-    if fields.min_new_tokens is not None:
-        renamed["min_tokens"] = fields.min_new_tokens
-    elif fields.min_length is not None and fields.min_tokens is None:
-        renamed["min_tokens"] = max(0, fields.min_length - prompt_tokens)
+    renamed: dict[str, Any] = {"min_tokens": shortest}
     if fields.stop is None and fields.stop_strings is not None:
         renamed["stop"] = fields.stop_strings
     return fields.model_copy(update=renamed)
+
+
+def _shortest(fields: GenerateFields, *, prompt_tokens: int) -> tuple[int, str]:
+    """Return the tokens that the answer has at least, and the field that says it."""
+    if fields.min_new_tokens is not None:
+        return fields.min_new_tokens, "min_new_tokens"
+    if fields.min_tokens is None and fields.min_length is not None:
+        return max(0, fields.min_length - prompt_tokens), "min_length"
+    return fields.min_tokens or 0, "min_tokens"
 
 
 def _length(fields: GenerateFields) -> parameters.AnswerLength:

@@ -1,8 +1,8 @@
 """Every way to say what an answer must match: the fields, and the constraint that they mean.
 
 OpenAI's `response_format`, with the `schema` of Together, Fireworks and llama.cpp; vLLM's
-`structured_outputs` and `guided_*`; llama.cpp's `json_schema` and `grammar`; TGI's `grammar`. Does not know
-routes, or how a grammar is followed. Start at `constraint`.
+`structured_outputs` and `guided_*`; llama.cpp's `json_schema` and `grammar`; TGI's `grammar`; SGLang's
+`regex` and `ebnf`. Does not know routes, or how a grammar is followed. Start at `constraint`.
 """
 
 from collections.abc import Iterator
@@ -102,8 +102,14 @@ class ConstraintFields(Body):
     """A grammar in Lark's or llama.cpp's notation (GBNF)."""
     guided_whitespace_pattern: Pattern | None = None
     """What may stand between the parts of JSON."""
+    guided_json_object: Flag = False
+    """The same as a response_format json_object."""
+    regex: Pattern | None = None
+    """SGLang's name for `guided_regex`."""
+    ebnf: FormText | None = None
+    """SGLang's name for `guided_grammar`."""
     json_schema: SchemaOrText | None = None
-    """llama.cpp's name for `guided_json`."""
+    """llama.cpp's and SGLang's name for `guided_json`."""
     grammar: (
         Annotated[
             Annotated[FormText, Tag("<text>")] | Annotated[TgiGrammar, Tag("<grammar>")],
@@ -135,12 +141,16 @@ def _constraints(body: ConstraintFields) -> Iterator[Constraint]:
     for name in ("guided_json", "json_schema"):
         if (value := getattr(body, name)) is not None:
             yield _schema(value, name, space=space)
-    if body.guided_regex is not None:
-        yield Constraint("regex", body.guided_regex, "guided_regex")
+    if body.guided_json_object:
+        yield json_object("guided_json_object")
+    for name in ("guided_regex", "regex"):
+        if (value := getattr(body, name)) is not None:
+            yield Constraint("regex", value, name)
     if body.guided_choice is not None:
         yield one_of(body.guided_choice, "guided_choice")
-    if body.guided_grammar:
-        yield Constraint("grammar", body.guided_grammar, "guided_grammar")
+    for name in ("guided_grammar", "ebnf"):
+        if value := getattr(body, name):
+            yield Constraint("grammar", value, name)
     if isinstance(body.grammar, TgiGrammar):
         yield _typed(body.grammar.type, body.grammar.value, "grammar")
     elif body.grammar:

@@ -1,9 +1,9 @@
 """What becomes of fields that clients send for other servers and that no body here carries out.
 
 A field that would change the answer is refused by name, unless its value asks for nothing; one that has no
-effect on the answer is ignored. The names are those of OpenAI's API, vLLM 0.25, llama.cpp's server, TGI and
-transformers' `generate` (KAITO's /chat). A field of a body (schema.py) is carried out, whatever stands
-here. docs/http.md shows the table to users. Knows no JSON. Start at `Treatment`, then `GENERATION`.
+effect on the answer is ignored. The names are those of OpenAI's API, vLLM 0.25, SGLang, llama.cpp's server,
+TGI and transformers' `generate` (KAITO's /chat). A field of a body (schema.py) is carried out, whatever
+stands here. docs/http.md shows the table to users. Knows no JSON. Start at `Treatment`, then `GENERATION`.
 """
 
 import difflib
@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-MOST_UNKNOWN = 16
-"""Unknown names of one request that are looked at; the rest is ignored without a look."""
+MOST_UNKNOWN = 64
+"""Unknown names that one request may have: each is compared with all that are known."""
+MOST_LISTED = 16
+"""Unknown names that an answer lists."""
 
 LONGEST_NAME = 64
 NEAR = 0.84
@@ -49,16 +51,18 @@ def _kinds(value: Any) -> tuple[type, ...]:
 
 @dataclass(slots=True)
 class UnknownFields:
-    """The unknown names of one request, the first `MOST_UNKNOWN` of them."""
+    """The unknown names of one request."""
 
     names: dict[str, None] = field(default_factory=dict)
 
     def add(self, name: str) -> bool:
-        """Note a name; False when there are so many that this one is not looked at."""
-        if len(self.names) >= MOST_UNKNOWN:
-            return False
+        """Note a name; False when it is one more than `MOST_UNKNOWN`."""
         self.names[re.sub(r"[^A-Za-z0-9_.-]", "?", name[:LONGEST_NAME])] = None
-        return True
+        return len(self.names) <= MOST_UNKNOWN
+
+    def listed(self) -> str:
+        """Return the first `MOST_LISTED` names for a header, with dots where there are more."""
+        return ", ".join([*self.names][:MOST_LISTED] + ["..."] * (len(self.names) > MOST_LISTED))
 
 
 def refused(treatments: Treatments) -> Iterable[str]:
@@ -71,11 +75,16 @@ def near_miss(name: str, known: tuple[str, ...]) -> str | None:
     """Return the known name that `name` is a misspelling of: max_token, maxTokens, temprature."""
     if len(name) > LONGEST_NAME:
         return None
-    plain = {_plain(one): one for one in known}
+    plain = _plainly(known)
     if (same := plain.get(_plain(name))) is not None:
         return same
     close = difflib.get_close_matches(_plain(name), plain, 1, NEAR)
     return plain[close[0]] if close else None
+
+
+@lru_cache
+def _plainly(known: tuple[str, ...]) -> dict[str, str]:
+    return {_plain(one): one for one in known}
 
 
 def _plain(name: str) -> str:
@@ -116,7 +125,7 @@ _BOOKKEEPING = {
 
 _SAMPLING = {
     **_refused("beam search is not offered", "use_beam_search"),
-    **_refused("beam search is not offered", "num_beam_groups", neutral=(1,)),
+    **_refused("beam search is not offered", "num_beams", "num_beam_groups", "beam_width", neutral=(0, 1)),
     **_ignored("it belongs to beam search", "length_penalty", "early_stopping", "diversity_penalty"),
     **_refused("this kind of sampling is not offered", "top_a", "top_n_sigma", neutral=(0, -1)),
     **_refused("this kind of sampling is not offered", "typical_p", "typ_p", "tfs_z", "top_h", neutral=(1,)),
@@ -139,6 +148,14 @@ _SAMPLING = {
     **_refused("use 'repetition_penalty'", "repeat_penalty", neutral=(1,)),
     **_ignored("a repetition penalty looks at all tokens", "repeat_last_n"),
     **_refused("logits are not processed by code of the request", "logits_processors", "vllm_xargs"),
+    **_refused(
+        "logits are not processed by code of the request",
+        "logits_processor",
+        "custom_logit_processor",
+        "custom_params",
+        "prefix_allowed_tokens_fn",
+    ),
+    **_refused("use 'seed'", "random_seed", neutral=()),
     **_refused("use 'logit_bias'", "sequence_bias"),
     **_refused("it is not offered", "force_words_ids", "constraints", "suffix"),
     **_refused("it is not offered", "encoder_no_repeat_ngram_size", neutral=(0,)),
@@ -154,8 +171,13 @@ _LENGTH = {
         "use 'max_tokens'", "n_predict", "max_new_tokens", "max_output_tokens", "max_gen_len", neutral=(-1,)
     ),
     **_refused("use 'max_tokens'", "max_completion_tokens", "max_tokens", "max_length", neutral=(-1,)),
+    **_refused("use 'max_tokens'", "max_tokens_to_sample", "num_predict", neutral=(-1,)),
     **_refused("use 'min_tokens'", "min_length", "min_new_tokens", neutral=(0,)),
     **_refused("use 'stop'", "stop_strings", "stop_sequences"),
+    **_refused("use 'include_stop_str_in_output'", "no_stop_trim"),
+    **_refused(
+        "answers end by 'stop' and 'stop_token_ids'", "stop_regex", "stopping_criteria", "custom_generate"
+    ),
     **_refused("use 'temperature', which is greedy at 0", "do_sample", neutral=()),
     **_refused("answers end by tokens, not by time", "max_time", "t_max_predict_ms", neutral=(0, -1)),
     **_refused("a prompt that does not fit is refused, never cut", "truncate_prompt_tokens", "truncate"),
@@ -169,6 +191,10 @@ _FORM = {
     **_refused(
         "use 'response_format' or 'structured_outputs'", "structural_tag", "grammar_lazy", "grammar_triggers"
     ),
+    **_refused("use 'response_format'", "schema", "response_schema", "response_json_schema", "output_schema"),
+    **_refused("use 'response_format'", "json", "json_object", "json_mode", "format", "response_mime_type"),
+    **_refused("use 'guided_choice'", "choice", "choices"),
+    **_refused("use 'structured_outputs'", "guided_decoding", "guided_options_request"),
     **_ignored("one library compiles all schemas", "guided_decoding_backend"),
 }
 
@@ -213,8 +239,20 @@ _OUTPUT = {
     **_refused("token ids are not part of an answer", "return_assistant_tokens_mask", "details"),
     **_refused("token ids are not part of an answer", "decoder_input_details"),
     **_refused("an answer has all its fields", "response_fields"),
-    **_refused("choose an adapter by its name as 'model'", "lora", "adapter_id"),
-    **_refused("send 'prompt', or 'messages'", "inputs", "input_data"),
+    **_refused("choose an adapter by its name as 'model'", "lora", "adapter_id", "adapter"),
+    **_refused("choose an adapter by its name as 'model'", "lora_path", "lora_request"),
+    **_refused("text is all that is answered", "detokenize", neutral=(True,)),
+    **_refused("it is not offered", "return_logprob", "return_hidden_states", "return_sequences"),
+    **_refused(
+        "its fields stand in the body itself",
+        "extra_body",
+        "sampling_params",
+        "generation_config",
+        "generation_kwargs",
+        "generate_kwargs",
+        "parameters",
+        "options",
+    ),
     **_ignored("streams carry it by themselves, or nothing does", "stream_options", "chat_format"),
 }
 
@@ -276,14 +314,47 @@ GENERATION: Treatments = {
 }
 """For every route that generates; the fields of its body go first."""
 
+_INPUTS = ("input", "inputs", "input_data", "input_ids", "input_embeds")
+_TEMPLATED = _refused("/chat takes it, for a prompt without the template", "raw", "prefix")
+_CALLS = _refused(
+    "tools are taken by /v1/chat/completions", "functions", "function_call", neutral=("auto", "none")
+)
+
+CHAT: Treatments = {
+    **GENERATION,
+    **_CALLS,
+    **_refused("send 'prompt', or 'messages'", *_INPUTS, "text"),
+    **_refused("it is not offered", "include"),
+}
+"""For /chat."""
+
+CHAT_COMPLETION: Treatments = {
+    **GENERATION,
+    **_TEMPLATED,
+    **_refused("send 'messages'", *_INPUTS, "prompt", "text"),
+    **_refused("use 'n'", "best_of", "n_cmpl", "num_return_sequences", neutral=(0, 1)),
+    **_refused("use 'logprobs'", "include"),
+}
+
 COMPLETION: Treatments = {
     **GENERATION,
-    **_refused("a prompt gets the tokenizer's opening tokens", "add_special_tokens", neutral=(True,)),
+    **_TEMPLATED,
+    **_CALLS,
+    **_refused("send 'prompt'", *_INPUTS, "messages", "text"),
+    **_refused("use 'n'", "n_cmpl", "num_return_sequences", neutral=(0, 1)),
+    **_refused("use 'logprobs'", "include"),
 }
 
 RESPONSES: Treatments = {
     **GENERATION,
-    **_refused("use 'max_output_tokens'", "max_tokens", "max_completion_tokens", "max_new_tokens"),
+    **_TEMPLATED,
+    **_CALLS,
+    **_refused("send 'input'", "messages", "inputs", "input_data", "input_ids", "input_embeds"),
+    **_refused(
+        "use 'max_output_tokens'",
+        *(name for name, treatment in _LENGTH.items() if treatment.why == "use 'max_tokens'"),
+        neutral=(-1,),
+    ),
     **_refused("nothing is stored", "previous_response_id", "conversation", "background", "prompt"),
     **_refused("nothing is stored", "background_options", "context_management", "previous_input_messages"),
     **_refused("it is not offered", "access_programs", "image", "enable_response_messages"),

@@ -47,9 +47,11 @@ async def sampling(
         sample: False is greedy, True samples; None leaves it to temperature, top_p, top_k and min_p.
         top_logprobs: alternatives to report per token; None reports no log probabilities.
 
-    Raises RequestError for token ids that the vocabulary does not have.
+    Raises RequestError for token ids that the vocabulary does not have, and a shortest answer that is
+    longer than the longest.
     """
     _check_ids(body, tokenizer)
+    check_shortest(body.min_tokens or 0, max_new_tokens)
     defaults = tokenizer.defaults
     own = {field.name: getattr(defaults, field.name) for field in fields(defaults) if field.name in PASSED_ON}
     requested = {name: value for name in PASSED_ON if (value := getattr(body, name)) is not None}
@@ -57,7 +59,7 @@ async def sampling(
         max_new_tokens=max_new_tokens,
         temperature=_temperature(body, defaults, sample),
         stop_ids=_stop_ids(body, tokenizer),
-        min_new_tokens=min(body.min_tokens or 0, max_new_tokens),
+        min_new_tokens=body.min_tokens or 0,
         bad_words_ids=await _bad_words_ids(body, tokenizer),
         forced_eos_token_id=_listed(body.forced_eos_token_id),
         top_logprobs=top_logprobs,
@@ -109,6 +111,16 @@ def _temperature(body: SamplingFields, defaults: SamplingDefaults, sample: bool 
         return body.temperature
     samples = sample or any(value is not None for value in (body.top_p, body.top_k, body.min_p))
     return defaults.sampled_temperature if samples else defaults.temperature
+
+
+def check_shortest(shortest: int, longest: int, *, param: str = "min_tokens") -> None:
+    """Raise RequestError where an answer must be longer than it may be; `param` is the field that says so."""
+    if shortest > longest:
+        raise RequestError(
+            f"'{param}' asks for at least {shortest} tokens of an answer that may have {longest} at most: "
+            "lower it, or allow a longer answer",
+            param=param,
+        )
 
 
 def max_new_tokens(length: AnswerLength, tokenizer: PromptTokenizer, *, prompt_tokens: int) -> int:

@@ -41,8 +41,6 @@ MAX_BANNED = 4096
 MAX_ALLOWED = 2**16
 MAX_TOOLS = 128
 
-SEED_LIMIT = 2**63
-
 
 Stops = Annotated[
     Annotated[ShortText, Tag("<text>")]
@@ -79,8 +77,8 @@ class SamplingFields(ConstraintFields):
     """Subtracted once per occurrence in the answer so far."""
     logit_bias: Biases | None = None
     """Added to the logits, by token id."""
-    seed: Integer | None = Field(None, ge=-SEED_LIMIT, lt=SEED_LIMIT)
-    """Same seed, prompt and settings: same text."""
+    seed: Integer | None = Field(None, ge=-(2**63), lt=2**64)
+    """Same seed, prompt and settings: same text. A number of 64 bits, with or without a sign."""
     stop: Stops | None = None
     """Strings that end the answer; they are not part of it. Empty ones are ignored."""
     include_stop_str_in_output: Flag = False
@@ -148,6 +146,8 @@ class GenerateFields(SamplingFields):
 
 class ChatBody(GenerateFields):
     """POST /chat: a `prompt` or `messages`, with parameters flat or under `generate_kwargs`."""
+
+    treatments = fields.CHAT
 
     prompt: Text | None = None
     """One user turn; with `raw`, the text to continue."""
@@ -260,6 +260,8 @@ class OpenAIFields(SamplingFields):
 
 class ChatCompletionBody(OpenAIFields, TemplateFields):
     """POST /v1/chat/completions."""
+
+    treatments = fields.CHAT_COMPLETION
 
     messages: Messages = Field(min_length=1)
     max_completion_tokens: TokenCount | None = None

@@ -181,6 +181,9 @@ async def test_prompt_is_required(open_site: Any) -> None:
         {"typical_p": 0.5},
         {"raw": True, "messages": [{"role": "user", "content": "x"}], "prompt": ""},
         {"messages": [{"role": "user", "content": "x"}]},
+        {"messages": [{"role": "user", "content": "x"}], "prompt": None, "prefix": "y"},
+        {"generation_config": {"top_k": 1}},
+        {"stopping_criteria": ["x"]},
     ],
 )
 async def test_unsupported_parameters_are_400(open_site: Any, body: Any) -> None:
@@ -315,8 +318,19 @@ async def test_min_length_counts_the_prompt_and_min_new_tokens_wins(open_site: A
     async with open_site() as site:
         for more in ({"min_length": 0}, {"min_length": 30}, {"min_length": 30, "min_new_tokens": 2}):
             await site.chat("hello there", generate_kwargs=more)
-        await site.chat("hello there", generate_kwargs={"min_length": 10**6, "max_new_tokens": 7})
+        beyond = await site.chat("hello there", generate_kwargs={"min_length": 10**6, "max_new_tokens": 7})
         prompt_tokens = len(site.engine.requests[0].prompt_ids)
         made = [request.sampling.min_new_tokens for request in site.engine.requests]
     assert 0 < prompt_tokens < 30
-    assert made == [0, min(30 - prompt_tokens, 16), 2, 7]
+    assert made == [0, 30 - prompt_tokens, 2]
+    assert (beyond.status_code, beyond.json()["error"]["param"]) == (400, "min_length")
+
+
+@pytest.mark.parametrize("name", ["min_new_tokens", "min_tokens"])
+async def test_an_answer_that_must_be_longer_than_it_may_be_is_refused(open_site: Any, name: str) -> None:
+    async with open_site() as site:
+        reply = await site.chat(**{name: 100, "max_new_tokens": 5})
+        assert not site.engine.requests
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, name)
+    assert f"'{name}' asks for at least 100 tokens of an answer that may have 5" in error["message"]

@@ -4,6 +4,7 @@ To write the page's tables anew: `python -m tests.serving.http.test_fields`.
 """
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -55,6 +56,13 @@ speculative.n_max speculative.n_min speculative.p_min stop stream t_max_predict_
 thinking_budget_tokens thinking_forced_open timings_per_token tool_choice tools top_k top_n_sigma top_p
 typ_p typical_p xtc_probability xtc_threshold
 """
+SGLANG = """
+custom_logit_processor custom_params ebnf frequency_penalty ignore_eos input_embeds input_ids json_schema
+lora_path max_new_tokens min_new_tokens min_p no_stop_trim presence_penalty regex repetition_penalty
+return_hidden_states return_logprob sampling_params skip_special_tokens spaces_between_special_tokens stop
+stop_regex stop_token_ids stream structural_tag temperature text top_k top_p
+"""
+"""What SGLang's `sampling_params` and `/generate` take that changes an answer."""
 TGI = """
 adapter_id best_of decoder_input_details details do_sample frequency_penalty grammar guideline inputs
 logit_bias logprobs max_new_tokens max_tokens model n presence_penalty repetition_penalty response_format
@@ -119,6 +127,8 @@ def test_the_page_shows_the_table() -> None:
         (ChatCompletionBody, set(LLAMA_CPP.split())),
         (CompletionBody, set(LLAMA_CPP.split())),
         (ChatCompletionBody, set(TGI.split())),
+        (ChatCompletionBody, set(SGLANG.split())),
+        (ChatBody, set(SGLANG.split())),
         (
             messages.Message,
             set(ChatCompletionAssistantMessageParam.__annotations__),
@@ -167,6 +177,25 @@ def test_a_value_that_asks_for_nothing_is_not_refused(
     neutral: tuple[object, ...], value: object, refused: bool
 ) -> None:
     assert Treatment("why", effect=True, neutral=neutral).refuses(value) is refused
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_field_that_one_route_carries_out_is_known_to_the_others(route: str) -> None:
+    everywhere = set().union(*map(names_of, ROUTES.values()))
+    assert not everywhere - names_of(ROUTES[route]) - ROUTES[route].treatments.keys()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_refusal_names_a_field_that_its_route_carries_out(route: str) -> None:
+    body = ROUTES[route]
+    named = {
+        name
+        for treatment in body.treatments.values()
+        if treatment.effect and " of /" not in treatment.why
+        for name in re.findall(r"(?:use|send|as|by|or|and) '([a-z_]+)'", treatment.why)
+    }
+    assert len(named) > 5
+    assert not named - names_of(body)
 
 
 @pytest.mark.parametrize("name", sorted(fields.GENERATION))
