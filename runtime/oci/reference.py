@@ -164,9 +164,10 @@ def _check_names(text: str, registry: str, repository: str) -> None:
             f"image {text!r}: {registry!r} is not a host name with an optional port; expected {_EXPECTED}"
         )
     if repository != repository.lower():
-        lower = text.replace(repository, repository.lower())
+        written = repository if repository in text else repository.removeprefix("library/")
+        lower = text.replace(written, written.lower())
         raise ConfigError(
-            f"image {text!r}: registries allow only lower-case repository names, not {repository!r};"
+            f"image {text!r}: registries allow only lower-case repository names, not {written!r};"
             f" for example {lower!r}"
         )
     if not all(_PART.fullmatch(part) for part in repository.split("/")) or len(repository) > 255:

@@ -112,3 +112,10 @@ def test_a_login_in_a_name_is_refused_and_not_shown(text: str) -> None:
     with pytest.raises(ConfigError, match="a name holds no login") as caught:
         parse(text)
     assert "pw123" not in str(caught.value)
+
+
+def test_upper_case_is_refused_with_a_name_that_would_do() -> None:
+    with pytest.raises(ConfigError, match="not 'IMAGE'; for example 'image'$"):
+        parse("IMAGE")
+    with pytest.raises(ConfigError, match="not 'Team/Tarn'; for example 'r.io/team/tarn:V1'$"):
+        parse("r.io/Team/Tarn:V1")

@@ -94,7 +94,8 @@ def combine(records: Sequence[dict[str, Any]], *, stop_requested: bool, status: 
         return next(record for record in records if record["kind"] == StoppedError.__name__)
     if stop_requested:
         stopped = StoppedError(
-            "stopped before training began or a checkpoint was due; run the same command again"
+            "stopped without a new checkpoint: training had not begun, or its step did not end in the time "
+            "there was; run the same command again"
         )
         return describe(stopped, "start", 0)
     if status == RENDEZVOUS_FAILED:
