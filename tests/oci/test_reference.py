@@ -115,7 +115,7 @@ def test_a_login_in_a_name_is_refused_and_not_shown(text: str) -> None:
 
 
 def test_upper_case_is_refused_with_a_name_that_would_do() -> None:
-    with pytest.raises(ConfigError, match="not 'IMAGE'; for example 'image'$"):
+    with pytest.raises(ConfigError, match=r"not 'IMAGE'; for example 'image'$"):
         parse("IMAGE")
-    with pytest.raises(ConfigError, match="not 'Team/Tarn'; for example 'r.io/team/tarn:V1'$"):
+    with pytest.raises(ConfigError, match=r"not 'Team/Tarn'; for example 'r.io/team/tarn:V1'$"):
         parse("r.io/Team/Tarn:V1")
