@@ -21,6 +21,8 @@ from runtime.serving.tokenizer import PromptTokenizer
 STALL_S = 60.0
 """Requests running and no token for this long: the engine hangs and must be restarted."""
 
+STOPPING = "the server is shutting down; send the request to another replica"
+
 
 class Phase(Enum):
     """One state of the server."""
@@ -139,7 +141,7 @@ class Lifecycle:
         when none is accepted any more.
         """
         if not self.accepting:
-            raise UnavailableError("the server is shutting down; send the request to another replica")
+            raise UnavailableError(STOPPING)
         if self._in_flight >= self._capacity:
             raise OverloadedError(f"{self._in_flight} requests are running or waiting; try again shortly")
 

@@ -29,6 +29,7 @@ from runtime.serving.http.acceptor import Acceptable, OpenConnections
 from runtime.serving.http.middleware import OPEN_PATHS, plain_path
 from runtime.serving.http.sse import error_object, reply
 from runtime.serving.http.write_watch import WriteWatch
+from runtime.serving.lifecycle import STOPPING
 from runtime.serving.settings import Limits
 
 if TYPE_CHECKING:
@@ -206,13 +207,21 @@ class Connection(Acceptable):
             self._transport.close()
 
     def shutdown(self) -> None:
-        """Close it now, or after the answer that is being sent; uvicorn calls it when the server stops."""
-        if self._answering is None:
-            self.close()
-        elif self._answering.response_started:
-            self._answering.ends_connection = True
+        """Close it now, or after the answer being made; a request that still arrives is refused."""
+        exchange = self._answering
+        if exchange is None:
+            if self._deaf_bytes is None:  # else it was refused, and closes once the client has read why
+                self.close()
+        elif exchange.response_started:
+            exchange.ends_connection = True
+        elif exchange.more_body:
+            self._end(_Refusal(503, STOPPING))
         else:
-            self._answering.keep_alive = False
+            exchange.keep_alive = False
+
+    def cut_off(self) -> None:
+        """Close it with what was written and not read, so that what is made of its request ends."""
+        self._transport.abort()
 
     # What data_received does.
 

@@ -14,8 +14,9 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sized
 from functools import partial
+from typing import cast
 
 import uvicorn
 
@@ -43,6 +44,10 @@ WATCH_S = 1.0
 WAITING_CONNECTIONS = 2048
 CLOSE_TIMEOUT_S = 5
 """For the engine and connections to close after the last answer was cut off."""
+LAST_READ_S = 2.0
+"""Of that, for clients to read the ends of their answers; whose connection is open then is cut off."""
+LAST_TASKS_S = 1.0
+"""For what was done for them to end."""
 
 
 def run(config: ServeConfig, *, access: Access | None = None, load: Load | None = None) -> None:
@@ -124,6 +129,8 @@ class Serving:
         self._load = load
         self._lifecycle = Lifecycle(capacity=config.replicas * (config.limits.rows + config.limits.queue))
         self._stop = asyncio.Event()
+        self._closing = "requests"
+        """What is being ended, for the log line where it does not end."""
 
     async def run(self, listener: socket.socket) -> None:
         """Answer on `listener` until a signal; raises what loading failed with."""
@@ -147,11 +154,15 @@ class Serving:
         finally:
             self._lifecycle.refuse()
             if (served := self._lifecycle.loaded) is not None:
+                self._closing = "a step of the engine"
                 served.engine.close()
+                self._closing = "the tokenizer"
                 served.tokenizer.close()
             stop.cancel()
+            self._closing = "connections"
             server.should_exit = True
             await serving
+            self._closing = "threads"
         log.info("Stopped")
 
     def _callers(self, address: str) -> Callers:
@@ -183,7 +194,6 @@ class Serving:
             log_config=None,
             server_header=False,
             proxy_headers=False,
-            timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
         )
         return _Server(uvicorn_config, listener, config.limits, metrics)
 
@@ -234,7 +244,7 @@ class Serving:
         await asyncio.sleep(config.drain_delay_s)
         lifecycle.refuse()
         answers_s = max(0.8 * config.drain_timeout_s, config.drain_timeout_s - CLOSE_TIMEOUT_S)
-        _exit_within(answers_s + CLOSE_TIMEOUT_S)
+        _exit_within(answers_s + CLOSE_TIMEOUT_S, lambda: self._closing)
         try:
             async with asyncio.timeout(answers_s):
                 await lifecycle.idle()
@@ -250,14 +260,14 @@ class Serving:
         self._stop.set()
 
 
-def _exit_within(seconds: float) -> None:
+def _exit_within(seconds: float, closing: Callable[[], str]) -> None:
     """End the process after `seconds` whatever it does: the engine may be inside a step that takes longer.
 
-    A supervisor kills it a little later anyway, and then nothing says why.
+    A supervisor kills it a little later anyway, and then nothing says why; here `closing` does.
     """
 
     def end() -> None:
-        log.error("Not closed %g s after SIGTERM: a step of the engine still runs; exiting", seconds)
+        log.error("Not closed %g s after SIGTERM: still waiting for %s; exiting", seconds, closing())
         os._exit(1)
 
     timer = threading.Timer(seconds, end)
@@ -286,12 +296,29 @@ class _Server(uvicorn.Server):
         self._acceptor.start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the connections; uvicorn cancels tasks instead, and leaves unread answers open."""
         self._acceptor.close()
-        await super().shutdown(sockets=[])
+        connections = cast("set[Connection]", self.server_state.connections)
+        for connection in tuple(connections):
+            connection.shutdown()
+        if not await _emptied(connections, LAST_READ_S):
+            log.warning("Cut off %d connections whose clients did not read their answers", len(connections))
+            for connection in tuple(connections):
+                connection.cut_off()
+        await _emptied(self.server_state.tasks, LAST_TASKS_S)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
+
+
+async def _emptied(waited_for: Sized, seconds: float) -> bool:
+    """Return whether nothing is left of `waited_for` within `seconds`."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while waited_for:
+                await asyncio.sleep(0.02)
+    return not waited_for
 
 
 def _set_outcome(loading: "asyncio.Future[ServedModel]", outcome: ServedModel | BaseException) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,38 @@ def test_a_step_that_does_not_end_cannot_hold_the_exit(start_server: Any) -> Non
     started = time.monotonic()
     assert server.stop() == 1
     assert 4.5 < time.monotonic() - started < 8
-    until(lambda: any("Not closed 5 s after SIGTERM" in line for line in server.log))
+    until(
+        lambda: any("Not closed 5 s after SIGTERM: still waiting for a step" in line for line in server.log)
+    )
+
+
+@pytest.mark.parametrize("answers", [1, 8])
+def test_an_unread_stream_cannot_hold_the_exit(start_server: Any, answers: int) -> None:
+    engine = {"rows": 8, "queue": 8, "context_tokens": 8192}
+    server = start_server(engine=engine, config={"drain_timeout_s": 0.5, "limits": {"new_tokens": 8000}})
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "n": answers, "max_tokens": 8000}
+    with sent(server, json.dumps(body | {"logprobs": True, "top_logprobs": 20}).encode()):
+        until(lambda: server.running() > 0)
+        time.sleep(0.5)
+        started = time.monotonic()
+        assert server.stop() == 0
+    assert time.monotonic() - started < 4.5
+    until(lambda: any("Stopped" in line for line in server.log))
+    assert any("Cut off 1 connections" in line for line in server.log)
+    assert not any("Not closed" in line or "Traceback" in line for line in server.log)
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 100", "Transfer-Encoding: chunked"])
+def test_a_body_that_still_arrives_is_refused_at_sigterm(start_server: Any, framing: str) -> None:
+    server = start_server(engine=SLOW)
+    with sent(server, b"1\r\n{\r\n", framing) as client:
+        time.sleep(0.2)
+        server.process.send_signal(signal.SIGTERM)
+        client.settimeout(1)
+        assert closed(client).startswith(b"HTTP/1.1 503 ")
+    assert server.process.wait(2) == 0
+    until(lambda: any("Stopped" in line for line in server.log))
+    assert not any("Traceback" in line or "Cancel" in line for line in server.log)
 
 
 def test_second_sigterm_exits_at_once(start_server: Any) -> None:
@@ -166,6 +198,16 @@ def test_waiting_client_that_disconnects_never_runs(start_server: Any) -> None:
             assert second.status_code == 200
         until(lambda: 'num_requests_waiting{model_name="base"} 0.0' in server.get("/metrics").text, 1)
         assert server.running() == 1
+
+
+@contextlib.contextmanager
+def sent(server: Any, body: bytes, framing: str = "") -> Iterator[socket.socket]:
+    """Send a body to /v1/chat/completions, whole unless `framing` says that there is more; read nothing."""
+    framing = framing or f"Content-Length: {len(body)}"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
+        client.sendall(head.encode() + body)
+        yield client
 
 
 def resident_kb(server: Any) -> int:
