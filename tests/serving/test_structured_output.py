@@ -298,6 +298,16 @@ async def test_wrong_constraint_is_400_and_names_its_field(
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), reply.text
 
 
+@pytest.mark.parametrize("param", ["guided_json", "json_schema"])
+async def test_schema_as_text_that_is_no_json_is_not_called_the_body(served: ServedModel, param: str) -> None:
+    async with opened(served) as client:
+        replies = [await client.post("/chat", json={"prompt": "hi", param: text}) for text in ("{type}", " ")]
+    for reply, reason in zip(replies, ("not valid JSON: key must be", "empty, expected JSON"), strict=True):
+        assert reply.json()["error"]["message"].startswith(
+            f"'{param}' is not a JSON schema: the text is {reason}"
+        )
+
+
 async def test_missing_library_is_400_and_names_the_extra(
     served: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

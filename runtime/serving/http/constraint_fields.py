@@ -214,7 +214,7 @@ def _typed(kind: str, value: dict[str, Any] | str, param: str) -> Constraint:
 def _schema(value: dict[str, Any] | str, param: str, *, space: str | None = None) -> Constraint:
     if isinstance(value, str):
         try:
-            value = parse(value.encode())
+            value = parse(value.encode(), what="the text")
         except RequestError as error:
             raise RequestError(f"'{param}' is not a JSON schema: {error}", param=param) from None
         if not isinstance(value, dict):

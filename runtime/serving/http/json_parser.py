@@ -26,24 +26,27 @@ _REASONS = {
 """What the parser's words mean, by a part of them; others are shown as they are."""
 
 
-def parse(sent: bytes) -> Any:
+def parse(sent: bytes, *, what: str = "the body") -> Any:
     """Return the value that `sent` is JSON of: UTF-8, no NaN or Infinity, no key twice in one object.
+
+    `what` is its name in messages.
 
     Raises RequestError: empty, not JSON, nested deeper than 200 levels, or more than `MOST_NODES` nodes.
     """
     sent = sent.removeprefix(_BOM)
     if not sent.strip():
-        raise RequestError("the request has no body, expected JSON")
+        missing = "the request has no body" if what == "the body" else f"{what} is empty"
+        raise RequestError(f"{missing}, expected JSON")
     if len(sent) > MOST_NODES and (nodes := _nodes(sent)) > MOST_NODES:
         raise RequestError(
-            f"the body has {nodes} lists, objects and keys; at most {MOST_NODES} are taken: send less at once"
+            f"{what} has {nodes} lists, objects and keys; at most {MOST_NODES} are taken: send less at once"
         )
     try:
         return jiter.from_json(sent, allow_inf_nan=False, catch_duplicate_keys=True, cache_mode="keys")
     except ValueError as error:
         said, _, place = one_line(error, 200).rpartition(" at line ")
         reason = next((meaning for part, meaning in _REASONS.items() if part in said), said or place)
-        raise RequestError(f"the body is not valid JSON: {reason} (line {place})") from None
+        raise RequestError(f"{what} is not valid JSON: {reason} (line {place})") from None
 
 
 def complete(text: str) -> Any:

@@ -24,7 +24,11 @@ MAX_ENUM_TEXTS = 5_000
 MAX_COUNT = 10_000
 """Of any repetition: `{1,n}` in a pattern, minItems, maxLength and their like."""
 
-REPETITION = re.compile(r"(?<!\\)\{(\d*)(?:,(\d*))?\}")
+CODE_POINT = re.compile(r"\\(?:[xuU]\{([0-9A-Fa-f]+)\}|.)", re.DOTALL)
+"""An escape; one in braces with its digits."""
+REPETITION = re.compile(r"\\(?:[xuU]\{[0-9A-Fa-f]+\}|.)|\[(?:\\.|[^\]\\])*\]|\{(\d*)(?:,(\d*))?\}", re.DOTALL)
+"""What comes first in it is no repetition: an escape, a class."""
+LAST_CODE_POINT = 0x10FFFF
 
 COMPILE_CPU_S = 2.0
 """Processor time that a form may take before its first token."""
@@ -58,13 +62,16 @@ def encoded(constraint: Constraint) -> str:
 
 
 def check_pattern(pattern: str, constraint: Constraint, path: str = "") -> None:
-    """Raise RequestError for a regular expression that is too long or repeats too often."""
+    """Raise RequestError for a regular expression that is too long, or beyond what it may name or repeat."""
     if len(pattern) > MAX_PATTERN_CHARACTERS:
         most = MAX_PATTERN_CHARACTERS
         raise refused(constraint, f"a pattern of {len(pattern)} characters, at most {most}", path)
     for found in REPETITION.finditer(pattern):
         if any(count and (len(count) > 9 or int(count) > MAX_COUNT) for count in found.groups()):
             raise refused(constraint, f"repeats {found[0][:40]}, at most {MAX_COUNT} times", path)
+    for found in CODE_POINT.finditer(pattern):
+        if found[1] and int(found[1], 16) > LAST_CODE_POINT:
+            raise refused(constraint, f"{found[0][:40]} is no character, the last is 10FFFF", path)
 
 
 def refused(constraint: Constraint, reason: str, path: str = "") -> RequestError:

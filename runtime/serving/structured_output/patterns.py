@@ -18,7 +18,13 @@ ESCAPES = {
 }
 """Of U+FEFF, white space in ECMA-262 and none in Python, neither `\\s` nor `\\S` allows one."""
 DOT = r"[^\n\r\x{2028}\x{2029}]"
-ESCAPE = re.compile(r"\\(?:c([A-Za-z])|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]+)\}|([pP]\{[\w=]+\}|.))", re.DOTALL)
+HEX = "[0-9A-Fa-f]"
+ESCAPE = re.compile(
+    rf"\\(?:c([A-Za-z])|u([Dd][89ABab]{HEX}{{2}})\\u([Dd][C-Fc-f]{HEX}{{2}})|u({HEX}{{4}})"
+    rf"|[uUx]\{{({HEX}+)\}}|([pP]\{{[\w=]+\}}|.))",
+    re.DOTALL,
+)
+"""A control character, a pair of surrogates, a code point, one in braces, a class of Unicode, or another."""
 QUANTIFIER = re.compile(r"\{\d+(?:,\d*)?\}")
 
 
@@ -55,9 +61,11 @@ def from_ecma(pattern: str) -> str:
 
 
 def _escape(found: re.Match[str]) -> str:
-    control, unit, point, other = found.groups()
+    control, high, low, unit, point, other = found.groups()
     if control is not None:
         return f"\\x{ord(control.upper()) - 64:02X}"
+    if high is not None:
+        return f"\\x{{{(int(high, 16) - 0xD800 << 10) + int(low, 16) - 0xDC00 + 0x10000:X}}}"
     if unit is not None or point is not None:
         return f"\\x{{{unit or point}}}"
     if other in ESCAPES:
