@@ -20,20 +20,21 @@ from runtime.serving.http import fields
 from runtime.serving.http.body import BodyRoute
 from runtime.serving.http.body_types import Body, Flag, Name, Text, TokenIds
 from runtime.serving.http.messages import Messages, turns_of
+from runtime.serving.http.template_fields import TemplateFields, template_options
+from runtime.serving.http.tool_fields import ToolFields, shown_tools
 from runtime.serving.lifecycle import ServedModel
 from runtime.serving.settings import ADAPTER_NAME, AdapterSource
 
 log = logging.getLogger(__name__)
 
 
-class TokenizeBody(Body):
-    """POST /tokenize: a `prompt` or `messages`."""
+class TokenizeBody(TemplateFields, ToolFields):
+    """POST /tokenize: a `prompt`, or `messages` with all that /v1/chat/completions shows to the model."""
 
-    treatments = fields.PLAIN
+    treatments = fields.TOKENIZE
 
     prompt: Text | None = None
     messages: Messages | None = None
-    add_special_tokens: Flag = True
     return_token_strs: Flag = False
 
 
@@ -96,10 +97,7 @@ def _add_tokenizer_routes(routes: APIRouter, generator: Generator) -> None:
     @routes.post("/tokenize", summary="Token ids of a text or a conversation", response_model=None)
     async def tokenize(body: TokenizeBody) -> Response:
         tokenizer = generator.served().tokenizer
-        if body.messages:
-            ids = await tokenizer.tokenize_chat(turns_of(body.messages, tokenizer.template))
-        else:
-            ids = await tokenizer.tokenize_text(body.prompt or "", special=body.add_special_tokens)
+        ids = await _token_ids(body, generator.served())
         strings = await tokenizer.token_texts(ids) if body.return_token_strs else None
         counted = {"count": len(ids), "max_model_len": tokenizer.context_tokens, "tokens": ids}
         return JSONResponse({**counted, "token_strs": strings})
@@ -108,6 +106,21 @@ def _add_tokenizer_routes(routes: APIRouter, generator: Generator) -> None:
     async def detokenize(body: DetokenizeBody) -> Response:
         tokenizer = generator.served().tokenizer
         return JSONResponse({"prompt": await tokenizer.detokenize(body.tokens)})
+
+
+async def _token_ids(body: TokenizeBody, served: ServedModel) -> list[int]:
+    tokenizer = served.tokenizer
+    if body.messages:
+        if body.prompt:
+            raise RequestError("send 'prompt' or 'messages', not both", param="prompt")
+        options = template_options(body, tokenizer, shown_tools(body, served))
+        return await tokenizer.tokenize_chat(turns_of(body.messages, tokenizer.template), options=options)
+    if body.prompt is None:
+        raise RequestError("send 'prompt' or 'messages'", param="prompt")
+    for name in ("tools", "documents", "chat_template_kwargs", "continue_final_message"):
+        if getattr(body, name):
+            raise RequestError(f"'{name}' is for 'messages'; a 'prompt' is taken as it stands", param=name)
+    return await tokenizer.tokenize_text(body.prompt, special=body.add_special_tokens is not False)
 
 
 def _add_adapter_routes(routes: APIRouter, generator: Generator, loader: AdapterLoader | None) -> None:

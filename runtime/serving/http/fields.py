@@ -405,5 +405,16 @@ STREAM: Treatments = {
     **_refused("usage comes once, at the end", "continuous_usage_stats"),
 }
 
+TOKENIZE: Treatments = {
+    **_TEMPLATE,
+    **_ignored("there is one model", "model"),
+    **_refused("use 'prompt'", "content", "text", "input", "inputs"),
+    **_refused("use 'add_special_tokens'", "add_special", neutral=()),
+    **_refused("special tokens of a text are always found", "parse_special", neutral=(True,)),
+    **_refused("use 'return_token_strs'", "with_pieces"),
+    **{name: _LENGTH[name] for name in ("truncate_prompt_tokens", "truncate")},
+}
+"""For /tokenize: what changes the tokens of a prompt. Others are llama.cpp's and TGI's."""
+
 PLAIN: Treatments = {**_ignored("there is one model", "model")}
 """For routes that do not generate."""

@@ -25,16 +25,13 @@ from runtime.serving.http.schema import (
     ChatCompletionBody,
     CompletionBody,
     OpenAIFields,
-    Tool,
-    ToolChoice,
 )
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
 from runtime.serving.http.template_fields import template_options
-from runtime.serving.lifecycle import ServedModel
-from runtime.serving.structured_output.constraints import function_call
+from runtime.serving.http.tool_fields import forced_call, shown_tools, tool_names
 from runtime.serving.token_bytes import AnswerToken
 from runtime.serving.tokenizer import PromptTokenizer
-from runtime.serving.tool_calls import PARSERS, Call, ToolStream, split
+from runtime.serving.tool_calls import Call, ToolStream, split
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,15 +195,12 @@ async def _chat_request(
         raise RequestError("'top_logprobs' needs 'logprobs': true", param="top_logprobs")
     adapter = generator.adapter_for(body.model)
     tokenizer = generator.served().tokenizer
-    names = tool_names(body)
-    if names:
-        _check_tools(generator.served())
+    asked, tools = _constraint(body), shown_tools(body, generator.served())
     if body.include_reasoning is not None and (parser := generator.served().reasoning_parser):
         raise RequestError(
             f"'include_reasoning' is not supported here: reasoning of the form '{parser}' stays in the text",
             param="include_reasoning",
         )
-    tools = [_shown(tool) for tool in body.tools or ()] if names else None
     options = template_options(body, tokenizer, tools)
     ids = await tokenizer.prompt_from_chat(turns_of(body.messages, tokenizer.template), options=options)
     if body.max_completion_tokens is not None:
@@ -220,49 +214,18 @@ async def _chat_request(
         sample=_sample(body),
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    sampling = await constrained(request, tokenizer, sampling, constraint(body) or _forced_call(body))
+    sampling = await constrained(request, tokenizer, sampling, asked)
     request_id = request.state.request_id
     text_rules, continues = parameters.text_rules(body), options.continues_last
     return GenerationRequest(ids, sampling, text_rules, adapter, request_id, continues_prompt=continues)
 
 
-def _shown(tool: Tool) -> dict[str, Any]:
-    """Return a tool as templates print it: `strict` is said to the server."""
-    return tool.model_dump(exclude_none=True, exclude={"function": {"strict"}})
-
-
-def _check_tools(served: ServedModel) -> None:
-    """Raise RequestError where the model cannot be given tools, or its calls cannot be found."""
-    if "tools" not in served.tokenizer.template:
-        raise RequestError("this model's chat template knows no tools", param="tools")
-    parser = served.tool_call_parser
-    if parser is not None and parser not in PARSERS:
-        raise RequestError(
-            f"'tools' are not supported here: function calls in the form of '{parser}' are not known",
-            param="tools",
-        )
-
-
-def _forced_call(body: ChatCompletionBody) -> Constraint | None:
-    """Return the constraint of an answer that must be a call: `tool_choice` "required" or a function."""
-    choice = body.tool_choice
-    if not body.tools or choice is None or choice in {"auto", "none"}:
-        return None
-    tools = [tool.function for tool in body.tools]
-    if isinstance(choice, ToolChoice):
-        name = choice.function.name
-        tools = [tool for tool in tools if tool.name == name]
-        if not tools:
-            raise RequestError(f"'tool_choice' names '{name}', which is no tool here", param="tool_choice")
-    strict = any(tool.strict for tool in tools)
-    return function_call([(tool.name, tool.parameters) for tool in tools], "tool_choice", strict=strict)
-
-
-def tool_names(body: ChatCompletionBody) -> frozenset[str]:
-    """Return the functions the model may call; none for `tool_choice` "none"."""
-    if not body.tools or body.tool_choice == "none":
-        return frozenset()
-    return frozenset(tool.function.name for tool in body.tools)
+def _constraint(body: ChatCompletionBody) -> Constraint | None:
+    """Return what the answer must match; a call that is forced has no text that `response_format` is for."""
+    asked, forced = constraint(body), forced_call(body)
+    if asked is not None and forced is not None and asked.param != "response_format":
+        raise RequestError(f"'{forced.param}' and '{asked.param}' exclude each other", param=asked.param)
+    return forced or asked
 
 
 async def _completion_requests(

@@ -1,14 +1,13 @@
 """What clients may send: bodies of /chat and of the OpenAI routes.
 
 Known fields are checked for type and range; what becomes of the others, fields.py says. Conversations are
-in messages.py. Knows no model and no tokenizer, and never imports torch. Start at `SamplingFields`, then
-`ChatBody` and `ChatCompletionBody`.
+in messages.py, tools in tool_fields.py. Knows no model and no tokenizer, and never imports torch. Start at
+`SamplingFields`, then `ChatBody` and `ChatCompletionBody`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag
 
 from runtime.serving.http import fields
 from runtime.serving.http.body_types import (
@@ -30,6 +29,7 @@ from runtime.serving.http.body_types import (
 from runtime.serving.http.constraint_fields import ConstraintFields
 from runtime.serving.http.messages import Messages
 from runtime.serving.http.template_fields import TemplateFields
+from runtime.serving.http.tool_fields import ToolFields
 
 MAX_CHOICES = 8
 """Answers to one request (`n`): each is a sequence of the engine."""
@@ -39,7 +39,6 @@ MAX_NGRAM = 64
 MAX_BAD_WORDS = 1024
 MAX_BANNED = 4096
 MAX_ALLOWED = 2**16
-MAX_TOOLS = 128
 
 
 Stops = Annotated[
@@ -190,56 +189,6 @@ class StreamOptions(Body):
     """Send one more chunk with the token counts before [DONE]."""
 
 
-class FunctionTool(Body):
-    """A function the model may call; `parameters` is a JSON schema."""
-
-    treatments = fields.TOOL
-
-    name: Name
-    description: Text | None = None
-    parameters: dict[str, Any] | None = None
-    strict: Flag | None = None
-    """A call that is forced has a schema that is enforced in all its parts."""
-
-
-class Tool(Body):
-    """One tool of a request; only functions exist."""
-
-    treatments = fields.TOOL
-
-    type: Literal["function"] = "function"
-    function: FunctionTool
-
-
-class NamedFunction(Body):
-    """A function by its name."""
-
-    treatments = fields.TOOL
-
-    name: Name
-
-
-class ToolChoice(Body):
-    """The one function that must be called."""
-
-    treatments = fields.TOOL
-
-    type: Literal["function"] = "function"
-    function: NamedFunction
-
-
-ToolChoices = Annotated[
-    Annotated[Literal["auto", "none", "required"], Tag("<word>")] | Annotated[ToolChoice, Tag("<function>")],
-    by_kind(
-        "'auto', 'none', 'required' or an object that names a function", {str: "<word>", dict: "<function>"}
-    ),
-]
-FunctionChoices = Annotated[
-    Annotated[Literal["auto", "none"], Tag("<word>")] | Annotated[NamedFunction, Tag("<function>")],
-    by_kind("'auto', 'none' or an object that names a function", {str: "<word>", dict: "<function>"}),
-]
-
-
 class OpenAIFields(SamplingFields):
     """What /v1/chat/completions and /v1/completions have in common."""
 
@@ -258,7 +207,7 @@ class OpenAIFields(SamplingFields):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class ChatCompletionBody(OpenAIFields, TemplateFields):
+class ChatCompletionBody(OpenAIFields, TemplateFields, ToolFields):
     """POST /v1/chat/completions."""
 
     treatments = fields.CHAT_COMPLETION
@@ -268,33 +217,10 @@ class ChatCompletionBody(OpenAIFields, TemplateFields):
     """Longest answer, in tokens; takes precedence over `max_tokens`."""
     logprobs: Flag = False
     top_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    functions: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    """The older form of `tools`."""
-    function_call: FunctionChoices | None = None
-    """The older form of `tool_choice`."""
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
-    tool_choice: ToolChoices | None = None
-    """Whether the model may or must call a function; an object names one that it must call."""
     parallel_tool_calls: Flag = True
     """Whether one answer may hold several calls; false: the first of them."""
     include_reasoning: Flag | None = None
     """Whether the answer shows the model's reasoning; refused where the server was started to separate it."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _functions_are_tools(cls, sent: Any) -> Any:
-        """Return the body with the older form of tools in the newer one."""
-        if type(sent) is not dict or not ("functions" in sent or "function_call" in sent):
-            return sent
-        functions, choice = sent.get("functions"), sent.get("function_call")
-        if functions and sent.get("tools"):
-            raise PydanticCustomError("exclusive", "has 'tools' and 'functions', which exclude each other")
-        newer = dict(sent)
-        if isinstance(functions, list):
-            newer["tools"] = [{"function": function} for function in functions[:MAX_TOOLS]] or None
-        if choice is not None:
-            newer["tool_choice"] = {"function": choice} if isinstance(choice, dict) else choice
-        return newer
 
 
 def _prompt_kind(value: Any) -> str | None:

@@ -22,8 +22,8 @@ class TemplateFields(Body):
     """End the prompt where the assistant begins to speak; true, unless `continue_final_message`."""
     continue_final_message: Flag = False
     """The answer continues the text of the last message."""
-    add_special_tokens: Flag = False
-    """Put the tokenizer's opening tokens before what the template writes."""
+    add_special_tokens: Flag | None = None
+    """Put the tokenizer's opening tokens before what the template writes; false by default."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables for the model's chat template."""
     documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS, fail_fast=True)] | None = None
@@ -57,5 +57,5 @@ def template_options(
         variables=variables,
         begins_answer=body.add_generation_prompt is not False,
         continues_last=body.continue_final_message,
-        adds_special=body.add_special_tokens,
+        adds_special=bool(body.add_special_tokens),
     )

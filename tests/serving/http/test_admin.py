@@ -10,6 +10,7 @@ from runtime.serving.engine import failures
 from runtime.serving.http.admin import AdapterLoader
 from runtime.serving.lifecycle import ServedModel
 from runtime.serving.settings import AdapterSource
+from tests.serving.http.test_template_fields import DIALOGUE, TEMPLATE
 
 pytestmark = pytest.mark.anyio
 
@@ -32,6 +33,65 @@ async def test_conversation_to_ids_is_what_chat_would_generate_from(open_site: A
         ids = (await site.client.post("/tokenize", json={"messages": turns})).json()["tokens"]
         await site.complete(messages=turns)
         assert tuple(ids) == site.engine.requests[0].prompt_ids
+
+
+TOOLS = [{"type": "function", "function": {"name": "now"}}]
+DOCUMENTS = [{"title": "a longer title", "text": "x"}]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": TOOLS},
+        {"tools": TOOLS, "tool_choice": "none"},
+        {"functions": [{"name": "now"}]},
+        {"chat_template_kwargs": {"thinking_budget": 9}},
+        {"documents": DOCUMENTS},
+        {"reasoning_effort": "low"},
+        {"add_generation_prompt": False},
+        {"continue_final_message": True},
+        {"add_special_tokens": True},
+    ],
+    ids=str,
+)
+async def test_all_that_a_completion_shows_to_the_model_is_counted(open_site: Any, fields: Any) -> None:
+    template = TEMPLATE + "{% if tools %}{{ tools | tojson }}{% endif %}"
+    body = {"messages": DIALOGUE, **fields}
+    async with open_site(template=template) as site:
+        plain = (await site.client.post("/tokenize", json={"messages": DIALOGUE})).json()["tokens"]
+        counted = await site.client.post("/tokenize", json=body)
+        await site.client.post("/v1/chat/completions", json=body)
+        assert tuple(counted.json()["tokens"]) == site.engine.requests[0].prompt_ids
+    changes = fields.get("tool_choice") != "none" and "add_special_tokens" not in fields
+    assert (counted.json()["tokens"] != plain) is changes
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"messages": []}, "prompt"),
+        ({"content": "hi"}, "content"),
+        ({"text": "hi"}, "text"),
+        ({"inputs": "hi"}, "inputs"),
+        ({"prompt": "hi", "add_special": False}, "add_special"),
+        ({"prompt": "hi", "with_pieces": True}, "with_pieces"),
+        ({"prompt": "hi", "messages": DIALOGUE}, "prompt"),
+        ({"prompt": "hi", "tools": TOOLS}, "tools"),
+        ({"prompt": "hi", "continue_final_message": True}, "continue_final_message"),
+        ({"messages": DIALOGUE, "tools": TOOLS}, "tools"),
+        ({"messages": DIALOGUE, "chat_template": "x"}, "chat_template"),
+        ({"messages": DIALOGUE, "truncate_prompt_tokens": 1}, "truncate_prompt_tokens"),
+    ],
+    ids=str,
+)
+async def test_a_count_of_something_else_is_refused(open_site: Any, body: Any, param: str) -> None:
+    async with open_site() as site:
+        reply = await site.client.post("/tokenize", json=body)
+        empty = await site.client.post("/tokenize", json={"prompt": ""})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+    assert empty.json()["count"] == 0
 
 
 @pytest.fixture

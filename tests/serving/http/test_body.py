@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from runtime.serving.http import admin, constraint_fields, messages, responses, schema
+from runtime.serving.http import admin, constraint_fields, messages, responses, schema, tool_fields
 from runtime.serving.http.body import IGNORED, read_now
 from runtime.serving.http.body_types import Body
 from runtime.serving.http.fields import UnknownFields
@@ -29,10 +29,10 @@ LEAST: dict[type[Body], dict[str, Any]] = {
     schema.GenerateFields: {},
     schema.ChatBody: {},
     schema.StreamOptions: {},
-    schema.FunctionTool: FUNCTION,
-    schema.Tool: {"function": FUNCTION},
-    schema.NamedFunction: FUNCTION,
-    schema.ToolChoice: {"function": FUNCTION},
+    tool_fields.FunctionTool: FUNCTION,
+    tool_fields.Tool: {"function": FUNCTION},
+    tool_fields.NamedFunction: FUNCTION,
+    tool_fields.ToolChoice: {"function": FUNCTION},
     schema.OpenAIFields: {},
     schema.ChatCompletionBody: {"messages": [USER]},
     schema.CompletionBody: {"prompt": "x"},

@@ -186,6 +186,14 @@ async def test_prompt_and_answer_over_the_context_is_400(open_site: Any) -> None
     [
         ({"functions": [{"name": "f"}]}, "tools"),
         ({"functions": [{}]}, "functions[0].name"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": []}, "tool_choice"),
+        ({"function_call": {"name": "f"}}, "function_call"),
+        ({"function_call": {"name": "g"}, "functions": [{"name": "f"}]}, "function_call"),
+        (
+            {"tool_choice": "required", "tools": [{"function": {"name": "f"}}], "guided_regex": "a"},
+            "guided_regex",
+        ),
         ({"functions": [{"name": "f"}], "tools": [{"function": {"name": "f"}}]}, ""),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"top_logprobs": 2}, "top_logprobs"),

@@ -1,0 +1,145 @@
+"""The fields of a request that say which functions the model may or must call, and what they mean.
+
+OpenAI's `tools` and `tool_choice`, and their older form. Does not know routes, or how a call is written and
+found in a text (serving/tool_calls.py). Start at `ToolFields`, then `shown_tools` and `forced_call`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from runtime.errors import RequestError
+from runtime.serving.engine.protocol import Constraint
+from runtime.serving.http import fields
+from runtime.serving.http.body_types import Body, Flag, Name, Text, by_kind
+from runtime.serving.lifecycle import ServedModel
+from runtime.serving.structured_output.constraints import function_call
+from runtime.serving.tool_calls import PARSERS
+
+MAX_TOOLS = 128
+
+
+class FunctionTool(Body):
+    """A function the model may call; `parameters` is a JSON schema."""
+
+    treatments = fields.TOOL
+
+    name: Name
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Flag | None = None
+    """A call that is forced has a schema that is enforced in all its parts."""
+
+
+class Tool(Body):
+    """One tool of a request; only functions exist."""
+
+    treatments = fields.TOOL
+
+    type: Literal["function"] = "function"
+    function: FunctionTool
+
+
+class NamedFunction(Body):
+    """A function by its name."""
+
+    treatments = fields.TOOL
+
+    name: Name
+
+
+class ToolChoice(Body):
+    """The one function that must be called."""
+
+    treatments = fields.TOOL
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+ToolChoices = Annotated[
+    Annotated[Literal["auto", "none", "required"], Tag("<word>")] | Annotated[ToolChoice, Tag("<function>")],
+    by_kind(
+        "'auto', 'none', 'required' or an object that names a function", {str: "<word>", dict: "<function>"}
+    ),
+]
+FunctionChoices = Annotated[
+    Annotated[Literal["auto", "none"], Tag("<word>")] | Annotated[NamedFunction, Tag("<function>")],
+    by_kind("'auto', 'none' or an object that names a function", {str: "<word>", dict: "<function>"}),
+]
+
+
+class ToolFields(Body):
+    """The functions that a model may call."""
+
+    functions: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    """The older form of `tools`."""
+    function_call: FunctionChoices | None = None
+    """The older form of `tool_choice`."""
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ToolChoices | None = None
+    """Whether the model may or must call a function; an object names one that it must call."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _functions_are_tools(cls, sent: Any) -> Any:
+        """Return the body with the older form of tools in the newer one."""
+        if type(sent) is not dict or not ("functions" in sent or "function_call" in sent):
+            return sent
+        functions, choice = sent.get("functions"), sent.get("function_call")
+        if functions and sent.get("tools"):
+            raise PydanticCustomError("exclusive", "has 'tools' and 'functions', which exclude each other")
+        newer = dict(sent)
+        if isinstance(functions, list):
+            newer["tools"] = [{"function": function} for function in functions[:MAX_TOOLS]] or None
+        if choice is not None:
+            newer["tool_choice"] = {"function": choice} if isinstance(choice, dict) else choice
+        return newer
+
+
+def tool_names(body: ToolFields) -> frozenset[str]:
+    """Return the functions the model may call; none for `tool_choice` "none"."""
+    if not body.tools or body.tool_choice == "none":
+        return frozenset()
+    return frozenset(tool.function.name for tool in body.tools)
+
+
+def shown_tools(body: ToolFields, served: ServedModel) -> list[dict[str, Any]] | None:
+    """Return the tools as templates print them, None where there are none: `strict` is said to the server.
+
+    Raises RequestError where the model cannot be given tools, or its calls cannot be found.
+    """
+    if not tool_names(body):
+        return None
+    if "tools" not in served.tokenizer.template:
+        raise RequestError("this model's chat template knows no tools", param="tools")
+    parser = served.tool_call_parser
+    if parser is not None and parser not in PARSERS:
+        raise RequestError(
+            f"'tools' are not supported here: function calls in the form of '{parser}' are not known",
+            param="tools",
+        )
+    return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in body.tools or ()]
+
+
+def forced_call(body: ToolFields) -> Constraint | None:
+    """Return the constraint of an answer that must be a call: `tool_choice` "required" or a function.
+
+    Raises RequestError where there is no such function.
+    """
+    choice = body.tool_choice
+    if choice is None or choice in {"auto", "none"}:
+        return None
+    older = body.function_call is not None
+    param, among = ("function_call", "functions") if older else ("tool_choice", "tools")
+    if not body.tools:
+        raise RequestError(f"'{param}' asks for a call, and there are no '{among}'", param=param)
+    tools = [tool.function for tool in body.tools]
+    if isinstance(choice, ToolChoice):
+        name = choice.function.name
+        tools = [tool for tool in tools if tool.name == name]
+        if not tools:
+            raise RequestError(f"'{param}' names '{name}', which is not one of '{among}'", param=param)
+    strict = any(tool.strict for tool in tools)
+    return function_call([(tool.name, tool.parameters) for tool in tools], param, strict=strict)
