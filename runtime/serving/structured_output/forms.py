@@ -4,12 +4,14 @@ Runs in the process that may be killed; a server only imports it. Start at `form
 """
 
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import one_line
+from runtime.errors import RequestError, one_line
 from runtime.serving.engine.protocol import Constraint
 from runtime.serving.structured_output import limits
+from runtime.serving.structured_output.faults import culprit, malformed
 from runtime.serving.structured_output.limits import refused
 from runtime.serving.structured_output.negation import Schema
 from runtime.serving.structured_output.patterns import from_ecma
@@ -27,6 +29,15 @@ JSON_STYLE: "JsonCompileOptions" = {
 """One spelling, Python's, which models have seen most: free white space lets a weak model go on for ever."""
 EXHAUSTED = ("fuel", "too many", "too complex", "too large", "unable to determine", "limit")
 """In the texts of llguidance's errors that come from its limits."""
+
+SCHEMA_ERRORS = {
+    "Regex is empty": "no answer can match it: its parts exclude each other",
+    "Failed to generate regex for": "bounds that cannot be followed digit by digit; choose others",
+}
+"""What llguidance's words for a wrong schema mean, by a part of them."""
+
+PLACE = re.compile(r"\s*while processing json-schema:///(#\S*)")
+"""What llguidance adds to errors behind a reference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +64,8 @@ def form_of(constraint: Constraint) -> Form:
     try:
         schema = rewriter.root()
     except (AttributeError, KeyError, TypeError, ValueError):  # words with values of other types
-        raise refused(constraint, "is not a well-formed JSON schema") from None
+        path, reason = malformed(constraint.value) or ("", "is not a well-formed JSON schema")
+        raise refused(constraint, reason, path) from None
     style = dict(JSON_STYLE)
     if constraint.whitespace is not None:
         limits.check_pattern(constraint.whitespace, constraint)
@@ -88,8 +100,22 @@ def matcher(form: Form, tokens: "LLTokenizer", constraint: Constraint) -> "LLMat
 
     parser_limits = LLParserLimits(verbose_errors=False, **limits.PARSER_LIMITS)  # type: ignore[arg-type]
     made = LLMatcher(tokens, form.grammar, log_level=0, limits=parser_limits)
+    if constraint.kind == "schema" and made.is_error():
+        raise _wrong(form, made.get_error(), constraint)
     _check(made, constraint)
     return made
+
+
+def _wrong(form: Form, error: str, constraint: Constraint) -> RequestError:
+    """Return why a schema is refused, with the path of what is wrong where one part is."""
+    if found := malformed(constraint.value):
+        path, reason = found
+        return refused(constraint, reason, path)
+    if _is_exhausted(error):
+        return refused(constraint, said(error))
+    place = PLACE.search(error)
+    path = place[1] if place else culprit(form.value, _takes)
+    return refused(constraint, said(PLACE.sub("", error)), path)
 
 
 def mask(made: "LLMatcher", constraint: Constraint) -> bytes:
@@ -104,6 +130,10 @@ def _check(made: "LLMatcher", constraint: Constraint) -> None:
         raise refused(constraint, said(made.get_error()))
 
 
+def _is_exhausted(error: str) -> bool:
+    return any(word in error.lower() for word in EXHAUSTED)
+
+
 def said(error: str) -> str:
     """Return what llguidance says, and its limits where one was reached."""
     text = one_line(error.replace("<non-verbose/>", ""))
@@ -111,7 +141,11 @@ def said(error: str) -> str:
         return "no answer can match it"
     if text.startswith("panic"):
         return "llguidance, which follows it, fails on it by a fault of its own; write it in another way"
-    if any(word in text.lower() for word in EXHAUSTED):
+    for part, meaning in SCHEMA_ERRORS.items():
+        if part in text:
+            return meaning
+    text = text.replace("Unsatisfiable schema:", "no answer can match it:")
+    if _is_exhausted(text):
         names = ", ".join(f"{name} {value}" for name, value in limits.PARSER_LIMITS.items())
         return f"too complex: {text} (limits: {names})"
     return text

@@ -36,6 +36,8 @@ TAKEN = dict.fromkeys(LIST, list) | dict.fromkeys(MAPPING, dict) | {"pattern": s
 MOST_UNIQUE = 5
 """Values of which all orders are written out: 325 lists."""
 MOST_DEPENDENCIES = 6
+MOST_NUMBER = 9 * 10**18
+"""What bounds of numbers are lowered to: llguidance does not follow larger ones."""
 
 
 class Rewriter:
@@ -78,7 +80,7 @@ class Rewriter:
                 }
         if "json-schema.org" not in str(made.get("$schema", "json-schema.org")):
             del made["$schema"]
-        for rule in (self._strings, self._arrays, self._objects, self._names, self._choices):
+        for rule in (self._numbers, self._strings, self._arrays, self._objects, self._names, self._choices):
             rule(schema, made, path)
         return made
 
@@ -104,6 +106,17 @@ class Rewriter:
         root = self._constraint.value
         parts = [root, *(root.get("$defs") or {}).values(), *(root.get("definitions") or {}).values()]
         return {str(part.get("$id")) for part in parts if isinstance(part, dict)}
+
+    def _numbers(self, schema: dict[str, Any], made: dict[str, Any], path: str) -> None:
+        """Lower the bounds that llguidance cannot follow and no answer reaches: 64-bit integers."""
+        for word, sign in (
+            ("maximum", 1),
+            ("exclusiveMaximum", 1),
+            ("minimum", -1),
+            ("exclusiveMinimum", -1),
+        ):
+            if isinstance(bound := schema.get(word), int | float) and sign * bound > MOST_NUMBER:
+                made[word] = sign * MOST_NUMBER
 
     def _strings(self, schema: dict[str, Any], made: dict[str, Any], path: str) -> None:
         for word in ("minLength", "maxLength"):
@@ -350,4 +363,6 @@ def _mapping(schema: Schema) -> dict[str, Any]:
 
 def _at_most(count: Any, most: int) -> Any:
     """Return a bound, lowered where no answer reaches it: a smaller one allows no value that it forbids."""
+    if isinstance(count, float) and count.is_integer():  # 3.0 is a count, too
+        count = int(count)
     return min(count, most) if isinstance(count, int | float) else count

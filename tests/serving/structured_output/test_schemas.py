@@ -94,6 +94,9 @@ ENFORCED: dict[str, dict[str, Any]] = {
         required=["d", "u"],
     ),
     "a bound beyond all answers": {"type": "string", "maxLength": 10**9, "pattern": "^a{1,3}$"},
+    "64-bit numbers": {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+    "all doubles": {"type": "number", "minimum": 0, "maximum": 1.7976931348623157e308},
+    "a count as a decimal": {"type": "array", "items": N, "minItems": 2.0, "maxItems": 2.0},
     "recursion": {
         "$ref": "#/$defs/n",
         "$defs": {
@@ -163,15 +166,43 @@ async def test_what_cannot_be_enforced_is_named_and_refused_where_strict(
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
-        ({"type": "strnig"}, "Invalid type: strnig"),
+        (
+            {"type": "strnig"},
+            "^'guided_json' at #/type: 'strnig' is not one of array, boolean, integer, null, ",
+        ),
+        (thing(properties={"x": {"type": "strng"}}), "at #/properties/x/type: 'strng' is not one of array"),
+        ({"items": {"minimum": "3"}}, "at #/items/minimum: '3' is not a number"),
+        (thing(properties={"x": {"minLength": -1}}), "at #/properties/x/minLength: -1 is not a count of 0"),
+        ({"anyOf": [N, 5]}, "at #/anyOf/1: 5 is no schema: an object, true or false"),
+        ({"anyOf": []}, r"at #/anyOf: \[\] is not a list of at least one schema"),
+        (
+            {"enum": ["a"], "const": "b"},
+            "^'guided_json': no answer can match it: its parts exclude each other$",
+        ),
+        (
+            thing(properties={"x": {"enum": ["a"], "const": "b"}}, required=["x"]),
+            "at #/properties/x: no answer can match it",
+        ),
+        (
+            thing(
+                properties={"a": N, "x": {"$ref": "#/$defs/x"}},
+                required=["x"],
+                **{"$defs": {"x": {"type": "integer", "minimum": 5, "maximum": 2}}},
+            ),
+            r"at #/\$defs/x: no answer can match it: minimum \(5\) is greater than maximum \(2\)$",
+        ),
+        (
+            thing(properties={"x": {"type": "number", "minimum": 1e300}}, required=["x"]),
+            "at #/properties/x: .*digit by digit",
+        ),
         ({"$ref": "#"}, "no answer can match it"),
         ({"properties": [1]}, "properties"),
-        ({"type": "object", "required": 5}, "not a well-formed JSON schema"),
+        ({"type": "object", "required": 5}, "at #/required: 5 is not a list of names"),
         ({"$ref": "http://127.0.0.1:9/x"}, r"at #/\$ref: 'http://127.0.0.1:9/x' is not fetched"),
         (closed(properties={"a": {"type": "array", "minItems": 10**9}}), "at #/properties/a/minItems: is 1e"),
         ({"enum": list(range(6000))}, "at #/enum: has 6000 values, at most 5000"),
         ({"type": "string", "pattern": "a{1,100000}"}, r"at #/pattern: repeats \{1,100000\}, at most 10000"),
-        ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "nsatisfiable"),
+        ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "no answer can match it: incompatible types"),
     ],
 )
 async def test_wrong_schemas_are_refused_with_the_path(
