@@ -41,7 +41,7 @@ FOUR_MB = {
     + b"0\r\n\r\n",
     "extensions": HEAD + CHUNKED + b"\r\n" + (b"14;" + b"e" * 99 + b"\r\n" + b"x" * 20 + b"\r\n") * 32_000,
     "trailers": HEAD + CHUNKED + b"\r\n1\r\nx\r\n0\r\n" + b"a:b\r\n" * 800_000,
-    "pipelined": b"GET /livez HTTP/1.1\r\n\r\n" * 180_000,
+    "pipelined": b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n" * 180_000,
     "not HTTP": b"\x00" * 4_000_000,
     "no JSON": HEAD + b"Content-Length: 4000000\r\n\r\n" + b"x" * 4_000_000,
     "one word": post(b"/chat", prompt="ab" * 2_000_000),

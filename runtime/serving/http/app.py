@@ -27,6 +27,8 @@ from runtime.serving.http.sse import error_object, failure_reply, reply
 from runtime.serving.lifecycle import Lifecycle
 from runtime.serving.settings import Limits
 
+SHOWN_PATH = 200
+"""Characters of an unknown path that its refusal repeats."""
 TEXT_OR_JSON: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}, "application/json": {}}}}
 HTML_OR_JSON: dict[int | str, dict[str, Any]] = {200: {"content": {"text/html": {}, "application/json": {}}}}
 
@@ -149,12 +151,14 @@ def _add_failures(app: FastAPI) -> None:
         headers = dict(getattr(failure, "headers", None) or {})
         if status == 405:
             allowed = headers.get("Allow", "").split(", ")
-            headers["Allow"] = ", ".join([*allowed, *(["HEAD"] if "GET" in allowed else []), "OPTIONS"])
+            head = ["HEAD"] if "GET" in allowed else []  # which some routes name themselves
+            headers["Allow"] = ", ".join(dict.fromkeys([*allowed, *head, "OPTIONS"]))
             if request.method == "OPTIONS":
                 return Response(status_code=204, headers=headers)
+        shown = path if len(path) <= SHOWN_PATH else path[:SHOWN_PATH] + "…"
         text = {
-            404: f"there is no {path} here; GET /docs lists the routes",
-            405: f"{path} does not take {request.method}; GET /docs lists the routes",
+            404: f"there is no {shown} here; GET /docs lists the routes",
+            405: f"{shown} does not take {request.method}; GET /docs lists the routes",
             400: "the body is not valid JSON",
         }.get(status, str(getattr(failure, "detail", "")))
         response = reply(path, status, error_object(text, status))

@@ -26,6 +26,7 @@ from uvicorn.server import ServerState
 from runtime.errors import one_line
 from runtime.logs import Repeated
 from runtime.serving.http.acceptor import Acceptable, OpenConnections
+from runtime.serving.http.host_field import with_certain_host
 from runtime.serving.http.middleware import OPEN_PATHS, plain_path
 from runtime.serving.http.sse import error_object, reply
 from runtime.serving.http.write_watch import WriteWatch
@@ -46,8 +47,7 @@ PIPELINED = 8
 SMALL_BYTES = 64 << 10
 """So much of a refused body is read to keep its connection; for more it is closed."""
 LINGER_S = 5.0
-"""How long a client that is refused may go on sending before its connection is reset. Resetting it at once
-would take the answer from it as well."""
+"""How long a refused client may go on sending before a reset, which at once would take the answer from it."""
 LINGER_BYTES = 16 << 20
 
 
@@ -356,6 +356,7 @@ class Connection(Acceptable):
         self._raw_head_bytes = 0
         if self._parser.should_upgrade():
             return  # the parser stops here, and data_received goes on without the offer
+        self._check_host()
         scope = self._scope()
         if self.reserved and plain_path(scope["path"]) not in OPEN_PATHS:
             raise _Refusal(503, "too many connections are open; try again shortly")
@@ -422,6 +423,15 @@ class Connection(Acceptable):
             "raw_path": raw_path,
             "query_string": url.query or b"",
         }
+
+    def _check_host(self) -> None:
+        version = self._parser.get_http_version()
+        if version == "2.0":  # the parser lets it through
+            raise _Refusal(505, "HTTP/2.0 is not spoken here: send HTTP/1.1")
+        try:
+            self._headers = with_certain_host(self._headers, self._url, version)
+        except ValueError as fault:
+            raise _Refusal(400, str(fault)) from None
 
     def _count_head(self, size: int) -> None:
         self._head_bytes += size

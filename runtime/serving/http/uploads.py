@@ -19,7 +19,6 @@ from runtime.errors import (
     OverloadedError,
     RequestError,
     TooLargeError,
-    one_line,
 )
 from runtime.serving.settings import Limits
 
@@ -33,6 +32,8 @@ CODINGS = "gzip, deflate, zstd"
 
 ZSTD_WINDOW_LOG = 23
 """8 MiB, the largest window that zstd may have as a content coding (RFC 9659)."""
+PARTS = 1024
+"""Members of gzip or frames of zstd that one body may consist of: each costs a decompressor."""
 
 
 class Decoder(Protocol):
@@ -90,7 +91,7 @@ class Uploads:
         return bytes(body)
 
     async def _read_into(self, body: bytearray, coding: str, receive: Receive) -> None:
-        decoder: Decoder | None = None
+        decompression = Decompression(coding) if coding else None
         received_bytes, more = 0, True
         while more:
             message = await receive()
@@ -100,17 +101,16 @@ class Uploads:
             received_bytes += len(data)
             if received_bytes > self._body_bytes:
                 raise self._too_large()
-            if coding and data:
-                decoder = decoder or _decoder(coding, data)
-                data = _decompress(decoder, coding, data, self._body_bytes - len(body) + 1)
-            body += data
-            self._arriving_bytes += len(data)
+            room = self._body_bytes - len(body) + 1
+            plain = data if decompression is None else decompression.feed(data, room)
+            body += plain
+            self._arriving_bytes += len(plain)
             if len(body) > self._body_bytes:
                 raise self._too_large()
             if self._arriving_bytes > self._bodies_bytes:
                 raise OverloadedError("too many request bodies are arriving at once; try again shortly")
-        if decoder is not None and not decoder.eof:
-            raise RequestError(f"the body ends within its {coding} data; send all of it")
+        if decompression is not None:
+            decompression.end()
 
     def _too_large(self) -> TooLargeError:
         return TooLargeError(f"the body is larger than the {self._body_bytes} bytes this server accepts")
@@ -122,21 +122,48 @@ def _coding(headers: Mapping[str, str]) -> str:
     return {"identity": "", "x-gzip": "gzip"}.get(named, named)
 
 
-def _decoder(coding: str, data: bytes) -> Decoder:
-    if coding == "zstd":
-        return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG})
-    if coding == "gzip":
-        return zlib.decompressobj(16 + zlib.MAX_WBITS)
-    # "deflate" is zlib's format, whose first byte ends in 8; some clients send the bare data instead.
-    return zlib.decompressobj(zlib.MAX_WBITS if data[0] & 15 == 8 else -zlib.MAX_WBITS)
+class Decompression:
+    """One body's: of one part, or of several after each other (gzip: RFC 1952, zstd: RFC 8878)."""
 
+    def __init__(self, coding: str) -> None:
+        self._coding = coding
+        self._decoder: Decoder | None = None
+        self._parts = 0
 
-def _decompress(decoder: Decoder, coding: str, data: bytes, most: int) -> bytes:
-    ended = decoder.eof
-    try:
-        plain = b"" if ended else decoder.decompress(data, most)
-    except Exception as error:  # each decoder raises its own kinds
-        raise RequestError(f"the body is not valid {coding}: {one_line(error)}") from None
-    if ended or decoder.unused_data:
-        raise RequestError(f"the body has further bytes after its {coding} data; send one stream")
-    return plain
+    def feed(self, data: bytes, most: int) -> bytearray:
+        """Return `most` bytes, or fewer when all of `data` is used; RequestError when it is damaged."""
+        plain = bytearray()
+        while data and len(plain) < most:
+            if self._decoder is None or self._decoder.eof:
+                self._decoder = self._next_part(data)
+            try:
+                plain += self._decoder.decompress(data, most - len(plain))
+            except Exception:  # each decoder raises its own kinds
+                window = " with a window of at most 8 MiB" if self._coding == "zstd" else ""
+                raise RequestError(
+                    f"the body is not valid {self._coding}{window}, which its Content-Encoding says it is"
+                ) from None
+            data = self._decoder.unused_data
+        return plain
+
+    def end(self) -> None:
+        """Raise RequestError where the data is not whole."""
+        if self._decoder is not None and not self._decoder.eof:
+            raise RequestError(f"the body ends within its {self._coding} data; send all of it")
+
+    def _next_part(self, data: bytes) -> Decoder:
+        self._parts += 1
+        if self._parts > 1 and self._coding == "deflate":
+            raise RequestError("the body has further bytes after its deflate data; send one stream")
+        if self._parts > PARTS:
+            raise RequestError(
+                f"the body has more than {PARTS} parts of {self._coding} data; send larger ones"
+            )
+        if self._coding == "zstd":
+            return zstd.ZstdDecompressor(
+                options={zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
+            )
+        if self._coding == "gzip":
+            return zlib.decompressobj(16 + zlib.MAX_WBITS)
+        # "deflate" is zlib's format, whose first byte ends in 8; some clients send the bare data instead.
+        return zlib.decompressobj(zlib.MAX_WBITS if data[0] & 15 == 8 else -zlib.MAX_WBITS)

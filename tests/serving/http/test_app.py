@@ -120,6 +120,21 @@ async def test_metrics_are_there_before_the_model(open_site: Any) -> None:
         assert (await site.client.get("/metrics")).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/openapi.json", "/livez", "/chat"])
+async def test_options_names_each_method_once(open_site: Any, path: str) -> None:
+    async with open_site() as site:
+        allowed = (await site.client.options(path)).headers["allow"].split(", ")
+    assert sorted(allowed) == (["OPTIONS", "POST"] if path == "/chat" else ["GET", "HEAD", "OPTIONS"])
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+async def test_a_long_path_is_not_repeated(open_site: Any, method: str) -> None:
+    async with open_site() as site:
+        refused = await site.client.request(method, "/" + "x" * 6000)
+    assert refused.status_code == 404
+    assert len(refused.content) < 1000
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_schemathesis_finds_no_server_error_and_no_undescribed_answer(

@@ -127,7 +127,7 @@ def test_other_offers_of_a_protocol_are_passed_over(server: Process) -> None:
     assert (refused.status, refused.error["message"]) == (400, "CONNECT is not served here: this is no proxy")
 
 
-@pytest.mark.parametrize("version", [b"1.0", b"0.9", b"2.0"])
+@pytest.mark.parametrize("version", [b"1.0", b"0.9"])
 def test_older_clients_get_no_chunks(server: Process, version: bytes) -> None:
     body = b'{"prompt": "hi", "max_new_tokens": 2, "stream": true}'
     head = b"POST /chat HTTP/%b\r\nConnection: keep-alive\r\nContent-Length: %d\r\n\r\n" % (
@@ -170,9 +170,9 @@ def fields(count: int, size: int = 1) -> bytes:
 @pytest.mark.parametrize(
     ("sent", "status"),
     [
-        (b"GET /livez HTTP/1.1\r\n" + fields(100) + b"\r\n", 200),
-        (b"GET /livez HTTP/1.1\r\n" + fields(101) + b"\r\n", 431),
-        (b"GET /livez HTTP/1.1\r\n" + fields(1, 60_000) + b"\r\n", 200),
+        (GET[:-2] + fields(99) + b"\r\n", 200),
+        (GET[:-2] + fields(100) + b"\r\n", 431),
+        (GET[:-2] + fields(1, 60_000) + b"\r\n", 200),
         (b"GET /livez HTTP/1.1\r\n" + fields(1, 70_000) + b"\r\n", 431),
         (b"GET /livez HTTP/1.1\r\n" + fields(99, 700) + b"\r\n", 431),
         (b"GET /livez HTTP/1.1\r\n" + fields(1, 4_000_000), 431),
@@ -251,6 +251,44 @@ def test_what_is_no_http_is_one_400(server: Process, name: str) -> None:
     assert reply.error["type"] == "invalid_request_error"
     assert "\n" not in reply.error["message"]
     assert len(reply.error["message"]) < 200
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "said"),
+    [
+        (b"GET /livez HTTP/1.1\r\n\r\n", 400, "has no Host"),
+        (b"GET /livez HTTP/1.1\r\nHost: localhost\r\nhost: localhost\r\n\r\n", 400, "2 Host fields"),
+        (b"GET /livez HTTP/1.0\r\nHost: a\r\nHost: b\r\n\r\n", 400, "2 Host fields"),
+        (b"GET /livez HTTP/1.1\r\nHost: a b\r\n\r\n", 400, "not a name or address"),
+        (b"GET /livez HTTP/1.1\r\nHost: evil.test/x\r\n\r\n", 400, "not a name or address"),
+        (b"GET http://evil.test/livez HTTP/1.1\r\nHost: localhost\r\n\r\n", 403, "'evil.test'"),
+        (b"GET http://localhost/livez HTTP/1.1\r\nHost: localhost\r\nHost: x\r\n\r\n", 400, "2 Host fields"),
+        (b"GET http://u:p@localhost/livez HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, "not a name or address"),
+        (b"GET /livez HTTP/2.0\r\nHost: localhost\r\n\r\n", 505, "HTTP/2.0 is not spoken here"),
+    ],
+)
+def test_requests_for_no_certain_host_or_version_are_refused(
+    server: Process, sent: bytes, status: int, said: str
+) -> None:
+    reply = answer(server, sent)
+    assert reply.status == status
+    assert said in reply.error["message"]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        b"/livez HTTP/1.0",
+        b"http://127.0.0.1:80/livez HTTP/1.0",
+        b"http://localhost/livez HTTP/1.1\r\nHost: evil.test",
+        b"http://[::1]:5000/livez?a=b HTTP/1.1\r\nHost: [::1]:5000",
+        b"HTTP://LOCALHOST HTTP/1.1\r\nHost: localhost",
+        b"/livez HTTP/1.1\r\nHost: my_service-1.localhost:5000",
+        b"/livez HTTP/1.1\r\nHost:",
+    ],
+)
+def test_every_way_to_name_a_known_host_is_taken(server: Process, target: bytes) -> None:
+    assert answer(server, b"GET " + target + b"\r\n\r\n").status == 200
 
 
 @pytest.mark.parametrize(

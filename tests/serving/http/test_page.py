@@ -184,3 +184,14 @@ def test_docs_page_lists_the_routes_without_a_network(page: Browser) -> None:
     assert {"/v1/chat/completions", "/livez", "/metrics"} <= set(page.texts("summary code"))
     assert page.complaints() == []
     picture(page, "docs")
+
+
+@pytest.mark.parametrize(("path", "shown"), [("/", "#left option"), ("/docs", "summary code")])
+def test_pages_opened_with_the_key_in_their_address_work(
+    window: Browser, start_server: Any, path: str, shown: str
+) -> None:
+    """fetch refuses addresses with a password, which one relative to the page's has."""
+    server = start_server(config={"api_key": "KEY"})
+    window.open(server.url.replace("://", "://user:KEY@") + path)
+    until(lambda: window.texts(shown) != [])
+    assert window.complaints() == []

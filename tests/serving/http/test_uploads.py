@@ -19,6 +19,8 @@ pytestmark = pytest.mark.anyio
 
 TEXT = b'{"prompt": "hello hello hello"}'
 BARE = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+SKIPPABLE = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
+"""A frame of zstd that says nothing."""
 COMPRESSED = [
     ("gzip", gzip.compress(TEXT)),
     ("X-Gzip", gzip.compress(TEXT)),
@@ -26,6 +28,8 @@ COMPRESSED = [
     ("deflate", BARE.compress(TEXT) + BARE.flush()),
     ("zstd", zstd.compress(TEXT)),
     ("identity", TEXT),
+    ("gzip", gzip.compress(TEXT[:9]) + gzip.compress(b"") + gzip.compress(TEXT[9:])),  # RFC 1952, 2.2
+    ("zstd", zstd.compress(TEXT[:9]) + SKIPPABLE + zstd.compress(TEXT[9:])),  # RFC 8878, 3.1
 ]
 
 
@@ -97,14 +101,21 @@ async def test_blocks_of_nothing_count_as_sent() -> None:
         ("zstd", gzip.compress(TEXT), "not valid zstd"),
         ("gzip", gzip.compress(TEXT)[:-3], "ends within its gzip data"),
         ("zstd", zstd.compress(TEXT)[:-3], "ends within its zstd data"),
-        ("gzip", gzip.compress(TEXT) * 2, "further bytes after its gzip data"),
-        ("zstd", zstd.compress(TEXT) * 2, "further bytes after its zstd data"),
+        ("gzip", gzip.compress(TEXT) + b"{}", "not valid gzip"),
+        ("gzip", gzip.compress(TEXT) + gzip.compress(TEXT)[:-3], "ends within its gzip data"),
+        ("zstd", zstd.compress(TEXT) + b"{}{}{}{}", "not valid zstd"),
+        ("zstd", zstd.compress(TEXT) + zstd.compress(TEXT)[:-3], "ends within its zstd data"),
+        ("deflate", zlib.compress(TEXT) * 2, "further bytes after its deflate data"),
+        ("gzip", gzip.compress(b"") * 2000, "more than 1024 parts of gzip data"),
+        ("zstd", zstd.compress(b"") * 2000, "more than 1024 parts of zstd data"),
         ("zstd", b"\x28\xb5\x2f\xfd\x00\xa8" + bytes(9), "not valid zstd"),  # wants a window of 2 GiB
     ],
 )
 async def test_damaged_data_is_a_refusal(coding: str, data: bytes, message: str) -> None:
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(RequestError, match=message) as refused:
         await read([data], coding)
+    assert "Error" not in str(refused.value)
+    assert "decompress" not in str(refused.value)
     with pytest.raises(RequestError, match=message):
         await read([data[start : start + 1] for start in range(len(data))], coding)
 
