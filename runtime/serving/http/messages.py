@@ -1,23 +1,26 @@
 """Conversations as clients send them, and the turns that chat templates are given.
 
-A history is never refused for what a model or another server once wrote into it: arguments that are no
-JSON, ids that are missing, contents that are null, refusals and reasoning. Knows no tokenizer. Start at
+A history is never refused for what a model, a tool or another server once wrote into it: what is empty in
+any form is absent, and what is said in any form is read (history.py). Knows no tokenizer. Start at
 `turns_of`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, Tag, WithJsonSchema
+from pydantic import BeforeValidator, Field, Tag, ValidationInfo, WithJsonSchema
 
 from runtime.errors import RequestError
-from runtime.serving.http import fields
+from runtime.serving.http import fields, history
 from runtime.serving.http.body_types import Body, Name, Text, by_kind
-from runtime.serving.http.json_parser import complete
+from runtime.serving.http.json_parser import complete, values
 
 MOST_MESSAGES = 16_384
 MOST_PARTS = 8192
 MOST_CALLS = 1024
+MOST_VALUES = 2**16
+"""Values in the JSON texts of all calls' arguments of one conversation; what comes after them stays text."""
 LONGEST_ROLE = 40
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -27,6 +30,16 @@ _MEANT = {"human": "user", "ai": "assistant", "bot": "assistant", "model": "assi
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 _REASONING_PARTS = frozenset({"reasoning", "thinking", "reasoning_text", "summary_text"})
 _SILENT_PARTS = frozenset({"redacted_thinking"})
+_OTHER_PARTS = frozenset(
+    {"refusal", "image", "image_url", "input_image", "audio", "audio_url", "input_audio"}
+    | {"video", "video_url", "file", "input_file"}
+)
+_PART_TYPES = _TEXT_PARTS | _REASONING_PARTS | _SILENT_PARTS | _OTHER_PARTS
+_ASKING = frozenset({"system", "developer", "user"})
+"""Roles whose contents people write."""
+
+Said = Annotated[Text | None, BeforeValidator(history.said)]
+Label = Annotated[Text | None, BeforeValidator(history.label)]
 
 
 class Part(Body):
@@ -35,34 +48,71 @@ class Part(Body):
     treatments = fields.PART
 
     type: Name = "text"
-    text: Text | None = None
-    refusal: Text | None = None
-    reasoning: Text | None = None
-    thinking: Text | None = None
+    text: Said = None
+    refusal: Said = None
+    reasoning: Said = None
+    thinking: Said = None
 
 
 class FunctionCall(Body):
     """A function the model called, with its arguments: JSON text, or the object itself."""
 
-    name: Name
+    name: Label = None
     arguments: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})] = "{}"
 
 
 class ToolCall(Body):
-    """One tool call of an assistant's message."""
+    """One tool call of an assistant's message. Calls of other types than `function` are read as such."""
 
     treatments = fields.MESSAGE
 
-    id: Name = ""
-    type: Name = "function"
-    function: FunctionCall
+    id: Label = None
+    type: Label = None
+    function: FunctionCall = FunctionCall()
 
 
 def _parts(value: Any) -> Any:
-    """Return a list of parts with texts that stand for themselves as text parts."""
+    """Return a list of parts with texts that stand for themselves as text parts, those in a row as one."""
     if type(value) is not list or len(value) > MOST_PARTS:
         return value
-    return [{"text": part} if type(part) is str else part for part in value]
+    parts: list[Any] = []
+    for bare, run in groupby(value, _is_bare):
+        if bare:
+            parts.append({"text": "".join(filter(None, run))})
+        else:
+            parts += [history.filled(part, "text") for part in run]
+    return parts
+
+
+def _is_bare(part: Any) -> bool:
+    return part is None or type(part) is str
+
+
+_PART_NAMES = frozenset({*Part.model_fields, *fields.PART})
+
+
+def _is_part(value: Any) -> bool:
+    """Return whether a value within a tool's result is a part rather than data."""
+    if type(value) is not dict:
+        return _is_bare(value)
+    kind = value.get("type")
+    if kind is None:
+        return "text" in value and value.keys() <= _PART_NAMES
+    return type(kind) is str and kind in _PART_TYPES
+
+
+def _readable(sent: Any, info: ValidationInfo) -> Any:
+    """Return content as a text or a list of parts: a part may stand alone, and results may be any JSON."""
+    if type(sent) is str:
+        return sent
+    if type(sent) is dict and _is_part(sent):
+        return [sent]
+    role = info.data.get("role")
+    if role in _ASKING:
+        return sent
+    if type(sent) is list and (role == "assistant" or all(map(_is_part, sent[: MOST_PARTS + 1]))):
+        return sent
+    return history.written(sent)
 
 
 Content = Annotated[
@@ -71,6 +121,7 @@ Content = Annotated[
         list[Part], Field(max_length=MOST_PARTS, fail_fast=True), BeforeValidator(_parts), Tag("<parts>")
     ],
     by_kind("a string or a list of parts", {str: "<text>", list: "<parts>"}),
+    BeforeValidator(_readable),
 ]
 
 
@@ -82,20 +133,32 @@ class Message(Body):
     role: Name
     """system, developer, user, assistant, tool, or whatever the model's template names."""
     content: Content | None = None
-    name: Name | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_CALLS, fail_fast=True)] | None = None
-    tool_call_id: Name | None = None
-    function_call: FunctionCall | None = None
+    name: Label = None
+    tool_calls: Annotated[
+        Annotated[list[ToolCall], Field(max_length=MOST_CALLS, fail_fast=True)] | None,
+        BeforeValidator(history.calls(MOST_CALLS)),
+    ] = None
+    tool_call_id: Label = None
+    function_call: Annotated[FunctionCall | None, BeforeValidator(history.older_call)] = None
     """The older form of one tool call."""
-    refusal: Text | None = None
+    refusal: Said = None
     """The answer, where the model refused."""
-    reasoning_content: Text | None = None
+    reasoning_content: Said = None
     """What the model thought before it answered; templates that know it show it."""
-    reasoning: Text | None = None
+    reasoning: Said = None
     """Another name of `reasoning_content`."""
 
 
-Messages = Annotated[list[Message], Field(max_length=MOST_MESSAGES, fail_fast=True)]
+def with_contents(value: Any) -> Any:
+    """Return a list of messages with "" for contents that are null; one that is missing is another thing."""
+    if type(value) is not list or len(value) > MOST_MESSAGES:
+        return value
+    return [history.filled(message, "content") for message in value]
+
+
+Messages = Annotated[
+    list[Message], Field(max_length=MOST_MESSAGES, fail_fast=True), BeforeValidator(with_contents)
+]
 
 
 def turns_of(messages: Sequence[Message], template: str, *, param: str = "messages") -> list[dict[str, Any]]:
@@ -106,13 +169,14 @@ def turns_of(messages: Sequence[Message], template: str, *, param: str = "messag
     is not text, and for a turn of the system or the user without content.
     """
     called: dict[str, str] = {}  # the latest call in the older form, by its function
+    arguments = _Arguments()
     turns = []
     for index, message in enumerate(messages):
         at = f"{param}[{index}]"
         role = _role(message.role, template, f"{at}.role")
         text, reasoning = _content(message, role, f"{at}.content")
         turn: dict[str, Any] = {"role": role, "content": text}
-        if calls := list(_calls(message, f"call_{index}")):
+        if calls := list(_calls(message, f"call_{index}", arguments)):
             turn["tool_calls"] = calls
             called |= {call["function"]["name"]: call["id"] for call in calls if message.function_call}
         if message.tool_call_id is not None:
@@ -168,35 +232,43 @@ def _content(message: Message, role: str, param: str) -> tuple[str, str]:
                 f"'{param}[{index}]' {missing}; parts of type 'text' with their 'text' are served here",
                 param=f"{param}[{index}]",
             )
-    if content is None:
-        if role not in {"assistant", "tool"}:
-            raise RequestError(f"'{param}' is missing: a message of role '{role}' needs it", param=param)
-        texts.append(message.refusal or "")
-    return "".join(texts), "".join(thoughts)
+    if content is None and role not in {"assistant", "tool"}:
+        raise RequestError(f"'{param}' is missing: a message of role '{role}' needs it", param=param)
+    return "".join(texts) or message.refusal or "", "".join(thoughts)
 
 
-def _calls(message: Message, made_up: str) -> Iterator[dict[str, Any]]:
+def _calls(message: Message, made_up: str, arguments: "_Arguments") -> Iterator[dict[str, Any]]:
     """Yield a message's tool calls as templates know them, with an id where the older form has none."""
+    calls = [(call.id or "", call.function) for call in message.tool_calls or ()]
     if message.function_call is not None:
-        yield _call(message.function_call, made_up, "function")
-    for call in message.tool_calls or ():
-        yield _call(call.function, call.id, call.type)
+        calls.insert(0, (made_up, message.function_call))
+    for call_id, function in calls:
+        called = {"name": function.name or "", "arguments": arguments.mapping(function.arguments)}
+        yield {"id": call_id, "type": "function", "function": called}
 
 
-def _call(function: FunctionCall, call_id: str, kind: str) -> dict[str, Any]:
-    called = {"name": function.name, "arguments": _arguments(function.arguments)}
-    return {"id": call_id, "type": kind, "function": called}
+class _Arguments:
+    """The arguments of one conversation's calls, whose texts are read up to `MOST_VALUES` values."""
 
+    def __init__(self) -> None:
+        self._left = MOST_VALUES
 
-def _arguments(sent: Any) -> Mapping[str, Any]:
-    """Return a call's arguments as a mapping, which is what templates print or go through.
+    def mapping(self, sent: Any) -> Mapping[str, Any]:
+        """Return a call's arguments as a mapping, which is what templates print or go through.
 
-    Of an object that was cut, what is complete; of anything else, an object that holds it as `arguments`.
-    """
-    value = sent
-    if isinstance(sent, str):
+        Of an object that was cut, what is complete; of anything else, an object that holds it as `arguments`.
+        """
+        value = self._read(sent) if isinstance(sent, str) else sent
+        return value if isinstance(value, dict) else {"arguments": value}
+
+    def _read(self, sent: str) -> Any:
+        """Return the value of JSON text, or the text where it has none or there is no room for it."""
+        if not sent.strip():
+            return {}
+        if (found := values(sent)) > self._left:
+            return sent
+        self._left -= found
         try:
-            value = complete(sent) if sent.strip() else {}
+            return complete(sent)
         except ValueError:
-            value = sent
-    return value if isinstance(value, dict) else {"arguments": value}
+            return sent

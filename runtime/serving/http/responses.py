@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import Field, Tag
+from pydantic import BeforeValidator, Field, Tag
 from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
@@ -20,7 +20,7 @@ from runtime.serving.http.body import BodyRoute
 from runtime.serving.http.body_types import Body, Flag, Integer, Metadata, Name, Text, TokenCount, by_kind
 from runtime.serving.http.constraint_fields import constrained, constraint
 from runtime.serving.http.logprobs import Logprobs
-from runtime.serving.http.messages import MOST_MESSAGES, Message, turns_of
+from runtime.serving.http.messages import MOST_MESSAGES, Message, turns_of, with_contents
 from runtime.serving.http.schema import MAX_LOGPROBS, SamplingFields
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
 from runtime.serving.structured_output.constraints import json_object
@@ -61,7 +61,12 @@ class TextFormat(Body):
 
 Inputs = Annotated[
     Annotated[Text, Tag("<text>")]
-    | Annotated[list[Item], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True), Tag("<items>")],
+    | Annotated[
+        list[Item],
+        Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
+        BeforeValidator(with_contents),
+        Tag("<items>"),
+    ],
     by_kind("a string or a list of items", {str: "<text>", list: "<items>"}),
 ]
 

@@ -13,7 +13,7 @@ from runtime.serving.http import admin, constraint_fields, messages, responses, 
 from runtime.serving.http.body import IGNORED, read_now
 from runtime.serving.http.body_types import Body
 from runtime.serving.http.fields import UnknownFields
-from runtime.serving.http.json_parser import MOST_NODES
+from runtime.serving.http.json_parser import MOST_NODES, parse
 
 pytestmark = pytest.mark.anyio
 
@@ -110,8 +110,9 @@ async def test_routes_take_null_for_what_is_not_set(
         (b'{"prompt": "\xff"}', "not UTF-8"),
         ('{"prompt": "é"}'.encode("latin-1"), "not UTF-8"),
         ('{"prompt": "x"}'.encode("utf-16"), "not valid JSON"),
-        (b'{"prompt": "\\ud800"}', "half of a surrogate pair"),
-        (b'{"\\udc00": 1}', "half of a surrogate pair"),
+        (b'{"prompt": "\\ud8zz"}', "invalid escape"),
+        (b'{"prompt": "\\ud800", "x": NaN}', "not valid JSON"),
+        (b'{"\\udc00": 1, "\\ud800": 2}', "occurs twice"),
         (b'{"prompt": "x", "prompt": "y"}', "occurs twice"),
         (b'{"prompt": "x", "temperature": NaN}', "not valid JSON"),
         (b'{"prompt": "x", "temperature": -Infinity}', "not valid JSON"),
@@ -135,6 +136,20 @@ async def test_what_is_no_body_is_one_line(open_site: Any, sent: bytes, expected
             assert expected in error["message"]
             assert "\n" not in error["message"]
             assert len(error["message"]) < 300
+
+
+@pytest.mark.parametrize(
+    ("sent", "read"),
+    [
+        (r"caf\ud83d", "caf\ufffd"),
+        (r"\uDE00caf\u00e9", "\ufffdcafé"),
+        (r"\ud83d\ud83d\ude00\ude00", "\ufffd😀\ufffd"),
+        (r"\ud83d\n\\ud83d\\\ud83d", "\ufffd\n\\ud83d\\\ufffd"),
+        ("é\\ud83d😀", "é\ufffd😀"),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_the_replacement_character(sent: str, read: str) -> None:
+    assert parse(f'{{"a": ["{sent}"], "{sent}": 1}}'.encode()) == {"a": [read], read: 1}
 
 
 async def test_byte_order_mark_is_no_part_of_the_body(open_site: Any) -> None:
@@ -406,6 +421,13 @@ async def test_values_that_ask_for_nothing_are_taken(open_site: Any) -> None:
     assert IGNORED not in reply.headers
 
 
+def calls(arguments: Any, number: int, name: str = "f") -> str:
+    """Return a body of an assistant's turns with calls, as many as one turn may have in each."""
+    call = {"id": "a", "function": {"name": name, "arguments": arguments}}
+    turns = [[call] * min(1000, number - i) for i in range(0, number, 1000)]
+    return json.dumps({"messages": [{"role": "assistant", "tool_calls": turn} for turn in turns]})
+
+
 def large(kind: str) -> tuple[bytes, str]:
     """Return about 4 MB of one thing, and the route that it is for."""
     message = json.dumps(USER)
@@ -426,6 +448,7 @@ def large(kind: str) -> tuple[bytes, str]:
         "items": '{"input":[' + ",".join(["0"] * 1_900_000) + "]}",
         "depth": '{"prompt":' + "[" * 4_000_000,
         "escapes": '{"prompt":"' + "\\u0301" * 600_000 + '","temperature":"x"}',
+        "halves": '{"prompt":"' + "\\ud83d" * 660_000 + '","temperature":"x"}',
         "quotes": '{"prompt":"' + '\\"[' * 1_300_000 + '","temperature":"x"}',
         "arguments": json.dumps(
             {
@@ -434,6 +457,14 @@ def large(kind: str) -> tuple[bytes, str]:
                 ]
             }
         ),
+        "cut calls": calls('{"a":' + "[" * 150 + "1," * 1800, 1000),
+        "cut numbers": calls('{"a":[' + "1," * 1_900_000, 1),
+        "numbers": calls({"a": [1] * 1_200_000}, 1),
+        "empty calls": calls({}, 8000, name=""),
+        "result": '{"messages":[{"role":"tool","content":[' + ",".join(["0"] * 1_900_000) + "]}]}",
+        "texts": '{"messages":[{"role":"tool","content":[' + ",".join(['"a"'] * 990_000) + "]}]}",
+        "text parts": json.dumps({"messages": [{"role": "user", "content": ["a"] * 8000}] * 100}),
+        "thoughts": '{"messages":[{"role":"assistant","reasoning":[' + ",".join(["0"] * 1_900_000) + "]}]}",
     }[kind].encode()
     return sent, ROUTES.get(kind, "/chat" if b'"messages"' not in sent[:20] else CHAT)
 
@@ -443,8 +474,10 @@ ROUTES = {"ids": TEXT, "id lists": TEXT, "wrong prompts": TEXT, "wrong ids": TEX
 
 KINDS = (
     "messages,wrong messages,wrong parts,ids,id lists,wrong prompts,wrong ids,stops,wrong stops,biases,keys,"
-    "more keys,tools,items,depth,escapes,quotes,arguments"
+    "more keys,tools,items,depth,escapes,quotes,arguments,halves,cut calls,cut numbers,numbers,empty calls,"
+    "result,texts,text parts,thoughts"
 )
+TAKEN = frozenset({"arguments", "cut calls", "cut numbers", "numbers", "empty calls", "thoughts"})
 
 
 async def worst_probe(site: Any, done: asyncio.Event) -> float:
@@ -473,7 +506,7 @@ async def test_four_megabytes_of_anything_cost_little_and_stop_nobody(open_site:
         used = time.process_time() - used
         done.set()
         delay = await probing
-    assert reply.status_code == (200 if kind == "arguments" else 400), reply.text[:200]
+    assert reply.status_code == (200 if kind in TAKEN else 400), reply.text[:200]
     assert len(reply.text) < 1000
     assert used < 0.5
     assert delay < 0.3

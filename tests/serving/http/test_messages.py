@@ -4,9 +4,11 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from runtime.errors import RequestError
-from runtime.serving.http.messages import Message, turns_of
+from runtime.serving.http import json_parser, messages
+from runtime.serving.http.messages import Messages, turns_of
 
 pytestmark = pytest.mark.anyio
 
@@ -19,8 +21,11 @@ TOOLS_TEMPLATE = (
 )
 
 
+HISTORY: TypeAdapter[Any] = TypeAdapter(Messages)
+
+
 def turns(*messages: dict[str, Any], template: str = TEMPLATE) -> list[dict[str, Any]]:
-    return turns_of([Message.model_validate(message) for message in messages], template)
+    return turns_of(HISTORY.validate_python(list(messages)), template)
 
 
 def called(arguments: Any, **more: Any) -> dict[str, Any]:
@@ -45,7 +50,8 @@ def called(arguments: Any, **more: Any) -> dict[str, Any]:
         (["a"], {"arguments": ["a"]}),
         ('"text"', {"arguments": "text"}),
         ('{"x": NaN}', {"arguments": '{"x": NaN}'}),
-        ('{"x": "\\ud800"}', {"arguments": '{"x": "\\ud800"}'}),
+        ('{"x": "caf\\ud83d", "y": "\\\\ud83d"}', {"x": "caf\ufffd", "y": "\\ud83d"}),
+        ('{"x": "caf\\ud83d', {"x": "caf"}),
         ("[" * 5000, {"arguments": "[" * 5000}),
         ("1" * 5000, {"arguments": "1" * 5000}),
     ],
@@ -79,6 +85,27 @@ def test_arguments_that_are_missing_are_none() -> None:
         ({"role": "user", "content": ["a", {"text": "b"}, {"type": None, "text": "c"}]}, "abc"),
         ({"role": "assistant", "content": [{"type": "output_text", "text": "a", "logprobs": []}]}, "a"),
         ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, "no"),
+        ({"role": "user", "content": None}, ""),
+        ({"role": "system", "content": None}, ""),
+        ({"role": "user", "content": [None, "a", {"type": "text", "text": None}, {"text": "b"}]}, "ab"),
+        ({"role": "user", "content": [{"type": "text", "text": {"value": "a", "annotations": []}}]}, "a"),
+        ({"role": "user", "content": {"type": "text", "text": "a"}}, "a"),
+        ({"role": "assistant", "content": {"x": "é"}}, '{"x": "é"}'),
+        ({"role": "assistant", "content": "", "refusal": ["no"]}, "no"),
+        ({"role": "assistant", "content": "yes", "refusal": False}, "yes"),
+        ({"role": "tool", "tool_call_id": "c", "content": {"x": 1}}, '{"x": 1}'),
+        (
+            {"role": "tool", "tool_call_id": "c", "content": {"text": "a", "score": 1}},
+            '{"text": "a", "score": 1}',
+        ),
+        ({"role": "tool", "tool_call_id": "c", "content": 5}, "5"),
+        ({"role": "tool", "tool_call_id": "c", "content": False}, "false"),
+        ({"role": "tool", "tool_call_id": "c", "content": []}, ""),
+        ({"role": "tool", "tool_call_id": "c", "content": [1, None]}, "[1, null]"),
+        ({"role": "tool", "tool_call_id": "c", "content": [{"type": "error"}]}, '[{"type": "error"}]'),
+        ({"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "a"}, None]}, "a"),
+        ({"role": "function", "name": "f", "content": {"type": ["x"]}}, '{"type": ["x"]}'),
+        ({"role": "ipython", "content": {"x": 1}}, '{"x": 1}'),
         ({"role": "user", "content": []}, ""),
         ({"role": "user", "content": ""}, ""),
     ],
@@ -102,10 +129,98 @@ def test_contents_are_one_text(message: dict[str, Any], text: str) -> None:
             "content": [{"type": "redacted_thinking", "data": "x"}, "a"],
             "reasoning": "hm",
         },
+        {
+            "role": "assistant",
+            "content": [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"text": "a"}],
+        },
+        {"role": "assistant", "content": "a", "reasoning_content": ["h", None, {"text": "m"}]},
+        {
+            "role": "assistant",
+            "content": "a",
+            "reasoning": {"summary": [{"type": "summary_text", "text": "hm"}]},
+        },
+        {"role": "assistant", "content": "a", "reasoning_content": {}, "reasoning": {"content": "hm"}},
     ],
 )
 def test_reasoning_reaches_templates_under_their_name(message: dict[str, Any]) -> None:
     assert turns(message) == [{"role": "assistant", "content": "a", "reasoning_content": "hm"}]
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], {}, False, [None], [{}], [[], ""]])
+def test_tool_calls_of_nothing_are_absent(nothing: Any) -> None:
+    sent = {"role": "assistant", "content": "a", "tool_calls": nothing, "reasoning": nothing, "refusal": {}}
+    assert turns(sent) == [{"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    "nothing", [None, "", {}, {"name": None, "arguments": None}, {"name": "", "arguments": ""}]
+)
+def test_older_calls_of_nothing_are_absent(nothing: Any) -> None:
+    sent = {"role": "assistant", "content": "a", "function_call": nothing}
+    assert turns(sent) == [{"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "arguments"),
+    [
+        ({"function": None}, "", {}),
+        ({"function": {}}, "", {}),
+        ({"function": {"name": None, "arguments": "{}"}}, "", {}),
+        ({"function": {"name": 5, "arguments": "{}"}}, "5", {}),
+        ({"function": {"name": "f" * 1000, "arguments": None}}, "f" * 1000, {}),
+        ({"type": "custom", "custom": {"name": "f", "input": "hi"}}, "f", {"input": "hi"}),
+        ({"type": "custom", "custom": {"name": "f"}, "function": None}, "f", {"input": None}),
+        ({"name": "f", "arguments": '{"x": 1}'}, "f", {"x": 1}),
+        ({"type": "tool_call", "name": "f", "args": {"x": 1}}, "f", {"x": 1}),
+        ({"type": "tool_use", "name": "f", "input": {"x": 1}}, "f", {"x": 1}),
+        ({"function": "f", "arguments": {"x": 1}}, "f", {"x": 1}),
+        ({"type": 5, "function": {"name": "f"}}, "f", {}),
+    ],
+)
+def test_calls_of_other_forms_are_function_calls(call: dict[str, Any], name: str, arguments: Any) -> None:
+    for calls in ([{"id": "c", **call}], {"id": "c", **call}):
+        (turn,) = turns({"role": "assistant", "content": None, "tool_calls": calls})
+        function = {"name": name, "arguments": arguments}
+        assert turn["tool_calls"] == [{"id": "c", "type": "function", "function": function}]
+
+
+@pytest.mark.parametrize(
+    ("sent", "given"), [(1, "1"), (0, "0"), ("c" * 5000, "c" * 5000), ("", None), (False, None)]
+)
+def test_ids_of_any_form_are_texts(sent: Any, given: str | None) -> None:
+    asked, answered = turns(
+        called("{}") | {"tool_calls": [{"id": sent, "function": {"name": "f"}}], "name": sent},
+        {"role": "tool", "tool_call_id": sent, "content": "x"},
+    )
+    assert asked["tool_calls"][0]["id"] == (given or "")
+    assert (answered.get("tool_call_id"), asked.get("name")) == (given, given)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"tool_calls": "f()"}, {"tool_calls": [5]}, {"tool_call_id": ["c"]}, {"name": {"a": 1}}]
+)
+def test_what_can_mean_nothing_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        turns({"role": "assistant", "content": "a", **wrong})
+
+
+def test_nested_lists_around_a_text_are_read_to_a_depth() -> None:
+    deep: Any = "hm"
+    for _ in range(150):
+        deep = [deep]
+    assert turns({"role": "assistant", "content": "a", "reasoning": deep}) == [
+        {"role": "assistant", "content": "a"}
+    ]
+
+
+def test_arguments_of_one_conversation_are_read_up_to_a_limit_and_are_text_beyond(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(messages, "MOST_VALUES", 12)
+    text = '{"x": [1, 2, "a, [b]: c"]}'
+    assert json_parser.values(text) == 6
+    given = [turn["tool_calls"][0]["function"]["arguments"] for turn in turns(*[called(text)] * 3)]
+    assert given == [json.loads(text), json.loads(text), {"arguments": text}]
 
 
 def test_older_function_calls_are_tool_calls() -> None:
@@ -151,7 +266,11 @@ def test_other_roles_are_refused_with_the_right_name(role: str, hint: str) -> No
     ("message", "param"),
     [
         ({"role": "user"}, "messages[0].content"),
-        ({"role": "system", "content": None}, "messages[0].content"),
+        ({"role": "system", "text": "x"}, "messages[0].content"),
+        (
+            {"role": "tool", "content": [{"type": "image_url", "image_url": {}}]},
+            "messages[0].content[0]",
+        ),
         (
             {"role": "user", "content": ["a", {"type": "image_url", "image_url": {}}]},
             "messages[0].content[1]",
