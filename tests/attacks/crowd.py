@@ -2,8 +2,8 @@
 
     python crowd.py URL SECONDS
 
-1,000 ordinary requests spread over the time, a third of whose clients leave before the answer; 50 streams
-that nobody reads; and a schema a second that takes hours to compile.
+In a minute: 1,000 ordinary requests, a third of whose clients leave before the answer; 50 streams that
+nobody reads; and a schema a second that takes hours to compile.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 
 REQUESTS, SLOW_READERS = 1000, 50
+"""In a minute."""
 
 
 def request(path: str, body: dict) -> bytes:
@@ -50,7 +51,7 @@ class Crowd:
         self.counts[f"{kind} {status}"] += 1
 
     async def ordinary(self) -> None:
-        """Send `REQUESTS` at random moments."""
+        """Send `REQUESTS` a minute at random moments."""
         random.seed(0)
 
         async def one(number: int) -> None:
@@ -59,14 +60,14 @@ class Crowd:
             leave_s = random.uniform(0.001, 0.05) if number % 3 == 0 else None
             await self.send("ordinary", request("/chat", body), leave_s=leave_s)
 
-        await asyncio.gather(*(one(number) for number in range(REQUESTS)))
+        await asyncio.gather(*(one(number) for number in range(int(REQUESTS * self.seconds / 60))))
 
     async def slow_readers(self) -> None:
         """Ask for a long stream now and again and read nothing of it until the server ends it."""
         content = request("/chat", {"prompt": "x", "stream": True, "ignore_eos": True, "max_new_tokens": 600})
 
         async def one(number: int) -> None:
-            await asyncio.sleep(number * self.seconds / SLOW_READERS)
+            await asyncio.sleep(number * 60 / SLOW_READERS)
             with socket.socket() as client:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 client.setblocking(False)
@@ -75,7 +76,7 @@ class Crowd:
                 await loop.sock_sendall(client, content)
                 await asyncio.sleep(self.seconds)
 
-        await asyncio.gather(*(one(number) for number in range(SLOW_READERS)))
+        await asyncio.gather(*(one(number) for number in range(int(SLOW_READERS * self.seconds / 60))))
 
     async def bombs(self) -> None:
         """Send a schema a second that no compiler finishes, each another."""

@@ -15,7 +15,7 @@ import pytest
 from tests.attacks.test_grammar_author import slowest_livez_s
 from tests.serving.conftest import Process
 
-ATTACK_S = 60
+ATTACK_S, WARM_UP_S = 60, 10
 PROMPTS = ["one", "two words", "a third prompt"]
 
 
@@ -58,7 +58,7 @@ class Bystander:
 @pytest.mark.slow
 @pytest.mark.model
 def test_a_bystander_is_answered_while_all_attack(tiny_llama_dir: Path) -> None:
-    server = Process.serve(tiny_llama_dir, "--set", "limits.rows=16", "--set", "limits.queue=64")
+    server = Process.serve(tiny_llama_dir, "--set", "limits.rows=32", "--set", "limits.queue=64")
     try:
         server.wait_ready(180)
         report = attacked(server)
@@ -78,23 +78,18 @@ def attacked(server: Process) -> dict[str, Any]:
     """Return what was seen while the crowd attacked `server`, beside what a lone client saw before."""
     with Bystander(server.url) as before:
         time.sleep(8)
+    attack(server, WARM_UP_S)  # kernels for all sizes
     memory = psutil.Process(server.process.pid).memory_info().rss
     done = threading.Event()
     livez: list[float] = []
     prober = threading.Thread(target=lambda: livez.append(slowest_livez_s(server.url, done)))
     prober.start()
     with Bystander(server.url) as during:
-        crowd = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("crowd.py")), server.url, str(ATTACK_S)],
-            capture_output=True,
-            check=True,
-            text=True,
-            timeout=ATTACK_S + 120,
-        )
+        counts = attack(server, ATTACK_S)
     done.set()
     prober.join()
     return {
-        "counts": json.loads(crowd.stdout),
+        "counts": counts,
         "livez_s": max(livez),
         "memory_kb": (psutil.Process(server.process.pid).memory_info().rss - memory) // 1024,
         "alone": before.answers,
@@ -102,3 +97,10 @@ def attacked(server: Process) -> dict[str, Any]:
         "slower": during.typical_s / before.typical_s,
         "status": server.stop(timeout_s=30),
     }
+
+
+def attack(server: Process, seconds: int) -> dict[str, int]:
+    """Let the crowd at `server` and return how many answers had which status."""
+    command = [sys.executable, str(Path(__file__).with_name("crowd.py")), server.url, str(seconds)]
+    ran = subprocess.run(command, capture_output=True, check=True, text=True, timeout=seconds + 120)
+    return dict(json.loads(ran.stdout))
