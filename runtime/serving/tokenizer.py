@@ -192,16 +192,14 @@ class PromptTokenizer:
                 f"token id {unknown} is not in the vocabulary of {self._vocabulary}", param=param
             )
 
-    async def constrained(
-        self, sampling: Sampling, constraint: Constraint | None, *, client: str = ""
-    ) -> Sampling:
+    async def constrained(self, sampling: Sampling, constraint: Constraint | None) -> Sampling:
         """Return `sampling` with the constraint's grammar; the answer then ends where that is complete.
 
-        `client` is who waits for it, by default the caller of this request; clients take turns.
+        Clients take turns with it, as in tokenizing.
         """
         if constraint is None:
             return sampling
-        grammar = await self._grammars.compile(constraint, client or CALLER.get().name)
+        grammar = await self._grammars.compile(constraint, CALLER.get().name)
         return replace(
             sampling, grammar=grammar, min_new_tokens=0, stop_ids=sampling.stop_ids | self.stop_ids
         )

@@ -10,7 +10,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
@@ -139,12 +138,6 @@ def _add_failures(app: FastAPI) -> None:
     async def failed(request: Request, failure: Exception) -> Response:
         return failure_reply(request.url.path, failure, request.state.request_id)
 
-    async def invalid(request: Request, failure: Exception) -> Response:
-        message, param = (
-            _explain(failure) if isinstance(failure, RequestValidationError) else (str(failure), None)
-        )
-        return reply(request.url.path, 400, error_object(message, 400, param=param))
-
     async def refused(request: Request, failure: Exception) -> Response:
         status = failure.status_code if isinstance(failure, HTTPException) else 500
         path = request.url.path
@@ -159,25 +152,10 @@ def _add_failures(app: FastAPI) -> None:
         text = {
             404: f"there is no {shown} here; GET /docs lists the routes",
             405: f"{shown} does not take {request.method}; GET /docs lists the routes",
-            400: "the body is not valid JSON",
         }.get(status, str(getattr(failure, "detail", "")))
         response = reply(path, status, error_object(text, status))
         response.headers.update(headers)
         return response
 
     app.add_exception_handler(Failure, failed)
-    app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, refused)
-
-
-def _explain(failure: RequestValidationError) -> tuple[str, str | None]:
-    """Return one line about the first error in a body, and the field it is in."""
-    problem = failure.errors()[0]
-    if problem["type"] == "json_invalid":
-        return f"the body is not valid JSON: {problem['ctx']['error']}", None
-    location = [str(part) for part in problem["loc"] if part != "body"]
-    param = ".".join(location) or None
-    text = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-    if problem["type"] == "missing":
-        return f"'{param}' is missing" if param else "the request has no body, expected JSON", param
-    return f"'{param}' {text}" if param else f"the body {text}", param

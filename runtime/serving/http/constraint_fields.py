@@ -231,8 +231,7 @@ async def constrained(
     """
     if asked is None:
         return sampling
-    client = request.client.host if request.client else ""
-    work = tokenizer.constrained(sampling, asked, client=client)
+    work = tokenizer.constrained(sampling, asked)
     made = await unless_gone(request, work, request_id=request.state.request_id)
     if made.grammar is not None and made.grammar.relaxed:
         request.state.relaxed = made.grammar.relaxed

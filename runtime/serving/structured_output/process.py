@@ -122,10 +122,7 @@ class FormProcess:
         """Return what the process says of the form; EOFError or OSError where it has ended before."""
         loop = asyncio.get_running_loop()
         self._channel.setblocking(False)
-        hello = json.loads(await self._next(loop))
-        if "error" in hello:
-            return dict(hello)
-        self._pid = hello["pid"]
+        self._pid = json.loads(await self._next(loop))["pid"]
         job = json.dumps(asdict(constraint)).encode()
         await loop.sock_sendall(self._channel, host.LENGTH.pack(len(job)) + job)
         reply = json.loads(await self._next(loop))
