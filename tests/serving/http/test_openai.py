@@ -236,7 +236,6 @@ async def test_unknown_and_unused_fields_are_ignored(open_site: Any) -> None:
         b'"text"',
         b"\xff\xfe",
         b'{"messages": "x"}',
-        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
         b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
         b'{"messages": [{"role": "user", "content": "x"}], "temperature": Infinity}',
         b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 5000 + b"}",
