@@ -22,6 +22,7 @@ from runtime.serving.engine.create import create
 from runtime.serving.engine.protocol import Constraint, Grammar, Request, Sampling
 from runtime.serving.generation_config import SamplingDefaults
 from runtime.serving.http.app import create_app
+from runtime.serving.http.constraint_fields import ConstraintFields, constraint
 from runtime.serving.lifecycle import Lifecycle, ServedModel
 from runtime.serving.settings import Limits, ServeConfig
 from runtime.serving.tokenizer import PromptTokenizer
@@ -194,12 +195,44 @@ SPELLINGS: list[tuple[dict[str, Any], str]] = [
     ({"structured_outputs": {"grammar": 'root ::= "yes" | "no"'}}, "choice"),
     ({"guided_json": json.dumps(ONE)}, "one"),
     ({"guided_json": ONE, "guided_whitespace_pattern": " ?", "guided_decoding_backend": "xgrammar"}, "one"),
+    ({"response_format": {"type": "json_object", "json_schema": {"schema": ONE}}}, "one"),
     ({"guided_grammar": 'start: "yes" | "no"'}, "choice"),
     ({"json_schema": ONE}, "one"),
     ({"grammar": 'root ::= "yes" | "no"'}, "choice"),
     ({"grammar": {"type": "json", "value": ONE}}, "one"),
     ({"grammar": {"type": "regex", "value": "[ab]{3}"}}, "ab"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "json_"),
+    [
+        ({"guided_json": ONE}, True),
+        ({"guided_json_object": True}, True),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": ONE}}}, True),
+        ({"structured_outputs": {"json_object": True}}, True),
+        ({"guided_regex": "a"}, False),
+        ({"guided_choice": ["a"]}, False),
+    ],
+    ids=str,
+)
+def test_white_space_is_that_of_every_kind_of_json_and_of_nothing_else(asked: Any, json_: bool) -> None:
+    inside = {"structured_outputs": {**asked.get("structured_outputs", {}), "whitespace_pattern": " ?"}}
+    spaced = inside if "structured_outputs" in asked else {**asked, "guided_whitespace_pattern": " ?"}
+    body = ConstraintFields.model_validate(spaced)
+    if json_:
+        found = constraint(body)
+        assert found is not None
+        assert found.whitespace == " ?"
+    else:
+        with pytest.raises(RequestError, match="'guided_whitespace_pattern' is for JSON"):
+            constraint(body)
+
+
+def test_two_schemas_of_one_format_exclude_each_other() -> None:
+    two = {"type": "json_object", "schema": ONE, "json_schema": {"schema": ONE}}
+    with pytest.raises(RequestError, match=r"schema' and 'response_format\.json_schema' exclude each other"):
+        constraint(ConstraintFields.model_validate({"response_format": two}))
 
 
 @pytest.mark.parametrize(("extra", "form"), SPELLINGS, ids=str)

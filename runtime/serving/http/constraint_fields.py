@@ -6,6 +6,7 @@ OpenAI's `response_format`, with the `schema` of Together, Fireworks and llama.c
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
@@ -89,7 +90,7 @@ class ConstraintFields(Body):
     """What the answer must match; one of these, and none is free text."""
 
     response_format: ResponseFormat | None = None
-    """What the answer must be: text, json_object or json_schema."""
+    """What the answer must be: text, json_object, json_schema, regex or grammar."""
     structured_outputs: StructuredOutputs | None = None
     """vLLM's name for the same: json, regex, choice, grammar or json_object."""
     guided_json: SchemaOrText | None = None
@@ -123,24 +124,36 @@ class ConstraintFields(Body):
 def constraint(body: ConstraintFields) -> Constraint | None:
     """Return the constraint that a request asks for, None for free text.
 
-    Raises RequestError for an unknown response_format, or more than one constraint.
+    Raises RequestError for an unknown response_format, more than one constraint, or white space of what is
+    not JSON.
     """
     found = list(_constraints(body))
     if len(found) > 1:
-        first, second = found[0].param, found[1].param
-        raise RequestError(f"'{first}' and '{second}' exclude each other", param=second)
-    return found[0] if found else None
+        raise _exclusive(found[0].param, found[1].param)
+    return _spaced(found[0], body.guided_whitespace_pattern, "guided_whitespace_pattern") if found else None
+
+
+def _exclusive(first: str, second: str) -> RequestError:
+    return RequestError(f"'{first}' and '{second}' exclude each other", param=second)
+
+
+def _spaced(asked: Constraint, space: str | None, param: str) -> Constraint:
+    """Return the constraint of JSON with `space` between its parts; RequestError for one of anything else."""
+    if space is None:
+        return asked
+    if asked.kind != "schema":
+        raise RequestError(f"'{param}' is for JSON, and '{asked.param}' is a {asked.kind}", param=param)
+    return replace(asked, whitespace=space)
 
 
 def _constraints(body: ConstraintFields) -> Iterator[Constraint]:
-    space = body.guided_whitespace_pattern
     if body.response_format is not None:
         yield from _of_format(body.response_format)
     if body.structured_outputs is not None:
         yield from _of_vllm(body.structured_outputs)
     for name in ("guided_json", "json_schema"):
         if (value := getattr(body, name)) is not None:
-            yield _schema(value, name, space=space)
+            yield _schema(value, name)
     if body.guided_json_object:
         yield json_object("guided_json_object")
     for name in ("guided_regex", "regex"):
@@ -158,9 +171,13 @@ def _constraints(body: ConstraintFields) -> Iterator[Constraint]:
 
 
 def _of_vllm(asked: StructuredOutputs) -> Iterator[Constraint]:
-    param = "structured_outputs"
+    for found in _structured(asked, "structured_outputs"):
+        yield _spaced(found, asked.whitespace_pattern, "structured_outputs.whitespace_pattern")
+
+
+def _structured(asked: StructuredOutputs, param: str) -> Iterator[Constraint]:
     if asked.json_ is not None:
-        yield _schema(asked.json_, f"{param}.json", space=asked.whitespace_pattern)
+        yield _schema(asked.json_, f"{param}.json")
     if asked.json_object:
         yield json_object(f"{param}.json_object")
     if asked.regex is not None:
@@ -173,19 +190,17 @@ def _of_vllm(asked: StructuredOutputs) -> Iterator[Constraint]:
 
 def _of_format(asked: ResponseFormat) -> Iterator[Constraint]:
     param = "response_format"
+    inner = asked.json_schema
+    if inner is not None and asked.schema_ is not None:
+        raise _exclusive(f"{param}.schema", f"{param}.json_schema")
+    schema = asked.schema_ if inner is None else inner.schema_
     match asked.type:
         case "text":
             return
-        case "json_object" | "json_schema" if asked.schema_ is not None and asked.json_schema is None:
-            yield Constraint("schema", asked.schema_, param)
-        case "json_object":
+        case "json_object" | "json_schema" if schema is not None:
+            yield Constraint("schema", schema, param, strict=inner is not None and inner.strict)
+        case "json_object" | "json_schema" if asked.type == "json_object" or inner is not None:
             yield json_object(param)
-        case "json_schema" if asked.json_schema is not None:
-            inner = asked.json_schema
-            if inner.schema_ is None:
-                yield json_object(param)
-            else:
-                yield Constraint("schema", inner.schema_, param, strict=inner.strict)
         case "json_schema" if asked.value is None:
             raise RequestError("response_format json_schema needs 'json_schema'", param=param)
         case "grammar" if asked.grammar:
@@ -199,7 +214,8 @@ def _of_format(asked: ResponseFormat) -> Iterator[Constraint]:
             raise RequestError(f"response_format {asked.type} needs '{needed}'", param=param)
         case other:
             raise RequestError(
-                f"response_format '{other}' is not one of text, json_object, json_schema", param=param
+                f"response_format '{other}' is not one of text, json_object, json_schema, regex, grammar",
+                param=param,
             )
 
 
@@ -211,7 +227,7 @@ def _typed(kind: str, value: dict[str, Any] | str, param: str) -> Constraint:
     return Constraint("regex", value, param)
 
 
-def _schema(value: dict[str, Any] | str, param: str, *, space: str | None = None) -> Constraint:
+def _schema(value: dict[str, Any] | str, param: str) -> Constraint:
     if isinstance(value, str):
         try:
             value = parse(value.encode(), what="the text")
@@ -219,7 +235,7 @@ def _schema(value: dict[str, Any] | str, param: str, *, space: str | None = None
             raise RequestError(f"'{param}' is not a JSON schema: {error}", param=param) from None
         if not isinstance(value, dict):
             raise RequestError(f"'{param}' is not a JSON schema: it is no object", param=param)
-    return Constraint("schema", value, param, whitespace=space)
+    return Constraint("schema", value, param)
 
 
 async def constrained(
