@@ -15,7 +15,8 @@ from runtime.files import sha256
 from runtime.oci.access import DEFAULT
 from runtime.tuning import fit, output, publish
 from runtime.tuning.data import dataset, download, formats, tokenize
-from runtime.tuning.data.dataset import Dataset, Example
+from runtime.tuning.data.dataset import Dataset
+from runtime.tuning.data.example import Example
 from runtime.tuning.data.tokenize import TokenizedSplit
 from runtime.tuning.output import OutputPaths
 from runtime.tuning.precision import resolve_precision

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from runtime import models, oci
 from runtime.oci.access import DEFAULT
 from runtime.tuning.data import dataset, download, formats, tokenize
-from runtime.tuning.data.dataset import Dataset, Example, split
+from runtime.tuning.data.dataset import Dataset, split
+from runtime.tuning.data.example import Example
 from runtime.tuning.data.tokenize import EncodedExample, RowOutcome, TokenizedRow
 from runtime.tuning.settings import TuningJob
 

@@ -7,7 +7,7 @@ itself. Does not know files, tensors or batches. T tokens. Start at `encode`, th
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from runtime import models
 from runtime.errors import ConfigError, DataError
-from runtime.tuning.data.dataset import Example, Message
+from runtime.tuning.data.example import Example
 from runtime.tuning.settings import Encoding, TuningJob
 
 if TYPE_CHECKING:
@@ -150,16 +150,16 @@ def encode_one(example: Example, tokenizer: "PreTrainedTokenizerBase", encoding:
         return _row(ids, [True] * len(ids))
     if not tokenizer.chat_template:
         raise ConfigError("no chat template in this model; set chat_template in ModelConfig")
-    text = _render(example.messages, tokenizer)
+    text = _render(example, tokenizer)
     ids, offsets = _tokenize(text, tokenizer)
     if encoding.loss_on == "all":
         ended = any(token in _control_ids(tokenizer) for token in ids[-2:])  # a line break may follow it
         ids = ids if ended else [*ids, _eos(tokenizer)]
         return _row(ids, [True] * len(ids))
     if _GENERATION.search(_template(tokenizer)):
-        mask = _template_mask(example.messages, tokenizer)
+        mask = _template_mask(example, tokenizer)
     else:
-        mask = _span_mask(offsets, _assistant_spans(example.messages, text, tokenizer))
+        mask = _span_mask(offsets, _assistant_spans(example, text, tokenizer))
     return _row(*_end_turns(ids, mask, tokenizer))
 
 
@@ -173,16 +173,25 @@ def _template(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def _render(
-    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", *, for_answer: bool = False
+    example: Example, tokenizer: "PreTrainedTokenizerBase", *, turns: int | None = None, prompt: bool = False
 ) -> str:
+    """Return the text of the first `turns` messages, with the generation prompt where `prompt` is set."""
     import jinja2
 
+    messages = list(example.messages[:turns])
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=for_answer)
+        text = tokenizer.apply_chat_template(
+            messages, tools=_tools(example), tokenize=False, add_generation_prompt=prompt
+        )
     except jinja2.TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(f"the model's chat template refuses a conversation of {roles}: {error}") from None
     return str(text)
+
+
+def _tools(example: Example) -> Any:
+    """Return the tools of `example` as templates know them: None where there are none."""
+    return list(example.tools) or None
 
 
 def _tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[tuple[int, int]]]:
@@ -196,16 +205,20 @@ def _tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int
     return batch["input_ids"], batch["offset_mapping"]
 
 
-def _template_mask(messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase") -> list[bool]:
+def _template_mask(example: Example, tokenizer: "PreTrainedTokenizerBase") -> list[bool]:
     """Return which tokens are inside the template's own {% generation %} blocks."""
     batch: Any = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        list(example.messages),
+        tools=_tools(example),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
     )
     return [bool(flag) for flag in batch["assistant_masks"]]
 
 
 def _assistant_spans(
-    messages: Sequence[Message], text: str, tokenizer: "PreTrainedTokenizerBase"
+    example: Example, text: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> list[tuple[int, int]]:
     """Return the character ranges of `text` that the assistant writes, end-of-turn text included.
 
@@ -214,17 +227,17 @@ def _assistant_spans(
     """
     spans: list[tuple[int, int]] = []
     previous_end = 0
-    for index, message in enumerate(messages):
+    for index, message in enumerate(example.messages):
         if message["role"] != "assistant":
             continue
-        prompt = _render(messages[:index], tokenizer, for_answer=True) if index else ""
+        prompt = _render(example, tokenizer, turns=index, prompt=True) if index else ""
         if prompt and text.startswith(prompt):
             start = len(prompt)
         else:
             start = text.find(message["content"].strip(), previous_end)
             if start < 0:
                 continue
-        prefix = _render(messages[: index + 1], tokenizer)
+        prefix = _render(example, tokenizer, turns=index + 1)
         content = text.find(message["content"].strip(), start)
         end = (
             len(prefix) if text.startswith(prefix) else max(content, start) + len(message["content"].strip())
@@ -296,7 +309,7 @@ def _truncate(
         if later is None:
             break
         turns = turns[later:]
-        row = encode_one(Example((*system, *turns)), tokenizer, encoding)
+        row = encode_one(replace(example, messages=(*system, *turns)), tokenizer, encoding)
     return TokenizedRow(row.ids[-max_tokens:], row.loss_mask[-max_tokens:])
 
 

@@ -6,9 +6,9 @@ Collectives run in here: all ranks evaluate together. Does not know reports. Sta
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from runtime.tuning.data.dataset import Example
+from runtime.tuning.data.example import Example
 from runtime.tuning.model.fsdp import is_sharded
 from runtime.tuning.model.lora import evaluating
 from runtime.tuning.train.setup import TrainingSetup, training_attention
@@ -69,7 +69,14 @@ def generate(
     if not questions or not tokenizer.chat_template:
         return [""] * len(questions)
     prompts = [
-        str(tokenizer.apply_chat_template(list(e.messages[:-1]), tokenize=False, add_generation_prompt=True))
+        str(
+            tokenizer.apply_chat_template(
+                list(e.messages[:-1]),
+                tools=cast("Any", list(e.tools) or None),
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        )
         for e in questions
     ]
     batch: Any = tokenizer(

@@ -12,6 +12,7 @@ import pytest
 from runtime.config import parse
 from runtime.errors import ConfigError, DataError
 from runtime.tuning.data import dataset, formats
+from runtime.tuning.data.example import Example
 from runtime.tuning.settings import DataSource
 
 PAIR = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
@@ -38,9 +39,9 @@ def test_every_format_reads_alike(tmp_path: Path) -> None:
     assert {example.messages for example in map(frozen, data.examples)} == {frozen_pair()}
 
 
-def frozen(example: dataset.Example) -> dataset.Example:
+def frozen(example: Example) -> Example:
     turns = tuple(tuple(sorted(turn.items())) for turn in example.messages)
-    return dataset.Example(turns)  # type: ignore[arg-type]
+    return Example(turns)  # type: ignore[arg-type]
 
 
 def frozen_pair() -> Any:

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from runtime.errors import ConfigError, DataError
-from runtime.tuning.data.dataset import Example
+from runtime.tuning.data.example import Example
 from runtime.tuning.data.tokenize import TokenizedRow, encode, encode_one
 from runtime.tuning.settings import Encoding
 

@@ -14,7 +14,8 @@ import pytest
 
 from runtime.hardware import Hardware
 from runtime.model_source import ModelSource
-from runtime.tuning.data.dataset import DataFile, Dataset, Example
+from runtime.tuning.data.dataset import DataFile, Dataset
+from runtime.tuning.data.example import Example
 from runtime.tuning.data.tokenize import TokenizedData, TokenizedRow, TokenizedSplit
 from runtime.tuning.report import html, report
 from runtime.tuning.report.report import Sample

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from runtime.tuning.data.dataset import Example
+from runtime.tuning.data.example import Example
 from runtime.tuning.settings import TuningJob
 from runtime.tuning.train.evaluation import QUESTIONS, evaluate, sample_questions
 from tests.tuning.train.test_trainer import training_setup
