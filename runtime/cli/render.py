@@ -172,7 +172,7 @@ def preview_counts(preview: "Preview") -> list[str]:
     files = f"{len(data.files)} file{'' if len(data.files) == 1 else 's'}"
     lines = [
         f"rows     {len(data.examples):,} from {files}: {preview.train_rows:,} to train on, "
-        f"{preview.held_out_rows:,} held out, {data.skipped:,} skipped as bad",
+        f"{preview.held_out_rows:,} held out, {data.bad_rows.skipped:,} skipped as bad",
         f"tokens   {preview.tokens:,}, {preview.labelled_tokens:,} of them trained ({share}), "
         f"in {examined} training rows",
         f"length   at most {preview.max_tokens:,} tokens: {outcomes['truncated'] + outcomes['split']:,} rows "

@@ -104,7 +104,7 @@ def _tune(requested: TuningJob, job: TuningJob, rank: RankSetup, access: oci.Acc
     progress.enter("encode")
     with garbage_collection.paused():
         tokenizer = models.load_tokenizer(job.model)
-    job, tokenized = _tokenize(job, tokenizer, data)
+    job, tokenized = encode_rows(job, tokenizer, data)
     job, planned = fit.resolve(job, rank.machine, processes=ranks.local_world_size, rows=tokenized.rows)
     progress.enter("model")
     with garbage_collection.paused():
@@ -112,7 +112,8 @@ def _tune(requested: TuningJob, job: TuningJob, rank: RankSetup, access: oci.Acc
     if ranks.is_main:
         training.callbacks.checkpoint.registry = checkpoint_sync.registry_checkpoints(job, access)
     progress.enter("evaluate")
-    questions = sample_questions(data.held_out or data.train)
+    asked = data.held_out if tokenized.held_out else data.train
+    questions = sample_questions([row for row in asked if row.origin not in data.dataset.bad_rows])
     before = evaluate(training, questions)
     progress.enter("train")
     fingerprint = output.fingerprint(requested, data.dataset.digest)
@@ -131,26 +132,36 @@ def _read(job: TuningJob, ranks: Ranks, access: oci.Access) -> SplitDataset:
     train, held_out = dataset.split(data.examples, job.data)
     log.info(
         "%d rows from %d files: %d to train on, %d held out, %d skipped",
-        len(data.examples), len(data.files), len(train), len(held_out), data.skipped,
+        len(data.examples), len(data.files), len(train), len(held_out), data.bad_rows.skipped,
     )  # fmt: skip
     return SplitDataset(data, train, held_out)
 
 
-def _tokenize(
+def encode_rows(
     job: TuningJob, tokenizer: "PreTrainedTokenizerBase", data: SplitDataset
 ) -> tuple[TuningJob, TokenizedSplit]:
-    """Tokenize both parts; the longest row comes from the model's context when the job sets none."""
+    """Encode both parts, with the settled row limit; held-out rows that teach nothing are dropped."""
     limit = tokenize.longest_row(job)
     job = job.model_copy(update={"encoding": job.encoding.model_copy(update={"max_tokens": limit})})
-    train = tokenize.encode(data.train, tokenizer, job.encoding, max_tokens=limit)
-    held_out = None
-    if data.held_out:
-        held_out = tokenize.encode(data.held_out, tokenizer, job.encoding, max_tokens=limit)
+    bad_rows = data.dataset.bad_rows
+    train, held_out = (
+        tokenize.encode(examples, tokenizer, job.encoding, max_tokens=limit, bad_rows=bad_rows)
+        for examples in (data.train, data.held_out)
+    )
+    bad_rows.conclude("encoding")
+    tokenize.require_rows(train, len(data.train), max_tokens=limit)
     log.info(
         "%d tokens, %d of them labelled; %d rows cut at %d tokens, %d dropped as too long, %d unlabelled",
         train.tokens, train.labelled_tokens, train.truncated, limit, train.too_long, train.unlabelled,
     )  # fmt: skip
-    return job, TokenizedSplit(train, held_out)
+    left = len(held_out.rows)
+    if held_out.too_long or held_out.unlabelled or (data.held_out and not left):
+        log.warning(
+            "held out: %d rows dropped as too long, %d unlabelled; %s",
+            held_out.too_long, held_out.unlabelled,
+            f"{left} rows are left" if left else "none is left, so no loss is held out",
+        )  # fmt: skip
+    return job, TokenizedSplit(train, held_out if held_out.rows else None)
 
 
 def _save(requested: TuningJob, result: JobResult, *, seconds: float) -> None:

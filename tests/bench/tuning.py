@@ -61,6 +61,7 @@ def pairs(*, short: bool = False) -> list[tuple[str, str]]:
 
 def encoded(rows: list[tuple[str, str]], tokenizer: Any) -> Any:
     """Return `rows` as our encoder makes them."""
+    from runtime.tuning.data.bad_rows import BadRows
     from runtime.tuning.data.dataset import Example
     from runtime.tuning.data.tokenize import encode
     from runtime.tuning.settings import Encoding
@@ -68,7 +69,7 @@ def encoded(rows: list[tuple[str, str]], tokenizer: Any) -> Any:
     examples = [
         Example(({"role": "user", "content": q}, {"role": "assistant", "content": a})) for q, a in rows
     ]
-    return encode(examples, tokenizer, Encoding(), max_tokens=MAX_TOKENS)
+    return encode(examples, tokenizer, Encoding(), max_tokens=MAX_TOKENS, bad_rows=BadRows())
 
 
 def ours(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any, Callable[[], Any]]:

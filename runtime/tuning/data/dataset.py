@@ -14,6 +14,7 @@ import numpy as np
 from runtime.errors import DataError
 from runtime.files import sha256
 from runtime.tuning.data import formats
+from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.example import Example
 from runtime.tuning.data.normalise import normalise
 from runtime.tuning.settings import DataSource
@@ -43,8 +44,8 @@ class Dataset:
 
     examples: tuple[Example, ...]
     files: tuple[DataFile, ...]
-    skipped: int
-    """Rows left out because they could not be read (`on_bad_row: skip`)."""
+    bad_rows: BadRows
+    """Those left out so far (`on_bad_row: skip`); rendering and encoding add theirs."""
 
     @property
     def digest(self) -> str:
@@ -54,26 +55,22 @@ class Dataset:
 
 def load(source: DataSource, files: Sequence[Path] | None = None) -> Dataset:
     """Read `files`, or every data file of `source`; DataError naming file, row and column at fault."""
+    bad_rows = BadRows(source.on_bad_row)
     examples: list[Example] = []
     used: list[DataFile] = []
-    skipped = 0
     for path in files or formats.find(source.folder, file=source.file, extension=source.extension):
         count = 0
         for number, row in enumerate(formats.read(path, source.extension), start=1):
             where = f"{path.name}: row {number}"
             count = number
-            try:
+            with bad_rows.attempt(where):
                 examples.append(normalise(row, source, where))
-            except DataError:
-                if source.on_bad_row == "fail":
-                    raise
-                skipped += 1
         if not count:
             raise DataError(f"{path}: has no rows, expected at least one")
+        bad_rows.rows += count
         used.append(DataFile(path.name, count, sha256(path)))
-    if not examples:
-        raise DataError(f"{source.folder}: none of {skipped} rows can be used; --on-bad-row fail says why")
-    return Dataset(tuple(examples), tuple(used), skipped)
+    bad_rows.conclude("reading")
+    return Dataset(tuple(examples), tuple(used), bad_rows)
 
 
 def split(rows: Sequence[Item], source: DataSource) -> tuple[list[Item], list[Item]]:

@@ -75,22 +75,25 @@ def preview(job: TuningJob, *, count: int, access: oci.Access = DEFAULT) -> Prev
     train, held_out = split(data.examples, job.data)
     tokenizer, limit = models.load_tokenizer(job.model), tokenize.longest_row(job)
     examined = train[: max(count, COUNTED_ROWS)]
-    encoded = [
-        tokenize.encode_within(example, tokenizer, job.encoding, max_tokens=limit) for example in examined
-    ]
+    encoded: list[tuple[Example, EncodedExample]] = []
+    for example in examined:
+        with data.bad_rows.attempt(example.origin):
+            result = tokenize.encode_within(example, tokenizer, job.encoding, max_tokens=limit)
+            encoded.append((example, result))
+    data.bad_rows.conclude("encoding")
+    results = [result for _, result in encoded]
     return Preview(
         examples=tuple(
-            _preview_example(example, result, tokenizer, job)
-            for example, result in zip(examined[:count], encoded, strict=False)
+            _preview_example(example, result, tokenizer, job) for example, result in encoded[:count]
         ),
         data=data,
         train_rows=len(train),
         held_out_rows=len(held_out),
         max_tokens=limit,
-        counted=len(examined),
-        outcomes=Counter(result.outcome for result in encoded),
-        tokens=sum(result.tokens for result in encoded),
-        labelled_tokens=sum(result.labelled_tokens for result in encoded),
+        counted=len(results),
+        outcomes=Counter(result.outcome for result in results),
+        tokens=sum(result.tokens for result in results),
+        labelled_tokens=sum(result.labelled_tokens for result in results),
     )
 
 

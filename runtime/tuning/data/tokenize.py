@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from runtime import models
 from runtime.errors import ConfigError, DataError
+from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.example import Example
 from runtime.tuning.settings import Encoding, TuningJob
 
@@ -103,23 +104,34 @@ def longest_row(job: TuningJob) -> int:
 
 
 def encode(
-    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase", encoding: Encoding, *, max_tokens: int
+    examples: Sequence[Example],
+    tokenizer: "PreTrainedTokenizerBase",
+    encoding: Encoding,
+    *,
+    max_tokens: int,
+    bad_rows: BadRows,
 ) -> TokenizedData:
-    """Encode `examples`, each to at most `max_tokens`; DataError when more than half have no label."""
+    """Encode `examples`, each to at most `max_tokens`; one that the template refuses is a bad row."""
     rows: list[TokenizedRow] = []
     outcomes: Counter[RowOutcome] = Counter()
     for example in examples:
-        encoded = encode_within(example, tokenizer, encoding, max_tokens=max_tokens)
-        outcomes[encoded.outcome] += 1
-        rows += encoded.rows
-    too_long, unlabelled = outcomes["too long"], outcomes["unlabelled"]
-    dropped = too_long + unlabelled
-    if dropped * 2 > len(examples) or not rows:
+        with bad_rows.attempt(example.origin):
+            encoded = encode_within(example, tokenizer, encoding, max_tokens=max_tokens)
+            outcomes[encoded.outcome] += 1
+            rows += encoded.rows
+    truncated = outcomes["truncated"] + outcomes["split"]
+    return TokenizedData(tuple(rows), truncated, outcomes["too long"], outcomes["unlabelled"])
+
+
+def require_rows(data: TokenizedData, examples: int, *, max_tokens: int) -> None:
+    """Raise DataError when more than half of `examples` were dropped from `data`, or all."""
+    dropped = data.too_long + data.unlabelled
+    if dropped * 2 > examples or not data.rows:
         raise DataError(
-            f"{dropped} of {len(examples)} rows have nothing to train on ({too_long} longer than "
-            f"{max_tokens} tokens, {unlabelled} without an answer); raise max_length or check the answers"
+            f"{dropped} of {examples} rows have nothing to train on ({data.too_long} longer than "
+            f"{max_tokens} tokens, {data.unlabelled} without an answer); "
+            "raise max_length or check the answers"
         )
-    return TokenizedData(tuple(rows), outcomes["truncated"] + outcomes["split"], too_long, unlabelled)
 
 
 def encode_within(

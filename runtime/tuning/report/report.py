@@ -117,7 +117,7 @@ def _data(data: Dataset, tokenized: TokenizedSplit) -> dict[str, Any]:
     return {
         "files": [asdict(file) for file in data.files],
         "rows": len(data.examples),
-        "skipped_rows": data.skipped,
+        "skipped_rows": data.bad_rows.skipped,
         "train_rows": len(train.rows),
         "held_out_rows": len(held_out.rows) if held_out else 0,
         "tokens": train.tokens,

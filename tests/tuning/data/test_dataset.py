@@ -42,7 +42,7 @@ def test_fault_21_bad_row_names_file_row_and_column(
     assert "rows.jsonl: row 2" in str(caught.value)
     assert message in str(caught.value)
     kept = dataset.load(source(tmp_path, on_bad_row="skip"))
-    assert (len(kept.examples), kept.skipped) == (1, 1)
+    assert (len(kept.examples), kept.bad_rows.skipped) == (1, 1)
 
 
 def test_held_out_rule() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from runtime.cli import main, render
 from runtime.model_source import ModelSource
+from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.preview import Preview, preview
 from runtime.tuning.settings import Encoding, TuningJob
 
@@ -53,7 +54,7 @@ def test_counts_are_those_that_training_logs(make_job: Maker, without_weights: M
     paths = formats.local_paths(job.data.urls, job.data.folder)
     train, _ = dataset.split(dataset.load(job.data, paths).examples, job.data)
     tokenizer = AutoTokenizer.from_pretrained(str(without_weights.path))
-    encoded = tokenize.encode(train, tokenizer, job.encoding, max_tokens=100)
+    encoded = tokenize.encode(train, tokenizer, job.encoding, max_tokens=100, bad_rows=BadRows())
     assert (found.tokens, found.labelled_tokens) == (encoded.tokens, encoded.labelled_tokens)
     assert found.outcomes["too long"] == encoded.too_long > 0
 

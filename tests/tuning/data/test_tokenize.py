@@ -8,8 +8,9 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from runtime.errors import ConfigError, DataError
+from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.example import Example
-from runtime.tuning.data.tokenize import TokenizedRow, encode, encode_one
+from runtime.tuning.data.tokenize import TokenizedRow, encode, encode_one, require_rows
 from runtime.tuning.settings import Encoding
 
 CHATML = (
@@ -129,7 +130,7 @@ def test_conversation_that_the_template_refuses_is_a_data_error(tokenizer: Any) 
 def test_fault_24_long_row_loses_old_turns_and_keeps_the_last_answer(tokenizer: Any) -> None:
     whole = encode_one(Example(TURNS), tokenizer, Encoding())
     limit = len(whole) - 5
-    encoded = encode([Example(TURNS)], tokenizer, Encoding(), max_tokens=limit)
+    encoded = encode([Example(TURNS)], tokenizer, Encoding(), max_tokens=limit, bad_rows=BadRows())
     (row,) = encoded.rows
     assert encoded.truncated == 1
     assert len(row) <= limit
@@ -139,9 +140,11 @@ def test_fault_24_long_row_loses_old_turns_and_keeps_the_last_answer(tokenizer: 
 
 def test_fault_24_long_rows_can_be_dropped_or_split(tokenizer: Any) -> None:
     short, long = Example(TURNS[1:3]), Example((TURNS[1], {"role": "assistant", "content": "word " * 200}))
-    dropped = encode([short, short, long], tokenizer, Encoding(too_long="drop"), max_tokens=100)
+    dropped = encode(
+        [short, short, long], tokenizer, Encoding(too_long="drop"), max_tokens=100, bad_rows=BadRows()
+    )
     assert (len(dropped.rows), dropped.too_long) == (2, 1)
-    parts = encode([short, long], tokenizer, Encoding(too_long="split"), max_tokens=100)
+    parts = encode([short, long], tokenizer, Encoding(too_long="split"), max_tokens=100, bad_rows=BadRows())
     assert len(parts.rows) > 2
     assert parts.truncated == 1
     whole = encode_one(long, tokenizer, Encoding())
@@ -152,8 +155,22 @@ def test_fault_24_mostly_unlearnable_data_is_an_error(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
+    encoded = encode([Example(TURNS[1:3])] * 4, tokenizer, Encoding(), max_tokens=64, bad_rows=BadRows())
     with pytest.raises(
         DataError,
         match=r"4 of 4 rows have nothing to train on \(0 longer than 64 tokens, 4 without an answer",
     ):
-        encode([Example(TURNS[1:3])] * 4, tokenizer, Encoding(), max_tokens=64)
+        require_rows(encoded, 4, max_tokens=64)
+
+
+def test_conversations_that_the_template_refuses_are_bad_rows(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    examples = [Example(TURNS, origin="row 1"), Example(TURNS[1:3], origin="row 2")]
+    with pytest.raises(DataError, match=r"^row 1: the model's chat template refuses .* no system"):
+        encode(examples, tokenizer, Encoding(), max_tokens=100, bad_rows=BadRows())
+    skipped = BadRows("skip")
+    encoded = encode(examples, tokenizer, Encoding(), max_tokens=100, bad_rows=skipped)
+    assert (len(encoded.rows), skipped.skipped) == (1, 1)

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime.errors import DataError
 from runtime.hardware import Hardware
 from runtime.model_source import ModelSource
+from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.dataset import DataFile, Dataset
 from runtime.tuning.data.example import Example
 from runtime.tuning.data.tokenize import TokenizedData, TokenizedRow, TokenizedSplit
@@ -60,7 +62,10 @@ def build(*, held_out: bool = True, **given: Any) -> dict[str, Any]:
         machine=report.Machine(Hardware("cuda", "Tesla V100-PCIE-16GB", (7, 0), 16 * 2**30, 1), 1, "float16"),
     )
     files = (DataFile("train-00000-of-00001.parquet", 5048, "5" * 64), DataFile(NASTY, 12, "6" * 64))
-    data = Dataset((Example((), text="x"),) * 5060, files, 3)
+    bad_rows = BadRows("skip")
+    for row in range(3):
+        bad_rows.add(DataError("is empty"), f"row {row}")
+    data = Dataset((Example((), text="x"),) * 5060, files, bad_rows)
     tokenized = TokenizedData((ROW,) * 100, truncated=4, too_long=2, unlabelled=1)
     found = report.build(
         job(**given), data, TokenizedSplit(tokenized, tokenized if held_out else None), outcome

@@ -23,6 +23,7 @@ from runtime.errors import CapacityError, DivergedError, exit_code
 from runtime.hardware import Hardware
 from runtime.model_source import ModelSource, Quantization
 from runtime.tuning.data import dataset, tokenize
+from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.tokenize import TokenizedSplit
 from runtime.tuning.precision import resolve_precision
 from runtime.tuning.process.ranks import Ranks
@@ -46,7 +47,9 @@ WIDE = {"per_device_train_batch_size": 16, "max_steps": 6}
 def training_setup(job: TuningJob, machine: Hardware = CPU) -> TrainingSetup:
     """Set a job's model and trainer up in this process, on its CPU, as for `machine`."""
     tokenizer = models.load_tokenizer(job.model)
-    rows = tokenize.encode(dataset.load(job.data, []).examples, tokenizer, job.encoding, max_tokens=256)
+    rows = tokenize.encode(
+        dataset.load(job.data, []).examples, tokenizer, job.encoding, max_tokens=256, bad_rows=BadRows()
+    )
     settled, precision = resolve_precision(job, machine)
     rank = RankSetup(machine, "cpu", precision, Ranks(), StopSignal(), JobProgress())
     return prepare(settled, tokenizer, TokenizedSplit(rows), rank=rank)
