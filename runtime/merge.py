@@ -6,6 +6,7 @@ rounded away. Does not know tuning or serving. Start at `merge`.
 
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -58,7 +59,7 @@ def merge(folder: Path, target: Path, *, base: ModelSource, machine: Hardware, d
     with disk_errors(target), atomic_folder(target) as scratch, logs.quiet_progress():
         merged.save_pretrained(str(scratch))
         _save_tokenizer(base, folder, scratch)
-    log.info("merged %s into %s, %s", folder.name, target, written)
+    log.info("merged adapter %s and %s (%s) into %s, %s", folder.name, base.name, weights, target, written)
     return target
 
 
@@ -68,7 +69,9 @@ def _merged(base: ModelSource, folder: Path, machine: Hardware) -> "PreTrainedMo
 
     model: Any = models.load(base, hardware=machine, device="cpu")
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=True)
+        with warnings.catch_warnings():  # peft 0.21 still reads a property that transformers 5.23 renamed
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=True)
     except (RuntimeError, ValueError) as error:
         what = one_line(error)
         raise ConfigError(f"adapter {folder.name} does not fit {base.name}: {what}") from None
@@ -102,5 +105,4 @@ def _check_memory(base: ModelSource, weights: Path, growth: float, machine: Hard
 def _save_tokenizer(base: ModelSource, folder: Path, scratch: Path) -> None:
     """Write the adapter's tokenizer and chat template if it has them, else the base's."""
     own = (folder / "tokenizer_config.json").is_file()
-    source = ModelSource(name=base.name, path=folder) if own else base
-    models.load_tokenizer(source).save_pretrained(str(scratch))
+    models.save_tokenizer(models.load_tokenizer(base, files=folder if own else None), scratch)

@@ -28,6 +28,12 @@ WEIGHTS = "*.safetensors"
 NEEDED_FILES = ("*.json", WEIGHTS, "*.model", "*.jinja", "*.txt", "*.py")
 """Files fetched from a repository. Pickled weights (.bin, .pt) are left out: loading them runs code."""
 
+_LEFT_BY_CALLS = (
+    "is_local", "local_files_only", "max_length", "pad_to_multiple_of", "pad_token_type_id", "stride",
+    "truncation_strategy",
+)  # fmt: skip
+"""Keys of a tokenizer_config.json that say how a tokenizer was loaded and last called, not what it is."""
+
 FALLBACK_CONTEXT_TOKENS = 2048
 """Context of a model whose configuration does not state one."""
 
@@ -170,26 +176,48 @@ def context_tokens(config: "PreTrainedConfig") -> int:
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or FALLBACK_CONTEXT_TOKENS)
 
 
-def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
+def load_tokenizer(source: ModelSource, *, files: Path | None = None) -> "PreTrainedTokenizerBase":
     """Return the tokenizer, with the source's chat template where it has one and with a padding token.
 
-    The padding token is the end-of-text one where the model has none; nothing here or later masks labels
-    by comparing ids with it, so the end of an answer is still learned.
+    `files` is a folder with a tokenizer for the same model but no configuration of it, as an adapter's is;
+    a chat template there comes before the source's. The padding token is the end-of-text one where the
+    model has none; nothing here or later masks labels by comparing ids with it, so the end of an answer is
+    still learned.
     """
     from transformers import AutoTokenizer
 
-    folder = locate(source, weights=False)
+    folder = files or locate(source, weights=False)
+    options: dict[str, Any] = {} if files is None else {"config": load_config(source)}
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=source.trust_remote_code
+            str(folder), local_files_only=True, trust_remote_code=source.trust_remote_code, **options
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"tokenizer of {source.name} in {folder}: {one_line(error, 400)}") from error
-    if source.chat_template is not None:
-        tokenizer.chat_template = source.chat_template
+    template = source.chat_template
+    if files is not None:
+        template = tokenizer.chat_template or load_tokenizer(source).chat_template
+    if template is not None:
+        tokenizer.chat_template = template
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Write the tokenizer's files to `folder`, without what loading and calling left in it.
+
+    A call that cut or padded a batch leaves that in tokenizer.json, and servers that read this file without
+    transformers would cut every prompt alike.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    for key in _LEFT_BY_CALLS:
+        tokenizer.init_kwargs.pop(key, None)
+    with logs.quiet_progress():
+        tokenizer.save_pretrained(str(folder))
 
 
 def _bitsandbytes(quantization: Quantization, hardware: Hardware) -> Any:

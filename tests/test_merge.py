@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runtime import adapters, merge
+from runtime import adapters, merge, models
 from runtime.cli.main import run
 from runtime.errors import CapacityError, ConfigError
 from runtime.hardware import Hardware
@@ -63,6 +63,35 @@ def test_merged_logits_equal_base_and_adapter(
     assert "assistant" in tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
+
+
+OWN = "{% for m in messages %}### {{ m.role }}: {{ m.content }}{% endfor %}"
+
+
+def test_a_tuned_adapter_brings_its_tokenizer_and_template(
+    tiny_llama_dir: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
+    """`tune` writes a tokenizer beside the adapter, and no configuration of a model."""
+    from transformers import AutoTokenizer
+
+    tokenizer = models.load_tokenizer(ModelSource(name="tiny", path=tiny_llama_dir, chat_template=OWN))
+    models.save_tokenizer(tokenizer, adapter_dir)
+    target = tmp_path / "merged"
+    assert run(["merge", str(adapter_dir), str(target)], {}) == 0
+    assert AutoTokenizer.from_pretrained(str(target)).chat_template == OWN
+    assert (target / "generation_config.json").is_file()
+
+
+def test_an_adapter_with_a_tokenizer_and_no_template_takes_that_of_its_base(
+    tiny_llama_dir: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama_dir / name, adapter_dir)
+    assert run(["merge", str(adapter_dir), str(tmp_path / "merged")], {}) == 0
+    merged = AutoTokenizer.from_pretrained(str(tmp_path / "merged"))
+    assert merged.chat_template == AutoTokenizer.from_pretrained(str(tiny_llama_dir)).chat_template
 
 
 def test_a_16_bit_base_stays_16_bit(tiny_llama_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:

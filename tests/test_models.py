@@ -1,5 +1,6 @@
 """Base models: where they are found, how they are refused, and that the demo model is the real one."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -73,6 +74,19 @@ def test_a_padding_token_is_set_where_the_model_has_none(tiny_llama_dir: Path, t
     loaded = models.load_tokenizer(ModelSource(name=str(tmp_path), chat_template="{{ 'x' }}"))
     assert loaded.pad_token == loaded.eos_token
     assert loaded.chat_template == "{{ 'x' }}"
+
+
+def test_a_saved_tokenizer_holds_nothing_of_its_last_call(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """Servers that read tokenizer.json without transformers would cut and pad every prompt."""
+    from tokenizers import Tokenizer
+
+    tokenizer = models.load_tokenizer(ModelSource(name="tiny", path=tiny_llama_dir))
+    tokenizer(["a", "longer text"], padding=True, padding_side="left", truncation=True, max_length=8)
+    models.save_tokenizer(tokenizer, tmp_path)
+    saved = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert (saved.truncation, saved.padding) == (None, None)
+    before = json.loads((tiny_llama_dir / "tokenizer_config.json").read_text())
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == before
 
 
 @pytest.mark.model

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from runtime import adapters, garbage_collection, hardware, models, oci, torch_build
@@ -176,7 +177,7 @@ def _save(requested: TuningJob, result: JobResult, *, seconds: float) -> None:
         paths.folder,
         source=job.model,
         first_weights=training.adapter.first_weights,
-        beside=training.tokenizer.save_pretrained,
+        beside=partial(models.save_tokenizer, training.tokenizer),
     )
     summary["adapter_sha256"] = sha256(paths.folder / adapters.WEIGHTS_FILE)
     report.save(summary, paths.folder)
