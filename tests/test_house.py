@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "runtime").rglob("*.py"))
 
 LAYERS = [
-    {"errors", "logs", "files", "net", "addresses", "garbage_collection", "ports"},
+    {"errors", "logs", "files", "net", "addresses", "garbage_collection", "ports", "quantities"},
     {"config"},
     {
         "families",

@@ -26,6 +26,7 @@ from runtime.errors import Failure, StoppedError, exit_code
 from runtime.tuning.process.nodes import Nodes
 from runtime.tuning.settings import TuningJob
 from runtime.workspace import load_job
+from runtime.workspace.layers import Resolved
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,14 @@ Data = Annotated[
 ]
 OnBadRow = Annotated[
     str | None, typer.Option(metavar="fail|skip", help="What to do with a row that cannot be read.")
+]
+MaxDataBytes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="QUANTITY",
+        help="Most bytes of all data, as sent and as unpacked, such as 20Gi. "
+        "By default what the free disk and the memory allow.",
+    ),
 ]
 Credentials = Annotated[Path | None, typer.Option(help="Docker config.json with the registry's credentials.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Use plain HTTP for the registry.")]
@@ -105,6 +114,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     output: Output = None,
     data: Data = None,
     on_bad_row: OnBadRow = None,
+    max_data_bytes: MaxDataBytes = None,
     credentials: Credentials = None,
     insecure: Insecure = False,
     checkpoint_image: CheckpointImage = None,
@@ -119,9 +129,10 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
 ) -> None:
     """Tune a model and push the adapter: QLoRA from a Workspace manifest, or from flags alone."""
     flags = {
-        "--output": output, "--data": data, "data.on_bad_row": on_bad_row, "fit": fit and "adapt",
+        "--output": output, "--data": data, "data.on_bad_row": on_bad_row, "data.max_bytes": max_data_bytes,
         "output.credentials": credentials, "output.insecure": insecure, "parallel": parallel,
-        "output.checkpoint_image": checkpoint_image, "output.keep_checkpoint_image": keep_checkpoint_image,
+        "output.checkpoint_image": checkpoint_image, "fit": fit and "adapt",
+        "output.keep_checkpoint_image": keep_checkpoint_image,
     }  # fmt: skip
     environ, overrides = context.obj or {}, set_flags(settings) | without_defaults(flags)
     resolved = load_job(target, environ=environ, config=config, overrides=overrides)
@@ -130,14 +141,16 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
         return render.dry_run(resolved, render.tuning_job, as_json=as_json)
     if preview is not None:
         return _preview(resolved.config, preview, environ=environ)
-    job = resolved.ready()
-    resolved.warn()
-    return _launch(job, nodes, processes=processes, environ=environ)
+    return _launch(resolved, nodes, processes=processes, environ=environ)
 
 
-def _launch(job: TuningJob, nodes: Nodes, *, processes: int | None, environ: Mapping[str, str]) -> None:
+def _launch(
+    resolved: Resolved[TuningJob], nodes: Nodes, *, processes: int | None, environ: Mapping[str, str]
+) -> None:
     from runtime.tuning import launcher, publish
 
+    job = resolved.ready()
+    resolved.warn()
     try:
         launcher.run(job, processes=processes, nodes=nodes, access=publish.access_of(job, environ))
     except Failure as failure:  # the last line of a pod's log, in the same form as all others

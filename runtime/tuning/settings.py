@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, SecretStr
 from runtime import ports
 from runtime.config import Strict
 from runtime.model_source import ModelSource, Quantization
+from runtime.quantities import ByteQuantity
 from runtime.tuning.data.formats import FORMATS
 
 CHECKPOINT_GRACE_S = 27
@@ -51,6 +52,8 @@ class DataSource(Strict):
     """Part of the rows to train on; 1 holds nothing out; None holds a few out when there are enough."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """What to do with a row that cannot be read."""
+    max_bytes: ByteQuantity | None = None
+    """Most bytes of all data, as sent and as unpacked; None: by the free disk and the machine's memory."""
     allow_private_addresses: bool = True
     """Fetch from private and loopback addresses too. Link-local (metadata) ones are always refused."""
 

@@ -1,5 +1,6 @@
 """`runtime tune`: what a dry run refuses as the pod would."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("restored_logging")
         (["--node-rank", "5"], "--node-rank 5: this job has one node; give --nnodes"),
         (["--rdzv-endpoint", "a:1"], "--rdzv-endpoint a:1: this job has one node"),
         (["--credentials", "/nonexistent"], "no such file or directory: /nonexistent"),
+        (["--max-data-bytes", "20GB"], "is '20GB', expected bytes, as a number or as in 500Mi, 20Gi or 20G"),
         (["--set", "model.path=/nonexistent"], "flag --set model.path: no such file or directory"),
         (["--set", "data.file=/nonexistent"], "flag --set data.file: no such file or directory"),
     ],
@@ -49,3 +51,14 @@ def test_rank_0_of_one_node_is_no_mistake(tmp_path: Path) -> None:
         "0",
     ]
     assert main.run(words, {}) == 0
+
+
+@pytest.mark.parametrize("flag", [["--max-data-bytes", "2Gi"], ["--set", "data.max_bytes=2Gi"]])
+def test_most_bytes_of_data_are_a_quantity(
+    flag: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n')
+    job = ["tune", "smollm2-135m-instruct", "--data", str(rows), "--dry-run", "--json"]
+    assert main.run([*job, *flag], {}) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["data.max_bytes"]["value"] == 2 << 30

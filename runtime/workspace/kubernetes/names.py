@@ -10,6 +10,7 @@ from typing import Any
 
 from runtime.config import describe, nearest
 from runtime.errors import ConfigError
+from runtime.quantities import QUANTITY
 from runtime.workspace.layers import find_placeholders
 
 LONGEST_LABEL = 63
@@ -23,7 +24,6 @@ _LABEL = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"
 _SUBDOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 _QUALIFIED = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9_.]*[A-Za-z0-9])?")
 _SECRET_KEY = re.compile(r"[-._A-Za-z0-9]{1,253}")
-_QUANTITY = re.compile(r"\+?(?:\d+(?:\.\d*)?|\.\d+)(?:[KMGTPE]i|[numkMGTPE]|[eE][+-]?\d+)?")
 
 _VOLUMES = (
     "awsElasticBlockStore azureDisk azureFile cephfs cinder configMap csi downwardAPI emptyDir ephemeral fc "
@@ -103,7 +103,7 @@ def secret_key(value: str, what: str) -> None:
 def quantity(value: object, what: str) -> None:
     """Refuse what is no quantity, such as 500m, 2 or 16Gi."""
     right = isinstance(value, int | float | str) and not isinstance(value, bool)
-    _need(right and _QUANTITY.fullmatch(str(value)), value, what, "a quantity such as 500m, 4, 16Gi or 16G")
+    _need(right and QUANTITY.fullmatch(str(value)), value, what, "a quantity such as 500m, 4, 16Gi or 16G")
 
 
 def sub_path(value: str, what: str) -> None:
