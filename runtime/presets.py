@@ -177,6 +177,11 @@ def find(name: str) -> Preset:
     return found
 
 
+def is_known(name: str) -> bool:
+    """Return whether `name` is that of a preset."""
+    return name.lower() in _index().by_name
+
+
 def source(name: str) -> ModelSource:
     """Return how to load `name`: a preset, a directory that exists, an image, else a repository id."""
     preset = _index().by_name.get(name.lower())

@@ -15,13 +15,13 @@ import typer
 from runtime import gpus, support, torch_build
 from runtime.cli import render
 from runtime.cli.options import Config, Debug, Processes, Set, set_flags
-from runtime.errors import CapacityError, exit_code
+from runtime.errors import CapacityError, ConfigError, exit_code
 from runtime.hardware import Hardware
 from runtime.memory import serving, shape
 from runtime.memory.tuning import MemoryItem
 from runtime.serving import fit
 from runtime.tuning.settings import TuningJob
-from runtime.workspace import load_job, load_server
+from runtime.workspace import load_job, load_server, mixups
 from runtime.workspace.instances import gpus_of
 from runtime.workspace.manifest import WorkspaceDocuments, is_manifest, read
 
@@ -83,6 +83,8 @@ def plan(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
 ) -> None:
     """Show how much memory a job or a server takes, and what fits. Exit status 6 when it does not."""
     environ, overrides = context.obj or {}, set_flags(settings)
+    if mixups.is_data(target):
+        raise ConfigError(f"{target} is data; `runtime plan` takes a model or a manifest")
     manifest = read(Path(target), "inference" if serve else "tuning") if is_manifest(target) else None
     machine, assumed = _machine(manifest, gpu)
     if manifest is not None:

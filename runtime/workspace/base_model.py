@@ -6,13 +6,13 @@ Knows presets and mounted weights. Does not read weights. Start at `put_model`.
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from runtime import families, presets
 from runtime.config import describe, read_text
 from runtime.errors import ConfigError
 from runtime.model_source import ModelSource
 from runtime.presets import Preset
+from runtime.workspace import sections
 from runtime.workspace.layers import LayeredSettings
 from runtime.workspace.mounts import WEIGHTS, Mounts
 from runtime.workspace.sections import ModelConfig
@@ -41,7 +41,10 @@ def put_model(settings: LayeredSettings, name: str, where: str) -> Preset | None
 def require_model(settings: LayeredSettings) -> None:
     """Raise ConfigError when no layer has named a model."""
     if settings.get("model.name") is None:
-        raise ConfigError("no model: give a manifest, a preset, a repository id or a model directory")
+        raise ConfigError(
+            "no model: give a preset (`runtime presets` lists them), a repository id, a model directory or a "
+            "manifest, before the flags"
+        )
 
 
 def put_mounted_weights(settings: LayeredSettings, mounts: Mounts) -> None:
@@ -97,24 +100,10 @@ def apply_model(settings: LayeredSettings, section: ModelConfig, label: Label, m
     _offline(settings, section, label, mounts)
     if section.from_tf:
         raise ConfigError(f"{label('ModelConfig.from_tf')} is true, but only safetensors weights are read")
-    for key, silent in _WITHOUT_EFFECT.items():
+    for key, silent in sections.MODEL_WITHOUT_EFFECT.items():
         value = getattr(section, key)
         if value is not None and value not in silent:
             settings.warn(f"{label('ModelConfig.' + key)} has no effect here")
-
-
-_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "device_map": ("auto",),  # every process owns one device
-    "state_dict": (),
-    "cache_dir": (),
-    "force_download": (False,),
-    "proxies": (),
-    "output_loading_info": (False,),
-    "resume_download": (True,),  # downloads always resume
-    "load_in_4bit": (False,),
-    "load_in_8bit": (False,),
-}
-"""Keys of ModelConfig without effect, and the values that ask for nothing."""
 
 
 def _offline(settings: LayeredSettings, section: ModelConfig, label: Label, mounts: Mounts) -> None:

@@ -17,6 +17,7 @@ from runtime.tuning import training_arguments
 from runtime.tuning.settings import TuningJob
 from runtime.workspace.base_model import put_model
 from runtime.workspace.layers import LayeredSettings
+from runtime.workspace.names import NOT_SET
 from runtime.workspace.sections import SECTIONS
 
 
@@ -54,8 +55,8 @@ def is_image(word: str) -> bool:
 
 def _put(settings: LayeredSettings, name: str, value: Any) -> None:
     head = name.partition(".")[0]
-    if head not in TuningJob.model_fields:
-        known = [*TuningJob.model_fields, *SECTIONS]
+    if head not in TuningJob.model_fields.keys() - NOT_SET:
+        known = [*(TuningJob.model_fields.keys() - NOT_SET), *SECTIONS]
         raise ConfigError(
             f"--set {name}: unknown setting{nearest(head, known) or '; known: ' + ', '.join(known)}"
         )

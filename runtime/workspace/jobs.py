@@ -7,7 +7,7 @@ network nor the GPU: a dry run does this and nothing else. Start at `load_job`.
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +20,7 @@ from runtime.hardware import has_bfloat16
 from runtime.tuning import training_arguments
 from runtime.tuning.model import lora_init
 from runtime.tuning.settings import TuningJob
-from runtime.workspace import config_file, config_maps, flags, outside, references, sections
+from runtime.workspace import config_file, config_maps, flags, mixups, names, outside, references, sections
 from runtime.workspace.apply import apply_training_config
 from runtime.workspace.base_model import (
     map_targets,
@@ -56,8 +56,9 @@ def load_job(
         root: Where the controller's mounts lie; another directory than "/" only in tests.
     """
     settings, mounts = LayeredSettings(), Mounts(root, environ)
+    overrides = names.resolve(overrides)
     settings.put_all("training", training_arguments.DEFAULTS, "default")
-    manifest = _apply_target(settings, target, mounts)
+    manifest = _apply_target(settings, target, mounts, data=overrides.get("--data", ()))
     file = config_file.find(config, manifest, mounts, overrides)
     _apply_config(settings, file, mounts)
     if config is None and not environ.get("YAML_FILE_PATH"):
@@ -77,9 +78,18 @@ def load_job(
 
 
 def _apply_target(
-    settings: LayeredSettings, target: WorkspaceDocuments | Path | str | None, mounts: Mounts
+    settings: LayeredSettings,
+    target: WorkspaceDocuments | Path | str | None,
+    mounts: Mounts,
+    *,
+    data: Sequence[str],
 ) -> WorkspaceDocuments | None:
-    """Lay the manifest or the model that the command line names under the rest; return the manifest."""
+    """Lay the manifest or the model that the command line names under the rest; return the manifest.
+
+    `data` are the words of `--data`, among which the model may be.
+    """
+    if not isinstance(target, WorkspaceDocuments):
+        mixups.check(None if target is None else str(target), data)
     if target is None:
         return None
     if not isinstance(target, WorkspaceDocuments) and not is_manifest(target):
@@ -143,6 +153,8 @@ def _choose_model(settings: LayeredSettings, name: str, where: str) -> None:
 
 def _apply_config(settings: LayeredSettings, file: ConfigFile, mounts: Mounts) -> None:
     """Lay training_config.yaml over the job; its quantisation decides the method where none is named."""
+    for section, keys in file.raw.items():
+        names.check_section(section, keys if isinstance(keys, dict) else (), file.where)
     config = sections.check(file.raw, file.where, settings.get("method") if file.exists else None)
     four, eight = config.quantization.load_in_4bit, config.quantization.load_in_8bit
     if settings.get("method") is None and file.exists:
@@ -159,9 +171,9 @@ def _apply_environment(settings: LayeredSettings, environ: Mapping[str, str]) ->
     if environ.get("DATASET_FOLDER_PATH"):
         folder = Path(environ["DATASET_FOLDER_PATH"])
         settings.put("data.folder", folder, "environment DATASET_FOLDER_PATH")
-    names = [name.strip() for name in environ.get("DEFAULT_TARGET_MODULES", "").split(",") if name.strip()]
-    if names and settings.get("lora.targets") is None:
-        settings.put("lora.targets", names, "environment DEFAULT_TARGET_MODULES")
+    targets = [name.strip() for name in environ.get("DEFAULT_TARGET_MODULES", "").split(",") if name.strip()]
+    if targets and settings.get("lora.targets") is None:
+        settings.put("lora.targets", targets, "environment DEFAULT_TARGET_MODULES")
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if environ.get(variable):
             settings.put("hub_token", SecretStr(environ[variable]), f"environment {variable}")
@@ -226,7 +238,7 @@ def _finish_data(settings: LayeredSettings, mounts: Mounts, manifest: WorkspaceD
         return
     settings.put("data.folder", mounts.data, "default")
     if not remote and not mounts.data.is_dir() and manifest is None:
-        raise ConfigError("no training data: give --data FILE, DIRECTORY or URL")
+        raise ConfigError("no training data: give --data FILE, DIRECTORY, URL or IMAGE")
 
 
 def _warn_of_gpu(settings: LayeredSettings, manifest: WorkspaceDocuments) -> None:

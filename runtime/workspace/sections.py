@@ -59,6 +59,20 @@ class ModelConfig(Sparse):
     load_in_8bit: Any = None
 
 
+MODEL_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "device_map": ("auto",),  # every process owns one device
+    "state_dict": (),
+    "cache_dir": (),
+    "force_download": (False,),
+    "proxies": (),
+    "output_loading_info": (False,),
+    "resume_download": (True,),  # downloads always resume
+    "load_in_4bit": (False,),
+    "load_in_8bit": (False,),
+}
+"""Keys of ModelConfig without effect, and the values that ask for nothing."""
+
+
 class QuantizationConfig(Sparse):
     """bitsandbytes' settings; defaults are QLoRA's, not the library's."""
 

@@ -59,8 +59,8 @@ def test_console_script_runs() -> None:
     [
         (["tune", "missing.yaml"], "missing.yaml: no such file"),
         (["tune", "phi-3"], "did you mean 'phi-3-mini-4k-instruct'"),
-        (["tune"], "no model: give a manifest"),
-        (["serve"], "no model: give a manifest"),
+        (["tune"], "no model: give a preset"),
+        (["serve"], "no model: give a preset"),
         (["serve", "phi-44"], "no model 'phi-44'"),
         (["presets", "phi44"], "unknown preset 'phi44' (did you mean 'phi-4'"),
         (["tune", SEED], "still holds the placeholder"),

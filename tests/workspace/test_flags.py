@@ -29,7 +29,8 @@ def test_flags_win_and_are_named_as_the_source(tmp_path: Path) -> None:
     ("name", "value", "message"),
     [
         ("lorra.r", 8, "unknown setting.*'lora'"),
-        ("lora.rank", 8, r"--set: unknown key 'lora\.rank'"),
+        ("lora.rankk", 8, r"--set: unknown key 'lora\.rankk'"),
+        ("sources", {}, "unknown setting"),
         ("lora.r", "eight", r"--set: 'lora\.r' is 'eight'"),
         ("training.learning_rat", 1, "'learning_rat'.*'learning_rate'"),
         ("LoraConfig.rr", 1, r"unknown key 'LoraConfig\.rr'"),
