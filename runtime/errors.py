@@ -3,6 +3,7 @@
     Failure                     1     500   our own bug, or an unexpected error
     ├── ConfigError             2     400   a manifest, file, flag or variable is wrong
     ├── DataError               3           data is unreachable or invalid
+    │   └── TemplateRefusedError    3           a chat template does not render a conversation
     ├── DivergedError           4           the loss or a weight became NaN or Inf
     ├── RegistryError           5     502   a registry refused us, or broke its protocol
     ├── CapacityError           6     507   does not fit: GPU memory, host memory, disk
@@ -36,6 +37,10 @@ class ConfigError(Failure):
 
 class DataError(Failure):
     """Training data cannot be reached, read or used."""
+
+
+class TemplateRefusedError(DataError):
+    """A chat template does not render a conversation; the text is the template's own."""
 
 
 class DivergedError(Failure):

@@ -171,6 +171,17 @@ def load_generation(folder: Path) -> dict[str, Any]:
     return settings
 
 
+def end_ids(*stated: Any) -> frozenset[int]:
+    """Return all end-of-answer ids in `stated`: the `eos_token_id`s of generation_config and tokenizer.
+
+    Each is one id, a list of ids, or None.
+    """
+    ids: set[int] = set()
+    for entry in stated:
+        ids.update(entry if isinstance(entry, list | tuple) else () if entry is None else (entry,))
+    return frozenset(ids)
+
+
 def context_tokens(config: "PreTrainedConfig") -> int:
     """Return the longest sequence that a model states; FALLBACK_CONTEXT_TOKENS where it states none."""
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or FALLBACK_CONTEXT_TOKENS)

@@ -31,7 +31,7 @@ LAYERS = [
         "oci",
         "packaged",
     },
-    {"models", "support", "adapters", "memory", "merge", "metrics", "packing"},
+    {"models", "chat_template", "support", "adapters", "memory", "merge", "metrics", "packing"},
     {"serving", "tuning"},
     {"workspace"},
     {"pod"},

@@ -1,4 +1,4 @@
-"""What a model's generation_config.json says about answers: sampling defaults and end tokens.
+"""What a model's generation_config.json says about answers: sampling defaults.
 
 Knows transformers' keys; does not know requests, tokenizers or files.
 """
@@ -33,14 +33,3 @@ def sampling_defaults(generation_config: Mapping[str, Any]) -> SamplingDefaults:
         min_p=float(generation_config.get("min_p") or 0.0),
         repetition_penalty=float(generation_config.get("repetition_penalty") or 1.0),
     )
-
-
-def end_ids(*stated: Any) -> frozenset[int]:
-    """Return all end-of-answer ids in `stated`: the `eos_token_id`s of generation_config and tokenizer.
-
-    Each is one id, a list of ids, or None.
-    """
-    ids: set[int] = set()
-    for entry in stated:
-        ids.update(entry if isinstance(entry, list | tuple) else () if entry is None else (entry,))
-    return frozenset(ids)

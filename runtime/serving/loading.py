@@ -17,7 +17,7 @@ from runtime.errors import ConfigError, Failure
 from runtime.hardware import Hardware
 from runtime.serving.engine.create import create
 from runtime.serving.engine.replicas import engine as replicas
-from runtime.serving.generation_config import end_ids, sampling_defaults
+from runtime.serving.generation_config import sampling_defaults
 from runtime.serving.lifecycle import ServedModel
 from runtime.serving.settings import AdapterSource, ServeConfig
 from runtime.serving.settings import check as check_settings
@@ -244,7 +244,7 @@ def _prompt_tokenizer(
         tokenizer,
         context_tokens=context_tokens,
         new_tokens=config.limits.new_tokens,
-        stop_ids=end_ids(generation_config.get("eos_token_id"), tokenizer.eos_token_id),
+        stop_ids=models.end_ids(generation_config.get("eos_token_id"), tokenizer.eos_token_id),
         defaults=sampling_defaults(generation_config),
     )
     prompts.start()

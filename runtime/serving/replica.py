@@ -14,14 +14,13 @@ from functools import cache
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from runtime import garbage_collection, hardware, logs
+from runtime import garbage_collection, hardware, logs, models
 from runtime.errors import CapacityError, Failure, exit_code, is_out_of_memory, one_line
 from runtime.model_source import ModelSource
 from runtime.serving.engine import child
 from runtime.serving.engine.protocol import Constraint, Grammar
 from runtime.serving.engine.replicas.messages import ReplicaReady, ReplicaTask
 from runtime.serving.engine.replicas.worker import ReplicaWorker
-from runtime.serving.generation_config import end_ids
 from runtime.serving.settings import ServeConfig
 from runtime.serving.structured_output.compiler import GrammarCompiler
 
@@ -76,7 +75,7 @@ async def _serve(task: ReplicaTask, channel: "Connection[Any, Any]") -> int:
     # a thread that ends: each that has run torch's parallel operators on a CPU keeps a pool of threads
     with ThreadPoolExecutor(1, thread_name_prefix="load") as thread:
         loaded = await loop.run_in_executor(thread, _load, task.config)
-    stop_ids = end_ids(loaded.generation_config.get("eos_token_id"))
+    stop_ids = models.end_ids(loaded.generation_config.get("eos_token_id"))
 
     async def compile_grammar(constraint: Constraint) -> Grammar:
         compiler = await asyncio.to_thread(_compiler, task.config.model, stop_ids)
@@ -102,10 +101,8 @@ def _load(config: ServeConfig) -> "LoadedModel":
 @cache
 def _compiler(model: ModelSource, stop_ids: frozenset[int]) -> GrammarCompiler:
     """Return the compiler of the model's tokenizer, which is read for the first constraint."""
-    from runtime import models
-
     tokenizer = models.load_tokenizer(model)
-    return GrammarCompiler(tokenizer, stop_ids | end_ids(tokenizer.eos_token_id))
+    return GrammarCompiler(tokenizer, stop_ids | models.end_ids(tokenizer.eos_token_id))
 
 
 if __name__ == "__main__":

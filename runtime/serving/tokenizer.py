@@ -1,16 +1,16 @@
 """From conversations and texts to token ids, and back to text.
 
-The only part of serving that knows the tokenizer, with chat_template.py. Does not know HTTP or the engine's
-state. Start at `PromptTokenizer.prompt_from_chat`.
+The only part of serving that knows the tokenizer, with template_requests.py. Does not know HTTP or the
+engine's state. Start at `PromptTokenizer.prompt_from_chat`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from runtime.chat_template import TemplateOptions, Turn
 from runtime.errors import ClientGoneError, ContextLengthError, RequestError
-from runtime.serving import chat_template
-from runtime.serving.chat_template import TemplateOptions, Turn
+from runtime.serving import template_requests
 from runtime.serving.engine.protocol import Constraint, Sampling
 from runtime.serving.generation_config import SamplingDefaults
 from runtime.serving.structured_output.compiler import GrammarCompiler
@@ -156,7 +156,7 @@ class PromptTokenizer:
 
     def check_template_variables(self, variables: Mapping[str, Any], param: str) -> None:
         """Raise RequestError, naming the field `param`, for variables that a request may not set."""
-        chat_template.check_variables(self._tokenizer, variables, param)
+        template_requests.check_variables(self._tokenizer, variables, param)
 
     async def spellings(self, words: Sequence[str]) -> list[list[int]]:
         """Return how `words` are spelled in tokens, at the beginning of a text and after a space."""
@@ -215,7 +215,7 @@ class PromptTokenizer:
         self, turns: Sequence[Turn], options: TemplateOptions, most: int, param: str
     ) -> list[int]:
         def ids(stopped: Stopped) -> list[int]:
-            text = chat_template.render(self._tokenizer, turns, options)
+            text = template_requests.render(self._tokenizer, turns, options)
             self._check_tokens(text, most, param, stopped)
             return list(self._tokenizer.encode(text, add_special_tokens=options.adds_special))
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, Tag, ValidationInfo, WithJsonSchema
 
+from runtime.chat_template import names_role
 from runtime.errors import RequestError
 from runtime.serving.http import fields, history
 from runtime.serving.http.body_types import Body, Name, Text, by_kind
@@ -193,7 +194,7 @@ def turns_of(messages: Sequence[Message], template: str, *, param: str = "messag
 
 def _role(role: str, template: str, param: str) -> str:
     """Return the role that the template is given."""
-    if role in {"system", "user", "assistant", "tool"} or _names(template, role):
+    if role in {"system", "user", "assistant", "tool"} or names_role(template, role):
         return role
     if role in {"developer", "function"}:
         return "system" if role == "developer" else "tool"
@@ -204,10 +205,6 @@ def _role(role: str, template: str, param: str) -> str:
     raise RequestError(
         f"'{param}' is '{role[:LONGEST_ROLE]}', which is no role here; {expected}", param=param
     )
-
-
-def _names(template: str, role: str) -> bool:
-    return f"'{role}'" in template or f'"{role}"' in template
 
 
 def _content(message: Message, role: str, param: str) -> tuple[str, str]:

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from runtime.chat_template import TemplateOptions
 from runtime.errors import RequestError
-from runtime.serving.chat_template import TemplateOptions
 from runtime.serving.http.body_types import Body, Flag, Name
 from runtime.serving.tokenizer import PromptTokenizer
 

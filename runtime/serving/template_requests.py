@@ -1,24 +1,21 @@
-"""What a request may say about the rendering of its conversation, and the rendering.
+"""What a request may say about the rendering of its conversation (runtime/chat_template.py).
 
-Templates come from the model and never from a request; transformers renders them in Jinja's immutable
-sandbox. A request's variables cannot stand for what the template gets from elsewhere. Does not know HTTP or
-token ids. Start at `render`.
+A request's variables cannot stand for what the template gets from elsewhere. Does not know HTTP or token ids.
+Start at `render`.
 """
 
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import RequestError, one_line
+from runtime import chat_template
+from runtime.chat_template import TemplateOptions, Turn
+from runtime.errors import RequestError, TemplateRefusedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Turn = dict[str, Any]
-"""One message of a conversation as chat templates know it."""
 
 MOST_VARIABLES = 32
 LONGEST_VARIABLES = 8192
@@ -29,22 +26,6 @@ _GIVEN = {
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 }  # fmt: skip
 """Names that templates get from transformers and Jinja, beside those of `apply_chat_template`."""
-
-
-@dataclass(frozen=True, slots=True)
-class TemplateOptions:
-    """How one conversation is rendered."""
-
-    tools: list[dict[str, Any]] | None = None
-    documents: list[dict[str, Any]] | None = None
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    """What else the template may read."""
-    begins_answer: bool = True
-    """Whether the prompt ends where the assistant begins to speak."""
-    continues_last: bool = False
-    """Whether the prompt ends with the text of the last message, which the answer continues."""
-    adds_special: bool = False
-    """Whether the tokenizer's opening tokens come before what the template writes."""
 
 
 def check_variables(tokenizer: "PreTrainedTokenizerBase", variables: Mapping[str, Any], param: str) -> None:
@@ -63,21 +44,10 @@ def check_variables(tokenizer: "PreTrainedTokenizerBase", variables: Mapping[str
 def render(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], options: TemplateOptions) -> str:
     """Return the text of a conversation; RequestError for what the template refuses."""
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(turns),
-                tools=options.tools,  # type: ignore[arg-type]  # the stub knows lists of one kind only
-                documents=options.documents,
-                tokenize=False,
-                add_generation_prompt=options.begins_answer and not options.continues_last,
-                continue_final_message=options.continues_last,
-                **options.variables,
-            )
-        )
-    except Exception as error:  # templates refuse roles, orders and variables by raising anything
-        reason = one_line(error, 200)
+        return chat_template.render(tokenizer, turns, options)
+    except TemplateRefusedError as refusal:
         raise RequestError(
-            f"the model's chat template refuses these messages: {reason}", param="messages"
+            f"the model's chat template refuses these messages: {refusal}", param="messages"
         ) from None
 
 

@@ -1,0 +1,157 @@
+"""The rendering of a conversation with a model's chat template, the same for serving and for tuning.
+
+Templates come from the model or from the job and never from a request; transformers renders them in Jinja's
+immutable sandbox. Does not know requests, rows or token ids. Start at `render`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from runtime.errors import TemplateRefusedError, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Turn = dict[str, Any]
+"""One message of a conversation as chat templates know it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateOptions:
+    """How one conversation is rendered."""
+
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """What else the template may read."""
+    begins_answer: bool = True
+    """Whether the text ends where the assistant begins to speak."""
+    continues_last: bool = False
+    """Whether the text ends with that of the last message, which the answer continues."""
+    adds_special: bool = False
+    """Whether the tokenizer's opening tokens come before what the template writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """The text of a conversation, and where in it the template says that the model speaks."""
+
+    text: str
+    generated: tuple[tuple[int, int], ...]
+    """(start, end) of each `{% generation %}` block, in characters."""
+
+
+def source(tokenizer: "PreTrainedTokenizerBase", *, with_tools: bool = False) -> str:
+    """Return the template that a conversation, with tools or without, is rendered with; "" for none."""
+    template: Any = tokenizer.chat_template
+    if isinstance(template, dict):
+        named = template.get("tool_use") if with_tools else None
+        template = named or template.get("default")
+    return template or ""
+
+
+def names_role(template: str, role: str) -> bool:
+    """Return whether the text of a template names `role`."""
+    return f"'{role}'" in template or f'"{role}"' in template
+
+
+def render(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], options: TemplateOptions) -> str:
+    """Return the text of a conversation; TemplateRefusedError for what the template refuses."""
+    template = source(tokenizer, with_tools=bool(options.tools))
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                _with_arguments_for(template, turns),
+                tools=options.tools or None,  # type: ignore[arg-type]  # the stub knows lists of one kind only
+                documents=options.documents,
+                tokenize=False,
+                add_generation_prompt=options.begins_answer and not options.continues_last,
+                continue_final_message=options.continues_last,
+                **options.variables,
+            )
+        )
+    except Exception as error:  # templates refuse roles, orders and variables by raising anything
+        raise TemplateRefusedError(one_line(error, 200)) from None
+
+
+def render_marked(
+    tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], options: TemplateOptions
+) -> Rendering:
+    """Return the text that `render` does, with its `{% generation %}` blocks; TemplateRefusedError alike."""
+    template = source(tokenizer, with_tools=bool(options.tools))
+    try:
+        texts, blocks = _jinja(
+            template,
+            _without_nulls(_with_arguments_for(template, turns)),
+            tools=options.tools or None,
+            documents=options.documents,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=options.begins_answer,
+            **{**tokenizer.special_tokens_map, **options.variables},
+        )
+    except Exception as error:
+        raise TemplateRefusedError(one_line(error, 200)) from None
+    return Rendering(texts[0], tuple((start, end) for start, end in blocks[0]))
+
+
+def _jinja(template: str, turns: list[Turn], **arguments: Any) -> Any:
+    """Return transformers' ([text], [blocks]) of one conversation."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    return render_jinja_template([turns], chat_template=template, **arguments)
+
+
+def _without_nulls(turns: Sequence[Turn]) -> list[Turn]:
+    """Return `turns` as transformers gives them to templates, which handle a missing key better than None."""
+    return [{key: value for key, value in turn.items() if value is not None} for turn in turns]
+
+
+def _with_arguments_for(template: str, turns: Sequence[Turn]) -> list[Turn]:
+    """Return `turns` with the arguments of calls as the template takes them: objects, or their JSON text."""
+    if not any(turn.get("tool_calls") for turn in turns) or not takes_text_arguments(template):
+        return list(turns)
+    return [
+        {**turn, "tool_calls": [_with_text(call) for call in turn["tool_calls"]]}
+        if turn.get("tool_calls")
+        else turn
+        for turn in turns
+    ]
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or isinstance(function.get("arguments"), str | None):
+        return call
+    text = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
+
+
+@lru_cache(maxsize=64)
+def takes_text_arguments(template: str) -> bool:
+    """Return whether a template writes the arguments of a call as they are, so that they must be JSON text.
+
+    Given an object, such a template fails or writes it as Python does, in single quotes.
+    """
+    key = "k8067142935"
+    as_object = _call_text(template, {key: "v"})
+    if as_object is not None and (key not in as_object or f"'{key}'" not in as_object):
+        return False
+    text = json.dumps({key: "v"})
+    return text in (_call_text(template, text) or "")
+
+
+def _call_text(template: str, arguments: Any) -> str | None:
+    """Return what the template writes of a conversation with one call, None where it refuses it."""
+    call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    turns: list[Turn] = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    try:
+        texts, _ = _jinja(template, turns, bos_token="", eos_token="")
+    except Exception:
+        return None
+    return str(texts[0])
