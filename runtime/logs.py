@@ -51,6 +51,11 @@ def printable(text: str) -> str:
     return text.translate(_UNSHOWABLE)
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """Return a count with its noun: 1 file, 2 files; `many` is an irregular plural."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 class _Redacting(logging.Formatter):
     """Formats for people: time, level, text; every line is redacted, including tracebacks."""
 

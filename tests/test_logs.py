@@ -69,3 +69,13 @@ def test_ranks_above_zero_only_warn() -> None:
     logging.getLogger("runtime.x").info("loaded")
     logging.getLogger("runtime.x").warning("odd")
     assert [json.loads(line)["msg"] for line in stream.getvalue().splitlines()] == ["odd"]
+
+
+def test_a_count_has_its_noun_in_the_right_number() -> None:
+    assert [logs.counted(n, "file") for n in (0, 1, 2, 1000)] == [
+        "0 files",
+        "1 file",
+        "2 files",
+        "1,000 files",
+    ]
+    assert logs.counted(2, "process", "processes") == "2 processes"

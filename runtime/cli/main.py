@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +35,10 @@ app.command("plan")(plan.plan)
 app.command("merge")(merge.merge)
 app.command("presets")(presets.presets)
 images.add_to(app)
+
+
+USAGE_ERROR: Any = typer.BadParameter.__base__
+"""The class of all mistakes in flags, for which typer has no public name."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -70,7 +74,9 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     debug = "--debug" in arguments or environ.get("DEBUG_MODE", "").lower() in ("true", "1")
     logs.configure(debug=debug)
     try:
-        status = app(list(arguments), prog_name="runtime", obj=environ)
+        status = app(list(arguments), prog_name="runtime", obj=environ, standalone_mode=False)
+    except USAGE_ERROR as error:
+        return _explain_usage(error)
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except KeyboardInterrupt:
@@ -88,6 +94,18 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     except Exception as error:
         return _explain_bug(error, debug=debug)
     return status if isinstance(status, int) else 0
+
+
+def _explain_usage(error: Any) -> int:
+    """Write what is wrong with the flags, in the form of every other mistake; help where none are given."""
+    message = str(error.format_message())
+    if message.startswith("Usage:"):
+        typer.echo(message, err=True)
+        return int(error.exit_code)
+    command = error.ctx.command_path if error.ctx else "runtime"
+    return _explain(
+        error, f"{message.rstrip('.')}; see `{command} --help`", int(error.exit_code), debug=False
+    )
 
 
 def _explain_bug(error: Exception, *, debug: bool) -> int:

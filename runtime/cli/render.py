@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from runtime import presets
 from runtime.config import flatten
-from runtime.logs import printable, redact
+from runtime.logs import counted, printable, redact
 from runtime.model_source import ModelSource
 from runtime.serving.settings import ServeConfig
 from runtime.tuning.settings import DataSource, Output, TuningJob
@@ -106,8 +106,8 @@ def _settings(resolved: Resolved[Any]) -> None:
         typer.echo()
     for warning in resolved.warnings:
         typer.echo(f"warning: {warning}")
-    for placeholder in resolved.placeholders:
-        typer.echo(f"placeholder: {placeholder}")
+    for line in resolved.unfilled:
+        typer.echo(line)
 
 
 def _values(config: BaseModel) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def preview_counts(preview: "Preview") -> list[str]:
     data, outcomes = preview.data, preview.outcomes
     share = f"{preview.labelled_tokens / preview.tokens:.0%}" if preview.tokens else "0%"
     examined = "all" if preview.counted == preview.train_rows else f"the first {preview.counted:,}"
-    files = f"{len(data.files)} file{'' if len(data.files) == 1 else 's'}"
+    files = counted(len(data.files), "file")
     lines = [
         f"rows     {len(data.examples):,} from {files}: {preview.train_rows:,} to train on, "
         f"{preview.held_out_rows:,} held out, {data.bad_rows.skipped:,} skipped as bad",

@@ -4,6 +4,7 @@ Knows flags. Which settings they are lies in runtime/workspace. Start at `tune`.
 """
 
 import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -153,8 +154,12 @@ def _launch(
     resolved.warn()
     try:
         launcher.run(job, processes=processes, nodes=nodes, access=publish.access_of(job, environ))
-    except Failure as failure:  # the last line of a pod's log, in the same form as all others
-        log.log(logging.WARNING if isinstance(failure, StoppedError) else logging.ERROR, "%s", failure)
+    except Failure as failure:
+        stopped = isinstance(failure, StoppedError)
+        if sys.stderr.isatty() and not stopped:
+            raise  # said like every command's failure
+        # the last line of a pod's log, in the same form as all others
+        log.log(logging.WARNING if stopped else logging.ERROR, "%s", failure)
         raise typer.Exit(exit_code(failure)) from None
 
 

@@ -96,7 +96,7 @@ def plan(
 
 
 def check(job: TuningJob, machine: Hardware, *, processes: int | None = None) -> None:
-    """Log what `job` will take; CapacityError, with advice, when it cannot fit on `machine`.
+    """Raise CapacityError, with advice, when `job` cannot fit on `machine`, whatever its rows are.
 
     Raises ConfigError when the model cannot be tuned on `machine`, or transformers builds none of it.
     """
@@ -108,7 +108,7 @@ def check(job: TuningJob, machine: Hardware, *, processes: int | None = None) ->
     if planned is not None and not planned.forecast.fits:
         raise CapacityError(planned.summary)
     if planned is not None:
-        log.info("memory plan: %s", planned.summary)
+        log.debug("memory plan for rows of any length: %s", planned.summary)
 
 
 def check_model(job: TuningJob, machine: Hardware) -> None:
@@ -147,7 +147,7 @@ def resolve(
         ), None
     if not planned.forecast.fits:
         raise CapacityError(planned.summary)
-    log.info("memory: %s", planned.summary)
+    log.info("memory plan: %s", planned.summary)
     run = planned.forecast.run
     if run.compact:
         hardware.return_freed_memory()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from runtime import adapters, garbage_collection, hardware, models, oci, torch_build
 from runtime.files import sha256
+from runtime.logs import counted
 from runtime.oci.access import DEFAULT
 from runtime.tuning import fit, output, publish
 from runtime.tuning.data import dataset, download, formats, tokenize
@@ -132,8 +133,9 @@ def _read(job: TuningJob, ranks: Ranks, access: oci.Access) -> SplitDataset:
     data = dataset.load(job.data, formats.local_paths(job.data.urls, job.data.folder))
     train, held_out = dataset.split(data.examples, job.data)
     log.info(
-        "%d rows from %d files: %d to train on, %d held out, %d skipped",
-        len(data.examples), len(data.files), len(train), len(held_out), data.bad_rows.skipped,
+        "%s from %s: %d to train on, %d held out, %d skipped",
+        counted(len(data.examples), "row"), counted(len(data.files), "file"),
+        len(train), len(held_out), data.bad_rows.skipped,
     )  # fmt: skip
     return SplitDataset(data, train, held_out)
 

@@ -21,6 +21,7 @@ import psutil
 from runtime import hardware, oci, torch_build
 from runtime.errors import CapacityError, ConfigError, Failure, StoppedError
 from runtime.files import locked, write_atomic
+from runtime.logs import counted
 from runtime.oci.access import DEFAULT
 from runtime.tuning import fit, loggers, output, publish
 from runtime.tuning.data import download
@@ -81,8 +82,12 @@ def _metrics(
     job: TuningJob, nodes: Nodes, progress: JobProgress
 ) -> contextlib.AbstractContextManager[int | None]:
     """Serve /metrics and /health on node 0 until its rank 0 does so on the same port."""
-    port = job.metrics_port if nodes.is_main else None
-    return metrics_server.serving(port, lambda: JobState(job.name, job.model.name, progress.phase))
+    address = metrics_server.address(job) if nodes.is_main else None
+
+    def state() -> JobState:
+        return JobState(job.name, job.model.name, progress.phase)
+
+    return metrics_server.serving(address, state, announced=False)
 
 
 def _preflight(job: TuningJob, access: oci.Access | None) -> None:
@@ -160,7 +165,7 @@ def _torchrun_command(processes: int, nodes: Nodes, resolved: Path) -> list[str]
 
 
 def _world(processes: int, nodes: Nodes) -> str:
-    text = f"{processes} process{'' if processes == 1 else 'es'}"
+    text = counted(processes, "process", "processes")
     if nodes.count > 1:
         text += f" on node {nodes.rank} of {nodes.count}, rendezvous at {nodes.host}:{nodes.port}"
     return text

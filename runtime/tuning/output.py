@@ -17,7 +17,15 @@ from runtime.tuning.settings import TuningJob
 SENTINEL = "fine_tuning_completed.txt"
 """KAITO's pusher waits for this file, then uploads the files beside it."""
 
-WITHOUT_EFFECT = {"name", "output", "checkpoint_minutes", "metrics_port", "parallel", "sources"}
+WITHOUT_EFFECT = {
+    "name",
+    "output",
+    "checkpoint_minutes",
+    "metrics_host",
+    "metrics_port",
+    "parallel",
+    "sources",
+}
 """Settings that do not change the adapter's bytes."""
 
 

@@ -132,6 +132,8 @@ class TuningJob(Strict):
     sources: dict[str, str] = Field({}, repr=False)
     """Where each setting came from, by its dotted name; shown in the report only."""
     metrics_port: int | None = Field(ports.CONTROLLER, ge=0, le=65535)
-    """Port of /metrics and /health while the job runs (plus LOCAL_RANK); None disables them."""
+    """Port of /metrics and /health while the job runs; None disables them."""
+    metrics_host: str = "127.0.0.1"
+    """Address that /metrics and /health listen on; in a pod and in the image 0.0.0.0, every one."""
     hub_token: SecretStr | None = Field(None, exclude=True)
     """Hugging Face token; never written to a file, so workers read it from their environment."""

@@ -65,10 +65,10 @@ def _run(requested: TuningJob, ranks: Ranks, stop: StopSignal, progress: JobProg
     for name, value in loggers.environment(requested.output.folder).items():
         os.environ.setdefault(name, value)
     access = publish.access_of(requested, os.environ)
-    port = requested.metrics_port and requested.metrics_port + ranks.local_rank
+    address = metrics_server.address(requested) if ranks.is_main else None
     state = functools.partial(progress.state, requested)
     attention.disable_cudnn()
-    with metrics_server.serving(port if ranks.is_main else None, state):
+    with metrics_server.serving(address, state):
         job.run(requested, ranks=ranks, stop=stop, progress=progress, access=access)
 
 

@@ -35,6 +35,9 @@ from runtime.workspace.manifest import WorkspaceDocuments, is_manifest, read
 from runtime.workspace.mounts import Mounts
 from runtime.workspace.schema import TuningSpec, host_path
 
+METRICS_HOST_VARIABLE = "RUNTIME_METRICS_HOST"
+"""Where a job's metrics listen; the image sets it, so that a published port reaches them."""
+
 
 def load_job(
     target: WorkspaceDocuments | Path | str | None,
@@ -64,7 +67,7 @@ def load_job(
     if config is None and not environ.get("YAML_FILE_PATH"):
         settings.warn_all(config_maps.unnamed(manifest, sections.KEY))
     put_mounted_weights(settings, mounts)
-    _apply_environment(settings, environ)
+    _apply_environment(settings, mounts)
     require_model(settings)
     where = str(manifest.file if manifest else target or file.where)
     flags.apply(settings, overrides, where)
@@ -163,8 +166,13 @@ def _apply_config(settings: LayeredSettings, file: ConfigFile, mounts: Mounts) -
     apply_training_config(settings, config, file, mounts)
 
 
-def _apply_environment(settings: LayeredSettings, environ: Mapping[str, str]) -> None:
-    """Apply the variables of the controller and of its init containers."""
+def _apply_environment(settings: LayeredSettings, mounts: Mounts) -> None:
+    """Apply the variables of the controller, of its init containers and of the image."""
+    environ = mounts.environ
+    if environ.get(METRICS_HOST_VARIABLE):
+        settings.put("metrics_host", environ[METRICS_HOST_VARIABLE], f"environment {METRICS_HOST_VARIABLE}")
+    elif mounts.controlled:
+        settings.put("metrics_host", "0.0.0.0", "pod")  # noqa: S104 - it is probed from outside
     if environ.get("DATA_URLS", "").split():
         settings.put("data.urls", tuple(environ["DATA_URLS"].split()), "environment DATA_URLS")
         settings.put("data.image", None, "environment DATA_URLS")

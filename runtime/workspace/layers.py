@@ -36,8 +36,14 @@ class Resolved(Generic[Config]):
     def ready(self) -> Config:
         """Return the config, or raise ConfigError when a placeholder is left in it."""
         if self.placeholders:
-            raise ConfigError(f"{self.placeholders[0]}; put the real value there, or look with --dry-run")
+            values = "the real value" if len(self.placeholders) == 1 else "the real values"
+            raise ConfigError(f"{'; '.join(self.placeholders)}; put {values} there, or look with --dry-run")
         return self.config
+
+    @property
+    def unfilled(self) -> tuple[str, ...]:
+        """A line for each placeholder, for the commands that only show what would run."""
+        return tuple(f"placeholder: {phrase}" for phrase in self.placeholders)
 
     def warn(self) -> None:
         """Write the warnings to the log."""

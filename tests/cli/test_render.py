@@ -15,6 +15,17 @@ QLORA = str(ROOT / "examples/fine-tuning/qlora-params-template.yaml")
 pytestmark = pytest.mark.usefixtures("restored_logging")
 
 
+def test_commands_that_only_show_name_placeholders_in_the_same_words(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main.run(["tune", SEED, "--dry-run"], {}) == 0
+    shown = {line for line in capsys.readouterr().out.splitlines() if line.startswith("placeholder: ")}
+    assert main.run(["manifest", SEED, "--image", "x/y:1"], {}) == 0
+    logged = {json.loads(line)["msg"] for line in capsys.readouterr().err.splitlines()}
+    assert len(shown) == 2
+    assert shown <= logged
+
+
 def test_dry_run_shows_values_sources_and_placeholders(
     capsys: pytest.CaptureFixture[str], away: Path
 ) -> None:

@@ -130,7 +130,7 @@ def test_fault_5_stop_does_not_wait_for_a_stalled_server(tmp_path: Path, tiny_ll
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sign", "split"),
-    [("rows from 1 files", "0.95"), ("evaluating: ", "0.1")],
+    [("rows from 1 file:", "0.95"), ("evaluating: ", "0.1")],
     ids=["encoding", "evaluation"],
 )
 def test_fault_5_stop_ends_encoding_and_evaluation_at_once(

@@ -31,7 +31,9 @@ def test_settings_that_do_not_change_the_adapter_do_not_change_the_fingerprint(
     make_job: Maker, tmp_path: Path
 ) -> None:
     job = make_job()
-    same = make_job(output=Output(folder=tmp_path / "other"), name="other", metrics_port=5001)
+    same = make_job(
+        output=Output(folder=tmp_path / "other"), name="other", metrics_port=5001, metrics_host="::1"
+    )
     assert output.fingerprint(same) == output.fingerprint(job)
     assert output.fingerprint(job, "digest of the data") != output.fingerprint(job)
     assert output.fingerprint(make_job(training={"learning_rate": 1e-3})) != output.fingerprint(job)

@@ -36,8 +36,9 @@ def test_placeholders_stop_only_a_real_run(tmp_path: Path) -> None:
     resolved = load(SEED, tmp_path)
     words = " ".join(resolved.placeholders)
     assert all(w in words for w in ("ACR_REPO_HERE", "IMAGE_NAME_HERE", "ACR_REGISTRY_SECRET_HERE"))
-    with pytest.raises(ConfigError, match=r"tuning\.output\.image still holds the placeholder"):
+    with pytest.raises(ConfigError, match=r"tuning\.output\.image still holds the placeholder") as caught:
         resolved.ready()
+    assert all(phrase in str(caught.value) for phrase in resolved.placeholders)
 
 
 def test_lora_trains_on_unquantised_weights(tmp_path: Path) -> None:
@@ -129,3 +130,20 @@ def test_model_without_manifest_takes_the_rows_of_the_flag(tmp_path: Path) -> No
     (tmp_path / "rows.jsonl").touch()
     job = load("phi-4", tmp_path, overrides={"--data": [str(tmp_path / "rows.jsonl")]}).config
     assert job.model.repository == "microsoft/phi-4"
+
+
+@pytest.mark.parametrize(
+    ("environ", "host", "source"),
+    [
+        ({}, "127.0.0.1", "default"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "0.0.0.0", "pod"),
+        ({"RUNTIME_METRICS_HOST": "0.0.0.0"}, "0.0.0.0", "environment RUNTIME_METRICS_HOST"),
+    ],
+)
+def test_metrics_of_a_plain_run_are_for_this_machine_alone(
+    environ: dict[str, str], host: str, source: str, tmp_path: Path
+) -> None:
+    resolved = load(SEED, tmp_path, environ=environ)
+    assert (resolved.config.metrics_host, resolved.sources["metrics_host"]) == (host, source)
+    flag = load(SEED, tmp_path, environ=environ, overrides={"metrics_host": "::1"})
+    assert flag.config.metrics_host == "::1"

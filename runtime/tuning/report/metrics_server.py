@@ -17,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from runtime import utilisation
+from runtime.tuning.settings import TuningJob
 from runtime.tuning.train.progress import JobState
 
 log = logging.getLogger(__name__)
@@ -56,13 +57,24 @@ def health(state: JobState) -> tuple[int, Mapping[str, Any]]:
     return (503 if state.stalled else 200), body
 
 
-@contextlib.contextmanager
-def serving(port: int | None, state: Callable[[], JobState]) -> Iterator[int | None]:
-    """Within: serve on `port` of every interface; not with None, or a port that is in use.
+Address = tuple[str, int]
+"""Host and port; port 0 takes a free one."""
 
-    Yields the port that is served; 0 takes a free one.
+
+def address(job: TuningJob) -> Address | None:
+    """Return where `job` serves its metrics, None where it does not."""
+    return None if job.metrics_port is None else (job.metrics_host, job.metrics_port)
+
+
+@contextlib.contextmanager
+def serving(
+    address: Address | None, state: Callable[[], JobState], *, announced: bool = True
+) -> Iterator[int | None]:
+    """Within: serve on `address`; not with None, or where it is in use. Yields the port that is served.
+
+    The log says so, unless another process of the job will (`announced`).
     """
-    server = _open(port, state) if port is not None else None
+    server = _open(address, state, announced=announced) if address else None
     if server is None:
         yield None
         return
@@ -75,20 +87,28 @@ def serving(port: int | None, state: Callable[[], JobState]) -> Iterator[int | N
         server.server_close()
 
 
-def _open(port: int, state: Callable[[], JobState]) -> "ThreadingHTTPServer | None":
+def _open(
+    address: Address, state: Callable[[], JobState], *, announced: bool
+) -> "ThreadingHTTPServer | None":
     class Handler(_Handler):
         read = staticmethod(state)
 
     try:
-        server = _Server(("0.0.0.0", port), Handler)  # noqa: S104 - a pod must be reachable
+        server = _Server(address, Handler)
     except OSError as error:
-        log.warning(
-            "no /metrics: cannot listen on port %d (%s); --set metrics_port=N takes another, null none",
-            port,
+        log.log(
+            logging.WARNING if announced else logging.DEBUG,
+            "no /metrics: cannot listen on %s port %d (%s); --set metrics_port=N takes another, null none",
+            *address,
             error.strerror,
         )
         return None
-    log.info("metrics on port %d", server.server_port)
+    log.log(
+        logging.INFO if announced else logging.DEBUG,
+        "metrics on http://%s:%d/metrics",
+        address[0],
+        server.server_port,
+    )
     return server
 
 

@@ -86,7 +86,7 @@ def _workspace(
     read = files.of(manifest, options)
     _restart_with(read, made)
     ineffective = checks.ineffective(manifest, options, gpus=placed.gpus > 0, keyed=keyed)
-    warnings = [*resolved.warnings, *resolved.placeholders, *placed.warnings, *ineffective, *read.warnings]
+    warnings = [*resolved.warnings, *resolved.unfilled, *placed.warnings, *ineffective, *read.warnings]
     described = pod.named("v1", read.kind, manifest, name=files.name(manifest))
     return [{**described, **read.content}, *made], warnings
 

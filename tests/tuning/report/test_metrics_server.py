@@ -13,6 +13,7 @@ from runtime.tuning.settings import TuningJob
 from runtime.tuning.train.progress import JobState, Throughput
 from tests.tuning.conftest import Worker, free_port
 
+FREE = ("127.0.0.1", 0)
 METRICS = {"step": 3, "total_steps": 9, "loss": 1.5, "held_out_loss": None, "tokens": 700, "memory_bytes": 5}
 
 
@@ -30,7 +31,7 @@ def samples(text: str) -> dict[str, float]:
 
 
 def test_prometheus_reads_the_metrics_that_are_known() -> None:
-    with metrics_server.serving(0, state) as port:
+    with metrics_server.serving(FREE, state) as port:
         answer = httpx.get(f"http://127.0.0.1:{port}/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=")
     found = samples(answer.text)
@@ -49,7 +50,7 @@ def test_every_metric_of_the_throughput_has_a_prometheus_name() -> None:
 
 def test_health_has_phase_and_metrics_and_is_503_when_stalled() -> None:
     now = {"state": state()}
-    with metrics_server.serving(0, lambda: now["state"]) as port:
+    with metrics_server.serving(FREE, lambda: now["state"]) as port:
         for path in ("/health", "/healthz"):
             answer = httpx.get(f"http://127.0.0.1:{port}{path}")
             assert answer.status_code == 200
@@ -59,8 +60,18 @@ def test_health_has_phase_and_metrics_and_is_503_when_stalled() -> None:
         assert httpx.get(f"http://127.0.0.1:{port}/other").status_code == 404
 
 
+def test_the_address_is_said_once_for_all_processes_of_a_job(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with metrics_server.serving(FREE, state, announced=False):
+        assert not caplog.text
+    with metrics_server.serving(FREE, state) as port:
+        assert f"metrics on http://127.0.0.1:{port}/metrics" in caplog.text
+        with metrics_server.serving(("127.0.0.1", port or 0), state, announced=False):
+            assert "cannot listen" not in caplog.text
+
+
 def test_clients_that_accept_json_get_kaitos_object() -> None:
-    with metrics_server.serving(0, state) as port:
+    with metrics_server.serving(FREE, state) as port:
         found = httpx.get(f"http://127.0.0.1:{port}/metrics", headers={"Accept": "application/json"}).json()
     assert set(found) == {"gpu_info", "cpu_info"}
     if found["gpu_info"] is None:
@@ -69,19 +80,19 @@ def test_clients_that_accept_json_get_kaitos_object() -> None:
 
 
 def test_port_in_use_is_a_warning_and_null_is_silent(caplog: pytest.LogCaptureFixture) -> None:
-    with metrics_server.serving(0, state) as port:
-        with metrics_server.serving(port, state) as second:
+    with metrics_server.serving(FREE, state) as port:
+        with metrics_server.serving(("127.0.0.1", port or 0), state) as second:
             assert second is None
-        assert f"cannot listen on port {port}" in caplog.text
+        assert f"cannot listen on 127.0.0.1 port {port}" in caplog.text
         assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
     with metrics_server.serving(None, state) as none:
         assert none is None
-    with metrics_server.serving(port, state) as again:  # the port is free at once
+    with metrics_server.serving(("127.0.0.1", port or 0), state) as again:  # the port is free at once
         assert again == port
 
 
 def test_silent_client_does_not_block_others() -> None:
-    with metrics_server.serving(0, state) as port, socket.create_connection(("127.0.0.1", port)) as silent:
+    with metrics_server.serving(FREE, state) as port, socket.create_connection(("127.0.0.1", port)) as silent:
         silent.sendall(b"GET /met")
         assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).status_code == 200
 
