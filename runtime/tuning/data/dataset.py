@@ -4,8 +4,9 @@ Every file below the folder is used, in the order of its path. Does not know wha
 (`normalise.py`), tokens or templates. Start at `load`.
 """
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,8 +17,10 @@ from runtime.files import sha256
 from runtime.tuning.data import formats
 from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.example import Example
-from runtime.tuning.data.normalise import normalise
+from runtime.tuning.data.normalise import RowFacts, RowNormaliser
 from runtime.tuning.settings import DataSource
+
+log = logging.getLogger(__name__)
 
 HOLD_OUT_FROM_ROWS = 50
 """With fewer rows nothing is held out unless requested: each row is worth more in training."""
@@ -46,6 +49,8 @@ class Dataset:
     files: tuple[DataFile, ...]
     bad_rows: BadRows
     """Those left out so far (`on_bad_row: skip`); rendering and encoding add theirs."""
+    facts: RowFacts = field(default_factory=RowFacts)
+    """What the rows were made of."""
 
     @property
     def digest(self) -> str:
@@ -56,6 +61,7 @@ class Dataset:
 def load(source: DataSource, files: Sequence[Path] | None = None) -> Dataset:
     """Read `files`, or every data file of `source`; DataError naming file, row and column at fault."""
     bad_rows = BadRows(source.on_bad_row)
+    normaliser = RowNormaliser(source)
     examples: list[Example] = []
     used: list[DataFile] = []
     for path in files or formats.find(source.folder, file=source.file, extension=source.extension):
@@ -64,13 +70,16 @@ def load(source: DataSource, files: Sequence[Path] | None = None) -> Dataset:
             where = f"{path.name}: row {number}"
             count = number
             with bad_rows.attempt(where):
-                examples.append(normalise(row, source, where))
+                examples.append(normaliser.example(row, where))
         if not count:
             raise DataError(f"{path}: has no rows, expected at least one")
         bad_rows.rows += count
         used.append(DataFile(path.name, count, sha256(path)))
     bad_rows.conclude("reading")
-    return Dataset(tuple(examples), tuple(used), bad_rows)
+    facts = normaliser.facts()
+    for note, count in facts.notes.items():
+        log.warning("%d of %d rows: %s", count, len(examples), note)
+    return Dataset(tuple(examples), tuple(used), bad_rows, facts)
 
 
 def split(rows: Sequence[Item], source: DataSource) -> tuple[list[Item], list[Item]]:

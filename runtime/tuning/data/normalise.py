@@ -1,130 +1,211 @@
-"""A row of any common shape becomes an example: a list of messages, or plain text.
+"""A row of any common shape becomes an example: a list of messages with its tools, or plain text.
 
-Knows column names, does not know file formats, tokens or templates. Start at `normalise`, which decides what
-a row is.
+Takes the columns that columns.py finds and reads what they hold. Does not know file formats, tokens or
+templates. Start at `RowNormaliser.example`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from runtime.config import describe
 from runtime.errors import DataError
-from runtime.tuning.data import formats
-from runtime.tuning.data.example import Example, Message
+from runtime.tuning.data import calls, cells, columns, conversation
+from runtime.tuning.data.columns import Cells, Columns
+from runtime.tuning.data.conversation import RowConversation
+from runtime.tuning.data.example import Example
 from runtime.tuning.settings import DataSource
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "tool": "tool",
-    "function": "tool",
-}
-"""Roles by the names that data sets use for them (`from: human` is ShareGPT's)."""
-
-PAIRS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("instruction", ("input", "context"), ("output", "response")),
-    ("prompt", (), ("completion", "response", "answer", "output")),
-    ("question", ("context",), ("answer", "response", "output")),
-    ("input", (), ("output", "response")),
-)
-"""Columns of a question, of the context put under it, and of its answer, in the order they are looked for."""
+PLACEHOLDERS = ("<image>", "<audio>", "<video>")
+"""Where data of models that see and hear refers to the files beside a conversation."""
 
 
-def normalise(row: Mapping[str, Any], source: DataSource, where: str) -> Example:
-    """Return `row` as an example, recognised by its columns; DataError naming row and column otherwise."""
-    columns = {name.lower(): name for name in row}
+@dataclass(frozen=True, slots=True)
+class RowFacts:
+    """What the rows of a data set were made of."""
 
-    def column(*names: str) -> str | None:
-        return next((columns[name] for name in names if name in columns), None)
+    columns: Mapping[Columns, int] = field(default_factory=dict)
+    """Rows by their columns, most first."""
+    unused: tuple[str, ...] = ()
+    """Columns that no row was made of."""
+    ignored_fields: tuple[str, ...] = ()
+    """Fields of messages that are not used, such as time stamps."""
+    notes: Mapping[str, int] = field(default_factory=dict)
+    """Rows by what was done with them that the user should know."""
 
-    messages = source.messages_column or column("messages", "conversations", "conversation")
-    prompt = source.context_column or column("prompt", "instruction", "question", "input")
-    answer = source.response_column if source.response_column in row else None
-    if source.messages_column is None and prompt and (answer or source.context_column):
-        response = answer or column("completion", "response", "output", "answer")
-        return _pair(row, prompt, response, where=where)
-    if messages and (source.messages_column or not answer):
-        return Example(_messages(_cell(row, messages, where), f"{where} column '{messages}'"), origin=where)
-    for question, contexts, responses in PAIRS if not answer else ():
-        if column(question) and column(*responses):
-            return _pair(row, column(question), column(*responses), where=where, context=column(*contexts))
-    text = answer or column("text")
-    if text:
-        return Example((), text=_text(_cell(row, text, where), f"{where} column '{text}'"), origin=where)
-    wanted = [name for name in (source.context_column, source.response_column) if name and name not in row]
-    missing = f"no column {' or '.join(map(repr, wanted))}" if wanted else "no known columns"
-    raise DataError(
-        f"{where}: {missing} (has {', '.join(row)}); expected messages, instruction/output, "
-        "prompt/completion, question/answer or text, or messages_column, context_column and response_column"
+
+class RowNormaliser:
+    """Makes examples of the rows of one job, and counts what it made them of."""
+
+    def __init__(self, source: DataSource):
+        self._source = source
+        self._columns: Counter[Columns] = Counter()
+        self._notes: Counter[str] = Counter()
+        self._names: dict[str, None] = {}
+        self._wrappers: set[str] = set()
+        self._ignored: set[str] = set()
+
+    def facts(self) -> RowFacts:
+        """Return what the rows so far were made of."""
+        taken = {name for found in self._columns for name in found.names()} | self._wrappers
+        return RowFacts(
+            dict(self._columns.most_common()),
+            tuple(name for name in self._names if name not in taken),
+            tuple(sorted(self._ignored)),
+            dict(self._notes.most_common()),
+        )
+
+    def example(self, row: Mapping[str, Any], where: str) -> Example:
+        """Return `row` as an example; DataError, beginning with `where`, naming the column at fault."""
+        self._names |= dict.fromkeys(map(str, row))
+        named = Cells(row)
+        found = columns.find(named, self._source, where)
+        if found is None:
+            return self._within(row, where)
+        if not self._source.response_column:
+            _check_beside(named, found, where)
+        if found.text:
+            text = cells.filled_text(row[found.text], _at(where, found.text))
+            self._columns[found] += 1
+            return Example((), text=text, origin=where)
+        found = _with_columns_beside(named, found)
+        talk = _talk(row, found, where)
+        tools = calls.tools(row[found.tools], _at(where, found.tools)) if found.tools else ()
+        self._count(found, talk)
+        return Example(
+            tuple(talk.messages), origin=where, tools=tools + talk.tools, untrained=frozenset(talk.untrained)
+        )
+
+    def _within(self, row: Mapping[str, Any], where: str) -> Example:
+        """Return the example of a row that is wrapped in another; DataError where none is."""
+        inner = [name for name, value in row.items() if isinstance(value, Mapping)]
+        if len(inner) == 1 and columns.find(Cells(row[inner[0]]), self._source, _at(where, inner[0])):
+            self._wrappers.add(inner[0])
+            return self.example(row[inner[0]], _at(where, inner[0]))
+        raise DataError(
+            f"{where}: no known columns (has {', '.join(map(str, row)) or 'none'}); {columns.accepted()}"
+        )
+
+    def _count(self, found: Columns, talk: RowConversation) -> None:
+        self._columns[found] += 1
+        self._ignored |= talk.ignored
+        if columns.CHOSEN in (found.answer.lower(), found.messages.lower()):
+            talk.notes.add("preference data: the chosen answer is trained on, the rejected one is not used")
+        self._notes.update(talk.notes)
+
+
+def _at(where: str, name: str) -> str:
+    return f"{where} column '{name}'"
+
+
+def _check_beside(row: Cells, found: Columns, where: str) -> None:
+    """Raise DataError for columns beside those of a shape that say what is not done here."""
+    for name in filter(None, map(row.filled, columns.REFUSED)):
+        raise DataError(f"{where} has column '{name}', which is not supported; leave it out")
+    media = next(
+        (name for name in map(row.filled, columns.MEDIA) if name and _is_medium(row, name, found)), None
+    )
+    if media:
+        raise DataError(f"{where} has column '{media}': only text is trained on; leave it out to do so")
+    label = next((name for name in columns.LABELS if str(row.value(name)).lower() == "false"), None)
+    if found.answer and label:
+        raise DataError(
+            f"{where} has {label} false, which marks a bad answer: answers are trained on, never against; "
+            "leave such rows out (--on-bad-row skip does), or set response_column to take all"
+        )
+    speaker = next((str(row.value(name)) for name in columns.SPEAKERS if row.filled(name)), "")
+    if found.text and speaker.lower() in conversation.ROLES:
+        raise DataError(
+            f"{where} is one message (of {speaker!r}); a row is expected to hold a whole conversation, "
+            "as a list in a column 'messages'"
+        )
+
+
+def _is_medium(row: Cells, name: str, found: Columns) -> bool:
+    """Return whether a column holds what a conversation refers to, rather than an address for people."""
+    if isinstance(row.value(name), list | Mapping | bytes):
+        return True
+    texts = [str(row.row[column]) for column in found.names()]
+    return any(placeholder in text for text in texts for placeholder in PLACEHOLDERS)
+
+
+def _with_columns_beside(row: Cells, found: Columns) -> Columns:
+    """Return the columns of a conversation with those that add to it."""
+    history = row.first_filled(columns.HISTORY)
+    return replace(
+        found,
+        system=row.first_filled(columns.SYSTEM),
+        history=history if history and conversation.is_history(row.row[history]) else "",
+        tools=row.first_filled(columns.TOOLS),
+        reasoning="" if found.messages else row.first_filled(columns.REASONING),
     )
 
 
-def _pair(
-    row: Mapping[str, Any],
-    prompt: str | None,
-    response: str | None,
-    *,
-    where: str,
-    context: str | None = None,
-) -> Example:
+def _talk(row: Mapping[str, Any], found: Columns, where: str) -> RowConversation:
+    """Return the whole conversation of a row; DataError when there is nothing in it to learn."""
+    if found.messages:
+        at = _at(where, found.messages)
+        talk = conversation.read(row[found.messages], at)
+    else:
+        at = _at(where, found.answer)
+        talk = _pair(row, found, where)
+    if found.history:
+        talk = conversation.read_history(row[found.history], _at(where, found.history)).followed_by(talk)
+    if found.system:
+        talk = _with_system(talk, row[found.system], _at(where, found.system))
+    answers = {index for index, message in enumerate(talk.messages) if message["role"] == "assistant"}
+    if not answers:
+        raise DataError(f"{at} has no assistant message, so there is nothing to learn")
+    if answers <= talk.untrained:
+        raise DataError(
+            f"{at} excludes all its assistant messages from training, so there is nothing to learn"
+        )
+    return talk
+
+
+def _with_system(talk: RowConversation, value: Any, where: str) -> RowConversation:
+    text = cells.filled_text(value, where)
+    first = talk.messages[0]
+    if first["role"] in ("system", "developer"):
+        if first["content"].strip() != text.strip():
+            raise DataError(f"{where} and the first message are two different system messages, expected one")
+        return talk
+    return RowConversation([{"role": "system", "content": text}]).followed_by(talk)
+
+
+def _pair(row: Mapping[str, Any], found: Columns, where: str) -> RowConversation:
     """Return a question and its answer; either may already be a list of messages."""
-    if prompt is None or response is None:
-        raise DataError(f"{where}: no column with the prompt (has {', '.join(row)}); set context_column")
-    question, answer = _cell(row, prompt, where), _cell(row, response, where)
-    if isinstance(question, list) or isinstance(answer, list):
-        turns = question if isinstance(question, list) else [{"role": "user", "content": question}]
-        turns = turns + (answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}])
-        return Example(_messages(turns, f"{where} column '{response}'"), origin=where)
-    question = _text(question, f"{where} column '{prompt}'")
-    extra = row.get(context) if context else None
-    if extra:
-        question = f"{question}\n\n{_text(extra, f'{where} column {context!r}')}"
-    answer = _text(answer, f"{where} column '{response}'")
-    return Example(
-        ({"role": "user", "content": question}, {"role": "assistant", "content": answer}), origin=where
-    )
+    answer = _answer(row, found, where)
+    if answer.messages[0]["role"] in ("system", "user"):  # preference data repeats the question
+        return answer
+    first, *under = found.question
+    if conversation.looks_like_messages(row[first]):
+        if under:
+            raise DataError(
+                f"{_at(where, under[0])} stands beside a list of messages, expected it within them"
+            )
+        return conversation.read(row[first], _at(where, first)).followed_by(answer)
+    texts = [cells.filled_text(row[name], _at(where, name)) for name in found.question]
+    return RowConversation([{"role": "user", "content": "\n\n".join(texts)}]).followed_by(answer)
 
 
-def _cell(row: Mapping[str, Any], name: str, where: str) -> Any:
-    if name not in row:
-        raise DataError(f"{where}: no column '{name}' (has {', '.join(row)})")
-    value = row[name]
-    if value is None:
-        raise DataError(f"{where} column '{name}' is empty")
-    return value
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where} is {describe(value)}, expected text")
-    if not value.strip():
-        raise DataError(f"{where} is empty text")
-    return value
-
-
-def _messages(value: Any, where: str) -> tuple[Message, ...]:
-    """Return the turns with our role names; role/content or from/value, in any field order."""
-    if isinstance(value, str) and value.lstrip().startswith("["):  # a list that went through CSV
-        value = formats.parse_json(value, where)
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise DataError(f"{where} is {describe(value)}, expected a list of messages")
-    turns: list[Message] = []
-    for number, item in enumerate(value, start=1):
-        if not isinstance(item, Mapping):
-            raise DataError(f"{where} message {number} is {describe(item)}, expected role and content")
-        name, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-        role = ROLES.get(str(name).lower())
-        if role is None:
-            raise DataError(f"{where} message {number} has role {name!r}, expected system, user or assistant")
-        if not isinstance(content, str):
-            raise DataError(f"{where} message {number} has content {describe(content)}, expected text")
-        turns.append({"role": role, "content": content})
-    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
-        raise DataError(f"{where} has no assistant message, so there is nothing to learn")
-    return tuple(turns)
+def _answer(row: Mapping[str, Any], found: Columns, where: str) -> RowConversation:
+    value, at = row[found.answer], _at(where, found.answer)
+    talk = RowConversation()
+    if conversation.looks_like_messages(value):
+        talk = conversation.read(value, at)
+    elif found.tools and calls.looks_like_calls(value):
+        turn = {"role": "assistant", "content": "", "tool_calls": value}
+        talk = conversation.read([turn], at)
+    else:
+        if isinstance(value, Mapping) and isinstance(value.get("text"), list):  # SQuAD's alternatives
+            value = value["text"][:1]
+        text = cells.filled_text(value, at) if value != [] else ""
+        if not text:
+            raise DataError(f"{at} is empty")
+        talk = RowConversation([{"role": "assistant", "content": text}])
+    if found.reasoning:
+        talk.messages[-1].setdefault(
+            "reasoning_content", cells.text(row[found.reasoning], _at(where, found.reasoning))
+        )
+    return talk

@@ -23,11 +23,11 @@ def source(folder: Path, **settings: Any) -> DataSource:
     [
         ({"foo": "x"}, "no known columns (has foo)"),
         ({"messages": None}, "column 'messages' is empty"),
-        ({"messages": []}, "expected a list of messages"),
+        ({"messages": []}, "column 'messages' is empty"),
         ({"messages": [{"role": "user", "content": "q"}]}, "no assistant message"),
         ({"messages": [{"role": "wizard", "content": "q"}]}, "role 'wizard'"),
-        ({"messages": [{"role": "user", "content": 3}]}, "message 1 has content 3, expected text"),
-        ({"prompt": "q", "completion": " "}, "column 'completion' is empty text"),
+        ({"messages": [{"role": "user"}]}, "message 1 has no content"),
+        ({"prompt": "q", "completion": " "}, "column 'completion' is empty"),
         ({"prompt": None, "completion": "a"}, "column 'prompt' is empty"),
     ],
 )

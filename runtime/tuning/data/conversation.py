@@ -1,0 +1,301 @@
+"""A list of messages in any form that data has, as chat templates know messages.
+
+Reads who speaks, what is said (content.py) and called (calls.py), and which turns are not trained on. Does
+not know rows, columns or templates. Start at `read`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from runtime.config import describe
+from runtime.errors import DataError
+from runtime.tuning.data import calls, cells, literals
+from runtime.tuning.data.calls import Call, Tool
+from runtime.tuning.data.content import Content, content
+from runtime.tuning.data.example import Message
+
+CALLING = "calling"
+"""The role of a message that is nothing but a tool call; it is part of an assistant's turn."""
+
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "ai", "model", "bot", "chatgpt", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
+    **dict.fromkeys(("tool_response", "tool_result", "function_response"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call", "tool_calls"), CALLING),
+}
+"""Roles by the names that data sets use for them (`from: human` is ShareGPT's), in lower case."""
+
+_ROLE = ("role", "from", "speaker")
+_CONTENT = ("content", "value", "text")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_TRAINED = ("weight", "train", "training", "trainable", "loss")
+_UNTRAINED = ("mask", "masked")
+_TOOLS = ("tools", "functions")
+_CALLS = ("tool_calls", "function_call")
+_REFUSED = {
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "only text is trained on"),
+    **dict.fromkeys(("train_detail", "training_detail"), "turns are trained on whole or not at all"),
+}
+"""Fields that ask for what is not done here, and why."""
+_KNOWN = {*_ROLE, *_CONTENT, *_REASONING, *_TRAINED, *_UNTRAINED, *_TOOLS, *_CALLS, *_REFUSED}
+_KNOWN |= {"name", "tool_call_id", "refusal"}
+
+_ASKED = ("user", "human", "prompt", "question", "query", "instruction", "input")
+_ANSWERED = ("assistant", "gpt", "bot", "answer", "response", "completion", "output")
+"""Fields of an item that is a question and its answer."""
+
+
+@dataclass(slots=True)
+class RowConversation:
+    """The messages of one row."""
+
+    messages: list[Message] = field(default_factory=list)
+    untrained: set[int] = field(default_factory=set)
+    """Indexes of assistant messages that the row says not to train on."""
+    tools: tuple[Tool, ...] = ()
+    """Those that a message itself holds."""
+    ignored: set[str] = field(default_factory=set)
+    """Names of the messages' fields that are not used."""
+    notes: set[str] = field(default_factory=set)
+    """What was done that the user should know."""
+
+    def followed_by(self, later: "RowConversation") -> "RowConversation":
+        """Return this conversation with the messages of `later` after its own."""
+        shifted = {index + len(self.messages) for index in later.untrained}
+        return RowConversation(
+            self.messages + later.messages,
+            self.untrained | shifted,
+            self.tools + later.tools,
+            self.ignored | later.ignored,
+            self.notes | later.notes,
+        )
+
+
+def read(value: Any, where: str) -> RowConversation:
+    """Return the messages that `value` holds; DataError, beginning with `where`, when it holds none.
+
+    A list of objects, of texts with JSON or of (key, value) pairs; an object of lists; or the text of one.
+    """
+    reader = _Reader()
+    for number, item in enumerate(_items(value, where), start=1):
+        reader.add(item, f"{where} message {number}")
+    return reader.conversation
+
+
+def read_history(value: Any, where: str) -> RowConversation:
+    """Return earlier turns: messages, or a list of (question, answer) pairs; DataError for anything else."""
+    reader = _Reader()
+    for number, item in enumerate(_items(value, where), start=1):
+        at = f"{where} item {number}"
+        if isinstance(item, list | tuple) and len(item) == 2 and not isinstance(item[0], list | tuple):
+            reader.add_pair(item[0], item[1], at)
+        else:
+            reader.add(item, at)
+    return reader.conversation
+
+
+def is_history(value: Any) -> bool:
+    """Return whether a cell is a list, or the text of one: other things are named history too."""
+    return isinstance(literals.parse_container(value), list)
+
+
+def looks_like_messages(value: Any) -> bool:
+    """Return whether `value` is a list of messages, one message, or the text of either."""
+    found = literals.parse_container(value)
+    first = found[0] if isinstance(found, list) and found else found
+    first = literals.parse_container(first)
+    if _is_pairs(first):
+        first = dict(first)
+    if not isinstance(first, Mapping):
+        return False
+    keys = {str(key).lower() for key in first}
+    return any(name in keys for name in _ROLE) and any(name in keys for name in (*_CONTENT, *_CALLS))
+
+
+def _items(value: Any, where: str) -> list[Any]:
+    found = literals.parse_container(value)
+    if isinstance(found, Mapping):
+        lists = {key: item for key, item in found.items() if isinstance(item, list | tuple)}
+        roles = any(str(key).lower() in _ROLE for key in lists)
+        found = _transposed(lists, where) if roles else [found]
+    if not isinstance(found, list) or not found:
+        empty = "an empty list" if found == [] else describe(value)
+        raise DataError(f"{where} is {empty}, expected a list of messages")
+    return found
+
+
+def _transposed(lists: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """Return an object of lists, one for each field, as a list of objects."""
+    lengths = {key: len(items) for key, items in lists.items()}
+    if len(set(lengths.values())) > 1:
+        sizes = ", ".join(f"{size} of {key}" for key, size in lengths.items())
+        raise DataError(f"{where} holds lists of different lengths ({sizes}), expected one item a message")
+    return [dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)]
+
+
+def _is_pairs(item: Any) -> bool:
+    """Return whether `item` is a map as Arrow gives it: a list of (key, value) tuples."""
+    return isinstance(item, list) and bool(item) and all(isinstance(x, tuple) and len(x) == 2 for x in item)
+
+
+def _fields(item: Any, where: str) -> dict[str, Any]:
+    """Return what one message says, by lower-case names: what is null is absent."""
+    item = literals.parse_container(item)
+    if _is_pairs(item):
+        item = dict(item)
+    if not isinstance(item, Mapping):
+        raise DataError(f"{where} is {describe(item)}, expected an object with role and content")
+    fields: dict[str, Any] = {}
+    for name, value in item.items():
+        if cells.present(value):
+            fields.setdefault(str(name).lower(), value)
+    return fields
+
+
+class _Reader:
+    """Builds one conversation, message by message."""
+
+    def __init__(self) -> None:
+        self.conversation = RowConversation()
+        self._waiting: list[tuple[str, str]] = []
+        """Ids and names of the calls that have no result yet."""
+        self._made_up = 0
+
+    def add(self, item: Any, where: str) -> None:
+        """Add what `item` holds: a message, or a question and its answer."""
+        fields = _fields(item, where)
+        asked, answered = (next((n for n in names if n in fields), "") for names in (_ASKED, _ANSWERED))
+        if asked and answered and not any(name in fields for name in _ROLE):
+            if cells.filled(fields.get("system")):
+                self.add({"role": "system", "content": fields["system"]}, where)
+            return self.add_pair(fields[asked], fields[answered], where)
+        self._check(fields, where)
+        role = _role(fields, where)
+        said = content(next((fields[name] for name in _CONTENT if name in fields), None), role, where)
+        if role == CALLING:
+            return self._add_calls(calls.calls(said.text, where), fields, where)
+        for result in said.results:
+            self._add_turn({"role": "tool", **result})
+        if said.results and not said.text:
+            return None
+        self._add_message(role, fields, said, where=where)
+        return None
+
+    def add_pair(self, question: Any, answer: Any, where: str) -> None:
+        """Add a question and its answer."""
+        self._add_turn({"role": "user", "content": cells.filled_text(question, f"{where} question")})
+        self._add_turn({"role": "assistant", "content": cells.filled_text(answer, f"{where} answer")})
+
+    def _check(self, fields: Mapping[str, Any], where: str) -> None:
+        for name, reason in _REFUSED.items():
+            if cells.filled(fields.get(name)) and fields[name] is not False:
+                raise DataError(f"{where} has '{name}', which is not supported: {reason}")
+        self.conversation.ignored |= fields.keys() - _KNOWN
+
+    def _add_message(self, role: str, fields: Mapping[str, Any], said: Content, *, where: str) -> None:
+        turn: Message = {"role": role, "content": said.text}
+        if name := cells.number_or_text(fields.get("name")):
+            turn["name"] = name
+        if role == "assistant":
+            self._add_answer(turn, fields, said, where=where)
+            return
+        if said.missing and role == "system":
+            return
+        if said.missing and role != "tool":
+            raise DataError(f"{where} has no content ({', '.join(_CONTENT)})")
+        if role == "tool" and (number := cells.number_or_text(fields.get("tool_call_id"))):
+            turn["tool_call_id"] = number
+        if _trained(fields, where) and role != "tool":
+            self.conversation.notes.add(
+                "a weight or mask of a message that is not the assistant's has no effect"
+            )
+        for tools in (fields[key] for key in _TOOLS if cells.filled(fields.get(key))):
+            self.conversation.tools += calls.tools(tools, where)
+        self._add_turn(turn)
+
+    def _add_answer(self, turn: Message, fields: Mapping[str, Any], said: Content, *, where: str) -> None:
+        thoughts = said.thoughts or next(
+            (text for key in _REASONING if (text := _thoughts(fields.get(key), f"{where} {key}"))), ""
+        )
+        if said.missing and isinstance(fields.get("refusal"), str):
+            turn["content"] = fields["refusal"]
+        if thoughts.strip():
+            turn["reasoning_content"] = thoughts
+        called = [
+            call for key in _CALLS if fields.get(key) for call in calls.calls(fields[key], f"{where} {key}")
+        ]
+        called += said.calls
+        trained = _trained(fields, where) is not False
+        if not called and trained and not turn["content"].strip():
+            raise DataError(f"{where}, the assistant's, is empty: there is nothing to learn")
+        if not trained:
+            self.conversation.untrained.add(len(self.conversation.messages))
+        self._add_turn(turn)
+        if called:
+            turn["tool_calls"] = self._identified(called)
+
+    def _add_calls(self, found: list[Call], fields: Mapping[str, Any], where: str) -> None:
+        """Add calls to the assistant's turn before them, or as a turn of their own."""
+        if not found:
+            raise DataError(f"{where} calls no function")
+        messages = self.conversation.messages
+        if not messages or messages[-1]["role"] != "assistant":
+            if _trained(fields, where) is False:
+                self.conversation.untrained.add(len(messages))
+            self._add_turn({"role": "assistant", "content": ""})
+        messages[-1].setdefault("tool_calls", []).extend(self._identified(found))
+
+    def _identified(self, found: list[Call]) -> list[Call]:
+        """Return calls with an id each; some templates require one of 9 letters and digits."""
+        for call in found:
+            if not call["id"]:
+                call["id"] = f"call{self._made_up:05d}"
+                self._made_up += 1
+                self.conversation.notes.add("tool calls without an id were given one")
+            self._waiting.append((call["id"], call["function"]["name"]))
+        return found
+
+    def _add_turn(self, turn: Message) -> None:
+        if turn["role"] == "tool" and self._waiting:
+            turn.setdefault("tool_call_id", self._answered(turn.get("name")))
+            self._waiting = [call for call in self._waiting if call[0] != turn["tool_call_id"]]
+        self.conversation.messages.append(turn)
+
+    def _answered(self, name: str | None) -> str:
+        """Return the id of the call that a result without one belongs to: by its name, else the first."""
+        return next((number for number, called in self._waiting if called == name), self._waiting[0][0])
+
+
+def _role(fields: Mapping[str, Any], where: str) -> str:
+    said = next((fields[name] for name in _ROLE if name in fields), None)
+    role = ROLES.get(str(said).strip().lower().replace("-", "_").replace(" ", "_"))
+    if role is None:
+        raise DataError(f"{where} has role {describe(said)}, expected one of {', '.join(ROLES)}")
+    return role
+
+
+def _thoughts(value: Any, where: str) -> str:
+    """Return the text of reasoning: a text, or parts; "" for a switch or a number of that name."""
+    if not isinstance(value, str | list | Mapping):
+        return ""
+    said = content(value, "assistant", where)
+    return said.thoughts + said.text
+
+
+def _trained(fields: Mapping[str, Any], where: str) -> bool | None:
+    """Return what a message says of whether it is trained on; None where it says nothing."""
+    for name in (*_TRAINED, *_UNTRAINED):
+        if name in fields:
+            flag = _FLAGS.get(str(fields[name]).strip().lower())
+            if flag is None:
+                raise DataError(
+                    f"{where} has {name} {describe(fields[name])}, expected 0 or 1, true or false"
+                )
+            return flag != (name in _UNTRAINED)
+    return None
+
+
+_FLAGS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
