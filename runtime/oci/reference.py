@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from runtime import addresses
 from runtime.errors import ConfigError
 from runtime.oci.blobs import is_digest
 
@@ -162,6 +163,11 @@ def _check_names(text: str, registry: str, repository: str) -> None:
     if not _HOST.fullmatch(registry) or (host and port.isdigit() and not 0 < int(port) < 65536):
         raise ConfigError(
             f"image {text!r}: {registry!r} is not a host name with an optional port; expected {_EXPECTED}"
+        )
+    address = addresses.forbidden_literal(registry[: -len(port) - 1] if port.isdigit() and host else registry)
+    if address is not None:
+        raise ConfigError(
+            f"image {text!r}: {address} is a link-local or metadata address; nothing is sent there"
         )
     if repository != repository.lower():
         written = repository if repository in text else repository.removeprefix("library/")

@@ -5,6 +5,7 @@
 host and, by `log_in_at`, to its token server; nowhere else. Start at `Transport.send`.
 """
 
+import socket
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
 from runtime import addresses
 from runtime.errors import RegistryError
@@ -156,7 +158,7 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
             proxy = requests.utils.select_proxy(url, proxies)
             with readable_errors(url, proxy):
                 if elsewhere:
-                    _check_address(url, resolve=proxy is None)
+                    _check_host(url)
                 prepared = self.session.prepare_request(
                     requests.Request(
                         request.method,
@@ -256,19 +258,31 @@ class _Adapter(HTTPAdapter):
 
 
 class _Connection(HTTPConnection):
-    """Closed before anything is sent when a name led to a forbidden address."""
+    """Looks its name up once, and connects to an address that was checked; a proxy's is not."""
+
+    def _new_conn(self) -> socket.socket:
+        if self.proxy is not None:  # of the operator's choice, and it looks the registry's name up
+            return super()._new_conn()
+        name, failure = self._dns_host, None
+        try:
+            for address in _allowed(self):
+                self._dns_host = address
+                try:
+                    return super()._new_conn()
+                except (NewConnectionError, ConnectTimeoutError) as error:
+                    failure = error
+        finally:
+            self._dns_host = name
+        raise failure or NewConnectionError(self, f"{self.host} has no address")
 
     def connect(self) -> None:
         super().connect()
-        _connected(self)
+        if self.sock is not None:
+            self.sock.settimeout(_STALL_S)
 
 
-class _TlsConnection(HTTPSConnection):
+class _TlsConnection(_Connection, HTTPSConnection):
     """The same, with TLS."""
-
-    def connect(self) -> None:
-        super().connect()
-        _connected(self)
 
 
 class _Pool(HTTPConnectionPool):
@@ -282,29 +296,28 @@ class _TlsPool(HTTPSConnectionPool):
 _POOLS = {"http": _Pool, "https": _TlsPool}
 
 
-def _connected(connection: HTTPConnection) -> None:
-    if connection.sock is None:
-        return
-    peer = str(connection.sock.getpeername()[0])
-    # Numeric hosts are checked, where they come from outside, before the connection.
-    if connection.host.strip("[]") != peer and addresses.forbidden(peer):
-        connection.close()
-        raise _forbidden(connection.host, peer)
-    connection.sock.settimeout(_STALL_S)
+def _allowed(connection: HTTPConnection) -> tuple[str, ...]:
+    """Return the addresses of a connection's host; RegistryError when one is forbidden.
 
-
-def _check_address(url: str, *, resolve: bool) -> None:
-    """Raise RegistryError when `url` leads to a link-local or metadata address.
-
-    resolve: look names up too; not where a proxy does that.
+    Numeric hosts are checked, where they come from outside, before there is a connection.
     """
-    parts = urlsplit(url)
-    name = parts.hostname or ""
-    if not resolve and not name.replace(".", "").isdigit() and ":" not in name:
-        return
-    found = addresses.forbidden_at(name, parts.port or 443)
+    host = connection.host.strip("[]")
+    try:
+        found = addresses.resolve(host, connection.port or 443)
+    except socket.gaierror as error:
+        raise NameResolutionError(host, connection, error) from error
+    for address in found:
+        if address != host and addresses.forbidden(address):
+            raise _forbidden(host, address)
+    return found
+
+
+def _check_host(url: str) -> None:
+    """Raise RegistryError when the host of `url` says by itself that it is a forbidden address."""
+    host = urlsplit(url).hostname or ""
+    found = addresses.forbidden_literal(host)
     if found:
-        raise _forbidden(name, found)
+        raise _forbidden(host, found)
 
 
 def _forbidden(name: str, address: str) -> RegistryError:

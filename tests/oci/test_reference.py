@@ -119,3 +119,12 @@ def test_upper_case_is_refused_with_a_name_that_would_do() -> None:
         parse("IMAGE")
     with pytest.raises(ConfigError, match=r"not 'Team/Tarn'; for example 'r.io/team/tarn:V1'$"):
         parse("r.io/Team/Tarn:V1")
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["169.254.169.254", "168.63.129.16:80", "[::ffff:a9fe:a9fe]:443", "0xa9fea9fe:80", "metadata.goog"],
+)
+def test_registries_at_metadata_addresses_are_refused(host: str) -> None:
+    with pytest.raises(ConfigError, match="a link-local or metadata address; nothing is sent there"):
+        parse(f"{host}/x/y")

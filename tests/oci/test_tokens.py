@@ -53,19 +53,55 @@ def test_token_servers_at_metadata_addresses_are_refused(
         oci.check_push(fresh(server.host, "x"), access=access)
 
 
-def test_name_that_changes_to_a_metadata_address_is_refused(
+def test_name_that_leads_to_a_metadata_address_gets_no_byte(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first look-up is harmless, the connection's is not: it is closed before a byte is sent."""
     server = start(auth="bearer")
     other = start()
     server.realm = f"http://localhost:{other.port}/token"
+    reference, access = (
+        fresh(server.host, "x"),
+        quick(docker_config(tmp_path / "c.json", server.host, **QUIRKY)),
+    )
     monkeypatch.setattr("runtime.addresses.METADATA", {ipaddress.ip_address("127.0.0.1")})
-    monkeypatch.setattr("runtime.addresses.forbidden_at", lambda host, port: None)
-    access = quick(docker_config(tmp_path / "c.json", server.host, **QUIRKY))
     with pytest.raises(RegistryError, match="link-local or metadata address"):
-        oci.check_push(fresh(server.host, "x"), access=access)
+        oci.check_push(reference, access=access)
     assert not other.seen
+
+
+def test_name_is_looked_up_once_for_each_connection(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second answer would be another address: the one that was checked is connected to."""
+    server, answers = start(auth="bearer"), []
+    look_up = socket.getaddrinfo
+
+    def rebinding(host: str, *arguments: object, **options: object) -> object:
+        if host == "localhost":
+            answers.append("127.0.0.1" if not answers else "169.254.169.254")
+            host = answers[-1]
+        return look_up(host, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+    server.realm = f"http://localhost:{server.port}/token"
+    access = quick(docker_config(tmp_path / "c.json", server.host, **QUIRKY))
+    oci.check_push(fresh(server.host, "x"), access=access)
+    assert answers == ["127.0.0.1"]
+
+
+def test_next_address_of_a_name_is_tried(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, look_up = start(auth="bearer"), socket.getaddrinfo
+
+    def two(host: str, *arguments: object, **options: object) -> object:
+        names = ["127.9.9.9", "127.0.0.1"] if host == "localhost" else [host]
+        return [found for name in names for found in look_up(name, *arguments, **options)]  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "getaddrinfo", two)
+    server.realm = f"http://localhost:{server.port}/token"
+    access = quick(docker_config(tmp_path / "c.json", server.host, **QUIRKY))
+    oci.check_push(fresh(server.host, "x"), access=access)
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
