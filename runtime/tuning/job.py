@@ -16,7 +16,7 @@ from runtime.files import sha256
 from runtime.logs import counted
 from runtime.oci.access import DEFAULT
 from runtime.tuning import fit, output, publish
-from runtime.tuning.data import dataset, download, formats, tokenize
+from runtime.tuning.data import dataset, download, folder, tokenize
 from runtime.tuning.data.dataset import Dataset
 from runtime.tuning.data.example import Example
 from runtime.tuning.data.tokenize import TokenizedSplit
@@ -130,8 +130,9 @@ def _read(job: TuningJob, ranks: Ranks, access: oci.Access) -> SplitDataset:
     if ranks.is_local_main:
         download.fetch(job.data, token=job.hub_token, access=access)
     ranks.barrier()
-    data = dataset.load(job.data, formats.local_paths(job.data.urls, job.data.folder))
-    train, held_out = dataset.split(data.examples, job.data)
+    files = folder.local_paths(job.data.urls, job.data.folder)
+    data = dataset.load(job.data, files, processes=ranks.local_world_size)
+    train, held_out = dataset.divide(data, job.data)
     log.info(
         "%s from %s: %d to train on, %d held out, %d skipped",
         counted(len(data.examples), "row"), counted(len(data.files), "file"),

@@ -11,6 +11,7 @@ from runtime import oci, presets
 from runtime.errors import ConfigError, DataError
 from runtime.files import kind_of
 from runtime.tuning.data import formats
+from runtime.tuning.data.folder import data_files
 
 HEAD_BYTES = 64 << 10
 """Of a JSON file, read to tell rows from a manifest."""
@@ -68,9 +69,9 @@ def is_data(target: str) -> bool:
 
 def _holds_data(folder: Path) -> bool:
     try:
-        return bool(formats.find(folder))
-    except DataError:
-        return False
+        return bool(data_files(folder))
+    except DataError:  # of an incomplete copy
+        return True
 
 
 def _may_be_manifest(path: Path) -> bool:

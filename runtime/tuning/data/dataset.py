@@ -7,17 +7,20 @@ Every file below the folder is used, in the order of its path. Does not know wha
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TypeVar
 
 import numpy as np
 
 from runtime.errors import DataError
 from runtime.files import sha256
-from runtime.tuning.data import formats
+from runtime.tuning.data import folder, formats
 from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.example import Example
+from runtime.tuning.data.folder import FoundFile
+from runtime.tuning.data.limits import ByteCount, DataLimits
 from runtime.tuning.data.normalise import RowFacts, RowNormaliser
+from runtime.tuning.data.splits import Split
 from runtime.tuning.settings import DataSource
 
 log = logging.getLogger(__name__)
@@ -37,8 +40,11 @@ class DataFile:
     """One file that was read, for the report and the provenance."""
 
     name: str
+    """Its path below the data folder."""
     rows: int
     sha256: str
+    format: str = ""
+    split: Split = "train"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,40 +52,115 @@ class Dataset:
     """All examples of a job, in file and row order."""
 
     examples: tuple[Example, ...]
+    """Of all files but those of a validation set."""
     files: tuple[DataFile, ...]
     bad_rows: BadRows
     """Those left out so far (`on_bad_row: skip`); rendering and encoding add theirs."""
+    validation: tuple[Example, ...] = ()
+    """Of the files whose names say that they are to be held out."""
     facts: RowFacts = field(default_factory=RowFacts)
     """What the rows were made of."""
 
     @property
     def digest(self) -> str:
         """The digests of all files, in order: equal exactly when the data is."""
-        return " ".join(file.sha256 for file in self.files)
+        return " ".join(
+            file.sha256 if file.split == "train" else f"{file.split}:{file.sha256}" for file in self.files
+        )
 
 
-def load(source: DataSource, files: Sequence[Path] | None = None) -> Dataset:
-    """Read `files`, or every data file of `source`; DataError naming file, row and column at fault."""
-    bad_rows = BadRows(source.on_bad_row)
-    normaliser = RowNormaliser(source)
-    examples: list[Example] = []
+def load(source: DataSource, files: Sequence[Path] | None = None, *, processes: int = 1) -> Dataset:
+    """Read `files`, or every data file of `source`; DataError naming file, row and column at fault.
+
+    Each of `processes` on this machine reads them all: the memory that they may take is divided.
+    """
+    unpacked = ByteCount(DataLimits.of(source.max_bytes, source.folder, processes=processes).unpacked)
+    reader = _Reader(source, unpacked, BadRows(source.on_bad_row), RowNormaliser(source))
+    found = _found(source, files)
+    examples: dict[Split, list[Example]] = {"train": [], "validation": []}
     used: list[DataFile] = []
-    for path in files or formats.find(source.folder, file=source.file, extension=source.extension):
-        count = 0
-        for number, row in enumerate(formats.read(path, source.extension), start=1):
-            where = f"{path.name}: row {number}"
-            count = number
-            with bad_rows.attempt(where):
-                examples.append(normaliser.example(row, where))
-        if not count:
-            raise DataError(f"{path}: has no rows, expected at least one")
-        bad_rows.rows += count
-        used.append(DataFile(path.name, count, sha256(path)))
-    bad_rows.conclude("reading")
-    facts = normaliser.facts()
+    for file in found:
+        if file.split != "test":
+            read, data_file = reader.read(file)
+            examples[file.split] += read
+            used.append(data_file)
+    if not any(file.rows for file in used if file.split == "train"):
+        where = found[0].path if len(found) == 1 else source.folder
+        raise DataError(f"{where}: has no rows, expected at least one")
+    _say_what_was_read(used, [file.name for file in found if file.split == "test"])
+    reader.bad_rows.conclude("reading")
+    facts = reader.normaliser.facts()
     for note, count in facts.notes.items():
-        log.warning("%d of %d rows: %s", count, len(examples), note)
-    return Dataset(tuple(examples), tuple(used), bad_rows, facts)
+        log.warning("%d of %d rows: %s", count, sum(map(len, examples.values())), note)
+    return Dataset(
+        tuple(examples["train"]), tuple(used), reader.bad_rows, tuple(examples["validation"]), facts
+    )
+
+
+def _found(source: DataSource, files: Sequence[Path] | None) -> list[FoundFile]:
+    if files:
+        return folder.listed(files)
+    return folder.find(source.folder, file=source.file, extension=source.extension)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Makes examples of files, one after another."""
+
+    source: DataSource
+    unpacked: ByteCount
+    bad_rows: BadRows
+    normaliser: RowNormaliser
+
+    def read(self, file: FoundFile) -> tuple[list[Example], DataFile]:
+        """Return the examples of one file, and what the file was."""
+        examples: list[Example] = []
+        extension, rows = self.source.extension, 0
+        for rows, row in enumerate(formats.read(file.path, extension, self.unpacked), start=1):
+            where = f"{file.name}: row {rows}"
+            with self.bad_rows.attempt(where):
+                if isinstance(row, DataError):
+                    raise DataError(f"{where} {row}")
+                examples.append(self.normaliser.example(row, where))
+        self.bad_rows.rows += rows
+        kind = formats.kind_of(file.path, extension)
+        return examples, DataFile(file.name, rows, sha256(file.path), kind, file.split)
+
+
+def _say_what_was_read(files: Sequence[DataFile], test: Sequence[str]) -> None:
+    """Log a line for each kind of file, and what looks like a mistake."""
+    groups: dict[tuple[Split, str], list[DataFile]] = {}
+    copies: dict[str, list[str]] = {}
+    formats_by_name: dict[str, dict[str, str]] = {}
+    for file in files:
+        groups.setdefault((file.split, file.format), []).append(file)
+        if not file.rows:
+            continue
+        copies.setdefault(file.sha256, []).append(file.name)
+        stem = str(PurePath(file.name).with_name(formats.base_name(PurePath(file.name))))
+        formats_by_name.setdefault(stem, {})[file.format] = file.name
+    for (split, kind), members in groups.items():
+        purpose = "held out" if split == "validation" else "read"
+        rows, names = sum(file.rows for file in members), [file.name for file in members]
+        log.info("%d rows %s, of %d %s files (%s)", rows, purpose, len(members), kind, _some(names))
+    if test:
+        log.info("%d files are left out, rows to test on: %s", len(test), _some(test))
+    for names in (*copies.values(), *(list(found.values()) for found in formats_by_name.values())):
+        if len(names) > 1:
+            log.warning("%s: perhaps the same rows, which then count twice", " and ".join(names[:3]))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) < 4 else f"{names[0]} … {names[-1]}"
+
+
+def divide(data: Dataset, source: DataSource) -> tuple[list[Example], list[Example]]:
+    """Return (train, held out): the files of a validation set where there are any, else as `split` does."""
+    if not data.validation:
+        return split(data.examples, source)
+    if source.train_share is not None:
+        log.info("train_test_split does not count: the data has a validation set of its own")
+    return list(data.examples), list(data.validation)
 
 
 def split(rows: Sequence[Item], source: DataSource) -> tuple[list[Item], list[Item]]:

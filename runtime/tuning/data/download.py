@@ -28,7 +28,7 @@ from runtime.errors import DataError, TransientError
 from runtime.files import locked, write_atomic
 from runtime.net import DEFAULT_LIMITS, DownloadLimits
 from runtime.oci.access import DEFAULT
-from runtime.tuning.data.formats import local_paths
+from runtime.tuning.data.folder import local_paths
 from runtime.tuning.settings import DataSource
 
 log = logging.getLogger(__name__)

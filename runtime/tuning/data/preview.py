@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from runtime import models, oci
 from runtime.oci.access import DEFAULT
-from runtime.tuning.data import dataset, download, formats, tokenize
-from runtime.tuning.data.dataset import Dataset, split
+from runtime.tuning.data import dataset, download, folder, tokenize
+from runtime.tuning.data.dataset import Dataset, divide
 from runtime.tuning.data.example import Example
 from runtime.tuning.data.tokenize import EncodedExample, RowOutcome, TokenizedRow
 from runtime.tuning.settings import TuningJob
@@ -71,8 +71,8 @@ class Preview:
 def preview(job: TuningJob, *, count: int, access: oci.Access = DEFAULT) -> Preview:
     """Return the first `count` training rows of `job` as they are encoded, and counts over many."""
     download.fetch(job.data, token=job.hub_token, access=access)
-    data = dataset.load(job.data, formats.local_paths(job.data.urls, job.data.folder))
-    train, held_out = split(data.examples, job.data)
+    data = dataset.load(job.data, folder.local_paths(job.data.urls, job.data.folder))
+    train, held_out = divide(data, job.data)
     tokenizer, limit = models.load_tokenizer(job.model), tokenize.longest_row(job)
     examined = train[: max(count, COUNTED_ROWS)]
     encoded: list[tuple[Example, EncodedExample]] = []

@@ -23,7 +23,7 @@ from runtime import files
 from runtime.errors import CapacityError, DataError, TransientError
 from runtime.net import DownloadLimits
 from runtime.tuning.data import download as fetching
-from runtime.tuning.data import formats
+from runtime.tuning.data import folder
 from runtime.tuning.data.download import check_address, check_url, fetch
 from runtime.tuning.settings import DataSource
 from tests.faults.dataset_server import DatasetServer, Reply
@@ -54,7 +54,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def local_paths(source: DataSource) -> list[Path]:
-    return formats.local_paths(source.urls, source.folder)
+    return folder.local_paths(source.urls, source.folder)
 
 
 def test_file_is_fetched_once_and_kept(tmp_path: Path) -> None:

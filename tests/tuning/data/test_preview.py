@@ -47,11 +47,11 @@ def test_answers_with_their_end_are_labelled_and_the_rest_is_not(
 def test_counts_are_those_that_training_logs(make_job: Maker, without_weights: ModelSource) -> None:
     from transformers import AutoTokenizer
 
-    from runtime.tuning.data import dataset, formats, tokenize
+    from runtime.tuning.data import dataset, folder, tokenize
 
     job = make_job(model=without_weights, encoding=Encoding(max_tokens=100, too_long="drop"))
     found = preview(job, count=1)
-    paths = formats.local_paths(job.data.urls, job.data.folder)
+    paths = folder.local_paths(job.data.urls, job.data.folder)
     train, _ = dataset.split(dataset.load(job.data, paths).examples, job.data)
     tokenizer = AutoTokenizer.from_pretrained(str(without_weights.path))
     encoded = tokenize.encode(train, tokenizer, job.encoding, max_tokens=100, bad_rows=BadRows())

@@ -1,0 +1,9 @@
+"""Data files as rows: what format a file is of, and a lazy reader for each.
+
+A row is a mapping, or the DataError of a row that cannot be read. Knows formats, not columns or folders.
+Start at table.py; streams.py opens files, json_rows.py, delimited.py and columnar.py read them.
+"""
+
+from runtime.tuning.data.formats.table import FORMATS, Row, base_name, file_format, is_data, kind_of, read
+
+__all__ = ["FORMATS", "Row", "base_name", "file_format", "is_data", "kind_of", "read"]

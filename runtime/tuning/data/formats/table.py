@@ -1,0 +1,164 @@
+"""One table of formats, and the reading of one file by it.
+
+A new format is an entry of `FORMATS` and its reader. Every fault of a reader, and of the libraries below it,
+ends here as one DataError that names the file. Start at `read`.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import IO, Any
+
+from runtime.errors import CapacityError, DataError, Failure, one_line
+from runtime.tuning.data.formats import columnar, streams
+from runtime.tuning.data.formats.delimited import read_delimited
+from runtime.tuning.data.formats.json_rows import read_json
+from runtime.tuning.data.limits import ByteCount, DataLimits
+
+Row = Mapping[str, Any]
+Rows = Iterator[Row | DataError]
+
+_START_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class DataFormat:
+    """How files of one format are recognised and read."""
+
+    suffixes: tuple[str, ...]
+    read: Callable[[Path, ByteCount], Rows]
+    magic: tuple[bytes, ...] = ()
+    """The first bytes of such files, where they have some of their own."""
+
+
+def read(path: Path, extension: str | None = None, unpacked: ByteCount | None = None) -> Rows:
+    """Yield the rows of one file, each a mapping, or the DataError (without file and row) of a bad one.
+
+    `extension` is its format, where the name does not tell; `unpacked` counts what is read. Raises DataError
+    when the file is not what its name says.
+    """
+    count = unpacked or ByteCount(DataLimits.of(None, path.parent).unpacked)
+    try:
+        kind = kind_of(path, extension)
+        for row in FORMATS[kind].read(path, count):
+            count.add_rows(1, 0, path.name)
+            yield row
+    except DataError as error:
+        text = str(error)
+        raise DataError(text if path.name in text else f"{path}: {text}{_start(path)}") from None
+    except Failure:
+        raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: {streams.not_utf8(error)}") from None
+    except MemoryError:
+        raise CapacityError(f"{path}: there is not enough memory to read it") from None
+    except Exception as error:  # pyarrow's, the decompressors', the disk's
+        reason = one_line(error, 160) or type(error).__name__
+        raise DataError(f"{path}: not a readable {kind} file ({reason}){_start(path)}") from None
+
+
+def kind_of(path: Path, extension: str | None = None) -> str:
+    """Return the format of a file: `extension`, or what its name tells, or its first bytes."""
+    return extension or file_format(path) or _format_by_content(path) or "json"
+
+
+def _start(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return f"; it starts with {file.read(40)!r}"
+
+
+def _json(path: Path, unpacked: ByteCount) -> Rows:
+    with streams.opened(path, unpacked) as stream:
+        yield from read_json(stream, lines=False)
+
+
+def _json_lines(path: Path, unpacked: ByteCount) -> Rows:
+    with streams.opened(path, unpacked) as stream:
+        yield from read_json(stream, lines=True)
+
+
+def _delimited(path: Path, unpacked: ByteCount) -> Rows:
+    with streams.opened(path, unpacked) as stream:
+        yield from read_delimited(stream)
+
+
+def _parquet(path: Path, unpacked: ByteCount) -> Rows:
+    with _seekable(path, unpacked) as file:
+        yield from columnar.read_parquet(file, unpacked, path.name)
+
+
+def _arrow(path: Path, unpacked: ByteCount) -> Rows:
+    with _seekable(path, unpacked) as file:
+        yield from columnar.read_arrow(file, unpacked, path.name)
+
+
+def _seekable(path: Path, unpacked: ByteCount) -> IO[bytes]:
+    """Open a file that is read in any order: a compressed one by way of a file without a name."""
+    if not streams.is_compressed(path):
+        return path.open("rb")
+    plain = tempfile.TemporaryFile()  # noqa: SIM115 - the caller's, to close
+    with streams.opened(path, unpacked) as stream:
+        while data := stream.read(streams.CHUNK_BYTES):
+            plain.write(data)
+    plain.seek(0)
+    return plain
+
+
+FORMATS = {
+    "parquet": DataFormat((".parquet",), _parquet, magic=(b"PAR1",)),
+    "json": DataFormat((".json",), _json, magic=(b"{", b"[")),
+    "jsonl": DataFormat((".jsonl", ".ndjson"), _json_lines),
+    "csv": DataFormat((".csv",), _delimited),
+    "tsv": DataFormat((".tsv",), _delimited),
+    "arrow": DataFormat((".arrow",), _arrow, magic=(b"ARROW1", b"\xff\xff\xff\xff", b"FEA1")),
+    "feather": DataFormat((".feather",), _arrow),
+}
+"""Formats by the names that `dataset_extension` takes."""
+
+
+def file_format(path: PurePath) -> str | None:
+    """Return the format that the name of `path` tells, or None.
+
+    A name may go on after the suffix (`train.parquet_download_true`): downloaders before KAITO 0.7
+    kept the URL's query in it.
+    """
+    return _parts(path)[1]
+
+
+def base_name(path: PurePath) -> str:
+    """Return the name of `path` without the suffixes of its format and compression."""
+    return _parts(path)[0]
+
+
+def _parts(path: PurePath) -> tuple[str, str | None]:
+    name = path.name
+    while name.lower().endswith(streams.SUFFIXES):
+        name = name.rpartition(".")[0]
+    suffixes = {suffix: kind for kind, entry in FORMATS.items() for suffix in entry.suffixes}
+    exact = suffixes.get(PurePath(name).suffix.lower())
+    if exact:
+        return PurePath(name).stem, exact
+    positions = {name.lower().rfind(suffix): kind for suffix, kind in suffixes.items()}
+    last = max(positions)
+    return (name[:last], positions[last]) if last > 0 else (name, None)
+
+
+def is_data(path: Path) -> bool:
+    """Return whether a file is data by its name, or, where that has no suffix, by its first bytes."""
+    bare = "." not in path.name or path.name.lower().endswith(streams.SUFFIXES)
+    return file_format(path) is not None or (bare and _format_by_content(path) is not None)
+
+
+def _format_by_content(path: Path) -> str | None:
+    """Return the format by a file's first bytes: a URL's base name may tell nothing."""
+    try:
+        with streams.opened(path, ByteCount(DataLimits.of(None, path.parent).unpacked)) as stream:
+            start = stream.peek(_START_BYTES).lstrip()
+    except Exception:  # of the decompressors: whoever reads it says what is wrong
+        return None
+    return next(
+        (kind for kind, entry in FORMATS.items() if entry.magic and start.startswith(entry.magic)), None
+    )

@@ -1,0 +1,124 @@
+"""Folders are read as the tools that write them mean them."""
+
+import json
+import logging
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from runtime.errors import DataError
+from runtime.tuning.data import folder
+
+Saved = Path
+
+
+def names(path: Path) -> dict[str, str]:
+    return {file.name: file.split for file in folder.find(path)}
+
+
+def touch(root: Path, *files: str) -> None:
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text('{"text": "a"}\n')
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    import datasets
+
+    root = tmp_path_factory.mktemp("saved") / "data"
+    datasets.disable_progress_bars()
+    rows = datasets.Dataset.from_list([{"prompt": "q", "completion": "a"}] * 5)
+    parts = datasets.DatasetDict(train=rows, validation=rows, test=rows)
+    parts.save_to_disk(root, num_shards={"train": 2, "validation": 1, "test": 1})
+    return root
+
+
+def test_what_save_to_disk_writes_is_arrow_files_alone_with_their_splits(saved: Saved) -> None:
+    assert names(saved) == {
+        "test/data-00000-of-00001.arrow": "test",
+        "train/data-00000-of-00002.arrow": "train",
+        "train/data-00001-of-00002.arrow": "train",
+        "validation/data-00000-of-00001.arrow": "validation",
+    }
+    (saved / "train" / "cache-1234.arrow").write_bytes(b"ARROW1")
+    assert "train/cache-1234.arrow" not in names(saved)
+    assert set(names(saved / "train")) == {"data-00000-of-00002.arrow", "data-00001-of-00002.arrow"}
+
+
+def test_a_copy_of_a_saved_folder_without_a_part_is_an_error(tmp_path: Path) -> None:
+    files = [{"filename": "data-00000-of-00002.arrow"}, {"filename": "data-00001-of-00002.arrow"}]
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": files}))
+    (tmp_path / "data-00000-of-00002.arrow").write_bytes(b"x")
+    with pytest.raises(
+        DataError, match=r"names data-00001-of-00002\.arrow, which is not there: the copy is not"
+    ):
+        folder.find(tmp_path)
+
+
+def test_a_checkout_of_the_hub_is_its_data_files(tmp_path: Path) -> None:
+    touch(
+        tmp_path, "dataset_infos.json", ".gitattributes", ".git/objects/a.json", ".cache/a.parquet", "LICENSE"
+    )
+    touch(tmp_path, "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet")
+    touch(tmp_path, "data/test-00000-of-00001.parquet")
+    (tmp_path / "LICENSE").write_text("MIT")
+    (tmp_path / "README.md").write_text("# A data set")
+    found = names(tmp_path)
+    assert len(found) == 3
+    assert found["data/test-00000-of-00001.parquet"] == "test"
+    card = "---\nconfigs:\n- data_files:\n  - split: train\n    path: data/test-*\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    assert names(tmp_path) == {"data/test-00000-of-00001.parquet": "train"}
+
+
+def test_outputs_of_spark_are_their_parts(tmp_path: Path) -> None:
+    touch(
+        tmp_path,
+        "_SUCCESS",
+        "_committed_1",
+        ".part-0.json.crc",
+        "part-0.snappy.parquet",
+        "part-1.c000.csv.gz",
+    )
+    touch(tmp_path, "_delta_log/0.json", "_temporary/a.json")
+    assert set(names(tmp_path)) == {"part-0.snappy.parquet", "part-1.c000.csv.gz"}
+
+
+def test_json_about_the_data_is_left_out_beside_data_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    touch(tmp_path, "metadata.json")
+    assert set(names(tmp_path)) == {"metadata.json"}
+    touch(tmp_path, "rows.jsonl", "dataset_info.json")
+    assert set(names(tmp_path)) == {"rows.jsonl"}
+    assert "1 files are left out, they are about the data (metadata.json)" in caplog.text
+
+
+def test_a_file_without_suffix_is_data_by_its_first_bytes(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "part-00000")
+    (tmp_path / "rows").write_text('{"text": "a"}')
+    (tmp_path / "README").write_text("data")
+    (tmp_path / "a.gz").write_bytes(b"\x1f\x8bdamaged")
+    assert set(names(tmp_path)) == {"part-00000", "rows"}
+
+
+def test_missing_parts_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(
+        tmp_path,
+        "a/train-00000-of-00003.jsonl",
+        "a/train-00002-of-00003.jsonl",
+        "b/train-00000-of-00001.jsonl",
+    )
+    folder.find(tmp_path)
+    assert caplog.messages == ["a/train: only 2 of its 3 parts are there"]
+
+
+def test_addresses_with_one_name_keep_the_suffixes_of_format_and_compression(tmp_path: Path) -> None:
+    urls = ["https://a.example/1/train.jsonl.gz", "https://a.example/2/train.jsonl.gz"]
+    first, second = folder.local_paths(urls, tmp_path)
+    assert first != second
+    assert [path.name[:6] + path.name[-9:] for path in (first, second)] == ["train-.jsonl.gz"] * 2
