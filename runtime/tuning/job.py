@@ -19,6 +19,7 @@ from runtime.tuning import fit, output, publish
 from runtime.tuning.data import dataset, download, folder, tokenize
 from runtime.tuning.data.dataset import Dataset
 from runtime.tuning.data.example import Example
+from runtime.tuning.data.rendered_fields import RenderedFields
 from runtime.tuning.data.tokenize import TokenizedSplit
 from runtime.tuning.output import OutputPaths
 from runtime.tuning.precision import resolve_precision
@@ -106,6 +107,7 @@ def _tune(requested: TuningJob, job: TuningJob, rank: RankSetup, access: oci.Acc
     progress.enter("encode")
     with garbage_collection.paused():
         tokenizer = models.load_tokenizer(job.model)
+    data = fit_template(job, tokenizer, data)
     job, tokenized = encode_rows(job, tokenizer, data)
     job, planned = fit.resolve(job, rank.machine, processes=ranks.local_world_size, rows=tokenized.rows)
     progress.enter("model")
@@ -139,6 +141,12 @@ def _read(job: TuningJob, ranks: Ranks, access: oci.Access) -> SplitDataset:
         len(train), len(held_out), data.bad_rows.skipped,
     )  # fmt: skip
     return SplitDataset(data, train, held_out)
+
+
+def fit_template(job: TuningJob, tokenizer: "PreTrainedTokenizerBase", data: SplitDataset) -> SplitDataset:
+    """Return `data` without the rows that hold what the model's chat template does not render."""
+    fields = RenderedFields(tokenizer, model=job.model.name, bad_rows=data.dataset.bad_rows)
+    return SplitDataset(data.dataset, fields.fit(data.train), fields.fit(data.held_out))
 
 
 def encode_rows(

@@ -37,6 +37,11 @@ class BadRows:
         self._said = 0
 
     @property
+    def skips(self) -> bool:
+        """Whether bad rows are left out, rather than ending the job."""
+        return self._policy == "skip"
+
+    @property
     def skipped(self) -> int:
         return len(self._where)
 

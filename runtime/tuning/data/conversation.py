@@ -19,7 +19,8 @@ CALLING = "calling"
 """The role of a message that is nothing but a tool call; it is part of an assistant's turn."""
 
 ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
+    "system": "system",
+    "developer": "developer",
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "ai", "model", "bot", "chatgpt", "bing", "bard"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),

@@ -14,6 +14,7 @@ from runtime.oci.access import DEFAULT
 from runtime.tuning.data import dataset, download, folder, tokenize
 from runtime.tuning.data.dataset import Dataset, divide
 from runtime.tuning.data.example import Example
+from runtime.tuning.data.rendered_fields import RenderedFields
 from runtime.tuning.data.tokenize import EncodedExample, RowOutcome, TokenizedRow
 from runtime.tuning.settings import TuningJob
 
@@ -74,7 +75,8 @@ def preview(job: TuningJob, *, count: int, access: oci.Access = DEFAULT) -> Prev
     data = dataset.load(job.data, folder.local_paths(job.data.urls, job.data.folder))
     train, held_out = divide(data, job.data)
     tokenizer, limit = models.load_tokenizer(job.model), tokenize.longest_row(job)
-    examined = train[: max(count, COUNTED_ROWS)]
+    fields = RenderedFields(tokenizer, model=job.model.name, bad_rows=data.bad_rows)
+    examined = fields.fit(train[: max(count, COUNTED_ROWS)])
     encoded: list[tuple[Example, EncodedExample]] = []
     for example in examined:
         with data.bad_rows.attempt(example.origin):

@@ -44,7 +44,7 @@ def test_containers_of_messages(value: Any) -> None:
         *((name, "assistant") for name in ("assistant", "gpt", "ai", "bot", "model", "Assistant")),
         *((name, "tool") for name in ("tool", "function", "observation", "ipython", "tool-response")),
         ("system", "system"),
-        ("developer", "system"),
+        ("developer", "developer"),
     ],
 )
 def test_roles_by_the_names_of_data_sets(name: str, role: str) -> None:
