@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from runtime import ports
-from runtime.cli import render
+from runtime.cli import next_steps, render
 from runtime.cli.options import (
     Config,
     Debug,
@@ -26,8 +26,9 @@ from runtime.cli.options import (
 from runtime.errors import Failure, StoppedError, exit_code
 from runtime.tuning.process.nodes import Nodes
 from runtime.tuning.settings import TuningJob
-from runtime.workspace import load_job
+from runtime.workspace import load_job, runs
 from runtime.workspace.layers import Resolved
+from runtime.workspace.mounts import in_pod
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +139,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     environ, overrides = context.obj or {}, set_flags(settings) | without_defaults(flags)
     resolved = load_job(target, environ=environ, config=config, overrides=overrides)
     nodes = Nodes.read(environ, count=nnodes, rank=node_rank, endpoint=rdzv_endpoint)
+    resolved = runs.place(resolved, nodes=nodes.count)
     if dry_run:
         return render.dry_run(resolved, render.tuning_job, as_json=as_json)
     if preview is not None:
@@ -161,6 +163,17 @@ def _launch(
         # the last line of a pod's log, in the same form as all others
         log.log(logging.WARNING if stopped else logging.ERROR, "%s", failure)
         raise typer.Exit(exit_code(failure)) from None
+    if nodes.is_main and not in_pod(environ):
+        _next_steps(job)
+
+
+def _next_steps(job: TuningJob) -> None:
+    from runtime.tuning.report import report
+
+    if (written := report.read(job.output.folder)) is not None:
+        typer.echo("\nNext, from this directory:\n")
+        for line in next_steps.after_tuning(job, written, with_question=sys.stdout.isatty()):
+            typer.echo(f"  {line}")
 
 
 def _preview(job: TuningJob, count: int, *, environ: Mapping[str, str]) -> None:

@@ -13,7 +13,7 @@ from runtime.pod.termination import exit_status_of
 from runtime.tuning.process import failure
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.settings import TuningJob
-from runtime.workspace import load_job
+from runtime.workspace import load_job, runs
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,6 @@ def _launch(arguments: Sequence[str], environ: Mapping[str, str], root: Path) ->
 def _job(arguments: Sequence[str], environ: Mapping[str, str], root: Path) -> TuningJob:
     if arguments:
         log.info("ignored flags: %s", " ".join(arguments))
-    resolved = load_job(None, environ=environ, root=root)
+    resolved = runs.place(load_job(None, environ=environ, root=root))
     resolved.warn()
     return resolved.ready()

@@ -29,7 +29,7 @@ from runtime.tuning.output import OutputPaths
 from runtime.tuning.process import failure
 from runtime.tuning.process.nodes import SINGLE_NODE, Nodes
 from runtime.tuning.process.signals import StopSignal
-from runtime.tuning.report import metrics_server
+from runtime.tuning.report import metrics_server, report, verdict
 from runtime.tuning.settings import CHECKPOINT_GRACE_S, TuningJob
 from runtime.tuning.train.progress import JobProgress, JobState
 
@@ -76,6 +76,8 @@ def run(
     if record is not None:
         failure.write_termination_log(record, termination_log)
         raise failure.from_record(record)
+    if nodes.is_main and (written := report.read(job.output.folder)):
+        log.info("%s", verdict.summary(written))
 
 
 def _metrics(

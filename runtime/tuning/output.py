@@ -19,6 +19,7 @@ SENTINEL = "fine_tuning_completed.txt"
 
 WITHOUT_EFFECT = {
     "name",
+    "run",
     "output",
     "checkpoint_minutes",
     "metrics_host",

@@ -107,7 +107,9 @@ class TuningJob(Strict):
     """All settings of one tuning run: the same job run twice gives the same bytes."""
 
     name: str
-    """The Workspace's name; shown in logs, never used as a path."""
+    """The Workspace's name, else the data's; shown in logs, never used as a path."""
+    run: str = ""
+    """What this run of the job is called, in the report; the folder's name where none is given."""
     model: ModelSource
     data: DataSource = DataSource()
     encoding: Encoding = Encoding()

@@ -20,7 +20,17 @@ from runtime.hardware import has_bfloat16
 from runtime.tuning import training_arguments
 from runtime.tuning.model import lora_init
 from runtime.tuning.settings import TuningJob
-from runtime.workspace import config_file, config_maps, flags, mixups, names, outside, references, sections
+from runtime.workspace import (
+    config_file,
+    config_maps,
+    flags,
+    mixups,
+    names,
+    outside,
+    references,
+    runs,
+    sections,
+)
 from runtime.workspace.apply import apply_training_config
 from runtime.workspace.base_model import (
     map_targets,
@@ -70,6 +80,7 @@ def load_job(
     _apply_environment(settings, mounts)
     require_model(settings)
     where = str(manifest.file if manifest else target or file.where)
+    _name(settings, overrides.get("--data", ()))
     flags.apply(settings, overrides, where)
     _finish(settings, mounts, manifest)
     job = settings.build(TuningJob, "--set" if flags.dotted(overrides) else where)
@@ -96,7 +107,6 @@ def _apply_target(
     if target is None:
         return None
     if not isinstance(target, WorkspaceDocuments) and not is_manifest(target):
-        settings.put("name", _slug(str(target)), "command line")
         _choose_model(settings, str(target), "command line")
         return None
     manifest = target if isinstance(target, WorkspaceDocuments) else read(Path(target), "tuning")
@@ -188,10 +198,19 @@ def _apply_environment(settings: LayeredSettings, mounts: Mounts) -> None:
             break
 
 
-def _finish(settings: LayeredSettings, mounts: Mounts, manifest: WorkspaceDocuments | None) -> None:
-    """Derive what depends on all layers: names, folders, credentials; warn of what will not work."""
-    if settings.get("name") is None:
+def _name(settings: LayeredSettings, data: Sequence[str]) -> None:
+    """Name a job that no manifest names: after its data, or after its model where the data is mounted."""
+    if settings.get("name") is not None:
+        return
+    called = runs.data_name(data[0]) if data else ""
+    if called:
+        settings.put("name", _slug(called), "flag --data")
+    else:
         settings.put("name", _slug(Path(str(settings.get("model.name"))).name), "model")
+
+
+def _finish(settings: LayeredSettings, mounts: Mounts, manifest: WorkspaceDocuments | None) -> None:
+    """Derive what depends on all layers: folders, credentials; warn of what will not work."""
     if settings.get("method") == "lora":
         settings.put("quantization", None, settings.sources["method"])
     elif "quantization" in settings.values and settings.get("quantization") is None:
@@ -223,7 +242,7 @@ def _finish_output(settings: LayeredSettings, mounts: Mounts) -> None:
         return
     if not mounts.controlled:
         mounted = mounts.at("/mnt/results")
-        folder = mounted if mounted.is_dir() else Path("results") / _slug(settings.get("name"))
+        folder = mounted if mounted.is_dir() else runs.FOLDER / _slug(settings.get("name"))
         settings.put("output.folder", folder, "default")
         return
     text = str(written or "/mnt/output")

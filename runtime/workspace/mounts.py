@@ -17,6 +17,11 @@ PRESET_FILE = "preset.txt"
 """File beside baked weights with the name of their preset."""
 
 
+def in_pod(environ: Mapping[str, str]) -> bool:
+    """Return whether a process with this environment runs in a pod."""
+    return "KUBERNETES_SERVICE_HOST" in environ
+
+
 @dataclass(frozen=True, slots=True)
 class Mounts:
     """Fixed paths, below `root`."""
@@ -43,7 +48,7 @@ class Mounts:
     @property
     def controlled(self) -> bool:
         """Whether this is a controller's layout: its configuration is mounted, or this is a pod."""
-        return self.training_config.is_file() or "KUBERNETES_SERVICE_HOST" in self.environ
+        return self.training_config.is_file() or in_pod(self.environ)
 
     def weights(self) -> Path | None:
         """Return the mounted directory with model weights, None when there is none."""

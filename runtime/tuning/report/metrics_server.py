@@ -98,7 +98,8 @@ def _open(
     except OSError as error:
         log.log(
             logging.WARNING if announced else logging.DEBUG,
-            "no /metrics: cannot listen on %s port %d (%s); --set metrics_port=N takes another, null none",
+            "no /metrics: cannot listen on %s port %d (%s); --set metrics_port=N takes another, "
+            "--set metrics_port=null none",
             *address,
             error.strerror,
         )

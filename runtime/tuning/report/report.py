@@ -20,7 +20,7 @@ from runtime.logs import redact
 from runtime.tuning.data.dataset import Dataset
 from runtime.tuning.data.tokenize import TokenizedSplit
 from runtime.tuning.output import OutputPaths
-from runtime.tuning.report import chart, html
+from runtime.tuning.report import chart, html, verdict
 from runtime.tuning.settings import DataSource, TuningJob
 
 CURVE_POINTS = 500
@@ -84,12 +84,14 @@ def build(job: TuningJob, data: Dataset, tokenized: TokenizedSplit, outcome: Out
     settings = _settings(job)
     return {
         "job": job.name,
+        "run": job.run or job.name,
         "model": {"name": job.model.name, "repository": job.model.repository, "revision": job.model.revision},
         "method": job.method,
         "data": _data(data, tokenized),
         "settings": settings,
         "sources": {name: job.sources.get(name, "default") for name in flatten(settings)},
         "result": _result(outcome),
+        "verdict": asdict(verdict.judge(outcome.held_out_losses, held_out_rows=_held_out_rows(tokenized))),
         "machine": {
             "kind": outcome.machine.hardware.kind,
             "name": outcome.machine.hardware.name,
@@ -105,6 +107,12 @@ def build(job: TuningJob, data: Dataset, tokenized: TokenizedSplit, outcome: Out
     }
 
 
+def read(folder: Path) -> dict[str, Any] | None:
+    """Return the report in a job's output folder; None where there is none."""
+    path = OutputPaths(folder).report
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
 def save(report: dict[str, Any], folder: Path) -> None:
     """Write the report and its page, each atomically."""
     paths = OutputPaths(folder)
@@ -113,13 +121,13 @@ def save(report: dict[str, Any], folder: Path) -> None:
 
 
 def _data(data: Dataset, tokenized: TokenizedSplit) -> dict[str, Any]:
-    train, held_out = tokenized.train, tokenized.held_out
+    train = tokenized.train
     return {
         "files": [asdict(file) for file in data.files],
         "rows": len(data.examples),
         "skipped_rows": data.bad_rows.skipped,
         "train_rows": len(train.rows),
-        "held_out_rows": len(held_out.rows) if held_out else 0,
+        "held_out_rows": _held_out_rows(tokenized),
         "tokens": train.tokens,
         "trained_tokens": train.labelled_tokens,
         "truncated_rows": train.truncated,
@@ -127,6 +135,10 @@ def _data(data: Dataset, tokenized: TokenizedSplit) -> dict[str, Any]:
         "unlabelled_rows": train.unlabelled,
         "row_tokens": _length_summary([len(row) for row in train.rows]),
     }
+
+
+def _held_out_rows(tokenized: TokenizedSplit) -> int:
+    return len(tokenized.held_out.rows) if tokenized.held_out else 0
 
 
 def _result(outcome: Outcome) -> dict[str, Any]:

@@ -41,7 +41,10 @@ def job(**given: Any) -> TuningJob:
     return TuningJob(**{**values, **given})
 
 
-def build(*, held_out: bool = True, **given: Any) -> dict[str, Any]:
+MEASURED = ((0, 2.61), (120, 1.34), (240, 1.21), (360, 1.19))
+
+
+def build(*, measured: tuple[tuple[float, float], ...] = MEASURED, **given: Any) -> dict[str, Any]:
     losses = tuple(
         (step, 1.1 + 1.4 * math.exp(-step / 60) + 0.12 * math.sin(step * 1.7) * math.cos(step / 3))
         for step in range(1, 361)
@@ -50,7 +53,7 @@ def build(*, held_out: bool = True, **given: Any) -> dict[str, Any]:
         steps=360,
         train_loss=1.093,
         losses=losses,
-        held_out_losses=((0, 2.61), (120, 1.34), (240, 1.21), (360, 1.19)) if held_out else (),
+        held_out_losses=measured,
         samples=tuple(
             Sample(f"{NASTY} Question {n}?", "It is so because it must be.", "I do not know.", "It is so.")
             for n in range(1, 6)
@@ -68,7 +71,7 @@ def build(*, held_out: bool = True, **given: Any) -> dict[str, Any]:
     data = Dataset((Example((), text="x"),) * 5060, files, bad_rows)
     tokenized = TokenizedData((ROW,) * 100, truncated=4, too_long=2, unlabelled=1)
     found = report.build(
-        job(**given), data, TokenizedSplit(tokenized, tokenized if held_out else None), outcome
+        job(**given), data, TokenizedSplit(tokenized, tokenized if measured else None), outcome
     )
     return {**found, "adapter_sha256": "7" * 64}
 
@@ -132,16 +135,22 @@ def test_report_and_page_hold_no_secret_and_no_path() -> None:
     assert json.loads(json.dumps(found, allow_nan=False)) is not None
 
 
-def test_held_out_loss_that_rose_again_is_reported() -> None:
-    assert "lowest after" not in html.render(build())
-    found = build()
-    found["result"]["curve"]["held_out"] = ((0, 2.61), (120, 1.34), (240, 1.212), (360, 1.31))
+def test_name_of_the_run_and_verdict_are_in_report_and_page() -> None:
+    found = build(run="tickets-20261130-1132")
+    assert (found["run"], found["job"]) == ("tickets-20261130-1132", "workspace-tuning-phi-3")
+    assert found["verdict"] == {
+        "kind": "learnt",
+        "text": "learnt: the held-out loss fell by 54% and is level",
+    }
     text = read(html.render(found)).text
-    assert "held-out loss was lowest after step 240 (1.212) and rose again" in text
+    assert "Tuning report tickets-20261130-1132 QLoRA" in text
+    assert found["verdict"]["text"] in text
+    rose = read(html.render(build(measured=((0, 2.61), (120, 1.34), (240, 1.212), (360, 1.31))))).text
+    assert "overfit from step 240 on, where the held-out loss was lowest (1.212)" in rose
 
 
 def test_run_without_held_out_rows_says_what_is_missing() -> None:
-    found = build(held_out=False)
+    found = build(measured=())
     text = read(html.render(found)).text
     assert "No rows were held out" in text
     assert "Questions from the training rows" in text

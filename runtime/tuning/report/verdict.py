@@ -1,0 +1,114 @@
+"""What a run's losses say: learnt, still falling, overfit, nothing learnt, or too few rows to tell.
+
+The rules and their thresholds, for numbers alone. Does not know where the losses come from, nor who reads
+the sentence. Start at `judge`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+from runtime.logs import counted
+from runtime.tuning.report.chart import Point
+from runtime.tuning.train.progress import duration
+
+Kind = Literal["learnt", "still falling", "overfit", "nothing learnt", "too few rows"]
+
+LEAST_ROWS = 5
+"""With fewer held-out rows one odd row decides the loss."""
+LEAST_FALL = 0.01
+"""A held-out loss that has not fallen by this part of itself has not fallen."""
+LEAST_RISE = 0.02
+"""Over its minimum, as a part of it and of the whole fall: less is noise, or a curve that is level."""
+LATE = 0.75
+"""The end of a run begins after this part of its steps."""
+LATE_FALL = 0.05
+"""Of the whole fall, in the end of the run: a curve that falls that much there has not arrived."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the losses of a run say."""
+
+    kind: Kind
+    text: str
+    """One line, with what to do next."""
+
+
+def judge(held_out: Sequence[Point], *, held_out_rows: int) -> Verdict:
+    """Return what the held-out losses (from before training to after it) of so many rows say.
+
+    The rules, in order: too few rows were held out; the loss never fell; it rose again by the end; it fell
+    to the end; else it was learnt. Only a curve that was measured between beginning and end can tell how
+    it ended.
+    """
+    if held_out_rows < LEAST_ROWS or len(held_out) < 2:
+        return _too_few(held_out_rows)
+    before, after = held_out[0][1], held_out[-1][1]
+    best_step, best = min(held_out, key=lambda point: point[1])
+    if before - best <= LEAST_FALL * before:
+        return _nothing(before, after)
+    if after - best > LEAST_RISE * max(best, before - best):
+        return Verdict(
+            "overfit",
+            f"overfit from step {best_step:.0f} on, where the held-out loss was lowest ({best:.3f}): train "
+            f"shorter (max_steps={best_step:.0f}), on more rows, or with a lower learning_rate",
+        )
+    late = _at(held_out, LATE * held_out[-1][0])
+    if late is not None and late - after > max(LATE_FALL * (before - after), LEAST_FALL * after):
+        return Verdict(
+            "still falling",
+            f"still falling: the last quarter of the steps took {late - after:.3f} off the held-out loss; "
+            "train longer (a higher num_train_epochs)",
+        )
+    there = " and is level" if late is not None else ""
+    return Verdict("learnt", f"learnt: the held-out loss fell by {1 - after / before:.0%}{there}")
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """Return the end of a run in one line: its name, the held-out loss before and after, the verdict."""
+    result = report["result"]
+    loss = result["held_out_loss"]
+    measured = "" if loss["before"] is None else _change(loss["before"], loss["after"])
+    steps = f"{counted(result['steps'], 'step')} in {duration(result['seconds'])}"
+    return f"{report['run']}: {measured}{steps}; {report['verdict']['text']}"
+
+
+def _change(before: float, after: float) -> str:
+    share = f" ({after / before - 1:+.0%})" if before else ""
+    return f"held-out loss {before:.3f} before, {after:.3f} after{share}; "
+
+
+def _too_few(rows: int) -> Verdict:
+    found = f"only {counted(rows, 'row')} held out" if rows else "no rows are held out"
+    return Verdict(
+        "too few rows",
+        f"too few rows to tell: {found}, where {LEAST_ROWS} or more show whether the model learnt or "
+        "memorised; train_test_split=0.9 holds a tenth out",
+    )
+
+
+def _nothing(before: float, after: float) -> Verdict:
+    if after - before > LEAST_RISE * before:
+        return Verdict(
+            "nothing learnt",
+            f"nothing learnt: the held-out loss rose from {before:.3f} to {after:.3f}; lower learning_rate",
+        )
+    return Verdict(
+        "nothing learnt",
+        f"nothing learnt: the held-out loss did not fall ({before:.3f} to {after:.3f}); look at what is "
+        "trained with --preview 3, then raise learning_rate or train longer",
+    )
+
+
+def _at(curve: Sequence[Point], step: float) -> float | None:
+    """Return the loss at `step`, between the measurements around it; None where the second half has none."""
+    last = curve[-1][0]
+    if not any(last / 2 <= point[0] < last for point in curve):
+        return None
+    for (left, high), (right, low) in pairwise(curve):
+        if left <= step <= right:
+            part = (step - left) / (right - left) if right > left else 0.0
+            return high + (low - high) * part
+    return None

@@ -1,0 +1,90 @@
+"""The verdict on a run's losses: each rule on made curves, and the noise that must not decide."""
+
+import math
+
+import pytest
+
+from runtime.tuning.report.chart import Point
+from runtime.tuning.report.verdict import Kind, judge, summary
+
+STEPS = 400
+POINTS = 10
+
+
+def curve(loss: "object") -> tuple[Point, ...]:
+    """Return the losses of `loss(part of the run)`, measured before, eight times between and after."""
+    parts = [number / (POINTS - 1) for number in range(POINTS)]
+    return tuple((round(part * STEPS), loss(part)) for part in parts)  # type: ignore[operator]
+
+
+CURVES: list[tuple[str, Kind, object]] = [
+    ("falls and levels off", "learnt", lambda t: 1.0 + 1.5 * math.exp(-12 * t)),
+    ("falls to a small loss and levels off", "learnt", lambda t: 0.02 + 2.5 * math.exp(-14 * t)),
+    ("rises a little over its minimum", "learnt", lambda t: 1.0 + 1.5 * math.exp(-12 * t) + 0.012 * t),
+    ("is level with noise", "learnt", lambda t: 1.0 + 1.5 * math.exp(-14 * t) + 0.008 * math.sin(40 * t)),
+    ("falls in a line", "still falling", lambda t: 2.5 - t),
+    ("falls slowly, exponentially", "still falling", lambda t: 1.0 + 1.5 * math.exp(-2 * t)),
+    ("turns in the middle", "overfit", lambda t: 1.2 + 2 * (t - 0.5) ** 2),
+    ("turns late", "overfit", lambda t: 1.2 + 1.6 * abs(t - 0.8)),
+    (
+        "turns early and ends above its beginning",
+        "overfit",
+        lambda t: 2.0 - 0.8 * t if t < 0.2 else 1.6 + 2 * t,
+    ),
+    ("is flat", "nothing learnt", lambda t: 2.31),
+    ("falls by less than a hundredth", "nothing learnt", lambda t: 2.31 - 0.01 * t),
+    ("rises from the beginning", "nothing learnt", lambda t: 2.31 + t),
+]
+
+
+@pytest.mark.parametrize(("kind", "loss"), [c[1:] for c in CURVES], ids=[c[0] for c in CURVES])
+@pytest.mark.parametrize("scale", [0.2, 1.0, 4.0])
+def test_every_shape_has_its_verdict_at_every_scale(kind: Kind, loss: object, scale: float) -> None:
+    points = tuple((step, value * scale) for step, value in curve(loss))
+    verdict = judge(points, held_out_rows=50)
+    assert verdict.kind == kind, verdict
+    assert verdict.text.startswith(kind)
+
+
+def test_the_step_of_the_minimum_is_named() -> None:
+    points = ((0, 2.5), (100, 1.4), (200, 1.2), (300, 1.5), (400, 1.9))
+    assert (
+        "overfit from step 200 on, where the held-out loss was lowest (1.200)"
+        in judge(points, held_out_rows=20).text
+    )
+    assert "max_steps=200" in judge(points, held_out_rows=20).text
+
+
+def test_a_rise_from_the_beginning_is_answered_with_the_learning_rate() -> None:
+    assert "lower learning_rate" in judge(((0, 2.0), (10, 3.0)), held_out_rows=20).text
+    assert "--preview" in judge(((0, 2.0), (10, 2.0)), held_out_rows=20).text
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"), [(0, "no rows are held out"), (1, "only 1 row held out"), (4, "4 rows")]
+)
+def test_too_few_rows_tell_nothing(rows: int, words: str) -> None:
+    points = ((0, 2.5), (10, 1.0)) if rows else ()
+    verdict = judge(points, held_out_rows=rows)
+    assert verdict.kind == "too few rows"
+    assert verdict.text.startswith("too few rows to tell")
+    assert words in verdict.text
+
+
+def test_two_measurements_do_not_tell_how_the_curve_ended() -> None:
+    assert judge(((0, 2.5), (4, 1.0)), held_out_rows=10).kind == "learnt"
+    assert judge(((0, 2.5), (1, 2.2), (4, 1.0)), held_out_rows=10).kind == "learnt"
+
+
+def test_the_summary_is_one_line_with_before_and_after() -> None:
+    report = {
+        "run": "tickets-20261130-1132",
+        "result": {"held_out_loss": {"before": 2.0, "after": 1.0}, "steps": 54, "seconds": 133.0},
+        "verdict": {"kind": "learnt", "text": "learnt: so it is"},
+    }
+    assert summary(report) == (
+        "tickets-20261130-1132: held-out loss 2.000 before, 1.000 after (-50%); 54 steps in 2:13; "
+        "learnt: so it is"
+    )
+    report["result"] = {"held_out_loss": {"before": None, "after": None}, "steps": 1, "seconds": 3.0}
+    assert summary(report) == "tickets-20261130-1132: 1 step in 0:03; learnt: so it is"
