@@ -223,7 +223,7 @@ def _combined(served: ServedModel, config: ServeConfig, access: oci.Access) -> S
 
 
 def _attach(served: ServedModel, source: AdapterSource, folder: Path, base: str | None) -> None:
-    adapters.check(folder, base=base)
+    adapters.check_served(folder, name=source.name, base=base)
     served.engine.add_adapter(source.name, folder, strength=source.strength)
 
 

@@ -7,17 +7,14 @@ layer, `r` the largest LoRA rank; `U` and `c` as in adapter_groups.py. Does not 
 """
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from runtime.adapters import CONFIG_FILE, WEIGHTS_FILE, scaling
-from runtime.errors import ConfigError
+from runtime.adapters.weights import scaled_pairs
 from runtime.serving.engine import failures
 from runtime.serving.engine.adapter_groups import (
     MASKED,
@@ -36,8 +33,6 @@ LoraWeights = dict[int, tuple[Tensor, Tensor]]
 
 SliceAdapter = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 """From a layer's path and its LoRA weights (r, in) and (out, r) to this rank's slices of them."""
-
-_PREFIX = "base_model.model."
 
 
 class LoraLinear(HooklessModule):
@@ -232,26 +227,22 @@ class AdapterStore:
 
     def _read(self, name: str, folder: Path, *, strength: float) -> dict[LoraLinear, LoraWeights]:
         """Return the adapter's weights by layer; ConfigError if they do not fit this model."""
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if config.get("use_dora") or config.get("lora_bias") or config.get("bias", "none") != "none":
-            raise ConfigError(f"adapter {name}: has DoRA or trained biases, expected plain LoRA weights")
         weights: dict[LoraLinear, LoraWeights] = {}
-        for path, pair in _pairs(name, load_file(str(folder / WEIGHTS_FILE))).items():
+        for path, pair in scaled_pairs(folder, name=name, strength=strength).items():
             target = self._targets.get(path)
             if target is None:
                 raise failures.does_not_fit(name, f"no layer '{path}' to adapt here")
             down, up = pair if self._slice_adapter is None else self._slice_adapter(path, *pair)
             expected = (target.layer.in_features, target.layer.out_features[target.index])
-            if (down.shape[1], up.shape[0]) != expected or down.shape[0] != up.shape[1]:
+            if (down.shape[1], up.shape[0]) != expected:
                 raise failures.does_not_fit(
                     name,
                     f"{path} maps {down.shape[1]} to {up.shape[0]} features, expected {expected[0]} to "
                     f"{expected[1]}",
                 )
-            scale = strength * scaling(config, path, down.shape[0])
             weights.setdefault(target.layer, {})[target.index] = (
                 down.to(self.device, self._dtype),
-                (up.float() * scale).to(self.device, self._dtype),
+                up.to(self.device, self._dtype),
             )
         return weights
 
@@ -284,21 +275,3 @@ class AdapterStore:
             for layer in self._layers:
                 layer.clear()
         return version
-
-
-def _pairs(name: str, weights: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return (lora_A, lora_B) by module path."""
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    for key, down in weights.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        path = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
-        other = f"{key.removesuffix('.lora_A.weight')}.lora_B.weight"
-        if other not in weights:
-            raise ConfigError(f"adapter {name}: {path} has lora_A but no lora_B weights")
-        pairs[path] = (down, weights[other])
-    strange = [key for key in weights if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
-    if strange or 2 * len(pairs) != len(weights):
-        odd = strange[0] if strange else "lora_B without lora_A"
-        raise ConfigError(f"adapter {name}: holds {odd}, expected lora_A and lora_B of linear layers only")
-    return pairs

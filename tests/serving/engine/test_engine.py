@@ -315,7 +315,8 @@ def test_an_adapter_for_a_layer_the_engine_cannot_adapt_is_refused_by_name(
     from safetensors.torch import load_file, save_file
 
     source = adapter_dirs["second"]
-    (tmp_path / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    config = (source / "adapter_config.json").read_text()
+    (tmp_path / "adapter_config.json").write_text(config.replace("o_proj", "extra_proj"))
     weights = load_file(str(source / "adapter_model.safetensors"))
     renamed = {name.replace("o_proj", "extra_proj"): value for name, value in weights.items()}
     save_file(renamed, str(tmp_path / "adapter_model.safetensors"))

@@ -154,11 +154,12 @@ class VllmEngine:
         """Have vLLM read an adapter, of which a copy is kept for it; see `Engine.add_adapter`."""
         copy = Path(self._folders.name) / name
         shutil.rmtree(copy, ignore_errors=True)
-        if strength == 1:
+        fields = adapters.check(folder, name=name).fields
+        if strength == 1 and not fields.rank_pattern and not fields.alpha_pattern:
             copy.mkdir()
             for file in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE):
                 shutil.copyfile(folder / file, copy / file)
-        else:
+        else:  # vLLM knows no strength, and one rank and alpha for all modules
             adapters.combine([(folder, strength)], copy)
         try:
             self._post("load_lora_adapter", name, lora_path=str(copy))

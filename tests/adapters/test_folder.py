@@ -1,7 +1,6 @@
-"""Adapter folders: whole or refused by name, loadable in plain peft, the same bytes for the same run."""
+"""Adapter folders: whole or refused by name, and what serving would get wrong is refused too."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,77 +8,22 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from runtime import adapters, oci
 from runtime.errors import ConfigError
-from runtime.model_source import ModelSource
 from runtime.oci.access import DEFAULT
-
-SOURCE = ModelSource(name="tiny", repository="someone/tiny", revision="0" * 40)
-
-
-def make(tiny_llama_dir: Path, folder: Path, **options: Any) -> Path:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir))
-    config = LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options
-    )
-    adapters.save(get_peft_model(model, config), folder, source=SOURCE)
-    return folder
+from tests.adapters.made import make
 
 
 def test_a_saved_adapter_passes_its_own_check_and_loads_in_plain_peft(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     folder = make(tiny_llama_dir, tmp_path / "a")
-    found = adapters.check(folder, base="someone/tiny", max_rank=16)
-    assert (found.rank, found.alpha, found.targets) == (4, 8.0, ("q_proj", "v_proj"))
+    found = adapters.check_served(folder, base="someone/tiny")
+    assert (found.rank, found.fields.lora_alpha, len(found.paths)) == (4, 8.0, 4)
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir)), str(folder))
-
-
-def test_the_config_names_the_public_model_and_no_path_of_this_machine(
-    tiny_llama_dir: Path, tmp_path: Path
-) -> None:
-    folder = make(tiny_llama_dir, tmp_path / "a")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "someone/tiny"
-    assert config["revision"] == "0" * 40
-    assert str(tiny_llama_dir) not in json.dumps(config)
-
-
-def test_saving_twice_gives_the_same_bytes_and_leaves_nothing_else(
-    tiny_llama_dir: Path, tmp_path: Path
-) -> None:
-    first, second = make(tiny_llama_dir, tmp_path / "a"), make(tiny_llama_dir, tmp_path / "b")
-    names = sorted(path.name for path in first.iterdir())
-    assert names == ["adapter_config.json", "adapter_model.safetensors"]
-    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
-
-
-def test_every_user_may_read_the_weights_who_may_read_the_config(
-    tiny_llama_dir: Path, tmp_path: Path
-) -> None:
-    """safetensors writes files of mode 0600; a server runs under another user id than the tuning did."""
-    folder = make(tiny_llama_dir, tmp_path / "a")
-    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
-    assert len(set(modes.values())) == 1, modes
-    umask = os.umask(0o022)
-    os.umask(umask)
-    assert modes["adapter_model.safetensors"] == 0o666 & ~umask
-
-
-def test_a_failure_while_saving_leaves_no_adapter(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    def fail(scratch: Path) -> None:
-        raise OSError("disk full")
-
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir)), LoraConfig(target_modules=["q_proj"])
-    )
-    with pytest.raises(OSError, match="disk full"):
-        adapters.save(model, tmp_path / "a", source=SOURCE, beside=fail)
-    assert list((tmp_path / "a").iterdir()) == []
 
 
 def _edit(folder: Path, **changes: Any) -> None:
@@ -103,8 +47,7 @@ DAMAGE: list[tuple[Callable[[Path], None], str]] = [
     (_truncate, "damaged or half-written"),
     (_pickle, "only adapter_model.bin, and pickled weights can run code"),
     (lambda folder: _edit(folder, base_model_name_or_path="someone/else"), "trained on someone/else"),
-    (lambda folder: _edit(folder, r=64), "rank is 64, the limit here is 16"),
-    (lambda folder: _edit(folder, modules_to_save=["lm_head"]), "modules_to_save"),
+    (lambda folder: _edit(folder, task_type="SEQ_CLS"), "task_type is 'SEQ_CLS'"),
     (lambda folder: _edit(folder, peft_type="IA3"), "peft_type is 'IA3'"),
     (lambda folder: (folder / "adapter_config.json").write_text("[" * 100_000), "too deep"),
 ]
@@ -117,7 +60,7 @@ def test_fault_49_an_adapter_that_must_not_load_is_refused_by_name(
     folder = make(tiny_llama_dir, tmp_path / "support")
     damage(folder)
     with pytest.raises(ConfigError, match=f"adapter support: .*{expected}"):
-        adapters.check(folder, base="someone/tiny", max_rank=16)
+        adapters.check(folder, base="someone/tiny")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +82,7 @@ def test_a_field_of_another_type_is_refused_by_name(
     folder = make(tiny_llama_dir, tmp_path / "support")
     _edit(folder, **{field: value})
     with pytest.raises(ConfigError, match=f"adapter support: adapter_config.json: '{field}") as caught:
-        adapters.check(folder, base="someone/tiny", max_rank=16)
+        adapters.check(folder, base="someone/tiny")
     assert "\n" not in str(caught.value)
 
 
@@ -156,52 +99,6 @@ def test_find_lists_adapters_half_written_ones_too(tiny_llama_dir: Path, tmp_pat
     (tmp_path / "notes").mkdir()
     assert [path.name for path in adapters.find(tmp_path)] == ["a", "b"]
     assert adapters.find(tmp_path / "none") == []
-
-
-def _updates(folder: Path) -> dict[str, torch.Tensor]:
-    """Return each layer's whole update, as plain peft computes it."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    weights = load_file(str(folder / "adapter_model.safetensors"))
-    layers = [key.removesuffix(".lora_A.weight") for key in weights if key.endswith(".lora_A.weight")]
-    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    return {
-        name: scale * weights[f"{name}.lora_B.weight"] @ weights[f"{name}.lora_A.weight"] for name in layers
-    }
-
-
-def test_combined_adapter_does_what_its_parts_do_together(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """Different ranks, targets, scalings and strengths; exact, and plain peft loads it."""
-    one = make(tiny_llama_dir, tmp_path / "one", init_lora_weights=False)
-    model = AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir))
-    other = get_peft_model(
-        model,
-        LoraConfig(
-            r=2, lora_alpha=3, use_rslora=True, target_modules=["v_proj", "up_proj"], init_lora_weights=False
-        ),
-    )
-    adapters.save(other, tmp_path / "two", source=SOURCE)
-    adapters.combine([(one, 0.5), (tmp_path / "two", 1.0)], tmp_path / "both")
-    assert adapters.check(tmp_path / "both").rank == 6
-    both, first, second = _updates(tmp_path / "both"), _updates(one), _updates(tmp_path / "two")
-    assert both.keys() == first.keys() | second.keys()
-    for name, update in both.items():
-        expected = 0.5 * first.get(name, torch.zeros_like(update)) + second.get(
-            name, torch.zeros_like(update)
-        )
-        torch.testing.assert_close(update, expected, rtol=1e-5, atol=1e-6)
-    PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir)), str(tmp_path / "both")
-    )
-
-
-def test_adapters_that_do_not_add_up_are_not_combined(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    whole = make(tiny_llama_dir, tmp_path / "whole")
-    dora = make(tiny_llama_dir, tmp_path / "dora", use_dora=True)
-    with pytest.raises(
-        ConfigError, match=r"adapter dora: .*lora_magnitude_vector.* is no part of a LoRA pair"
-    ):
-        adapters.combine([(whole, 1.0), (dora, 1.0)], tmp_path / "both")
-    assert not (tmp_path / "both").exists()
 
 
 def test_an_adapter_is_read_where_it_is_or_pulled_for_as_long_as_it_is_needed(tmp_path: Path) -> None:
@@ -249,3 +146,84 @@ def test_an_image_with_several_adapters_is_refused_by_their_names(tmp_path: Path
     )
     with adapters.local_copy(image, access=DEFAULT) as found:
         assert found.name == "a"
+
+
+def _rename(folder: Path, old: str, new: str) -> None:
+    path = folder / adapters.WEIGHTS_FILE
+    save_file({key.replace(old, new): value for key, value in load_file(str(path)).items()}, str(path))
+
+
+def _resize(folder: Path, shape: tuple[int, ...]) -> None:
+    path = folder / adapters.WEIGHTS_FILE
+    weights = load_file(str(path))
+    save_file(weights | {next(iter(weights)): torch.zeros(shape)}, str(path))
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "all"}, "bias"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save"),
+        ({"trainable_token_indices": [5, 6]}, "trainable_token_indices"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"layer_replication": [(0, 2), (0, 2)]}, "layer_replication"),
+        ({"target_parameters": ["mlp.gate_proj.weight"]}, "target_parameters"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'. 2 LoRA")
+def test_keys_that_serving_does_not_carry_out_are_refused_by_name(
+    tiny_llama_dir: Path, tmp_path: Path, options: dict[str, Any], key: str
+) -> None:
+    folder = tmp_path / "a"
+    base = AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir))
+    config = LoraConfig(**({"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | options))
+    get_peft_model(base, config).save_pretrained(str(folder), save_embedding_layers=False)
+    with pytest.raises(ConfigError, match=rf"adapter support: cannot be served as an adapter: .*\b{key}: "):
+        adapters.check_served(folder, name="support")
+    assert adapters.check(folder).paths is not None
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq"])
+def test_an_adapter_of_changed_base_weights_is_refused(
+    tiny_llama_dir: Path, tmp_path: Path, init: str
+) -> None:
+    folder = make(tiny_llama_dir, tmp_path / "a")
+    _edit(folder, init_lora_weights=init)
+    with pytest.raises(ConfigError, match=f"init_lora_weights is '{init}': it took a part out of the base"):
+        adapters.check_served(folder)
+
+
+LEFT_OVER: list[tuple[Callable[[Path], None], str]] = [
+    (lambda folder: _rename(folder, "lora_A.weight", "lora_magnitude_vector"), "holds no LoRA weights"),
+    (lambda folder: _rename(folder, "v_proj.lora_B.weight", "v_proj.lora_B.bias"), r"expected pairs"),
+    (lambda folder: _rename(folder, "v_proj.lora_", "v_proj.lora_embedding_"), "lora_embedding_A.*expected"),
+    (lambda folder: _rename(folder, "1.self_attn.v_proj.lora_A", "1.input_layernorm"), "expected pairs"),
+    (lambda folder: _rename(folder, "v_proj", "o_proj"), "self_attn.o_proj, which its adapter_config.json"),
+    (lambda folder: _edit(folder, exclude_modules=["v_proj"]), "v_proj, which its adapter_config.json"),
+    (lambda folder: _edit(folder, layers_to_transform=[0]), "layers.1.self_attn"),
+    (lambda folder: _edit(folder, target_modules="(a+)+$"), "which its adapter_config.json leaves out"),
+    (lambda folder: _edit(folder, target_modules="(q_proj"), "target_modules: .* is no regular expression"),
+    (lambda folder: _resize(folder, (4, 64, 1)), "expected a matrix"),
+    (lambda folder: _resize(folder, (8, 64)), "of rank 8 and lora_B of 4"),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), LEFT_OVER)
+def test_weights_that_would_not_be_used_are_refused_by_name(
+    change: Callable[[Path], None], expected: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    folder = make(tiny_llama_dir, tmp_path / "a")
+    change(folder)
+    with pytest.raises(ConfigError, match=f"adapter support: .*{expected}"):
+        adapters.check_served(folder, name="support")
+
+
+def test_a_key_that_nobody_knows_is_logged(
+    tiny_llama_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make(tiny_llama_dir, tmp_path / "a")
+    _edit(folder, use_next_year=True, next_config=None)
+    adapters.check_served(folder)
+    assert "adapter a: keys that are not known here have no effect: use_next_year" in caplog.text
