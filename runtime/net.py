@@ -4,6 +4,7 @@ Works on httpx; `Retries` and `first_byte` also serve the registry client, which
 Does not know what is fetched or why. Start at `Retries`, `Download` and `events`.
 """
 
+import ipaddress
 import logging
 import math
 import random
@@ -19,7 +20,9 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
 
+from runtime import addresses, content_codings
 from runtime.errors import CapacityError, DataError, StoppedError, TransientError
 from runtime.files import disk_errors, write_atomic
 
@@ -139,6 +142,26 @@ def untrusted(error: BaseException) -> str | None:
     return None
 
 
+def proxy_for(url: str) -> str | None:
+    """Return the environment's proxy for `url`; None without one, and for this machine itself.
+
+    Link-local addresses, where the node's own services are, are not for a proxy either.
+    """
+    import requests.utils
+
+    host = urlsplit(url).hostname or ""
+    address = ipaddress.ip_address(addresses.literal(host) or "::")
+    if host.removesuffix(".") == "localhost" or address.is_loopback or address.is_link_local:
+        return None
+    proxies = requests.utils.get_environ_proxies(url)
+    return requests.utils.select_proxy(url, proxies) or None
+
+
+def shown_proxy(proxy: str | None) -> str:
+    """Return the address of a proxy without its user and password."""
+    return (proxy or "").rpartition("@")[2].removeprefix("http://").rstrip("/") or "of the environment"
+
+
 def part_of(path: Path) -> Path:
     """Return the file that holds a download to `path` until it is complete."""
     return path.with_name(f"{path.name}.part")
@@ -179,22 +202,38 @@ Get = Callable[[dict[str, str]], AbstractContextManager["httpx.Response"]]
 """Sends the GET request with these headers added; its errors are httpx'."""
 
 
+class Counted(Protocol):
+    """Counts the bytes of all downloads together against a limit; raises a Failure beyond it."""
+
+    def add(self, count: int, where: str) -> None:
+        """Count `count` more bytes of `where`."""
+        ...
+
+    def expect(self, count: int, where: str) -> None:
+        """Check that `count` more bytes are allowed, without counting them."""
+        ...
+
+
 class Download:
     """A download into `part_of(path)`, which every try continues where the last one stopped.
 
     The server's validator (ETag or Last-Modified) is kept beside it and sent as If-Range, so that a file
-    that changed in between is sent from its start (RFC 9110, 13.1.5). The caller checks `part` after `run`,
-    and calls `finish`.
+    that changed in between is sent from its start (RFC 9110, 13.1.5). What comes in a content coding is kept
+    as it was sent, since ranges are of that, until `decode`. The caller checks `part`, and calls `finish`.
     """
 
-    def __init__(self, path: Path, what: str, *, limits: DownloadLimits, stop: threading.Event):
+    def __init__(
+        self, path: Path, what: str, *, limits: DownloadLimits, stop: threading.Event, counted: Counted
+    ):
         self.path, self.part = path, part_of(path)
-        self._what, self._limits, self._stop = what, limits, stop
+        self._what, self._limits, self._stop, self._counted = what, limits, stop, counted
         self._deadline = time.monotonic() + limits.deadline_s
+        self._most = 0
+        """The most bytes that `part` had: those are counted."""
 
     @property
     def validator_file(self) -> Path:
-        """Where the server's validator is kept until the download is complete."""
+        """Where the server's validator, and a line with the content codings, are kept meanwhile."""
         return self.path.with_name(f".{self.path.name}.validator")
 
     def run(self, get: Get) -> None:
@@ -213,11 +252,12 @@ class Download:
             sleep=self._sleep,
         )
         while True:
-            have = self._received()
+            have, began = self._received(), time.monotonic()
             try:
                 self._attempt(get, have)
             except (httpx.TransportError, httpx.StreamError, RetriableError) as error:
-                if self._received() > have:
+                least = self._limits.rate_bytes_s * (time.monotonic() - began)
+                if self._received() - have > least:
                     retries.progressed()
                 retries.failed(self._retriable(error))
             else:
@@ -234,6 +274,24 @@ class Download:
             ) from None
         return RetriableError(str(error) or type(error).__name__)
 
+    @property
+    def codings(self) -> tuple[str, ...]:
+        """The content codings that `part` is in."""
+        return content_codings.names(self._kept()[1])
+
+    def decode(self) -> None:
+        """Take the codings off `part`; DataError where it is not in them."""
+        plain = self.part.with_name(f".{self.path.name}.decoded.part")
+        try:
+            content_codings.decode(self.part, plain, self.codings, lambda n: self._counted.add(n, self._what))
+            plain.replace(self.part)
+        except DataError as error:
+            self.part.unlink()
+            raise DataError(str(error) if self._what in str(error) else f"{self._what}: {error}") from None
+        finally:
+            plain.unlink(missing_ok=True)
+        self.validator_file.unlink()
+
     def finish(self) -> None:
         """Rename the checked file to `path`."""
         self.part.replace(self.path)
@@ -242,32 +300,45 @@ class Download:
     def _received(self) -> int:
         return self.part.stat().st_size if self.part.exists() else 0
 
+    def _kept(self) -> tuple[str, str]:
+        """Return the validator and the Content-Encoding of what `part` holds."""
+        text = self.validator_file.read_text(encoding="utf-8") if self.validator_file.exists() else ""
+        validator, _, coding = text.partition("\n")
+        return validator, coding
+
     def _sleep(self, wait_s: float) -> None:
         if self._stop.wait(wait_s):
             raise StoppedError(f"{self._what}: the download was stopped") from None
 
     def _attempt(self, get: Get, have: int) -> None:
         """Make one request for the missing bytes and append them to `part`."""
-        validator = self.validator_file.read_text(encoding="utf-8") if self.validator_file.exists() else ""
+        validator, coding = self._kept()
         headers = {"Accept-Encoding": "identity"}
         offset = have if validator else 0
         if offset:
             headers |= {"Range": f"bytes={offset}-", "If-Range": validator}
         with get(headers) as response:
-            start = self._start(response, offset)
-            length = response.headers.get("Content-Length", "")
-            self._check_space(int(length) if length.isdecimal() else 0)
+            if offset and _is_all(response, offset):
+                return
+            start = self._start(response, offset, coding)
+            self._check_length(response, start)
             fresh = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
             if fresh.startswith("W/"):  # a weak tag does not promise the same bytes
                 fresh = ""
-            write_atomic(self.validator_file, fresh)
+            if not start:
+                write_atomic(self.validator_file, f"{fresh}\n{response.headers.get('Content-Encoding', '')}")
             self._receive(response, start)
 
-    def _start(self, response: "httpx.Response", offset: int) -> int:
+    def _start(self, response: "httpx.Response", offset: int, coding: str) -> int:
         """Return the offset of the body's first byte; raises unless it is the file or the rest of it."""
         raise_if_retriable(response)
         start = first_byte(response, offset)
-        if start is not None:
+        sent = response.headers.get("Content-Encoding", "")
+        if start is not None and (not start or content_codings.names(sent) == content_codings.names(coding)):
+            try:
+                content_codings.names(sent)
+            except DataError as error:
+                raise DataError(f"{self._what}: {error}") from None
             return start
         if offset and response.status_code in (206, 416):
             self.part.unlink(missing_ok=True)
@@ -277,10 +348,25 @@ class Download:
             )
         raise DataError(f"{self._what}: answered {response.status_code}, expected the file")
 
+    def _check_length(self, response: "httpx.Response", start: int) -> None:
+        """Check what the server says it will send against the limit and the free space."""
+        text = response.headers.get("Content-Length", "")
+        length = int(text) if text.isdecimal() and text.isascii() else 0
+        free = shutil.disk_usage(self.part.parent).free
+        if length > free:
+            raise CapacityError(
+                f"{self.part.parent}: {length} bytes needed for {self.path.name}, {free} are free"
+            )
+        self._counted.expect(max(0, start + length - self._most), self._what)
+
     def _receive(self, response: "httpx.Response", start: int) -> None:
         pace = _Pace(self._what, self._limits)
+        size = start
+        self._count(size)
         with disk_errors(self.part), self.part.open("ab" if start else "wb") as stream:
             for chunk in response.iter_raw():
+                size += len(chunk)
+                self._count(size)
                 stream.write(chunk)
                 if self._stop.is_set():
                     raise StoppedError(f"{self._what}: the download was stopped")
@@ -288,12 +374,16 @@ class Download:
                     raise TransientError(f"{self._what}: not complete after {self._limits.deadline_s:.0f} s")
                 pace.count(len(chunk))
 
-    def _check_space(self, needed: int) -> None:
-        free = shutil.disk_usage(self.part.parent).free
-        if needed > free:
-            raise CapacityError(
-                f"{self.part.parent}: {needed} bytes needed for {self.path.name}, {free} are free"
-            )
+    def _count(self, size: int) -> None:
+        """Count what `part` has grown by, of `size` bytes now."""
+        if size > self._most:
+            self._counted.add(size - self._most, self._what)
+            self._most = size
+
+
+def _is_all(response: Response, offset: int) -> bool:
+    """Whether a server says, to the request for a range, that the file ends where the range begins."""
+    return response.status_code == 416 and response.headers.get("Content-Range", "") == f"bytes */{offset}"
 
 
 class _Pace:

@@ -14,7 +14,17 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "runtime").rglob("*.py"))
 
 LAYERS = [
-    {"errors", "logs", "files", "net", "addresses", "garbage_collection", "ports", "quantities"},
+    {
+        "errors",
+        "logs",
+        "files",
+        "net",
+        "addresses",
+        "content_codings",
+        "garbage_collection",
+        "ports",
+        "quantities",
+    },
     {"config"},
     {
         "families",

@@ -15,7 +15,7 @@ import urllib3
 
 from runtime.errors import ConfigError, RegistryError
 from runtime.logs import redact
-from runtime.net import RETRIED, RetriableError, raise_if_retriable
+from runtime.net import RETRIED, RetriableError, raise_if_retriable, shown_proxy
 
 MAX_BODY_BYTES = 4 << 20
 """Manifests are at most this large (Azure's and the specification's limit), tokens and errors far smaller."""
@@ -82,7 +82,7 @@ def readable_errors(url: str, proxy: str | None) -> Iterator[None]:
 
     proxy: address of the proxy that the request goes through.
     """
-    host, through = urlsplit(url).netloc.rpartition("@")[2], _shown(proxy)
+    host, through = urlsplit(url).netloc.rpartition("@")[2], shown_proxy(proxy)
     try:
         yield
     except requests.exceptions.ProxyError as error:
@@ -116,8 +116,8 @@ def refused_by_proxy(url: str, response: requests.Response, proxy: str | None) -
     """Return the error for a 407: the proxy wants credentials of its own."""
     host = urlsplit(url).netloc
     return RegistryError(
-        f"{host}: the proxy {_shown(proxy)} wants credentials ({response.status_code} {response.reason});"
-        " put them into HTTP_PROXY and HTTPS_PROXY"
+        f"{host}: the proxy {shown_proxy(proxy)} wants credentials ({response.status_code} {response.reason})"
+        "; put them into HTTP_PROXY and HTTPS_PROXY"
     )
 
 
@@ -128,11 +128,6 @@ def short(url: str) -> str:
     except ValueError:
         return "a malformed address"
     return f"{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
-def _shown(proxy: str | None) -> str:
-    """Return the address of a proxy without its user and password."""
-    return (proxy or "").rpartition("@")[2].removeprefix("http://").rstrip("/") or "of the environment"
 
 
 def _reason(error: Exception) -> str:

@@ -21,7 +21,7 @@ from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConn
 
 from runtime import addresses
 from runtime.errors import RegistryError
-from runtime.net import RetriableError, Retries
+from runtime.net import RetriableError, Retries, proxy_for
 from runtime.oci import tls
 from runtime.oci.access import Access
 from runtime.oci.blobs import READ_BYTES
@@ -154,8 +154,7 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
         timeout = timeout or (access.connect_timeout_s, access.read_timeout_s + request.patience_s)
         payload = request.body() if request.body else None
         try:
-            proxies = _proxies(url)
-            proxy = requests.utils.select_proxy(url, proxies)
+            proxy = proxy_for(url)
             with readable_errors(url, proxy):
                 if elsewhere:
                     _check_host(url)
@@ -171,7 +170,7 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
                 # By the adapter: a session would parse the address of a redirect, and read its whole body.
                 adapter = self.session.get_adapter(url)
                 response: requests.Response = adapter.send(
-                    prepared, stream=True, timeout=timeout, proxies=proxies
+                    prepared, stream=True, timeout=timeout, proxies={"all": proxy} if proxy else {}
                 )
         finally:
             if isinstance(payload, _Closable):  # a body that was not read to its end keeps a file open
@@ -324,14 +323,6 @@ def _forbidden(name: str, address: str) -> RegistryError:
     return RegistryError(
         f"{name}: leads to {address}, a link-local or metadata address; nothing is sent there"
     )
-
-
-def _proxies(url: str) -> dict[str, str]:
-    """Return the environment's proxies for `url`: none for this machine and the node's metadata service."""
-    host = urlsplit(url).hostname or ""
-    if is_loopback(host) or host.startswith("169.254."):
-        return {}
-    return dict(requests.utils.get_environ_proxies(url))
 
 
 def _redirected(request: Outgoing, response: requests.Response) -> Outgoing:

@@ -1,6 +1,7 @@
-"""Names of models and images, checked when settings are resolved: a dry run refuses what the pod would.
+"""Names of models and images, and addresses of data, checked when settings are resolved, also in a dry run.
 
-Contacts no registry; what a name may be stands in oci/reference.py. Start at `check_job` and `check_server`.
+Contacts nobody; what a name may be stands in oci/reference.py and tuning/data/urls.py. Start at `check_job`
+and `check_server`.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from runtime import adapters, oci, presets, support
 from runtime.errors import ConfigError
 from runtime.files import kind_of
 from runtime.serving.settings import ServeConfig
+from runtime.tuning.data import urls
 from runtime.tuning.settings import TuningJob
 from runtime.workspace.layers import find_placeholders
 
@@ -25,6 +27,8 @@ def check_job(job: TuningJob, sources: Mapping[str, str]) -> None:
     for setting, image in images.items():
         if image is not None:
             _check(image, sources.get(setting, setting), read=not setting.startswith("output"))
+    for url in job.data.urls:
+        _check_url(url, sources.get("data.urls", "data.urls"))
     paths = {"output.credentials": job.output.credentials, "data.file": job.data.file}
     _check_paths(paths | {"model.path": job.model.path}, sources)
 
@@ -77,6 +81,16 @@ def _check_paths(paths: Mapping[str, Path | None], sources: Mapping[str, str]) -
         source = sources.get(setting, "")
         if path is not None and source.startswith("flag") and not path.exists():
             raise ConfigError(f"{source}: no such file or directory: {path}")
+
+
+def _check_url(url: str, source: str) -> None:
+    """Refuse an address that nothing is ever fetched from, and a digest that is none."""
+    if find_placeholders(url):
+        return
+    try:
+        urls.parse(url)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def _check(image: str, source: str, *, read: bool) -> None:

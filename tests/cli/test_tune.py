@@ -62,3 +62,27 @@ def test_most_bytes_of_data_are_a_quantity(
     job = ["tune", "smollm2-135m-instruct", "--data", str(rows), "--dry-run", "--json"]
     assert main.run([*job, *flag], {}) == 0
     assert json.loads(capsys.readouterr().out)["settings"]["data.max_bytes"]["value"] == 2 << 30
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        (
+            "http://169.254.169.254/latest",
+            "flag --data: http://169.254.169.254/latest: leads to 169.254.169.254",
+        ),
+        ("http://2852039166/?t=secret", "leads to 169.254.169.254, a link-local or metadata address"),
+        (
+            "https://h/a.csv#sha256=00",
+            "flag --data: https://h/a.csv: its sha256 has 2 digits, expected #sha256=",
+        ),
+        ("https://h/a.csv#md5=00", "what follows '#' is no digest, expected #sha256= and 64 hexadecimal"),
+    ],
+)
+def test_dry_run_refuses_addresses_that_are_never_fetched(
+    url: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(["tune", "smollm2-135m-instruct", "--data", url, "--dry-run"], {}) == 2
+    line = failure_line(capsys)
+    assert message in line
+    assert "secret" not in line

@@ -32,6 +32,8 @@ class Reply:
     ranges: bool = True
     """Answer a Range with 206 and the rest; otherwise with 200 and everything."""
     etag: str = '"one"'
+    endless: bool = False
+    """Send the body again and again, as long as somebody reads."""
 
 
 class DatasetServer:
@@ -115,6 +117,8 @@ class DatasetServer:
                 connection.sendall(bytes([byte]))
                 if self._stopping.wait(reply.drip_s):
                     return
+        while reply.endless:
+            connection.sendall(body)
         connection.sendall(body if reply.cut is None else body[: reply.cut])
         if reply.cut is not None:
             time.sleep(0.02)  # let the bytes arrive before the reset

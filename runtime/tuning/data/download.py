@@ -1,45 +1,39 @@
 """Downloads data files: in parallel, verified, under their final names only when complete.
 
-Knows which addresses are allowed and what a data file looks like; how a download resumes is in
+Knows what a data file looks like; which addresses are allowed is in hops.py, how a download resumes in
 runtime/net.py. Does not know what rows are. Start at `fetch`.
 """
 
 import contextlib
-import hashlib
-import ipaddress
 import json
 import logging
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
-from urllib.parse import urljoin, urlsplit
 
-import httpx
 import pyarrow as pa
 import pyarrow.parquet
 from pydantic import SecretStr
 
-from runtime import addresses, files, net, oci
+from runtime import files, net, oci
 from runtime.errors import DataError, TransientError
 from runtime.files import locked, write_atomic
 from runtime.net import DEFAULT_LIMITS, DownloadLimits
 from runtime.oci.access import DEFAULT
+from runtime.tuning.data import urls
 from runtime.tuning.data.folder import local_paths
+from runtime.tuning.data.hops import Hops
+from runtime.tuning.data.limits import ByteCount, DataLimits
+from runtime.tuning.data.urls import DataUrl, shown
 from runtime.tuning.settings import DataSource
 
 log = logging.getLogger(__name__)
 
-HUB_HOSTS = frozenset({"huggingface.co", "hf.co"})
-"""Hosts that the Hugging Face token is sent to; a redirect elsewhere goes without it."""
-
 LOCK = ".fetching"
 """Locked in the data folder by the process that fetches into it."""
 
-_REDIRECTS = 5
 _PARALLEL = 4
 
 
@@ -61,12 +55,16 @@ def fetch(
     if not source.urls:
         return
     stop = threading.Event()
-    allow_private = source.allow_private_addresses
-    downloads = [
-        _DataFile(_Address(url, token, allow_private), path, limits, stop)
-        for url, path in zip(dict.fromkeys(source.urls), local_paths(source.urls, source.folder), strict=True)
-    ]
     source.folder.mkdir(parents=True, exist_ok=True)
+    sent = ByteCount(DataLimits.of(source.max_bytes, source.folder).wire, "sends")
+    downloads = []
+    for text, path in zip(dict.fromkeys(source.urls), local_paths(source.urls, source.folder), strict=True):
+        url = urls.parse(text)
+        hops = Hops(url.url, token, allow_private=source.allow_private_addresses, limits=limits)
+        download = net.Download(path, shown(url.url), limits=limits, stop=stop, counted=sent)
+        downloads.append(_DataFile(url, path, hops, download))
+        if downloads[-1].is_there:
+            sent.add(path.stat().st_size, shown(url.url))
     complete = all(download.is_there for download in downloads)
     with contextlib.nullcontext() if complete else _locked(source.folder, limits.deadline_s):
         _run(downloads, stop)
@@ -84,7 +82,7 @@ def _run(downloads: "list[_DataFile]", stop: threading.Event) -> None:
     finally:
         stop.set()
         for download in downloads:
-            download.address.hang_up()
+            download.hops.hang_up()
         pool.shutdown(cancel_futures=True)
 
 
@@ -105,26 +103,27 @@ def _locked(folder: Path, wait_s: float) -> Iterator[None]:
 class _DataFile:
     """One address, and the file that its data goes to."""
 
-    def __init__(
-        self, address: "_Address", path: Path, limits: DownloadLimits, stop: threading.Event
-    ) -> None:
-        self.address, self.path = address, path
+    def __init__(self, url: DataUrl, path: Path, hops: Hops, download: net.Download) -> None:
+        self.url, self.path, self.hops = url, path, hops
         self._record = path.with_name(f".{path.name}.source")
-        self._timeout = httpx.Timeout(limits.stall_s, connect=10.0)
-        self._download = net.Download(path, shown(address.url), limits=limits, stop=stop)
+        self._download = download
 
     def run(self) -> None:
         """Download, verify and rename; or find that this was done before."""
         if self.is_there:
             log.info("%s is there already", self.path.name)
             return
-        began = time.monotonic()
-        with httpx.Client(timeout=self._timeout, follow_redirects=False) as client:
-            self._download.run(lambda headers: self.address.get(client, headers))
-        verify(self._download.part, shown(self.address.url), sha256=self.address.sha256)
+        began, what, digest = time.monotonic(), shown(self.url.url), self.url.sha256
+        with contextlib.closing(self.hops):
+            self._download.run(self.hops.get)
+        if self._download.codings:
+            if digest is not None and files.sha256(self._download.part) == digest:
+                digest = None  # of the file as it lies on the server, which may be what the user hashed
+            self._download.decode()
+        verify(self._download.part, what, sha256=digest)
         self._download.finish()
         size = self.path.stat().st_size
-        write_atomic(self._record, json.dumps({"identity": self.address.identity, "size": size}))
+        write_atomic(self._record, json.dumps({"identity": self.url.identity, "size": size}))
         log.info("fetched %s: %d bytes in %.1f s", self.path.name, size, time.monotonic() - began)
 
     @property
@@ -133,110 +132,9 @@ class _DataFile:
         try:
             known = json.loads(self._record.read_text(encoding="utf-8"))
             size = self.path.stat().st_size
-            return bool(known["identity"] == self.address.identity and known["size"] == size)
+            return bool(known["identity"] == self.url.identity and known["size"] == size)
         except (OSError, ValueError, KeyError):
             return False
-
-
-class _Address:
-    """The address of a file, `URL` or `URL#sha256=DIGEST`, and the requests for it."""
-
-    def __init__(self, url: str, token: SecretStr | None, allow_private: bool) -> None:
-        self.url, _, fragment = url.partition("#")
-        self.sha256 = fragment.removeprefix("sha256=").lower() if fragment.startswith("sha256=") else None
-        self._token, self._allow_private = token, allow_private
-        self._connection: Any = None
-        self._hung_up = False
-
-    @property
-    def identity(self) -> str:
-        """Digest of the address, which may hold secrets: a finished file is recorded with it."""
-        return hashlib.sha256(f"{self.url}#{self.sha256}".encode()).hexdigest()
-
-    @contextlib.contextmanager
-    def get(self, client: httpx.Client, headers: dict[str, str]) -> Iterator[httpx.Response]:
-        """GET the URL, following redirects one checked hop at a time, the token sent to the hub only."""
-        url = self.url
-        for _ in range(_REDIRECTS + 1):
-            check_url(url, allow_private=self._allow_private)
-            parts = urlsplit(url)
-            secret = {}
-            if self._token is not None and parts.scheme == "https" and parts.hostname in HUB_HOSTS:
-                secret = {"Authorization": f"Bearer {self._token.get_secret_value()}"}
-            traced = {"trace": self._trace}
-            with client.stream("GET", url, headers={**headers, **secret}, extensions=traced) as response:
-                self._check_peer(response, url)
-                if response.status_code in (401, 403):
-                    raise DataError(
-                        f"{shown(self.url)}: answered {response.status_code}, expected the file; "
-                        "is HF_TOKEN set, or the signature expired?"
-                    )
-                if not response.is_redirect:
-                    yield response
-                    return
-                url = urljoin(url, response.headers["Location"])
-        raise DataError(f"{shown(self.url)}: more than {_REDIRECTS} redirects")
-
-    def _trace(self, event: str, info: dict[str, Any]) -> None:
-        """Remember the connection that httpx opened, for `hang_up`, which may have been called before."""
-        if event == "connection.connect_tcp.complete":
-            self._connection = info["return_value"]
-            if self._hung_up:
-                self._shut_down()
-
-    def hang_up(self) -> None:
-        """End a request that waits for a silent server; called from another thread at the end."""
-        self._hung_up = True
-        self._shut_down()
-
-    def _shut_down(self) -> None:
-        opened = self._connection and self._connection.get_extra_info("socket")
-        if opened:
-            with contextlib.suppress(OSError):
-                opened.shutdown(socket.SHUT_RDWR)
-
-    def _check_peer(self, response: httpx.Response, url: str) -> None:
-        """Check the address of the connection: a name may resolve differently the second time."""
-        stream = response.extensions.get("network_stream")
-        peer = stream.get_extra_info("server_addr") if stream is not None else None
-        if peer:
-            check_address(str(peer[0]), url, allow_private=self._allow_private)
-
-
-def check_url(url: str, *, allow_private: bool) -> None:
-    """Raise DataError unless `url` is http(s) and its host resolves to allowed addresses only."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise DataError(f"{shown(url)}: only http and https addresses can be fetched")
-    try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
-    except ValueError:
-        raise DataError(f"{shown(url)}: not a valid address") from None
-    except socket.gaierror:
-        raise TransientError(f"{shown(url)}: host {parts.hostname} cannot be resolved") from None
-    for *_, address in found:
-        check_address(str(address[0]), url, allow_private=allow_private)
-
-
-def check_address(address: str, url: str, *, allow_private: bool) -> None:
-    """Raise DataError when `address`, which `url` led to, must not be connected to."""
-    *_, ip = addresses.meanings(ipaddress.ip_address(address.partition("%")[0]))
-    if addresses.forbidden(address):
-        raise DataError(f"{shown(url)}: leads to {ip}, a link-local or metadata address; it is never fetched")
-    if not allow_private and (ip.is_private or ip.is_loopback):
-        raise DataError(f"{shown(url)}: leads to the private address {ip}, and those are forbidden here")
-
-
-def shown(url: str) -> str:
-    """Return `url` without user, query and fragment, which may hold secrets."""
-    try:
-        parts = urlsplit(url)
-        host = parts.hostname or ""
-        port = f":{parts.port}" if parts.port else ""
-    except ValueError:
-        return "a malformed address"
-    return f"{parts.scheme}://{host}{port}{parts.path}"
 
 
 def verify(path: Path, what: str, *, sha256: str | None = None) -> None:

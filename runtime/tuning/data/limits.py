@@ -56,12 +56,20 @@ class DataLimits:
             return cls(both, both)
         folder = folder.absolute()
         existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-        disk = int(shutil.disk_usage(existing).free * DISK_SHARE)
-        memory = int(hardware.host().memory_bytes * MEMORY_SHARE / processes)
+        memory = hardware.host().memory_bytes
         shared = f", for each of {processes} processes" if processes > 1 else ""
         return cls(
-            ByteLimit(disk, f"{DISK_SHARE:.0%} of the free space in {existing}"),
-            ByteLimit(memory, f"{MEMORY_SHARE:.0%} of this machine's memory{shared}"),
+            min(
+                ByteLimit(
+                    int(shutil.disk_usage(existing).free * DISK_SHARE),
+                    f"{DISK_SHARE:.0%} of the free space in {existing}",
+                ),
+                ByteLimit(memory, "the memory of this machine, into which it would have to go"),
+                key=lambda limit: limit.most,
+            ),
+            ByteLimit(
+                int(memory * MEMORY_SHARE / processes), f"{MEMORY_SHARE:.0%} of this machine's memory{shared}"
+            ),
         )
 
 
