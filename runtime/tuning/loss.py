@@ -5,7 +5,8 @@ and most tokens of a row are prompt. Does not know optimizers or jobs. B rows, N
 V vocabulary. Start at `batch_loss`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from runtime.tuning.data.batching import IGNORE, Layout, MicroBatch, collate, group, pack
@@ -63,18 +64,34 @@ def _to(device: str, tensor: "torch.Tensor") -> "torch.Tensor":
     return source.to(device, non_blocking=True)
 
 
+@dataclass(frozen=True, slots=True)
+class HeldOutRows:
+    """Rows to evaluate on, and how they are divided into passes."""
+
+    rows: Sequence[TokenizedRow]
+    layout: Layout
+    budget_tokens: int
+    """Most tokens of a pass."""
+
+
+def _unwatched(done: int, total: int) -> None:
+    """Nobody waits to be told how far an evaluation is."""
+
+
 def mean_loss(
     model: "torch.nn.Module",
-    rows: Sequence[TokenizedRow],
+    held_out: HeldOutRows,
     ranks: Ranks,
-    *,
-    layout: Layout,
-    budget_tokens: int,
+    on_pass: Callable[[int, int], None] = _unwatched,
 ) -> float:
-    """Return the mean loss per labelled token of `rows`, which are divided among the ranks; no gradients."""
+    """Return the mean loss per labelled token of rows, which are divided among the ranks; no gradients.
+
+    `on_pass` is told after each pass of this rank how many of them are done, and how many there are.
+    """
     import torch
 
     device = next(parameter.device for parameter in model.parameters() if parameter.requires_grad)
+    rows, layout, budget_tokens = held_out.rows, held_out.layout, held_out.budget_tokens
     lengths = [len(row) for row in rows]
     own_rows = range(ranks.rank, len(rows), ranks.world_size)
     loss, labels = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -83,10 +100,11 @@ def mean_loss(
         idle = ranks.all_reduce_max(len(passes), str(device)) - len(passes)
         passes += [()] * idle
     with evaluating(model):
-        for numbers in passes:
+        for done, numbers in enumerate(passes, start=1):
             selected = [rows[number] for number in numbers or (lengths.index(min(lengths)),)]
             batch = collate(selected, layout, pad_id=0, with_labels=bool(numbers))
             loss += batch_loss(model, batch, str(device))
             labels += len(batch.labelled)
+            on_pass(done, len(passes))
     total = ranks.all_reduce_sum(torch.stack((loss, torch.full_like(loss, labels))))
     return float(total[0] / total[1])

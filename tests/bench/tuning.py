@@ -209,7 +209,7 @@ CONTENDERS = {"ours": ours, "trl": trl, "kaito": kaito}
 
 def contend(options: argparse.Namespace) -> None:
     """Train as one contender in this process and print the figures as JSON."""
-    from runtime.tuning.loss import mean_loss
+    from runtime.tuning.loss import HeldOutRows, mean_loss
     from runtime.tuning.process.ranks import Ranks
 
     logging.disable(logging.WARNING)
@@ -220,7 +220,7 @@ def contend(options: argparse.Namespace) -> None:
     held_out = encoded(held, tokenizer_of()) if held else None
 
     def held_out_loss() -> float:
-        return mean_loss(model, held_out.rows, Ranks(), layout="sorted", budget_tokens=MAX_TOKENS)
+        return mean_loss(model, HeldOutRows(held_out.rows, "sorted", MAX_TOKENS), Ranks())
 
     before = held_out_loss() if held else None
     wall, cpu = time.perf_counter(), time.process_time()

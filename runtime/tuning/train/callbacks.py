@@ -85,7 +85,7 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.throughput.start(state.global_step, state.max_steps)
+        self.throughput.start(state.global_step, state.max_steps, state.log_history)
         self.reporter.begin()
 
     def on_step_end(

@@ -3,6 +3,7 @@
 Collectives run in here: all ranks evaluate together. Does not know reports. Start at `evaluate`.
 """
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def evaluate(setup: TrainingSetup, questions: Sequence[Example]) -> Evaluation:
     log.info(
         "evaluating: the loss of %d held-out rows, the answers to %d questions", len(held_out), len(questions)
     )
-    with training_attention(setup):
+    with training_attention(setup), contextlib.closing(setup.callbacks.reporter):
         loss = setup.trainer.held_out_loss() if held_out else None
     answering = ranks.is_main or is_sharded(setup.model)
     answers = generate(setup.model, setup.tokenizer, questions) if answering else [""] * len(questions)

@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +43,18 @@ class JobState:
     metrics: Metrics = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What a job does between two steps, and how far it is."""
+
+    name: str
+    done: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.done}/{self.total}"
+
+
 @dataclass(slots=True)
 class Throughput:
     """Running metrics of one training run in this process, over all ranks where they are global."""
@@ -64,9 +76,13 @@ class Throughput:
     """Step that this process began at: more than 0 after a resume."""
     started: float = 0.0
     last_step_at: float = 0.0
+    activity: Activity | None = None
+    """What the job does now, where that is no step."""
 
-    def start(self, step: int, total_steps: int) -> None:
-        """Begin to count time, at `step` of `total_steps`."""
+    def start(self, step: int, total_steps: int, logged: Iterable[Mapping[str, float]] = ()) -> None:
+        """Begin to count time, at `step` of `total_steps`; a resumed run has `logged` metrics before."""
+        for entry in logged:
+            self.log(step, entry)
         self.started = self.last_step_at = self.clock()
         self.step, self.first_step, self.total_steps = step, step, total_steps
 
@@ -135,6 +151,8 @@ class Throughput:
 
     def position_text(self) -> str:
         """Return how far the run is, for people."""
+        if self.activity is not None:
+            return str(self.activity)
         left = "?" if math.isnan(self.remaining_s) else duration(self.remaining_s)
         return f"step {self.step}/{self.total_steps} epoch {self.epoch:.2f} left {left}"
 
@@ -234,6 +252,19 @@ class Reporter:
             self.last_line_at = self.clock()
             line = f"{self.throughput.position_text()} {self.throughput.metrics_text()}"
             log.info("%s", line, extra={"fields": self.throughput.metrics()})
+
+    def show_activity(self, name: str, done: int, total: int) -> None:
+        """Show how far something other than training is: like `show`, but no line of the log is its last."""
+        begins, self.throughput.activity = self.throughput.activity is None, Activity(name, done, total)
+        if self.display is not None:
+            self.display.show(self.throughput)
+        elif begins:
+            self.last_line_at = self.clock()  # the first line comes where it takes long
+        elif self.clock() - self.last_line_at >= LOG_INTERVAL_S:
+            self.last_line_at = self.clock()
+            log.info("%s", self.throughput.activity)
+        if done == total:
+            self.throughput.activity = None
 
     def close(self) -> None:
         """Restore the screen, however training ended."""

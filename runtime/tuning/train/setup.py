@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -146,7 +147,14 @@ def prepare(
     trainer = AdapterTrainer(
         adapter.model,
         args,
-        workload=Workload(data.train.rows, held_out, plan, rank.ranks, tokenizer.pad_token_id or 0),
+        workload=Workload(
+            data.train.rows,
+            held_out,
+            plan,
+            rank.ranks,
+            tokenizer.pad_token_id or 0,
+            partial(callbacks.reporter.show_activity, "evaluating"),
+        ),
         throughput=rank.progress.throughput,
         callbacks=callbacks.all,
     )

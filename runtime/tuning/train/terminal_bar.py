@@ -32,11 +32,15 @@ class TerminalBar:
 
     def show(self, throughput: Throughput) -> None:
         """Draw the metrics, when the last drawing is `REFRESH_S` ago or this is the last step."""
-        if self.clock() - self.drawn < REFRESH_S and throughput.step < throughput.total_steps:
+        activity = throughput.activity
+        done, total = (
+            (activity.done, activity.total) if activity else (throughput.step, throughput.total_steps)
+        )
+        if self.clock() - self.drawn < REFRESH_S and done < total:
             return
         self.drawn = self.clock()
         self.live = self.live or self._open()
-        self.live.update(_picture(throughput), refresh=True)
+        self.live.update(_picture(throughput, done, total), refresh=True)
 
     def close(self) -> None:
         """Leave the last drawing on the screen, show the cursor, and restore the log handlers' stream."""
@@ -58,13 +62,14 @@ class TerminalBar:
         return live
 
 
-def _picture(throughput: Throughput) -> Table:
-    bar = ProgressBar(total=max(throughput.total_steps, 1), completed=throughput.step)
+def _picture(throughput: Throughput, done: int, total: int) -> Table:
+    bar = ProgressBar(total=max(total, 1), completed=done)
     first_line = Table.grid(expand=True, padding=(0, 1))
     first_line.add_column(ratio=1)
     first_line.add_column(no_wrap=True)
     first_line.add_row(bar, Text(throughput.position_text()))
     lines = Table.grid(expand=True)
     lines.add_row(first_line)
-    lines.add_row(Text(throughput.metrics_text(), style="dim"))
+    if throughput.step:
+        lines.add_row(Text(throughput.metrics_text(), style="dim"))
     return lines

@@ -8,7 +8,7 @@ Does not know data files or jobs. Start at `AdapterTrainer.training_step`.
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -22,7 +22,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from runtime.errors import CapacityError, DivergedError, is_out_of_memory
 from runtime.tuning.data.batching import BatchPlan, MicroBatch, RankBatch, collate
 from runtime.tuning.data.tokenize import TokenizedRow
-from runtime.tuning.loss import batch_loss, mean_loss
+from runtime.tuning.loss import HeldOutRows, batch_loss, mean_loss
 from runtime.tuning.model.fsdp import average_gradients, is_sharded
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.train.progress import Throughput
@@ -39,6 +39,8 @@ class Workload:
     plan: BatchPlan
     ranks: Ranks
     pad_id: int = 0
+    on_pass: Callable[[int, int], None] = lambda done, total: None
+    """Told how many passes of an evaluation are done, and of how many."""
 
 
 class AdapterTrainer(Trainer):
@@ -192,13 +194,8 @@ class AdapterTrainer(Trainer):
         """Return the mean loss per labelled token of the held-out rows."""
         plan, model = self.plan, cast(PeftModel, self.model)
         with self.compute_loss_context_manager():
-            return mean_loss(
-                model,
-                self.workload.held_out,
-                self.workload.ranks,
-                layout=plan.layout,
-                budget_tokens=plan.budget_tokens,
-            )
+            held_out = HeldOutRows(self.workload.held_out, plan.layout, plan.budget_tokens)
+            return mean_loss(model, held_out, self.workload.ranks, self.workload.on_pass)
 
 
 class StepSampler(Sampler[list[RankBatch]]):

@@ -21,7 +21,7 @@ from runtime.errors import ConfigError
 from runtime.hardware import Hardware
 from runtime.model_source import ModelSource, Quantization
 from runtime.tuning.data.batching import IGNORE, collate
-from runtime.tuning.loss import batch_loss, mean_loss
+from runtime.tuning.loss import HeldOutRows, batch_loss, mean_loss
 from runtime.tuning.model import packed_attention
 from runtime.tuning.model.lora import attach, evaluating, resolve_targets
 from runtime.tuning.process.ranks import Ranks
@@ -68,7 +68,7 @@ def test_gradients_equal_the_dequantised_reference_also_after_an_evaluation(tiny
     reference = dequantised(model)
     rows = some_rows(5)
     # On a CPU with AVX512-BF16 a plain evaluation would repack the weights for a kernel without gradients.
-    mean_loss(model, rows, Ranks(), layout="sorted", budget_tokens=400)
+    mean_loss(model, HeldOutRows(rows, "sorted", 400), Ranks())
     losses = []
     for each in (model, reference):
         each.train()

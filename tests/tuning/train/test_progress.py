@@ -85,3 +85,28 @@ def test_run_without_a_step_for_far_longer_than_usual_is_stalled(clock: Clock) -
     assert throughput.stalled
     take_step(throughput, 2, clock)
     assert not throughput.stalled
+
+
+def test_an_evaluation_that_takes_long_says_how_far_it_is(
+    caplog: pytest.LogCaptureFixture, clock: Clock
+) -> None:
+    caplog.set_level("INFO")
+    throughput = Throughput(clock=clock)
+    reporter = Reporter(throughput, clock=clock)
+    for done in range(1, 9):
+        clock.now += 2
+        reporter.show_activity("evaluating", done, 8)
+    assert [record.getMessage() for record in caplog.records] == ["evaluating 4/8", "evaluating 7/8"]
+    assert throughput.activity is None
+    caplog.clear()
+    reporter.show_activity("evaluating", 1, 2)
+    assert not caplog.records
+
+
+def test_a_resumed_run_shows_what_was_measured_last_before_its_first_step(clock: Clock) -> None:
+    throughput = Throughput(clock=clock)
+    throughput.held_out_loss = 9.0  # of the adapter before training, measured again after the restart
+    logged = [{"step": 2, "eval_loss": 3.0}, {"step": 4, "loss": 1.5}, {"step": 4, "eval_loss": 1.25}]
+    throughput.start(4, 10, [{"step": 2, "loss": 2.0}, *logged])
+    assert (throughput.step, throughput.loss, throughput.held_out_loss) == (4, 1.5, 1.25)
+    assert "held-out 1.2500" in throughput.metrics_text()

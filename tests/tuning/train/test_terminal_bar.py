@@ -43,3 +43,18 @@ def test_terminal_shows_a_bar_and_log_lines_stay_whole_above_it(
     assert "\x1b[2Ka line beside the bar\n" in shown or "\na line beside the bar\n" in shown
     assert shown.endswith("and one after it\n")
     assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l") >= 0  # the cursor is back
+
+
+def test_an_evaluation_has_a_bar_of_its_own(clock: Clock) -> None:
+    screen = io.StringIO()
+    bar = TerminalBar(Console(file=screen, force_terminal=True, width=100, highlight=False), clock)
+    throughput = Throughput(clock=clock)
+    reporter = Reporter(throughput, display=bar, clock=clock)
+    for done in (1, 2, 3):
+        reporter.show_activity("evaluating", done, 3)  # the second one comes too soon after the first
+    reporter.close()
+    shown = screen.getvalue()
+    assert "evaluating 1/3" in shown
+    assert "evaluating 2/3" not in shown
+    assert "evaluating 3/3" in shown
+    assert "nan" not in shown
