@@ -157,7 +157,7 @@ class RenderedFields:
         if not example.messages or not self._tokenizer.chat_template:
             return example
         example = self._in_known_roles(example)
-        dropped: set[str] = set()
+        dropped: dict[str, None] = {}  # in the order in which they are met
         for field, index in fields_of(example):
             if self._renders(example, field, index):
                 continue
@@ -168,8 +168,8 @@ class RenderedFields:
                     "set chat_template in ModelConfig to one that does, or leave it out of the data"
                 )
             example = without
-            dropped.add(field.name)
-        self._dropped.update(dropped)
+            dropped[field.name] = None
+        self._dropped.update(dropped.keys())
         return example
 
     def _sentence(self, name: str) -> str:

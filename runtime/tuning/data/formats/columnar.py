@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any
 
 from runtime.errors import DataError, one_line
+from runtime.tuning.data.formats import arrow_values
 from runtime.tuning.data.limits import ByteCount
 
 if TYPE_CHECKING:
@@ -80,14 +81,14 @@ class _Columns:
         if name not in self._converted:
             self._unpacked.add_rows(0, column.nbytes, self._file)
             try:
-                self._converted[name] = column.to_pylist(maps_as_pydicts="strict")
+                self._converted[name] = arrow_values.values(column)
             except Exception:  # of some row: each is converted by itself
                 self._converted[name] = None
         values = self._converted[name]
         if values is not None:
             return values[row]
         try:
-            return column[row].as_py(maps_as_pydicts="strict")
+            return arrow_values.values(column.slice(row, 1))[0]
         except Exception as error:  # pyarrow's own, OverflowError, KeyError, ImportError, …
             raise DataError(
                 f"column '{name}' ({column.type}) cannot be read: {one_line(error, 100)}"

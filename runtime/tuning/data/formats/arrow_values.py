@@ -1,8 +1,8 @@
-"""Cells of Arrow tables as Python values, converted so that no value can fail.
+"""Cells of Arrow tables as Python values.
 
-Dates, times and durations become text: Python's own types end at the year 9999 and know fewer time zones.
-What is null inside a cell is absent, since a column of objects has every key in each of them. Does not
-know files or rows. Start at `values`.
+Dates and times become text: Python's own types end at the year 9999 and know fewer time zones. Inside a cell,
+where a message has its time, none can fail. What is null inside a cell is absent, since a column of objects
+has every key in each of them. Does not know files or rows. Start at `values`.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,31 @@ _OUT_OF_RANGE = "<value out of range"
 
 
 def values(column: "pa.Array") -> list[Any]:
-    """Return the cells of a column; pyarrow's errors for data that is damaged, ValueError for a key twice."""
+    """Return the cells of a column.
+
+    Raises pyarrow's errors for data that is damaged, ValueError for a date that no calendar has, for a
+    duration, and for an object with a key twice.
+    """
+    import pyarrow as pa
+
+    if pa.types.is_temporal(column.type):
+        return _texts(column)
     for changed in (_without_zones, _as_text):
         wanted = changed(column.type)
         column = column if wanted.equals(column.type) else column.cast(wanted)
     return [_present(value) for value in column.to_pylist(maps_as_pydicts="strict")]
+
+
+def _texts(times: "pa.Array") -> list[str | None]:
+    import pyarrow as pa
+
+    if pa.types.is_duration(times.type):
+        raise ValueError("a duration has no usual form as text")
+    texts: list[str | None] = times.cast(pa.string()).to_pylist()
+    far = next((text for text in texts if text is not None and text.startswith(_OUT_OF_RANGE)), None)
+    if far is not None:
+        raise ValueError(far.strip("<>"))
+    return texts
 
 
 def _without_zones(kind: "pa.DataType") -> "pa.DataType":
