@@ -14,6 +14,7 @@ import numpy as np
 
 from runtime.errors import DataError
 from runtime.files import sha256
+from runtime.logs import counted
 from runtime.tuning.data import folder, formats
 from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.example import Example
@@ -88,6 +89,7 @@ def load(source: DataSource, files: Sequence[Path] | None = None, *, processes: 
         where = found[0].path if len(found) == 1 else source.folder
         raise DataError(f"{where}: has no rows, expected at least one")
     _say_what_was_read(used, [file.name for file in found if file.split == "test"])
+    _warn_of_copies(used)
     reader.bad_rows.conclude("reading")
     facts = reader.normaliser.facts()
     for note, count in facts.notes.items():
@@ -128,26 +130,34 @@ class _Reader:
 
 
 def _say_what_was_read(files: Sequence[DataFile], test: Sequence[str]) -> None:
-    """Log a line for each kind of file, and what looks like a mistake."""
+    """Log a line for each kind of file."""
     groups: dict[tuple[Split, str], list[DataFile]] = {}
-    copies: dict[str, list[str]] = {}
-    formats_by_name: dict[str, dict[str, str]] = {}
     for file in files:
         groups.setdefault((file.split, file.format), []).append(file)
-        if not file.rows:
-            continue
-        copies.setdefault(file.sha256, []).append(file.name)
-        stem = str(PurePath(file.name).with_name(formats.base_name(PurePath(file.name))))
-        formats_by_name.setdefault(stem, {})[file.format] = file.name
     for (split, kind), members in groups.items():
         purpose = "held out" if split == "validation" else "read"
-        rows, names = sum(file.rows for file in members), [file.name for file in members]
-        log.info("%d rows %s, of %d %s files (%s)", rows, purpose, len(members), kind, _some(names))
+        rows = counted(sum(file.rows for file in members), "row")
+        names = _some([file.name for file in members])
+        log.info("%s %s, of %s (%s)", rows, purpose, counted(len(members), f"{kind} file"), names)
     if test:
-        log.info("%d files are left out, rows to test on: %s", len(test), _some(test))
-    for names in (*copies.values(), *(list(found.values()) for found in formats_by_name.values())):
-        if len(names) > 1:
-            log.warning("%s: perhaps the same rows, which then count twice", " and ".join(names[:3]))
+        log.info("%s left out, with rows to test on: %s", counted(len(test), "file"), _some(test))
+
+
+def _warn_of_copies(files: Sequence[DataFile]) -> None:
+    """Say which files perhaps hold the same rows: equal bytes, or one name in two formats."""
+    copies: dict[str, list[DataFile]] = {}
+    formats_of: dict[PurePath, dict[str, DataFile]] = {}
+    for file in files:
+        if file.rows:
+            copies.setdefault(file.sha256, []).append(file)
+            stem = PurePath(file.name).with_name(formats.base_name(PurePath(file.name)) or file.name)
+            formats_of.setdefault(stem, {})[file.format] = file
+    for same in (*copies.values(), *(list(found.values()) for found in formats_of.values())):
+        if len(same) > 1:
+            splits = {file.split for file in same}
+            what = "count twice" if len(splits) == 1 else "are both trained on and held out"
+            names = " and ".join(file.name for file in same[:3])
+            log.warning("%s perhaps hold the same rows, which then %s", names, what)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -53,6 +53,7 @@ def find(folder: Path, *, file: Path | None = None, extension: str | None = None
         return [FoundFile(file, file.name, "train")]
     if not folder.is_dir():
         raise DataError(f"{folder}: no such directory, expected one with data files")
+    folder = _checkout(folder)
     found = data_files(folder, extension)
     if not found:
         present = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -80,6 +81,19 @@ def listed(files: Sequence[Path]) -> list[FoundFile]:
     return [
         FoundFile(path, path.name, split) for path, split in zip(files, splits.assign(names), strict=True)
     ]
+
+
+def _checkout(folder: Path) -> Path:
+    """Return the checkout in a folder of the hub's cache, which also holds its files under other names."""
+    snapshots, main = folder / "snapshots", folder / "refs" / "main"
+    if not snapshots.is_dir() or not (folder / "blobs").is_dir():
+        return folder
+    if main.is_file() and (found := snapshots / main.read_text(errors="replace").strip()).is_dir():
+        return found
+    revisions = sorted(path for path in snapshots.iterdir() if path.is_dir())
+    if len(revisions) != 1:
+        raise DataError(f"{snapshots}: has {len(revisions)} revisions; give the folder of one as --data")
+    return revisions[0]
 
 
 def _chosen(folder: Path, found: list[Path]) -> list[FoundFile]:

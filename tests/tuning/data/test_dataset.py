@@ -87,9 +87,9 @@ def test_rows_of_a_validation_set_are_held_out_and_those_of_a_test_set_left_out(
     ]
     assert "validation:" in data.digest
     assert caplog.messages == [
-        "7 rows held out, of 1 jsonl files (dev.jsonl)",
-        "60 rows read, of 1 jsonl files (train.jsonl)",
-        "1 files are left out, rows to test on: test.jsonl",
+        "7 rows held out, of 1 jsonl file (dev.jsonl)",
+        "60 rows read, of 1 jsonl file (train.jsonl)",
+        "1 file left out, with rows to test on: test.jsonl",
     ]
     dataset.divide(data, source(tmp_path, train_share=0.9))
     assert caplog.messages[-1] == "train_test_split does not count: the data has a validation set of its own"
@@ -128,10 +128,12 @@ def test_what_may_be_the_same_rows_twice_is_said(tmp_path: Path, caplog: pytest.
     lines(tmp_path, "b/c.jsonl", 3, "same")
     lines(tmp_path, "d.jsonl", 3)
     (tmp_path / "d.csv").write_text("text\nd\n")
+    lines(tmp_path, "validation.jsonl", 3, "same")
     dataset.load(source(tmp_path))
     assert caplog.messages == [
-        "a.jsonl and b/c.jsonl: perhaps the same rows, which then count twice",
-        "d.csv and d.jsonl: perhaps the same rows, which then count twice",
+        "a.jsonl and b/c.jsonl and validation.jsonl perhaps hold the same rows, which then are both trained "
+        "on and held out",
+        "d.csv and d.jsonl perhaps hold the same rows, which then count twice",
     ]
 
 

@@ -122,3 +122,16 @@ def test_addresses_with_one_name_keep_the_suffixes_of_format_and_compression(tmp
     first, second = folder.local_paths(urls, tmp_path)
     assert first != second
     assert [path.name[:6] + path.name[-9:] for path in (first, second)] == ["train-.jsonl.gz"] * 2
+
+
+def test_the_cache_of_the_hub_is_its_checkout(tmp_path: Path) -> None:
+    touch(tmp_path, "blobs/0", "refs/main")
+    for revision in ("a", "b"):
+        (tmp_path / "snapshots" / revision).mkdir(parents=True)
+        (tmp_path / "snapshots" / revision / "rows.jsonl").symlink_to(tmp_path / "blobs" / "0")
+    (tmp_path / "refs" / "main").write_text("b")
+    (found,) = folder.find(tmp_path)
+    assert found.path == tmp_path / "snapshots" / "b" / "rows.jsonl"
+    (tmp_path / "refs" / "main").unlink()
+    with pytest.raises(DataError, match="has 2 revisions; give the folder of one"):
+        folder.find(tmp_path)

@@ -79,6 +79,7 @@ class _Columns:
             raise DataError(f"column '{name}' is there twice, so which one is meant cannot be told")
         column = self._batch.column(self.names[name])
         if name not in self._converted:
+            self._check(name, column)
             self._unpacked.add_rows(0, column.nbytes, self._file)
             try:
                 self._converted[name] = arrow_values.values(column)
@@ -93,6 +94,13 @@ class _Columns:
             raise DataError(
                 f"column '{name}' ({column.type}) cannot be read: {one_line(error, 100)}"
             ) from None
+
+    def _check(self, name: str, column: "pa.Array") -> None:
+        """Raise DataError for offsets that lead out of a damaged file: pyarrow would follow them."""
+        try:
+            column.validate(full=True)
+        except Exception as error:
+            raise DataError(f"column '{name}' is damaged: {one_line(error, 100)}") from None
 
 
 class ColumnarRow(Mapping[str, Any]):

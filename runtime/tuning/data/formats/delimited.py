@@ -19,20 +19,23 @@ _MOST_HEADER_LINES = 100
 
 _ESCAPED_QUOTE = re.compile(rb'\\"[^\s,;\t|"]')
 """A quote inside a quoted cell that Spark has escaped; RFC 4180 doubles it, and has none before a letter."""
+_ESCAPED = re.compile(r'\\["\\]|"')
 
 
 def read_delimited(file: io.BufferedReader) -> Iterator[dict[str, str] | DataError]:
     """Yield the rows below the header, every cell as text."""
     stream = utf8(file)
-    escaped = _ESCAPED_QUOTE.search(stream.peek(CHUNK_BYTES)) is not None
+    spark = _ESCAPED_QUOTE.search(stream.peek(CHUNK_BYTES)) is not None
     csv.field_size_limit(LARGEST_ROW_BYTES)  # the process's: 128 KiB is less than an answer may have
     with io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
-        lines = _Lines(text, escaped)
+        lines = _Lines(text)
         header = lines.header()
         if not header:
             return
         separator = _separator(header)
         spaced = header.count(separator) == len(re.findall(rf"{re.escape(separator)} ", header)) > 0
+        if spark:
+            lines.unescape(separator)
         names = _names(next(csv.reader([header], delimiter=separator, skipinitialspace=spaced), []))
         reader = csv.reader(lines, delimiter=separator, skipinitialspace=spaced, strict=True)
         while True:
@@ -57,12 +60,18 @@ def _range(lines: "_Lines", began: int, ended: int) -> str:
 
 
 class _Lines:
-    """The lines of a text, with its quotes escaped as RFC 4180 does it."""
+    """The lines of a text, with its quotes doubled as RFC 4180 does it."""
 
-    def __init__(self, text: io.TextIOWrapper, escaped: bool) -> None:
-        self._text, self._escaped = text, escaped
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        self._text = text
+        self._separator = ""
+        self._quoted = False
         self.header_lines = 0
         self.ended = False
+
+    def unescape(self, separator: str) -> None:
+        """Read what is left of the text as Spark writes it: a backslash before quotes and backslashes."""
+        self._separator = separator
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -72,7 +81,15 @@ class _Lines:
         if not line:
             self.ended = True
             raise StopIteration
-        return line.replace('\\"', '""') if self._escaped else line
+        return _ESCAPED.sub(self._unescaped, line) if self._separator else line
+
+    def _unescaped(self, found: re.Match[str]) -> str:
+        mark, line = found[0], found.string
+        if mark != '"':
+            return {'\\"': '""', "\\\\": "\\"}[mark] if self._quoted else mark
+        begins = found.start() == 0 or line[found.start() - 1] == self._separator
+        self._quoted = begins if not self._quoted else False
+        return mark
 
     def header(self) -> str:
         """Return the first line that is not blank, with those that a quoted name goes on in; or ""."""
@@ -120,6 +137,8 @@ def _row(names: list[str], cells: list[str]) -> dict[str, str] | DataError:
             f"does not have {len(names)} columns as the header has, but {len(cells)} "
             "(an unquoted line break or separator in a text?)"
         )
+    if [cell.strip() for cell in cells] == names:
+        return DataError("is the header again: files have been joined with theirs")
     for name, cell in zip(names, cells, strict=True):
         if "\0" in cell:
             return DataError(f"column '{name}' has a NUL byte: the file is damaged, or not in UTF-8")

@@ -48,10 +48,18 @@ _ENCODINGS = {
 """By byte order mark; UTF-32's begin with UTF-16's."""
 
 
+def first_bytes(path: Path, count: int) -> bytes:
+    """Return the first bytes of a file as it is; none when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
+    except OSError:
+        return b""
+
+
 def is_compressed(path: Path) -> bool:
     """Return whether a file is compressed in a way that `opened` reads."""
-    with path.open("rb") as file:
-        return file.read(8).startswith(tuple(_DECODERS))
+    return first_bytes(path, 8).startswith(tuple(_DECODERS))
 
 
 @contextlib.contextmanager

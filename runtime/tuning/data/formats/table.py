@@ -39,8 +39,9 @@ def read(path: Path, extension: str | None = None, unpacked: ByteCount | None = 
     when the file is not what its name says.
     """
     count = unpacked or ByteCount(DataLimits.of(None, path.parent).unpacked)
+    kind = kind_of(path, extension)
     try:
-        kind = kind_of(path, extension)
+        _check_start(path)
         for row in FORMATS[kind].read(path, count):
             count.add_rows(1, 0, path.name)
             yield row
@@ -59,15 +60,28 @@ def read(path: Path, extension: str | None = None, unpacked: ByteCount | None = 
 
 
 def kind_of(path: Path, extension: str | None = None) -> str:
-    """Return the format of a file: `extension`, or what its name tells, or its first bytes."""
-    return extension or file_format(path) or _format_by_content(path) or "json"
+    """Return the format of a file: by `extension`, its name, or its first bytes; else DataError."""
+    kind = extension or file_format(path) or _format_by_content(path)
+    if kind is None:
+        raise DataError(
+            f"{path}: neither its name nor its first bytes tell its format{_start(path)}; "
+            f"set dataset_extension to one of {', '.join(FORMATS)}"
+        )
+    return kind
 
 
 def _start(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        return f"; it starts with {file.read(40)!r}"
+    start = streams.first_bytes(path, 40)
+    return f"; it starts with {start!r}" if start else ""
+
+
+def _check_start(path: Path) -> None:
+    """Raise DataError for what is not the data but stands for it, whatever the name says."""
+    start = streams.first_bytes(path, 40).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise DataError("a pointer of Git LFS and not the data: run `git lfs pull` in the checkout")
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise DataError("a web page and not data (a login or an error page?)")
 
 
 def _json(path: Path, unpacked: ByteCount) -> Rows:

@@ -1,5 +1,8 @@
 """Columnar files give rows lazily: what is not asked for is not converted, and cannot fail."""
 
+import contextlib
+import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,7 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from runtime.errors import DataError
+from runtime.errors import CapacityError, DataError
 from runtime.tuning.data.formats import read
 from runtime.tuning.data.limits import ByteCount, ByteLimit
 
@@ -94,3 +97,38 @@ def test_parquet_of_large_rows_is_decoded_a_few_at_a_time(
     texts = [f"{number:06}" * 500 for number in range(20)]
     path = written(tmp_path / "a.parquet", pa.table({"text": texts}))
     assert [row["text"] for row in read(path)] == texts  # type: ignore[index]
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_offsets_that_lead_out_of_a_damaged_file_are_not_followed(tmp_path: Path, new: Any) -> None:
+    table = pa.table({"text": ["a" * 12345], "other": ["b"]})
+    path = tmp_path / "a.arrow"
+    with pa.OSFile(str(path), "wb") as sink, new(sink, table.schema) as writer:
+        writer.write_table(table)
+    offsets = struct.pack("<ii", 0, 12345)
+    before, found, after = path.read_bytes().rpartition(offsets)  # an earlier one is a length in the header
+    assert found
+    path.write_bytes(before + struct.pack("<ii", 0, 2**30) + after)
+    (row,) = read(path)
+    assert row["other"] == "b"  # type: ignore[index]
+    with pytest.raises(DataError, match="column 'text' is damaged: "):
+        row["text"]  # type: ignore[index]
+
+
+def test_random_damage_ends_as_rows_or_as_one_error(tmp_path: Path) -> None:
+    table = pa.table({"text": [f"row {number}" * 5 for number in range(100)], "n": [[1, 2]] * 100})
+    pq.write_table(table, tmp_path / "a.parquet")
+    pa.feather.write_feather(table, tmp_path / "a.feather")
+    draw = random.Random(0)
+    for path in (tmp_path / "a.parquet", tmp_path / "a.feather"):
+        whole = path.read_bytes()
+        for _ in range(100):
+            data = bytearray(whole)
+            for _ in range(draw.choice((1, 3, 20))):
+                data[draw.randrange(len(data))] = draw.randrange(256)
+            path.write_bytes(data[: draw.choice((len(data), draw.randrange(len(data))))])
+            with contextlib.suppress(DataError, CapacityError):
+                for row in read(path):
+                    assert not isinstance(row, DataError)
+                    for name in row:
+                        row[name]

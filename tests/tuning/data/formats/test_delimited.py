@@ -1,7 +1,5 @@
 """Separated values are read with the separator that the header has; text that shifts columns is refused."""
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +107,22 @@ def test_a_quote_that_is_never_closed_is_an_error_that_says_where(tmp_path: Path
         rows_of(tmp_path, '"prompt,completion\nq,a\n')
 
 
-def test_quotes_that_spark_escapes_are_read(tmp_path: Path) -> None:
-    target = io.StringIO()
-    writer = csv.writer(
-        target, quoting=csv.QUOTE_ALL, doublequote=False, escapechar="\\", lineterminator="\n"
+def test_quotes_and_backslashes_that_spark_escapes_are_read(tmp_path: Path) -> None:
+    text = (
+        'prompt,completion\n"say \\"hi\\", you",she said "yes"\n"{\\"a\\": \\"\\\\\\"b\\"}",\\frac\n'
+        '"two\nlines","ends with \\\\"\n'
     )
-    writer.writerows([["prompt", "completion"], ['say "hi", you', 'she said "yes"']])
-    assert rows_of(tmp_path, target.getvalue()) == [
-        {"prompt": 'say "hi", you', "completion": 'she said "yes"'}
+    assert rows_of(tmp_path, text) == [
+        {"prompt": 'say "hi", you', "completion": 'she said "yes"'},
+        {"prompt": '{"a": "\\"b"}', "completion": "\\frac"},
+        {"prompt": "two\nlines", "completion": "ends with \\"},
     ]
+
+
+def test_a_header_in_the_middle_is_a_bad_row(tmp_path: Path) -> None:
+    first, bad, last = rows_of(tmp_path, "prompt,completion\nq,a\nprompt,completion\nq,a\n")
+    assert (first, last) == (ROW, ROW)
+    assert "is the header again" in str(bad)
 
 
 def test_a_column_that_is_there_twice_is_refused_and_an_empty_file_has_no_rows(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def pandas(**options: Any) -> str:
         LINES.replace("\n", "\r\n\r\n"),
         LINES.replace("\n", "\r"),
         "\ufeff \n" + LINES,
+        LINES.replace("{", "\ufeff{"),
         LINES.replace("\n", ""),
         "\n".join(json.dumps(row, indent=1) for row in ROWS),
         json.dumps({"data": ROWS}),

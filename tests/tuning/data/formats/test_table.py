@@ -107,3 +107,22 @@ def test_a_format_is_chosen_by_suffix_by_content_and_by_setting(tmp_path: Path) 
     assert list(formats.read(tmp_path / "rows.txt", "csv")) == [{"text": "t"}]
     with pytest.raises(ConfigError, match="'extension' is 'xml', expected one of parquet, json, jsonl, csv"):
         parse(DataSource, {"extension": "xml"}, "job")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.csv"])
+def test_what_stands_for_the_data_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    with pytest.raises(DataError, match=r"a pointer of Git LFS and not the data: run `git lfs pull`"):
+        list(formats.read(path))
+    path.write_text("<!DOCTYPE html><html><body>Log in")
+    with pytest.raises(DataError, match="a web page and not data"):
+        list(formats.read(path))
+
+
+def test_a_file_of_no_known_format_is_told_how_to_name_one(tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text("prompt,completion")
+    with pytest.raises(
+        DataError, match=r"it starts with b'prompt.*set dataset_extension to one of parquet, json"
+    ):
+        dataset.load(source(tmp_path, file=tmp_path / "rows.txt"))
