@@ -18,6 +18,7 @@ from runtime.adapters.folder import (
     read_config,
 )
 from runtime.adapters.lora_config import LoraFields
+from runtime.adapters.own_template import check_tokens, own_template
 from runtime.adapters.saving import save
 
 __all__ = [
@@ -27,10 +28,12 @@ __all__ = [
     "LoraFields",
     "check",
     "check_served",
+    "check_tokens",
     "combine",
     "find",
     "local_copy",
     "no_directory",
+    "own_template",
     "read_config",
     "save",
 ]

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from runtime.errors import OverloadedError, UnavailableError
@@ -42,6 +42,8 @@ class ServedModel:
     tokenizer: PromptTokenizer
     created: int
     """Unix time of loading, for /v1/models."""
+    adapter_tokenizers: dict[str, PromptTokenizer] = field(default_factory=dict)
+    """By name of the adapters that have a chat template of their own."""
     default_adapter: str | None = None
     """The adapter that answers requests for the base model; None is the base model itself."""
     aliases: tuple[str, ...] = ()
@@ -52,6 +54,10 @@ class ServedModel:
     """The form of reasoning that the server was told to separate; none is known."""
     weights: str = ""
     """Type, size and device of the base weights, as text."""
+
+    def tokenizer_for(self, adapter: str | None) -> PromptTokenizer:
+        """Return what makes prompts for `adapter`: with its own chat template, where it has one."""
+        return self.adapter_tokenizers.get(adapter or "", self.tokenizer)
 
     async def first_token(self) -> None:
         """Generate one token, which proves that the engine works; UnavailableError when it does not."""

@@ -218,13 +218,37 @@ def _combined(served: ServedModel, config: ServeConfig, access: oci.Access) -> S
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="combined-")))
         adapters.combine(parts, scratch)
         served.engine.add_adapter(COMBINED, scratch)
+    _combine_templates(served)
     log.info("Combined %d adapters: they answer requests that name none", len(parts))
     return replace(served, default_adapter=COMBINED)
 
 
+def _combine_templates(served: ServedModel) -> None:
+    """Give the combined adapter the chat template that all its parts have, if they have one of their own."""
+    names = [name for name in served.engine.stats().adapters if name != COMBINED]
+    own = [served.adapter_tokenizers.get(name) for name in names]
+    if own[0] is not None and all(each is not None and each.same_template(own[0]) for each in own):
+        served.adapter_tokenizers[COMBINED] = own[0]
+    elif any(own):
+        log.warning("The combined adapters have different chat templates: that of %s is used", served.name)
+
+
 def _attach(served: ServedModel, source: AdapterSource, folder: Path, base: str | None) -> None:
+    """Have the engine read an adapter, and make prompts for it with its own chat template if it has one."""
     adapters.check_served(folder, name=source.name, base=base)
+    adapters.check_tokens(folder, source.name, served.tokenizer.vocabulary)
+    template = adapters.own_template(folder, source.name)
+    served.adapter_tokenizers.pop(source.name, None)
+    own = template is not None and not served.tokenizer.has_template(template)
+    if template is not None and own:
+        served.adapter_tokenizers[source.name] = served.tokenizer.with_template(template)
     served.engine.add_adapter(source.name, folder, strength=source.strength)
+    if not own:
+        return
+    base_has = "which differs from that of" if served.tokenizer.template else "and there is none of"
+    log.info(
+        "Adapter %s: requests for it use its own chat template, %s %s", source.name, base_has, served.name
+    )
 
 
 def _format(config: ServeConfig, model: "PreTrainedModel") -> str:

@@ -4,6 +4,7 @@ The only part of serving that knows the tokenizer, with template_requests.py. Do
 engine's state. Start at `PromptTokenizer.prompt_from_chat`.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,26 @@ class PromptTokenizer:
         """The chat template, "" when the model has none."""
         template = self._tokenizer.chat_template
         return template if isinstance(template, str) else ""
+
+    def with_template(self, template: str | dict[str, str]) -> "PromptTokenizer":
+        """Return this tokenizer with another chat template; all else, threads too, is shared."""
+        other = copy.copy(self)
+        other._tokenizer = copy.copy(self._tokenizer)
+        other._tokenizer.chat_template = template
+        return other
+
+    def has_template(self, template: str | dict[str, str]) -> bool:
+        """Whether `template` is the chat template here."""
+        return bool(self._tokenizer.chat_template == template)
+
+    def same_template(self, other: "PromptTokenizer") -> bool:
+        """Whether `other` has the chat template of this one."""
+        return bool(self._tokenizer.chat_template == other._tokenizer.chat_template)
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The tokens with their ids."""
+        return dict(self._tokenizer.get_vocab())
 
     async def prompt_from_chat(
         self,

@@ -33,6 +33,8 @@ class TokenizeBody(TemplateFields, ToolFields):
 
     treatments = fields.TOKENIZE
 
+    model: Name | None = None
+    """An adapter may have a chat template of its own."""
     prompt: Text | None = None
     messages: Messages | None = None
     return_token_strs: Flag = False
@@ -97,7 +99,7 @@ def _add_tokenizer_routes(routes: APIRouter, generator: Generator) -> None:
     @routes.post("/tokenize", summary="Token ids of a text or a conversation", response_model=None)
     async def tokenize(body: TokenizeBody) -> Response:
         tokenizer = generator.served().tokenizer
-        ids = await _token_ids(body, generator.served())
+        ids = await _token_ids(body, generator.served(), generator.adapter_for(body.model))
         strings = await tokenizer.token_texts(ids) if body.return_token_strs else None
         counted = {"count": len(ids), "max_model_len": tokenizer.context_tokens, "tokens": ids}
         return JSONResponse({**counted, "token_strs": strings})
@@ -108,12 +110,12 @@ def _add_tokenizer_routes(routes: APIRouter, generator: Generator) -> None:
         return JSONResponse({"prompt": await tokenizer.detokenize(body.tokens)})
 
 
-async def _token_ids(body: TokenizeBody, served: ServedModel) -> list[int]:
-    tokenizer = served.tokenizer
+async def _token_ids(body: TokenizeBody, served: ServedModel, adapter: str | None) -> list[int]:
+    tokenizer = served.tokenizer_for(adapter)
     if body.messages:
         if body.prompt:
             raise RequestError("send 'prompt' or 'messages', not both", param="prompt")
-        options = template_options(body, tokenizer, shown_tools(body, served))
+        options = template_options(body, tokenizer, shown_tools(body, served, adapter))
         return await tokenizer.tokenize_chat(turns_of(body.messages, tokenizer.template), options=options)
     if body.prompt is None:
         raise RequestError("send 'prompt' or 'messages'", param="prompt")
@@ -152,5 +154,6 @@ def _add_adapter_routes(routes: APIRouter, generator: Generator, loader: Adapter
                     f"no adapter '{body.lora_name}' is served", param="lora_name", code="model_not_found"
                 )
             await asyncio.to_thread(served.engine.remove_adapter, body.lora_name)
+            served.adapter_tokenizers.pop(body.lora_name, None)
         log.info("Adapter removed: %s", body.lora_name)
         return JSONResponse({"message": f"adapter '{body.lora_name}' is served no more"})

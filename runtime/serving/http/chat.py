@@ -51,9 +51,9 @@ async def _generation_request(generator: Generator, body: ChatBody, request: Req
             "'input_data' (llama-2's request shape) is not supported; send the conversation as 'messages'",
             param="input_data",
         )
-    tokenizer = generator.served().tokenizer
     param = "adapter" if body.adapter is not None else "model"
     adapter = generator.adapter_for(body.adapter if body.adapter is not None else body.model, param=param)
+    tokenizer = generator.served().tokenizer_for(adapter)
     continues_prompt = not body.messages and (body.raw or not tokenizer.template)
     ids = await _prompt_ids(body, tokenizer, continues_prompt=continues_prompt)
     fields = body.merged_parameters()

@@ -407,7 +407,6 @@ STREAM: Treatments = {
 
 TOKENIZE: Treatments = {
     **_TEMPLATE,
-    **_ignored("there is one model", "model"),
     **_refused("use 'prompt'", "content", "text", "input", "inputs"),
     **_refused("use 'add_special_tokens'", "add_special", neutral=()),
     **_refused("special tokens of a text are always found", "parse_special", neutral=(True,)),

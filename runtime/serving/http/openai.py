@@ -194,8 +194,8 @@ async def _chat_request(
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("'top_logprobs' needs 'logprobs': true", param="top_logprobs")
     adapter = generator.adapter_for(body.model)
-    tokenizer = generator.served().tokenizer
-    asked, tools = _constraint(body), shown_tools(body, generator.served())
+    tokenizer = generator.served().tokenizer_for(adapter)
+    asked, tools = _constraint(body), shown_tools(body, generator.served(), adapter)
     if body.include_reasoning is not None and (parser := generator.served().reasoning_parser):
         raise RequestError(
             f"'include_reasoning' is not supported here: reasoning of the form '{parser}' stays in the text",

@@ -123,7 +123,7 @@ async def _generation_request(
     generator: Generator, body: ResponsesBody, request: Request
 ) -> GenerationRequest:
     adapter = generator.adapter_for(body.model)
-    tokenizer = generator.served().tokenizer
+    tokenizer = generator.served().tokenizer_for(adapter)
     ids = await tokenizer.prompt_from_chat(_turns(body, tokenizer.template), param="input")
     length = parameters.AnswerLength(body.max_output_tokens, param="max_output_tokens")
     sampling = await parameters.sampling(

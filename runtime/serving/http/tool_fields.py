@@ -105,14 +105,16 @@ def tool_names(body: ToolFields) -> frozenset[str]:
     return frozenset(tool.function.name for tool in body.tools)
 
 
-def shown_tools(body: ToolFields, served: ServedModel) -> list[dict[str, Any]] | None:
+def shown_tools(body: ToolFields, served: ServedModel, adapter: str | None) -> list[dict[str, Any]] | None:
     """Return the tools as templates print them, None where there are none: `strict` is said to the server.
+
+    The template is that of `adapter`, where it has one.
 
     Raises RequestError where the model cannot be given tools, or its calls cannot be found.
     """
     if not tool_names(body):
         return None
-    if "tools" not in served.tokenizer.template:
+    if "tools" not in served.tokenizer_for(adapter).template:
         raise RequestError("this model's chat template knows no tools", param="tools")
     parser = served.tool_call_parser
     if parser is not None and parser not in PARSERS:

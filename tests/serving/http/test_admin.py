@@ -1,16 +1,26 @@
 """Token ids for text, and adapters that come and go while the server answers."""
 
+import json
+import re
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runtime.errors import ConfigError
+from runtime.oci.access import DEFAULT
+from runtime.serving import loading
 from runtime.serving.engine import failures
 from runtime.serving.http.admin import AdapterLoader
 from runtime.serving.lifecycle import ServedModel
 from runtime.serving.settings import AdapterSource
+from tests.adapters.made import make
+from tests.serving import conftest
 from tests.serving.http.test_template_fields import DIALOGUE, TEMPLATE
+
+HI = [{"role": "user", "content": "hi"}]
 
 pytestmark = pytest.mark.anyio
 
@@ -184,3 +194,95 @@ async def test_loading_is_off_unless_a_directory_is_given(open_site: Any) -> Non
     async with open_site() as site:
         reply = await site.client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "shop"})
     assert reply.status_code == 403
+
+
+OWN = "{% for m in messages %}### {{ m.role }}: {{ m.content }}{% endfor %}"
+REFUSED = [
+    ({"chat_template.jinja": "{% for m in messages %}"}, "its chat template cannot render one question: "),
+    ({"chat_template.jinja": "{{ 1 / 0 }}"}, "its chat template cannot render one question: division"),
+    (
+        {"chat_template.jinja": "{{ ''.__class__.__mro__[1].__subclasses__() }}"},
+        "its chat template cannot render one question: .*unsafe",
+    ),
+    ({"chat_template.jinja": "x" * 1_100_000}, "chat_template.jinja has over 1 MiB"),
+    ({"tokenizer_config.json": '{"chat_template": 5}'}, "chat_template in tokenizer_config.json is no text"),
+    ({"tokenizer_config.json": "{"}, "tokenizer_config.json cannot be read as JSON"),
+    (
+        {"tokenizer.json": '{"added_tokens": [{"content": "<scratch>", "id": 300}]}'},
+        r"its tokenizer has 1 tokens that the base model has not, or under another number \('<scratch>'\)",
+    ),
+    ({"tokenizer.json": '{"model": {"vocab": {"<|endoftext|>": 7}}}'}, "has 1 tokens"),
+]
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tiny_llama_dir, tmp_path_factory.mktemp("tuned") / "a")
+
+
+def loader_of(folder: Path) -> AdapterLoader:
+    return AdapterLoader(folder.parent, partial(loading.add_adapter, base=None, access=DEFAULT))
+
+
+async def test_an_adapter_answers_with_the_chat_template_that_it_was_tuned_with(
+    open_site: Any, tuned: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    folder = shutil.copytree(tuned, tmp_path / "a")
+    (folder / "chat_template.jinja").write_text(OWN)
+    (folder / "tokenizer_config.json").write_text('{"pad_token": "<pad>"}')
+    (folder / "tokenizer.json").write_text('{"added_tokens": [{"content": "<pad>", "id": 300}]}')
+    plain = shutil.copytree(tuned, tmp_path / "plain")
+    (plain / "tokenizer_config.json").write_text(json.dumps({"chat_template": conftest.TEMPLATE}))
+    async with open_site(adapter_loader=loader_of(folder)) as site:
+        post = site.client.post
+        for name in ("a", "plain"):
+            loaded = await post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": name})
+            assert loaded.status_code == 200, loaded.text
+        expected = (await post("/tokenize", json={"prompt": "### user: hi"})).json()["tokens"]
+        of_base = (await post("/tokenize", json={"messages": HI})).json()["tokens"]
+        body = {"messages": HI, "max_tokens": 2}
+        for model, tokens in (("a", expected), ("plain", of_base), ("base", of_base)):
+            told = await post("/tokenize", json={"messages": HI, "model": model})
+            assert told.json()["tokens"] == tokens, model
+            for route in ("/v1/chat/completions", "/chat"):
+                answer = (await post(route, json=body | {"model": model})).json()
+                assert answer["usage"]["prompt_tokens"] == len(tokens), (model, route)
+            answer = (await post("/v1/responses", json={"model": model, "input": "hi"})).json()
+            assert answer["usage"]["input_tokens"] == len(tokens)
+        assert (await post("/tokenize", json={"messages": HI, "model": "other"})).status_code == 404
+        await post("/v1/unload_lora_adapter", json={"lora_name": "a"})
+        (folder / "chat_template.jinja").unlink()
+        await post("/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "a"})
+        assert (await post("/tokenize", json={"messages": HI, "model": "a"})).json()["tokens"] == of_base
+    said = [record.getMessage() for record in caplog.records if "own chat template" in record.getMessage()]
+    assert said == ["Adapter a: requests for it use its own chat template, which differs from that of base"]
+
+
+async def test_tools_are_for_adapters_whose_template_shows_them(
+    open_site: Any, tuned: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tuned, tmp_path / "a")
+    (folder / "chat_template.jinja").write_text("{{ tools | tojson if tools }}" + OWN)
+    tools = [{"type": "function", "function": {"name": "look_up"}}]
+    async with open_site(adapter_loader=loader_of(folder)) as site:
+        await site.client.post("/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "a"})
+        body = {"messages": HI, "max_tokens": 2, "tools": tools}
+        status = {
+            model: (await site.client.post("/v1/chat/completions", json=body | {"model": model})).status_code
+            for model in ("a", "base")
+        }
+    assert status == {"a": 200, "base": 400}
+
+
+@pytest.mark.parametrize(("files", "reason"), REFUSED, ids=str)
+async def test_a_template_or_tokenizer_that_is_wrong_is_refused_by_name(
+    open_site: Any, tuned: Path, tmp_path: Path, files: dict[str, str], reason: str
+) -> None:
+    folder = shutil.copytree(tuned, tmp_path / "a")
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    async with open_site(adapter_loader=loader_of(folder)) as site:
+        reply = await site.client.post("/v1/load_lora_adapter", json={"lora_name": "s", "lora_path": "a"})
+    assert reply.status_code == 400
+    assert re.search(f"adapter s: .*{reason}", reply.json()["error"]["message"]), reply.text
