@@ -23,12 +23,16 @@ from runtime.workspace.layers import Resolved
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from runtime.tuning.data.normalise import RowFacts
     from runtime.tuning.data.preview import Preview, PreviewExample, TextRun
 
 Config = TypeVar("Config", bound=BaseModel)
 
 LONGEST_CELL = 72
 """Characters of a value in a table; a chat template is far longer."""
+
+MOST_SHAPES, MOST_NAMES = 5, 20
+"""Shapes of rows, and names of what is not used, that a preview lists."""
 
 _IN_ONE_LINE = {ord("\n"): "␊", ord("\t"): "␉"}
 
@@ -179,9 +183,23 @@ def preview_counts(preview: "Preview") -> list[str]:
         f"cut, {outcomes['too long']:,} dropped as too long, {outcomes['unlabelled']:,} dropped without a "
         "trained token",
     ]
+    lines += _columns_used(data.facts)
     if preview.dropped * 2 > preview.counted:
         lines.append("warning  more than half of the rows are dropped: training refuses such data")
     return lines
+
+
+def _columns_used(facts: "RowFacts") -> list[str]:
+    """Return which columns the rows were made of, and what of them is not used, one line each."""
+    shapes = [f"{columns} ({counted(count, 'row')})" for columns, count in facts.columns.items()]
+    lines = [f"columns  {shape}" for shape in shapes[:MOST_SHAPES]]
+    if len(shapes) > MOST_SHAPES:
+        lines.append(f"columns  and {len(shapes) - MOST_SHAPES} other shapes of rows")
+    for names, what in ((facts.unused, "columns"), (facts.ignored_fields, "fields of messages")):
+        if names:
+            more = ", …" if len(names) > MOST_NAMES else ""
+            lines.append(f"unused   {what} {', '.join(names[:MOST_NAMES])}{more}")
+    return [printable(line).translate(_IN_ONE_LINE) for line in lines]
 
 
 def _title(example: "PreviewExample") -> str:

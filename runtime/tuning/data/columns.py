@@ -109,6 +109,10 @@ class Cells:
 
     def __init__(self, row: Mapping[str, Any]):
         self.row = row
+        self.full: set[str] = set()
+        """Columns that were asked for and say something."""
+        self.empty: set[str] = set()
+        """Those that say nothing."""
         self._names: dict[str, str] = {}
         for name in row:
             lowered = str(name).strip().lower()
@@ -126,7 +130,11 @@ class Cells:
     def filled(self, wanted: str) -> str | None:
         """Return the row's own name of a column whose cell says something, else None."""
         name = self.name(wanted)
-        return name if name is not None and cells.filled(self.row[name]) else None
+        if name is None:
+            return None
+        said = cells.filled(self.row[name])
+        (self.full if said else self.empty).add(name)
+        return name if said else None
 
     def first_filled(self, wanted: Iterable[str]) -> str:
         """Return the name of the first column of `wanted` whose cell says something, "" for none."""

@@ -27,7 +27,7 @@ class RowFacts:
     columns: Mapping[Columns, int] = field(default_factory=dict)
     """Rows by their columns, most first."""
     unused: tuple[str, ...] = ()
-    """Columns that no row was made of."""
+    """Columns that no row was made of although some hold something, as far as is known."""
     ignored_fields: tuple[str, ...] = ()
     """Fields of messages that are not used, such as time stamps."""
     notes: Mapping[str, int] = field(default_factory=dict)
@@ -43,11 +43,14 @@ class RowNormaliser:
         self._notes: Counter[str] = Counter()
         self._names: dict[str, None] = {}
         self._wrappers: set[str] = set()
+        self._full: set[str] = set()
+        self._empty: set[str] = set()
         self._ignored: set[str] = set()
 
     def facts(self) -> RowFacts:
         """Return what the rows so far were made of."""
-        taken = {name for found in self._columns for name in found.names()} | self._wrappers
+        taken = {name for found in self._columns for name in found.names()}
+        taken |= self._wrappers | (self._empty - self._full)
         return RowFacts(
             dict(self._columns.most_common()),
             tuple(name for name in self._names if name not in taken),
@@ -69,6 +72,8 @@ class RowNormaliser:
             self._columns[found] += 1
             return Example((), text=text, origin=where)
         found = _with_columns_beside(named, found)
+        self._full |= named.full
+        self._empty |= named.empty
         talk = _talk(row, found, where)
         tools = calls.tools(row[found.tools], _at(where, found.tools)) if found.tools else ()
         self._count(found, talk)

@@ -124,6 +124,8 @@ def _data(data: Dataset, tokenized: TokenizedSplit) -> dict[str, Any]:
     train = tokenized.train
     return {
         "files": [asdict(file) for file in data.files],
+        "columns": {str(columns): rows for columns, rows in data.facts.columns.items()},
+        "unused_columns": list(data.facts.unused),
         "rows": len(data.examples),
         "skipped_rows": data.bad_rows.skipped,
         "train_rows": len(train.rows),

@@ -270,7 +270,7 @@ def test_facts_say_which_columns_were_used() -> None:
         {"instruction": "q", "input": "x", "output": "a", "id": 1},
         {"instruction": "q", "input": "y", "output": "a", "id": 2},
         {"conversations": [{"from": "human", "value": "q", "at": 3}, A], "system": "s", "source": "web"},
-        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "history": ""},
     ]
     for number, row in enumerate(rows, start=1):
         normaliser.example(row, f"row {number}")

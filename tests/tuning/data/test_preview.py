@@ -102,7 +102,10 @@ def test_command_previews_a_manifest_that_still_has_placeholders_for_its_output(
     turns = [{"role": "user", "content": "\x1b[31mred?"}, {"role": "assistant", "content": "blue"}]
     data = tmp_path / "data" / "nested"
     data.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist([{"messages": turns}, {"messages": []}]), data / "a.parquet_download")
+    pq.write_table(
+        pa.Table.from_pylist([{"id\x1b": 1, "messages": turns}, {"messages": []}]),
+        data / "a.parquet_download",
+    )
     file = write_manifest(tmp_path, tmp_path / "data")
     arguments = ["tune", str(file), "--set", f"model.path={without_weights.path}", "--preview", "2"]
     assert main.run(arguments, {}) == 3  # a bad row is an error, as in training
@@ -112,6 +115,7 @@ def test_command_previews_a_manifest_that_still_has_placeholders_for_its_output(
     assert "user\n␛[31mred?<|im_end|>" in output
     assert "⟦blue<|im_end|>⟧" in output
     assert "1 to train on, 0 held out, 1 skipped as bad" in output
+    assert "columns  messages from messages (1 row)\nunused   columns id␛\n" in output
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     assert main.run([*arguments, "--on-bad-row", "skip"], {}) == 0
