@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 SHOWN = 3
 """Bad rows that are named one by one: enough to find what is wrong with the others."""
 
+_ADVICE = "--on-bad-row skip leaves such rows out"
+"""Where other rows were good: else the rows are of a shape that is not known."""
 _MOST_REASONS = 5
 _NUMBER = re.compile(r"\d+")
 
@@ -35,6 +37,7 @@ class BadRows:
         self._reasons: Counter[str] = Counter()
         self._wordings: dict[str, str] = {}
         self._said = 0
+        self._good = False
 
     @property
     def skips(self) -> bool:
@@ -53,6 +56,7 @@ class BadRows:
         """Do something with the row at `where` (`Example.origin`): its DataError is added."""
         try:
             yield
+            self._good = True
         except DataError as error:
             self.add(error, where)
 
@@ -60,13 +64,12 @@ class BadRows:
         """Count the row at `where` as skipped because of `error`; raise it, naming the row, under "fail"."""
         text = str(error)
         reason = text.removeprefix(where).lstrip(": ")
+        located = text if text.startswith(where) else f"{where}: {text}"
         if self._policy == "fail":
-            if text.startswith(where):
-                raise error
-            raise DataError(f"{where}: {text}") from error
+            raise DataError(f"{located} ({_ADVICE})" if self._good else located) from error
         self._where.add(where)
         if len(self.first) < SHOWN:
-            self.first.append(text if text.startswith(where) else f"{where}: {text}")
+            self.first.append(located)
         kind = _NUMBER.sub("#", reason)  # message 2 and message 3 have one reason
         self._wordings.setdefault(kind, reason)
         self._reasons[kind] += 1

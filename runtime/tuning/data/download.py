@@ -24,6 +24,7 @@ from runtime.net import DEFAULT_LIMITS, DownloadLimits
 from runtime.oci.access import DEFAULT
 from runtime.tuning.data import urls
 from runtime.tuning.data.folder import local_paths
+from runtime.tuning.data.formats import COMPRESSED
 from runtime.tuning.data.hops import Hops
 from runtime.tuning.data.limits import ByteCount, DataLimits
 from runtime.tuning.data.urls import DataUrl, shown
@@ -158,16 +159,13 @@ def _check(path: Path, what: str, sha256: str | None) -> None:
             f"{what}: not data but a web page (a login or an error page?); it starts with {start!r}"
         )
     name = path.name.removesuffix(".part").lower()
-    if ".parquet" not in name and not start.startswith(b"PAR1"):
+    if not start.startswith(b"PAR1") and (".parquet" not in name or name.endswith(COMPRESSED)):
         return
     if not start.startswith(b"PAR1"):
         raise DataError(f"{what}: not a parquet file; it starts with {start[:40]!r}")
     try:
-        with pa.parquet.ParquetFile(path) as file:
-            rows = file.metadata.num_rows
+        pa.parquet.ParquetFile(path).close()
     except (pa.ArrowInvalid, OSError):
         raise DataError(
             f"{what}: a damaged or incomplete parquet file of {path.stat().st_size} bytes"
         ) from None
-    if not rows:
-        raise DataError(f"{what}: a parquet file without rows")

@@ -15,6 +15,7 @@ from pathlib import Path, PurePath
 from urllib.parse import unquote, urlsplit
 
 from runtime.errors import DataError
+from runtime.logs import counted
 from runtime.tuning.data import hub_card, splits
 from runtime.tuning.data.formats import FORMATS, base_name, is_data
 from runtime.tuning.data.splits import Split
@@ -105,10 +106,11 @@ def _chosen(folder: Path, found: list[Path]) -> list[FoundFile]:
     else:
         kept = [path for path in found if not _about(path, _PERHAPS_ABOUT_DATA)] or found
         told = splits.assign([path.relative_to(folder) for path in kept])
-        why = "they are about the data"
+        why = "of names that mean a description of data"
     left_out = [path.relative_to(folder).as_posix() for path in found if path not in kept]
     if left_out:
-        log.info("%s: %d files are left out, %s (%s)", folder, len(left_out), why, ", ".join(left_out[:5]))
+        count, names = counted(len(left_out), "file"), ", ".join(left_out[:5])
+        log.info("%s: %s left out, because %s (%s)", folder, count, why, names)
     _check_shards([path.relative_to(folder) for path in kept])
     return [
         FoundFile(path, path.relative_to(folder).as_posix(), split)

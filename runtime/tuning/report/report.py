@@ -128,6 +128,7 @@ def _data(data: Dataset, tokenized: TokenizedSplit) -> dict[str, Any]:
         "unused_columns": list(data.facts.unused),
         "rows": len(data.examples),
         "skipped_rows": data.bad_rows.skipped,
+        "skipped_because": data.bad_rows.reasons,
         "train_rows": len(train.rows),
         "held_out_rows": _held_out_rows(tokenized),
         "tokens": train.tokens,

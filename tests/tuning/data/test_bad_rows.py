@@ -19,6 +19,12 @@ def test_under_fail_the_first_bad_row_ends_the_job_and_is_named_once() -> None:
         attempt(bad_rows, "a.jsonl: row 2", "a.jsonl: row 2 column 'x' is empty")
     with pytest.raises(DataError, match=r"^a\.jsonl: row 3: the template refuses it$"):
         attempt(bad_rows, "a.jsonl: row 3", "the template refuses it")
+    with bad_rows.attempt("a.jsonl: row 4"):
+        pass
+    with pytest.raises(
+        DataError, match=r"^a\.jsonl: row 5: is empty \(--on-bad-row skip leaves such rows out\)$"
+    ):
+        attempt(bad_rows, "a.jsonl: row 5", "is empty")
 
 
 def test_under_skip_bad_rows_are_counted_by_reason_and_the_first_three_named(

@@ -221,15 +221,23 @@ def test_fault_19_ignored_range_or_changed_file_starts_over(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
+    ("name", "body"), [("a.parquet", parquet(0)), ("a.parquet.gz", gzip.compress(parquet(3), mtime=0))]
+)
+def test_parts_without_rows_and_compressed_files_are_fetched(tmp_path: Path, name: str, body: bytes) -> None:
+    with DatasetServer({f"/{name}": [Reply(body)]}) as server:
+        get(tmp_path, server.url(f"/{name}"))
+    assert (tmp_path / name).read_bytes() == body
+
+
+@pytest.mark.parametrize(
     ("body", "message"),
     [
         (b"<!DOCTYPE html><html>please log in</html>", "not data but a web page"),
         (gzip.compress(BODY, mtime=0), r"not a parquet file; it starts with b'\\x1f\\x8b"),
         (b"", "the file is empty"),
         (b"PAR1" + b"x" * 500, "damaged or incomplete parquet"),
-        (parquet(0), "without rows"),
     ],
-    ids=["html", "gzip", "empty", "half", "no-rows"],
+    ids=["html", "gzip", "empty", "half"],
 )
 def test_fault_20_what_is_no_data_is_refused_with_its_first_bytes(
     tmp_path: Path, body: bytes, message: str

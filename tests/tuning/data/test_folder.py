@@ -95,7 +95,7 @@ def test_json_about_the_data_is_left_out_beside_data_and_said(
     assert set(names(tmp_path)) == {"metadata.json"}
     touch(tmp_path, "rows.jsonl", "dataset_info.json")
     assert set(names(tmp_path)) == {"rows.jsonl"}
-    assert "1 files are left out, they are about the data (metadata.json)" in caplog.text
+    assert "1 file left out, because of names that mean a description of data (metadata.json)" in caplog.text
 
 
 def test_a_file_without_suffix_is_data_by_its_first_bytes(tmp_path: Path) -> None:

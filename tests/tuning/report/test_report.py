@@ -115,7 +115,7 @@ def test_page_shows_what_the_report_holds() -> None:
         "workspace-tuning-phi-3", "QLoRA on phi-3-mini-4k-instruct", "360 steps in 1:02:05",
         "1 × Tesla V100-PCIE-16GB", "2.610 → 1.190", "−54 %", "13.60 → 3.29", "1,843",
         "9.0 GiB 10.0 GiB planned, of 16.0 GiB",
-        "5,060 read: 100 trained on, 100 held out, 3 skipped as bad",
+        "5,060 read: 100 trained on, 100 held out, 3 skipped as bad (3: is empty)",
         "4,000 an epoch, 900 of them trained (22 %)",
         "4 cut at", "2 dropped as too long, 1 dropped without a trained token", "a" * 40, "5" * 64, "7" * 64,
         "training 42, shuffle and split 42", "learning_rate 0.0002 preset phi-3-mini", "float16", "torch 2.",

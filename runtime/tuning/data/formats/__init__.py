@@ -4,6 +4,7 @@ A row is a mapping, or the DataError of a row that cannot be read. Knows formats
 Start at table.py; streams.py opens files, json_rows.py, delimited.py and columnar.py read them.
 """
 
+from runtime.tuning.data.formats.streams import COMPRESSED
 from runtime.tuning.data.formats.table import FORMATS, Row, base_name, file_format, is_data, kind_of, read
 
-__all__ = ["FORMATS", "Row", "base_name", "file_format", "is_data", "kind_of", "read"]
+__all__ = ["COMPRESSED", "FORMATS", "Row", "base_name", "file_format", "is_data", "kind_of", "read"]

@@ -33,7 +33,8 @@ _DECODERS: dict[bytes, Callable[[Any], Any]] = {
 }
 """By the first bytes of a compressed file."""
 
-SUFFIXES = (".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz")
+COMPRESSED = (".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz")
+"""Suffixes of compressed files, after the format's."""
 
 _ARCHIVES = {b"PK\x03\x04": "zip", b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!": "rar", b"\x04\x22\x4d\x18": "lz4"}
 """What is not read, by its first bytes."""

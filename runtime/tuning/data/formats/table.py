@@ -149,7 +149,7 @@ def base_name(path: PurePath) -> str:
 
 def _parts(path: PurePath) -> tuple[str, str | None]:
     name = path.name
-    while name.lower().endswith(streams.SUFFIXES):
+    while name.lower().endswith(streams.COMPRESSED):
         name = name.rpartition(".")[0]
     suffixes = {suffix: kind for kind, entry in FORMATS.items() for suffix in entry.suffixes}
     exact = suffixes.get(PurePath(name).suffix.lower())
@@ -162,7 +162,7 @@ def _parts(path: PurePath) -> tuple[str, str | None]:
 
 def is_data(path: Path) -> bool:
     """Return whether a file is data by its name, or, where that has no suffix, by its first bytes."""
-    bare = "." not in path.name or path.name.lower().endswith(streams.SUFFIXES)
+    bare = "." not in path.name or path.name.lower().endswith(streams.COMPRESSED)
     return file_format(path) is not None or (bare and _format_by_content(path) is not None)
 
 
