@@ -145,6 +145,11 @@ def has_bfloat16(hardware: Hardware) -> bool:
     return hardware.capability is not None and hardware.capability >= (8, 0)
 
 
+def has_tensor_float32(hardware: Hardware) -> bool:
+    """Whether `hardware` is a GPU that rounds float32 products to TensorFloat-32 where asked to."""
+    return hardware.capability is not None and hardware.capability >= (8, 0)
+
+
 def device(hardware: Hardware, local_rank: int = 0) -> str:
     """Return the torch device of `local_rank`: "cuda:0", or "cpu"."""
     if hardware.kind == "cpu":

@@ -16,11 +16,11 @@ from runtime.memory import fitting
 from runtime.memory.fitting import Adjustable, Forecast
 from runtime.memory.shape import Shape, of
 from runtime.memory.tuning import TuningRun
+from runtime.tuning.arguments.training import DEFAULTS
 from runtime.tuning.data.tokenize import MAX_TOKENS, TokenizedRow
 from runtime.tuning.precision import choose_dtype
 from runtime.tuning.settings import TuningJob
 from runtime.tuning.train.schedule import pass_tokens, requested_checkpointing
-from runtime.tuning.training_arguments import DEFAULTS
 
 log = logging.getLogger(__name__)
 

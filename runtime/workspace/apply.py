@@ -4,12 +4,13 @@ Knows which setting of ours each section's key is. Does not find the file (confi
 (sections.py). Start at `apply_training_config`.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from runtime.config import describe
 from runtime.errors import ConfigError
-from runtime.tuning import training_arguments
+from runtime.tuning.arguments import training
 from runtime.tuning.data.formats import FORMATS
 from runtime.workspace import sections
 from runtime.workspace.base_model import Label, apply_model, put_dtype
@@ -27,7 +28,7 @@ def apply_training_config(
     apply_model(settings, config.model, label, mounts)
     _apply_quantization(settings, config.quantization, label)
     _apply_lora(settings, config, file)
-    _apply_training(settings, config, file)
+    put_training(settings, config.training, f"{file.where}: TrainingArguments", label)
     _apply_dataset(settings, config.dataset, label)
     _apply_collator(settings, config.collator, label)
 
@@ -91,25 +92,21 @@ def _check_ours(settings: LayeredSettings, key: str, value: Any, where: str) -> 
     settings.warn(f"{where} has no effect here: it is written when the adapter is saved")
 
 
-def _apply_training(settings: LayeredSettings, config: TrainingConfig, file: ConfigFile) -> None:
-    label, where = file.label, f"{file.where}: TrainingArguments"
-    checked = training_arguments.check(config.training, where)
+def put_training(settings: LayeredSettings, given: Mapping[str, Any], where: str, label: Label) -> None:
+    """Set the training arguments that are `given`, and warn of those without effect."""
+    checked = training.check(given, where)
     folder = checked.pop("output_dir", None)
     if folder:
         settings.put("output.folder", folder, label("TrainingArguments.output_dir"))
-    if str(checked.pop("fsdp", None) or "false").lower() != "false":
+    if training.is_sharded(checked.pop("fsdp", None), label("TrainingArguments.fsdp")):
         settings.put("parallel", "fsdp", label("TrainingArguments.fsdp"))
-    if checked.pop("fsdp_config", None):
-        settings.warn(
-            f"{label('TrainingArguments.fsdp_config')} has no effect here: layers are sharded whole"
-        )
     for key, value in checked.items():
         settings.put(f"training.{key}", value, label(f"TrainingArguments.{key}"))
-    for group, values in training_arguments.sft_settings(config.training, where).items():
+    for group, values in training.sft_settings(given, where).items():
         for key, value in values.items():
             settings.put(f"{group}.{key}", value, label("TrainingArguments"))
-    for key in sorted(training_arguments.OBSOLETE & config.training.keys()):
-        settings.warn(f"{label('TrainingArguments.' + key)} has no effect here")
+    for key, reason in training.without_effect(given, where):
+        settings.warn(f"{label('TrainingArguments.' + key)} has no effect here: {reason}")
 
 
 def _apply_dataset(settings: LayeredSettings, section: DatasetConfig, label: Label) -> None:

@@ -13,8 +13,8 @@ from runtime import oci
 from runtime.config import nearest
 from runtime.errors import ConfigError
 from runtime.files import kind_of
-from runtime.tuning import training_arguments
 from runtime.tuning.settings import TuningJob
+from runtime.workspace.apply import put_training
 from runtime.workspace.base_model import put_model
 from runtime.workspace.layers import LayeredSettings
 from runtime.workspace.names import NOT_SET
@@ -31,12 +31,11 @@ def apply(settings: LayeredSettings, overrides: Mapping[str, Any], where: str) -
     if names:
         settings.build(TuningJob, where)  # so that an error below is not blamed on the flags
     for name, value in names.items():
-        _put(settings, name, value)
-    if any(name.startswith("training.") for name in names):
-        source = dict(settings.sources)
-        checked = training_arguments.check(settings.get("training"), "--set training")
-        for key, value in checked.items():
-            settings.put(f"training.{key}", value, source.get(f"training.{key}", "flag --set"))
+        if not name.startswith("training."):
+            _put(settings, name, value)
+    _put_training(
+        settings, {n.removeprefix("training."): v for n, v in names.items() if n.startswith("training.")}
+    )
 
 
 def dotted(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,6 +67,18 @@ def _put(settings: LayeredSettings, name: str, value: Any) -> None:
         raise ConfigError(f"--set {name}: expected a setting in it, such as {head}.{_first_field(head)}")
     else:
         settings.put(name, value, f"flag --set {name}")
+
+
+def _put_training(settings: LayeredSettings, given: Mapping[str, Any]) -> None:
+    """Set training arguments: the value of a mapping may also be given key by key."""
+    arguments: dict[str, Any] = {}
+    for path, value in given.items():
+        name, dot, key = path.partition(".")
+        before = arguments.get(name, settings.get(f"training.{name}"))
+        arguments[name] = {**(before if isinstance(before, dict) else {}), key: value} if dot else value
+    put_training(
+        settings, arguments, "--set training", lambda key: f"flag --set training.{key.partition('.')[2]}"
+    )
 
 
 def _first_field(head: str) -> str:

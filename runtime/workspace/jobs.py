@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from runtime import gpus, instance_types
 from runtime.errors import ConfigError
 from runtime.hardware import has_bfloat16
-from runtime.tuning import training_arguments
+from runtime.tuning.arguments import rules, training
 from runtime.tuning.model import lora_init
 from runtime.tuning.settings import TuningJob
 from runtime.workspace import (
@@ -70,7 +70,7 @@ def load_job(
     """
     settings, mounts = LayeredSettings(), Mounts(root, environ)
     overrides = names.resolve(overrides)
-    settings.put_all("training", training_arguments.DEFAULTS, "default")
+    settings.put_all("training", training.DEFAULTS, "default")
     manifest = _apply_target(settings, target, mounts, data=overrides.get("--data", ()))
     file = config_file.find(config, manifest, mounts, overrides)
     _apply_config(settings, file, mounts)
@@ -86,6 +86,8 @@ def load_job(
     job = settings.build(TuningJob, "--set" if flags.dotted(overrides) else where)
     lora_init.check(job.lora, bits=job.quantization.bits if job.quantization else None)
     sources = settings.origins(job)
+    rules.check(job, sources)
+    settings.warn_all(rules.notes(job, sources))
     references.check_job(job, sources)
     job = job.model_copy(update={"sources": sources})
     return Resolved(job, sources, tuple(settings.warnings), _placeholders(settings, manifest))

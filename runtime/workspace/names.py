@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from runtime.config import nearest
 from runtime.errors import ConfigError
-from runtime.tuning import training_arguments
+from runtime.tuning.arguments import training
 from runtime.tuning.settings import TuningJob
 from runtime.workspace import sections
 
@@ -103,7 +103,7 @@ def _listed() -> str:
     return f"; known: {', '.join(top)} and those below {', '.join([*groups(), *sections.SECTIONS])}"
 
 
-_IN_THE_SECTION = training_arguments.SFT | training_arguments.OBSOLETE | {"output_dir"}
+_IN_THE_SECTION = training.SFT.keys() | training.OLDER.keys() | {"output_dir"}
 """Keys of TrainingArguments that are no arguments of the trainer here: they become other settings."""
 
 
@@ -114,7 +114,7 @@ def groups() -> dict[str, frozenset[str]]:
         for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 found[name] = frozenset(kind.model_fields)
-    arguments = training_arguments.KINDS.keys() | training_arguments.RENAMED.keys()
+    arguments = training.ARGUMENTS.keys() | training.RENAMED.keys()
     return {**found, "training": frozenset(arguments - _IN_THE_SECTION)}
 
 
@@ -125,7 +125,7 @@ def section_keys() -> dict[str, frozenset[str]]:
         "ModelConfig": frozenset(sections.ModelConfig.model_fields) - sections.MODEL_WITHOUT_EFFECT.keys(),
         "QuantizationConfig": frozenset(sections.QuantizationConfig.model_fields) - {"quant_method"},
         "LoraConfig": frozenset(lora),
-        "TrainingArguments": groups()["training"] | training_arguments.SFT | {"output_dir"},
+        "TrainingArguments": training.HONOURED | training.RENAMED.keys(),
         "DatasetConfig": frozenset(sections.DatasetConfig.model_fields),
     }
 
@@ -162,11 +162,7 @@ _ALL_KEYS: Mapping[str, frozenset[str]] = {
     | sections.LORA_OPTIONS
     | sections.LORA_OURS.keys(),
     "TrainingArguments": frozenset(
-        training_arguments.KINDS.keys()
-        | training_arguments.RENAMED.keys()
-        | training_arguments.OBSOLETE
-        | training_arguments.REFUSED.keys()
-        | training_arguments.SFT
+        training.ARGUMENTS.keys() | training.RENAMED.keys() | training.OLDER.keys() | training.SFT.keys()
     ),
     "DatasetConfig": frozenset(sections.DatasetConfig.model_fields),
 }

@@ -177,7 +177,7 @@ def sft(rows: list[dict[str, Any]], options: argparse.Namespace, **settings: Any
     from runtime import models
     from runtime.hardware import detect
     from runtime.model_source import Quantization
-    from runtime.tuning.training_arguments import DEFAULTS
+    from runtime.tuning.arguments.training import DEFAULTS
 
     shared = {k: DEFAULTS[k] for k in ("warmup_steps", "lr_scheduler_type", "max_grad_norm", "optim", "seed")}
     config = SFTConfig(

@@ -42,7 +42,7 @@ def test_trainers_fsdp_shards_the_base(tmp_path: Path, written: str, parallel: s
     resolved = load(SEED, tmp_path, config=write(tmp_path, config_map(text)))
     assert resolved.config.parallel == parallel
     assert not {"fsdp", "fsdp_config"} & resolved.config.training.keys()
-    assert any("fsdp_config has no effect here" in warning for warning in resolved.warnings)
+    assert any("fsdp_config.min_num_params has no effect here" in warning for warning in resolved.warnings)
 
 
 def applied(tmp_path: Path, section: str, text: str, method: str = "qlora") -> tuple[str, ...]:

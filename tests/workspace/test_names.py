@@ -7,7 +7,7 @@ import pytest
 
 from runtime.config import flatten
 from runtime.errors import ConfigError
-from runtime.tuning.training_arguments import KINDS
+from runtime.tuning.arguments.training import ARGUMENTS
 from runtime.workspace import names, sections
 from runtime.workspace.names import COMMON_NAMES, groups, resolve, section_keys
 from tests.workspace.documents import QLORA, SEED, load
@@ -96,6 +96,6 @@ def test_every_answer_names_a_setting_that_its_own_name_finds() -> None:
 def test_common_names_do_not_hide_settings() -> None:
     ours = {name for fields in groups().values() for name in fields}
     hidden = {"alpha", "dropout", "max_tokens", "max_length", "max_seq_length"}
-    assert COMMON_NAMES.keys() & (ours | KINDS.keys() | section_keys()["TrainingArguments"]) == hidden
+    assert COMMON_NAMES.keys() & (ours | ARGUMENTS.keys() | section_keys()["TrainingArguments"]) == hidden
     names.check_section("DataCollator", ["lr"], "a section without settings has its own message")
     names.check_section("LoraConfig", sections.LORA_OPTIONS, "known keys pass")

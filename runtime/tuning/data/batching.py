@@ -53,6 +53,8 @@ class BatchPlan:
     seed: int = 42
     drop_last: bool = False
     """Leave out the last step of an epoch when it is not full."""
+    shuffled: bool = True
+    """Whether each epoch has an order of its own; else it is that of the rows."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -61,7 +63,9 @@ class BatchPlan:
 
     def steps(self, epoch: int) -> Iterator[tuple[int, ...]]:
         """Yield the rows of each step of `epoch`: every row once, in an order that (seed, epoch) decides."""
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
+        order = np.arange(len(self.lengths))
+        if self.shuffled:
+            order = np.random.default_rng((self.seed, epoch)).permutation(order)
         for step in range(self.steps_per_epoch):
             start = step * self.rows_per_step
             yield tuple(int(row) for row in order[start : start + self.rows_per_step])

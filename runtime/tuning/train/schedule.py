@@ -1,23 +1,25 @@
 """A job's training schedule: how rows become steps and passes, when to evaluate, Trainer's arguments.
 
 Knows both our settings and transformers'. Which keys a user may write, and their defaults, is
-runtime/tuning/training_arguments.py. Start at `batch_plan` and `trainer_arguments`.
+runtime/tuning/arguments. Start at `batch_plan` and `trainer_arguments`.
 """
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime import families
-from runtime.hardware import Hardware
+from runtime.errors import ConfigError
+from runtime.hardware import Hardware, has_tensor_float32
+from runtime.tuning.arguments import rules
+from runtime.tuning.arguments.training import DEFAULTS, EFFECTIVE_BATCH, STEPS_PER_EPOCH
 from runtime.tuning.data.batching import BatchPlan, Layout
 from runtime.tuning.data.tokenize import MAX_TOKENS, TokenizedRow
 from runtime.tuning.precision import Precision
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.settings import TuningJob
-from runtime.tuning.training_arguments import DEFAULTS, EFFECTIVE_BATCH, REFUSED, STEPS_PER_EPOCH
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -41,8 +43,7 @@ _NOT_PASSED_ON = {
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
     "fsdp",
-    "fsdp_config",
-    *REFUSED,
+    "train_sampling_strategy",
 }
 """Arguments that our own loop implements, so that Trainer must not."""
 
@@ -65,23 +66,29 @@ def batch_plan(
     ranks, fewer where the data is small.
     """
     training = {**DEFAULTS, **job.training}
-    per_device = training.get("per_device_train_batch_size")
-    accumulation = training.get("gradient_accumulation_steps", 1)
     budget = pass_tokens(job, hardware)
-    if per_device is None:
-        step_rows = min(EFFECTIVE_BATCH, max(4, len(rows) // STEPS_PER_EPOCH)) * accumulation
-    else:
-        step_rows = per_device * accumulation * ranks.world_size
+    data_seed = training.get("data_seed")
     return BatchPlan(
         lengths=tuple(len(row) for row in rows),
         labelled_tokens=tuple(row.labelled_tokens for row in rows),
-        rows_per_step=min(step_rows, len(rows)),
+        rows_per_step=_rows_per_step(training, len(rows), ranks),
         budget_tokens=max(budget, *(len(row) for row in rows)) if rows else budget,
         layout=layout,
         world=ranks.world_size,
-        seed=training.get("data_seed") or training["seed"],
+        seed=training["seed"] if data_seed is None else data_seed,
         drop_last=bool(training.get("dataloader_drop_last")),
+        shuffled=training.get("train_sampling_strategy") != "sequential",
     )
+
+
+def _rows_per_step(training: Mapping[str, Any], rows: int, ranks: Ranks) -> int:
+    per_device = training.get("per_device_train_batch_size")
+    accumulation = training.get("gradient_accumulation_steps", 1)
+    if per_device is None:
+        wanted = min(EFFECTIVE_BATCH, max(4, rows // STEPS_PER_EPOCH)) * accumulation
+    else:
+        wanted = per_device * accumulation * ranks.world_size
+    return int(min(wanted, rows))
 
 
 def pass_tokens(job: TuningJob, hardware: Hardware) -> int:
@@ -113,15 +120,20 @@ def trainer_arguments(
     given: dict[str, Any] = {
         key: value for key, value in {**DEFAULTS, **job.training}.items() if key not in _NOT_PASSED_ON
     }
+    if not held_out:
+        rules.check_held_out(job)
     if not held_out and given.get("eval_strategy", "no") != "no":
         log.warning("eval_strategy is without effect: no rows are held out (train_test_split)")
         given["eval_strategy"] = "no"
+    if given.get("tf32") and not has_tensor_float32(hardware):
+        log.warning("tf32 is without effect: %s has no TensorFloat-32", hardware.name)
     fixed: dict[str, Any] = {
         "output_dir": str(folder),
         "gradient_accumulation_steps": 1,
         **_checkpointing_arguments(job),
         "bf16": precision.bf16,
         "fp16": precision.fp16,
+        "tf32": given.get("tf32") if has_tensor_float32(hardware) else None,
         "use_cpu": hardware.kind == "cpu",
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
@@ -130,11 +142,38 @@ def trainer_arguments(
         "save_total_limit": None,
         "enable_jit_checkpoint": False,
         "restore_callback_states_from_checkpoint": False,
-        "ddp_find_unused_parameters": False,
+        "ddp_find_unused_parameters": bool(given.get("ddp_find_unused_parameters")),
+        "greater_is_better": False,
         "average_tokens_across_devices": False,
         "dataloader_num_workers": 0,
     }
-    return TrainingArguments(**{**given, **fixed})
+    try:
+        return TrainingArguments(**{**given, **fixed})
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        raise ConfigError(f"TrainingArguments: {' '.join(str(error).split())}") from None
+
+
+def settle_steps(args: "TrainingArguments", job: TuningJob, plan: BatchPlan) -> None:
+    """Set the warm-up, which depends on the number of steps; ConfigError when these are too few."""
+    total = total_steps(args, plan)
+    rules.check_steps(job, total=total)
+    args.warmup_steps = rules.warmup_steps(args.warmup_steps, total)
+    if args.logging_strategy == "steps" and args.logging_steps > total:
+        log.warning(
+            "logging_steps is %g and the run has %d steps: no loss is logged", args.logging_steps, total
+        )
+
+
+def total_steps(args: "TrainingArguments", plan: BatchPlan) -> int:
+    """Return the optimizer steps of the run."""
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * plan.steps_per_epoch)
+
+
+def chooses_evaluations(job: TuningJob) -> bool:
+    """Whether it is left to us at which steps the held-out loss is measured."""
+    training = {**DEFAULTS, **job.training}
+    every = training.get("eval_steps") or training["logging_steps"] != DEFAULTS["logging_steps"]
+    return "eval_strategy" not in training or (training["eval_strategy"] == "steps" and not every)
 
 
 def _checkpointing_arguments(job: TuningJob) -> dict[str, Any]:
@@ -156,10 +195,10 @@ def schedule_evaluations(args: "TrainingArguments", plan: BatchPlan, *, held_out
     """
     from transformers import IntervalStrategy
 
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * plan.steps_per_epoch)
+    steps = total_steps(args, plan)
     trained = steps * plan.rows_per_step * sum(plan.lengths) / len(plan.lengths)
     affordable = int(EVALUATION_COST * 3 * trained / max(held_out_tokens, 1))
-    count = min(EVALUATIONS, affordable, steps - 1)
+    count = max(min(EVALUATIONS, affordable, steps - 1), args.eval_strategy == IntervalStrategy.STEPS)
     if count > 0:
         args.eval_strategy = IntervalStrategy.STEPS
         args.eval_steps = steps // (count + 1) + 1  # mostly not the last step, which is measured anyway

@@ -8,7 +8,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -19,7 +19,6 @@ from runtime import models
 from runtime.errors import StoppedError
 from runtime.files import write_atomic
 from runtime.hardware import Hardware
-from runtime.tuning.data.batching import BatchPlan
 from runtime.tuning.data.tokenize import TokenizedSplit
 from runtime.tuning.model import fsdp, fused_ops, lora, lora_init, packed_attention, padded_attention
 from runtime.tuning.output import OutputPaths
@@ -32,8 +31,10 @@ from runtime.tuning.train.progress import JobProgress, MetricsHistory, Reporter,
 from runtime.tuning.train.schedule import (
     batch_plan,
     choose_layout,
+    chooses_evaluations,
     requested_checkpointing,
     schedule_evaluations,
+    settle_steps,
     trainer_arguments,
 )
 from runtime.tuning.train.terminal_bar import TerminalBar
@@ -138,9 +139,17 @@ def prepare(
         hardware=rank.machine,
         held_out=data.held_out is not None,
     )
+    plan = batch_plan(
+        job, data.train.rows, layout="sorted", ranks=rank.ranks, hardware=rank.machine
+    )  # of which only the layout depends on the model
+    settle_steps(args, job, plan)
     adapter = _load(job, rank, seed=args.seed)
-    plan = _plan(job, data, rank, model_type=adapter.model_type)
-    if data.held_out is not None and "eval_strategy" not in job.training:
+    plan = replace(plan, layout=choose_layout(job.encoding.batching, adapter.model_type))
+    log.info(
+        "%d steps an epoch of %d rows, %s in passes of at most %d tokens",
+        plan.steps_per_epoch, plan.rows_per_step, plan.layout, plan.budget_tokens,
+    )  # fmt: skip
+    if data.held_out is not None and chooses_evaluations(job):
         schedule_evaluations(args, plan, held_out_tokens=data.held_out.tokens)
     callbacks = _callbacks(job, rank)
     held_out = data.held_out.rows if data.held_out else ()
@@ -177,16 +186,6 @@ def _load(job: TuningJob, rank: RankSetup, *, seed: int) -> AdapterModel:
     if sharded:
         fsdp.shard(model, world=rank.ranks.world_size, device=rank.device)
     return AdapterModel(model, first_weights)
-
-
-def _plan(job: TuningJob, data: TokenizedSplit, rank: RankSetup, *, model_type: str) -> BatchPlan:
-    layout = choose_layout(job.encoding.batching, model_type)
-    plan = batch_plan(job, data.train.rows, layout=layout, ranks=rank.ranks, hardware=rank.machine)
-    log.info(
-        "%d steps an epoch of %d rows, %s in passes of at most %d tokens",
-        plan.steps_per_epoch, plan.rows_per_step, layout, plan.budget_tokens,
-    )  # fmt: skip
-    return plan
 
 
 def _callbacks(job: TuningJob, rank: RankSetup) -> Callbacks:

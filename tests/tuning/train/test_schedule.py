@@ -8,13 +8,13 @@ import pytest
 
 from runtime.hardware import Hardware
 from runtime.model_source import ModelSource
+from runtime.tuning.arguments.training import DEFAULTS
 from runtime.tuning.data.batching import BatchPlan
 from runtime.tuning.data.tokenize import TokenizedRow
 from runtime.tuning.precision import Precision
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.settings import Encoding, TuningJob
 from runtime.tuning.train.schedule import batch_plan, choose_layout, schedule_evaluations, trainer_arguments
-from runtime.tuning.training_arguments import DEFAULTS
 
 CPU = Hardware("cpu", "test", None, 8 << 30, 1)
 GPU = Hardware("cuda", "A100", (8, 0), 80 << 30, 1)
