@@ -84,13 +84,18 @@ def load_job(
     flags.apply(settings, overrides, where)
     _finish(settings, mounts, manifest)
     job = settings.build(TuningJob, "--set" if flags.dotted(overrides) else where)
-    lora_init.check(job.lora, bits=job.quantization.bits if job.quantization else None)
     sources = settings.origins(job)
+    _check(job, sources, settings)
+    job = job.model_copy(update={"sources": sources})
+    return Resolved(job, sources, tuple(settings.warnings), _placeholders(settings, manifest))
+
+
+def _check(job: TuningJob, sources: Mapping[str, str], settings: LayeredSettings) -> None:
+    """Raise ConfigError for settings that do not go together; warn of those without effect."""
+    lora_init.check(job.lora, bits=job.quantization.bits if job.quantization else None)
     rules.check(job, sources)
     settings.warn_all(rules.notes(job, sources))
     references.check_job(job, sources)
-    job = job.model_copy(update={"sources": sources})
-    return Resolved(job, sources, tuple(settings.warnings), _placeholders(settings, manifest))
 
 
 def _apply_target(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from runtime.errors import ConfigError
-from runtime.tuning.arguments import optimizers, schedulers
+from runtime.tuning.arguments import optimizers, schedules
 from runtime.tuning.arguments.training import DEFAULTS
 from runtime.tuning.settings import TuningJob
 
@@ -90,10 +90,10 @@ def _check_optimizer(settings: Settings) -> None:
 def _check_schedule(settings: Settings) -> None:
     name = settings.get("lr_scheduler_type")
     given = settings.get("lr_scheduler_kwargs", {})
-    schedulers.check(
+    schedules.check(
         name, given, learning_rate=settings.get("learning_rate"), where=settings.where("lr_scheduler_kwargs")
     )
-    if schedulers.SCHEDULERS[name].by_loss and settings.get("eval_strategy", "no") == "no":
+    if schedules.SCHEDULES[name].by_loss and settings.get("eval_strategy", "no") == "no":
         raise ConfigError(
             f"{settings.where('lr_scheduler_type')} '{name}' follows the held-out loss: set eval_strategy to "
             "'steps' or 'epoch'"
@@ -114,7 +114,7 @@ def _check_steps_given(settings: Settings) -> None:
 def check_steps(job: TuningJob, *, total: int) -> None:
     """Raise ConfigError when the schedule of `job` needs more than the `total` steps of its run."""
     training = {**DEFAULTS, **job.training}
-    schedulers.check_steps(
+    schedules.check_steps(
         training["lr_scheduler_type"],
         training.get("lr_scheduler_kwargs") or {},
         warmup=warmup_steps(training["warmup_steps"], total),
@@ -147,7 +147,7 @@ def _check_metric(settings: Settings) -> None:
 def needs_evaluations(job: TuningJob) -> bool:
     """Whether `job` asks for something that only held-out rows can decide."""
     training = {**DEFAULTS, **job.training}
-    by_loss = schedulers.SCHEDULERS[training["lr_scheduler_type"]].by_loss
+    by_loss = schedules.SCHEDULES[training["lr_scheduler_type"]].by_loss
     return by_loss or bool(training.get("load_best_model_at_end"))
 
 
@@ -206,7 +206,7 @@ def notes(job: TuningJob, sources: Mapping[str, str]) -> Iterator[str]:
     """Yield a line for each training argument of `job` that asks for something and has no effect."""
     settings = Settings(job, sources)
     scheduler = settings.get("lr_scheduler_type")
-    rises = schedulers.SCHEDULERS[scheduler].warmup
+    rises = schedules.SCHEDULES[scheduler].warmup
     if not rises and settings.chosen("warmup_steps") and settings.get("warmup_steps"):
         yield f"{settings.where('warmup_steps')} has no effect: lr_scheduler_type '{scheduler}' does not rise"
     yield from _idle_steps(settings)

@@ -12,7 +12,7 @@ from typing import Any
 from runtime.config import describe, nearest
 from runtime.errors import ConfigError
 from runtime.tuning import loggers
-from runtime.tuning.arguments import kinds, optimizers, schedulers
+from runtime.tuning.arguments import kinds, optimizers, schedules
 from runtime.tuning.arguments.kinds import Argument, Range, harmless, honoured, read, refused
 
 DEFAULTS: dict[str, Any] = {
@@ -118,7 +118,7 @@ ARGUMENTS: dict[str, Argument] = {
     "num_train_epochs": Argument("float", range=_POSITIVE),
     "max_steps": Argument("int"),
     "learning_rate": Argument("float", range=_POSITIVE),
-    "lr_scheduler_type": Argument("|".join(sorted(schedulers.SCHEDULERS))),
+    "lr_scheduler_type": Argument("|".join(sorted(schedules.SCHEDULES))),
     "lr_scheduler_kwargs": Argument("mapping?"),
     "warmup_steps": Argument("float", range=Range(steps=True)),
     "gradient_accumulation_steps": Argument("int", range=_COUNT),

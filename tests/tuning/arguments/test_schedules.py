@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from runtime.errors import ConfigError
-from runtime.tuning.arguments import schedulers
-from runtime.tuning.arguments.schedulers import SCHEDULERS
+from runtime.tuning.arguments import schedules
+from runtime.tuning.arguments.schedules import SCHEDULES
 
 _OWN = {"self", "optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 
@@ -22,7 +22,7 @@ def test_table_is_transformers_own() -> None:
         kind.value: set(inspect.signature(classes.get(kind.value, function)).parameters) - _OWN
         for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()
     }
-    assert {name: set(scheduler.parameters) for name, scheduler in SCHEDULERS.items()} == theirs
+    assert {name: set(scheduler.parameters) for name, scheduler in SCHEDULES.items()} == theirs
 
 
 GIVEN: dict[str, dict[str, Any]] = {
@@ -38,12 +38,12 @@ GIVEN: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_what_is_accepted_makes_a_schedule(name: str) -> None:
     from transformers import get_scheduler
 
-    given = schedulers.check(name, GIVEN.get(name, {}), learning_rate=1e-3, where="'lr_scheduler_kwargs'")
-    schedulers.check_steps(name, given, warmup=3, total=20)
+    given = schedules.check(name, GIVEN.get(name, {}), learning_rate=1e-3, where="'lr_scheduler_kwargs'")
+    schedules.check_steps(name, given, warmup=3, total=20)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     get_scheduler(name, optimizer, 3, 20, scheduler_specific_kwargs=given)
 
@@ -69,7 +69,7 @@ def test_what_is_accepted_makes_a_schedule(name: str) -> None:
 )
 def test_wrong_parameters_are_named(name: str, given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        schedulers.check(name, given, learning_rate=1e-3, where="'lr_scheduler_kwargs'")
+        schedules.check(name, given, learning_rate=1e-3, where="'lr_scheduler_kwargs'")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_wrong_parameters_are_named(name: str, given: dict[str, Any], message: s
 )
 def test_stages_fit_into_the_run(name: str, given: dict[str, Any], warmup: int, fits: bool) -> None:
     if fits:
-        schedulers.check_steps(name, given, warmup=warmup, total=10)
+        schedules.check_steps(name, given, warmup=warmup, total=10)
         return
     with pytest.raises(ConfigError, match="10 steps"):
-        schedulers.check_steps(name, given, warmup=warmup, total=10)
+        schedules.check_steps(name, given, warmup=warmup, total=10)

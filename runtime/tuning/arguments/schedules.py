@@ -14,7 +14,7 @@ from runtime.tuning.arguments.kinds import Range
 
 
 @dataclass(frozen=True, slots=True)
-class Scheduler:
+class Schedule:
     """One schedule."""
 
     parameters: Mapping[str, Range] = field(default_factory=dict)
@@ -43,16 +43,16 @@ _BY_LOSS = {
     "eps": Range(),
 }
 
-SCHEDULERS: dict[str, Scheduler] = {
-    "constant": Scheduler(warmup=False),
-    "constant_with_warmup": Scheduler(),
-    "cosine": Scheduler(_CYCLES),
-    "cosine_warmup_with_min_lr": Scheduler(
+SCHEDULES: dict[str, Schedule] = {
+    "constant": Schedule(warmup=False),
+    "constant_with_warmup": Schedule(),
+    "cosine": Schedule(_CYCLES),
+    "cosine_warmup_with_min_lr": Schedule(
         {**_CYCLES, **_LOWEST, "warmup_lr_rate": _SHARE}, needs=("min_lr", "min_lr_rate")
     ),
-    "cosine_with_min_lr": Scheduler({**_CYCLES, **_LOWEST}, needs=("min_lr", "min_lr_rate")),
-    "cosine_with_restarts": Scheduler({"num_cycles": Range("int", 1)}),
-    "greedy": Scheduler(
+    "cosine_with_min_lr": Schedule({**_CYCLES, **_LOWEST}, needs=("min_lr", "min_lr_rate")),
+    "cosine_with_restarts": Schedule({"num_cycles": Range("int", 1)}),
+    "greedy": Schedule(
         {
             **_BY_LOSS,
             "warmup": _COUNT,
@@ -65,11 +65,11 @@ SCHEDULERS: dict[str, Scheduler] = {
         warmup=False,
         by_loss=True,
     ),
-    "inverse_sqrt": Scheduler({"timescale": Range("int", 1)}),
-    "linear": Scheduler(),
-    "polynomial": Scheduler({"lr_end": Range(), "power": _POSITIVE}),
-    "reduce_lr_on_plateau": Scheduler(_BY_LOSS, warmup=False, by_loss=True),
-    "warmup_stable_decay": Scheduler(
+    "inverse_sqrt": Schedule({"timescale": Range("int", 1)}),
+    "linear": Schedule(),
+    "polynomial": Schedule({"lr_end": Range(), "power": _POSITIVE}),
+    "reduce_lr_on_plateau": Schedule(_BY_LOSS, warmup=False, by_loss=True),
+    "warmup_stable_decay": Schedule(
         {
             "num_decay_steps": Range("int", 1),
             "num_stable_steps": _COUNT,
@@ -92,7 +92,7 @@ def check(name: str, given: Mapping[str, Any], *, learning_rate: float, where: s
 
     `where` names `lr_scheduler_kwargs` in errors.
     """
-    scheduler = SCHEDULERS[name]
+    scheduler = SCHEDULES[name]
     for key in given:
         if key not in scheduler.parameters:
             known = ", ".join(scheduler.parameters) or "none"
@@ -133,7 +133,7 @@ def _check_lowest(name: str, checked: Mapping[str, Any], learning_rate: float) -
 
 def check_steps(name: str, given: Mapping[str, Any], *, warmup: int, total: int) -> None:
     """Raise ConfigError when the stages of schedule `name` take more than the `total` steps of a run."""
-    if not SCHEDULERS[name].warmup:
+    if not SCHEDULES[name].warmup:
         return
     if warmup >= total:
         raise ConfigError(
