@@ -19,6 +19,7 @@ from runtime import models
 from runtime.errors import StoppedError
 from runtime.files import write_atomic
 from runtime.hardware import Hardware
+from runtime.tuning.data.batching import BatchPlan
 from runtime.tuning.data.tokenize import TokenizedSplit
 from runtime.tuning.model import fsdp, fused_ops, lora, lora_init, packed_attention, padded_attention
 from runtime.tuning.output import OutputPaths
@@ -42,7 +43,7 @@ from runtime.tuning.train.terminal_bar import TerminalBar
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
     from runtime.tuning.train.callbacks import CheckpointCallback
     from runtime.tuning.train.trainer import AdapterTrainer
@@ -132,17 +133,7 @@ def prepare(
     """Load the model, attach the adapter, and set up the trainer with its callbacks."""
     from runtime.tuning.train.trainer import AdapterTrainer, Workload
 
-    args = trainer_arguments(
-        job,
-        OutputPaths(job.output.folder).checkpoints,
-        precision=rank.precision,
-        hardware=rank.machine,
-        held_out=data.held_out is not None,
-    )
-    plan = batch_plan(
-        job, data.train.rows, layout="sorted", ranks=rank.ranks, hardware=rank.machine
-    )  # of which only the layout depends on the model
-    settle_steps(args, job, plan)
+    args, plan = _schedule(job, data, rank)
     adapter = _load(job, rank, seed=args.seed)
     plan = replace(plan, layout=choose_layout(job.encoding.batching, adapter.model_type))
     log.info(
@@ -168,6 +159,20 @@ def prepare(
         callbacks=callbacks.all,
     )
     return TrainingSetup(adapter, tokenizer, trainer, callbacks, rank)
+
+
+def _schedule(job: TuningJob, data: TokenizedSplit, rank: RankSetup) -> "tuple[TrainingArguments, BatchPlan]":
+    """Return Trainer's arguments, and the plan of all but the layout, which depends on the model."""
+    args = trainer_arguments(
+        job,
+        OutputPaths(job.output.folder).checkpoints,
+        precision=rank.precision,
+        hardware=rank.machine,
+        held_out=data.held_out is not None,
+    )
+    plan = batch_plan(job, data.train.rows, layout="sorted", ranks=rank.ranks, hardware=rank.machine)
+    settle_steps(args, job, plan)
+    return args, plan
 
 
 def _load(job: TuningJob, rank: RankSetup, *, seed: int) -> AdapterModel:
