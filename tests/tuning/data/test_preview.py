@@ -59,6 +59,17 @@ def test_counts_are_those_that_training_logs(make_job: Maker, without_weights: M
     assert found.outcomes["too long"] == encoded.too_long > 0
 
 
+def test_preview_says_how_many_sequences_split_rows_become(
+    make_job: Maker, without_weights: ModelSource
+) -> None:
+    whole = preview(make_job(model=without_weights), count=1)
+    assert whole.sequences == whole.counted
+    assert not any(line.startswith("divided") for line in render.preview_counts(whole))
+    split_rows = Encoding(max_tokens=24, too_long="split")
+    parts = preview(make_job(model=without_weights, encoding=split_rows), count=1)
+    assert f"divided  59 rows became {parts.sequences} sequences" in render.preview_counts(parts)
+
+
 def test_rows_over_the_limit_show_what_is_left_of_them(make_job: Maker, without_weights: ModelSource) -> None:
     cut = preview(make_job(model=without_weights, encoding=Encoding(max_tokens=24)), count=59)
     long = [shown for shown in cut.examples if shown.full_tokens > 24]
