@@ -106,6 +106,8 @@ CROSS_CUTTING = {
     "tests/oci": {"test_engines", "test_eviction", "test_faults"},
     "tests/pod": {"test_scripts"},
     "tests/tuning": {"test_main"},
+    "tests/tuning/data": {"test_data_page"},
+    "tests/workspace": {"test_settings_page"},
 }
 """Test files without a module of their own, by folder; None allows all of them."""
 

@@ -34,3 +34,20 @@ def test_its_exit_codes_are_those_of_the_code() -> None:
 
     documented = {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)}
     assert documented == {code for kind, code in EXIT_CODES.items() if kind is not Failure} | {0}
+
+
+def test_its_first_commands_on_ones_own_data_are_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from runtime.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    first_screen = "\n".join(README.splitlines()[:30])
+    commands = re.findall(r"^\$ runtime (tune \S+ --data (\S+).*)", first_screen, re.MULTILINE)
+    assert len(commands) == 2
+    for words, data in commands:
+        Path(data).touch()
+        assert main.run([*words.split(), "--dry-run"], {}) == 0
+    assert "docs/data.md" in first_screen
+    assert "docs/settings.md" in first_screen
+    assert "tickets" in capsys.readouterr().out
