@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from runtime import adapters, logs, models, presets
+from runtime.adapters import Adapter, lora_config
 from runtime.config import read_text
 from runtime.errors import CapacityError, ConfigError, one_line
 from runtime.files import atomic_folder, check_folder, disk_errors
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+
+_PEFT_FAILS = (
+    RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, ImportError,
+)  # fmt: skip
+"""What peft raises for configurations and weights that do not fit; they come from outside."""
 
 
 def base_of(folder: Path, model: str | None = None) -> ModelSource:
@@ -51,31 +57,104 @@ def merge(folder: Path, target: Path, *, base: ModelSource, machine: Hardware, d
     check_folder(target, "a new directory for the model")
     if target.is_dir() and any(target.iterdir()):
         raise ConfigError(f"{target} exists already; give a new directory")
+    adapter = adapters.check(folder)
+    if reasons := lora_config.not_merged(adapter.config):
+        raise ConfigError(f"adapter {folder.name}: cannot be merged: {'; '.join(reasons)}")
     weights = models.locate(base)
     stored = _stored_dtype(base, weights)
     written = stored if dtype == "auto" else dtype
     _check_memory(base, weights, BYTES[written] / BYTES[stored], machine)
-    merged = _merged(base.model_copy(update={"path": weights, "dtype": written}), folder, machine)
+    merged = _merged(base.model_copy(update={"path": weights, "dtype": written}), adapter, machine)
     with disk_errors(target), atomic_folder(target) as scratch, logs.quiet_progress():
         merged.save_pretrained(str(scratch))
-        _save_tokenizer(base, folder, scratch)
+        _save_tokenizer(base, folder, scratch, embeddings=len(_embeddings(merged)))
     log.info("merged adapter %s and %s (%s) into %s, %s", folder.name, base.name, weights, target, written)
     return target
 
 
-def _merged(base: ModelSource, folder: Path, machine: Hardware) -> "PreTrainedModel":
-    """Return the base with the adapter's update added to its weights, computed in float32."""
+def _merged(base: ModelSource, adapter: Adapter, machine: Hardware) -> "PreTrainedModel":
+    """Return the base with the adapter's update added to its weights, computed in float32.
+
+    peft carries out what the adapter's LoraConfig asks for. Raises ConfigError where it cannot, or where a
+    part of the adapter would be left out.
+    """
     from peft import PeftModel
 
     model: Any = models.load(base, hardware=machine, device="cpu")
     try:
+        _check_patterns(adapter, [name for name, _ in model.named_modules()])
+        _resize(model, adapter)
         with warnings.catch_warnings():  # peft 0.21 still reads a property that transformers 5.23 renamed
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=True)
-    except (RuntimeError, ValueError) as error:
-        what = one_line(error)
-        raise ConfigError(f"adapter {folder.name} does not fit {base.name}: {what}") from None
-    return cast("PreTrainedModel", adapted.merge_and_unload(safe_merge=True))
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
+            adapted = PeftModel.from_pretrained(model, str(adapter.folder), autocast_adapter_dtype=True)
+        _check_whole(adapter, adapted)
+        _untie(adapted)
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except _PEFT_FAILS as error:
+        what = one_line(error, 300) or type(error).__name__
+        raise ConfigError(f"adapter {adapter.name} does not fit {base.name}: {what}") from None
+    return cast("PreTrainedModel", merged)
+
+
+def _check_patterns(adapter: Adapter, paths: list[str]) -> None:
+    """Raise ConfigError for patterns that cannot be read, or not in time: peft would take for ever."""
+    try:
+        found = sorted(lora_config.targeted(adapter.fields, paths))
+        lora_config.scalings(adapter.fields, lora_config.ranks(adapter.fields, found))
+    except ConfigError as error:
+        raise ConfigError(f"adapter {adapter.name}: {error}") from None
+
+
+def _resize(model: Any, adapter: Adapter) -> None:
+    """Give the model as many embeddings as the adapter brings, where it was trained with further tokens."""
+    name = next(name for name, each in model.named_modules() if each is model.get_input_embeddings())
+    rows = adapter.shapes.get(f"{name}.weight", (0,))[0]
+    if rows > len(_embeddings(model)):
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def _check_whole(adapter: Adapter, adapted: Any) -> None:
+    """Raise ConfigError for tensors of the adapter that peft did not load, or did not find."""
+    from peft import get_peft_model_state_dict
+
+    needed, known = (
+        {
+            name.removeprefix(lora_config.PREFIX)
+            for name in get_peft_model_state_dict(adapted, save_embedding_layers=embeddings)
+        }
+        for embeddings in (False, True)
+    )
+    for names, what in (
+        (adapter.shapes.keys() - known, "belong to nothing that"),
+        (needed - adapter.shapes.keys(), "are missing that"),
+    ):
+        if names:
+            raise ConfigError(
+                f"adapter {adapter.name}: {len(names)} tensors {what} its {adapters.CONFIG_FILE} adapts in "
+                f"this model, {min(names)} first"
+            )
+
+
+def _embeddings(model: Any) -> Any:
+    return model.get_input_embeddings().weight
+
+
+def _untie(adapted: Any) -> None:
+    """Give the output layer weights of its own, where it shares them and one of the two is adapted."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    model: Any = adapted.get_base_model()
+    shared = model.get_input_embeddings(), model.get_output_embeddings()
+    if not any(isinstance(layer, LoraLayer) for layer in shared):
+        return
+    inner: Any
+    outer: Any
+    inner, outer = (layer.get_base_layer() if isinstance(layer, LoraLayer) else layer for layer in shared)
+    if inner.weight is outer.weight:
+        outer.weight = torch.nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
 
 
 def _stored_dtype(base: ModelSource, weights: Path) -> Dtype:
@@ -102,7 +181,20 @@ def _check_memory(base: ModelSource, weights: Path, growth: float, machine: Hard
         )
 
 
-def _save_tokenizer(base: ModelSource, folder: Path, scratch: Path) -> None:
-    """Write the adapter's tokenizer and chat template if it has them, else the base's."""
-    own = (folder / "tokenizer_config.json").is_file()
-    models.save_tokenizer(models.load_tokenizer(base, files=folder if own else None), scratch)
+def _save_tokenizer(base: ModelSource, folder: Path, scratch: Path, *, embeddings: int) -> None:
+    """Write the adapter's tokenizer and chat template if it has them, else the base's.
+
+    ConfigError for tokens that the base has not, beyond the merged model's `embeddings`.
+    """
+    tokenizer: Any = models.load_tokenizer(base)
+    if (folder / "tokenizer_config.json").is_file():
+        own = models.load_tokenizer(base, files=folder)
+        if len(own) > max(embeddings, len(tokenizer)):
+            raise ConfigError(
+                f"adapter {folder.name}: its tokenizer has {len(own)} tokens, the model {embeddings}"
+            )
+        tokenizer = own
+    template = adapters.own_template(folder, folder.name)
+    if template is not None:
+        tokenizer.chat_template = template
+    models.save_tokenizer(tokenizer, scratch)

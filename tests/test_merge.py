@@ -160,3 +160,124 @@ def test_quantised_base_is_refused_whatever_type_is_requested(
     source = ModelSource(name="base", path=base)
     with pytest.raises(ConfigError, match=r"quantised \(awq\)"):
         merge.merge(adapter_dir, tmp_path / "merged", base=source, machine=gpu, dtype="float16")
+
+
+ODD: dict[str, dict[str, Any]] = {
+    "DoRA": {"use_dora": True},
+    "rank-stabilised": {"use_rslora": True},
+    "patterns": {
+        "rank_pattern": {r"layers\.0\..*q_proj": 2},
+        "alpha_pattern": {r".*layers\.1\..*v_proj": 64, "q_proj": 3},
+    },
+    "expression": {"target_modules": r".*\.(q|down)_proj", "exclude_modules": r".*layers\.0\..*q_proj"},
+    "one layer": {"layers_to_transform": [1]},
+    "whole modules": {"modules_to_save": ["norm"]},
+    "tokens": {"trainable_token_indices": [5, 6]},
+    "output layer": {"target_modules": ["lm_head", "q_proj"]},
+    "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
+    "tied": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "OLoRA": {"init_lora_weights": "olora"},
+}
+
+
+def tuned(base: Path, folder: Path, **options: Any) -> Any:
+    """Save an adapter of the model in `base` with plain peft; return its logits in plain transformers."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(str(base)), LoraConfig(**settings | options))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    fresh = AutoModelForCausalLM.from_pretrained(str(base))
+    return logits(PeftModel.from_pretrained(fresh, str(folder)).eval())
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Model with `tie_word")
+@pytest.mark.parametrize("options", ODD.values(), ids=ODD)
+def test_what_peft_can_do_is_merged(tiny_llama_dir: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    expected = tuned(tiny_llama_dir, tmp_path / "a", **options)
+    plain = logits(AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir)))
+    assert (plain - expected).abs().max() > 1e-2
+    base = merge.base_of(tmp_path / "a", str(tiny_llama_dir))
+    merge.merge(tmp_path / "a", tmp_path / "merged", base=base, machine=CPU)
+    merged = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"))
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_an_adapter_trained_with_further_tokens_brings_their_embeddings(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    wide = tmp_path / "wide"
+    model = AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir))
+    model.resize_token_embeddings(520)
+    model.save_pretrained(str(wide))
+    tuned(wide, tmp_path / "a")
+    trained = AutoModelForCausalLM.from_pretrained(str(wide))
+    from peft import PeftModel
+
+    whole = PeftModel.from_pretrained(trained, str(tmp_path / "a"))
+    whole.save_pretrained(str(tmp_path / "a"), save_embedding_layers=True)
+    base = merge.base_of(tmp_path / "a", str(tiny_llama_dir))
+    merge.merge(tmp_path / "a", tmp_path / "merged", base=base, machine=CPU)
+    merged = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"))
+    torch.testing.assert_close(logits(merged), logits(whole), atol=1e-5, rtol=1e-4)
+
+
+def _edit(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"alora_invocation_tokens": [1, 2]},
+            "cannot be merged: alora_invocation_tokens: the adapter begins",
+        ),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "cannot be merged: layer_replication: "),
+        ({"init_lora_weights": "pissa_niter_4"}, "cannot be merged: init_lora_weights is 'pissa_niter_4'"),
+        ({"target_modules": ["q_proj"]}, "tensors belong to nothing that its adapter_config.json adapts"),
+        ({"target_modules": ["no_such"]}, "does not fit"),
+        ({"target_modules": "(q"}, "target_modules: '\\(q' is no regular expression"),
+        ({"rank_pattern": {"q_proj": 2}}, "does not fit"),
+        (
+            {"modules_to_save": ["norm"]},
+            "1 tensors are missing that .* in this model, model.norm.weight first",
+        ),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_by_name(
+    tiny_llama_dir: Path, adapter_dir: Path, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    _edit(adapter_dir, **changes)
+    base = merge.base_of(adapter_dir, str(tiny_llama_dir))
+    with pytest.raises(ConfigError, match=f"adapter adapter:? .*{reason}") as caught:
+        merge.merge(adapter_dir, tmp_path / "merged", base=base, machine=CPU)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_tokenizer_beyond_the_embeddings_is_refused(
+    tiny_llama_dir: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
+    base = ModelSource(name="tiny", path=tiny_llama_dir)
+    tokenizer = models.load_tokenizer(base)
+    tokenizer.add_tokens([f"<extra {n}>" for n in range(600 - len(tokenizer))])
+    models.save_tokenizer(tokenizer, adapter_dir)
+    with pytest.raises(ConfigError, match="its tokenizer has 600 tokens, the model 512"):
+        merge.merge(adapter_dir, tmp_path / "merged", base=base, machine=CPU)
