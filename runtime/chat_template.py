@@ -58,6 +58,17 @@ def names_role(template: str, role: str) -> bool:
     return f"'{role}'" in template or f'"{role}"' in template
 
 
+def known_role(template: str, role: str) -> str:
+    """Return `role`, or what stands for it in a template without it: the system for the developer."""
+    stands_for = {"developer": "system", "function": "tool"}.get(role)
+    return role if stands_for is None or names_role(template, role) else stands_for
+
+
+def call_arguments(value: Any) -> Mapping[str, Any]:
+    """Return the arguments of a call as templates get them: an object, which holds what is none."""
+    return value if isinstance(value, Mapping) else {"arguments": value}
+
+
 def render(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], options: TemplateOptions) -> str:
     """Return the text of a conversation; TemplateRefusedError for what the template refuses."""
     template = source(tokenizer, with_tools=bool(options.tools))

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, Tag, ValidationInfo, WithJsonSchema
 
-from runtime.chat_template import names_role
+from runtime.chat_template import call_arguments, known_role, names_role
 from runtime.errors import RequestError
 from runtime.serving.http import fields, history
 from runtime.serving.http.body_types import Body, Name, Text, by_kind
@@ -196,8 +196,8 @@ def _role(role: str, template: str, param: str) -> str:
     """Return the role that the template is given."""
     if role in {"system", "user", "assistant", "tool"} or names_role(template, role):
         return role
-    if role in {"developer", "function"}:
-        return "system" if role == "developer" else "tool"
+    if (known := known_role(template, role)) != role:
+        return known
     if not template:
         return role
     meant = _MEANT.get(role.lower()) or fields.near_miss(role, ROLES)
@@ -256,7 +256,7 @@ class _Arguments:
         Of an object that was cut, what is complete; of anything else, an object that holds it as `arguments`.
         """
         value = self._read(sent) if isinstance(sent, str) else sent
-        return value if isinstance(value, dict) else {"arguments": value}
+        return call_arguments(value)
 
     def _read(self, sent: str) -> Any:
         """Return the value of JSON text, or the text where it has none or there is no room for it."""

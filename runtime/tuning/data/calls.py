@@ -8,6 +8,7 @@ messages or rows. Start at `calls` and `tools`.
 from collections.abc import Mapping
 from typing import Any
 
+from runtime import chat_template
 from runtime.config import describe
 from runtime.errors import DataError
 from runtime.tuning.data import cells, literals
@@ -72,9 +73,7 @@ def _object(sent: Any, where: str) -> Mapping[str, Any]:
     """Return a call's arguments as an object; what is no object becomes its `arguments`, as in serving."""
     if isinstance(sent, str):
         sent = literals.parse_container(_value(sent, where))  # some are JSON text of JSON text
-    if sent is None:
-        return {}
-    return sent if isinstance(sent, Mapping) else {"arguments": sent}
+    return {} if sent is None else chat_template.call_arguments(sent)
 
 
 def _value(sent: str, where: str) -> Any:

@@ -25,3 +25,7 @@ class Example:
     """The functions that the assistant may call, as OpenAI describes tools."""
     untrained: frozenset[int] = frozenset()
     """Indexes of assistant messages that are not labelled, because the row says so."""
+
+    def roles(self) -> set[str]:
+        """Return who speaks in the conversation."""
+        return {message["role"] for message in self.messages}

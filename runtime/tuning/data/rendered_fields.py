@@ -178,16 +178,11 @@ class RenderedFields:
     def _in_known_roles(self, example: Example) -> Example:
         """Return `example` with the role system for developer where the template has none, as in serving."""
         template = chat_template.source(self._tokenizer, with_tools=bool(example.tools))
-        roles = {message["role"] for message in example.messages}
-        if "developer" not in roles or chat_template.names_role(template, "developer"):
+        known = {role: chat_template.known_role(template, role) for role in example.roles()}
+        if all(role == shown for role, shown in known.items()):
             return example
-        return replace(
-            example,
-            messages=tuple(
-                {**message, "role": "system"} if message["role"] == "developer" else message
-                for message in example.messages
-            ),
-        )
+        messages = tuple({**message, "role": known[message["role"]]} for message in example.messages)
+        return replace(example, messages=messages)
 
     def _renders(self, example: Example, field: _Field, index: int) -> bool:
         """Return whether the template renders a field, from the first rows that have it."""

@@ -231,6 +231,13 @@ def test_lists_of_different_lengths_are_refused() -> None:
 
 
 def test_deeply_nested_text_is_an_error_of_one_line() -> None:
-    for text in ("[" * 100_000, "[{" * 50_000, "[" + "-" * 100_000 + "1]"):
+    deep = "[" * 200 + "]" * 200
+    for text in (
+        deep,
+        "[" * 100_000,
+        "[{" * 50_000,
+        "[" + "-" * 100_000 + "1]",
+        "[" + "'x'," * 2_000_000 + "]",
+    ):
         with pytest.raises(DataError, match="expected"):
             conversation.read(text, "row 1")
