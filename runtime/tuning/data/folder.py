@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from urllib.parse import unquote, urlsplit
@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 from runtime.errors import DataError
 from runtime.logs import counted
 from runtime.tuning.data import hub_card, splits
-from runtime.tuning.data.formats import FORMATS, base_name, is_data
+from runtime.tuning.data.formats import FORMATS, base_name, file_format, is_data
 from runtime.tuning.data.splits import Split
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ class FoundFile:
 def find(folder: Path, *, file: Path | None = None, extension: str | None = None) -> list[FoundFile]:
     """Return the data files below `folder` in path order, or `file` alone where it is given.
 
-    With `extension` files of any suffix are data. DataError, listing what is there, when there is none.
+    With `extension` only files of that suffix are data, or, where none has it, all files. DataError, listing
+    what is there, when there is none.
     """
     if file is not None:
         if not file.is_file():
@@ -61,6 +62,8 @@ def find(folder: Path, *, file: Path | None = None, extension: str | None = None
         names = ", ".join(path.relative_to(folder).as_posix() for path in present[:5]) or "nothing"
         *others, last = FORMATS
         raise DataError(f"{folder}: no data file (found {names}); expected {', '.join(others)} or {last}")
+    if extension is not None:
+        _say_left_out(folder, set(data_files(folder)) - set(found), f"they are no {extension} files")
     return _chosen(folder, found)
 
 
@@ -68,11 +71,10 @@ def data_files(folder: Path, extension: str | None = None) -> list[Path]:
     """Return the files below `folder` that are data, by their names or (without a suffix) first bytes."""
     present = sorted(path for path in folder.rglob("*") if path.is_file())
     caches = _beside_saved(present)
-    return [
-        path
-        for path in present
-        if not _hidden(path.relative_to(folder)) and path not in caches and (extension or is_data(path))
-    ]
+    possible = [path for path in present if not _hidden(path.relative_to(folder)) and path not in caches]
+    if extension is not None:
+        return [path for path in possible if file_format(path) == extension] or possible
+    return [path for path in possible if is_data(path)]
 
 
 def listed(files: Sequence[Path]) -> list[FoundFile]:
@@ -107,10 +109,7 @@ def _chosen(folder: Path, found: list[Path]) -> list[FoundFile]:
         kept = [path for path in found if not _about(path, _PERHAPS_ABOUT_DATA)] or found
         told = splits.assign([path.relative_to(folder) for path in kept])
         why = "of names that mean a description of data"
-    left_out = [path.relative_to(folder).as_posix() for path in found if path not in kept]
-    if left_out:
-        count, names = counted(len(left_out), "file"), ", ".join(left_out[:5])
-        log.info("%s: %s left out, because %s (%s)", folder, count, why, names)
+    _say_left_out(folder, set(found) - set(kept), why)
     _check_shards([path.relative_to(folder) for path in kept])
     return [
         FoundFile(path, path.relative_to(folder).as_posix(), split)
@@ -118,9 +117,16 @@ def _chosen(folder: Path, found: list[Path]) -> list[FoundFile]:
     ]
 
 
+def _say_left_out(folder: Path, files: Collection[Path], why: str) -> None:
+    if files:
+        names = [path.relative_to(folder).as_posix() for path in sorted(files)]
+        count = counted(len(names), "file")
+        log.info("%s: %s left out, because %s (%s)", folder, count, why, ", ".join(names[:5]))
+
+
 def _hidden(name: PurePath) -> bool:
     """Return whether a file is not data by its name: hidden for Unix or Hadoop, unfinished, or about data."""
-    if any(part.startswith((".", "_")) for part in name.parts) or name.suffix in (".part", ".crc"):
+    if any(part.startswith((".", "_", "~")) for part in name.parts) or name.suffix in (".part", ".crc"):
         return True
     return _about(name, _ABOUT_DATA)
 

@@ -135,3 +135,29 @@ def test_the_cache_of_the_hub_is_its_checkout(tmp_path: Path) -> None:
     (tmp_path / "refs" / "main").unlink()
     with pytest.raises(DataError, match="has 2 revisions; give the folder of one"):
         folder.find(tmp_path)
+
+
+def test_a_format_that_is_set_chooses_its_files_or_is_that_of_all(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    touch(tmp_path, "README.md", "notes.parquet", "rows.jsonl")
+    assert [file.name for file in folder.find(tmp_path, extension="jsonl")] == ["rows.jsonl"]
+    assert caplog.messages == [
+        f"{tmp_path}: 1 file left out, because they are no jsonl files (notes.parquet)"
+    ]
+    assert len(folder.find(tmp_path, extension="csv")) == 3
+
+
+def test_copies_that_editors_leave_are_no_data(tmp_path: Path) -> None:
+    touch(
+        tmp_path,
+        "a.jsonl",
+        "a.jsonl.bak",
+        "a.jsonl~",
+        "~$a.csv",
+        "a.csv.tmp",
+        "._a.jsonl",
+        "b.parquet_download",
+    )
+    assert set(names(tmp_path)) == {"a.jsonl", "b.parquet_download"}

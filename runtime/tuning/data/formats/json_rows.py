@@ -26,7 +26,8 @@ _CUT_SHORT = 12
 
 def _reason(error: ValueError | RecursionError) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg.removesuffix(chr(32) + 'at')} at character {error.pos}"
+        message = error.msg.removesuffix(" at")
+        return f"{message} at character {error.pos}"
     if isinstance(error, RecursionError):
         return "lists and objects are nested too deeply"
     return "a number has too many digits" if "digits" in str(error) else str(error)
@@ -130,6 +131,8 @@ def _document(data: bytes) -> Iterator[Any]:
 def _rows_of(value: dict[str, Any]) -> Iterator[Any]:
     """Yield the rows in a file's only object: its list of them, its columns, or the object itself."""
     lists = {name: item for name, item in value.items() if _is_rows(item)}
+    if len(lists) > 1 and len(lists.keys() & _ROWS) == 1:
+        lists = {name: item for name, item in lists.items() if name in _ROWS}
     names, cells = value.get("columns"), value.get("data")
     if not value or _is_row(value):
         yield value
@@ -149,20 +152,11 @@ def _rows_of(value: dict[str, Any]) -> Iterator[Any]:
         yield value
 
 
-_TEXT_COLUMNS = frozenset(
-    (
-        "prompt",
-        "instruction",
-        "question",
-        "query",
-        "input",
-        "text",
-        "completion",
-        "response",
-        "output",
-        "answer",
-    )
-)
+_ROWS = frozenset(("data", "rows"))
+"""Names of the rows among several lists of objects."""
+_QUESTIONS = ("prompt", "instruction", "question", "query", "problem", "input", "inputs", "user", "text")
+_ANSWERS = ("completion", "response", "output", "answer", "solution", "targets", "assistant", "chosen")
+_TEXT_COLUMNS = frozenset((*_QUESTIONS, *_ANSWERS))
 """With text under one of these names an object is a row itself, whatever lists it has besides."""
 
 

@@ -47,7 +47,7 @@ def read(path: Path, extension: str | None = None, unpacked: ByteCount | None = 
             yield row
     except DataError as error:
         text = str(error)
-        raise DataError(text if path.name in text else f"{path}: {text}{_start(path)}") from None
+        raise DataError(text if text.startswith(path.name) else f"{path}: {text}{_start(path)}") from None
     except Failure:
         raise
     except UnicodeDecodeError as error:
@@ -155,9 +155,15 @@ def _parts(path: PurePath) -> tuple[str, str | None]:
     exact = suffixes.get(PurePath(name).suffix.lower())
     if exact:
         return PurePath(name).stem, exact
-    positions = {name.lower().rfind(suffix): kind for suffix, kind in suffixes.items()}
-    last = max(positions)
-    return (name[:last], positions[last]) if last > 0 else (name, None)
+    for suffix, kind in suffixes.items():
+        stem, found, rest = name.lower().rpartition(suffix)
+        if found and stem and rest[:1] in _GOES_ON:
+            return name[: len(stem)], kind
+    return name, None
+
+
+_GOES_ON = ("_", "-", "?", "&", "=", "%")
+"""What may follow a suffix; `rows.jsonl.bak` and `rows.jsonl~` are no data."""
 
 
 def is_data(path: Path) -> bool:

@@ -42,6 +42,7 @@ def pandas(**options: Any) -> str:
         json.dumps({"data": ROWS}),
         json.dumps({"version": "1", "tags": ["x"], "data": ROWS}),
         json.dumps({"version": "1", "tags": ["x"], "data": ROWS}, indent=1),
+        json.dumps({"features": [{"name": "prompt"}], "rows": ROWS}),
         json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}),
         pandas(),
         pandas(orient="split"),
