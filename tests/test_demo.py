@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples/demo"))
 import data  # noqa: E402
 
-pytestmark = [pytest.mark.long, pytest.mark.model, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.model, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def demo() -> subprocess.CompletedProcess[str]:
         pytest.skip("curl is not installed")
     shutil.rmtree(ROOT / ".demo", ignore_errors=True)
     command = [sys.executable, "examples/demo/demo.py"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500, check=False)
 
 
 def test_the_tuned_model_knows_the_product_and_the_base_does_not(
