@@ -8,9 +8,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import TemplateRefusedError, one_line
+from runtime.errors import ConfigError, Failure, TemplateRefusedError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,6 +70,22 @@ def call_arguments(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {"arguments": value}
 
 
+@lru_cache(maxsize=64)
+def marks_answers(template: str) -> bool:
+    """Return whether a template has `{% generation %}` blocks: it says itself what the model writes."""
+    import jinja2
+
+    try:
+        lexer = jinja2.Environment(autoescape=True)
+        tokens = [token for token in lexer.lex(template) if token[1] != "whitespace"]
+    except jinja2.TemplateSyntaxError:
+        return False
+    return any(
+        before[1] == "block_begin" and after[1:] == ("name", "generation")
+        for before, after in pairwise(tokens)
+    )
+
+
 def render(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], options: TemplateOptions) -> str:
     """Return the text of a conversation; TemplateRefusedError for what the template refuses."""
     template = source(tokenizer, with_tools=bool(options.tools))
@@ -85,7 +102,7 @@ def render(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], options:
             )
         )
     except Exception as error:  # templates refuse roles, orders and variables by raising anything
-        raise TemplateRefusedError(one_line(error, 200)) from None
+        raise _refusal(error) from None
 
 
 def render_marked(
@@ -104,8 +121,19 @@ def render_marked(
             **{**tokenizer.special_tokens_map, **options.variables},
         )
     except Exception as error:
-        raise TemplateRefusedError(one_line(error, 200)) from None
+        raise _refusal(error) from None
     return Rendering(texts[0], tuple((start, end) for start, end in blocks[0]))
+
+
+def _refusal(error: Exception) -> Failure:
+    """Return what `error`, raised by a template, is: ConfigError for one that is no template at all."""
+    from jinja2 import TemplateSyntaxError
+
+    if isinstance(error, TemplateSyntaxError):
+        return ConfigError(
+            f"the chat template is broken at line {error.lineno}: {one_line(error.message, 200)}"
+        )
+    return TemplateRefusedError(one_line(error, 200))
 
 
 def _jinja(template: str, turns: list[Turn], **arguments: Any) -> Any:

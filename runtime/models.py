@@ -182,6 +182,14 @@ def end_ids(*stated: Any) -> frozenset[int]:
     return frozenset(ids)
 
 
+def stated_end_ids(source: ModelSource) -> frozenset[int]:
+    """Return the end-of-answer ids of a model's generation_config.json, else of its config.json."""
+    folder = locate(source, weights=False)
+    if (folder / "generation_config.json").is_file():
+        return end_ids(load_generation(folder).get("eos_token_id"))
+    return end_ids(getattr(load_config(source), "eos_token_id", None))
+
+
 def context_tokens(config: "PreTrainedConfig") -> int:
     """Return the longest sequence that a model states; FALLBACK_CONTEXT_TOKENS where it states none."""
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or FALLBACK_CONTEXT_TOKENS)

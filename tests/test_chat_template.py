@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from runtime import chat_template
 from runtime.chat_template import TemplateOptions
-from runtime.errors import TemplateRefusedError
+from runtime.errors import ConfigError, TemplateRefusedError
 
 CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Łódź"}}}
 ASKED = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
@@ -75,12 +75,32 @@ def test_template_with_a_part_for_tools_is_used_with_tools() -> None:
         ("{{ raise_exception('no\n system') }}", "no system"),
         ("{{ messages[9].content + 1 }}", "has no element 9"),
         ("{{ 1 / 0 }}", "division by zero"),
-        ("{% for m in messages %}", "Unexpected end of template"),
     ],
 )
 def test_whatever_a_template_raises_is_a_refusal_in_one_line(render: Any, template: str, said: str) -> None:
     with pytest.raises(TemplateRefusedError, match=said):
         render(tokenizer_with(template), ASKED[:1], TemplateOptions())
+
+
+@pytest.mark.parametrize("render", [chat_template.render, chat_template.render_marked])
+def test_broken_template_is_a_configuration_error(render: Any) -> None:
+    with pytest.raises(ConfigError, match="chat template is broken at line 2: Unexpected end of template"):
+        render(tokenizer_with("\n{% for m in messages %}"), ASKED[:1], TemplateOptions())
+
+
+@pytest.mark.parametrize(
+    ("template", "marks"),
+    [
+        ("{% generation %}", True),
+        ("{%- generation -%}", True),
+        ("{%+ generation +%}", True),
+        ("{#- {% generation %} -#}{{ 'generation' }}", False),
+        ("{% raw %}{% generation %}{% endraw %}", False),
+        ("{% if", False),
+    ],
+)
+def test_blocks_of_generation_are_seen_where_jinja_sees_them(template: str, marks: bool) -> None:
+    assert chat_template.marks_answers(template) == marks
 
 
 def test_roles_that_a_template_names_are_known() -> None:

@@ -158,10 +158,11 @@ def preview(preview: "Preview") -> None:
     coloured = console.is_terminal and not console.no_color
     for example in preview.examples:
         console.print(Text(_title(example), style="bold"))
-        for number, row in enumerate(example.rows):
+        for number, sequence in enumerate(example.sequences):
             if number:
-                console.print(Text("— next part —", style="dim"))
-            console.print(_marked(row, coloured=coloured))
+                part = "part" if example.outcome == "split" else "sequence"
+                console.print(Text(f"— next {part} —", style="dim"))
+            console.print(_marked(sequence, coloured=coloured))
         console.print()
     typer.echo(f"Trained tokens are {'green' if coloured else 'between ⟦ and ⟧'}.")
     for line in preview_counts(preview):
@@ -207,7 +208,7 @@ def _columns_used(facts: "RowFacts") -> list[str]:
 
 def _title(example: "PreviewExample") -> str:
     note = OUTCOMES[example.outcome].format(full_tokens=f"{example.full_tokens:,}")
-    if not example.rows:
+    if not example.sequences:
         return f"── {example.origin}: {note}"
     return f"── {example.origin}: {example.tokens:,} tokens{note}, {example.labelled_tokens:,} trained"
 

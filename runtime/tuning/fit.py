@@ -17,7 +17,7 @@ from runtime.memory.fitting import Adjustable, Forecast
 from runtime.memory.shape import Shape, of
 from runtime.memory.tuning import TuningRun
 from runtime.tuning.arguments.training import DEFAULTS
-from runtime.tuning.data.tokenize import MAX_TOKENS, TokenizedRow
+from runtime.tuning.data.tokenize import MAX_TOKENS, TokenizedSequence
 from runtime.tuning.precision import choose_dtype
 from runtime.tuning.settings import TuningJob
 from runtime.tuning.train.schedule import pass_tokens, requested_checkpointing
@@ -67,7 +67,7 @@ class MemoryPlan:
 
 
 def plan(
-    job: TuningJob, machine: Hardware, *, processes: int | None = None, rows: Sequence[TokenizedRow] = ()
+    job: TuningJob, machine: Hardware, *, processes: int | None = None, rows: Sequence[TokenizedSequence] = ()
 ) -> MemoryPlan:
     """Return the plan of `job` on `machine` with `processes` there (None: one for each GPU).
 
@@ -132,7 +132,7 @@ def shorten(job: TuningJob, machine: Hardware, *, processes: int) -> TuningJob:
 
 
 def resolve(
-    job: TuningJob, machine: Hardware, *, processes: int, rows: Sequence[TokenizedRow]
+    job: TuningJob, machine: Hardware, *, processes: int, rows: Sequence[TokenizedSequence]
 ) -> tuple[TuningJob, int | None]:
     """Return `job` with the pass size and the checkpointing that fit for these `rows`, and the bytes planned.
 
@@ -156,7 +156,7 @@ def resolve(
 
 
 def _plan_if_known(
-    job: TuningJob, machine: Hardware, processes: int, rows: Sequence[TokenizedRow] = ()
+    job: TuningJob, machine: Hardware, processes: int, rows: Sequence[TokenizedSequence] = ()
 ) -> MemoryPlan | None:
     try:
         return plan(job, machine, processes=processes, rows=rows)

@@ -109,7 +109,7 @@ def _tune(requested: TuningJob, job: TuningJob, rank: RankSetup, access: oci.Acc
         tokenizer = models.load_tokenizer(job.model)
     data = fit_template(job, tokenizer, data)
     job, tokenized = encode_rows(job, tokenizer, data)
-    job, planned = fit.resolve(job, rank.machine, processes=ranks.local_world_size, rows=tokenized.rows)
+    job, planned = fit.resolve(job, rank.machine, processes=ranks.local_world_size, rows=tokenized.sequences)
     progress.enter("model")
     with garbage_collection.paused():
         training = setup.prepare(job, tokenizer, tokenized, rank=rank)
@@ -153,20 +153,21 @@ def encode_rows(
     job: TuningJob, tokenizer: "PreTrainedTokenizerBase", data: SplitDataset
 ) -> tuple[TuningJob, TokenizedSplit]:
     """Encode both parts, with the settled row limit; held-out rows that teach nothing are dropped."""
-    limit = tokenize.longest_row(job)
+    encoder, bad_rows = tokenize.encoder(job, tokenizer), data.dataset.bad_rows
+    limit = encoder.max_tokens
     job = job.model_copy(update={"encoding": job.encoding.model_copy(update={"max_tokens": limit})})
-    bad_rows = data.dataset.bad_rows
     train, held_out = (
-        tokenize.encode(examples, tokenizer, job.encoding, max_tokens=limit, bad_rows=bad_rows)
-        for examples in (data.train, data.held_out)
+        tokenize.encode(examples, encoder, bad_rows) for examples in (data.train, data.held_out)
     )
     bad_rows.conclude("encoding")
     tokenize.require_rows(train, len(data.train), max_tokens=limit)
     log.info(
-        "%d tokens, %d of them labelled; %d rows cut at %d tokens, %d dropped as too long, %d unlabelled",
-        train.tokens, train.labelled_tokens, train.truncated, limit, train.too_long, train.unlabelled,
+        "%d rows as %d sequences of %d tokens, %d of them labelled; "
+        "%d rows cut at %d tokens, %d dropped as too long, %d unlabelled",
+        train.rows, len(train.sequences), train.tokens, train.labelled_tokens,
+        train.truncated, limit, train.too_long, train.unlabelled,
     )  # fmt: skip
-    left = len(held_out.rows)
+    left = held_out.rows
     if held_out.too_long or held_out.unlabelled or (data.held_out and not left):
         log.warning(
             "held out: %d rows dropped as too long, %d unlabelled; %s",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from runtime.tuning.data.batching import IGNORE, Layout, MicroBatch, collate, group, pack
-from runtime.tuning.data.tokenize import TokenizedRow
+from runtime.tuning.data.tokenize import TokenizedSequence
 from runtime.tuning.model.fsdp import is_sharded
 from runtime.tuning.model.lora import evaluating
 from runtime.tuning.process.ranks import Ranks
@@ -68,7 +68,7 @@ def _to(device: str, tensor: "torch.Tensor") -> "torch.Tensor":
 class HeldOutRows:
     """Rows to evaluate on, and how they are divided into passes."""
 
-    rows: Sequence[TokenizedRow]
+    rows: Sequence[TokenizedSequence]
     layout: Layout
     budget_tokens: int
     """Most tokens of a pass."""

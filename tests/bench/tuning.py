@@ -63,13 +63,13 @@ def encoded(rows: list[tuple[str, str]], tokenizer: Any) -> Any:
     """Return `rows` as our encoder makes them."""
     from runtime.tuning.data.bad_rows import BadRows
     from runtime.tuning.data.dataset import Example
-    from runtime.tuning.data.tokenize import encode
+    from runtime.tuning.data.tokenize import Encoder, encode
     from runtime.tuning.settings import Encoding
 
     examples = [
         Example(({"role": "user", "content": q}, {"role": "assistant", "content": a})) for q, a in rows
     ]
-    return encode(examples, tokenizer, Encoding(), max_tokens=MAX_TOKENS, bad_rows=BadRows())
+    return encode(examples, Encoder(tokenizer, Encoding(), max_tokens=MAX_TOKENS), BadRows())
 
 
 def ours(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any, Callable[[], Any]]:
@@ -120,7 +120,7 @@ def source() -> Any:
 
 def trl(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any, Callable[[], Any]]:
     """TRL at its best: packed, answers only, no checkpointing, its bf16 LoRA cast back to float32."""
-    tokens = sum(len(row) for row in encoded(rows, tokenizer_of()).rows)
+    tokens = encoded(rows, tokenizer_of()).tokens
     steps = math.ceil(len(rows) / options.step_rows)
     trainer = sft(
         [
@@ -220,7 +220,7 @@ def contend(options: argparse.Namespace) -> None:
     held_out = encoded(held, tokenizer_of()) if held else None
 
     def held_out_loss() -> float:
-        return mean_loss(model, HeldOutRows(held_out.rows, "sorted", MAX_TOKENS), Ranks())
+        return mean_loss(model, HeldOutRows(held_out.sequences, "sorted", MAX_TOKENS), Ranks())
 
     before = held_out_loss() if held else None
     wall, cpu = time.perf_counter(), time.process_time()

@@ -17,7 +17,7 @@ from runtime.hardware import Hardware
 from runtime.memory import tuning
 from runtime.model_source import ModelSource
 from runtime.tuning import fit
-from runtime.tuning.data.tokenize import TokenizedRow
+from runtime.tuning.data.tokenize import TokenizedSequence
 from runtime.tuning.settings import DataSource, Encoding, Output, TuningJob
 
 V100 = Hardware("cuda", "V100", (7, 0), 16160 << 20, 1)
@@ -45,7 +45,7 @@ def test_the_users_settings_stay_unless_fit_is_requested() -> None:
         fit.check(job(stubborn), V100)
     assert "\n" not in str(refused.value)
     fit.check(job(stubborn, fit="adapt"), V100)
-    rows = [TokenizedRow(np.ones(2048, dtype=np.int32), np.ones(2048, dtype=np.bool_))]
+    rows = [TokenizedSequence(np.ones(2048, dtype=np.int32), np.ones(2048, dtype=np.bool_))]
     settled, planned = fit.resolve(job(stubborn, fit="adapt"), V100, processes=1, rows=rows)
     assert planned == fit.plan(settled, V100, rows=rows).forecast.total_bytes
     assert settled.tokens_per_pass is not None
@@ -105,7 +105,7 @@ def test_a_cpus_memory_is_planned_with_too() -> None:
 
 def test_rows_known_to_be_short_and_mostly_prompt_need_less() -> None:
     loss_mask = np.arange(100) >= 90
-    rows = [TokenizedRow(np.ones(100, dtype=np.int32), loss_mask)] * 4
+    rows = [TokenizedSequence(np.ones(100, dtype=np.int32), loss_mask)] * 4
     known, unknown = fit.plan(job(), V100, rows=rows), fit.plan(job(), V100)
     assert known.requested.row_tokens == 100
     assert known.requested.labelled_share == pytest.approx(0.1)
@@ -139,7 +139,7 @@ def measured(job: TuningJob, script: str) -> tuple[int, fit.MemoryPlan]:
     assert done.returncode == 0, done.stderr
     report = json.loads((job.output.folder / "tuning_report.json").read_text())
     limit = job.encoding.max_tokens or 0
-    rows = [TokenizedRow(np.ones(limit, dtype=np.int32), np.ones(limit, dtype=np.bool_))]
+    rows = [TokenizedSequence(np.ones(limit, dtype=np.int32), np.ones(limit, dtype=np.bool_))]
     return int(report["result"]["peak_memory_bytes"]), fit.plan(job, cpu(64), rows=rows)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from runtime.tuning.data.tokenize import TokenizedRow
+from runtime.tuning.data.tokenize import TokenizedSequence
 from tests.families import config_of
 
 
@@ -16,12 +16,12 @@ def tiny_model(family: str, *, attention: str) -> Any:
     return AutoModelForCausalLM.from_config(config_of(family), attn_implementation=attention)
 
 
-def some_rows(count: int, seed: int = 0) -> list[TokenizedRow]:
+def some_rows(count: int, seed: int = 0) -> list[TokenizedSequence]:
     """Return rows of 3 to 39 random tokens, of which about half are labelled; of the first, the last only."""
     generator = np.random.default_rng(seed)
     sizes = generator.integers(3, 40, count)
     return [
-        TokenizedRow(
+        TokenizedSequence(
             generator.integers(3, 100, size).astype(np.int32),
             generator.random(size) < 0.5 if number else _last_only(size),
         )

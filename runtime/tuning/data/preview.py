@@ -15,7 +15,7 @@ from runtime.tuning.data import dataset, download, folder, tokenize
 from runtime.tuning.data.dataset import Dataset, divide
 from runtime.tuning.data.example import Example
 from runtime.tuning.data.rendered_fields import RenderedFields
-from runtime.tuning.data.tokenize import EncodedExample, RowOutcome, TokenizedRow
+from runtime.tuning.data.tokenize import EncodedExample, RowOutcome, TokenizedSequence
 from runtime.tuning.settings import TuningJob
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class TextRun:
 
 @dataclass(frozen=True, slots=True)
 class PreviewExample:
-    """One example and the rows it becomes."""
+    """One example and the sequences it becomes."""
 
     origin: str
     """File and row."""
@@ -44,8 +44,8 @@ class PreviewExample:
     """Its length before anything was cut."""
     tokens: int
     labelled_tokens: int
-    rows: tuple[tuple[TextRun, ...], ...]
-    """More than one after a split, none when it is dropped."""
+    sequences: tuple[tuple[TextRun, ...], ...]
+    """More than one after a split or where the template rewrites earlier turns, none when it is dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,51 +77,50 @@ def preview(job: TuningJob, *, count: int, access: oci.Access = DEFAULT) -> Prev
     download.fetch(job.data, token=job.hub_token, access=access)
     data = dataset.load(job.data, folder.local_paths(job.data.urls, job.data.folder))
     train, held_out = divide(data, job.data)
-    tokenizer, limit = models.load_tokenizer(job.model), tokenize.longest_row(job)
-    fields = RenderedFields(tokenizer, model=job.model.name, bad_rows=data.bad_rows)
+    encoder = tokenize.encoder(job, models.load_tokenizer(job.model))
+    fields = RenderedFields(encoder.tokenizer, model=job.model.name, bad_rows=data.bad_rows)
     examined = fields.fit(train[: max(count, COUNTED_ROWS)])
     encoded: list[tuple[Example, EncodedExample]] = []
     for example in examined:
         with data.bad_rows.attempt(example.origin):
-            result = tokenize.encode_within(example, tokenizer, job.encoding, max_tokens=limit)
-            encoded.append((example, result))
+            encoded.append((example, encoder.encode(example)))
     data.bad_rows.conclude("encoding")
     results = [result for _, result in encoded]
     return Preview(
         examples=tuple(
-            _preview_example(example, result, tokenizer, job) for example, result in encoded[:count]
+            _preview_example(example, result, encoder.tokenizer) for example, result in encoded[:count]
         ),
         data=data,
         train_rows=len(train),
         held_out_rows=len(held_out),
-        max_tokens=limit,
+        max_tokens=encoder.max_tokens,
         counted=len(results),
         outcomes=Counter(result.outcome for result in results),
         tokens=sum(result.tokens for result in results),
         labelled_tokens=sum(result.labelled_tokens for result in results),
-        sequences=sum(len(result.rows) for result in results),
+        sequences=sum(len(result.sequences) for result in results),
     )
 
 
 def _preview_example(
-    example: Example, encoded: EncodedExample, tokenizer: "PreTrainedTokenizerBase", job: TuningJob
+    example: Example, encoded: EncodedExample, tokenizer: "PreTrainedTokenizerBase"
 ) -> PreviewExample:
     return PreviewExample(
         origin=example.origin,
         outcome=encoded.outcome,
-        full_tokens=len(tokenize.encode_one(example, tokenizer, job.encoding)),
+        full_tokens=encoded.full_tokens,
         tokens=encoded.tokens,
         labelled_tokens=encoded.labelled_tokens,
-        rows=tuple(runs(row, tokenizer) for row in encoded.rows),
+        sequences=tuple(runs(sequence, tokenizer) for sequence in encoded.sequences),
     )
 
 
-def runs(row: TokenizedRow, tokenizer: "PreTrainedTokenizerBase") -> tuple[TextRun, ...]:
-    """Return the text of `row`, special tokens included, cut where labels begin or end."""
+def runs(sequence: TokenizedSequence, tokenizer: "PreTrainedTokenizerBase") -> tuple[TextRun, ...]:
+    """Return the text of `sequence`, special tokens included, cut where labels begin or end."""
     texts: list[TextRun] = []
-    ids = row.ids.tolist()
+    ids = sequence.ids.tolist()
     end, before = 0, ""
-    for labelled, flags in groupby(row.loss_mask.tolist()):
+    for labelled, flags in groupby(sequence.loss_mask.tolist()):
         start, end = end, end + len(list(flags))
         # Sentencepiece drops the space before a text's first token: a run's text is what it adds.
         prefix = _text(ids[:end], tokenizer)

@@ -17,6 +17,7 @@ from runtime.errors import DataError, TemplateRefusedError
 from runtime.logs import counted
 from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.example import Example, Message
+from runtime.tuning.data.thoughts import find_thought
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -198,6 +199,8 @@ class RenderedFields:
     def _differs(self, example: Example, field: _Field, index: int) -> bool:
         """Return whether the text changes with the field; TemplateRefusedError when there is none."""
         turns, tools = _until_answer(example, index), list(example.tools)
+        if field is REASONING and self._opens_thought(turns[:index], tools):
+            return True  # it is trained behind the generation prompt, whatever earlier turns show of it
         as_it_is = self._render(turns, tools)
         if field is TOOLS:
             tools = copy.deepcopy(tools)
@@ -206,6 +209,15 @@ class RenderedFields:
             turns[index] = copy.deepcopy(turns[index])
             field.change(turns[index])
         return self._render(turns, tools) != as_it_is
+
+    def _opens_thought(self, turns: Turns, tools: list[dict[str, Any]]) -> bool:
+        try:
+            thought = find_thought(
+                chat_template.render(self._tokenizer, turns, TemplateOptions(tools=tools or None))
+            )
+        except TemplateRefusedError:
+            return False
+        return thought is not None and not thought.closed
 
     def _render(self, turns: Turns, tools: list[dict[str, Any]]) -> str:
         return chat_template.render(

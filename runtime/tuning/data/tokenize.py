@@ -1,13 +1,13 @@
-"""A conversation becomes token ids and labels, with any model's chat template.
+"""Examples become token ids and labels.
 
-Labelled are the assistant's turns with the token that ends each; where they lie is read off the template
-itself. Does not know files, tensors or batches. T tokens. Start at `encode`, then `_assistant_spans`.
+Labelled are the assistant's turns with the token that ends each (turns.py), or every token. Does not know
+files, templates, tensors or batches. T tokens. Start at `encode`, then `Encoder.encode`.
 """
 
-import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,22 +15,22 @@ from numpy.typing import NDArray
 
 from runtime import models
 from runtime.errors import ConfigError, DataError
+from runtime.tuning.data.answers import SYSTEM_ROLES, AnswerReader, dialogue
 from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.example import Example
+from runtime.tuning.data.turns import LONG, TextSequence, labelled_turns, last_sequence, sequences
 from runtime.tuning.settings import Encoding, TuningJob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_TOKENS = 2048
-"""Longest row when the user sets none and the model would take more."""
-
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""Longest sequence when the user sets none and the model would take more."""
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizedRow:
-    """One encoded example."""
+class TokenizedSequence:
+    """What the model is trained on at once: an example, or a part of one."""
 
     ids: NDArray[np.int32]
     """(T,)"""
@@ -40,37 +40,47 @@ class TokenizedRow:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __getitem__(self, part: slice) -> "TokenizedSequence":
+        return TokenizedSequence(self.ids[part], self.loss_mask[part])
+
     @property
     def labelled_tokens(self) -> int:
         """How many tokens the loss is over: the first one is never predicted."""
         return int(self.loss_mask[1:].sum())
 
 
-class RowCounts:
-    """The token counts of a class with `rows`."""
+class SequenceCounts:
+    """The token counts of a class with `sequences`."""
 
     __slots__ = ()
-    rows: tuple[TokenizedRow, ...]
+    sequences: tuple[TokenizedSequence, ...]
 
     @property
     def tokens(self) -> int:
-        return sum(len(row) for row in self.rows)
+        return sum(map(len, self.sequences))
 
     @property
     def labelled_tokens(self) -> int:
-        return sum(row.labelled_tokens for row in self.rows)
+        return sum(sequence.labelled_tokens for sequence in self.sequences)
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizedData(RowCounts):
-    """All rows, and what happened to the others."""
+class TokenizedData(SequenceCounts):
+    """All rows as sequences, and what happened to the others."""
 
-    rows: tuple[TokenizedRow, ...]
+    sequences: tuple[TokenizedSequence, ...]
+    sequences_per_row: tuple[int, ...] = ()
+    """How many of them, in their order, each row is; () where every one is a row. More than one where a row
+    was split, or where the template rewrites earlier turns."""
     truncated: int = 0
     too_long: int = 0
     """Rows dropped because of their length."""
     unlabelled: int = 0
     """Rows dropped because no token of them is labelled."""
+
+    @property
+    def rows(self) -> int:
+        return len(self.sequences_per_row or self.sequences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,21 +91,23 @@ class TokenizedSplit:
     held_out: TokenizedData | None = None
 
     @property
-    def rows(self) -> tuple[TokenizedRow, ...]:
-        """The rows of both parts."""
-        return (*self.train.rows, *(self.held_out.rows if self.held_out else ()))
+    def sequences(self) -> tuple[TokenizedSequence, ...]:
+        """The sequences of both parts."""
+        return (*self.train.sequences, *(self.held_out.sequences if self.held_out else ()))
 
 
 RowOutcome = Literal["whole", "truncated", "split", "too long", "unlabelled"]
-"""What became of one example; the last two have no rows."""
+"""What became of one example; the last two have no sequences."""
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedExample(RowCounts):
-    """The rows of one example, none when it is dropped."""
+class EncodedExample(SequenceCounts):
+    """The sequences of one example, none when it is dropped."""
 
     outcome: RowOutcome
-    rows: tuple[TokenizedRow, ...] = ()
+    full_tokens: int
+    """Before anything was cut: of all its sequences, or of the longest where the others were not encoded."""
+    sequences: tuple[TokenizedSequence, ...] = ()
 
 
 def longest_row(job: TuningJob) -> int:
@@ -103,24 +115,31 @@ def longest_row(job: TuningJob) -> int:
     return job.encoding.max_tokens or min(models.context_tokens(models.load_config(job.model)), MAX_TOKENS)
 
 
-def encode(
-    examples: Sequence[Example],
-    tokenizer: "PreTrainedTokenizerBase",
-    encoding: Encoding,
-    *,
-    max_tokens: int,
-    bad_rows: BadRows,
-) -> TokenizedData:
-    """Encode `examples`, each to at most `max_tokens`; one that the template refuses is a bad row."""
-    rows: list[TokenizedRow] = []
+def encoder(job: TuningJob, tokenizer: "PreTrainedTokenizerBase") -> "Encoder":
+    """Return what encodes the rows of `job`."""
+    end_ids = models.stated_end_ids(job.model)
+    return Encoder(tokenizer, job.encoding, max_tokens=longest_row(job), end_ids=end_ids)
+
+
+def encode(examples: Iterable[Example], encoder: "Encoder", bad_rows: BadRows) -> TokenizedData:
+    """Encode `examples`; one that the template refuses or whose labels it leaves undecided is a bad row."""
+    sequences: list[TokenizedSequence] = []
+    per_row: list[int] = []
     outcomes: Counter[RowOutcome] = Counter()
     for example in examples:
         with bad_rows.attempt(example.origin):
-            encoded = encode_within(example, tokenizer, encoding, max_tokens=max_tokens)
+            encoded = encoder.encode(example)
             outcomes[encoded.outcome] += 1
-            rows += encoded.rows
-    truncated = outcomes["truncated"] + outcomes["split"]
-    return TokenizedData(tuple(rows), truncated, outcomes["too long"], outcomes["unlabelled"])
+            if encoded.sequences:
+                sequences += encoded.sequences
+                per_row.append(len(encoded.sequences))
+    return TokenizedData(
+        tuple(sequences),
+        tuple(per_row),
+        truncated=outcomes["truncated"] + outcomes["split"],
+        too_long=outcomes["too long"],
+        unlabelled=outcomes["unlabelled"],
+    )
 
 
 def require_rows(data: TokenizedData, examples: int, *, max_tokens: int) -> None:
@@ -134,197 +153,197 @@ def require_rows(data: TokenizedData, examples: int, *, max_tokens: int) -> None
         )
 
 
-def encode_within(
-    example: Example, tokenizer: "PreTrainedTokenizerBase", encoding: Encoding, *, max_tokens: int
-) -> EncodedExample:
-    """Encode `example` as rows of at most `max_tokens`, with what `encoding.too_long` does to longer ones."""
-    row = encode_one(example, tokenizer, encoding)
-    outcome: RowOutcome = "whole"
-    rows = [row]
-    if len(row) > max_tokens:
-        if encoding.too_long == "drop":
-            return EncodedExample("too long")
-        if encoding.too_long == "split":
-            outcome, rows = "split", _split(row, max_tokens)
-        else:
-            outcome, rows = "truncated", [_truncate(example, tokenizer, encoding, max_tokens=max_tokens)]
-    labelled = tuple(row for row in rows if row.labelled_tokens)
-    return EncodedExample(outcome, labelled) if labelled else EncodedExample("unlabelled")
+class Encoder:
+    """Encodes examples for one model, with what `encoding` says of labels and of long rows."""
 
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        encoding: Encoding,
+        *,
+        max_tokens: int,
+        end_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        """A sequence has at most `max_tokens`; `end_ids` are those that the server stops at (models.py)."""
+        if not tokenizer.is_fast:
+            raise ConfigError(
+                f"{type(tokenizer).__name__} gives no character offsets; a tokenizer.json is needed"
+            )
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self._encoding = encoding
+        self._end_ids = end_ids | models.end_ids(tokenizer.eos_token_id)
+        self._answers: AnswerReader | None = None
 
-def encode_one(example: Example, tokenizer: "PreTrainedTokenizerBase", encoding: Encoding) -> TokenizedRow:
-    """Encode one example at its full length."""
-    if not example.messages:
-        ids = [*_tokenize(example.text, tokenizer)[0], _eos(tokenizer)]
-        bos = tokenizer.bos_token_id
-        if bos is not None and ids[0] != bos and tokenizer("x")["input_ids"][:1] == [bos]:
-            ids.insert(0, bos)
-        return _row(ids, [True] * len(ids))
-    if not tokenizer.chat_template:
-        raise ConfigError("no chat template in this model; set chat_template in ModelConfig")
-    text = _render(example, tokenizer)
-    ids, offsets = _tokenize(text, tokenizer)
-    if encoding.loss_on == "all":
-        ended = any(token in _control_ids(tokenizer) for token in ids[-2:])  # a line break may follow it
-        ids = ids if ended else [*ids, _eos(tokenizer)]
-        return _row(ids, [True] * len(ids))
-    if _GENERATION.search(_template(tokenizer)):
-        mask = _template_mask(example, tokenizer)
-    else:
-        mask = _span_mask(offsets, _assistant_spans(example, text, tokenizer))
-    return _row(*_end_turns(ids, mask, tokenizer))
+    def encode(self, example: Example) -> EncodedExample:
+        """Return the sequences of `example`, each of at most `max_tokens`.
 
+        Raises DataError for what the template refuses or leaves undecided, ConfigError without a template.
+        """
+        truncates = self._encoding.too_long == "truncate"
+        if truncates and len(example.messages) >= LONG and labelled_turns(example):
+            tokens = self._longest(example)
+            if tokens > self.max_tokens:
+                return self._truncated(example, tokens)
+        whole = self._whole(example)
+        tokens = sum(map(len, whole))
+        if all(len(sequence) <= self.max_tokens for sequence in whole):
+            return _labelled("whole", whole, tokens)
+        if self._encoding.too_long == "drop":
+            return EncodedExample("too long", tokens)
+        if truncates:
+            return self._truncated(example, tokens)
+        parts = [
+            sequence[start : start + self.max_tokens]
+            for sequence in whole
+            for start in range(0, len(sequence), self.max_tokens)
+        ]
+        return _labelled("split", parts, tokens)
 
-def _row(ids: Sequence[int], loss_mask: Sequence[bool]) -> TokenizedRow:
-    return TokenizedRow(np.asarray(ids, dtype=np.int32), np.asarray(loss_mask, dtype=np.bool_))
+    def _truncated(self, example: Example, tokens: int) -> EncodedExample:
+        kept = self._whole(self._shortened(example))
+        return _labelled("truncated", [sequence[-self.max_tokens :] for sequence in kept], tokens)
 
+    def _shortened(self, example: Example) -> Example:
+        """Return `example` without its oldest turns (not the system's), as few as make it fit.
 
-def _template(tokenizer: "PreTrainedTokenizerBase") -> str:
-    template = tokenizer.chat_template
-    return template if isinstance(template, str) else str(template["default"])
+        Where the last question and its answer alone are too long, these are what is left.
+        """
+        turns = labelled_turns(example)
+        system = int(bool(example.messages) and example.messages[0]["role"] in SYSTEM_ROLES)
+        starts = [
+            index
+            for index in range(system + 1, turns[-1] if turns else 0)
+            if example.messages[index]["role"] == "user"
+        ]
+        if not starts:
+            return example
+        # From the end, so that the time it takes is that of what fits and not of the whole row.
+        fitting, step = len(starts) - 1, 1
+        while fitting - step >= 0 and self._fits(_from(example, starts[fitting - step], system)):
+            fitting, step = fitting - step, step * 2
+        too_long = max(fitting - step, -1)
+        while fitting - too_long > 1:
+            middle = (fitting + too_long) // 2
+            if self._fits(_from(example, starts[middle], system)):
+                fitting = middle
+            else:
+                too_long = middle
+        return _from(example, starts[fitting], system)
 
+    def _fits(self, example: Example) -> bool:
+        return self._longest(example) <= self.max_tokens
 
-def _render(
-    example: Example, tokenizer: "PreTrainedTokenizerBase", *, turns: int | None = None, prompt: bool = False
-) -> str:
-    """Return the text of the first `turns` messages, with the generation prompt where `prompt` is set."""
-    import jinja2
+    def _longest(self, example: Example) -> int:
+        """Return the tokens of the longest sequence: that of the last turn."""
+        if self._encoding.loss_on == "all":
+            return len(self._whole(example)[0])
+        return len(self._tokenized(last_sequence(example, self._reader())))
 
-    messages = list(example.messages[:turns])
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tools=_tools(example), tokenize=False, add_generation_prompt=prompt
+    def _whole(self, example: Example) -> list[TokenizedSequence]:
+        """Return the sequences of `example` at their full length."""
+        if not example.messages:
+            ids = [*self._tokenize(example.text)[0], self._eos()]
+            bos = self.tokenizer.bos_token_id
+            if bos is not None and ids[0] != bos and self.tokenizer("x")["input_ids"][:1] == [bos]:
+                ids.insert(0, bos)
+            return [_all_labelled(ids)]
+        reader = self._reader()
+        if self._encoding.loss_on == "all":
+            ids = self._tokenize(reader.text(dialogue(example.messages, example.tools)))[0]
+            ended = any(token in self._control_ids() for token in ids[-2:])  # a line break may follow it
+            return [_all_labelled(ids if ended else [*ids, self._eos()])]
+        return [self._tokenized(sequence) for sequence in sequences(example, reader)]
+
+    def _tokenized(self, sequence: TextSequence) -> TokenizedSequence:
+        """Return the ids of a text, labelled where its pieces are."""
+        runs = [
+            ("".join(piece.text for piece in pieces), labelled)
+            for labelled, pieces in groupby(sequence.pieces, key=lambda piece: piece.labelled)
+        ]
+        ids, ranges = self._tokenize("".join(text for text, _ in runs))
+        offsets = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
+        mask = _mask(runs, offsets)
+        if _cross(runs, offsets):
+            ids, mask = self._apart(runs, ids, mask)
+        if not sequence.closed:
+            ids, mask = [*ids, self._eos()], np.append(mask, True)
+        return TokenizedSequence(np.asarray(ids, dtype=np.int32), mask)
+
+    def _apart(
+        self, runs: Sequence[tuple[str, bool]], ids: list[int], mask: NDArray[np.bool_]
+    ) -> tuple[list[int], NDArray[np.bool_]]:
+        """Return ids and labels of a text in which a token begins in the prompt and ends in the answer.
+
+        The server encodes the prompt alone, so each run is; where that would be another text, which it is
+        for a tokenizer that begins every text with a space, such tokens are labelled instead.
+        """
+        parts = [(self._tokenize(text)[0], labelled) for text, labelled in runs]
+        joined = [token for part, _ in parts for token in part]
+        if self.tokenizer.decode(joined) != self.tokenizer.decode(ids):
+            return ids, mask
+        flags = [np.full(len(part), labelled, dtype=np.bool_) for part, labelled in parts]
+        return joined, np.concatenate(flags)
+
+    def _reader(self) -> AnswerReader:
+        """Return what reads the template, made for the first conversation: plain text needs no template."""
+        if self._answers is None:
+            self._answers = AnswerReader(self.tokenizer, self._end_ids)
+        return self._answers
+
+    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return ids and the character range (start, end) of `text` that each stands for."""
+        # Rows longer than the context are cut here, so the tokenizer need not warn of them.
+        batch: Any = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-    except jinja2.TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(f"the model's chat template refuses a conversation of {roles}: {error}") from None
-    return str(text)
+        return batch["input_ids"], batch["offset_mapping"]
+
+    def _control_ids(self) -> frozenset[int]:
+        added = self.tokenizer.added_tokens_decoder
+        special = {number for number, token in added.items() if token.special}
+        return frozenset(special | set(self.tokenizer.all_special_ids))
+
+    def _eos(self) -> int:
+        if not isinstance(self.tokenizer.eos_token_id, int):
+            raise ConfigError("the tokenizer has no end-of-sequence token, so an answer could never end")
+        return self.tokenizer.eos_token_id
 
 
-def _tools(example: Example) -> Any:
-    """Return the tools of `example` as templates know them: None where there are none."""
-    return list(example.tools) or None
+def _labelled(outcome: RowOutcome, parts: Iterable[TokenizedSequence], tokens: int) -> EncodedExample:
+    """Return those of `parts` in which something is labelled."""
+    labelled = tuple(part for part in parts if part.labelled_tokens)
+    return EncodedExample(outcome if labelled else "unlabelled", tokens, labelled)
 
 
-def _tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[tuple[int, int]]]:
-    """Return ids and the character range (start, end) of `text` that each stands for."""
-    if not tokenizer.is_fast:
-        raise ConfigError(
-            f"{type(tokenizer).__name__} gives no character offsets; a tokenizer.json is needed"
-        )
-    # Rows longer than the context are cut here, so the tokenizer need not warn of them.
-    batch: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return batch["input_ids"], batch["offset_mapping"]
+def _all_labelled(ids: Sequence[int]) -> TokenizedSequence:
+    return TokenizedSequence(np.asarray(ids, dtype=np.int32), np.ones(len(ids), dtype=np.bool_))
 
 
-def _template_mask(example: Example, tokenizer: "PreTrainedTokenizerBase") -> list[bool]:
-    """Return which tokens are inside the template's own {% generation %} blocks."""
-    batch: Any = tokenizer.apply_chat_template(
-        list(example.messages),
-        tools=_tools(example),
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
+def _from(example: Example, start: int, system: int) -> Example:
+    """Return `example` from message `start` on, after its first `system` messages."""
+    kept = [*range(system), *range(start, len(example.messages))]
+    return replace(
+        example,
+        messages=tuple(example.messages[index] for index in kept),
+        untrained=frozenset(new for new, old in enumerate(kept) if old in example.untrained),
     )
-    return [bool(flag) for flag in batch["assistant_masks"]]
 
 
-def _assistant_spans(
-    example: Example, text: str, tokenizer: "PreTrainedTokenizerBase"
-) -> list[tuple[int, int]]:
-    """Return the character ranges of `text` that the assistant writes, end-of-turn text included.
-
-    A turn begins where the prompt for it ends. Where a template rewrites earlier turns (reasoning models
-    cut old thoughts) or prompts with more than it keeps, the content itself is looked for.
-    """
-    spans: list[tuple[int, int]] = []
-    previous_end = 0
-    for index, message in enumerate(example.messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = _render(example, tokenizer, turns=index, prompt=True) if index else ""
-        if prompt and text.startswith(prompt):
-            start = len(prompt)
-        else:
-            start = text.find(message["content"].strip(), previous_end)
-            if start < 0:
-                continue
-        prefix = _render(example, tokenizer, turns=index + 1)
-        content = text.find(message["content"].strip(), start)
-        end = (
-            len(prefix) if text.startswith(prefix) else max(content, start) + len(message["content"].strip())
-        )
-        spans.append((start, end))
-        previous_end = end
-    return spans
-
-
-def _span_mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Return which tokens touch a span; one that begins before it is labelled too."""
-    mask = [False] * len(offsets)
-    for start, end in spans:
-        for index, (first, last) in enumerate(offsets):
-            if last > start and first < end and last > first:
-                mask[index] = True
+def _mask(runs: Iterable[tuple[str, bool]], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which tokens, with `offsets` (T, 2), lie in a labelled run, be it with a part."""
+    mask = np.zeros(len(offsets), dtype=np.bool_)
+    end = 0
+    for text, labelled in runs:
+        begin, end = end, end + len(text)
+        if labelled:
+            first = np.searchsorted(offsets[:, 1], begin, side="right")
+            mask[first : np.searchsorted(offsets[:, 0], end, side="left")] = True
     return mask
 
 
-def _end_turns(
-    ids: list[int], loss_mask: list[bool], tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[int], list[bool]]:
-    """End every labelled run with exactly one end-of-turn token, also when pad and eos are one token."""
-    control = _control_ids(tokenizer)
-    mask = list(loss_mask)
-    index = 0
-    while index < len(ids):
-        if not mask[index]:
-            index += 1
-            continue
-        end = index
-        while end < len(ids) and mask[end] and not (end > index and ids[end] in control):
-            end += 1
-        # `end` is the turn's end token, or the first token after the run.
-        if end < len(ids) and ids[end] in control:
-            mask[end] = True
-            end += 1
-        while end < len(ids) and mask[end]:  # what the template adds after the turn's end
-            mask[end] = False
-            end += 1
-        index = end
-    last = max((number for number, labelled in enumerate(mask) if labelled), default=None)
-    if last is not None and last == len(ids) - 1 and ids[last] not in control:
-        ids, mask = [*ids, _eos(tokenizer)], [*mask, True]
-    return ids, mask
-
-
-def _control_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
-    added = tokenizer.added_tokens_decoder
-    special = {number for number, token in added.items() if token.special}
-    return frozenset(special | set(tokenizer.all_special_ids))
-
-
-def _eos(tokenizer: "PreTrainedTokenizerBase") -> int:
-    if not isinstance(tokenizer.eos_token_id, int):
-        raise ConfigError("the tokenizer has no end-of-sequence token, so an answer could never end")
-    return tokenizer.eos_token_id
-
-
-def _truncate(
-    example: Example, tokenizer: "PreTrainedTokenizerBase", encoding: Encoding, *, max_tokens: int
-) -> TokenizedRow:
-    """Drop the oldest turns (not the system's) until the row fits; then cut the front of what is left."""
-    system = [message for message in example.messages[:1] if message["role"] == "system"]
-    turns = list(example.messages[len(system) :])
-    row = encode_one(example, tokenizer, encoding)
-    while len(row) > max_tokens:
-        later = next((i for i, message in enumerate(turns) if message["role"] == "user" and i), None)
-        if later is None:
-            break
-        turns = turns[later:]
-        row = encode_one(replace(example, messages=(*system, *turns)), tokenizer, encoding)
-    return TokenizedRow(row.ids[-max_tokens:], row.loss_mask[-max_tokens:])
-
-
-def _split(row: TokenizedRow, max_tokens: int) -> list[TokenizedRow]:
-    slices = [slice(start, start + max_tokens) for start in range(0, len(row), max_tokens)]
-    return [TokenizedRow(row.ids[part], row.loss_mask[part]) for part in slices]
+def _cross(runs: Iterable[tuple[str, bool]], offsets: NDArray[np.int64]) -> bool:
+    """Return whether some token, with `offsets` (T, 2), begins in one run and ends in another."""
+    borders = np.cumsum([len(text) for text, _ in runs])
+    first = np.searchsorted(offsets[:, 1], borders[:-1], side="right")
+    inside = first < len(offsets)
+    return bool((offsets[first[inside], 0] < borders[:-1][inside]).any())

@@ -129,19 +129,20 @@ def _data(data: Dataset, tokenized: TokenizedSplit) -> dict[str, Any]:
         "rows": len(data.examples),
         "skipped_rows": data.bad_rows.skipped,
         "skipped_because": data.bad_rows.reasons,
-        "train_rows": len(train.rows),
+        "train_rows": train.rows,
+        "train_sequences": len(train.sequences),
         "held_out_rows": _held_out_rows(tokenized),
         "tokens": train.tokens,
         "trained_tokens": train.labelled_tokens,
         "truncated_rows": train.truncated,
         "too_long_rows": train.too_long,
         "unlabelled_rows": train.unlabelled,
-        "row_tokens": _length_summary([len(row) for row in train.rows]),
+        "row_tokens": _length_summary([len(sequence) for sequence in train.sequences]),
     }
 
 
 def _held_out_rows(tokenized: TokenizedSplit) -> int:
-    return len(tokenized.held_out.rows) if tokenized.held_out else 0
+    return tokenized.held_out.rows if tokenized.held_out else 0
 
 
 def _result(outcome: Outcome) -> dict[str, Any]:

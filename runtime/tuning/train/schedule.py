@@ -6,7 +6,7 @@ runtime/tuning/arguments. Start at `batch_plan` and `trainer_arguments`.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from runtime.hardware import Hardware, has_tensor_float32
 from runtime.tuning.arguments import rules
 from runtime.tuning.arguments.training import DEFAULTS, EFFECTIVE_BATCH, STEPS_PER_EPOCH
 from runtime.tuning.data.batching import BatchPlan, Layout
-from runtime.tuning.data.tokenize import MAX_TOKENS, TokenizedRow
+from runtime.tuning.data.tokenize import MAX_TOKENS, TokenizedData
 from runtime.tuning.precision import Precision
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.settings import TuningJob
@@ -57,9 +57,9 @@ def choose_layout(requested: str, model_type: str) -> Layout:
 
 
 def batch_plan(
-    job: TuningJob, rows: Sequence[TokenizedRow], *, layout: Layout, ranks: Ranks, hardware: Hardware
+    job: TuningJob, data: TokenizedData, *, layout: Layout, ranks: Ranks, hardware: Hardware
 ) -> BatchPlan:
-    """Return how `rows` become steps.
+    """Return how the rows of `data` become steps.
 
     A user's batch size times accumulation times ranks is the rows of a step, and what one forward pass
     may hold is batch size times max_tokens. Without one, a step has EFFECTIVE_BATCH rows over all
@@ -68,16 +68,18 @@ def batch_plan(
     training = {**DEFAULTS, **job.training}
     budget = pass_tokens(job, hardware)
     data_seed = training.get("data_seed")
+    lengths = tuple(map(len, data.sequences))
     return BatchPlan(
-        lengths=tuple(len(row) for row in rows),
-        labelled_tokens=tuple(row.labelled_tokens for row in rows),
-        rows_per_step=_rows_per_step(training, len(rows), ranks),
-        budget_tokens=max(budget, *(len(row) for row in rows)) if rows else budget,
+        lengths=lengths,
+        labelled_tokens=tuple(sequence.labelled_tokens for sequence in data.sequences),
+        rows_per_step=_rows_per_step(training, data.rows, ranks),
+        budget_tokens=max(budget, *lengths) if lengths else budget,
         layout=layout,
         world=ranks.world_size,
         seed=training["seed"] if data_seed is None else data_seed,
         drop_last=bool(training.get("dataloader_drop_last")),
         shuffled=training.get("train_sampling_strategy") != "sequential",
+        sequences_per_row=data.sequences_per_row,
     )
 
 
@@ -196,7 +198,7 @@ def schedule_evaluations(args: "TrainingArguments", plan: BatchPlan, *, held_out
     from transformers import IntervalStrategy
 
     steps = total_steps(args, plan)
-    trained = steps * plan.rows_per_step * sum(plan.lengths) / len(plan.lengths)
+    trained = steps * plan.rows_per_step * sum(plan.lengths) / plan.rows
     affordable = int(EVALUATION_COST * 3 * trained / max(held_out_tokens, 1))
     count = max(min(EVALUATIONS, affordable, steps - 1), args.eval_strategy == IntervalStrategy.STEPS)
     if count > 0:

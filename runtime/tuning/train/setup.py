@@ -143,12 +143,12 @@ def prepare(
     if data.held_out is not None and chooses_evaluations(job):
         schedule_evaluations(args, plan, held_out_tokens=data.held_out.tokens)
     callbacks = _callbacks(job, rank)
-    held_out = data.held_out.rows if data.held_out else ()
+    held_out = data.held_out.sequences if data.held_out else ()
     trainer = AdapterTrainer(
         adapter.model,
         args,
         workload=Workload(
-            data.train.rows,
+            data.train.sequences,
             held_out,
             plan,
             rank.ranks,
@@ -170,7 +170,7 @@ def _schedule(job: TuningJob, data: TokenizedSplit, rank: RankSetup) -> "tuple[T
         hardware=rank.machine,
         held_out=data.held_out is not None,
     )
-    plan = batch_plan(job, data.train.rows, layout="sorted", ranks=rank.ranks, hardware=rank.machine)
+    plan = batch_plan(job, data.train, layout="sorted", ranks=rank.ranks, hardware=rank.machine)
     settle_steps(args, job, plan)
     return args, plan
 

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from runtime.errors import CapacityError, DivergedError, is_out_of_memory
 from runtime.tuning.data.batching import BatchPlan, MicroBatch, RankBatch, collate
-from runtime.tuning.data.tokenize import TokenizedRow
+from runtime.tuning.data.tokenize import TokenizedSequence
 from runtime.tuning.loss import HeldOutRows, batch_loss, mean_loss
 from runtime.tuning.model.fsdp import average_gradients, is_sharded
 from runtime.tuning.process.ranks import Ranks
@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The rows to train and evaluate on, and how they are divided over steps and ranks."""
+    """The sequences to train and evaluate on, and how they are divided over steps and ranks."""
 
-    rows: tuple[TokenizedRow, ...]
-    held_out: tuple[TokenizedRow, ...]
+    sequences: tuple[TokenizedSequence, ...]
+    held_out: tuple[TokenizedSequence, ...]
     plan: BatchPlan
     ranks: Ranks
     pad_id: int = 0
@@ -58,7 +58,7 @@ class AdapterTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_Identity(len(workload.rows)),
+            train_dataset=_Identity(len(workload.sequences)),
             eval_dataset=_Identity(len(workload.held_out)) if workload.held_out else None,
             callbacks=callbacks,
         )
@@ -108,7 +108,7 @@ class AdapterTrainer(Trainer):
             passes += [(passes[-1][0][:1], False)] * (batch.most_passes - len(passes))
         for number, (rows, counts) in enumerate(passes, 1):
             micro_batch = collate(
-                [self.workload.rows[row] for row in rows],
+                [self.workload.sequences[row] for row in rows],
                 self.plan.layout,
                 pad_id=self.workload.pad_id,
                 with_labels=counts,
@@ -149,7 +149,7 @@ class AdapterTrainer(Trainer):
     def _halve_budget(self, model: Any, batch: RankBatch) -> None:
         """Halve the token budget of a pass after CUDA ran out of memory, or raise CapacityError."""
         budget = self.plan.budget_tokens
-        longest = max(len(self.workload.rows[row]) for row in _rows(batch))
+        longest = max(len(self.workload.sequences[row]) for row in _rows(batch))
         if not self.args.auto_find_batch_size or self.sharded or budget <= longest:
             raise CapacityError(
                 f"out of GPU memory with {budget} tokens in a pass, longest row {longest}; lower max_length "
@@ -167,7 +167,7 @@ class AdapterTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[RankBatch]:
         """Return the steps; not sharded by accelerate, as a `StepSampler` yields this rank's part only."""
         sampler = StepSampler(self.plan, self.workload.ranks.rank)
-        return StepLoader(_Identity(len(self.workload.rows)), batch_sampler=sampler, collate_fn=_only)
+        return StepLoader(_Identity(len(self.workload.sequences)), batch_sampler=sampler, collate_fn=_only)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device

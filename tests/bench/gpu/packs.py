@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from runtime.tuning.data.batching import collate
-from runtime.tuning.data.tokenize import TokenizedRow
+from runtime.tuning.data.tokenize import TokenizedSequence
 from runtime.tuning.model import packed_attention
 from tests.bench.gpu.step import Context, Figures, NotHereError, cudnn_attention
 from tests.bench.gpu.traces import trace
@@ -31,7 +31,7 @@ HEADS = {"phi-3-mini": ((32, 32, 96), (32, 8, 128)), "tiny": ((4, 4, 32), (4, 2,
 class Pack:
     """Documents end to end, and random states for them."""
 
-    rows: tuple[TokenizedRow, ...]
+    rows: tuple[TokenizedSequence, ...]
     query: Tensor
     """(1, H, T, D)"""
     key: Tensor
@@ -100,7 +100,7 @@ def _pack(context: Context, heads: tuple[int, int, int], seed: int) -> Pack:
     sizes: list[int] = []
     for size in drawn.astype(int) // PACKS * PACKS + seed:  # other lengths than any other pack's
         sizes.append(max(int(size), sizes[-1] + PACKS if sizes else PACKS))
-    rows = tuple(TokenizedRow(np.full(size, 5, np.int32), np.ones(size, np.bool_)) for size in sizes)
+    rows = tuple(TokenizedSequence(np.full(size, 5, np.int32), np.ones(size, np.bool_)) for size in sizes)
     total = sum(sizes)
     torch.manual_seed(seed)
     states = [

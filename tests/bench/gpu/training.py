@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from runtime import hardware, models
 from runtime.model_source import Dtype, ModelSource, Quantization
 from runtime.tuning.data.batching import IGNORE
-from runtime.tuning.data.tokenize import TokenizedData, TokenizedRow, TokenizedSplit
+from runtime.tuning.data.tokenize import TokenizedData, TokenizedSequence, TokenizedSplit
 from runtime.tuning.precision import resolve_precision
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.process.signals import StopSignal
@@ -105,16 +105,16 @@ def compare(context: Context, case: TrainingCase) -> Figures:
     return figures | errors(step, loss, gradients)
 
 
-def _rows() -> tuple[TokenizedRow, ...]:
+def _rows() -> tuple[TokenizedSequence, ...]:
     draw = np.random.default_rng(1)
     return tuple(
-        TokenizedRow(draw.integers(3, 128, count).astype(np.int32), draw.random(count) < 0.5)
+        TokenizedSequence(draw.integers(3, 128, count).astype(np.int32), draw.random(count) < 0.5)
         for count in ROW_TOKENS
     )
 
 
 def _prepared(
-    context: Context, case: TrainingCase, rows: tuple[TokenizedRow, ...], *, folder: Path, out: Path
+    context: Context, case: TrainingCase, rows: tuple[TokenizedSequence, ...], *, folder: Path, out: Path
 ) -> setup.TrainingSetup:
     job = TuningJob(
         name="bench",
@@ -161,7 +161,7 @@ def _whole(weight: Any) -> torch.Tensor:
     return weight.detach().float().cpu()  # type: ignore[no-any-return]
 
 
-def _by_rows(model: Any, rows: tuple[TokenizedRow, ...]) -> tuple[float, dict[str, torch.Tensor]]:
+def _by_rows(model: Any, rows: tuple[TokenizedSequence, ...]) -> tuple[float, dict[str, torch.Tensor]]:
     """Return the loss per labelled token and its gradients, each row alone."""
     total = sum(row.labelled_tokens for row in rows)
     loss = torch.zeros(())

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from runtime import hardware, models
 from runtime.model_source import ModelSource, Quantization
 from runtime.tuning import fit
-from runtime.tuning.data.tokenize import TokenizedData, TokenizedRow, TokenizedSplit
+from runtime.tuning.data.tokenize import TokenizedData, TokenizedSequence, TokenizedSplit
 from runtime.tuning.precision import resolve_precision
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.process.signals import StopSignal
@@ -107,7 +107,7 @@ def roofline_tokens_per_s(context: Context) -> float:
     return context.matmul_tflop_per_s(context.dtype) * 1e12 / (4 * weights)
 
 
-def _rows(context: Context, tokens: int) -> tuple[tuple[TokenizedRow, ...], int]:
+def _rows(context: Context, tokens: int) -> tuple[tuple[TokenizedSequence, ...], int]:
     """Return rows for all steps, and how many of them a step of one pass has."""
     median, longest = ROW_TOKENS[context.shape]
     draw = np.random.default_rng(tokens)
@@ -117,13 +117,15 @@ def _rows(context: Context, tokens: int) -> tuple[tuple[TokenizedRow, ...], int]
     sizes = np.exp(np.log(median) + SPREAD * draw.standard_normal(per_step * steps))
     sizes = np.clip(sizes, 8, min(longest, tokens)).astype(int)
     rows = tuple(
-        TokenizedRow(draw.integers(3, 500, size, dtype=np.int32), np.arange(size) >= size // 2)
+        TokenizedSequence(draw.integers(3, 500, size, dtype=np.int32), np.arange(size) >= size // 2)
         for size in sizes
     )
     return rows, per_step
 
 
-def _job(context: Context, tokens: int, rows: Sequence[TokenizedRow], per_step: int, out: Path) -> TuningJob:
+def _job(
+    context: Context, tokens: int, rows: Sequence[TokenizedSequence], per_step: int, out: Path
+) -> TuningJob:
     folder = saved(context)
     return TuningJob(
         name="bench",

@@ -42,6 +42,19 @@ def test_an_epoch_uses_every_row_once_over_all_ranks(sizes: list[int], world: in
     assert len(list(plan.steps(0))) == plan.steps_per_epoch
 
 
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=20), st.integers(1, 4), st.integers(1, 9))
+def test_all_sequences_of_a_row_are_in_one_step(per_row: list[int], world: int, step_rows: int) -> None:
+    owner = [row for row, count in enumerate(per_row) for _ in range(count)]
+    sizes = tuple(range(1, len(owner) + 1))
+    plan = BatchPlan(sizes, sizes, step_rows, 400, "packed", world=world, sequences_per_row=tuple(per_row))
+    steps = list(plan.steps(0))
+    assert len(steps) == plan.steps_per_epoch == -(-len(per_row) // step_rows)
+    assert sorted(sequence for step in steps for sequence in step) == list(range(len(owner)))
+    rows = [{owner[sequence] for sequence in step} for step in steps]
+    assert all(len(step) <= step_rows for step in rows)
+    assert sum(map(len, rows)) == len(per_row)
+
+
 def test_order_follows_seed_and_epoch() -> None:
     plan = BatchPlan((5,) * 40, (2,) * 40, 8, 64, "packed", seed=1)
     assert list(plan.steps(0)) == list(plan.steps(0))

@@ -25,7 +25,7 @@ def without_weights(tiny_llama_dir: Path, tmp_path: Path) -> ModelSource:
 
 
 def labelled_texts(found: Preview) -> list[list[str]]:
-    return [[run.text for run in shown.rows[0] if run.labelled] for shown in found.examples]
+    return [[run.text for run in shown.sequences[0] if run.labelled] for shown in found.examples]
 
 
 def test_answers_with_their_end_are_labelled_and_the_rest_is_not(
@@ -36,7 +36,7 @@ def test_answers_with_their_end_are_labelled_and_the_rest_is_not(
     for shown, texts in zip(found.examples, labelled_texts(found), strict=True):
         number = int(shown.origin.rpartition(" ")[2]) - 1
         assert texts == [f"it is {number * 7}<|im_end|>"]
-        whole = "".join(run.text for run in shown.rows[0])
+        whole = "".join(run.text for run in shown.sequences[0])
         assert whole.startswith(f"<|im_start|>user\nwhat is {number}?")
         assert shown.outcome == "whole"
         assert 0 < shown.labelled_tokens < shown.tokens == shown.full_tokens
@@ -54,7 +54,7 @@ def test_counts_are_those_that_training_logs(make_job: Maker, without_weights: M
     paths = folder.local_paths(job.data.urls, job.data.folder)
     train, _ = dataset.split(dataset.load(job.data, paths).examples, job.data)
     tokenizer = AutoTokenizer.from_pretrained(str(without_weights.path))
-    encoded = tokenize.encode(train, tokenizer, job.encoding, max_tokens=100, bad_rows=BadRows())
+    encoded = tokenize.encode(train, tokenize.Encoder(tokenizer, job.encoding, max_tokens=100), BadRows())
     assert (found.tokens, found.labelled_tokens) == (encoded.tokens, encoded.labelled_tokens)
     assert found.outcomes["too long"] == encoded.too_long > 0
 
@@ -85,7 +85,7 @@ def test_data_that_training_would_refuse_is_shown_with_a_warning(
 ) -> None:
     strict = Encoding(max_tokens=8, too_long="drop")
     found = preview(make_job(model=without_weights, encoding=strict), count=1)
-    assert found.examples[0].rows == ()
+    assert found.examples[0].sequences == ()
     assert found.dropped == found.counted == 59
     assert "training refuses such data" in render.preview_counts(found)[-1]
 

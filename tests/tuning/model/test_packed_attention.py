@@ -8,14 +8,14 @@ import torch
 
 from runtime import families
 from runtime.tuning.data.batching import IGNORE, collate
-from runtime.tuning.data.tokenize import TokenizedRow
+from runtime.tuning.data.tokenize import TokenizedSequence
 from runtime.tuning.loss import batch_loss
 from runtime.tuning.model import packed_attention
 from tests.families import PACKED
 from tests.tuning.tiny_models import some_rows, tiny_model
 
 
-def separate_loss(model: Any, rows: list[TokenizedRow]) -> tuple[float, dict[str, torch.Tensor]]:
+def separate_loss(model: Any, rows: list[TokenizedSequence]) -> tuple[float, dict[str, torch.Tensor]]:
     """Return the summed loss of each row alone, by transformers itself, and the gradients."""
     model.zero_grad()
     total = torch.zeros(())

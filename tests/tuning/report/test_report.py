@@ -18,7 +18,7 @@ from runtime.model_source import ModelSource
 from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.dataset import DataFile, Dataset
 from runtime.tuning.data.example import Example
-from runtime.tuning.data.tokenize import TokenizedData, TokenizedRow, TokenizedSplit
+from runtime.tuning.data.tokenize import TokenizedData, TokenizedSequence, TokenizedSplit
 from runtime.tuning.report import html, report
 from runtime.tuning.report.report import Sample
 from runtime.tuning.settings import DataSource, Output, TuningJob
@@ -26,7 +26,7 @@ from tests.browser import Browser, browser
 
 NASTY = "<script>document.title='owned'</script><img src=x onerror=alert(1)>"
 SECRET = "sig=ab%2Fsecret"
-ROW = TokenizedRow(np.arange(40, dtype=np.int32), np.arange(40) > 30)
+ROW = TokenizedSequence(np.arange(40, dtype=np.int32), np.arange(40) > 30)
 
 
 def job(**given: Any) -> TuningJob:
@@ -69,7 +69,7 @@ def build(*, measured: tuple[tuple[float, float], ...] = MEASURED, **given: Any)
     for row in range(3):
         bad_rows.add(DataError("is empty"), f"row {row}")
     data = Dataset((Example((), text="x"),) * 5060, files, bad_rows)
-    tokenized = TokenizedData((ROW,) * 100, truncated=4, too_long=2, unlabelled=1)
+    tokenized = TokenizedData((ROW,) * 100, (1,) * 60 + (2,) * 20, truncated=4, too_long=2, unlabelled=1)
     found = report.build(
         job(**given), data, TokenizedSplit(tokenized, tokenized if measured else None), outcome
     )
@@ -115,7 +115,7 @@ def test_page_shows_what_the_report_holds() -> None:
         "workspace-tuning-phi-3", "QLoRA on phi-3-mini-4k-instruct", "360 steps in 1:02:05",
         "1 × Tesla V100-PCIE-16GB", "2.610 → 1.190", "−54 %", "13.60 → 3.29", "1,843",
         "9.0 GiB 10.0 GiB planned, of 16.0 GiB",
-        "5,060 read: 100 trained on, 100 held out, 3 skipped as bad (3: is empty)",
+        "5,060 read: 80 trained on (as 100 sequences), 80 held out, 3 skipped as bad (3: is empty)",
         "4,000 an epoch, 900 of them trained (22 %)",
         "4 cut at", "2 dropped as too long, 1 dropped without a trained token", "a" * 40, "5" * 64, "7" * 64,
         "training 42, shuffle and split 42", "learning_rate 0.0002 preset phi-3-mini", "float16", "torch 2.",

@@ -10,7 +10,7 @@ from runtime.hardware import Hardware
 from runtime.model_source import ModelSource
 from runtime.tuning.arguments.training import DEFAULTS
 from runtime.tuning.data.batching import BatchPlan
-from runtime.tuning.data.tokenize import TokenizedRow
+from runtime.tuning.data.tokenize import TokenizedData, TokenizedSequence
 from runtime.tuning.precision import Precision
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.settings import Encoding, TuningJob
@@ -24,8 +24,9 @@ def job(training: dict[str, Any] | None = None, **settings: Any) -> TuningJob:
     return TuningJob(name="j", model=ModelSource(name="m"), training=training or {}, **settings)
 
 
-def rows(count: int, length: int = 50) -> list[TokenizedRow]:
-    return [TokenizedRow(np.ones(length, dtype=np.int32), np.ones(length, dtype=np.bool_))] * count
+def rows(count: int, length: int = 50) -> TokenizedData:
+    sequence = TokenizedSequence(np.ones(length, dtype=np.int32), np.ones(length, dtype=np.bool_))
+    return TokenizedData((sequence,) * count)
 
 
 def plan(

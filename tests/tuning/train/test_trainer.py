@@ -48,7 +48,9 @@ def training_setup(job: TuningJob, machine: Hardware = CPU) -> TrainingSetup:
     """Set a job's model and trainer up in this process, on its CPU, as for `machine`."""
     tokenizer = models.load_tokenizer(job.model)
     rows = tokenize.encode(
-        dataset.load(job.data, []).examples, tokenizer, job.encoding, max_tokens=256, bad_rows=BadRows()
+        dataset.load(job.data, []).examples,
+        tokenize.Encoder(tokenizer, job.encoding, max_tokens=256),
+        BadRows(),
     )
     settled, precision = resolve_precision(job, machine)
     rank = RankSetup(machine, "cpu", precision, Ranks(), StopSignal(), JobProgress())
