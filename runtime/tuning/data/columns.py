@@ -12,9 +12,9 @@ from runtime.errors import DataError
 from runtime.tuning.data import cells
 from runtime.tuning.settings import DataSource
 
-MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
+MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "contents")
 TEXT = "text"
-SYSTEM = ("system", "system_prompt", "system_message")
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "systeminstruction")
 HISTORY = ("history",)
 TOOLS = ("tools", "functions")
 REASONING = ("reasoning_content",)

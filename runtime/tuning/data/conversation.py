@@ -22,7 +22,9 @@ ROLES = {
     "system": "system",
     "developer": "developer",
     **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "ai", "model", "bot", "chatgpt", "bing", "bard"), "assistant"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "ai", "model", "bot", "chatbot", "chatgpt", "bing", "bard"), "assistant"
+    ),
     **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
     **dict.fromkeys(("tool_response", "tool_result", "function_response"), "tool"),
     **dict.fromkeys(("function_call", "tool_call", "tool_calls"), CALLING),
@@ -30,7 +32,7 @@ ROLES = {
 """Roles by the names that data sets use for them (`from: human` is ShareGPT's), in lower case."""
 
 _ROLE = ("role", "from", "speaker")
-_CONTENT = ("content", "value", "text")
+_CONTENT = ("content", "value", "text", "parts")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TRAINED = ("weight", "train", "training", "trainable", "loss")
 _UNTRAINED = ("mask", "masked")
@@ -81,7 +83,11 @@ def read(value: Any, where: str) -> RowConversation:
     A list of objects, of texts with JSON or of (key, value) pairs; an object of lists; or the text of one.
     """
     reader = _Reader()
-    for number, item in enumerate(_items(value, where), start=1):
+    items = _items(value, where)
+    if all(isinstance(item, str) and not item.lstrip().startswith("{") for item in items):
+        items = _alternating(items, where)
+        reader.conversation.notes.add("messages without a role were taken as question and answer in turn")
+    for number, item in enumerate(items, start=1):
         reader.add(item, f"{where} message {number}")
     return reader.conversation
 
@@ -128,6 +134,16 @@ def _items(value: Any, where: str) -> list[Any]:
     return found
 
 
+def _alternating(texts: list[str], where: str) -> list[dict[str, str]]:
+    """Return texts in which two speak in turn, the second of them the assistant."""
+    if len(texts) % 2:
+        raise DataError(
+            f"{where} is a list of {len(texts)} texts, expected objects with role and content, "
+            "or a question and an answer in turn"
+        )
+    return [{"role": "assistant" if at % 2 else "user", "content": text} for at, text in enumerate(texts)]
+
+
 def _transposed(lists: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """Return an object of lists, one for each field, as a list of objects."""
     lengths = {key: len(items) for key, items in lists.items()}
@@ -153,7 +169,16 @@ def _fields(item: Any, where: str) -> dict[str, Any]:
     for name, value in item.items():
         if cells.present(value):
             fields.setdefault(str(name).lower(), value)
+    if not any(name in fields for name in _ROLE) and str(fields.get("type")).lower() in ROLES:
+        return _langchain(fields)
     return fields
+
+
+def _langchain(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return a message as LangChain writes it: the role is its type, and the rest may lie in `data`."""
+    data = fields.pop("data", None)
+    inner = data if isinstance(data, Mapping) else {}
+    return {**fields, **{k: v for k, v in inner.items() if cells.present(v)}, "role": fields.pop("type")}
 
 
 class _Reader:

@@ -12,6 +12,7 @@ from typing import Any
 from runtime.errors import DataError
 from runtime.tuning.data import calls, cells, columns, conversation
 from runtime.tuning.data.columns import Cells, Columns
+from runtime.tuning.data.content import content
 from runtime.tuning.data.conversation import RowConversation
 from runtime.tuning.data.example import Example
 from runtime.tuning.settings import DataSource
@@ -169,7 +170,9 @@ def _talk(row: Mapping[str, Any], found: Columns, where: str) -> RowConversation
 
 
 def _with_system(talk: RowConversation, value: Any, where: str) -> RowConversation:
-    text = cells.filled_text(value, where)
+    if isinstance(value, Mapping) and "parts" in value:
+        value = value["parts"]
+    text = content(value, "system", where).text
     first = talk.messages[0]
     if first["role"] in ("system", "developer"):
         if first["content"].strip() != text.strip():

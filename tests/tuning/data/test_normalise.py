@@ -44,6 +44,13 @@ def example(row: dict[str, Any], **settings: Any) -> Example:
         {"inputs": "q", "targets": "a"},
         {"input": "q", "output": "a"},
         {"user": "q", "assistant": "a"},
+        {"messages": ["q", "a"]},
+        {
+            "contents": [
+                {"role": "user", "parts": [{"text": "q"}]},
+                {"role": "model", "parts": [{"text": "a"}]},
+            ]
+        },
         {"messages": json.dumps(MESSAGES)},
         {"messages": repr(MESSAGES)},
         {"row_idx": 0, "row": {"prompt": "q", "completion": "a"}},
@@ -105,7 +112,7 @@ def test_numbers_and_booleans_are_answers(answer: float, text: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["system", "system_prompt", "System_Message"])
+@pytest.mark.parametrize("name", ["system", "system_prompt", "System_Message", "systemInstruction"])
 def test_system_column_comes_first(name: str) -> None:
     for row in (
         {"prompt": "q", "completion": "a"},
@@ -114,6 +121,8 @@ def test_system_column_comes_first(name: str) -> None:
     ):
         assert example({name: "s", **row}).messages == (SYSTEM, Q, A)
         assert example({name: "", **row}).messages[-2:] == (Q, A)
+        for parts in ([{"text": "s"}], {"role": "system", "parts": [{"text": "s"}]}):
+            assert example({name: parts, **row}).messages == (SYSTEM, Q, A)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +206,8 @@ def test_column_settings_choose_columns() -> None:
         ({"messages": []}, "column 'messages' is empty"),
         ({"messages": "[]"}, "column 'messages' is an empty list, expected a list of messages"),
         ({"messages": "hello"}, "column 'messages' is 'hello', expected a list of messages"),
-        ({"messages": ["hi", "yo"]}, "message 1 is 'hi', expected an object with role and content"),
+        ({"messages": ["hi", "yo", "hm"]}, "a list of 3 texts, expected objects with role and content"),
+        ({"messages": ["hi", {"a": 1}]}, "message 1 is 'hi', expected an object with role and content"),
         ({"messages": Q}, "no assistant message"),
         ({"messages": [Q]}, "no assistant message"),
         ({"messages": [Q, {**A, "weight": 0}]}, "excludes all its assistant messages"),
