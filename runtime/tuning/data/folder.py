@@ -64,6 +64,8 @@ def find(folder: Path, *, file: Path | None = None, extension: str | None = None
         raise DataError(f"{folder}: no data file (found {names}); expected {', '.join(others)} or {last}")
     if extension is not None:
         _say_left_out(folder, set(data_files(folder)) - set(found), f"they are no {extension} files")
+    if (folder / "_delta_log").is_dir():
+        log.warning("%s: a Delta table; files of its earlier versions are read too", folder)
     return _chosen(folder, found)
 
 

@@ -74,7 +74,7 @@ def test_a_checkout_of_the_hub_is_its_data_files(tmp_path: Path) -> None:
     assert names(tmp_path) == {"data/test-00000-of-00001.parquet": "train"}
 
 
-def test_outputs_of_spark_are_their_parts(tmp_path: Path) -> None:
+def test_outputs_of_spark_are_their_parts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     touch(
         tmp_path,
         "_SUCCESS",
@@ -85,6 +85,7 @@ def test_outputs_of_spark_are_their_parts(tmp_path: Path) -> None:
     )
     touch(tmp_path, "_delta_log/0.json", "_temporary/a.json")
     assert set(names(tmp_path)) == {"part-0.snappy.parquet", "part-1.c000.csv.gz"}
+    assert "a Delta table; files of its earlier versions are read too" in caplog.text
 
 
 def test_json_about_the_data_is_left_out_beside_data_and_said(

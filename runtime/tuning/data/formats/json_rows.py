@@ -95,7 +95,7 @@ def _next_line(stream: io.BufferedReader) -> bytes | None:
 def _line_values(line: bytes) -> list[Any]:
     """Return the value on a line, or the values when several follow one another; a DataError for none."""
     try:
-        return list(_values(line.decode().lstrip("\ufeff")))  # files that were joined keep their marks
+        return list(_values(line.decode().strip("\ufeff\r\n")))  # files that were joined keep their marks
     except UnicodeDecodeError as error:
         return [DataError(not_utf8(error))]
     except (ValueError, RecursionError) as error:

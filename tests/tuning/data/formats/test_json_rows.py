@@ -101,7 +101,7 @@ def test_lines_end_at_line_feeds_only_and_nan_is_a_number(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"prompt":"q","compl', "is not valid JSON: "),
+        (b'{"prompt":"q","compl', "is not valid JSON: Unterminated string starting at character 14"),
         (b"5", "is 5, expected an object"),
         (b"null", "expected an object"),
         (b'{"prompt":"caf\xe9"}', "is not UTF-8 text (byte 0xe9"),
