@@ -221,8 +221,13 @@ def peak_resident_bytes() -> int:
 
     Not getrusage's ru_maxrss: a process starts with the peak of the one that spawned it.
     """
+    return status_bytes("VmHWM")
+
+
+def status_bytes(name: str) -> int:
+    """Return a size of this process by its name in /proc/self/status, such as VmRSS; 0 without it."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return 0
 

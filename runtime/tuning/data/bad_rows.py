@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from runtime.errors import DataError
+from runtime.tuning.data.limits import DataLimitError
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +54,15 @@ class BadRows:
 
     @contextlib.contextmanager
     def attempt(self, where: str) -> Iterator[None]:
-        """Do something with the row at `where` (`Example.origin`): its DataError is added."""
+        """Do something with the row at `where` (`Example.origin`): its DataError is added.
+
+        That too much was read ends the job, under any policy.
+        """
         try:
             yield
             self._good = True
+        except DataLimitError:
+            raise
         except DataError as error:
             self.add(error, where)
 

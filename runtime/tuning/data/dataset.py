@@ -19,7 +19,7 @@ from runtime.tuning.data import folder, formats
 from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.example import Example
 from runtime.tuning.data.folder import FoundFile
-from runtime.tuning.data.limits import ByteCount, DataLimits
+from runtime.tuning.data.limits import ByteCount, DataLimits, bounded_memory
 from runtime.tuning.data.normalise import RowFacts, RowNormaliser
 from runtime.tuning.data.splits import Split
 from runtime.tuning.settings import DataSource
@@ -75,14 +75,15 @@ def load(source: DataSource, files: Sequence[Path] | None = None, *, processes: 
 
     Each of `processes` on this machine reads them all: the memory that they may take is divided.
     """
-    unpacked = ByteCount(DataLimits.of(source.max_bytes, source.folder, processes=processes).unpacked)
-    reader = _Reader(source, unpacked, BadRows(source.on_bad_row), RowNormaliser(source))
+    limit = DataLimits.of(source.max_bytes, source.folder, processes=processes).unpacked
+    reader = _Reader(source, ByteCount(limit), BadRows(source.on_bad_row), RowNormaliser(source))
     found = _found(source, files)
     examples: dict[Split, list[Example]] = {"train": [], "validation": []}
     used: list[DataFile] = []
     for file in found:
         if file.split != "test":
-            read, data_file = reader.read(file)
+            with bounded_memory(file.name, limit, processes=processes):
+                read, data_file = reader.read(file)
             examples[file.split] += read
             used.append(data_file)
     if not any(file.rows for file in used if file.split == "train"):

@@ -5,8 +5,11 @@ count as they grow, and check what a file says of itself before they read it. Kn
 `DataLimits.of` and `ByteCount`.
 """
 
+import contextlib
+import resource
 import shutil
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +25,18 @@ MEMORY_SHARE = 0.25
 """Part of the memory for rows: as Python's objects and as token ids they take about twice what is counted."""
 ROW_BYTES = 512
 """Counted for each row beside its values: its objects take that much when it holds nothing."""
-LARGEST_ROW_BYTES = 64 << 20
-"""Of one row. A million tokens of text are about 4 MB."""
+LARGEST_ROW_BYTES = 16 << 20
+"""Of one row. A million tokens of text are about 4 MB; tokenizers take a hundred times what they read."""
 DEEPEST_NESTING = 100
 """Of lists and objects inside one another in one row."""
+ROOM_SHARE = 0.9
+"""Part of the memory beyond which reading ends, whatever a file made of it."""
+ROOM_BESIDE_BYTES = 1 << 30
+"""What reading may take beside the rows: pages and batches as they are decoded."""
+
+
+class DataLimitError(DataError):
+    """The data is more than the user allows: not the fault of the row at which it shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +87,8 @@ class DataLimits:
 class ByteCount:
     """Counts bytes against one limit, over all files of a job; several threads may count.
 
-    Raises DataError when a limit that the user has set is exceeded, CapacityError for one that follows from
-    the machine.
+    Raises DataLimitError when a limit that the user has set is exceeded, CapacityError for one that follows
+    from the machine.
     """
 
     def __init__(self, limit: ByteLimit, verb: str = "unpacks to") -> None:
@@ -111,11 +122,36 @@ class ByteCount:
         most = self.limit.most
         if total <= most:
             return
-        kind = DataError if self.limit.given else CapacityError
+        kind = DataLimitError if self.limit.given else CapacityError
         raise kind(
             f"{where}: {self._verb} more than {most} bytes ({show_bytes(most)}, all data together), "
             f"{self.limit.reason}; use less data or raise {FLAG}"
         )
+
+
+@contextlib.contextmanager
+def bounded_memory(where: str, limit: ByteLimit, *, processes: int = 1) -> Iterator[None]:
+    """Raise CapacityError where reading `where` takes far more memory than `limit` explains.
+
+    A few bytes of a file can stand for gigabytes in one call of a library, before anything is there to count;
+    otherwise the machine would end the process without a word. A limit of the operating system's kernel on
+    the whole process (RLIMIT_DATA), at which allocations fail, taken back when the block ends.
+    """
+    share = int(hardware.host().memory_bytes * ROOM_SHARE / processes) - hardware.status_bytes("VmRSS")
+    room = min(max(share, ROOM_BESIDE_BYTES), 4 * limit.most + ROOM_BESIDE_BYTES)
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = hardware.status_bytes("VmData") + room
+    lowest = min((wanted, *(each for each in before if each != resource.RLIM_INFINITY)))
+    resource.setrlimit(resource.RLIMIT_DATA, (lowest, before[1]))
+    try:
+        yield
+    except MemoryError:
+        raise CapacityError(
+            f"{where}: reading it takes more memory than the {show_bytes(room)} that it may take here; it "
+            "unpacks to far more than its size, or needs a machine with more"
+        ) from None
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def check_row(count: int, where: str) -> None:

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any
 
 from runtime.errors import DataError, one_line
+from runtime.quantities import show_bytes
 from runtime.tuning.data.formats import arrow_values
-from runtime.tuning.data.limits import ByteCount
+from runtime.tuning.data.formats.arrow_sizes import converted_bytes
+from runtime.tuning.data.limits import LARGEST_ROW_BYTES, ROW_BYTES, ByteCount, check_row
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 BATCH_ROWS = 1000
 BATCH_BYTES = 64 << 20
 """About as much of a Parquet file as is decoded at a time, by what the file says of its size."""
+LARGEST_DECODED_ROW = 256 << 20
+"""Of one row of a Parquet file, with the columns that nobody asks for: images, films."""
+_LEAST_VALUE_BYTES = 5
+"""A value of one byte, and its levels."""
 
 
 def read_parquet(file: IO[bytes], unpacked: ByteCount, name: str) -> Iterator[Mapping[str, Any]]:
@@ -25,12 +31,31 @@ def read_parquet(file: IO[bytes], unpacked: ByteCount, name: str) -> Iterator[Ma
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file) as parquet:
-        metadata = parquet.metadata
-        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-        row_bytes = max((group.total_byte_size // max(group.num_rows, 1) for group in groups), default=0)
-        rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(row_bytes, 1)))
+        unpacked.expect(parquet.metadata.num_rows * ROW_BYTES, name)
+        rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(_row_bytes(parquet.metadata), 1)))
         for batch in parquet.iter_batches(batch_size=rows):
             yield from _batch_rows(batch, unpacked, name)
+
+
+def _row_bytes(metadata: Any) -> int:
+    """Return what a row of a Parquet file takes when it is decoded, on average in the group with the largest.
+
+    DataError where that is more than any row may: by its bytes, and by its values, which a dictionary or a
+    run stands for in a few.
+    """
+    largest = 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        values = sum(group.column(column).num_values for column in range(group.num_columns))
+        largest = max(
+            largest, max(group.total_byte_size, values * _LEAST_VALUE_BYTES) // max(group.num_rows, 1)
+        )
+    if largest > LARGEST_DECODED_ROW:
+        raise DataError(
+            f"its rows take {show_bytes(largest)} each on average, expected at most "
+            f"{show_bytes(LARGEST_DECODED_ROW)}; leave out columns that no row needs"
+        )
+    return largest
 
 
 def read_arrow(file: IO[bytes], unpacked: ByteCount, name: str) -> Iterator[Mapping[str, Any]]:
@@ -45,11 +70,17 @@ def read_arrow(file: IO[bytes], unpacked: ByteCount, name: str) -> Iterator[Mapp
     if start == b"ARROW1":
         with pa.ipc.open_file(file) as arrow:
             for number in range(arrow.num_record_batches):
-                yield from _batch_rows(arrow.get_batch(number), unpacked, name)
+                yield from _checked_rows(arrow.get_batch(number), unpacked, name)
     else:
         with pa.ipc.open_stream(file) as arrow:
             for batch in arrow:
-                yield from _batch_rows(batch, unpacked, name)
+                yield from _checked_rows(batch, unpacked, name)
+
+
+def _checked_rows(batch: "pa.RecordBatch", unpacked: ByteCount, name: str) -> Iterator["ColumnarRow"]:
+    """Yield the rows of a batch as it lay in a file, where its length may be made up."""
+    unpacked.expect(batch.num_rows * ROW_BYTES, name)
+    yield from _batch_rows(batch, unpacked, name)
 
 
 def _batch_rows(batch: "pa.RecordBatch", unpacked: ByteCount, name: str) -> Iterator["ColumnarRow"]:
@@ -80,16 +111,15 @@ class _Columns:
         column = self._batch.column(self.names[name])
         if name not in self._converted:
             self._check(name, column)
-            self._unpacked.add_rows(0, column.nbytes, self._file)
-            try:
-                self._converted[name] = arrow_values.values(column)
-            except Exception:  # of some row: each is converted by itself
-                self._converted[name] = None
+            self._converted[name] = self._convert(column)
         values = self._converted[name]
         if values is not None:
             return values[row]
+        check_row(converted_bytes(column.slice(row, 1)), f"column '{name}'")
         try:
             return arrow_values.values(column.slice(row, 1))[0]
+        except MemoryError:
+            raise
         except Exception as error:  # pyarrow's own, OverflowError, KeyError, ImportError, …
             raise DataError(
                 f"column '{name}' ({column.type}) cannot be read: {one_line(error, 100)}"
@@ -101,6 +131,19 @@ class _Columns:
             column.validate(full=True)
         except Exception as error:
             raise DataError(f"column '{name}' is damaged: {one_line(error, 100)}") from None
+
+    def _convert(self, column: "pa.Array") -> list[Any] | None:
+        """Return the cells of a column; None where each has to be converted by itself."""
+        size = converted_bytes(column)
+        self._unpacked.add(size, self._file)
+        if size > LARGEST_ROW_BYTES:  # one of them, perhaps
+            return None
+        try:
+            return arrow_values.values(column)
+        except MemoryError:
+            raise
+        except Exception:  # of some row
+            return None
 
 
 class ColumnarRow(Mapping[str, Any]):

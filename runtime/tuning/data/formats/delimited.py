@@ -16,6 +16,7 @@ from runtime.tuning.data.limits import LARGEST_ROW_BYTES
 
 SEPARATORS = ",;\t|"
 _MOST_HEADER_LINES = 100
+_MOST_BLANK_LINES = 100_000
 
 _ESCAPED_QUOTE = re.compile(rb'\\"[^\s,;\t|"]')
 """A quote inside a quoted cell that Spark has escaped; RFC 4180 doubles it, and has none before a letter."""
@@ -38,6 +39,7 @@ def read_delimited(file: io.BufferedReader) -> Iterator[dict[str, str] | DataErr
             lines.unescape(separator)
         names = _names(next(csv.reader([header], delimiter=separator, skipinitialspace=spaced), []))
         reader = csv.reader(lines, delimiter=separator, skipinitialspace=spaced, strict=True)
+        blank = 0
         while True:
             began = reader.line_num
             try:
@@ -53,6 +55,9 @@ def read_delimited(file: io.BufferedReader) -> Iterator[dict[str, str] | DataErr
                 continue
             if cells:
                 yield _row(names, cells)
+            blank = 0 if cells else blank + 1
+            if blank > _MOST_BLANK_LINES:
+                raise DataError(f"has more than {_MOST_BLANK_LINES} blank lines after one another")
 
 
 def _range(lines: "_Lines", began: int, ended: int) -> str:

@@ -9,12 +9,13 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from runtime.config import describe
 from runtime.errors import DataError
 from runtime.tuning.data.formats.streams import CHUNK_BYTES, not_utf8, utf8
-from runtime.tuning.data.limits import LARGEST_ROW_BYTES, check_row
+from runtime.tuning.data.limits import LARGEST_ROW_BYTES, ByteCount, check_row
 
 Row = dict[str, Any]
 
@@ -33,14 +34,19 @@ def _reason(error: ValueError | RecursionError) -> str:
     return "a number has too many digits" if "digits" in str(error) else str(error)
 
 
-def read_json(file: io.BufferedReader, *, lines: bool) -> Iterator[Row | DataError]:
-    """Yield the rows of a JSON text; `lines`: a text of one line is one row, whatever it holds."""
-    stream = utf8(file)
+def read_json(
+    file: io.BufferedReader, unpacked: ByteCount, name: str, *, lines: bool
+) -> Iterator[Row | DataError]:
+    """Yield the rows of a JSON text; `lines`: a text of one line is one row, whatever it holds.
+
+    `unpacked` is asked whether what is parsed at once of the file called `name` may be as large as it is.
+    """
+    stream, whole = utf8(file), _Whole(unpacked, name)
     start = _first_byte(stream)
     if start == b"[":
         values: Iterator[Any] = _list_items(stream)
     elif start == b"{" or lines or not start:
-        values = _objects(stream, lines) if start else iter(())
+        values = _objects(stream, whole, lines=lines) if start else iter(())
     else:
         raise DataError("not a JSON file")
     for value in values:
@@ -60,18 +66,37 @@ def _first_byte(stream: io.BufferedReader) -> bytes:
     return b""
 
 
-def _objects(stream: io.BufferedReader, lines: bool) -> Iterator[Any]:
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """Reads a text that has to be parsed as a whole."""
+
+    unpacked: ByteCount
+    name: str
+
+    def read(self, begun: bytes, stream: io.BufferedReader) -> bytes:
+        """Return `begun` and the rest of the stream; a Failure when its values would take too much memory."""
+        data = begun + stream.read()
+        counts = ((sign, size, data.count(sign)) for sign, size in _OBJECT_BYTES.items())
+        self.unpacked.expect(sum(size * count for _, size, count in counts), self.name)
+        return data
+
+
+_OBJECT_BYTES = {b"{": 72, b"[": 72, b'"': 32, b",": 8}
+"""What Python takes at least for a value, by the sign that shows it in a text: `[{},{},…` grows 24 times."""
+
+
+def _objects(stream: io.BufferedReader, whole: _Whole, *, lines: bool) -> Iterator[Any]:
     """Yield one object a line, or what one object spread over many lines, or several such, hold."""
     first = stream.readline(LARGEST_ROW_BYTES)
     if len(first) == LARGEST_ROW_BYTES and not lines:
-        yield from _document(first + stream.read())
+        yield from _document(whole.read(first, stream))
         return
     second = _next_line(stream)
     values = _line_values(first)
     if second is None and not lines and len(values) == 1 and isinstance(values[0], dict):
         yield from _rows_of(values[0])
     elif first.rstrip().endswith(_OPEN) and not isinstance(_line_values(second or b"")[0], dict):
-        yield from _document(first + (second or b"") + stream.read())
+        yield from _document(whole.read(first + (second or b""), stream))
     else:
         yield from values
         while second is not None:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import IO, Any
 
-from runtime.errors import CapacityError, DataError, Failure, one_line
+from runtime.errors import DataError, Failure, one_line
+from runtime.files import disk_failure
 from runtime.tuning.data.formats import columnar, streams
 from runtime.tuning.data.formats.delimited import read_delimited
 from runtime.tuning.data.formats.json_rows import read_json
-from runtime.tuning.data.limits import ByteCount, DataLimits
+from runtime.tuning.data.limits import ByteCount, DataLimitError, DataLimits
 
 Row = Mapping[str, Any]
 Rows = Iterator[Row | DataError]
@@ -45,6 +46,8 @@ def read(path: Path, extension: str | None = None, unpacked: ByteCount | None = 
         for row in FORMATS[kind].read(path, count):
             count.add_rows(1, 0, path.name)
             yield row
+    except DataLimitError:
+        raise
     except DataError as error:
         text = str(error)
         raise DataError(text if text.startswith(path.name) else f"{path}: {text}{_start(path)}") from None
@@ -52,9 +55,11 @@ def read(path: Path, extension: str | None = None, unpacked: ByteCount | None = 
         raise
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: {streams.not_utf8(error)}") from None
-    except MemoryError:
-        raise CapacityError(f"{path}: there is not enough memory to read it") from None
+    except MemoryError:  # whoever bounds the memory says how much there was
+        raise
     except Exception as error:  # pyarrow's, the decompressors', the disk's
+        if isinstance(error, OSError) and (failure := disk_failure(error, path)) is not None:
+            raise failure from None
         reason = one_line(error, 160) or type(error).__name__
         raise DataError(f"{path}: not a readable {kind} file ({reason}){_start(path)}") from None
 
@@ -86,12 +91,12 @@ def _check_start(path: Path) -> None:
 
 def _json(path: Path, unpacked: ByteCount) -> Rows:
     with streams.opened(path, unpacked) as stream:
-        yield from read_json(stream, lines=False)
+        yield from read_json(stream, unpacked, path.name, lines=False)
 
 
 def _json_lines(path: Path, unpacked: ByteCount) -> Rows:
     with streams.opened(path, unpacked) as stream:
-        yield from read_json(stream, lines=True)
+        yield from read_json(stream, unpacked, path.name, lines=True)
 
 
 def _delimited(path: Path, unpacked: ByteCount) -> Rows:
