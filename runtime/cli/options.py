@@ -26,7 +26,9 @@ Config = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="One setting, e.g. lora.r=8 or TrainingArguments.seed=1."
+        "--set",
+        metavar="KEY=VALUE",
+        help="One setting, e.g. learning_rate=1e-4 or lora.r=8; docs/settings.md has those of tuning.",
     ),
 ]
 QUANTIZE: dict[str | None, dict[str, Any]] = {

@@ -5,6 +5,7 @@ that was interrupted, and publishes again one whose image may be missing; else i
 `place`.
 """
 
+import itertools
 import json
 import time
 from dataclasses import replace
@@ -34,9 +35,9 @@ def place(resolved: Resolved[TuningJob], *, nodes: int = 1) -> Resolved[TuningJo
     folder = job.output.folder
     if folder.parent == FOLDER and sources["output.folder"] == "default" and nodes == 1:
         continued = earlier(job)
-        folder, sources["output.folder"] = FOLDER / run, "default: the run's name"
+        folder = continued or _new(FOLDER / run)
+        run, sources["output.folder"] = folder.name, "default: the run's name"
         if continued is not None:
-            folder, run = continued, continued.name
             sources["run"] = sources["output.folder"] = "an earlier run of this job, continued"
     placed = job.output.model_copy(update={"folder": folder})
     job = job.model_copy(update={"run": run, "output": placed, "sources": sources})
@@ -65,6 +66,12 @@ def earlier(job: TuningJob) -> Path | None:
         if job.output.image or not OutputPaths(folder).sentinel.is_file():
             return folder
     return None
+
+
+def _new(folder: Path) -> Path:
+    """Return `folder`, or one called after it where it is there: several runs may begin in one minute."""
+    names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain((folder,), names) if not name.exists())
 
 
 def _started(folder: Path) -> float:

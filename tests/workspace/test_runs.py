@@ -91,3 +91,13 @@ def test_a_finished_run_is_not_taken_again_unless_its_image_may_be_missing(rows:
     image = {"--output": ["oci:./registry:1"]}
     leave(Path("results/tickets-pushed"), placed(rows, **image).config, finished=True)
     assert placed(rows, **image).config.run == "tickets-pushed"
+
+
+def test_jobs_that_begin_in_one_minute_have_folders_of_their_own(
+    rows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.strftime", lambda _: "20261130-1132")
+    for name in ("tickets-20261130-1132", "tickets-20261130-1132-2", "tickets-20261130-1132-3"):
+        job = placed(rows).config
+        assert (job.run, job.output.folder) == (name, Path("results") / name)
+        leave(job.output.folder, job, finished=True)
