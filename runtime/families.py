@@ -73,6 +73,8 @@ class Family:
     projections: Mapping[str, str]
     """Llama's name of each linear module of a layer -> its path below the layer, in the model's order.
     Names with one path are one fused module; an MLP without "gate_proj" has two matrices."""
+    layers: str = "model.layers"
+    """The path of the list of layers."""
     norm: Norm | None = None
     activation: Activation | None = None
     """Of the MLP."""
@@ -168,6 +170,7 @@ _RECORDS = (
     Family(
         model_type="falcon",
         projections=FALCON,
+        layers="transformer.h",
         norm="layer",
         activation="gelu",
         parallel=True,
@@ -210,9 +213,13 @@ _RECORDS = (
             "glm4_moe_lite",
         )
     ),
-    Family(model_type="gpt_neox", projections=GPT_NEOX, norm="layer"),
-    Family(model_type="opt", projections=OPT, norm="layer", tied_by_default=True),
-    Family(model_type="mpt", projections=MPT, norm="layer", tied_by_default=True),
+    Family(model_type="gpt_neox", projections=GPT_NEOX, layers="gpt_neox.layers", norm="layer"),
+    Family(
+        model_type="opt", projections=OPT, layers="model.decoder.layers", norm="layer", tied_by_default=True
+    ),
+    Family(
+        model_type="mpt", projections=MPT, layers="transformer.blocks", norm="layer", tied_by_default=True
+    ),
 )
 FAMILIES: Mapping[str, Family] = {record.model_type: record for record in _RECORDS}
 

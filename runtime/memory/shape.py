@@ -138,6 +138,12 @@ class Shape:
         stored = self.stored_bytes // world
         return replace(self, dimensions=part, counts=counts, stored_bytes=stored)
 
+    @property
+    def modules(self) -> dict[str, Linear]:
+        """The linear modules by their whole paths; where layers are not alike, as if the first had them."""
+        layers = self.family.layers
+        return {f"{layers}.{n}.{each.path}": each for each in self.linears for n in range(each.copies)}
+
     def adapted(self, targets: str | tuple[str, ...]) -> tuple[Linear, ...]:
         """Return the linear modules of a layer that LoRA `targets` reach, by peft's rules of matching."""
         if targets == "all-linear":

@@ -9,6 +9,7 @@ width, V vocabulary, r rank, b bytes of the compute type. Start at `parts`.
 from dataclasses import dataclass
 from typing import Literal
 
+from runtime.adapters import LoraFields, lora_config
 from runtime.families import Family
 from runtime.memory.shape import BYTES, Shape
 
@@ -41,6 +42,8 @@ class TuningRun:
     double_quant: bool = True
     rank: int = 16
     targets: str | tuple[str, ...] = "all-linear"
+    patterned: int | None = None
+    """Weights of the adapter where patterns give modules ranks of their own or leave some out."""
     dropout: bool = False
     """Of the adapters' inputs."""
     optimizer: str = "adamw_torch"
@@ -142,8 +145,17 @@ def others(shape: Shape, run: TuningRun) -> MemoryItem:
     return MemoryItem("embedding, head, norms", int(count * run.width / run.shards), how)
 
 
+def patterned(shape: Shape, fields: LoraFields) -> int:
+    """Return the trained weights where each module has its own rank by peft's patterns, or is left out."""
+    modules = shape.modules
+    ranks = lora_config.ranks(fields, sorted(lora_config.targeted(fields, list(modules))))
+    return sum(rank * (modules[path].inputs + modules[path].outputs) for path, rank in ranks.items())
+
+
 def trained(shape: Shape, run: TuningRun) -> int:
     """Return the trained weights: sum over adapted linears of all layers of r x (inputs + outputs)."""
+    if run.patterned is not None:
+        return run.patterned
     adapted = shape.adapted(run.targets)
     return run.rank * sum(linear.copies * (linear.inputs + linear.outputs) for linear in adapted)
 

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from runtime import families, gpus, hardware, support
+from runtime.adapters import LoraFields
+from runtime.config import parse
 from runtime.errors import CapacityError, ConfigError
 from runtime.hardware import Hardware
 from runtime.memory import fitting
 from runtime.memory.fitting import Adjustable, Forecast
 from runtime.memory.shape import Shape, of
-from runtime.memory.tuning import TuningRun
+from runtime.memory.tuning import TuningRun, patterned
 from runtime.tuning.arguments.training import DEFAULTS
 from runtime.tuning.data.tokenize import MAX_TOKENS, TokenizedSequence
 from runtime.tuning.precision import choose_dtype
@@ -182,12 +184,27 @@ def _run(job: TuningJob, shape: Shape, machine: Hardware, *, processes: int, row
         double_quant=quantization.double_quant if quantization else False,
         rank=job.lora.r,
         targets=job.lora.targets,
+        patterned=_patterned(job, shape),
         dropout=bool(job.lora.dropout),
         optimizer=str(job.training.get("optim", DEFAULTS["optim"])),
         checkpointing=bool(requested_checkpointing(job)),
         packed=packed,
         processes=processes,
     )
+
+
+_PATTERNS = ("rank_pattern", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+
+
+def _patterned(job: TuningJob, shape: Shape) -> int | None:
+    """Return the adapter's weights where the job has patterns of modules, else None."""
+    given = {key: value for key, value in job.lora.options.items() if key in _PATTERNS and value}
+    expression = isinstance(job.lora.targets, str) and job.lora.targets != "all-linear"
+    if not given and not expression:
+        return None
+    targets = job.lora.targets if isinstance(job.lora.targets, str) else list(job.lora.targets)
+    fields = parse(LoraFields, {"r": job.lora.r, "target_modules": targets} | given, "LoraConfig")
+    return patterned(shape, fields)
 
 
 def _advice(job: TuningJob, planned: MemoryPlan) -> tuple[str, ...]:

@@ -1,10 +1,12 @@
 """The formulas, held to what autograd keeps in transformers' layers with peft's adapters."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runtime import families
+from runtime.adapters import LoraFields
 from runtime.memory import shape, tuning
 from runtime.memory.shape import Shape
 from runtime.memory.tuning import TuningRun
@@ -116,3 +118,33 @@ def test_every_optimizer_of_the_arguments_has_a_state_size() -> None:
     assert tuning.state_bytes("paged_lion_8bit") == pytest.approx(1, rel=0.02)
     assert tuning.state_bytes("lion_32bit") == 4
     assert tuning.state_bytes("sgd") == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank_pattern": {r"layers\.0\..*q_proj": 32, "dense": 2}},
+        {"layers_to_transform": [1]},
+        {"exclude_modules": ["down_proj", "dense_4h_to_h", "fc2"]},
+        {"target_modules": r".*\.1\..*(q_proj|qkv_proj|query_key_value)"},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")
+@pytest.mark.parametrize("name", ["llama", "phi3", "phi", "falcon", "gpt_neox", "opt"])
+def test_weights_of_an_adapter_with_patterns_are_pefts(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The paths of modules too: each family has its own."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    configuration = config_of(name)
+    configuration.save_pretrained(str(tmp_path))
+    read = shape.read(tmp_path / "config.json", name="m")
+    given = {"r": 4, "target_modules": sorted({each.name for each in read.linears})} | options
+    with torch.device("meta"):
+        adapted = get_peft_model(AutoModelForCausalLM.from_config(configuration), LoraConfig(**given))
+    expected = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    assert tuning.patterned(read, LoraFields.model_validate(given)) == expected > 0

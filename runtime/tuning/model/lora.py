@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from runtime import families
 from runtime.config import nearest
 from runtime.errors import ConfigError
-from runtime.tuning.model import lora_init
+from runtime.tuning.model import lora_init, lora_reach
 from runtime.tuning.model.fsdp import is_sharded, reslice
 from runtime.tuning.settings import Lora
 
@@ -47,6 +47,7 @@ def attach(model: "PreTrainedModel", lora: Lora, *, checkpointing: bool = False)
         model.enable_input_require_grads()
     try:
         config = LoraConfig(**settings)
+        lora_reach.check(config, [name for name, _ in model.named_modules()])
         with warnings.catch_warnings():  # peft 0.21 still reads a property that transformers 5.23 renamed
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
@@ -106,7 +107,8 @@ def resolve_targets(wanted: Sequence[str], present: Iterable[str]) -> tuple[str,
     for name in wanted:
         last = name.rpartition(".")[2]
         others = families.modules_called(last)
-        options = [name] if last in present else [other for other in others if other in present]
+        before = name.removesuffix(last)
+        options = [name] if last in present else [before + other for other in others if other in present]
         if not options:
             raise ConfigError(
                 f"target_modules: no linear layer '{name}' in this model{nearest(last, present)}; "

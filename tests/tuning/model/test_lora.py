@@ -152,3 +152,35 @@ def test_evaluation_restores_the_mode(tiny_llama_dir: Path) -> None:
     with evaluating(model):
         assert not model.training
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("targets", "options", "expected"),
+    [
+        (("layers.99.self_attn.q_proj", "v_proj"), {}, "target_modules: 'layers.99.self_attn.q_proj'"),
+        (("q_proj",), {"rank_pattern": {"v_proj": 8}}, "rank_pattern: 'v_proj'"),
+        (("q_proj",), {"alpha_pattern": {r"layers\.7\..*": 8}}, "alpha_pattern: "),
+        (("q_proj",), {"exclude_modules": ["no_proj"]}, "exclude_modules: 'no_proj'"),
+        (("q_proj",), {"layers_to_transform": [0, 7]}, "layers_to_transform: 7"),
+        (("q_proj",), {"rank_pattern": {"(": 8}}, r"rank_pattern: '\(' is no regular expression"),
+    ],
+)
+def test_what_reaches_no_module_is_refused_by_name(
+    tiny_llama_dir: Path, targets: tuple[str, ...], options: dict[str, Any], expected: str
+) -> None:
+    """peft passes over it, and the adapter lacks what was asked for."""
+    model = AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir))
+    with pytest.raises(ConfigError, match=expected):
+        attach(model, Lora(r=4, targets=targets, options=options))
+
+
+def test_names_patterns_and_layers_that_reach_modules_are_taken(tiny_llama_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(str(tiny_llama_dir))
+    options = {
+        "rank_pattern": {r"layers\.0\..*q_proj": 2},
+        "exclude_modules": ["mlp.up_proj"],
+        "layers_to_transform": 0,
+    }
+    adapted = attach(model, Lora(r=4, targets=("self_attn.q_proj", "up_proj"), options=options))
+    trained = {name: weight.shape[0] for name, weight in adapted.named_parameters() if "lora_A" in name}
+    assert trained == {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": 2}
