@@ -26,9 +26,10 @@ from runtime.cli.options import (
 from runtime.errors import Failure, StoppedError, exit_code
 from runtime.tuning.process.nodes import Nodes
 from runtime.tuning.settings import TuningJob
-from runtime.workspace import load_job, runs
+from runtime.workspace import load_job
 from runtime.workspace.layers import Resolved
 from runtime.workspace.mounts import in_pod
+from runtime.workspace.runs import place
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,12 @@ Output = Annotated[
     typer.Option(
         metavar="DIR|IMAGE",
         help="Where the adapter goes: a directory, oci:DIRECTORY[:tag], or registry/repository:tag.",
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace another job's adapter in the directory, when this one is done."
     ),
 ]
 Data = Annotated[
@@ -114,6 +121,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     config: Config = None,
     settings: Set = None,
     output: Output = None,
+    overwrite: Overwrite = False,
     data: Data = None,
     on_bad_row: OnBadRow = None,
     max_data_bytes: MaxDataBytes = None,
@@ -133,13 +141,12 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     flags = {
         "--output": output, "--data": data, "data.on_bad_row": on_bad_row, "data.max_bytes": max_data_bytes,
         "output.credentials": credentials, "output.insecure": insecure, "parallel": parallel,
-        "output.checkpoint_image": checkpoint_image, "fit": fit and "adapt",
+        "output.overwrite": overwrite, "output.checkpoint_image": checkpoint_image, "fit": fit and "adapt",
         "output.keep_checkpoint_image": keep_checkpoint_image,
     }  # fmt: skip
     environ, overrides = context.obj or {}, set_flags(settings) | without_defaults(flags)
-    resolved = load_job(target, environ=environ, config=config, overrides=overrides)
     nodes = Nodes.read(environ, count=nnodes, rank=node_rank, endpoint=rdzv_endpoint)
-    resolved = runs.place(resolved, nodes=nodes.count)
+    resolved = place(load_job(target, environ=environ, config=config, overrides=overrides), nodes=nodes.count)
     if dry_run:
         return render.dry_run(resolved, render.tuning_job, as_json=as_json)
     if preview is not None:

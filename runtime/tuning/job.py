@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,12 +15,13 @@ from runtime import adapters, garbage_collection, hardware, models, oci, torch_b
 from runtime.files import sha256
 from runtime.logs import counted
 from runtime.oci.access import DEFAULT
-from runtime.tuning import fit, output, publish
+from runtime.tuning import fit, identity, output, publish
 from runtime.tuning.data import dataset, download, folder, tokenize
 from runtime.tuning.data.dataset import Dataset
 from runtime.tuning.data.example import Example
 from runtime.tuning.data.rendered_fields import RenderedFields
 from runtime.tuning.data.tokenize import TokenizedSplit
+from runtime.tuning.identity import JobIdentity
 from runtime.tuning.output import OutputPaths
 from runtime.tuning.precision import resolve_precision
 from runtime.tuning.process.ranks import Ranks
@@ -53,6 +54,7 @@ class JobResult:
 
     job: TuningJob
     """With the settings that the hardware, the data and the memory plan have decided."""
+    owner: JobIdentity
     data: SplitDataset
     tokenized: TokenizedSplit
     training: TrainingSetup
@@ -79,10 +81,13 @@ def run(
     torch_build.check_loaded(machine)
     device = hardware.device(machine, ranks.local_rank)
     ranks.init_process_group(device)
-    if ranks.broadcast(output.is_done(requested)):  # rank 0's: other nodes may have disks of their own
+    # rank 0 decides: other nodes may have disks of their own
+    if ranks.broadcast(ranks.is_main and output.is_done(requested)):
         if ranks.is_main:
             publish.publish_again(requested, access)
         return
+    if ranks.is_main:
+        output.check_replaceable(requested)  # a controller's accelerate starts ranks without a launcher
     job, precision = resolve_precision(requested, machine)
     job = fit.shorten(job, machine, processes=ranks.local_world_size)
     rank = RankSetup(machine, device, precision, ranks, stop, progress)
@@ -96,7 +101,9 @@ def run(
             registry.clear()
     ranks.barrier()
     if ranks.is_local_main and not ranks.is_main:
-        output.mark_finished(requested)  # on a disk of its own: a rerun of this node returns at once
+        output.mark_finished(
+            requested, result.owner
+        )  # on a disk of its own: a rerun of this node returns at once
 
 
 def _tune(requested: TuningJob, job: TuningJob, rank: RankSetup, access: oci.Access) -> JobResult:
@@ -120,11 +127,11 @@ def _tune(requested: TuningJob, job: TuningJob, rank: RankSetup, access: oci.Acc
     questions = sample_questions([row for row in asked if row.origin not in data.dataset.bad_rows])
     before = evaluate(training, questions)
     progress.enter("train")
-    fingerprint = output.fingerprint(requested, data.dataset.digest)
-    setup.run_training(training, folder=OutputPaths(job.output.folder).checkpoints, fingerprint=fingerprint)
+    owner = _identify(requested, data, tokenized, ranks)
+    setup.run_training(training, folder=OutputPaths(job.output.folder).checkpoints, owner=owner)
     progress.enter("evaluate")
     after = evaluate(training, questions)
-    return JobResult(job, data, tokenized, training, questions, before, after, planned)
+    return JobResult(job, owner, data, tokenized, training, questions, before, after, planned)
 
 
 def _read(job: TuningJob, ranks: Ranks, access: oci.Access) -> SplitDataset:
@@ -177,23 +184,39 @@ def encode_rows(
     return job, TokenizedSplit(train, held_out if held_out.rows else None)
 
 
+def _identify(
+    requested: TuningJob, data: SplitDataset, tokenized: TokenizedSplit, ranks: Ranks
+) -> JobIdentity:
+    """Return whose checkpoints and adapter these are, as rank 0 sees the base model and the data."""
+    if not ranks.is_main:
+        return ranks.broadcast(JobIdentity({}))
+    return ranks.broadcast(
+        replace(
+            identity.requested(requested),
+            model=identity.model_digest(models.locate(requested.model)),
+            files=data.dataset.digests,
+            rows=identity.rows_digest(tokenized),
+            # without a batch size a step has the same rows on any number of GPUs
+            processes=ranks.world_size if requested.training.get("per_device_train_batch_size") else 0,
+        )
+    )
+
+
 def _save(requested: TuningJob, result: JobResult, *, seconds: float) -> None:
-    """Write the adapter, the report, and last of all the sentinel that a pusher waits for."""
+    """Write the adapter and the report, then what marks them as done; an earlier adapter stays until then."""
     job, training = result.job, result.training
     summary = report.build(job, result.data.dataset, result.tokenized, _outcome(result, seconds))
     paths = OutputPaths(job.output.folder)
-    paths.sentinel.unlink(missing_ok=True)
-    paths.finished.unlink(missing_ok=True)
-    adapters.save(
-        training.model,
-        paths.folder,
-        source=job.model,
-        first_weights=training.adapter.first_weights,
-        beside=partial(models.save_tokenizer, training.tokenizer),
-    )
-    summary["adapter_sha256"] = sha256(paths.folder / adapters.WEIGHTS_FILE)
-    report.save(summary, paths.folder)
-    output.mark_done(requested)
+    with output.replacing(requested, result.owner) as scratch:
+        adapters.save(
+            training.model,
+            scratch,
+            source=job.model,
+            first_weights=training.adapter.first_weights,
+            beside=partial(models.save_tokenizer, training.tokenizer),
+        )
+        summary["adapter_sha256"] = sha256(scratch / adapters.WEIGHTS_FILE)
+        report.save(summary, scratch)
     shutil.rmtree(paths.checkpoints, ignore_errors=True)
     log.info("adapter and report are in %s", paths.folder)
 
@@ -204,6 +227,7 @@ def _outcome(result: JobResult, seconds: float) -> report.Outcome:
     rank = training.rank
     return report.Outcome(
         steps=training.trainer.state.global_step,
+        kept_step=training.kept_step,
         train_loss=training.recent_loss,
         losses=training.logged("loss"),
         held_out_losses=training.held_out_curve(before.loss, after.loss),

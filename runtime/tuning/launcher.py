@@ -93,7 +93,7 @@ def _metrics(
 
 
 def _preflight(job: TuningJob, access: oci.Access | None) -> None:
-    """Fail early: missing loggers, an output folder or (with `access`) an image that cannot be written."""
+    """Fail early: missing loggers, an output folder or (with `access`) an image that must not be written."""
     loggers.check(job.training)
     folder = job.output.folder
     try:
@@ -106,6 +106,8 @@ def _preflight(job: TuningJob, access: oci.Access | None) -> None:
             f"output folder {folder} cannot be written ({error.strerror}); make it writable for "
             f"user {os.getuid()}, or set output_dir"
         ) from None
+    if access is not None:
+        output.check_replaceable(job)
     free = shutil.disk_usage(folder).free
     if free < LEAST_FREE_BYTES and not output.is_done(job):
         raise CapacityError(

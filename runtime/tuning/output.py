@@ -1,33 +1,26 @@
-"""The files of one job's output folder, and which of them mark it as done.
+"""The files of one job's output folder: which mark it as done, and whose adapter is in it.
 
 The adapter, the report and the sentinel are directly in the folder, where KAITO's pusher looks for them;
-everything else is below `.work`. Knows names, not contents. Start at `OutputPaths`.
+everything else is below `.work`. Which job is which, identity.py knows. Start at `OutputPaths`, then
+`check_replaceable` and `replacing`.
 """
 
-import hashlib
-import json
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime import packing
-from runtime.files import write_atomic
+from runtime.adapters import CONFIG_FILE, WEIGHTS_FILE
+from runtime.errors import ConfigError
+from runtime.files import atomic_files, write_atomic
+from runtime.tuning import identity
+from runtime.tuning.identity import JobIdentity
 from runtime.tuning.settings import TuningJob
 
 SENTINEL = "fine_tuning_completed.txt"
 """KAITO's pusher waits for this file, then uploads the files beside it."""
-
-WITHOUT_EFFECT = {
-    "name",
-    "run",
-    "output",
-    "checkpoint_minutes",
-    "metrics_host",
-    "metrics_port",
-    "parallel",
-    "sources",
-}
-"""Settings that do not change the adapter's bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +53,13 @@ class OutputPaths:
 
     @property
     def finished(self) -> Path:
-        """Fingerprint of the job that made the adapter in the folder."""
-        return self.work / "finished"
+        """Identity of the job that made the adapter in the folder, written when it is complete."""
+        return self.work / "finished.json"
+
+    @property
+    def saving(self) -> Path:
+        """Identity of the job whose adapter is being moved into the folder; gone when all of it is there."""
+        return self.work / "saving.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -81,31 +79,68 @@ class OutputPaths:
         return self.work / f"failure-{rank}.json"
 
 
-def fingerprint(job: TuningJob, data: str = "") -> str:
-    """Return the sha256 of all that decides the adapter's bytes; `data` is the digest of its files."""
-    decisive = job.model_dump(mode="json", exclude=WITHOUT_EFFECT)
-    text = json.dumps([decisive, data], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def is_done(job: TuningJob, *, with_adapter: bool = True) -> bool:
     """Return whether the output folder already holds this job's finished adapter.
 
     Nodes other than the first have no adapter: without `with_adapter`, that the job is finished is enough.
     """
     paths = OutputPaths(job.output.folder)
-    if not paths.finished.is_file() or (with_adapter and not paths.sentinel.is_file()):
+    adapter = (paths.sentinel, paths.folder / WEIGHTS_FILE) if with_adapter else ()
+    if not all(path.is_file() for path in (paths.finished, *adapter)):
         return False
-    return paths.finished.read_text(encoding="utf-8").strip() == fingerprint(job)
+    owner = _read(paths.finished)
+    return owner is not None and not identity.requested(job).differences(owner)
 
 
-def mark_finished(job: TuningJob) -> None:
-    """Write the fingerprint of the finished job."""
-    write_atomic(OutputPaths(job.output.folder).finished, fingerprint(job) + "\n")
+def check_replaceable(job: TuningJob) -> None:
+    """Raise ConfigError when the folder holds an adapter of another job, unless it may be replaced."""
+    paths = OutputPaths(job.output.folder)
+    if job.output.overwrite or paths.saving.is_file():  # the latter: half-written, and not finished
+        return
+    if not any((paths.folder / name).is_file() for name in (WEIGHTS_FILE, CONFIG_FILE)):
+        return
+    owner = _read(paths.finished)
+    if owner is None:
+        whose = "an adapter, and which job made it is not recorded"
+    elif differences := identity.requested(job).differences(owner):
+        whose = f"the finished adapter of another job ({identity.in_words(differences)})"
+    else:
+        return  # this job's, without its sentinel
+    raise ConfigError(
+        f"output folder {paths.folder} holds {whose}; name another --output, or --overwrite to replace it "
+        "when this job is done"
+    )
 
 
-def mark_done(job: TuningJob) -> None:
-    """Write the last files: the finished job's fingerprint, then the sentinel that a pusher waits for."""
-    mark_finished(job)
+def mark_finished(job: TuningJob, owner: JobIdentity) -> None:
+    """Record that the job `owner` is finished: on a node without an adapter, all there is to see of it."""
+    write_atomic(OutputPaths(job.output.folder).finished, owner.to_json())
+
+
+@contextlib.contextmanager
+def replacing(job: TuningJob, owner: JobIdentity) -> Iterator[Path]:
+    """Yield a new folder whose files replace those of an earlier job when the block ends well.
+
+    Until then nothing changes; then the record of the finished job is written, and the sentinel that a
+    pusher waits for last of all.
+    """
+    paths = OutputPaths(job.output.folder)
+    with atomic_files(paths.folder, last=WEIGHTS_FILE) as scratch:
+        yield scratch
+        write_atomic(paths.saving, owner.to_json())
+        paths.sentinel.unlink(missing_ok=True)
+        paths.finished.unlink(missing_ok=True)
+        for name in packing.JOB_FILES:
+            if not (scratch / name).exists():  # another tokenizer's, which an image would hold beside the new
+                (paths.folder / name).unlink(missing_ok=True)
+    mark_finished(job, owner)
     stamp = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
-    write_atomic(OutputPaths(job.output.folder).sentinel, f"Fine-Tuning completed at {stamp}\n")
+    write_atomic(paths.sentinel, f"Fine-Tuning completed at {stamp}\n")
+    paths.saving.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> JobIdentity | None:
+    try:
+        return JobIdentity.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None

@@ -91,6 +91,9 @@ class Output(Strict):
 
     folder: Path = Path("/mnt/results")
     """Directory of the adapter, the report and the sentinel; checkpoints are below it."""
+    overwrite: bool = False
+    """Replace a finished adapter of another job in `folder`, once this job's is complete; else it is refused.
+    On where mounts alone describe the job: a changed Workspace asks for just that, and has no flags."""
     image: str | None = None
     """Reference to push to: `registry/repository:tag`, or `oci:DIRECTORY[:tag]` for a layout on disk."""
     checkpoint_image: str | None = None

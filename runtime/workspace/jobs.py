@@ -112,6 +112,8 @@ def _apply_target(
     if not isinstance(target, WorkspaceDocuments):
         mixups.check(None if target is None else str(target), data)
     if target is None:
+        if mounts.controlled:
+            settings.put("output.overwrite", True, "controller default")
         return None
     if not isinstance(target, WorkspaceDocuments) and not is_manifest(target):
         _choose_model(settings, str(target), "command line")

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from runtime.config import parse
 from runtime.errors import ConfigError
-from runtime.tuning import output
+from runtime.tuning import identity
 from runtime.tuning.output import OutputPaths
 from runtime.tuning.settings import TuningJob
 from runtime.workspace.layers import Resolved
@@ -58,10 +58,10 @@ def earlier(job: TuningJob) -> Path | None:
 
     That is one without an adapter yet, or one whose adapter is to be pushed: publishing again is harmless.
     """
-    wanted = output.fingerprint(job)
+    wanted = _asked(job)
     for folder in sorted(FOLDER.glob("*"), key=_started, reverse=True):
         known = _job(OutputPaths(folder))
-        if known is None or output.fingerprint(known) != wanted or known.output.image != job.output.image:
+        if known is None or _asked(known) != wanted or known.output.image != job.output.image:
             continue
         if job.output.image or not OutputPaths(folder).sentinel.is_file():
             return folder
@@ -72,6 +72,12 @@ def _new(folder: Path) -> Path:
     """Return `folder`, or one called after it where it is there: several runs may begin in one minute."""
     names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
     return next(name for name in itertools.chain((folder,), names) if not name.exists())
+
+
+def _asked(job: TuningJob) -> tuple[object, ...]:
+    """Return what decides the job's bytes without reading data or weights; the job itself compares those."""
+    data = identity.addresses(job.data) or (job.data.folder, job.data.file)
+    return identity.decisive_settings(job), data, job.model.path, job.model.name
 
 
 def _started(folder: Path) -> float:

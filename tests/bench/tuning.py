@@ -77,6 +77,7 @@ def ours(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any,
     from runtime import models
     from runtime.hardware import detect
     from runtime.tuning.data.tokenize import TokenizedSplit
+    from runtime.tuning.identity import JobIdentity
     from runtime.tuning.precision import resolve_precision
     from runtime.tuning.process.ranks import Ranks
     from runtime.tuning.process.signals import StopSignal
@@ -103,7 +104,7 @@ def ours(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any,
     rank = RankSetup(detect(), "cpu", precision, Ranks(), StopSignal(), JobProgress())
     setup = prepare(job, tokenizer, TokenizedSplit(encoded(rows, tokenizer)), rank=rank)
     return setup.model, lambda: run_training(
-        setup, folder=options.folder / "checkpoints", fingerprint="bench"
+        setup, folder=options.folder / "checkpoints", owner=JobIdentity({})
     )
 
 

@@ -17,8 +17,8 @@ import httpx
 import psutil
 import pytest
 
-from runtime.errors import CapacityError, ConfigError, DivergedError, Failure, StoppedError
-from runtime.tuning import launcher
+from runtime.errors import CapacityError, ConfigError, DivergedError, Failure, StoppedError, TransientError
+from runtime.tuning import identity, launcher, output
 from runtime.tuning.output import SENTINEL, OutputPaths
 from runtime.tuning.settings import DataSource, Output, TuningJob
 from runtime.tuning.train.checkpoints import fault, listed
@@ -41,6 +41,20 @@ def test_fault_11_unwritable_output_fails_before_data_is_fetched(make_job: Maker
     job = make_job(output=Output(folder=tmp_path / "file" / "out"), data=unreachable)
     with pytest.raises(ConfigError, match=r"output folder .* cannot be written"):
         launcher.run(job)
+
+
+def test_adapter_of_another_job_is_refused_before_data_is_fetched(make_job: Maker, tmp_path: Path) -> None:
+    earlier = make_job()
+    with output.replacing(earlier, identity.requested(earlier)) as folder:
+        (folder / "adapter_model.safetensors").write_text("weights")
+    unreachable = DataSource(urls=("http://127.0.0.1:9/rows.parquet",), folder=tmp_path / "data")
+    other = make_job(data=unreachable, training={"seed": 7})
+    with pytest.raises(ConfigError, match=r"finished adapter of another job \(seed 42, now 7; the data's"):
+        launcher.run(other, processes=1)
+    allowed = other.output.model_copy(update={"overwrite": True})
+    with pytest.raises(TransientError):  # goes on to fetch
+        launcher.run(other.model_copy(update={"output": allowed}), processes=1)
+    assert output.is_done(earlier)
 
 
 def test_small_disk_is_refused(make_job: Maker, monkeypatch: pytest.MonkeyPatch) -> None:

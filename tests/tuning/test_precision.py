@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from runtime.errors import DivergedError, exit_code
 from runtime.hardware import Hardware
 from runtime.model_source import ModelSource
+from runtime.tuning.identity import JobIdentity
 from runtime.tuning.output import OutputPaths
 from runtime.tuning.precision import resolve_precision
 from runtime.tuning.settings import Lora, TuningJob
@@ -81,7 +82,7 @@ def types() -> Iterator[set[torch.dtype]]:
 
 
 def train(setup: TrainingSetup) -> None:
-    run_training(setup, folder=Path(setup.trainer.args.output_dir or ""), fingerprint="same")
+    run_training(setup, folder=Path(setup.trainer.args.output_dir or ""), owner=JobIdentity({}))
 
 
 def losses(setup: TrainingSetup) -> list[float]:

@@ -13,7 +13,7 @@ import pytest
 from runtime import oci
 from runtime.cli import main
 from runtime.oci.access import DEFAULT
-from runtime.tuning import output, publish
+from runtime.tuning import identity, output, publish
 from runtime.tuning.settings import TuningJob
 
 RANK = """
@@ -39,7 +39,8 @@ def test_finished_job_is_published_again_by_rank_0_alone(
     make_job: Callable[..., TuningJob], tmp_path: Path
 ) -> None:
     job = make_job()
-    output.mark_done(job)
+    with output.replacing(job, identity.requested(job)) as folder:
+        (folder / "adapter_model.safetensors").touch()
     script, resolved, out = tmp_path / "rank.py", tmp_path / "job.json", tmp_path / "ended"
     script.write_text(RANK)
     resolved.write_text(job.model_dump_json())
@@ -62,10 +63,11 @@ def test_tune_and_push_make_the_same_image_of_a_job_and_no_secret_is_in_it(
     (paths.checkpoints / "optimizer.pt").write_text("state")
     paths.job.write_text(job.model_dump_json())
     model = {"name": job.model.name, "repository": job.model.repository, "revision": job.model.revision}
-    paths.report.write_text(json.dumps({"job": job.name, "model": model, "data": {"files": []}}))
-    (paths.folder / "adapter_config.json").write_text("{}")
-    (paths.folder / "adapter_model.safetensors").write_bytes(random.Random(1).randbytes(100_000))
-    output.mark_done(job)
+    with output.replacing(job, identity.requested(job)) as folder:
+        report = {"job": job.name, "model": model, "data": {"files": []}}
+        output.OutputPaths(folder).report.write_text(json.dumps(report))
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_bytes(random.Random(1).randbytes(100_000))
     digest = publish.publish(job, DEFAULT)
     assert main.run(["push", str(paths.folder), f"oci:{tmp_path}/pushed:v1"], {}) == 0
     assert capsys.readouterr().out.strip() == digest

@@ -74,6 +74,11 @@ def test_output_dir_follows_the_controllers_rule_in_its_layout(written: str, lan
     assert load(None, pod).config.output.folder == pod / lands
 
 
+def test_adapter_of_a_changed_workspace_replaces_the_earlier_one_where_there_are_no_flags(pod: Path) -> None:
+    assert load(None, pod).config.output.overwrite
+    assert not load("HuggingFaceTB/SmolLM2-135M-Instruct", pod).config.output.overwrite
+
+
 @pytest.mark.parametrize("written", ["..", "/", "/mnt/../etc", "/mnt"])
 def test_output_dir_outside_mnt_is_refused_in_its_layout(written: str, pod: Path) -> None:
     text = STOCK.replace('"/mnt/results"', json.dumps(written))

@@ -161,23 +161,11 @@ def check_held_out(job: TuningJob) -> None:
 
 
 def _check_evaluations(settings: Settings) -> None:
-    if not settings.get("load_best_model_at_end"):
-        return
-    where = settings.where("load_best_model_at_end")
-    evaluation, saving = settings.get("eval_strategy", "no"), settings.get("save_strategy")
-    if evaluation == "no" or evaluation != saving:
+    if settings.get("load_best_model_at_end") and settings.get("eval_strategy") == "no":
         raise ConfigError(
-            f"{where} needs eval_strategy and save_strategy alike, both 'steps' or both 'epoch'; they are "
-            f"'{evaluation}' and '{saving}'"
+            f"{settings.where('load_best_model_at_end')} compares held-out losses, and eval_strategy is "
+            "'no'; set it to 'steps' or 'epoch', or leave it out"
         )
-    if evaluation == "steps":
-        every = settings.get("eval_steps", settings.get("logging_steps"))
-        between = settings.get("save_steps", 500)
-        times = between / every
-        if (every < 1) != (between < 1) or abs(times - round(times)) > 1e-6 or times < 1:
-            raise ConfigError(
-                f"{where} needs save_steps ({between:g}) to be a multiple of eval_steps ({every:g})"
-            )
 
 
 def _check_checkpoints(settings: Settings) -> None:

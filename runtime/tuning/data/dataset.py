@@ -63,11 +63,9 @@ class Dataset:
     """What the rows were made of."""
 
     @property
-    def digest(self) -> str:
+    def digests(self) -> tuple[str, ...]:
         """The digests of all files, in order: equal exactly when the data is."""
-        return " ".join(
-            file.sha256 if file.split == "train" else f"{file.split}:{file.sha256}" for file in self.files
-        )
+        return tuple(_digest(file.split, file.sha256) for file in self.files)
 
 
 def load(source: DataSource, files: Sequence[Path] | None = None, *, processes: int = 1) -> Dataset:
@@ -98,6 +96,16 @@ def load(source: DataSource, files: Sequence[Path] | None = None, *, processes: 
     return Dataset(
         tuple(examples["train"]), tuple(used), reader.bad_rows, tuple(examples["validation"]), facts
     )
+
+
+def digests_of(source: DataSource) -> tuple[str, ...]:
+    """Return what `Dataset.digests` will be, without reading a row; DataError where there is no data."""
+    found = _found(source, None)
+    return tuple(_digest(file.split, sha256(file.path)) for file in found if file.split != "test")
+
+
+def _digest(split: Split, digest: str) -> str:
+    return digest if split == "train" else f"{split}:{digest}"
 
 
 def _found(source: DataSource, files: Sequence[Path] | None) -> list[FoundFile]:

@@ -54,6 +54,8 @@ class Outcome:
     """What training changed."""
 
     steps: int
+    kept_step: int
+    """Step whose weights are the adapter: the last one, unless the job keeps the best."""
     train_loss: float | None
     """Mean loss per labelled token over the last epoch's worth of steps."""
     losses: tuple[chart.Point, ...]
@@ -75,8 +77,8 @@ class Outcome:
 
     @property
     def after(self) -> float | None:
-        """Held-out loss of the trained adapter."""
-        return self.held_out_losses[-1][1] if self.held_out_losses else None
+        """Held-out loss of the adapter, that is of the kept step."""
+        return dict(self.held_out_losses).get(self.kept_step)
 
 
 def build(job: TuningJob, data: Dataset, tokenized: TokenizedSplit, outcome: Outcome) -> dict[str, Any]:
@@ -91,7 +93,7 @@ def build(job: TuningJob, data: Dataset, tokenized: TokenizedSplit, outcome: Out
         "settings": settings,
         "sources": {name: job.sources.get(name, "default") for name in flatten(settings)},
         "result": _result(outcome),
-        "verdict": asdict(verdict.judge(outcome.held_out_losses, held_out_rows=_held_out_rows(tokenized))),
+        "verdict": asdict(_judged(outcome, _held_out_rows(tokenized))),
         "machine": {
             "kind": outcome.machine.hardware.kind,
             "name": outcome.machine.hardware.name,
@@ -145,9 +147,15 @@ def _held_out_rows(tokenized: TokenizedSplit) -> int:
     return tokenized.held_out.rows if tokenized.held_out else 0
 
 
+def _judged(outcome: Outcome, held_out_rows: int) -> verdict.Verdict:
+    kept = outcome.kept_step if outcome.kept_step != outcome.steps else None
+    return verdict.judge(outcome.held_out_losses, held_out_rows=held_out_rows, kept_step=kept)
+
+
 def _result(outcome: Outcome) -> dict[str, Any]:
     return {
         "steps": outcome.steps,
+        "kept_step": outcome.kept_step,
         "train_loss": outcome.train_loss,
         "held_out_loss": {"before": outcome.before, "after": outcome.after},
         "held_out_perplexity": {

@@ -36,8 +36,10 @@ class Verdict:
     """One line, with what to do next."""
 
 
-def judge(held_out: Sequence[Point], *, held_out_rows: int) -> Verdict:
+def judge(held_out: Sequence[Point], *, held_out_rows: int, kept_step: int | None = None) -> Verdict:
     """Return what the held-out losses (from before training to after it) of so many rows say.
+
+    `kept_step` is the step whose weights were kept, where that is not the last one.
 
     The rules, in order: too few rows were held out; the loss never fell; it rose again by the end; it fell
     to the end; else it was learnt. Only a curve that was measured between beginning and end can tell how
@@ -50,11 +52,13 @@ def judge(held_out: Sequence[Point], *, held_out_rows: int) -> Verdict:
     if before - best <= LEAST_FALL * before:
         return _nothing(before, after)
     if after - best > LEAST_RISE * max(best, before - best):
-        return Verdict(
-            "overfit",
-            f"overfit from step {best_step:.0f} on, where the held-out loss was lowest ({best:.3f}): train "
-            f"shorter (max_steps={best_step:.0f}), on more rows, or with a lower learning_rate",
+        remedy = (
+            f"train shorter (max_steps={best_step:.0f}), on more rows, or with a lower learning_rate"
+            if kept_step is None
+            else f"the adapter is that of step {kept_step}; more rows would go further"
         )
+        where = f"overfit from step {best_step:.0f} on, where the held-out loss was lowest ({best:.3f})"
+        return Verdict("overfit", f"{where}: {remedy}")
     late = _at(held_out, LATE * held_out[-1][0])
     if late is not None and late - after > max(LATE_FALL * (before - after), LEAST_FALL * after):
         return Verdict(

@@ -2,11 +2,12 @@
 
 transformers writes a checkpoint file by file and its resume takes the highest number, complete or not. Here
 a manifest with the sha256 of every file is written last, after fsync; a directory without one, or with a
-file that differs, is not a checkpoint. Does not know what is in the files; copies on other nodes and in a
-registry are checkpoint_sync.py. Start at `newest`, then `seal`.
+file that differs, is not a checkpoint. Which job they are of stands beside them. Copies on other nodes and in
+a registry are checkpoint_sync.py. Start at `claim` and `newest`, then `seal`.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -15,19 +16,76 @@ import shutil
 from pathlib import Path
 
 from runtime.files import sha256, sync_directory, write_atomic
+from runtime.tuning.identity import JobIdentity, in_words
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 """Holds the sha256 of all other files by name; written once they are on the disk."""
 
+OWNER = "job.json"
+"""Beside the checkpoints: the identity of their job."""
+
 _NAME = re.compile(r"checkpoint-(\d+)$")
+
+_NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+"""Files without which a run cannot go on as if it had not been interrupted."""
+
+
+def claim(folder: Path, owner: JobIdentity, *, history: Path | None = None) -> None:
+    """Make `folder` the place of `owner`'s checkpoints, with the `history` of metrics that belongs to them.
+
+    Checkpoints of another job are moved to a folder beside it, and those of `owner` that were moved there
+    earlier are moved back. Called by one process of each disk.
+    """
+    known = _read_owner(folder)
+    if listed(folder) and (known is None or known.digest != owner.digest):
+        _set_aside(folder, known, owner, history)
+    own = _aside(folder, owner.digest)
+    if own.is_dir() and not listed(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        own.rename(folder)
+        if history is not None and (folder / history.name).is_file():
+            (folder / history.name).replace(history)
+        log.info("the checkpoints of this job are back from %s", own)
+    write_atomic(folder / OWNER, owner.to_json())
+
+
+def _set_aside(folder: Path, known: JobIdentity | None, owner: JobIdentity, history: Path | None) -> None:
+    """Move the checkpoints of the job `known` out of `owner`'s way, and say where they are."""
+    found = listed(folder)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    why = in_words(owner.differences(known)) if known else "which one is not recorded"
+    if history is not None and history.is_file():
+        history.replace(folder / history.name)
+    first = target = _aside(folder, known.digest if known else "unknown")
+    for number in itertools.count(2):
+        if not target.exists():
+            break
+        target = first.with_name(f"{first.name}.{number}")
+    folder.rename(target)
+    log.warning(
+        "the checkpoints in %s are another job's (%s): moved to %s (%d checkpoints up to step %d, %.1f MiB), "
+        "which nothing deletes; starting from the beginning",
+        folder, why, target, len(found), step_of(found[-1]), size / 2**20,
+    )  # fmt: skip
+
+
+def _aside(folder: Path, digest: str) -> Path:
+    return folder.with_name(f"{folder.name}-of-{digest[:12]}")
+
+
+def _read_owner(folder: Path) -> JobIdentity | None:
+    try:
+        return JobIdentity.from_json((folder / OWNER).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint below `folder`; newer ones that are not are logged."""
+    """Return the newest checkpoint below `folder` to resume from; why newer ones are not, is logged."""
     for path in reversed(listed(folder)):
-        reason = fault(path)
+        reason = fault(path) or _missing_state(path)
         if reason is None:
             return path
         log.warning("skipping %s: %s", path.name, reason)
@@ -66,6 +124,12 @@ def fault(folder: Path) -> str | None:
         if actual != expected:
             return f"{name} is damaged"
     return None
+
+
+def _missing_state(folder: Path) -> str | None:
+    """Return why a complete checkpoint is nothing to resume from, or None."""
+    missing = [name for name in _NEEDED if not (folder / name).exists()]
+    return f"it holds weights only ({', '.join(missing)} missing)" if missing else None
 
 
 def seal(folder: Path) -> None:

@@ -42,6 +42,7 @@ _NOT_PASSED_ON = {
     "resume_from_checkpoint",
     "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
+    "load_best_model_at_end",
     "fsdp",
     "train_sampling_strategy",
 }
@@ -178,6 +179,13 @@ def chooses_evaluations(job: TuningJob) -> bool:
     return "eval_strategy" not in training or (training["eval_strategy"] == "steps" and not every)
 
 
+def best_metric(job: TuningJob) -> str | None:
+    """Return the metric whose lowest value says which step is kept; None where the last one is."""
+    if not job.training.get("load_best_model_at_end"):
+        return None
+    return f"eval_{(job.training.get('metric_for_best_model') or 'loss').removeprefix('eval_')}"
+
+
 def _checkpointing_arguments(job: TuningJob) -> dict[str, Any]:
     training = job.training
     given = training.get("activation_checkpointing_kwargs") or training.get("gradient_checkpointing_kwargs")
@@ -190,9 +198,12 @@ def _checkpointing_arguments(job: TuningJob) -> dict[str, Any]:
     }
 
 
-def schedule_evaluations(args: "TrainingArguments", plan: BatchPlan, *, held_out_tokens: int) -> None:
+def schedule_evaluations(
+    args: "TrainingArguments", plan: BatchPlan, *, held_out_tokens: int, searches: bool = False
+) -> None:
     """Evaluate at even distances, as often as is cheap: a curve shows when the held-out loss rises.
 
+    A job that `searches` for its best step is evaluated as often whatever that costs.
     A step costs a forward and a backward pass, which is twice the forward one; an evaluation a forward pass.
     """
     from transformers import IntervalStrategy
@@ -200,7 +211,8 @@ def schedule_evaluations(args: "TrainingArguments", plan: BatchPlan, *, held_out
     steps = total_steps(args, plan)
     trained = steps * plan.rows_per_step * sum(plan.lengths) / plan.rows
     affordable = int(EVALUATION_COST * 3 * trained / max(held_out_tokens, 1))
-    count = max(min(EVALUATIONS, affordable, steps - 1), args.eval_strategy == IntervalStrategy.STEPS)
+    least = EVALUATIONS if searches else int(args.eval_strategy == IntervalStrategy.STEPS)
+    count = min(EVALUATIONS, max(affordable, least), max(steps - 1, least and 1))
     if count > 0:
         args.eval_strategy = IntervalStrategy.STEPS
         args.eval_steps = steps // (count + 1) + 1  # mostly not the last step, which is measured anyway

@@ -5,7 +5,6 @@ Does not know data files, reports or registries. Start at `prepare`, then `run_t
 
 import contextlib
 import logging
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,10 +16,10 @@ from safetensors import SafetensorError
 
 from runtime import models
 from runtime.errors import StoppedError
-from runtime.files import write_atomic
 from runtime.hardware import Hardware
 from runtime.tuning.data.batching import BatchPlan
 from runtime.tuning.data.tokenize import TokenizedSplit
+from runtime.tuning.identity import JobIdentity
 from runtime.tuning.model import fsdp, fused_ops, lora, lora_init, packed_attention, padded_attention
 from runtime.tuning.output import OutputPaths
 from runtime.tuning.precision import Precision
@@ -31,6 +30,7 @@ from runtime.tuning.train import checkpoint_sync, checkpoints
 from runtime.tuning.train.progress import JobProgress, MetricsHistory, Reporter, Throughput
 from runtime.tuning.train.schedule import (
     batch_plan,
+    best_metric,
     choose_layout,
     chooses_evaluations,
     requested_checkpointing,
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+    from runtime.tuning.train.best import BestWeights
     from runtime.tuning.train.callbacks import CheckpointCallback
     from runtime.tuning.train.trainer import AdapterTrainer
 
@@ -84,6 +85,8 @@ class Callbacks:
     """What runs between two steps of a trainer."""
 
     checkpoint: "CheckpointCallback"
+    best: "BestWeights | None"
+    """Where the job keeps the step with the lowest held-out loss."""
     reporter: Reporter
     all: "list[TrainerCallback]"
 
@@ -118,13 +121,19 @@ class TrainingSetup:
             (entry["step"], entry[name]) for entry in self.trainer.state.log_history if name in entry
         )
 
+    @property
+    def kept_step(self) -> int:
+        """Step whose weights are the result: the last one, unless the job keeps the best."""
+        best = self.callbacks.best
+        return (best.step if best else 0) or self.trainer.state.global_step
+
     def held_out_curve(self, before: float | None, after: float | None) -> Curve:
-        """Return (step, loss) of the held-out rows from `before` training to `after` it."""
+        """Return (step, loss) of the held-out rows, from `before` training on; `after` is the kept step's."""
         if before is None or after is None:
             return ()
         last = self.trainer.state.global_step
-        between = [point for point in self.logged("eval_loss") if 0 < point[0] < last]
-        return ((0, before), *between, (last, after))
+        measured = {step: loss for step, loss in self.logged("eval_loss") if 0 < step <= last}
+        return ((0, before), *sorted({**measured, self.kept_step: after}.items()))
 
 
 def prepare(
@@ -141,8 +150,9 @@ def prepare(
         plan.steps_per_epoch, plan.rows_per_step, plan.layout, plan.budget_tokens,
     )  # fmt: skip
     if data.held_out is not None and chooses_evaluations(job):
-        schedule_evaluations(args, plan, held_out_tokens=data.held_out.tokens)
-    callbacks = _callbacks(job, rank)
+        searches = best_metric(job) is not None
+        schedule_evaluations(args, plan, held_out_tokens=data.held_out.tokens, searches=searches)
+    callbacks = _callbacks(job, rank, adapter.model)
     held_out = data.held_out.sequences if data.held_out else ()
     trainer = AdapterTrainer(
         adapter.model,
@@ -193,7 +203,8 @@ def _load(job: TuningJob, rank: RankSetup, *, seed: int) -> AdapterModel:
     return AdapterModel(model, first_weights)
 
 
-def _callbacks(job: TuningJob, rank: RankSetup) -> Callbacks:
+def _callbacks(job: TuningJob, rank: RankSetup, model: "PeftModel") -> Callbacks:
+    from runtime.tuning.train.best import BestWeights
     from runtime.tuning.train.callbacks import CheckpointCallback, LossScaleCallback, ProgressCallback
 
     ranks, throughput = rank.ranks, rank.progress.throughput
@@ -201,22 +212,24 @@ def _callbacks(job: TuningJob, rank: RankSetup) -> Callbacks:
     keep = job.training.get("save_total_limit", 2)
     checkpoint = CheckpointCallback(ranks, rank.stop, minutes=job.checkpoint_minutes, keep=keep)
     reporter = Reporter(throughput)
-    callbacks: list[TrainerCallback] = [LossScaleCallback(), checkpoint]
+    metric = best_metric(job)
+    best = BestWeights(model, ranks, metric=metric) if metric else None
+    callbacks: list[TrainerCallback] = [LossScaleCallback(), *([best] if best else []), checkpoint]
     if ranks.is_main:
         paths = OutputPaths(job.output.folder)
         paths.work.mkdir(parents=True, exist_ok=True)
         reporter.history = MetricsHistory(paths.history)
         reporter.display = TerminalBar() if sys.stderr.isatty() else None
         callbacks.append(ProgressCallback(throughput, reporter))
-    return Callbacks(checkpoint, reporter, callbacks)
+    return Callbacks(checkpoint, best, reporter, callbacks)
 
 
-def run_training(setup: TrainingSetup, *, folder: Path, fingerprint: str) -> None:
-    """Train to the end, from the newest complete checkpoint below `folder` of the job with `fingerprint`.
+def run_training(setup: TrainingSetup, *, folder: Path, owner: JobIdentity) -> None:
+    """Train to the end, from the newest complete checkpoint below `folder` of the job `owner`.
 
     Raises StoppedError after SIGTERM and a checkpoint.
     """
-    checkpoint = _find_checkpoint(setup, folder, fingerprint)
+    checkpoint = _find_checkpoint(setup, folder, owner)
     try:
         with (
             setup.rank.stop.deferred(),
@@ -225,6 +238,7 @@ def run_training(setup: TrainingSetup, *, folder: Path, fingerprint: str) -> Non
             contextlib.closing(setup.callbacks.reporter),
         ):
             setup.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            _keep_best(setup)
     except (OSError, RuntimeError, SafetensorError):  # a full disk, among others: free space to record why
         if setup.rank.ranks.is_main:
             checkpoints.remove_unsealed(folder)
@@ -236,23 +250,39 @@ def run_training(setup: TrainingSetup, *, folder: Path, fingerprint: str) -> Non
         )
 
 
-def _find_checkpoint(setup: TrainingSetup, folder: Path, fingerprint: str) -> Path | None:
-    """Return the checkpoint to resume from, once every node has it; removes checkpoints of other jobs."""
-    owner = folder / "job"
+def _find_checkpoint(setup: TrainingSetup, folder: Path, owner: JobIdentity) -> Path | None:
+    """Return the checkpoint to resume from, once every node has it; other jobs' are moved out of the way."""
     ranks, registry = setup.rank.ranks, setup.callbacks.checkpoint.registry
     if ranks.is_main:
-        known = owner.read_text(encoding="utf-8") if owner.is_file() else ""
-        if checkpoints.listed(folder) and known != fingerprint:
-            log.warning("the checkpoints in %s are another job's: starting from the beginning", folder)
-            shutil.rmtree(folder)
-        write_atomic(owner, fingerprint)
+        history = setup.callbacks.reporter.history
+        checkpoints.claim(folder, owner, history=history.path if history else None)
         if registry is not None:
-            registry.restore(folder, fingerprint)
+            registry.restore(folder, owner.digest)
     ranks.barrier()
+    if ranks.is_local_main and not ranks.is_main:  # a disk of its own; a shared one is rank 0's already
+        checkpoints.claim(folder, owner)
     checkpoint = checkpoint_sync.sync_newest(folder, ranks)
     if checkpoint:
         log.info("resuming from %s", checkpoint.name)
+        if setup.callbacks.best is not None:
+            setup.callbacks.best.read(checkpoint)
     return checkpoint
+
+
+def _keep_best(setup: TrainingSetup) -> None:
+    """Where the job asks for it, give the model the weights of the step with the lowest held-out loss."""
+    best, trainer = setup.callbacks.best, setup.trainer
+    if best is None or setup.callbacks.checkpoint.stopped:
+        return
+    last = trainer.state.global_step
+    if all(step != last for step, _ in setup.logged("eval_loss")):
+        trainer.evaluate()
+    best.restore()
+    losses = setup.logged("eval_loss")
+    log.info(
+        "kept step %d of %d: %s %.4f is the lowest of %d evaluations",
+        setup.kept_step, last, best.metric.removeprefix("eval_"), best.value, len(losses),
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from runtime import hardware, models
 from runtime.model_source import Dtype, ModelSource, Quantization
 from runtime.tuning.data.batching import IGNORE
 from runtime.tuning.data.tokenize import TokenizedData, TokenizedSequence, TokenizedSplit
+from runtime.tuning.identity import JobIdentity
 from runtime.tuning.precision import resolve_precision
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.process.signals import StopSignal
@@ -99,7 +100,7 @@ def compare(context: Context, case: TrainingCase) -> Figures:
         reference = _reference(made.model, folder)
         step = LastStep(made.trainer)
         made.trainer.add_callback(step)
-        setup.run_training(made, folder=Path(out) / "checkpoints", fingerprint="bench")
+        setup.run_training(made, folder=Path(out) / "checkpoints", owner=JobIdentity({}))
     loss, gradients = _by_rows(reference, rows)
     figures = {"dtype": str(made.rank.precision.dtype), "skipped_steps": step.skipped, "loss": step.loss}
     return figures | errors(step, loss, gradients)

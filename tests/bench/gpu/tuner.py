@@ -21,6 +21,7 @@ from runtime import hardware, models
 from runtime.model_source import ModelSource, Quantization
 from runtime.tuning import fit
 from runtime.tuning.data.tokenize import TokenizedData, TokenizedSequence, TokenizedSplit
+from runtime.tuning.identity import JobIdentity
 from runtime.tuning.precision import resolve_precision
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.process.signals import StopSignal
@@ -159,7 +160,7 @@ def _ours(context: Context, tokens: int, roof: float) -> Figures:
         steps = len(rows) // per_step
         clock = StepClock(context, steps=steps, tokens=lambda: progress.throughput.tokens)
         made.trainer.add_callback(clock)
-        setup.run_training(made, folder=Path(out) / "checkpoints", fingerprint="bench")
+        setup.run_training(made, folder=Path(out) / "checkpoints", owner=JobIdentity({}))
     figures = clock.figures()
     figures["roofline_share"] = figures["tokens_per_s"] / roof
     peak = _peak_bytes(context)

@@ -44,13 +44,16 @@ def job(**given: Any) -> TuningJob:
 MEASURED = ((0, 2.61), (120, 1.34), (240, 1.21), (360, 1.19))
 
 
-def build(*, measured: tuple[tuple[float, float], ...] = MEASURED, **given: Any) -> dict[str, Any]:
+def build(
+    *, measured: tuple[tuple[float, float], ...] = MEASURED, kept_step: int = 360, **given: Any
+) -> dict[str, Any]:
     losses = tuple(
         (step, 1.1 + 1.4 * math.exp(-step / 60) + 0.12 * math.sin(step * 1.7) * math.cos(step / 3))
         for step in range(1, 361)
     )
     outcome = report.Outcome(
         steps=360,
+        kept_step=kept_step,
         train_loss=1.093,
         losses=losses,
         held_out_losses=measured,
@@ -107,6 +110,15 @@ def test_page_is_one_file_without_scripts_or_requests() -> None:
     assert reader.links == ["data:,"]
     assert "http" not in re.sub(r"http-equiv|https://store\.example/rows\.parquet", "", text)
     assert "default-src 'none'" in text
+
+
+def test_report_of_a_run_that_keeps_its_best_step_names_it_and_its_loss() -> None:
+    made = build(kept_step=240)
+    assert made["result"]["kept_step"] == 240
+    assert made["result"]["held_out_loss"] == {"before": 2.61, "after": 1.21}
+    text = read(html.render(made)).text
+    assert "360 steps, step 240 kept, in 1:02:05" in text
+    assert "2.610 → 1.210" in text
 
 
 def test_page_shows_what_the_report_holds() -> None:

@@ -88,3 +88,10 @@ def test_the_summary_is_one_line_with_before_and_after() -> None:
     )
     report["result"] = {"held_out_loss": {"before": None, "after": None}, "steps": 1, "seconds": 3.0}
     assert summary(report) == "tickets-20261130-1132: 1 step in 0:03; learnt: so it is"
+
+
+def test_overfit_run_that_keeps_its_best_step_needs_no_shorter_one() -> None:
+    turned = curve(lambda t: 1.2 + 2 * (t - 0.5) ** 2)
+    found = judge(turned, held_out_rows=50, kept_step=178)
+    assert found.kind == "overfit"
+    assert found.text.endswith("the adapter is that of step 178; more rows would go further")

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from runtime.tuning.identity import JobIdentity
 from runtime.tuning.output import SENTINEL, OutputPaths
 from runtime.tuning.settings import Output, TuningJob
 from runtime.tuning.train.checkpoints import MANIFEST, fault, listed, step_of
@@ -18,6 +19,9 @@ from tests.tuning.conftest import Worker, tiny_job
 from tests.tuning.train.test_trainer import training_setup
 
 Maker = Callable[..., TuningJob]
+
+ONE = JobIdentity({"training.learning_rate": 1e-4})
+OTHER = JobIdentity({"training.learning_rate": 1e-3})
 
 OFTEN = {"save_strategy": "steps", "save_steps": 4, "max_steps": 60}
 EVERY_STEP = {**OFTEN, "save_steps": 1}
@@ -182,7 +186,7 @@ def test_fault_10_disk_that_fills_up_ends_6_and_keeps_the_last_checkpoint(
 def test_checkpoints_come_by_the_clock_when_save_strategy_is_no(make_job: Maker) -> None:
     job = make_job(training={"save_strategy": "no", "max_steps": 8}, checkpoint_minutes=0.0005)
     folder = OutputPaths(job.output.folder).checkpoints
-    run_training(training_setup(job), folder=folder, fingerprint="one")
+    run_training(training_setup(job), folder=folder, owner=ONE)
     assert listed(folder)
 
 
@@ -191,9 +195,9 @@ def test_checkpoints_of_another_job_are_not_resumed_from(
 ) -> None:
     job = make_job(training={**OFTEN, "max_steps": 8})
     folder = OutputPaths(job.output.folder).checkpoints
-    run_training(training_setup(job), folder=folder, fingerprint="one")
+    run_training(training_setup(job), folder=folder, owner=ONE)
     caplog.clear()
     other = training_setup(job)
-    run_training(other, folder=folder, fingerprint="other")
-    assert "are another job's: starting from the beginning" in caplog.text
+    run_training(other, folder=folder, owner=OTHER)
+    assert "are another job's (learning_rate 0.0001, now 0.001): moved to" in caplog.text
     assert other.throughput.first_step == 0

@@ -24,7 +24,7 @@ from runtime.hardware import Hardware
 from runtime.model_source import ModelSource, Quantization
 from runtime.tuning.data import dataset, tokenize
 from runtime.tuning.data.bad_rows import BadRows
-from runtime.tuning.data.tokenize import TokenizedSplit
+from runtime.tuning.data.tokenize import TokenizedData, TokenizedSequence, TokenizedSplit
 from runtime.tuning.precision import resolve_precision
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.process.signals import StopSignal
@@ -44,7 +44,9 @@ WIDE = {"per_device_train_batch_size": 16, "max_steps": 6}
 """Some 1,400 tokens a step, in passes of at most 1,024."""
 
 
-def training_setup(job: TuningJob, machine: Hardware = CPU) -> TrainingSetup:
+def training_setup(
+    job: TuningJob, machine: Hardware = CPU, *, held_out: tuple[TokenizedSequence, ...] = ()
+) -> TrainingSetup:
     """Set a job's model and trainer up in this process, on its CPU, as for `machine`."""
     tokenizer = models.load_tokenizer(job.model)
     rows = tokenize.encode(
@@ -54,7 +56,8 @@ def training_setup(job: TuningJob, machine: Hardware = CPU) -> TrainingSetup:
     )
     settled, precision = resolve_precision(job, machine)
     rank = RankSetup(machine, "cpu", precision, Ranks(), StopSignal(), JobProgress())
-    return prepare(settled, tokenizer, TokenizedSplit(rows), rank=rank)
+    apart = TokenizedData(held_out) if held_out else None
+    return prepare(settled, tokenizer, TokenizedSplit(rows, apart), rank=rank)
 
 
 def on_meta(setup: TrainingSetup) -> TrainingSetup:
