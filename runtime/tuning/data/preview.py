@@ -91,8 +91,8 @@ def preview(job: TuningJob, *, count: int, access: oci.Access = DEFAULT) -> Prev
             _preview_example(example, result, encoder.tokenizer) for example, result in encoded[:count]
         ),
         data=data,
-        train_rows=len(train),
-        held_out_rows=len(held_out),
+        train_rows=sum(example.origin not in data.bad_rows for example in train),
+        held_out_rows=sum(example.origin not in data.bad_rows for example in held_out),
         max_tokens=encoder.max_tokens,
         counted=len(results),
         outcomes=Counter(result.outcome for result in results),

@@ -1,5 +1,6 @@
 """Rows as the model sees them: what is labelled, what is counted, and that no weights are read."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -133,3 +134,20 @@ def test_command_previews_a_manifest_that_still_has_placeholders_for_its_output(
     assert "\x1b[32mblue<|im_end|>\x1b[0m" in capsys.readouterr().out
     assert main.run([*arguments, "--on-bad-row", "ignore"], {}) == 2
     assert "on_bad_row" in capsys.readouterr().err
+
+
+def test_rows_that_the_template_refuses_are_skipped_and_not_counted_to_train_on(
+    make_job: Maker, without_weights: ModelSource, tmp_path: Path
+) -> None:
+    assert without_weights.path
+    template = without_weights.path / "chat_template.jinja"
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template.write_text(refusal + template.read_text())
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    system = {"role": "system", "content": "s"}
+    rows = [{"messages": turns}, {"messages": turns}, {"messages": [system, *turns]}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    job = make_job(model=without_weights)
+    data = job.data.model_copy(update={"file": tmp_path / "rows.jsonl", "on_bad_row": "skip"})
+    found = preview(job.model_copy(update={"data": data}), count=3)
+    assert (found.train_rows, found.counted, found.data.bad_rows.skipped) == (2, 2, 1)
