@@ -3,16 +3,19 @@
 To write the page's tables anew: `python -m tests.workspace.test_settings_page`.
 """
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import pytest
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from runtime.adapters import lora_config
+from runtime.cli import main
 from runtime.errors import ConfigError
 from runtime.tuning.arguments import training
 from runtime.tuning.settings import TuningJob
@@ -258,6 +261,20 @@ def test_every_setting_of_a_table_is_reached_by_its_name() -> None:
         found = one_key("TrainingArguments", key, {"max_length": 64, "fsdp": "full_shard"}.get(key, "true"))
         assert isinstance(found, Resolved)
         assert "TrainingArguments" in found.sources[setting], setting
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_the_examples_above_the_tables_are_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").touch()
+    top = PAGE.read_text(encoding="utf-8").partition(START)[0]
+    examples = [words for words in re.findall(r"`(--set .+?)`", top) if "NAME" not in words]
+    assert len(examples) > 6
+    for words in examples:
+        command = ["tune", "phi-4-mini-instruct", "--data", "rows.jsonl", "--dry-run", *words.split()]
+        assert main.run(command, {}) == 0, capsys.readouterr().err
 
 
 def write() -> None:
