@@ -113,15 +113,17 @@ class AnswerReader:
         whole = dialogue.until(index + 1)
         shown, asked = self._render(whole), self._asked(dialogue.until(index))
         start = self._start(whole, shown.text, asked.text if asked else None)
-        end, closed = self._end(whole, shown.text)
-        if not shown.text[start.at : end].strip() and _says(whole.messages[-1]):
+        tail = self._tail(whole, shown.text)
+        written = len(shown.text) - len(tail.text)
+        if not shown.text[start.at : written].strip() and _says(whole.messages[-1]):
             raise DataError(f"the model's chat template writes nothing of {_name(whole)}")
+        end = written + tail.kept
         spans: tuple[tuple[int, int], ...] = ((start.at, end),)
         if chat_template.marks_answers(self._template(whole)):
             spans = self._marked(
                 whole, shown, start=start.at, end=end, before=len(asked.generated) if asked else None
             )
-        return Answer(start.prompt, _pieces(shown.text, start, spans), closed)
+        return Answer(start.prompt, _pieces(shown.text, start, spans), tail.kept > 0)
 
     def text(self, dialogue: Dialogue) -> str:
         """Return the rendering of a conversation; DataError where the template refuses it."""
@@ -211,13 +213,17 @@ class AnswerReader:
         written = thought.written(body, message)
         if written is not None:
             return _Start(prompt, len(base) + written)
+        at = len(base)
         if body.startswith(thought.opening):
-            return None
+            if not thought.is_left_open(body):
+                return None
+            at += thought.begins_in(body)
+            body = shown[at:]
         closing = self._closings.get(thought.opening)
         if closing is None:
             closing = self._closings[thought.opening] = thought.closing_of(self._ends_of_thoughts(thought))
         blank = len(body) - len(body.lstrip("\n")) if closing.endswith("\n") else 0
-        return _Start(prompt, len(base) + blank, thought.of(message) + closing)
+        return _Start(prompt, at + blank, thought.of(message) + closing)
 
     def _ends_of_thoughts(self, thought: OpenThought) -> Iterable[str]:
         """Yield what the template writes of answers with a thought."""
@@ -225,15 +231,15 @@ class AnswerReader:
             text = self._probe(Dialogue(({"role": "user", "content": "q"}, message)))
             yield text.partition(_ARGUMENT)[2].partition(_CONTENT)[0] if _CONTENT in text else ""
 
-    def _end(self, whole: Dialogue, shown: str) -> tuple[int, bool]:
-        """Return where the last message ends in `shown`, its end token included, and whether it has one."""
+    def _tail(self, whole: Dialogue, shown: str) -> _Tail:
+        """Return what ends the last message in `shown`."""
         calls = bool(whole.messages[-1].get("tool_calls"))
         tail = self._tails.get(calls)
         if tail is None or not shown.endswith(tail.text):
             tail = self._tails[calls] = self._read_tail(whole)
         if not shown.endswith(tail.text):
             raise _undecided(whole, f"it does not end with {tail.text!r} as other answers do")
-        return len(shown) - len(tail.text) + tail.kept, tail.kept > 0
+        return tail
 
     def _read_tail(self, whole: Dialogue) -> _Tail:
         """Return how the template ends an answer like the last message."""

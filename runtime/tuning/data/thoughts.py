@@ -54,13 +54,17 @@ class OpenThought:
     def written(self, body: str, message: dict[str, Any]) -> int | None:
         """Return where a thought begins in an answer as the template writes it; None without one."""
         if body.startswith(self.opening) and self.closing in body:
-            after = len(self.opening)
-            return after + len(self.space) if body.startswith(self.space, after) else after
+            return self.begins_in(body)
         if self.closing in body and self.closing in str(message.get("content")):
             return len(body) - len(
                 body.lstrip("\n")
             )  # the row leaves out the beginning, which the prompt has
         return None
+
+    def begins_in(self, body: str) -> int:
+        """Return where the thought begins in `body`, which begins with the opening."""
+        after = len(self.opening)
+        return after + len(self.space) if body.startswith(self.space, after) else after
 
     def skip(self, body: str) -> tuple[int, str] | None:
         """Return where in `body` the answer begins and the thought before it; None where that has no end."""

@@ -7,7 +7,7 @@ files, templates, tensors or batches. T tokens. Start at `encode`, then `Encoder
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -261,9 +261,8 @@ class Encoder:
             for labelled, pieces in groupby(sequence.pieces, key=lambda piece: piece.labelled)
         ]
         ids, ranges = self._tokenize("".join(text for text, _ in runs))
-        offsets = np.asarray(ranges, dtype=np.int64).reshape(-1, 2)
-        mask = _mask(runs, offsets)
-        if _cross(runs, offsets):
+        mask, crossed = _mask(runs, ranges)
+        if crossed:
             ids, mask = self._apart(runs, ids, mask)
         if not sequence.closed:
             ids, mask = [*ids, self._eos()], np.append(mask, True)
@@ -329,21 +328,17 @@ def _from(example: Example, start: int, system: int) -> Example:
     )
 
 
-def _mask(runs: Iterable[tuple[str, bool]], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which tokens, with `offsets` (T, 2), lie in a labelled run, be it with a part."""
-    mask = np.zeros(len(offsets), dtype=np.bool_)
-    end = 0
-    for text, labelled in runs:
-        begin, end = end, end + len(text)
-        if labelled:
-            first = np.searchsorted(offsets[:, 1], begin, side="right")
-            mask[first : np.searchsorted(offsets[:, 0], end, side="left")] = True
-    return mask
+def _mask(
+    runs: Sequence[tuple[str, bool]], ranges: Sequence[tuple[int, int]]
+) -> tuple[NDArray[np.bool_], bool]:
+    """Return which tokens, of these character ranges, lie in labelled runs, and whether some lie in two runs.
 
-
-def _cross(runs: Iterable[tuple[str, bool]], offsets: NDArray[np.int64]) -> bool:
-    """Return whether some token, with `offsets` (T, 2), begins in one run and ends in another."""
-    borders = np.cumsum([len(text) for text, _ in runs])
-    first = np.searchsorted(offsets[:, 1], borders[:-1], side="right")
-    inside = first < len(offsets)
-    return bool((offsets[first[inside], 0] < borders[:-1][inside]).any())
+    Such a token counts as one of the later run.
+    """
+    offsets = np.fromiter(chain.from_iterable(ranges), np.int64, 2 * len(ranges)).reshape(-1, 2)
+    borders = np.cumsum([len(text) for text, _ in runs])[:-1]
+    first = np.searchsorted(offsets[:, 1], borders, side="right")  # of each run but the first
+    counts = np.diff(first, prepend=0, append=len(ranges))
+    within = first < len(ranges)
+    crossed = offsets[first[within], 0] < borders[within]
+    return np.repeat([labelled for _, labelled in runs], counts), bool(crossed.any())

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,8 +13,11 @@ import pytest
 from runtime.cli import main, render
 from runtime.model_source import ModelSource
 from runtime.tuning.data.bad_rows import BadRows
-from runtime.tuning.data.preview import Preview, preview
+from runtime.tuning.data.example import Example
+from runtime.tuning.data.preview import Preview, preview, runs
+from runtime.tuning.data.tokenize import Encoder
 from runtime.tuning.settings import Encoding, TuningJob
+from tests.tuning.data.template_families import FAMILIES
 
 Maker = Callable[..., TuningJob]
 
@@ -151,3 +155,98 @@ def test_rows_that_the_template_refuses_are_skipped_and_not_counted_to_train_on(
     data = job.data.model_copy(update={"file": tmp_path / "rows.jsonl", "on_bad_row": "skip"})
     found = preview(job.model_copy(update={"data": data}), count=3)
     assert (found.train_rows, found.counted, found.data.bad_rows.skipped) == (2, 2, 1)
+
+
+STRIPPED_THOUGHT = (
+    "{{ '<s>' }}{% for m in messages %}{% if m.role == 'user' %}{{ '### U:' + m.content }}"
+    "{% else %}{{ '### A:' + m.content.split('</think>')[-1] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### A:<think>\n' }}{% endif %}"
+)
+ORDER = {"id": "1", "type": "function", "function": {"name": "get_order", "arguments": {"id": 7}}}
+
+
+def turns(*contents: str) -> tuple[dict[str, Any], ...]:
+    return tuple(
+        {"role": ("user", "assistant")[number % 2], "content": content}
+        for number, content in enumerate(contents)
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "template", "example", "shown"),
+    [
+        (
+            "chatml", None, Example(turns("chatml?", "It ends turns with <|im_end|>, begins <|im_start|>.")),
+            ["<|im_start|>user\nchatml?<|im_end|>\n<|im_start|>assistant\n"
+             "⟦It ends turns with <|im_end|>, begins <|im_start|>.<|im_end|>⟧"],
+        ),
+        (
+            "chatml", STRIPPED_THOUGHT, Example(turns("Great film", "positive")),
+            ["<s>### U:Great film### A:<think>\n⟦\n</think>\n\npositive<|im_end|>⟧"],
+        ),
+        (
+            "chatml", STRIPPED_THOUGHT, Example(turns("2+2?", "<think>\nadd them\n</think>\n\n4")),
+            ["<s>### U:2+2?### A:<think>\n⟦add them\n</think>\n\n4<|im_end|>⟧"],
+        ),
+        (
+            "generation blocks", None, Example(turns("a", "one", "b", "two")),
+            ["<|im_start|>user\na<|im_end|><|im_start|>assistant\n⟦one<|im_end|>⟧"
+             "<|im_start|>user\nb<|im_end|><|im_start|>assistant\n⟦two<|im_end|>⟧"],
+        ),
+        (
+            "harmony", None, Example(turns("hi", "hello", "more", "yes")),
+            ["<|start|>user<|message|>hi<|end|><|start|>assistant"
+             "⟦<|channel|>final<|message|>hello<|return|>⟧",
+             "<|start|>user<|message|>hi<|end|><|start|>assistant<|channel|>final<|message|>hello<|end|>"
+             "<|start|>user<|message|>more<|end|><|start|>assistant"
+             "⟦<|channel|>final<|message|>yes<|return|>⟧"],
+        ),
+        (
+            "qwen3", None, Example(turns("a", "<think>\nlong\n</think>\n\nfour", "b", "five")),
+            ["<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦<think>\nlong\n</think>\n\nfour<|im_end|>⟧",
+             "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nfour<|im_end|>\n"
+             "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\nfive<|im_end|>⟧"],
+        ),
+        (
+            "llama 3", None,
+            Example(
+                (
+                    {"role": "user", "content": "where?"},
+                    {"role": "assistant", "content": None, "tool_calls": [ORDER]},
+                    {"role": "tool", "content": "sent", "tool_call_id": "1"},
+                    {"role": "assistant", "content": "It is sent."},
+                )
+            ),
+            ["<s><|start_header_id|>user<|end_header_id|>\n\nwhere?<|eot_id|>"
+             "<|start_header_id|>assistant<|end_header_id|>\n\n"
+             '⟦{"name": "get_order", "parameters": {"id": 7}}<|eot_id|>⟧'
+             "<|start_header_id|>ipython<|end_header_id|>\n\nsent<|eot_id|>"
+             "<|start_header_id|>assistant<|end_header_id|>\n\n⟦It is sent.<|eot_id|>⟧"],
+        ),
+        (
+            "chatml", None, Example(turns("a", "BAD", "b", "GOOD"), untrained=frozenset({1})),
+            ["<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nBAD<|im_end|>\n"
+             "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n⟦GOOD<|im_end|>⟧"],
+        ),
+    ],
+    ids=["special in answer", "no thought", "thought", "blocks", "harmony", "qwen3", "calls", "weight 0"],
+)  # fmt: skip
+def test_template_cases_are_shown_as_they_are_trained(
+    family: str, template: str | None, example: Example, shown: list[str]
+) -> None:
+    tokenizer = FAMILIES[family].tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    encoded = Encoder(tokenizer, Encoding(), max_tokens=2048).encode(example)
+    texts = [
+        "".join(f"⟦{run.text}⟧" if run.labelled else run.text for run in runs(sequence, tokenizer))
+        for sequence in encoded.sequences
+    ]
+    assert texts == shown
+
+
+def test_special_tokens_that_were_added_are_trained_through() -> None:
+    tokenizer = FAMILIES["chatml"].tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<scratch>", "</scratch>"]})
+    example = Example(turns("hi", "<scratch>so</scratch>it is 4"))
+    (sequence,) = Encoder(tokenizer, Encoding(), max_tokens=2048).encode(example).sequences
+    assert runs(sequence, tokenizer)[-1].text == "<scratch>so</scratch>it is 4<|im_end|>"

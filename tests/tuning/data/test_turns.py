@@ -12,6 +12,7 @@ from runtime.chat_template import TemplateOptions
 from runtime.tuning.data.example import Example
 from runtime.tuning.data.preview import runs
 from runtime.tuning.data.tokenize import Encoder
+from runtime.tuning.data.turns import LONG
 from runtime.tuning.settings import Encoding
 from tests.tuning.data.template_families import FAMILIES, SPECIAL, Family, Message
 
@@ -128,3 +129,39 @@ def test_labelled_text_is_what_the_server_would_have_to_generate(name: str) -> N
             check(family, example)
 
     holds()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_long_conversation_is_labelled_as_its_turns_are(name: str) -> None:
+    family, messages = FAMILIES[name], []
+    for number in range(LONG // 2 + 4):
+        messages += [
+            {"role": "user", "content": f"question {number}"},
+            {"role": "assistant", "content": f"answer <|im_end|> {number}\n"},
+        ]
+        if family.tools and number % 5 == 2:
+            function = {"name": "get_order", "arguments": {"id": "x", "n": number}}
+            call = {"id": "a1b2c3d4e", "type": "function", "function": function}
+            messages[-1:-1] = [
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "content": "sent", "tool_call_id": "a1b2c3d4e"},
+            ]
+    tools = TOOLS if family.tools else ()
+    last_answer = len(messages) - 3
+    sequences = check(family, Example(tuple(messages), tools=tools, untrained=frozenset({last_answer})))
+    assert (sequences > 1) == (name in REWRITING)
+
+
+REWRITING = {
+    "qwen3",
+    "qwen3 thinking",
+    "nemotron",
+    "deepseek r1",
+    "harmony",
+    "mistral v3",
+    "closed thought",
+    "falcon",
+    "alpaca",
+    "gemma 4",
+}
+"""Families that show an answer otherwise once others follow, or ask with more than they then show."""

@@ -1,0 +1,98 @@
+"""What a template leaves undecided is an error that names what it does; odd behaviour is said once."""
+
+import logging
+from typing import Any
+
+import pytest
+
+from runtime.errors import DataError
+from runtime.tuning.data.answers import AnswerReader, dialogue
+from tests.tuning.data.template_families import CHATML, FAMILIES, R1
+
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": "<|im_end|>"}}}
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def reader(template: str, family: str = "chatml") -> AnswerReader:
+    tokenizer: Any = FAMILIES[family].tokenizer()
+    tokenizer.chat_template = template
+    return AnswerReader(tokenizer, frozenset({tokenizer.eos_token_id}))
+
+
+def completion(template: str, messages: list[dict[str, Any]] = TURNS) -> str:
+    answer = reader(template).answer(dialogue(messages), len(messages) - 1)
+    return "".join(piece.text for piece in answer.pieces if piece.labelled)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (
+            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+            r"writes nothing of message 2 \(assistant\)",
+        ),
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}"
+            "{% generation %}{{ m.content }}{% endgeneration %}{% else %}"
+            "{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
+            r"has {% generation %} blocks, but writes none for message 2 \(assistant\)",
+        ),
+        (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+            "{% if add_generation_prompt %}Bot:{% endif %}",
+            r"leaves open what message 2 \(assistant\) consists of: .* its generation prompt '.*Bot:'",
+        ),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            r"refuses a conversation of user, assistant: roles must alternate",
+        ),
+    ],
+    ids=["nothing written", "no block", "another prompt", "refused"],
+)
+def test_what_cannot_be_decided_names_the_templates_behaviour(template: str, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        completion(template)
+
+
+def test_call_that_is_not_written_is_no_answer() -> None:
+    silent = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    with pytest.raises(DataError, match=r"writes nothing of message 2 \(assistant\)"):
+        completion(CHATML, [TURNS[0], silent])
+
+
+def test_answer_without_a_question_is_read_where_other_answers_begin() -> None:
+    assert completion(CHATML, TURNS[1:]) == "b<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "written", "rest"),
+    [
+        ("<think>\n", "", "\n</think>\n\nb"),
+        ("<think>", "", "</think>b"),
+        ("[THINK]", "", "[/THINK]b"),
+        ("◁think▷", "", "◁/think▷b"),
+        ("<|START_THINKING|>", "", "<|END_THINKING|>b"),
+        ("<reasoning>\n", "", "\n</reasoning>\n\nb"),
+        ("<think>\n\n</think>\n\n", "", "b"),
+        ("<think>\n", "<think></think>", "</think>b"),
+        ("<think>\n", "<think>\n\n</think>\n\n", "\n</think>\n\nb"),
+        ("<think>\n", "<think>\n", "\n</think>\n\nb"),
+        ("", "<think>\n\n</think>\n\n", "<think>\n\n</think>\n\nb"),
+    ],
+)
+def test_thought_that_the_prompt_opens_is_closed(prompt: str, written: str, rest: str) -> None:
+    template = CHATML.replace(
+        "{{ m.content }}", f"{{{{ '{written!s}' if m.role == 'assistant' }}}}{{{{ m.content }}}}"
+    ).replace("assistant\n{% endif", f"assistant\n{{{{ '{prompt}' }}}}{{% endif")
+    assert completion(template.replace("\n'", "\\n'")) == rest + "<|im_end|>"
+
+
+def test_behaviour_of_a_template_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    read = reader(R1, "deepseek r1")
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            read.answer(dialogue(TURNS), 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the generation prompt opens a thought (<think>): a row's thought is trained with its end, "
+        "an empty one where a row has none"
+    ]
