@@ -109,9 +109,16 @@ def _send(image: Image, reference: Reference, store: Store, mount_from: str | No
     return image.digest
 
 
-def pull(reference: Reference, folder: Path, *, access: Access = DEFAULT) -> Path:
+def pull(
+    reference: Reference,
+    folder: Path,
+    *,
+    access: Access = DEFAULT,
+    check_size: Callable[[int], object] | None = None,
+) -> Path:
     """Make `folder` the verified content of the image; it appears complete or stays as it was.
 
+    check_size: called with the bytes that the image says it has, before any is fetched; raises a Failure.
     A folder that an earlier pull of the same image made is kept; one with other files in it is refused.
     Interrupted downloads resume; a pull that fails for good leaves nothing.
     """
@@ -123,6 +130,8 @@ def pull(reference: Reference, folder: Path, *, access: Access = DEFAULT) -> Pat
         info = _inspect(store, reference)
         if _pulled_digest(folder) == info.digest:
             return folder
+        if check_size is not None:
+            check_size(info.manifest.size)
         folder = folder.absolute()
         with disk_errors(folder.parent), _new_folder(folder.parent), _locked(folder.parent, access.cache):
             if _pulled_digest(folder) != info.digest:  # else another process was quicker

@@ -50,14 +50,16 @@ def fetch(
     Raises DataError for failures that a retry does not mend (404, HTML, a wrong digest), TransientError for
     the others.
     """
+    sent = ByteCount(DataLimits.of(source.max_bytes, source.folder).wire, "sends")
     if source.image is not None:
-        oci.pull(oci.parse(source.image), source.folder / "image", access=access)
+        image = source.image
+        folder = source.folder / "image"
+        oci.pull(oci.parse(image), folder, access=access, check_size=lambda size: sent.expect(size, image))
         return
     if not source.urls:
         return
     stop = threading.Event()
     source.folder.mkdir(parents=True, exist_ok=True)
-    sent = ByteCount(DataLimits.of(source.max_bytes, source.folder).wire, "sends")
     downloads = []
     for text, path in zip(dict.fromkeys(source.urls), local_paths(source.urls, source.folder), strict=True):
         url = urls.parse(text)

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import logging
+import random
 import socket
 import time
 import zlib
@@ -22,7 +23,7 @@ import pytest
 from backports import zstd
 from pydantic import SecretStr
 
-from runtime import files
+from runtime import files, oci
 from runtime.errors import CapacityError, DataError, TransientError
 from runtime.net import DownloadLimits
 from runtime.tuning.data import download as fetching
@@ -448,6 +449,18 @@ def test_limit_is_for_all_files_and_those_of_earlier_runs(tmp_path: Path) -> Non
         with pytest.raises(DataError, match=r"/b.jsonl: sends more than 1000 bytes"):
             get(tmp_path, *urls, max_bytes=1000)
         get(tmp_path, *urls, max_bytes=1200)
+
+
+def test_image_larger_than_the_limit_is_not_pulled(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.jsonl").write_bytes(random.Random(1).randbytes(20_000))
+    image = f"oci:{tmp_path}/layout:v1"
+    oci.push(tmp_path / "rows", oci.parse(image))
+    with pytest.raises(DataError, match=r"layout:v1: sends more than 10000 bytes"):
+        fetch(DataSource(image=image, folder=tmp_path / "data", max_bytes=10_000))
+    assert not (tmp_path / "data").exists()
+    fetch(DataSource(image=image, folder=tmp_path / "data", max_bytes=30_000))
+    assert (tmp_path / "data" / "image" / "a.jsonl").is_file()
 
 
 def test_server_that_drips_over_many_connections_is_left(tmp_path: Path) -> None:
