@@ -18,6 +18,7 @@ from runtime.memory import fitting
 from runtime.memory.fitting import Adjustable, Forecast
 from runtime.memory.shape import Shape, of
 from runtime.memory.tuning import TuningRun, patterned
+from runtime.tuning.arguments import rules
 from runtime.tuning.arguments.training import DEFAULTS
 from runtime.tuning.data.tokenize import MAX_TOKENS, TokenizedSequence
 from runtime.tuning.precision import choose_dtype
@@ -115,6 +116,7 @@ def check(job: TuningJob, machine: Hardware, *, processes: int | None = None) ->
 
 def check_model(job: TuningJob, machine: Hardware) -> None:
     """Raise ConfigError where the model of `job` cannot be tuned on `machine`."""
+    rules.check_device(job, machine.kind)
     wishes = [f"--set training.{name}=false" for name in ("bf16", "fp16") if job.training.get(name)]
     how = " ".join(["--set model.dtype=float32", *wishes])
     support.check_tuner(job.model, machine, dtype=choose_dtype(job, machine), how=how)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def token_loss(logits: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
+def token_loss(logits: "torch.Tensor", labels: "torch.Tensor", *, smoothing: float = 0.0) -> "torch.Tensor":
     """Summed cross-entropy, in float32, of logits (B, N, V) against labels (B, N) that are not IGNORE.
 
     The caller divides by the count over *all* ranks and micro-batches: a mean of means would weigh
@@ -28,13 +28,21 @@ def token_loss(logits: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor"
     from torch.nn.functional import cross_entropy
 
     loss: torch.Tensor = cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+        logits.flatten(0, 1).float(),
+        labels.flatten(),
+        ignore_index=IGNORE,
+        reduction="sum",
+        label_smoothing=smoothing,
     )
     return loss
 
 
-def batch_loss(model: "torch.nn.Module", batch: MicroBatch, device: str) -> "torch.Tensor":
+def batch_loss(
+    model: "torch.nn.Module", batch: MicroBatch, device: str, *, smoothing: float = 0.0
+) -> "torch.Tensor":
     """Run `model` over `batch` and return its summed loss, a scalar with gradients.
+
+    `smoothing` is the share of each label that is spread over the whole vocabulary.
 
     Nothing of it waits for a GPU, so that the host starts the work of the next pass while this one runs.
     """
@@ -48,14 +56,15 @@ def batch_loss(model: "torch.nn.Module", batch: MicroBatch, device: str) -> "tor
     head = None if idle else loss_head(model)
     if head is not None:
         indices = batch.labelled
-        labelled = LabelledTokens(_to(device, indices), _to(device, batch.labels.flatten()[indices]))
+        targets = _to(device, batch.labels.flatten()[indices])
+        labelled = LabelledTokens(_to(device, indices), targets, smoothing)
         with head.expecting(labelled):
             loss: torch.Tensor = model(**inputs, logits_to_keep=columns, use_cache=False).logits
         return loss
     logits: torch.Tensor = model(**inputs, logits_to_keep=columns, use_cache=False).logits  # (B, N, V)
     if idle:
         return 0.0 * logits.float().sum()
-    return token_loss(logits, _to(device, batch.labels))
+    return token_loss(logits, _to(device, batch.labels), smoothing=smoothing)
 
 
 def _to(device: str, tensor: "torch.Tensor") -> "torch.Tensor":

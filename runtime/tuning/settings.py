@@ -46,7 +46,7 @@ class DataSource(Strict):
     """Column with the answer; found by name when None."""
     shuffle: bool = True
     """Shuffle the rows once, with `shuffle_seed`, before the split."""
-    shuffle_seed: int = 42
+    shuffle_seed: int = Field(42, ge=0)
     """Seed of the shuffle and of the train/held-out split; equal on all ranks."""
     train_share: float | None = Field(None, gt=0, le=1)
     """Part of the rows to train on; 1 holds nothing out; None holds a few out when there are enough."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from runtime.config import describe
 from runtime.errors import ConfigError
-from runtime.tuning.arguments import training
+from runtime.tuning.arguments import lora, training
 from runtime.tuning.data.formats import FORMATS
 from runtime.workspace import sections
 from runtime.workspace.base_model import Label, apply_model, put_dtype
@@ -59,13 +59,26 @@ def _apply_quantization(settings: LayeredSettings, section: QuantizationConfig, 
         section.bnb_4bit_compute_dtype,
         label(f"QuantizationConfig.{key}"),
     )
-    passed_on = ("llm_int8_threshold", "llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload",
-                 "llm_int8_has_fp16_weight", "bnb_4bit_quant_storage")  # fmt: skip
-    for key in passed_on:
+    _check_quantization(settings, section, label)
+    for key in ("llm_int8_threshold", "llm_int8_skip_modules", "bnb_4bit_quant_storage"):
         if getattr(section, key) is not None:
             settings.put(
                 f"quantization.options.{key}", getattr(section, key), label(f"QuantizationConfig.{key}")
             )
+
+
+_QUANTIZATION_REFUSED = {
+    "llm_int8_enable_fp32_cpu_offload": "every layer is on the device that trains it; use 4 bits",
+    "llm_int8_has_fp16_weight": "the base model's weights are frozen; leave it out",
+}
+
+
+def _check_quantization(settings: LayeredSettings, section: QuantizationConfig, label: Label) -> None:
+    for key, reason in _QUANTIZATION_REFUSED.items():
+        if getattr(section, key):
+            raise ConfigError(f"{label(f'QuantizationConfig.{key}')} cannot be used: {reason}")
+    if section.load_in_4bit and section.llm_int8_threshold is not None:
+        settings.warn(f"{label('QuantizationConfig.llm_int8_threshold')} has no effect: it is for 8 bits")
 
 
 def _apply_lora(settings: LayeredSettings, config: TrainingConfig, file: ConfigFile) -> None:
@@ -73,23 +86,13 @@ def _apply_lora(settings: LayeredSettings, config: TrainingConfig, file: ConfigF
     shape, options = sections.lora_shape(config, file.where)
     renamed = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets"}
     for key, ours in renamed.items():
-        value = getattr(shape, key)
+        value = lora.target_names(shape.target_modules) if key == "target_modules" else getattr(shape, key)
         if value is not None:
             settings.put(f"lora.{ours}", value, label(f"LoraConfig.{key}"))
     for key, value in options.items():
         settings.put(f"lora.options.{key}", value, label(f"LoraConfig.{key}"))
-    for key in sections.LORA_OURS & config.lora.keys():
-        _check_ours(settings, key, config.lora[key], label(f"LoraConfig.{key}"))
-
-
-def _check_ours(settings: LayeredSettings, key: str, value: Any, where: str) -> None:
-    """Warn of a value that this project sets itself; refuse one that asks for another kind of training."""
-    needed = sections.LORA_OURS[key]
-    if value is None or value == needed:
-        return
-    if key in ("peft_type", "task_type", "inference_mode"):
-        raise ConfigError(f"{where} is {describe(value)}, expected {needed}")
-    settings.warn(f"{where} has no effect here: it is written when the adapter is saved")
+    for key, reason in lora.without_effect(config.lora).items():
+        settings.warn(f"{label('LoraConfig.' + key)} has no effect here: {reason}")
 
 
 def put_training(settings: LayeredSettings, given: Mapping[str, Any], where: str, label: Label) -> None:

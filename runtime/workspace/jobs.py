@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from runtime import gpus, instance_types
 from runtime.errors import ConfigError
 from runtime.hardware import has_bfloat16
-from runtime.tuning.arguments import rules, training
+from runtime.tuning.arguments import lora, rules, training
 from runtime.tuning.model import lora_init
 from runtime.tuning.settings import TuningJob
 from runtime.workspace import (
@@ -92,6 +92,9 @@ def load_job(
 
 def _check(job: TuningJob, sources: Mapping[str, str], settings: LayeredSettings) -> None:
     """Raise ConfigError for settings that do not go together; warn of those without effect."""
+    lora.check(job.lora)
+    if said := lora.unserved(job.lora):
+        settings.warn(said)
     lora_init.check(job.lora, bits=job.quantization.bits if job.quantization else None)
     rules.check(job, sources)
     settings.warn_all(rules.notes(job, sources))

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from runtime.config import nearest
 from runtime.errors import ConfigError
-from runtime.tuning.arguments import training
+from runtime.tuning.arguments import lora, training
 from runtime.tuning.settings import TuningJob
 from runtime.workspace import sections
 
@@ -120,11 +120,11 @@ def groups() -> dict[str, frozenset[str]]:
 
 def section_keys() -> dict[str, frozenset[str]]:
     """Return the keys of each section of training_config.yaml that have an effect."""
-    lora = sections.LoraSection.model_fields.keys() | sections.LORA_OPTIONS
+    lora_keys = sections.LoraSection.model_fields.keys() | lora.LoraOptions.model_fields.keys()
     return {
         "ModelConfig": frozenset(sections.ModelConfig.model_fields) - sections.MODEL_WITHOUT_EFFECT.keys(),
         "QuantizationConfig": frozenset(sections.QuantizationConfig.model_fields) - {"quant_method"},
-        "LoraConfig": frozenset(lora),
+        "LoraConfig": frozenset(lora_keys),
         "TrainingArguments": training.HONOURED | training.RENAMED.keys(),
         "DatasetConfig": frozenset(sections.DatasetConfig.model_fields),
     }
@@ -158,9 +158,7 @@ def check_section(section: str, keys: Iterable[str], where: str) -> None:
 _ALL_KEYS: Mapping[str, frozenset[str]] = {
     "ModelConfig": frozenset(sections.ModelConfig.model_fields),
     "QuantizationConfig": frozenset(sections.QuantizationConfig.model_fields),
-    "LoraConfig": frozenset(sections.LoraSection.model_fields)
-    | sections.LORA_OPTIONS
-    | sections.LORA_OURS.keys(),
+    "LoraConfig": frozenset(sections.LoraSection.model_fields) | lora.KEYS,
     "TrainingArguments": frozenset(
         training.ARGUMENTS.keys() | training.RENAMED.keys() | training.OLDER.keys() | training.SFT.keys()
     ),

@@ -3,36 +3,15 @@
 Knows what a user may write there, not which settings it becomes (apply.py). Start at `of` and `check`.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from runtime.config import Sparse, nearest, parse
 from runtime.errors import ConfigError
+from runtime.tuning.arguments import lora
 
 KEY = "training_config.yaml"
-
-_OPTIONS = (
-    "alora_invocation_tokens alpha_pattern arrow_config bias corda_config ensure_weight_tying eva_config "
-    "exclude_modules fan_in_fan_out init_lora_weights kasa_config layer_replication layers_pattern "
-    "layers_to_transform loftq_config lora_bias lora_ga_config megatron_config megatron_core modules_to_save "
-    "monteclora_config qalora_group_size rank_pattern target_parameters trainable_token_indices use_bdlora "
-    "use_dora use_qalora use_rslora velora_config"
-)
-LORA_OPTIONS = frozenset(_OPTIONS.split())
-"""peft.LoraConfig arguments passed on unchanged (a test compares them with the class)."""
-
-LORA_OURS: dict[str, Any] = {
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "inference_mode": False,
-    "peft_type": "LORA",
-    "peft_version": None,
-    "revision": None,
-    "runtime_config": None,
-    "task_type": "CAUSAL_LM",
-}
-"""peft.LoraConfig arguments that this project sets itself, and the value that is right in a file, if any."""
 
 
 class ModelConfig(Sparse):
@@ -82,15 +61,15 @@ class QuantizationConfig(Sparse):
     bnb_4bit_quant_type: str | None = None
     bnb_4bit_use_double_quant: bool | None = None
     bnb_4bit_compute_dtype: str | None = None
-    bnb_4bit_quant_storage: str | None = None
-    llm_int8_threshold: float | None = None
+    bnb_4bit_quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] | None = None
+    llm_int8_threshold: float | None = Field(None, ge=0, allow_inf_nan=False)
     llm_int8_skip_modules: list[str] | None = None
     llm_int8_enable_fp32_cpu_offload: bool | None = None
     llm_int8_has_fp16_weight: bool | None = None
 
 
 class LoraSection(Sparse):
-    """The adapter's shape; further keys of peft.LoraConfig are in LORA_OPTIONS."""
+    """The adapter's shape; the other keys of peft.LoraConfig are in tuning/arguments/lora.py."""
 
     r: int | None = Field(None, ge=1)
     lora_alpha: int | None = Field(None, ge=1)
@@ -104,7 +83,7 @@ class DatasetConfig(Sparse):
     dataset_path: str | None = None
     dataset_extension: str | None = None
     shuffle_dataset: bool | None = None
-    shuffle_seed: int | None = None
+    shuffle_seed: int | None = Field(None, ge=0)
     context_column: str | None = None
     response_column: str | None = None
     messages_column: str | None = None
@@ -165,8 +144,8 @@ def check(raw: dict[str, Any], where: str, method: str | None) -> TrainingConfig
     """Return the parsed sections, checked by the controller's rules for `method`."""
     config = parse(TrainingConfig, raw, where)
     for key in config.lora:
-        if key not in LORA_OPTIONS | LORA_OURS.keys() | LoraSection.model_fields.keys():
-            hint = nearest(key, LORA_OPTIONS | LoraSection.model_fields.keys())
+        if key not in lora.KEYS | LoraSection.model_fields.keys():
+            hint = nearest(key, lora.KEYS | LoraSection.model_fields.keys())
             raise ConfigError(
                 f"{where}: unknown key 'LoraConfig.{key}'{hint or '; expected a peft.LoraConfig one'}"
             )
@@ -191,5 +170,5 @@ def check(raw: dict[str, Any], where: str, method: str | None) -> TrainingConfig
 def lora_shape(config: TrainingConfig, where: str) -> tuple[LoraSection, dict[str, Any]]:
     """Return the adapter's shape and the further peft.LoraConfig arguments."""
     own = {key: value for key, value in config.lora.items() if key in LoraSection.model_fields}
-    options = {key: value for key, value in config.lora.items() if key in LORA_OPTIONS and value is not None}
+    options = lora.read_options(config.lora, where)
     return parse(LoraSection, own, f"{where}: LoraConfig"), options

@@ -16,9 +16,9 @@ from runtime.tuning.train import trainer
 MOST_TOKENS = 200
 
 
-def batch_loss(model: Any, batch: Any, device: str) -> torch.Tensor:
+def batch_loss(model: Any, batch: Any, device: str, **options: Any) -> torch.Tensor:
     """Fail in the backward pass: an earlier pass of the step may have left its gradients."""
-    total = loss.batch_loss(model, batch, device)
+    total = loss.batch_loss(model, batch, device, **options)
     if batch.tokens > MOST_TOKENS:
         total.register_hook(run_out)
     return total

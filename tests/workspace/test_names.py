@@ -7,8 +7,9 @@ import pytest
 
 from runtime.config import flatten
 from runtime.errors import ConfigError
+from runtime.tuning.arguments import lora
 from runtime.tuning.arguments.training import ARGUMENTS
-from runtime.workspace import names, sections
+from runtime.workspace import names
 from runtime.workspace.names import COMMON_NAMES, groups, resolve, section_keys
 from tests.workspace.documents import QLORA, SEED, load
 
@@ -98,4 +99,4 @@ def test_common_names_do_not_hide_settings() -> None:
     hidden = {"alpha", "dropout", "max_tokens", "max_length", "max_seq_length"}
     assert COMMON_NAMES.keys() & (ours | ARGUMENTS.keys() | section_keys()["TrainingArguments"]) == hidden
     names.check_section("DataCollator", ["lr"], "a section without settings has its own message")
-    names.check_section("LoraConfig", sections.LORA_OPTIONS, "known keys pass")
+    names.check_section("LoraConfig", lora.LoraOptions.model_fields, "known keys pass")

@@ -1,13 +1,11 @@
 """The sections of training_config.yaml: stock templates, and one readable line for each mistake."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 import yaml
 
 from runtime.errors import ConfigError
-from runtime.workspace.sections import LORA_OPTIONS, LORA_OURS, LoraSection
 from tests.workspace.documents import LORA, QLORA, SEED, STOCK, config_map, load, manifest, write
 
 
@@ -85,12 +83,3 @@ def test_empty_section_is_its_defaults(section: str, tmp_path: Path) -> None:
     config = tmp_path / "mine.yaml"
     config.write_text(yaml.safe_dump(document))
     load(SEED, tmp_path, config=config)
-
-
-def test_lora_keys_are_those_of_peft() -> None:
-
-    from peft import LoraConfig
-
-    assert LORA_OPTIONS | LORA_OURS.keys() | LoraSection.model_fields.keys() == {
-        f.name for f in dataclasses.fields(LoraConfig)
-    }

@@ -190,6 +190,15 @@ def _check_processes(settings: Settings) -> None:
         )
 
 
+def check_device(job: TuningJob, kind: str) -> None:
+    """Raise ConfigError when `job` asks for another device than the machine's."""
+    if kind == "cuda" and job.training.get("use_cpu"):
+        raise ConfigError(
+            "'use_cpu' is true, but this machine has a GPU; leave it out, or hide the GPU with "
+            "CUDA_VISIBLE_DEVICES="
+        )
+
+
 def notes(job: TuningJob, sources: Mapping[str, str]) -> Iterator[str]:
     """Yield a line for each training argument of `job` that asks for something and has no effect."""
     settings = Settings(job, sources)

@@ -15,6 +15,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -34,11 +35,13 @@ def install(model: nn.Module) -> int:
 
 def is_plain(layer: Any) -> bool:
     """Whether `layer` is a linear one with one adapter, whose update is scale · B · A and nothing more."""
-    if not isinstance(layer, LoraLayer) or len(layer.active_adapters) != 1:
+    if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper) or len(layer.active_adapters) != 1:
         return False
     (name,) = layer.active_adapters
-    linear: bool = isinstance(layer.get_base_layer(), nn.Linear) and name in layer.lora_B
-    return linear and not layer.lora_variant and layer.lora_B[name].bias is None
+    base = layer.get_base_layer()
+    linear: bool = isinstance(base, nn.Linear) and name in layer.lora_B
+    frozen = not any(weight.requires_grad for weight in base.parameters())  # not so with trained biases
+    return linear and frozen and not layer.lora_variant and layer.lora_B[name].bias is None
 
 
 def can_fuse(layers: Sequence[Any]) -> bool:

@@ -27,6 +27,8 @@ class LabelledTokens:
     """(M,) into the flattened inputs (B · N, E)."""
     targets: Tensor
     """(M,) the label of each."""
+    smoothing: float = 0.0
+    """Share of each target that is spread over the whole vocabulary."""
 
 
 class LossHead:
@@ -83,7 +85,8 @@ class _Loss(torch.autograd.Function):
         logits = torch.empty(min(size, len(states)), len(weight), device=hidden.device)
         for start in range(0, len(states), size):
             part = slice(start, start + size)
-            total += _chunk_loss(states[part], targets[part], weight, bias, logits)
+            chunk = LabelledTokens(indices[part], targets[part], labelled.smoothing)
+            total += _chunk_loss(states[part], chunk, weight, bias, logits)
             if grad_states is not None:
                 grad_states[part] = logits[: len(states[part])].to(weight.dtype) @ weight
         if grad_states is not None:
@@ -102,7 +105,7 @@ class _Loss(torch.autograd.Function):
 
 
 def _chunk_loss(
-    states: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor
+    states: Tensor, labelled: LabelledTokens, weight: Tensor, bias: Tensor | None, logits: Tensor
 ) -> Tensor:
     """Return the loss of `states`, and leave its gradient by their logits in the first rows of `logits`."""
     logits = logits[: len(states)]
@@ -112,9 +115,13 @@ def _chunk_loss(
         logits.copy_(states.to(weight.dtype) @ weight.t())
     if bias is not None:
         logits += bias
-    columns = targets[:, None]
+    columns, share = labelled.targets[:, None], labelled.smoothing
     logits -= logits.amax(dim=1, keepdim=True)
     target_logits = logits.gather(1, columns)
+    if share:
+        target_logits = torch.lerp(target_logits, logits.mean(dim=1, keepdim=True), share)
     sums = logits.exp_().sum(dim=1, keepdim=True)
-    logits.div_(sums).scatter_add_(1, columns, torch.full_like(target_logits, -1.0))
+    logits.div_(sums).scatter_add_(1, columns, torch.full_like(target_logits, share - 1.0))
+    if share:
+        logits -= share / logits.shape[1]
     return (sums.log_() - target_logits).sum()

@@ -7,7 +7,7 @@ the gradient scaler (LLaVA#294, qlora#71). Does not know training. Start at `att
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from runtime import families
@@ -31,9 +31,8 @@ def attach(model: "PreTrainedModel", lora: Lora, *, checkpointing: bool = False)
 
     from runtime.tuning.model import fused_ops
 
-    targets = (
-        lora.targets if isinstance(lora.targets, str) else resolve_targets(lora.targets, linear_names(model))
-    )
+    targets = _targets(model, lora)
+    _check_modules(model, lora.options)
     settings: dict[str, Any] = {
         "r": lora.r,
         "lora_alpha": lora.alpha,
@@ -51,12 +50,46 @@ def attach(model: "PreTrainedModel", lora: Lora, *, checkpointing: bool = False)
         with warnings.catch_warnings():  # peft 0.21 still reads a property that transformers 5.23 renamed
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
-    except (TypeError, ValueError, ImportError) as error:
+    except (TypeError, ValueError, ImportError, AttributeError, NotImplementedError, IndexError) as error:
         raise ConfigError(f"LoraConfig does not fit this model: {' '.join(str(error).split())}") from None
     fused_ops.install(adapted)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     log.info("LoRA r=%d alpha=%d on %s: %d trained weights", lora.r, lora.alpha, targets, trained)
     return adapted
+
+
+def _targets(model: "PreTrainedModel", lora: Lora) -> str | tuple[str, ...]:
+    if not isinstance(lora.targets, str):
+        return resolve_targets(lora.targets, linear_names(model))
+    if lora.targets == "all-linear" and lora.options.get("layers_to_transform") is not None:
+        return tuple(sorted(linear_names(model)))  # peft chooses layers among modules that are named
+    return lora.targets
+
+
+def _check_modules(model: "PreTrainedModel", options: Mapping[str, Any]) -> None:
+    """Raise ConfigError for modules, parameters or tokens that `model` has not, or cannot train.
+
+    peft passes over names that match nothing, and cannot train what is quantised.
+    """
+    for name in options.get("modules_to_save") or ():
+        modules = [module for path, module in model.named_modules() if path.rpartition(".")[2] == name]
+        if not modules:
+            raise ConfigError(f"modules_to_save: no module '{name}' in this model")
+        if any(not weight.is_floating_point() for module in modules for weight in module.parameters()):
+            raise ConfigError(
+                f"modules_to_save: '{name}' is quantised and cannot be trained whole; use method lora, or "
+                "name it in target_modules"
+            )
+    for name in options.get("target_parameters") or ():
+        found = [p for path, p in model.named_parameters() if path == name or path.endswith(f".{name}")]
+        if not found or not all(weight.is_floating_point() for weight in found):
+            what = "is quantised" if found else "is no parameter of this model"
+            raise ConfigError(f"target_parameters: '{name}' {what}")
+    tokens = options.get("trainable_token_indices") or ()
+    for numbers in tokens.values() if isinstance(tokens, Mapping) else [tokens]:
+        size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+        if wrong := [number for number in numbers if number >= size]:
+            raise ConfigError(f"trainable_token_indices: {wrong[0]} is no token; the vocabulary has {size}")
 
 
 @contextlib.contextmanager

@@ -37,6 +37,11 @@ def check(lora: Lora, *, bits: int | None) -> None:
         raise ConfigError(
             f"LoraConfig.init_lora_weights is {init!r}, expected true, false, {', '.join(NAMES)}"
         )
+    if isinstance(init, str) and "_niter_" in init and not init.partition("_niter_")[2].isdecimal():
+        raise ConfigError(f"LoraConfig.init_lora_weights is {init!r}, expected pissa_niter_ and a number")
+    ranks = [lora.r, *(options.get("rank_pattern") or {}).values()]
+    if kind == "orthogonal" and any(rank % 2 for rank in ranks):
+        raise ConfigError("init_lora_weights 'orthogonal' needs even ranks in r and rank_pattern")
     from_base = kind in FROM_BASE
     if options.get("use_dora") and (from_base or kind == "loftq"):
         raise ConfigError(f"LoraConfig has both use_dora and init_lora_weights {init!r}: choose one")

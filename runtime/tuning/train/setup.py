@@ -144,7 +144,9 @@ def prepare(
 
     args, plan = _schedule(job, data, rank)
     adapter = _load(job, rank, seed=args.seed)
-    plan = replace(plan, layout=choose_layout(job.encoding.batching, adapter.model_type))
+    # An aLoRA adapter begins at the last of its tokens in a row: rows stay apart.
+    batching = "sorted" if job.lora.options.get("alora_invocation_tokens") else job.encoding.batching
+    plan = replace(plan, layout=choose_layout(batching, adapter.model_type))
     log.info(
         "%d steps an epoch of %d rows, %s in passes of at most %d tokens",
         plan.steps_per_epoch, plan.rows_per_step, plan.layout, plan.budget_tokens,

@@ -19,15 +19,20 @@ from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from runtime.errors import CapacityError, DivergedError, is_out_of_memory
+from runtime.errors import CapacityError, ConfigError, DivergedError, is_out_of_memory, one_line
 from runtime.tuning.data.batching import BatchPlan, MicroBatch, RankBatch, collate
 from runtime.tuning.data.tokenize import TokenizedSequence
 from runtime.tuning.loss import HeldOutRows, batch_loss, mean_loss
+from runtime.tuning.model.embedding_noise import EmbeddingNoise
 from runtime.tuning.model.fsdp import average_gradients, is_sharded
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.train.progress import Throughput
 
 log = logging.getLogger(__name__)
+
+
+_UNSUITABLE = (ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError)
+"""What transformers and the optimizers raise for a setting that runtime/tuning/arguments let pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,10 @@ class AdapterTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.workload, self.throughput = workload, throughput
+        self.noise = EmbeddingNoise(model, args.neftune_noise_alpha or 0.0)
+        self.neftune_noise_alpha = None  # transformers' own noise
+        self.input_tokens = 0
+        """Of this rank's last step, padding included where `include_num_input_tokens_seen` counts all."""
         self.plan = workload.plan
         self.sharded = is_sharded(model)
         # Not DDP's to average, which does so within the backward pass: a rank that ran out of memory in it
@@ -102,7 +111,7 @@ class AdapterTrainer(Trainer):
     def _run_step(self, model: Any, batch: RankBatch) -> torch.Tensor:
         ranks, scale = self.workload.ranks, self.workload.ranks.world_size / batch.labelled_tokens
         total = torch.zeros((), device=self.args.device)
-        tokens = 0
+        tokens = width = 0
         passes = [(rows, not batch.idle) for rows in batch.micro_batches]
         if self.sharded:  # each pass is a collective: a rank with fewer repeats one that counts nothing
             passes += [(passes[-1][0][:1], False)] * (batch.most_passes - len(passes))
@@ -117,15 +126,18 @@ class AdapterTrainer(Trainer):
             with contextlib.nullcontext() if final else self.accelerator.no_sync(model):
                 total += self._run_micro_batch(model, micro_batch, scale)
             tokens += micro_batch.tokens if counts else 0
+            width += micro_batch.inputs["input_ids"].numel() if counts else 0
         if self.averages:
             average_gradients(model.parameters(), ranks.world_size)
         self.throughput.count(tokens, batch.labelled_tokens)
+        self.input_tokens = width if self.args.include_num_input_tokens_seen == "all" else tokens
         return total
 
     def _run_micro_batch(self, model: Any, micro_batch: MicroBatch, scale: float) -> torch.Tensor:
         """Forward and backward; returns the loss times `scale`."""
-        with self.compute_loss_context_manager():
-            loss = batch_loss(model, micro_batch, str(self.args.device)) * scale
+        smoothing = self.args.label_smoothing_factor
+        with self.compute_loss_context_manager(), self.noise.within(micro_batch):
+            loss = batch_loss(model, micro_batch, str(self.args.device), smoothing=smoothing) * scale
         self.accelerator.backward(loss)
         return loss.detach()
 
@@ -174,6 +186,27 @@ class AdapterTrainer(Trainer):
     ) -> tuple[list[Any], None]:
         """Return the next step's batch; no count of its items, which the batch itself holds."""
         return [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)], None
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Count the tokens of a step on all ranks, where the job asks for it."""
+        if self.args.include_num_input_tokens_seen != "no":
+            own = torch.tensor(self.input_tokens, device=self.args.device)
+            self.state.num_input_tokens_seen += int(self.workload.ranks.all_reduce_sum(own))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return the optimizer; ConfigError when its settings do not suit it."""
+        try:
+            return super().create_optimizer(model)
+        except _UNSUITABLE as error:
+            raise ConfigError(f"TrainingArguments: optim '{self.args.optim}': {one_line(error)}") from error
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the learning rate's schedule; ConfigError when its settings do not suit it."""
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except _UNSUITABLE as error:
+            kind = self.args.lr_scheduler_type
+            raise ConfigError(f"TrainingArguments: lr_scheduler_type '{kind}': {one_line(error)}") from error
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: tokens per second are."""

@@ -34,3 +34,17 @@ def test_the_head_is_nearer_to_double_precision_than_a_float32_log_softmax(
     torch.testing.assert_close(to_ours, to_exact, rtol=1e-4, atol=1e-5)
     assert not to_ours[0, 3:6].any()
     assert head(hidden).shape == (2, 10, 50_000)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_smoothed_target_is_spread_over_the_vocabulary(share: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 50).requires_grad_(False)
+    labels = torch.randint(0, 50, (1, 8))
+    hidden = torch.randn(1, 8, 16, requires_grad=True)
+    head = fused_loss.LossHead(layer)
+    with head.expecting(LabelledTokens(torch.arange(8), labels.flatten(), share)):
+        loss = head(hidden)
+    exact = nn.functional.cross_entropy(layer(hidden)[0], labels[0], reduction="sum", label_smoothing=share)
+    torch.testing.assert_close(loss, exact)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden), torch.autograd.grad(exact, hidden))

@@ -26,6 +26,7 @@ from runtime.tuning.model import packed_attention
 from runtime.tuning.model.lora import attach, evaluating, resolve_targets
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.settings import Lora
+from tests.families import config_of
 from tests.tuning.tiny_models import some_rows
 
 CPU = Hardware("cpu", "test", None, 8 << 30, 1)
@@ -184,3 +185,48 @@ def test_names_patterns_and_layers_that_reach_modules_are_taken(tiny_llama_dir: 
     adapted = attach(model, Lora(r=4, targets=("self_attn.q_proj", "up_proj"), options=options))
     trained = {name: weight.shape[0] for name, weight in adapted.named_parameters() if "lora_A" in name}
     assert trained == {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"modules_to_save": ["classifier"]}, "no module 'classifier' in this model"),
+        ({"modules_to_save": ["o_proj"]}, "'o_proj' is quantised and cannot be trained whole"),
+        ({"target_parameters": ["layers.0.mlp.gate_proj.weight"]}, "is quantised"),
+        ({"target_parameters": ["nothing.weight"]}, "is no parameter of this model"),
+        ({"trainable_token_indices": [1_000_000]}, "1000000 is no token; the vocabulary has"),
+    ],
+)
+def test_what_the_model_has_not_or_cannot_train_is_named(
+    options: dict[str, Any], message: str, tiny_llama_dir: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        quantised(tiny_llama_dir, Lora(r=4, options=options))
+
+
+def test_layers_are_chosen_among_all_linear_ones(tiny_llama_dir: Path) -> None:
+    model = quantised(tiny_llama_dir, Lora(r=4, options={"layers_to_transform": 0}))
+    adapted = {name for name in get_peft_model_state_dict(model) if "lora_A" in name}
+    assert len(adapted) == 7
+    assert all(".layers.0." in name for name in adapted)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_have_the_gradients_of_peft(bias: str) -> None:
+    config = config_of("qwen2")
+    base = AutoModelForCausalLM.from_config(config)
+    ours = attach(base, Lora(r=4, options={"bias": bias}))
+    theirs = copy.deepcopy(ours)
+    for module in theirs.modules():
+        module.__dict__.pop("forward", None)
+    batch = collate(some_rows(2), "sorted", pad_id=0)
+    found = []
+    for model in (ours, theirs):
+        move_adapter(model)
+        model.train()
+        batch_loss(model, batch, "cpu").backward()
+        found.append(gradients(model))
+    assert any(name.endswith("bias") for name in found[0])
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-5)

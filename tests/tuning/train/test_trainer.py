@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from runtime import models
-from runtime.errors import CapacityError, DivergedError, exit_code
+from runtime.errors import CapacityError, ConfigError, DivergedError, exit_code
 from runtime.hardware import Hardware
 from runtime.model_source import ModelSource, Quantization
 from runtime.tuning.data import dataset, tokenize
@@ -264,3 +264,31 @@ def test_variants_of_lora_learn(make_job: Maker, options: dict[str, Any]) -> Non
         setup.trainer.train()
     losses = [entry["loss"] for entry in setup.trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.1
+
+
+def test_what_a_user_asks_of_the_loss_reaches_it(make_job: Maker) -> None:
+    def first_loss(**training: Any) -> float:
+        setup = training_setup(make_job(training={"max_steps": 1, "learning_rate": 1e-4, **training}))
+        setup.trainer.train()
+        return float(setup.logged("loss")[0][1])
+
+    plain = first_loss()
+    assert first_loss() == plain
+    assert first_loss(label_smoothing_factor=0.5) != plain
+    assert first_loss(neftune_noise_alpha=50.0) != plain
+
+
+def test_tokens_seen_are_those_of_the_rows(make_job: Maker) -> None:
+    setup = training_setup(make_job(training={**WIDE, "include_num_input_tokens_seen": "non_padding"}))
+    setup.trainer.train()
+    plan = setup.trainer.plan
+    steps = [*plan.steps(0), *plan.steps(1)][:6]
+    expected = sum(plan.lengths[row] for rows in steps for row in rows)
+    assert setup.trainer.state.num_input_tokens_seen == expected
+    assert setup.logged("num_input_tokens_seen")[-1][1] == expected
+
+
+@pytest.mark.parametrize("training", [{"optim": "grokadamw"}, {"lr_scheduler_type": "warmup_stable_decay"}])
+def test_a_setting_that_only_the_library_refuses_is_named(training: dict[str, Any], make_job: Maker) -> None:
+    with pytest.raises(ConfigError, match=f"TrainingArguments: {next(iter(training))} "):
+        training_setup(make_job(training=training)).trainer.train()
