@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from runtime.adapters import lora_config
 from runtime.cli import main
 from runtime.errors import ConfigError
-from runtime.tuning.arguments import training
+from runtime.tuning.arguments import lora, training
 from runtime.tuning.settings import TuningJob
 from runtime.workspace import Resolved, names, sections
 from tests.workspace.documents import SEED, load
@@ -195,12 +195,16 @@ def lora_table() -> Iterator[str]:
     }
     for key, text in ours.items():
         yield f"| `{key}` | {text} |"
-    for key in sorted(sections.LORA_OPTIONS):
+    for key in sorted(lora.LoraOptions.model_fields):
         why = lora_config.NOT_SERVED.get(key)
         note = f"; trained, and not served here: {why}" if why else ""
         yield f"| `{key}` | given to peft{note} |"
-    for key, value in sections.LORA_OURS.items():
-        yield f"| `{key}` | set here{'' if value is None else f': `{value}`'} |"
+    for key, right in lora.FIXED.items():
+        yield f"| `{key}` | `{right}` |"
+    for key, why in lora.HARMLESS.items():
+        yield f"| `{key}` | no effect: {why} |"
+    for key, why in lora.REFUSED.items():
+        yield f"| `{key}` | refused: {why} |"
 
 
 def argument_tables() -> Iterator[str]:
