@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from runtime.tuning.data.batching import collate
-from runtime.tuning.data.tokenize import TokenizedRow
+from  import TokenizedRow
 from runtime.tuning.model.embedding_noise import EmbeddingNoise
 
 WIDTH = 64
