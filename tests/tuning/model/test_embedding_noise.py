@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from runtime.tuning.data.batching import collate
-from  import TokenizedRow
+from runtime.tuning.data.tokenize import TokenizedSequence
 from runtime.tuning.model.embedding_noise import EmbeddingNoise
 
 WIDTH = 64
@@ -25,8 +25,8 @@ class Embedded(nn.Module):
         return self.layer
 
 
-def row(tokens: int) -> TokenizedRow:
-    return TokenizedRow(np.ones(tokens, dtype=np.int32), np.ones(tokens, dtype=np.bool_))
+def row(tokens: int) -> TokenizedSequence:
+    return TokenizedSequence(np.ones(tokens, dtype=np.int32), np.ones(tokens, dtype=np.bool_))
 
 
 @pytest.mark.parametrize("layout", ["packed", "sorted"])
