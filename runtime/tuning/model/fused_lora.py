@@ -101,8 +101,10 @@ def lora_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
     (name,) = layer.active_adapters
     lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    dropped = layer.lora_dropout[name](x)
-    return _AddUpdate.apply(layer.base_layer(x), dropped, lora_a, lora_b, layer.scaling[name])  # type: ignore[no-any-return, no-untyped-call]
+    dropped, base = layer.lora_dropout[name](x), layer.base_layer(x)
+    if layer.base_layer.bias is not None and type(layer.base_layer) is not nn.Linear:
+        base = base.clone()  # bitsandbytes returns a view, which autograd does not let change in place
+    return _AddUpdate.apply(base, dropped, lora_a, lora_b, layer.scaling[name])  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _AddUpdate(torch.autograd.Function):

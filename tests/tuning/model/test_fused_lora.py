@@ -35,14 +35,14 @@ def run(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
     return [out.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
-def four_bit() -> nn.Module:
+def four_bit(*, bias: bool = False) -> nn.Module:
     torch.manual_seed(0)
-    return bnb.nn.Linear4bit(64, 48, bias=False, compute_dtype=torch.float32, quant_type="nf4").to("cpu")  # type: ignore[no-any-return]
+    return bnb.nn.Linear4bit(64, 48, bias=bias, compute_dtype=torch.float32, quant_type="nf4").to("cpu")  # type: ignore[no-any-return]
 
 
-def eight_bit() -> nn.Module:
+def eight_bit(*, bias: bool = False) -> nn.Module:
     torch.manual_seed(0)
-    return bnb.nn.Linear8bitLt(64, 48, bias=False, has_fp16_weights=False).to("cpu")  # type: ignore[no-any-return]
+    return bnb.nn.Linear8bitLt(64, 48, bias=bias, has_fp16_weights=False).to("cpu")  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,17 @@ def eight_bit() -> nn.Module:
 def test_outputs_and_gradients_equal_pefts(make: Any, options: dict[str, Any]) -> None:
     plain, twin = layers(make(), **options)
     for ours, theirs in zip(run(twin, torch.ones(2, 5, 64)), run(plain, torch.ones(2, 5, 64)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [four_bit, eight_bit])
+def test_a_quantised_layer_with_a_bias_trains_as_in_peft(make: Any) -> None:
+    """Qwen2's queries, keys and values; bitsandbytes returns a view there."""
+    base = make(bias=True)
+    base.requires_grad_(requires_grad=False)
+    plain, twin = layers(base)
+    x = torch.randn(2, 5, 64)
+    for ours, theirs in zip(run(twin, x), run(plain, x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
