@@ -1,11 +1,12 @@
 """QLoRA on the demo model: ours, TRL's SFTTrainer at its best and the KAITO recipe, in one run.
 
     python tests/bench/tuning.py [--rows 48] [--step-rows 8] [--short]
-        [--only ours,trl,kaito] [--rounds 1]
+        [--only ours,trl,trl-same-steps,kaito] [--rounds 1] [--seed 42]
 
 Needs trl (pip install trl==1.16.0). Each contender is a process of its own that trains on the same rows
 of Python's own documentation, with the same adapter shape, step size and number of optimizer steps
-(TRL packs first, so its steps hold packs). Timed is the trainer's train() alone; peak memory is the
+(TRL packs first, so its steps hold packs; `trl-same-steps` does not pack and takes our rows, labels and order, so
+that nothing but the arithmetic differs: compare its held-out loss). Timed is the trainer's train() alone; peak memory is the
 process's; held-out loss is measured by one function, over answer tokens. CPU seconds are reported beside wall
 seconds: they hardly move when something else runs on the machine.
 """
@@ -89,6 +90,7 @@ def ours(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any,
         "num_train_epochs": 1,
         "per_device_train_batch_size": options.step_rows,
         "learning_rate": LEARNING_RATE,
+        "seed": options.seed,
     }
     job, precision = resolve_precision(
         TuningJob(
@@ -133,10 +135,52 @@ def trl(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any, 
         gradient_checkpointing=False,
         gradient_accumulation_steps=max(1, round(tokens / MAX_TOKENS / steps)),
     )
-    for parameter in trainer.model.parameters():
+    in_float32(trainer.model)
+    return trainer.model, trainer.train
+
+
+def trl_same_steps(
+    rows: list[tuple[str, str]], options: argparse.Namespace
+) -> tuple[Any, Callable[[], Any]]:
+    """TRL on our encoded rows, in our order and our steps, one row a pass."""
+    from runtime.tuning.data.batching import IGNORE, BatchPlan
+
+    data = encoded(rows, tokenizer_of()).rows
+    plan = BatchPlan(
+        lengths=tuple(len(row) for row in data),
+        labelled_tokens=tuple(row.labelled_tokens for row in data),
+        rows_per_step=options.step_rows,
+        budget_tokens=MAX_TOKENS,
+        layout="packed",
+        seed=options.seed,
+    )
+    order = [row for step in plan.steps(0) for row in step]
+    trainer = sft(
+        [
+            {
+                "input_ids": data[row].ids.tolist(),
+                "labels": [
+                    int(token) if labelled else IGNORE
+                    for token, labelled in zip(data[row].ids, data[row].loss_mask, strict=True)
+                ],
+            }
+            for row in order
+        ],
+        options,
+        packing=False,
+        gradient_checkpointing=False,
+        gradient_accumulation_steps=options.step_rows,
+        train_sampling_strategy="sequential",
+    )
+    in_float32(trainer.model)
+    return trainer.model, trainer.train
+
+
+def in_float32(model: Any) -> None:
+    """Make the trained weights float32, which TRL rounds to bfloat16 on a quantised base."""
+    for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return trainer.model, trainer.train
 
 
 def kaito(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any, Callable[[], Any]]:
@@ -173,6 +217,7 @@ def sft(rows: list[dict[str, Any]], options: argparse.Namespace, **settings: Any
     """Return TRL's trainer on the same 4-bit base, adapter shape, optimizer and schedule as ours."""
     from datasets import Dataset
     from peft import LoraConfig
+    from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
     from runtime import models
@@ -180,13 +225,14 @@ def sft(rows: list[dict[str, Any]], options: argparse.Namespace, **settings: Any
     from runtime.model_source import Quantization
     from runtime.tuning.arguments.training import DEFAULTS
 
-    shared = {k: DEFAULTS[k] for k in ("warmup_steps", "lr_scheduler_type", "max_grad_norm", "optim", "seed")}
+    shared = {k: DEFAULTS[k] for k in ("warmup_steps", "lr_scheduler_type", "max_grad_norm", "optim")}
     config = SFTConfig(
         output_dir=str(options.folder),
         max_length=MAX_TOKENS,
         num_train_epochs=1,
         per_device_train_batch_size=1,
         learning_rate=LEARNING_RATE,
+        seed=options.seed,
         save_strategy="no",
         report_to=[],
         use_cpu=True,
@@ -196,6 +242,7 @@ def sft(rows: list[dict[str, Any]], options: argparse.Namespace, **settings: Any
         **settings,
     )
     base = models.load(source(), hardware=detect(), device="cpu", quantization=Quantization(), training=True)
+    set_seed(options.seed)
     return SFTTrainer(
         model=base,
         args=config,
@@ -205,7 +252,7 @@ def sft(rows: list[dict[str, Any]], options: argparse.Namespace, **settings: Any
     )
 
 
-CONTENDERS = {"ours": ours, "trl": trl, "kaito": kaito}
+CONTENDERS = {"ours": ours, "trl": trl, "trl-same-steps": trl_same_steps, "kaito": kaito}
 
 
 def contend(options: argparse.Namespace) -> None:
@@ -224,6 +271,7 @@ def contend(options: argparse.Namespace) -> None:
         return mean_loss(model, HeldOutRows(held_out.sequences, "sorted", MAX_TOKENS), Ranks())
 
     before = held_out_loss() if held else None
+    first = sum(float(p.detach().double().abs().sum()) for p in model.parameters() if p.requires_grad)
     wall, cpu = time.perf_counter(), time.process_time()
     train()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -234,6 +282,7 @@ def contend(options: argparse.Namespace) -> None:
         "wall_s": wall,
         "cpu_s": cpu,
         "memory_gib": memory / 2**30,
+        "first_weights": first,
         "before": before,
         "held_out_loss": held_out_loss() if held else None,
     }
@@ -248,7 +297,8 @@ def main() -> None:
     parser.add_argument("--step-rows", type=int, default=8, help="rows of one optimizer step")
     parser.add_argument("--short", action="store_true", help="short rows only")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--only", default=",".join(CONTENDERS))
+    parser.add_argument("--only", default="ours,trl,kaito")
+    parser.add_argument("--seed", type=int, default=42, help="of the adapter's first weights and the order")
     parser.add_argument("--batching", default="auto", help="of ours: auto, packed or sorted")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
