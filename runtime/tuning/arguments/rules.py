@@ -117,7 +117,7 @@ def check_steps(job: TuningJob, *, total: int) -> None:
     schedules.check_steps(
         training["lr_scheduler_type"],
         training.get("lr_scheduler_kwargs") or {},
-        warmup=warmup_steps(training["warmup_steps"], total),
+        warmup=warmup_steps(job.training, total),
         total=total,
     )
     if needs_evaluations(job) and training.get("eval_strategy") == "steps":
@@ -128,8 +128,15 @@ def check_steps(job: TuningJob, *, total: int) -> None:
             )
 
 
-def warmup_steps(given: float, total: int) -> int:
-    """Return the steps in which the learning rate rises: a share is never a whole run, however short."""
+def warmup_steps(training: Mapping[str, Any], total: int) -> int:
+    """Return the steps in which the learning rate rises: a share is never a whole run, however short.
+
+    A user's share is rounded up, as Trainer does. Ours is rounded down: the first step of a warm-up has a
+    learning rate of 0, and in a short run the rows of that step are too many to learn nothing from.
+    """
+    given = training.get("warmup_steps")
+    if given is None:
+        return math.floor(DEFAULTS["warmup_steps"] * total)
     return int(given) if given >= 1 else min(math.ceil(given * total), total - 1)
 
 

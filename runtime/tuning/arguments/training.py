@@ -20,7 +20,7 @@ DEFAULTS: dict[str, Any] = {
     "learning_rate": 2e-4,
     # transformers' own number of passes, and KAITO's.
     "num_train_epochs": 3.0,
-    # Share of all steps (below 1) in which the learning rate rises: QLoRA, same table.
+    # Share of all steps (below 1) in which the learning rate rises: QLoRA, same table; rounded down.
     "warmup_steps": 0.03,
     # Falls to 0: short runs end at a lower held-out loss than with QLoRA's constant learning rate.
     "lr_scheduler_type": "cosine",

@@ -160,7 +160,7 @@ def settle_steps(args: "TrainingArguments", job: TuningJob, plan: BatchPlan) -> 
     """Set the warm-up, which depends on the number of steps; ConfigError when these are too few."""
     total = total_steps(args, plan)
     rules.check_steps(job, total=total)
-    args.warmup_steps = rules.warmup_steps(args.warmup_steps, total)
+    args.warmup_steps = rules.warmup_steps(job.training, total)
     if args.logging_strategy == "steps" and args.logging_steps > total:
         log.warning(
             "logging_steps is %g and the run has %d steps: no loss is logged", args.logging_steps, total

@@ -124,7 +124,12 @@ def test_what_goes_together_is_accepted_without_a_word(overrides: dict[str, Any]
     ("given", "total", "steps"), [(0.03, 1, 0), (0.03, 20, 1), (0.5, 10, 5), (3, 10, 3), (0, 10, 0)]
 )
 def test_a_share_of_the_steps_is_never_the_whole_run(given: float, total: int, steps: int) -> None:
-    assert rules.warmup_steps(given, total) == steps
+    assert rules.warmup_steps({"warmup_steps": given}, total) == steps
+
+
+@pytest.mark.parametrize(("total", "steps"), [(1, 0), (33, 0), (34, 1), (100, 3)])
+def test_by_default_no_step_of_a_short_run_has_a_learning_rate_of_0(total: int, steps: int) -> None:
+    assert rules.warmup_steps({}, total) == steps
 
 
 def test_the_steps_of_a_run_are_checked_once_they_are_known() -> None:
