@@ -5,8 +5,8 @@
 
 Needs trl (pip install trl==1.16.0). Each contender is a process of its own that trains on the same rows
 of Python's own documentation, with the same adapter shape, step size and number of optimizer steps
-(TRL packs first, so its steps hold packs; `trl-same-steps` does not pack and takes our rows, labels and order, so
-that nothing but the arithmetic differs: compare its held-out loss). Timed is the trainer's train() alone; peak memory is the
+(TRL packs first, so its steps hold packs; `trl-same-steps` does not and takes our rows, labels and
+order, so that nothing but the arithmetic differs). Timed is the trainer's train() alone; peak memory is the
 process's; held-out loss is measured by one function, over answer tokens. CPU seconds are reported beside wall
 seconds: they hardly move when something else runs on the machine.
 """
@@ -139,9 +139,7 @@ def trl(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any, 
     return trainer.model, trainer.train
 
 
-def trl_same_steps(
-    rows: list[tuple[str, str]], options: argparse.Namespace
-) -> tuple[Any, Callable[[], Any]]:
+def trl_same_steps(rows: list[tuple[str, str]], options: argparse.Namespace) -> tuple[Any, Callable[[], Any]]:
     """TRL on our encoded rows, in our order and our steps, one row a pass."""
     from runtime.tuning.data.batching import IGNORE, BatchPlan
 
