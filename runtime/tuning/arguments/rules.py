@@ -136,7 +136,7 @@ def warmup_steps(training: Mapping[str, Any], total: int) -> int:
     """
     given = training.get("warmup_steps")
     if given is None:
-        return math.floor(DEFAULTS["warmup_steps"] * total)
+        return int(DEFAULTS["warmup_steps"] * total)
     return int(given) if given >= 1 else min(math.ceil(given * total), total - 1)
 
 
