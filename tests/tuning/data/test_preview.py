@@ -1,5 +1,6 @@
 """Rows as the model sees them: what is labelled, what is counted, and that no weights are read."""
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -11,12 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from runtime.cli import main, render
+from runtime.errors import DataError
 from runtime.model_source import ModelSource
 from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.example import Example
 from runtime.tuning.data.preview import Preview, preview, runs
 from runtime.tuning.data.tokenize import Encoder
-from runtime.tuning.settings import Encoding, TuningJob
+from runtime.tuning.settings import DataSource, Encoding, TuningJob
 from tests.tuning.data.template_families import FAMILIES
 
 Maker = Callable[..., TuningJob]
@@ -250,3 +252,118 @@ def test_special_tokens_that_were_added_are_trained_through() -> None:
     example = Example(turns("hi", "<scratch>so</scratch>it is 4"))
     (sequence,) = Encoder(tokenizer, Encoding(), max_tokens=2048).encode(example).sequences
     assert runs(sequence, tokenizer)[-1].text == "<scratch>so</scratch>it is 4<|im_end|>"
+
+
+# Four data sets as people have them.
+
+PLAIN_CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHATML_WITH_TOOLS = (
+    "{% if tools %}<|im_start|>system\nTools: {% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "order_status",
+        "description": "Look up an order",
+        "parameters": {"type": "object", "properties": {"order_id": {"type": "string"}}},
+    },
+}
+CALL = '<tool_call>{"name": "order_status", "arguments": {"order_id": "B1"}}</tool_call><|im_end|>'
+
+
+def tickets(folder: Path) -> None:
+    row = {
+        "ticket_id": 1000,
+        "question": "My router shows E12",
+        "answer": "Unplug it.",
+        "created": "2026-01-10",
+    }
+    pq.write_table(pa.Table.from_pylist([row]), folder / "tickets.parquet")
+
+
+def alpaca(folder: Path) -> None:
+    with (folder / "alpaca.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["instruction", "input", "output"])
+        writer.writerow(["Summarise.", "It's number 5,\nplease help", "1. Stopped\n2. Working"])
+
+
+def sharegpt(folder: Path) -> None:
+    said = [
+        ("system", "Be brief."),
+        ("human", "It hums"),
+        ("gpt", "T6."),
+        ("human", "Else?"),
+        ("gpt", "Write."),
+    ]
+    row = {"id": "c0", "conversations": [{"from": who, "value": text} for who, text in said]}
+    (folder / "sharegpt.json").write_text(json.dumps([row], indent=1), encoding="utf-8")
+
+
+def tools(folder: Path) -> None:
+    function = {"name": "order_status", "arguments": json.dumps({"order_id": "B1"})}
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "You are the order desk."},
+        {"role": "user", "content": "Where is B1?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "c", "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": "c", "name": "order_status", "content": '{"city": "Oslo"}'},
+        {"role": "assistant", "content": "In Oslo."},
+    ]
+    (folder / "tools.jsonl").write_text(json.dumps({"messages": messages, "tools": [TOOL]}) + "\n")
+
+
+def look(folder: Path, model: Path, template: str, make: Callable[[Path], None]) -> Preview:
+    make(folder)
+    source = ModelSource(name="tiny", path=model, chat_template=template)
+    return preview(TuningJob(name="look", model=source, data=DataSource(folder=folder)), count=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "columns", "trained"),
+    [
+        (tickets, "question from question, answer from answer", ["Unplug it.<|im_end|>"]),
+        (
+            alpaca,
+            "question from instruction + input, answer from output",
+            ["1. Stopped\n2. Working<|im_end|>"],
+        ),
+        (sharegpt, "messages from conversations", ["T6.<|im_end|>", "Write.<|im_end|>"]),
+        (tools, "messages from messages, tools from tools", [CALL, "In Oslo.<|im_end|>"]),
+    ],
+)
+def test_data_of_people_previews_right_with_a_template_that_has_tools(
+    tiny_llama_dir: Path, tmp_path: Path, make: Callable[[Path], None], columns: str, trained: list[str]
+) -> None:
+    found = look(tmp_path, tiny_llama_dir, CHATML_WITH_TOOLS, make)
+    assert [str(used) for used in found.data.facts.columns] == [columns]
+    (sequence,) = found.examples[0].sequences
+    assert [run.text for run in sequence if run.labelled] == trained
+    text = "".join(run.text for run in sequence)
+    assert ("Tools: " in text) == (make is tools)
+    if make is tools:
+        assert '{"city": "Oslo"}' in text
+        with pytest.raises(
+            DataError, match=r"tools\.jsonl: row 1: the chat template of tiny does not render tools"
+        ):
+            look(tmp_path, tiny_llama_dir, PLAIN_CHATML, make)
+
+
+def test_turn_of_weight_0_is_shown_and_not_trained(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    def weighted(folder: Path) -> None:
+        turns = [("user", "a", None), ("assistant", "BAD", 0), ("user", "b", None), ("assistant", "GOOD", 1)]
+        messages = [{"role": role, "content": text, "weight": weight} for role, text, weight in turns]
+        (folder / "rows.jsonl").write_text(json.dumps({"messages": messages}))
+
+    (sequence,) = look(tmp_path, tiny_llama_dir, PLAIN_CHATML, weighted).examples[0].sequences
+    assert [run.text for run in sequence if run.labelled] == ["GOOD<|im_end|>"]
+    assert "BAD" in "".join(run.text for run in sequence)

@@ -1,5 +1,6 @@
 """A field that the model's chat template does not render is an error, or counted, never lost in silence."""
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from runtime.errors import DataError
 from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.example import Example
 from runtime.tuning.data.rendered_fields import RenderedFields
+from tests.tuning.data.template_families import FAMILIES
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 TOOLS = (
@@ -119,6 +121,22 @@ def test_field_that_is_not_rendered_is_an_error_naming_field_and_template(
     said = str(caught.value)
     assert said.startswith(f"data.jsonl: row 1: the chat template of tiny does not render {named}")
     assert "set chat_template in ModelConfig" in said
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_render_what_they_are_said_to(name: str) -> None:
+    family = FAMILIES[name]
+    rows = {
+        "text": Example(({"role": "system", "content": "s"}, Q, A, Q, A), origin="row 1"),
+        "tools": Example((Q, CALLING, RESULT, A), tools=(TOOL,), origin="row 2"),
+        "thoughts": Example((Q, THOUGHT), origin="row 3"),
+    }
+    fields = RenderedFields(family.tokenizer(), model=name, bad_rows=BadRows())
+    rendered = []
+    for kind, row in rows.items():
+        with contextlib.suppress(DataError):
+            rendered += [kind for _ in fields.fit([row])]
+    assert rendered == ["text", *(kind for kind in ("tools", "thoughts") if getattr(family, kind))]
 
 
 def test_skipped_are_rows_that_make_no_sense_without_the_field(tokenizer: Any) -> None:
