@@ -6,12 +6,15 @@ training.py's. Start at `check` and `notes`; what needs the number of steps is `
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import PurePath
 from typing import Any
+from urllib.parse import urlsplit
 
 from runtime.errors import ConfigError
 from runtime.tuning.arguments import optimizers, schedules
 from runtime.tuning.arguments.training import DEFAULTS
-from runtime.tuning.settings import TuningJob
+from runtime.tuning.data import splits
+from runtime.tuning.settings import DataSource, TuningJob
 
 METRICS = ("loss", "perplexity")
 """What an evaluation measures, each with or without "eval_" before it."""
@@ -62,7 +65,7 @@ def check(job: TuningJob, sources: Mapping[str, str]) -> None:
     _check_steps_given(settings)
     _check_metric(settings)
     _check_evaluations(settings)
-    if job.data.train_share == 1:
+    if job.data.train_share == 1 and not _may_have_validation_set(job.data):
         check_held_out(job)
     _check_checkpoints(settings)
     _check_processes(settings)
@@ -165,6 +168,14 @@ def check_held_out(job: TuningJob) -> None:
         raise ConfigError(
             f"'{what}' needs the loss of held-out rows, and none are held out; set train_test_split below 1"
         )
+
+
+def _may_have_validation_set(data: DataSource) -> bool:
+    """Whether files may be held out by their names; those of a folder or image are not known yet."""
+    if data.file is None and not data.urls:
+        return True
+    names = [PurePath(urlsplit(url).path) for url in data.urls] or [PurePath(str(data.file))]
+    return "validation" in splits.assign(names)
 
 
 def _check_evaluations(settings: Settings) -> None:

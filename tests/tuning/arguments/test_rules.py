@@ -137,3 +137,12 @@ def test_the_steps_of_a_run_are_checked_once_they_are_known() -> None:
     rules.check_steps(job, total=31)
     with pytest.raises(ConfigError, match="'warmup_steps' is 30, but the run has 12 steps"):
         rules.check_steps(job, total=12)
+
+
+def test_a_validation_set_among_the_data_counts_as_held_out_rows(tmp_path: Path) -> None:
+    files = {"data.urls": ["https://example.com/train.parquet", "https://example.com/validation.parquet"]}
+    load(SEED, tmp_path, overrides=BEST | ALL | EVERY_2 | files)
+    with pytest.raises(ConfigError, match="none are held out"):
+        load(
+            SEED, tmp_path, overrides=BEST | ALL | EVERY_2 | {"data.urls": ["https://example.com/a.parquet"]}
+        )
