@@ -365,6 +365,10 @@ FAMILIES = {
     "alpaca": Family(ALPACA, content_with("</s>"), "</s>"),
     "generation blocks": Family(BLOCKS, content_with("<|im_end|>"), "<|im_end|>"),
     "generation blocks without end": Family(BLOCKS_WITHOUT_END, content_with("<|im_end|>"), "<|im_end|>"),
+    "phi-3 by its eos alone": Family(PHI3, content_with("<|end|>\n<|endoftext|>"), "<|endoftext|>"),
+    "last messages only": Family(
+        CHATML.replace("in messages", "in messages[-20:]"), content_with("<|im_end|>"), "<|im_end|>"
+    ),
     "no generation prompt": Family(
         NO_PROMPT, content_with("<|im_end|>", before="<|im_start|>assistant\n"), "<|im_end|>"
     ),

@@ -163,5 +163,7 @@ REWRITING = {
     "falcon",
     "alpaca",
     "gemma 4",
+    "phi-3 by its eos alone",
+    "last messages only",
 }
 """Families that show an answer otherwise once others follow, or ask with more than they then show."""
