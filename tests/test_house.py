@@ -99,7 +99,15 @@ MOST_FUNCTION_LINES = 40
 
 CROSS_CUTTING = {
     "tests/attacks": None,
-    "tests": {"test_adapter_chain", "test_house", "test_readme", "test_docs", "test_demo", "test_bench_gpu"},
+    "tests": {
+        "test_adapter_chain",
+        "test_house",
+        "test_readme",
+        "test_docs",
+        "test_demo",
+        "test_bench_gpu",
+        "test_tool_call_tuning",
+    },
     "tests/clients": None,
     "tests/cli": {"test_odd_invocations"},
     "tests/contract": None,
