@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from runtime.tuning.output import SENTINEL, OutputPaths
+from runtime.tuning.train.checkpoints import listed
 
 pytestmark = pytest.mark.slow
 
@@ -94,9 +95,7 @@ def test_two_nodes_end_with_the_adapter_of_two_processes_though_one_is_evicted(
         last = node.output().splitlines()[-1]
         assert "with a checkpoint; run the same command again to resume" in last
         assert "Traceback" not in node.output()
-    assert not OutputPaths(second.out).checkpoints.exists() or not list(
-        OutputPaths(second.out).checkpoints.iterdir()
-    )
+    assert not listed(OutputPaths(second.out).checkpoints)
     assert (second.folder / "data/rows.parquet").is_file()  # each node fetched for itself
 
     shutil.rmtree(second.folder)  # its successor starts with an empty disk
