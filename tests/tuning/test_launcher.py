@@ -343,7 +343,7 @@ def test_faults_56_57_58_offline_run_logs_json_and_holds_no_secret(
     output = done.stderr.decode("utf-8") + done.stdout.decode("utf-8")
     assert done.returncode == 0, output
     assert "\r" not in output
-    levels = [json.loads(line)["level"] for line in output.splitlines()]
+    levels = [json.loads(line)["level"] for line in done.stderr.decode("utf-8").splitlines()]
     assert set(levels) == {"info"}, output
     assert (out / SENTINEL).exists()
     for path in (path for path in out.rglob("*") if path.is_file()):
