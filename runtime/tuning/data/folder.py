@@ -113,6 +113,9 @@ def _chosen(folder: Path, found: list[Path]) -> list[FoundFile]:
         why = "of names that mean a description of data"
     _say_left_out(folder, set(found) - set(kept), why)
     _check_shards([path.relative_to(folder) for path in kept])
+    _check_kinds(
+        [path.relative_to(folder) for path, split in zip(kept, told, strict=True) if split == "train"]
+    )
     return [
         FoundFile(path, path.relative_to(folder).as_posix(), split)
         for path, split in zip(kept, told, strict=True)
@@ -163,6 +166,17 @@ def _check_shards(names: Sequence[PurePath]) -> None:
     for (parent, stem, total), numbers in parts.items():
         if len(numbers) < total:
             log.warning("%s: only %d of its %d parts are there", parent / stem, len(numbers), total)
+
+
+def _check_kinds(names: Sequence[PurePath]) -> None:
+    """Warn of rows for several ways of training, such as pairs to prefer beside answers to learn."""
+    kinds = splits.training_kinds(names)
+    if len(kinds) > 1:
+        log.warning(
+            "%s are all trained on, though their names say that they are for different ways of training "
+            "and they may hold the same prompts; --data with the folder or file of one trains on that alone",
+            " and ".join(kinds),
+        )
 
 
 def local_paths(urls: Sequence[str], folder: Path) -> list[Path]:

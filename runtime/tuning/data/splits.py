@@ -25,7 +25,11 @@ WORDS: Mapping[str, Split] = {
     "testing": "test",
 }
 _FILLERS = frozenset(("data", "set", "dataset", "split", "part", "file", "rows", "of"))
-"""Words beside a split's that say no more than it does: `train_data`, `test-00000-of-00003`."""
+"""Words beside a split's that say no more than it does: `train_data`, `split=train`, `test-0-of-3`."""
+_KINDS = frozenset(
+    ("sft", "pref", "prefs", "preference", "preferences", "gen", "dpo", "kto", "ppo", "rl", "rm", "reward")
+)
+"""Words for what rows are to train, as in the splits of the zephyr data sets: `train_sft`, `train_prefs`."""
 
 
 def assign(names: Sequence[PurePath]) -> list[Split]:
@@ -48,12 +52,38 @@ def named(word: str) -> Split:
     return WORDS.get(first, "train")
 
 
+def training_kinds(names: Sequence[PurePath]) -> list[str]:
+    """Return the splits among `names` that tell a way of training: train_sft, train_prefs."""
+    parts = (part for name in names for part in map(_meaningful, _parts(name)))
+    return sorted(
+        {
+            f"{part[0]}_{part[1]}"
+            for part in parts
+            if len(part) == 2 and WORDS.get(part[0]) == "train" and part[1] in _KINDS
+        }
+    )
+
+
 def _told(name: PurePath) -> tuple[Split | None, bool]:
-    """Return the split that a name tells, and whether it tells nothing else."""
-    words = [word for word in re.split(r"[^a-z]+", base_name(name).lower()) if word]
-    meaningful = [word for word in words if word not in _FILLERS]
-    for word in (*meaningful[:1], *meaningful[-1:]):
-        if word in WORDS:
-            return WORDS[word], len(meaningful) == 1
-    folders = [WORDS[part.lower()] for part in name.parts[:-1] if part.lower() in WORDS]
-    return (folders[-1], True) if folders else (None, False)
+    """Return the split that a name tells, and whether it tells nothing else.
+
+    The file's name goes before its folders', the nearest first; one that tells nothing else before all.
+    """
+    told = [_told_by(_meaningful(part)) for part in _parts(name)]
+    telling = [(split, alone) for split, alone in told if split is not None]
+    return next((found for found in telling if found[1]), telling[0] if telling else (None, False))
+
+
+def _told_by(words: Sequence[str]) -> tuple[Split | None, bool]:
+    split = next((WORDS[word] for word in (*words[:1], *words[-1:]) if word in WORDS), None)
+    return split, len(words) == 1
+
+
+def _parts(name: PurePath) -> list[str]:
+    """Return the name of a file without its suffixes, then those of its folders, the nearest first."""
+    return [base_name(name), *reversed(name.parts[:-1])]
+
+
+def _meaningful(part: str) -> list[str]:
+    """Return the words of a name but the fillers: ["test"] of "split=test" and "test-00000-of-00003"."""
+    return [word for word in re.split(r"[^a-z]+", part.lower()) if word and word not in _FILLERS]

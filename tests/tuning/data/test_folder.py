@@ -162,3 +162,23 @@ def test_copies_that_editors_leave_are_no_data(tmp_path: Path) -> None:
         "b.parquet_download",
     )
     assert set(names(tmp_path)) == {"a.jsonl", "b.parquet_download"}
+
+
+def test_splits_for_several_ways_of_training_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = datasets.Dataset.from_list([{"prompt": "q", "completion": "a"}])
+    datasets.DatasetDict(train_sft=rows, test_sft=rows, train_prefs=rows).save_to_disk(tmp_path / "data")
+    assert names(tmp_path / "data") == {
+        "test_sft/data-00000-of-00001.arrow": "test",
+        "train_prefs/data-00000-of-00001.arrow": "train",
+        "train_sft/data-00000-of-00001.arrow": "train",
+    }
+    (said,) = caplog.messages
+    assert said.startswith("train_prefs and train_sft are all trained on")
+    caplog.clear()
+    assert set(names(tmp_path / "data" / "train_sft").values()) == {"train"}
+    assert not caplog.messages
