@@ -1,7 +1,8 @@
 """Which files of a folder are data, and what each is for: of any tool that writes folders.
 
 Knows Hugging Face's `save_to_disk`, checkouts of its hub, and Spark's outputs; does not know what is in data
-files. Start at `find`; `local_paths` says under which names addresses are stored.
+files, nor tables with a history (lakes.py). Start at `find`; `local_paths` says under which names addresses
+are stored.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from runtime.errors import DataError
 from runtime.logs import counted
-from runtime.tuning.data import hub_card, splits
+from runtime.tuning.data import hub_card, lakes, splits
 from runtime.tuning.data.formats import FORMATS, base_name, file_format, is_data
 from runtime.tuning.data.splits import Split
 
@@ -56,16 +57,16 @@ def find(folder: Path, *, file: Path | None = None, extension: str | None = None
     if not folder.is_dir():
         raise DataError(f"{folder}: no such directory, expected one with data files")
     folder = _checkout(folder)
-    found = data_files(folder, extension)
+    every = data_files(folder, extension)
+    found = lakes.current(folder, every)
+    _say_left_out(folder, set(every) - set(found), "a table has removed them")
     if not found:
         present = sorted(path for path in folder.rglob("*") if path.is_file())
         names = ", ".join(path.relative_to(folder).as_posix() for path in present[:5]) or "nothing"
         *others, last = FORMATS
         raise DataError(f"{folder}: no data file (found {names}); expected {', '.join(others)} or {last}")
     if extension is not None:
-        _say_left_out(folder, set(data_files(folder)) - set(found), f"they are no {extension} files")
-    if (folder / "_delta_log").is_dir():
-        log.warning("%s: a Delta table; files of its earlier versions are read too", folder)
+        _say_left_out(folder, set(data_files(folder)) - set(every), f"they are no {extension} files")
     return _chosen(folder, found)
 
 

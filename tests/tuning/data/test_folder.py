@@ -74,7 +74,7 @@ def test_a_checkout_of_the_hub_is_its_data_files(tmp_path: Path) -> None:
     assert names(tmp_path) == {"data/test-00000-of-00001.parquet": "train"}
 
 
-def test_outputs_of_spark_are_their_parts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_outputs_of_spark_are_their_parts(tmp_path: Path) -> None:
     touch(
         tmp_path,
         "_SUCCESS",
@@ -83,9 +83,8 @@ def test_outputs_of_spark_are_their_parts(tmp_path: Path, caplog: pytest.LogCapt
         "part-0.snappy.parquet",
         "part-1.c000.csv.gz",
     )
-    touch(tmp_path, "_delta_log/0.json", "_temporary/a.json")
+    touch(tmp_path, "_temporary/a.json")
     assert set(names(tmp_path)) == {"part-0.snappy.parquet", "part-1.c000.csv.gz"}
-    assert "a Delta table; files of its earlier versions are read too" in caplog.text
 
 
 def test_json_about_the_data_is_left_out_beside_data_and_said(
@@ -182,3 +181,17 @@ def test_splits_for_several_ways_of_training_are_said(
     caplog.clear()
     assert set(names(tmp_path / "data" / "train_sft").values()) == {"train"}
     assert not caplog.messages
+
+
+def test_rows_that_a_delta_table_has_removed_are_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    touch(tmp_path, "lake/part-0.parquet", "lake/part-1.parquet", "more.jsonl")
+    (tmp_path / "lake" / "_delta_log").mkdir()
+    (tmp_path / "lake" / "_delta_log" / f"{0:020}.json").write_text(
+        '{"add": {"path": "part-0.parquet"}}\n'
+        '{"remove": {"path": "part-0.parquet"}}\n{"add": {"path": "part-1.parquet"}}\n'
+    )
+    assert set(names(tmp_path)) == {"lake/part-1.parquet", "more.jsonl"}
+    assert "1 file left out, because a table has removed them (lake/part-0.parquet)" in caplog.text
