@@ -109,17 +109,30 @@ def is_history(value: Any) -> bool:
     return isinstance(literals.parse_container(value), list)
 
 
-def looks_like_messages(value: Any) -> bool:
-    """Return whether `value` is a list of messages, one message, or the text of either."""
-    found = literals.parse_container(value)
-    first = found[0] if isinstance(found, list) and found else found
-    first = literals.parse_container(first)
+def is_messages(value: Any) -> bool:
+    """Return whether `value` is a list of messages or one message; a text never is, whatever it is of.
+
+    An answer may be JSON text with a role in it that the model is to write.
+    """
+    first = value[0] if isinstance(value, list) and value and not _is_pairs(value) else value
     if _is_pairs(first):
         first = dict(first)
     if not isinstance(first, Mapping):
         return False
     keys = {str(key).lower() for key in first}
     return any(name in keys for name in _ROLE) and any(name in keys for name in (*_CONTENT, *_CALLS))
+
+
+def is_text_of_messages(value: Any) -> bool:
+    """Return whether `value` is a text, as CSV files have it, of a list of messages with known roles."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return False
+    found = literals.parse_container(value)
+    return isinstance(found, list) and is_messages(found) and _has_known_role(found[0])
+
+
+def _has_known_role(item: Any) -> bool:
+    return isinstance(item, Mapping) and any(str(item.get(name)).lower() in ROLES for name in _ROLE)
 
 
 def _items(value: Any, where: str) -> list[Any]:

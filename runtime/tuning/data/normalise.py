@@ -184,10 +184,15 @@ def _with_system(talk: RowConversation, value: Any, where: str) -> RowConversati
 def _pair(row: Mapping[str, Any], found: Columns, where: str) -> RowConversation:
     """Return a question and its answer; either may already be a list of messages."""
     answer = _answer(row, found, where)
+    if any(conversation.is_text_of_messages(row[name]) for name in (*found.question, found.answer)):
+        answer.notes.add(
+            "a question or an answer that is the text of a list of messages was taken as text; "
+            "in JSON lines or Parquet it would be messages"
+        )
     if answer.messages[0]["role"] in ("system", "user"):  # preference data repeats the question
         return answer
     first, *under = found.question
-    if conversation.looks_like_messages(row[first]):
+    if conversation.is_messages(row[first]):
         if under:
             raise DataError(
                 f"{_at(where, under[0])} stands beside a list of messages, expected it within them"
@@ -200,7 +205,7 @@ def _pair(row: Mapping[str, Any], found: Columns, where: str) -> RowConversation
 def _answer(row: Mapping[str, Any], found: Columns, where: str) -> RowConversation:
     value, at = row[found.answer], _at(where, found.answer)
     talk = RowConversation()
-    if conversation.looks_like_messages(value):
+    if conversation.is_messages(value):
         talk = conversation.read(value, at)
     elif found.tools and calls.looks_like_calls(value):
         turn = {"role": "assistant", "content": "", "tool_calls": value}

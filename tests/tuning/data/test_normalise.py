@@ -33,7 +33,6 @@ def example(row: dict[str, Any], **settings: Any) -> Example:
         {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
         {"prompt": MESSAGES[:1], "completion": "a"},
         {"prompt": "q", "completion": MESSAGES[1:]},
-        {"prompt": json.dumps(MESSAGES[:1]), "completion": "a"},
         {"prompt": "q", "completion": ["a"]},
         {"question": "q", "answer": "a"},
         {"Question": "q", "Answer": "a", "id": 7},
@@ -64,6 +63,31 @@ def example(row: dict[str, Any], **settings: Any) -> Example:
 )
 def test_known_columns_become_messages(row: dict[str, Any]) -> None:
     assert example(row).messages == (Q, A)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"speaker": "bot", "text": "hello"}',
+        '{"from": "bob@example.org", "text": "hello"}',
+        '{"role": "user", "content": "classify me"}',
+        json.dumps(MESSAGES),
+        repr(MESSAGES),
+    ],
+)
+def test_text_of_a_question_or_an_answer_stays_text(text: str) -> None:
+    for row in ({"instruction": text, "output": text}, {"prompt": [text], "completion": [text]}):
+        found = example(row).messages
+        assert [turn["content"] for turn in found] == [text, text]
+    assert example({"prompt": "q", "chosen": text, "rejected": "b"}).messages[1]["content"] == text
+
+
+def test_text_of_messages_that_stays_text_is_said() -> None:
+    normaliser = RowNormaliser(DataSource())
+    for text in (json.dumps(MESSAGES), '{"speaker": "bot", "text": "hello"}', "plain"):
+        normaliser.example({"prompt": text, "completion": "a"}, "row 1")
+    (note,) = normaliser.facts().notes
+    assert note.startswith("a question or an answer that is the text of a list of messages was taken as text")
 
 
 @pytest.mark.parametrize(
