@@ -49,6 +49,9 @@ PAIRS = (
 )
 """In the order in which they are looked for."""
 
+ANSWERS = tuple(dict.fromkeys(name for pair in PAIRS for name in pair.answers))
+"""Every name of an answer, in the order in which they are looked for beside messages."""
+
 _SHAPES = {*MESSAGES, TEXT, CHOSEN} | {
     name for pair in PAIRS for name in (pair.question, *pair.contexts, *pair.answers)
 }

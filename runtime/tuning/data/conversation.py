@@ -5,7 +5,7 @@ not know rows, columns or templates. Start at `read`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runtime.config import describe
@@ -65,6 +65,12 @@ class RowConversation:
     notes: set[str] = field(default_factory=set)
     """What was done that the user should know."""
 
+    def as_context(self) -> "RowConversation":
+        """Return this conversation as what an answer follows: none of its own answers is trained on."""
+        answers = {index for index, turn in enumerate(self.messages) if turn["role"] == "assistant"}
+        said = {"answers within a prompt are context, and are not trained on"} if answers else set()
+        return replace(self, untrained=self.untrained | answers, notes=self.notes | said)
+
     def followed_by(self, later: "RowConversation") -> "RowConversation":
         """Return this conversation with the messages of `later` after its own."""
         shifted = {index + len(self.messages) for index in later.untrained}
@@ -77,19 +83,31 @@ class RowConversation:
         )
 
 
-def read(value: Any, where: str) -> RowConversation:
+def read(value: Any, where: str, *, answer: str = "") -> RowConversation:
     """Return the messages that `value` holds; DataError, beginning with `where`, when it holds none.
 
     A list of objects, of texts with JSON or of (key, value) pairs; an object of lists; or the text of one.
+    `answer` names the column that answers the last of them, "" for none.
     """
     reader = _Reader()
     items = _items(value, where)
-    if all(isinstance(item, str) and not item.lstrip().startswith("{") for item in items):
-        items = _alternating(items, where)
+    if _are_texts(items):
+        items = _alternating(items, where, answer)
         reader.conversation.notes.add("messages without a role were taken as question and answer in turn")
     for number, item in enumerate(items, start=1):
         reader.add(item, f"{where} message {number}")
     return reader.conversation
+
+
+def awaits_answer(value: Any, where: str) -> bool:
+    """Return whether the last of the messages that `value` holds is not the assistant's.
+
+    True for texts without roles, of which an answer beside them is the last.
+    """
+    if _are_texts(_items(value, where)):
+        return True
+    messages = read(value, where).messages
+    return not messages or messages[-1]["role"] != "assistant"
 
 
 def read_history(value: Any, where: str) -> RowConversation:
@@ -147,9 +165,18 @@ def _items(value: Any, where: str) -> list[Any]:
     return found
 
 
-def _alternating(texts: list[str], where: str) -> list[dict[str, str]]:
+def _are_texts(items: list[Any]) -> bool:
+    return all(isinstance(item, str) and not item.lstrip().startswith("{") for item in items)
+
+
+def _alternating(texts: list[str], where: str, answer: str) -> list[dict[str, str]]:
     """Return texts in which two speak in turn, the second of them the assistant."""
-    if len(texts) % 2:
+    if answer and not len(texts) % 2:
+        raise DataError(
+            f"{where} is a list of {len(texts)} texts, of which the last would be the assistant's, with "
+            f"another answer in '{answer}'; leave that out, or write objects with role and content"
+        )
+    if len(texts) % 2 and not answer:
         raise DataError(
             f"{where} is a list of {len(texts)} texts, expected objects with role and content, "
             "or a question and an answer in turn"

@@ -72,7 +72,7 @@ class RowNormaliser:
             text = cells.filled_text(row[found.text], _at(where, found.text))
             self._columns[found] += 1
             return Example((), text=text, origin=where)
-        found = _with_columns_beside(named, found)
+        found = _with_columns_beside(named, found, where)
         self._full |= named.full
         self._empty |= named.empty
         talk = _talk(row, found, where)
@@ -135,15 +135,20 @@ def _is_medium(row: Cells, name: str, found: Columns) -> bool:
     return any(placeholder in text for text in texts for placeholder in PLACEHOLDERS)
 
 
-def _with_columns_beside(row: Cells, found: Columns) -> Columns:
+def _with_columns_beside(row: Cells, found: Columns, where: str) -> Columns:
     """Return the columns of a conversation with those that add to it."""
     history = row.first_filled(columns.HISTORY)
+    answer = found.answer
+    if found.messages and (beside := row.first_filled(n for n in columns.ANSWERS if n != found.messages)):
+        at = _at(where, found.messages)
+        answer = beside if conversation.awaits_answer(row.row[found.messages], at) else ""
     return replace(
         found,
+        answer=answer,
         system=row.first_filled(columns.SYSTEM),
         history=history if history and conversation.is_history(row.row[history]) else "",
         tools=row.first_filled(columns.TOOLS),
-        reasoning="" if found.messages else row.first_filled(columns.REASONING),
+        reasoning=row.first_filled(columns.REASONING) if answer else "",
     )
 
 
@@ -151,7 +156,9 @@ def _talk(row: Mapping[str, Any], found: Columns, where: str) -> RowConversation
     """Return the whole conversation of a row; DataError when there is nothing in it to learn."""
     if found.messages:
         at = _at(where, found.messages)
-        talk = conversation.read(row[found.messages], at)
+        talk = conversation.read(row[found.messages], at, answer=found.answer)
+        if found.answer:
+            talk = _answered(talk, row, found, where)
     else:
         at = _at(where, found.answer)
         talk = _pair(row, found, where)
@@ -173,7 +180,7 @@ def _with_system(talk: RowConversation, value: Any, where: str) -> RowConversati
     if isinstance(value, Mapping) and "parts" in value:
         value = value["parts"]
     text = content(value, "system", where).text
-    first = talk.messages[0]
+    first = talk.messages[0] if talk.messages else {"role": "user"}
     if first["role"] in ("system", "developer"):
         if first["content"].strip() != text.strip():
             raise DataError(f"{where} and the first message are two different system messages, expected one")
@@ -183,23 +190,36 @@ def _with_system(talk: RowConversation, value: Any, where: str) -> RowConversati
 
 def _pair(row: Mapping[str, Any], found: Columns, where: str) -> RowConversation:
     """Return a question and its answer; either may already be a list of messages."""
-    answer = _answer(row, found, where)
-    if any(conversation.is_text_of_messages(row[name]) for name in (*found.question, found.answer)):
-        answer.notes.add(
-            "a question or an answer that is the text of a list of messages was taken as text; "
-            "in JSON lines or Parquet it would be messages"
-        )
-    if answer.messages[0]["role"] in ("system", "user"):  # preference data repeats the question
-        return answer
     first, *under = found.question
     if conversation.is_messages(row[first]):
         if under:
             raise DataError(
                 f"{_at(where, under[0])} stands beside a list of messages, expected it within them"
             )
-        return conversation.read(row[first], _at(where, first)).followed_by(answer)
+        asked = conversation.read(row[first], _at(where, first)).as_context()
+        return _answered(asked, row, found, where)
     texts = [cells.filled_text(row[name], _at(where, name)) for name in found.question]
-    return RowConversation([{"role": "user", "content": "\n\n".join(texts)}]).followed_by(answer)
+    asked = RowConversation([{"role": "user", "content": "\n\n".join(texts)}])
+    talk = _answered(asked, row, found, where)
+    if any(conversation.is_text_of_messages(row[name]) for name in (*found.question, found.answer)):
+        talk.notes.add(
+            "a question or an answer that is the text of a list of messages was taken as text; "
+            "in JSON lines or Parquet it would be messages"
+        )
+    return talk
+
+
+def _answered(asked: RowConversation, row: Mapping[str, Any], found: Columns, where: str) -> RowConversation:
+    """Return what was asked with its answer; earlier answers are not trained on before a chosen one."""
+    answer = _answer(row, found, where)
+    if found.answer.lower() == columns.CHOSEN:
+        asked = asked.as_context()
+    if answer.messages[0]["role"] not in ("system", "user"):
+        return asked.followed_by(answer)
+    size = len(asked.messages)  # preference data repeats the question
+    if answer.messages[:size] == asked.messages:
+        return replace(answer, untrained=answer.untrained | asked.untrained, notes=answer.notes | asked.notes)
+    return answer
 
 
 def _answer(row: Mapping[str, Any], found: Columns, where: str) -> RowConversation:

@@ -167,6 +167,53 @@ def test_history_column_comes_before_the_question(history: Any) -> None:
     assert example(weighted).untrained == {3}
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [Q, A, Q], "response": "final"},
+        {"messages": [Q, A, Q], "completion": [{"role": "assistant", "content": "final"}]},
+        {"conversation": ["q", "a", "q"], "answer": "final"},
+        {"messages": json.dumps([Q, A, Q]), "output": "final"},
+    ],
+    ids="-".join,
+)
+def test_answer_beside_messages_that_end_with_a_question_is_their_last(row: dict[str, Any]) -> None:
+    found = example(row)
+    assert found.messages == (Q, A, Q, {**A, "content": "final"})
+    assert found.untrained == set()
+
+
+def test_answer_beside_messages_that_are_answered_is_not_used() -> None:
+    assert example({"messages": MESSAGES, "prompt": "q", "answer": "42"}).messages == (Q, A)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [Q, A, Q], "completion": "good"},
+        {"prompt": [Q, A, Q], "completion": [{**A, "content": "good"}]},
+        {"prompt": [Q, A, Q], "chosen": [{**A, "content": "good"}], "rejected": [A]},
+        {"prompt": [Q, A, Q], "chosen": [Q, A, Q, {**A, "content": "good"}], "rejected": [A]},
+        {
+            "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, Q],
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": {"from": "gpt", "value": "bad"},
+        },
+    ],
+)
+def test_answers_within_a_prompt_are_not_trained_on(row: dict[str, Any]) -> None:
+    normaliser = RowNormaliser(DataSource())
+    found = normaliser.example(row, "row 1")
+    assert found.messages == (Q, A, Q, {**A, "content": "good"})
+    assert found.untrained == {1}
+    assert "answers within a prompt are context, and are not trained on" in normaliser.facts().notes
+
+
+def test_system_column_beside_a_message_that_says_nothing() -> None:
+    with pytest.raises(DataError, match="no assistant message"):
+        example({"system": "s", "messages": [{"role": "system", "content": None}]})
+
+
 def test_history_that_is_text_is_another_column() -> None:
     row = {"history": "no allergies", "question": "q", "answer": "a"}
     assert example(row).messages == (Q, A)
@@ -231,6 +278,8 @@ def test_column_settings_choose_columns() -> None:
         ({"messages": "[]"}, "column 'messages' is an empty list, expected a list of messages"),
         ({"messages": "hello"}, "column 'messages' is 'hello', expected a list of messages"),
         ({"messages": ["hi", "yo", "hm"]}, "a list of 3 texts, expected objects with role and content"),
+        ({"conversation": ["hi", "yo"], "response": "r"}, "with another answer in 'response'"),
+        ({"messages": [Q], "response": {"a": 1}}, "column 'response' is a mapping"),
         ({"messages": ["hi", {"a": 1}]}, "message 1 is 'hi', expected an object with role and content"),
         ({"messages": Q}, "no assistant message"),
         ({"messages": [Q]}, "no assistant message"),
