@@ -20,7 +20,18 @@ TOOLS = ("tools", "functions")
 REASONING = ("reasoning_content",)
 CHOSEN = "chosen"
 """The better of two answers in preference data, which is trained on where there is no other answer."""
-LABELS = ("label", "labels")
+LABELS = ("label", "labels", "category", "sentiment", "intent", "summary")
+"""What a classifier, or a model that sums up, answers to a text."""
+MARKS = ("label", "labels", "desirable", "kto_tag")
+"""Where data with good and bad answers says which an answer is."""
+BAD = ("false", "0", "0.0")
+CHOICES = ("choices", "options")
+LETTERS = ("a", "b")
+"""Columns of a multiple choice that has one for each."""
+WRAPPERS = ("row", "data", "body", "json")
+"""Names under which exports, OpenAI's batches and WebDataset put a row beside its own facts."""
+ANNOTATED = ("annotations", "predictions")
+"""Beside `data` these are the answers (Label Studio)."""
 SPEAKERS = ("role", "from", "speaker")
 """With a text beside them a row is one message, not a conversation."""
 MEDIA = ("images", "image", "audios", "audio", "videos", "video")
@@ -40,7 +51,11 @@ class PairShape:
 PAIRS = (
     PairShape("instruction", ("input", "context"), ("output", "response", "answer", "completion", CHOSEN)),
     PairShape("prompt", (), ("completion", "response", "answer", "output", CHOSEN)),
-    PairShape("question", ("context",), ("answer", "response", "output", "answers", "completion", CHOSEN)),
+    PairShape(
+        "question",
+        ("context", "passage", "article"),
+        ("answer", "response", "output", "answers", "completion", CHOSEN),
+    ),
     PairShape("query", ("context",), ("response", "answer", "output", "answers", "completion")),
     PairShape("problem", (), ("solution", "answer", "response", "output")),
     PairShape("inputs", (), ("targets", "outputs")),
@@ -227,13 +242,20 @@ def _question(row: Cells, pair: PairShape) -> tuple[str, ...]:
 
 
 def _text(row: Cells, where: str) -> Columns | None:
+    """Return the column of plain text; DataError where it may be half of a pair."""
     name = row.filled(TEXT)
     if name is None:
         return None
-    label = row.first_filled(LABELS)
-    if label:
+    answer = row.first_filled((*LABELS, *ANSWERS))
+    if answer:
         raise DataError(
-            f"{where} has '{name}' and '{label}': set context_column {name} and response_column {label} to "
-            f"train on the label, or response_column {name} alone to train on the text"
+            f"{where} has '{name}' and '{answer}': set context_column {name} and response_column {answer} to "
+            f"train on '{answer}', or response_column {name} alone to train on the text"
+        )
+    question = row.first_filled(pair.question for pair in PAIRS)
+    if question:
+        raise DataError(
+            f"{where} has '{question}' and '{name}': set context_column {question} and response_column "
+            f"{name} to train on '{name}' as the answer, or leave '{question}' out to train on the text alone"
         )
     return Columns(text=name)

@@ -68,6 +68,9 @@ class RowNormaliser:
             return self._within(row, where)
         if not self._source.response_column:
             _check_beside(named, found, where)
+            _check_choices(named, found, where)
+        if not self._source.response_column and not self._source.messages_column:
+            _check_mark(named, found, where)
         if found.text:
             text = cells.filled_text(row[found.text], _at(where, found.text))
             self._columns[found] += 1
@@ -84,10 +87,10 @@ class RowNormaliser:
 
     def _within(self, row: Mapping[str, Any], where: str) -> Example:
         """Return the example of a row that is wrapped in another; DataError where none is."""
-        inner = [name for name, value in row.items() if isinstance(value, Mapping)]
-        if len(inner) == 1 and columns.find(Cells(row[inner[0]]), self._source, _at(where, inner[0])):
-            self._wrappers.add(inner[0])
-            return self.example(row[inner[0]], _at(where, inner[0]))
+        inner = _wrapper(row)
+        if inner and columns.find(Cells(row[inner]), self._source, _at(where, inner)):
+            self._wrappers.add(inner)
+            return self.example(row[inner], _at(where, inner))
         raise DataError(
             f"{where}: no known columns (has {', '.join(map(str, row)) or 'none'}); {columns.accepted()}"
         )
@@ -98,6 +101,16 @@ class RowNormaliser:
         if columns.CHOSEN in (found.answer.lower(), found.messages.lower()):
             talk.notes.add("preference data: the chosen answer is trained on, the rejected one is not used")
         self._notes.update(talk.notes)
+
+
+def _wrapper(row: Mapping[str, Any]) -> str:
+    """Return the column that holds the row itself, "" for none: the only one, or one known by its name."""
+    named = Cells(row)
+    known = [named.name(name) for name in columns.WRAPPERS]
+    if any(map(named.filled, columns.ANNOTATED)):
+        known = []
+    names = list(row) if len(row) == 1 else known
+    return next((name for name in names if name is not None and isinstance(row[name], Mapping)), "")
 
 
 def _at(where: str, name: str) -> str:
@@ -113,17 +126,39 @@ def _check_beside(row: Cells, found: Columns, where: str) -> None:
     )
     if media:
         raise DataError(f"{where} has column '{media}': only text is trained on; leave it out to do so")
-    label = next((name for name in columns.LABELS if str(row.value(name)).lower() == "false"), None)
-    if found.answer and label:
-        raise DataError(
-            f"{where} has {label} false, which marks a bad answer: answers are trained on, never against; "
-            "leave such rows out (--on-bad-row skip does), or set response_column to take all"
-        )
     speaker = next((str(row.value(name)) for name in columns.SPEAKERS if row.filled(name)), "")
     if found.text and speaker.lower() in conversation.ROLES:
         raise DataError(
             f"{where} is one message (of {speaker!r}); a row is expected to hold a whole conversation, "
             "as a list in a column 'messages'"
+        )
+
+
+def _check_mark(row: Cells, found: Columns, where: str) -> None:
+    """Raise DataError for an answer that a column marks as bad."""
+    marks = (name for name in map(row.filled, columns.MARKS) if name)
+    mark = next((name for name in marks if str(row.row[name]).strip().lower() in columns.BAD), None)
+    if not found.text and mark and mark not in found.names():
+        way = f"messages_column {found.messages}" if found.messages else f"response_column {found.answer}"
+        raise DataError(
+            f"{where} has {mark} {str(row.row[mark]).strip().lower()}, which marks a bad answer: answers are "
+            f"trained on, never against; leave such rows out (--on-bad-row skip does), or "
+            f"set {way} to take all"
+        )
+
+
+def _check_choices(row: Cells, found: Columns, where: str) -> None:
+    """Raise DataError for a question that refers to columns which would not be in it."""
+    if not found.question or not found.answer:
+        return
+    choices = row.first_filled(columns.CHOICES)
+    if not choices and all(map(row.filled, columns.LETTERS)):
+        choices = row.first_filled(columns.LETTERS)
+    if choices and choices not in found.names():
+        raise DataError(
+            f"{where} has column '{choices}', which the question '{found.question[0]}' refers to: write the "
+            f"choices into it and the right one into '{found.answer}', or set context_column "
+            f"{found.question[0]} and response_column {found.answer} to train without them"
         )
 
 

@@ -53,6 +53,9 @@ def example(row: dict[str, Any], **settings: Any) -> Example:
         {"messages": json.dumps(MESSAGES)},
         {"messages": repr(MESSAGES)},
         {"row_idx": 0, "row": {"prompt": "q", "completion": "a"}},
+        {"example": {"prompt": "q", "completion": "a"}},
+        {"__key__": "7", "json": {"prompt": "q", "completion": "a"}},
+        {"prompt": "q", "completion": "a", "label": True, "a": "x"},
         {"prompt": "q", "chosen": "a", "rejected": "b"},
         {"prompt": "q", "chosen": MESSAGES, "rejected": MESSAGES},
         {"chosen": MESSAGES, "rejected": MESSAGES},
@@ -107,6 +110,18 @@ def test_null_is_absent_in_a_union_of_columns(row: dict[str, Any]) -> None:
     assert example(row).messages == (Q, A)
 
 
+def test_answers_marked_as_bad_are_taken_where_the_column_is_set() -> None:
+    assert example({"prompt": "q", "completion": "a", "label": 0}, response_column="completion").messages
+    assert example({"messages": MESSAGES, "label": False}, messages_column="messages").messages == (Q, A)
+    with pytest.raises(DataError, match="column 'images'"):
+        example({"messages": MESSAGES, "images": ["a.png"]}, messages_column="messages")
+
+
+def test_choices_are_left_out_where_the_columns_are_set() -> None:
+    row = {"question": "q", "choices": ["a", "b"], "answer": "a"}
+    assert example(row, context_column="question", response_column="answer").messages == (Q, A)
+
+
 def test_text_column_is_an_example_of_plain_text() -> None:
     for row in ({"text": "once"}, {"text": "once", "prompt": None, "completion": None}):
         assert (example(row).messages, example(row).text) == ((), "once")
@@ -120,6 +135,7 @@ def test_input_and_context_go_under_the_question() -> None:
     for row in (
         {"instruction": "sum up", "input": "long", "output": "a"},
         {"question": "sum up", "context": "long", "answer": "a"},
+        {"question": "sum up", "passage": "long", "answer": "a"},
     ):
         assert example(row).messages[0]["content"] == "sum up\n\nlong"
     row = {"instruction": "sum up", "input": "long", "reply": "a"}
@@ -295,8 +311,36 @@ def test_column_settings_choose_columns() -> None:
         ({"question": "q", "answers": {"text": []}}, "column 'answers' is empty"),
         ({"text": "t", "label": "x"}, "set context_column text and response_column label"),
         ({"text": "t", "label": 0}, "response_column text alone"),
+        *(
+            (
+                {"text": "t", name: "x"},
+                f"set context_column text and response_column {name} to train on '{name}'",
+            )
+            for name in ("output", "response", "answer", "completion", "summary", "target", "intent")
+        ),
+        ({"text": "t", "category": "x", "prompt": "q"}, "'text' and 'category'"),
+        ({"prompt": "q", "text": "t"}, "set context_column prompt and response_column text"),
         ({"text": "hi", "role": "prompter", "parent_id": None}, "is one message (of 'prompter')"),
         ({"prompt": "q", "completion": "a", "label": False}, "label false, which marks a bad answer"),
+        ({"prompt": "q", "completion": "a", "label": 0}, "set response_column completion to take all"),
+        ({"prompt": "q", "completion": "a", "label": "0"}, "label 0, which marks a bad answer"),
+        ({"messages": MESSAGES, "label": False}, "set messages_column messages to take all"),
+        ({"question": "q", "answer": "a", "desirable": False}, "desirable false, which marks a bad answer"),
+        ({"question": "q", "choices": ["x", "y"], "answer": 1}, "has column 'choices', which the question"),
+        ({"question": "q", "A": "x", "B": "y", "answer": "B"}, "has column 'A', which the question"),
+        (
+            {"question": "q", "options": {"A": "x"}, "answer": "A"},
+            "set context_column question and response_c",
+        ),
+        ({"id": 1, "usage": {"input": 5, "output": 7}}, "no known columns (has id, usage)"),
+        (
+            {"passage": "real", "source": {"title": "t", "text": "x"}},
+            "no known columns (has passage, source)",
+        ),
+        (
+            {"id": 1, "data": {"text": "t"}, "annotations": [{}]},
+            "no known columns (has id, data, annotations)",
+        ),
         (
             {"system": "s", "messages": [{**SYSTEM, "content": "t"}, *MESSAGES]},
             "two different system messages",
