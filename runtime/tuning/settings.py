@@ -64,7 +64,8 @@ class Encoding(Strict):
     max_tokens: int | None = Field(None, ge=8)
     """Longest row in tokens; None takes min(model context, 2048)."""
     too_long: Literal["truncate", "drop", "split"] = "truncate"
-    """Rows over `max_tokens`: cut the oldest turns and keep the answer, drop, or split in several rows."""
+    """Rows over `max_tokens`: cut the oldest turns, then the last steps, then the end of an answer, never the
+    system's message or the question; or drop; or split in several rows."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Which tokens are labels: assistant turns with their end-of-turn token, or every token."""
     batching: Literal["auto", "packed", "sorted"] = "auto"

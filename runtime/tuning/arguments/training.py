@@ -305,7 +305,7 @@ SFT: dict[str, Argument] = {
     "completion_only_loss": Argument("bool?"),
     "dataset_text_field": Argument("str"),
     "shuffle_dataset": refused("bool", "write DatasetConfig.shuffle_dataset"),
-    "truncation_mode": harmless("str", "the oldest turns are cut, and the answer stays", "keep_start"),
+    "truncation_mode": harmless("str", "the oldest turns are cut, and the last question stays", "keep_start"),
     "dataset_num_proc": harmless("int?", _ENCODING),
     "dataset_batch_size": harmless("int?", _ENCODING, 1000),
     "dataset_kwargs": harmless("mapping?", _ENCODING),

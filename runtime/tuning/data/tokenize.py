@@ -6,7 +6,7 @@ files, templates, tensors or batches. T tokens. Start at `encode`, then `Encoder
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,10 +15,18 @@ from numpy.typing import NDArray
 
 from runtime import models
 from runtime.errors import ConfigError, DataError
-from runtime.tuning.data.answers import SYSTEM_ROLES, AnswerReader, dialogue
+from runtime.tuning.data.answers import AnswerReader, dialogue
 from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.example import Example
-from runtime.tuning.data.turns import LONG, TextSequence, labelled_turns, last_sequence, sequences
+from runtime.tuning.data.long_rows import exchanges, with_turns, without_last_steps, without_oldest
+from runtime.tuning.data.turns import (
+    LONG,
+    TextSequence,
+    is_one_sequence,
+    labelled_turns,
+    last_sequence,
+    sequences,
+)
 from runtime.tuning.settings import Encoding, TuningJob
 
 if TYPE_CHECKING:
@@ -179,80 +187,91 @@ class Encoder:
 
         Raises DataError for what the template refuses or leaves undecided, ConfigError without a template.
         """
-        truncates = self._encoding.too_long == "truncate"
-        if truncates and len(example.messages) >= LONG and labelled_turns(example):
+        too_long = self._encoding.too_long
+        if too_long != "split" and len(example.messages) >= LONG and labelled_turns(example):
             tokens = self._longest(example)
             if tokens > self.max_tokens:
-                return self._truncated(example, tokens)
-        whole = self._whole(example)
-        tokens = sum(map(len, whole))
-        if all(len(sequence) <= self.max_tokens for sequence in whole):
-            return _labelled("whole", whole, tokens)
-        if self._encoding.too_long == "drop":
+                if too_long == "drop":
+                    return EncodedExample("too long", tokens)
+                return self._truncated(self._parts_of_long(example), tokens)
+        parts = self._parts(example)
+        tokens = sum(len(sequence) for _, sequence in parts)
+        if all(self._is_short(sequence) for _, sequence in parts):
+            return _labelled("whole", (sequence for _, sequence in parts), tokens)
+        if too_long == "drop":
             return EncodedExample("too long", tokens)
-        if truncates:
-            return self._truncated(example, tokens)
-        parts = [
+        if too_long == "truncate":
+            cut = [part if not self._is_short(sequence) else sequence for part, sequence in parts]
+            return self._truncated(cut, tokens)
+        slices = [
             sequence[start : start + self.max_tokens]
-            for sequence in whole
+            for _, sequence in parts
             for start in range(0, len(sequence), self.max_tokens)
         ]
-        return _labelled("split", parts, tokens)
+        return _labelled("split", slices, tokens)
 
-    def _truncated(self, example: Example, tokens: int) -> EncodedExample:
-        kept = self._whole(self._shortened(example))
-        return _labelled("truncated", [sequence[-self.max_tokens :] for sequence in kept], tokens)
-
-    def _shortened(self, example: Example) -> Example:
-        """Return `example` without its oldest turns (not the system's), as few as make it fit.
-
-        Where the last question and its answer alone are too long, these are what is left.
-        """
-        turns = labelled_turns(example)
-        system = int(bool(example.messages) and example.messages[0]["role"] in SYSTEM_ROLES)
-        starts = [
-            index
-            for index in range(system + 1, turns[-1] if turns else 0)
-            if example.messages[index]["role"] == "user"
+    def _truncated(self, parts: Iterable[Example | TokenizedSequence], tokens: int) -> EncodedExample:
+        """Return the row of these `parts`, of which examples are to be cut and sequences are not."""
+        sequences = [
+            sequence
+            for part in parts
+            for sequence in (self._cut(part) if isinstance(part, Example) else [part])
         ]
-        if not starts:
-            return example
-        # From the end, so that the time it takes is that of what fits and not of the whole row.
-        fitting, step = len(starts) - 1, 1
-        while fitting - step >= 0 and self._fits(_from(example, starts[fitting - step], system)):
-            fitting, step = fitting - step, step * 2
-        too_long = max(fitting - step, -1)
-        while fitting - too_long > 1:
-            middle = (fitting + too_long) // 2
-            if self._fits(_from(example, starts[middle], system)):
-                fitting = middle
-            else:
-                too_long = middle
-        return _from(example, starts[fitting], system)
+        # There is a label somewhere; where none is left, no prompt left room for one.
+        return _labelled("truncated", sequences, tokens, otherwise="too long")
+
+    def _cut(self, example: Example) -> list[TokenizedSequence]:
+        """Return the sequences of `example` without its oldest turns, then its last ones, as far as it fits.
+
+        One answer that is too long by itself loses its end. What has no room for a label is none.
+        """
+        kept = without_oldest(example, self._fits)
+        if not self._fits(kept):
+            kept = without_last_steps(kept, self._fits)
+        return [sequence[: self.max_tokens] for _, sequence in self._parts(kept)]
+
+    def _parts_of_long(self, example: Example) -> Iterable[Example]:
+        """Return the parts of a conversation of many messages that are cut each by itself.
+
+        Where the template rewrites turns, they are its exchanges: to encode the sequences at their full
+        length would take quadratic time.
+        """
+        if self._encoding.loss_on == "all" or is_one_sequence(example, self._reader()):
+            return [example]
+        return exchanges(example)
+
+    def _is_short(self, sequence: TokenizedSequence) -> bool:
+        return len(sequence) <= self.max_tokens
 
     def _fits(self, example: Example) -> bool:
         return self._longest(example) <= self.max_tokens
 
     def _longest(self, example: Example) -> int:
         """Return the tokens of the longest sequence: that of the last turn."""
-        if self._encoding.loss_on == "all":
-            return len(self._whole(example)[0])
+        if self._encoding.loss_on == "all" or not labelled_turns(example):
+            return max((len(sequence) for _, sequence in self._parts(example)), default=0)
         return len(self._tokenized(last_sequence(example, self._reader())))
 
-    def _whole(self, example: Example) -> list[TokenizedSequence]:
-        """Return the sequences of `example` at their full length."""
+    def _parts(self, example: Example) -> list[tuple[Example, TokenizedSequence]]:
+        """Return the sequences of `example` at their full length, each with its part of the row."""
+        if not example.messages or self._encoding.loss_on == "all":
+            return [(example, self._all(example))]
+        return [
+            (with_turns(example, sequence.turns), self._tokenized(sequence))
+            for sequence in sequences(example, self._reader())
+        ]
+
+    def _all(self, example: Example) -> TokenizedSequence:
+        """Return the ids of plain text, or of a conversation, all labelled."""
         if not example.messages:
             ids = [*self._tokenize(example.text)[0], self._eos()]
             bos = self.tokenizer.bos_token_id
             if bos is not None and ids[0] != bos and self.tokenizer("x")["input_ids"][:1] == [bos]:
                 ids.insert(0, bos)
-            return [_all_labelled(ids)]
-        reader = self._reader()
-        if self._encoding.loss_on == "all":
-            ids = self._tokenize(reader.text(dialogue(example.messages, example.tools)))[0]
-            ended = any(token in self._control_ids() for token in ids[-2:])  # a line break may follow it
-            return [_all_labelled(ids if ended else [*ids, self._eos()])]
-        return [self._tokenized(sequence) for sequence in sequences(example, reader)]
+            return _all_labelled(ids)
+        ids = self._tokenize(self._reader().text(dialogue(example.messages, example.tools)))[0]
+        ended = any(token in self._control_ids() for token in ids[-2:])  # a line break may follow it
+        return _all_labelled(ids if ended else [*ids, self._eos()])
 
     def _tokenized(self, sequence: TextSequence) -> TokenizedSequence:
         """Return the ids of a text, labelled where its pieces are."""
@@ -308,24 +327,19 @@ class Encoder:
         return self.tokenizer.eos_token_id
 
 
-def _labelled(outcome: RowOutcome, parts: Iterable[TokenizedSequence], tokens: int) -> EncodedExample:
-    """Return those of `parts` in which something is labelled."""
+def _labelled(
+    outcome: RowOutcome,
+    parts: Iterable[TokenizedSequence],
+    tokens: int,
+    otherwise: RowOutcome = "unlabelled",
+) -> EncodedExample:
+    """Return those of `parts` in which something is labelled; `otherwise` is what a row without any is."""
     labelled = tuple(part for part in parts if part.labelled_tokens)
-    return EncodedExample(outcome if labelled else "unlabelled", tokens, labelled)
+    return EncodedExample(outcome if labelled else otherwise, tokens, labelled)
 
 
 def _all_labelled(ids: Sequence[int]) -> TokenizedSequence:
     return TokenizedSequence(np.asarray(ids, dtype=np.int32), np.ones(len(ids), dtype=np.bool_))
-
-
-def _from(example: Example, start: int, system: int) -> Example:
-    """Return `example` from message `start` on, after its first `system` messages."""
-    kept = [*range(system), *range(start, len(example.messages))]
-    return replace(
-        example,
-        messages=tuple(example.messages[index] for index in kept),
-        untrained=frozenset(new for new, old in enumerate(kept) if old in example.untrained),
-    )
 
 
 def _mask(

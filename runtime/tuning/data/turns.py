@@ -32,10 +32,8 @@ class TextSequence:
     pieces: tuple[Piece, ...]
     closed: bool
     """Whether it ends with the template's end token; else the tokenizer's follows, and is labelled."""
-
-    @property
-    def text(self) -> str:
-        return "".join(piece.text for piece in self.pieces)
+    turns: tuple[int, ...]
+    """Indexes of the messages that are labelled in it."""
 
 
 def labelled_turns(example: Example) -> list[int]:
@@ -52,30 +50,39 @@ def sequences(example: Example, reader: AnswerReader) -> list[TextSequence]:
     whole, turns = dialogue(example.messages, example.tools), labelled_turns(example)
     if len(whole.messages) >= LONG and (appended := _piece_by_piece(whole, turns, reader)):
         return [appended]
-    return [*_joined(reader.answer(whole, turn) for turn in turns)]
+    return [*_joined((turn, reader.answer(whole, turn)) for turn in turns)]
+
+
+def is_one_sequence(example: Example, reader: AnswerReader) -> bool:
+    """Return whether a conversation of LONG messages or more is certain to be one sequence."""
+    whole = dialogue(example.messages, example.tools)
+    return _piece_by_piece(whole, labelled_turns(example), reader) is not None
 
 
 def last_sequence(example: Example, reader: AnswerReader) -> TextSequence:
     """Return the text up to the last labelled turn, with that turn alone labelled: mostly the longest."""
-    answer = reader.answer(dialogue(example.messages, example.tools), labelled_turns(example)[-1])
-    return next(_joined(iter([answer])))
+    last = labelled_turns(example)[-1]
+    answer = reader.answer(dialogue(example.messages, example.tools), last)
+    return next(_joined(iter([(last, answer)])))
 
 
-def _joined(answers: Iterator[Answer]) -> Iterator[TextSequence]:
-    """Yield sequences, each of as many `answers` as continue one another."""
+def _joined(answers: Iterator[tuple[int, Answer]]) -> Iterator[TextSequence]:
+    """Yield sequences, each of as many (message index, answer) as continue one another."""
     pieces: list[Piece] = []
+    turns: list[int] = []
     text, closed = "", False
-    for answer in answers:
+    for turn, answer in answers:
         if closed and answer.prompt.startswith(text):
             pieces.append(Piece(answer.prompt[len(text) :], False))
         else:
             if pieces:
-                yield TextSequence(tuple(pieces), closed)
-            pieces = [Piece(answer.prompt, False)]
+                yield TextSequence(tuple(pieces), closed, tuple(turns))
+            pieces, turns = [Piece(answer.prompt, False)], []
         pieces += answer.pieces
+        turns.append(turn)
         text, closed = answer.text, answer.closed
     if pieces:
-        yield TextSequence(tuple(pieces), closed)
+        yield TextSequence(tuple(pieces), closed, tuple(turns))
 
 
 def _piece_by_piece(whole: Dialogue, turns: Sequence[int], reader: AnswerReader) -> TextSequence | None:
@@ -96,7 +103,7 @@ def _piece_by_piece(whole: Dialogue, turns: Sequence[int], reader: AnswerReader)
     certain = text == last.text and all(
         text.startswith(answer.prompt) and len(answer.prompt) in ends for answer in (middle, last)
     )
-    return TextSequence(tuple(pieces), closed=True) if certain else None
+    return TextSequence(tuple(pieces), closed=True, turns=tuple(turns)) if certain else None
 
 
 def _excerpt(whole: Dialogue, turns: Sequence[int], reader: AnswerReader) -> list[Piece]:

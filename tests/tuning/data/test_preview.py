@@ -78,10 +78,11 @@ def test_preview_says_how_many_sequences_split_rows_become(
 
 
 def test_rows_over_the_limit_show_what_is_left_of_them(make_job: Maker, without_weights: ModelSource) -> None:
-    cut = preview(make_job(model=without_weights, encoding=Encoding(max_tokens=24)), count=59)
-    long = [shown for shown in cut.examples if shown.full_tokens > 24]
-    assert {shown.outcome for shown in long} == {"truncated"}
-    assert all(shown.tokens == 24 and shown.labelled_tokens for shown in long)
+    cut = preview(make_job(model=without_weights, encoding=Encoding(max_tokens=100)), count=59)
+    long = [shown for shown in cut.examples if shown.full_tokens > 100]
+    assert {shown.outcome for shown in long} == {"truncated", "too long"}
+    assert all(shown.tokens <= 100 for shown in long)
+    assert all(bool(shown.labelled_tokens) == (shown.outcome == "truncated") for shown in long)
     split_rows = Encoding(max_tokens=24, too_long="split")
     split = preview(make_job(model=without_weights, encoding=split_rows), count=59)
     assert {shown.outcome for shown in split.examples if shown.full_tokens > 24} == {"split"}

@@ -167,8 +167,6 @@ def test_fault_24_long_row_loses_old_turns_and_keeps_the_last_answer(tokenizer: 
     assert len(row) <= len(full) - 5
     assert labelled_texts(row, tokenizer) == ["second answer<|im_end|>"]
     assert tokenizer.decode(row.ids[:3]) == tokenizer.decode(full.ids[:3])  # the system turn stays
-    (last,) = encoder(tokenizer, 8).encode(Example(TURNS)).sequences
-    assert last.ids.tolist() == row.ids[-8:].tolist()
 
 
 @pytest.mark.parametrize("template", [CHATML, FORGETFUL, PLAIN])
@@ -191,7 +189,10 @@ def test_long_row_keeps_as_many_turns_as_fit(tokenizer: Any, template: str, exch
     encoded = encoder(tokenizer, limit).encode(Example(tuple(turns), untrained=untrained))
     assert encoded.outcome == "truncated"
     texts = [text for sequence in encoded.sequences for text in labelled_texts(sequence, tokenizer)]
-    assert texts == [f"answer {number}<|im_end|>" for number in (exchanges - 3, exchanges - 1)]
+    kept = [exchanges - 3, exchanges - 1]
+    if template == PLAIN:  # each turn is a sequence of its own, and those of the older ones fit
+        kept[:0] = range(exchanges - 3)
+    assert texts == [f"answer {number}<|im_end|>" for number in kept]
     assert all(len(sequence) <= limit for sequence in encoded.sequences)
     assert all("be kind" in tokenizer.decode(sequence.ids) for sequence in encoded.sequences)
 
