@@ -5,6 +5,7 @@ the server gives calls to templates; a tool `{"type": "function", "function": {.
 messages or rows. Start at `calls` and `tools`.
 """
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,32 @@ _MEANINGFUL_NULLS = frozenset({"default", "const", "example"})
 
 Call = dict[str, Any]
 Tool = dict[str, Any]
+
+
+class OpenCalls:
+    """Calls that have no result yet, in their order; each step takes the same time however many there are."""
+
+    def __init__(self) -> None:
+        self._names: OrderedDict[str, str] = OrderedDict()
+        self._ids: defaultdict[str, OrderedDict[str, None]] = defaultdict(OrderedDict)
+
+    def open(self, call: Call) -> None:
+        """Add a call, which has an id."""
+        number, name = call["id"], call["function"]["name"]
+        self.close(number)
+        self._names[number] = name
+        self._ids[name][number] = None
+
+    def close(self, number: str) -> None:
+        """Take out the call with this id, if there is one."""
+        name = self._names.pop(number, None)
+        if name is not None:
+            del self._ids[name][number]
+
+    def first(self, name: str | None) -> str | None:
+        """Return the id of the first call of this function, else of the first call; None for none."""
+        known = self._ids.get(name) if name is not None else None
+        return next(iter(known or self._names), None)
 
 
 def calls(value: Any, where: str) -> list[Call]:

@@ -17,7 +17,7 @@ TEXT = "text"
 SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "systeminstruction")
 HISTORY = ("history",)
 TOOLS = ("tools", "functions")
-REASONING = ("reasoning_content",)
+REASONING = ("reasoning_content", "reasoning", "thinking", "complex_cot")
 CHOSEN = "chosen"
 """The better of two answers in preference data, which is trained on where there is no other answer."""
 LABELS = ("label", "labels", "category", "sentiment", "intent", "summary")
@@ -153,6 +153,10 @@ class Cells:
         said = cells.filled(self.row[name])
         (self.full if said else self.empty).add(name)
         return name if said else None
+
+    def holds_text(self, wanted: str) -> bool:
+        """Return whether a column holds text or parts of it, rather than a switch or a number."""
+        return isinstance(self.value(wanted), str | list | Mapping)
 
     def first_filled(self, wanted: Iterable[str]) -> str:
         """Return the name of the first column of `wanted` whose cell says something, "" for none."""

@@ -34,7 +34,7 @@ ROLES = {
 _ROLE = ("role", "from", "speaker")
 _CONTENT = ("content", "value", "text", "parts")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_TRAINED = ("weight", "train", "training", "trainable", "loss")
+_TRAINED = ("weight", "train", "training", "trainable", "is_trainable", "loss", "loss_weight", "loss_mask")
 _UNTRAINED = ("mask", "masked")
 _TOOLS = ("tools", "functions")
 _CALLS = ("tool_calls", "function_call")
@@ -45,6 +45,9 @@ _REFUSED = {
 """Fields that ask for what is not done here, and why."""
 _KNOWN = {*_ROLE, *_CONTENT, *_REASONING, *_TRAINED, *_UNTRAINED, *_TOOLS, *_CALLS, *_REFUSED}
 _KNOWN |= {"name", "tool_call_id", "refusal"}
+_THOUGHT_CHANNEL = "analysis"
+_CHANNELS = (_THOUGHT_CHANNEL, "commentary", "final")
+"""Values of `channel` in OpenAI's harmony format."""
 
 _ASKED = ("user", "human", "prompt", "question", "query", "instruction", "input")
 _ANSWERED = ("assistant", "gpt", "bot", "answer", "response", "completion", "output")
@@ -96,6 +99,7 @@ def read(value: Any, where: str, *, answer: str = "") -> RowConversation:
         reader.conversation.notes.add("messages without a role were taken as question and answer in turn")
     for number, item in enumerate(items, start=1):
         reader.add(item, f"{where} message {number}")
+    reader.end(where)
     return reader.conversation
 
 
@@ -119,6 +123,7 @@ def read_history(value: Any, where: str) -> RowConversation:
             reader.add_pair(item[0], item[1], at)
         else:
             reader.add(item, at)
+    reader.end(where)
     return reader.conversation
 
 
@@ -226,8 +231,9 @@ class _Reader:
 
     def __init__(self) -> None:
         self.conversation = RowConversation()
-        self._waiting: list[tuple[str, str]] = []
-        """Ids and names of the calls that have no result yet."""
+        self._open = calls.OpenCalls()
+        self._thought = ""
+        """What the assistant thought in messages of its own, before the answer that is still to come."""
         self._made_up = 0
 
     def add(self, item: Any, where: str) -> None:
@@ -241,6 +247,10 @@ class _Reader:
         self._check(fields, where)
         role = _role(fields, where)
         said = content(next((fields[name] for name in _CONTENT if name in fields), None), role, where)
+        if role == "assistant" and fields.get("channel") == _THOUGHT_CHANNEL:
+            return self._add_thought(said, fields, where)
+        if role not in ("assistant", CALLING):
+            self.end(where)
         if role == CALLING:
             return self._add_calls(calls.calls(said.text, where), fields, where)
         for result in said.results:
@@ -252,14 +262,37 @@ class _Reader:
 
     def add_pair(self, question: Any, answer: Any, where: str) -> None:
         """Add a question and its answer."""
+        self.end(where)
         self._add_turn({"role": "user", "content": cells.filled_text(question, f"{where} question")})
         self._add_turn({"role": "assistant", "content": cells.filled_text(answer, f"{where} answer")})
+
+    def end(self, where: str) -> None:
+        """Raise DataError where the assistant's thought has no answer after it."""
+        if self._thought:
+            raise DataError(f"{where}: a message of channel 'analysis' has no answer after it")
+
+    def _add_thought(self, said: Content, fields: Mapping[str, Any], where: str) -> None:
+        """Keep a message that is the thought of the answer after it."""
+        if _trained(fields, where) is False or any(fields.get(key) for key in _CALLS) or said.calls:
+            raise DataError(
+                f"{where}, of channel 'analysis', is marked or calls, expected of the answer after it alone"
+            )
+        self._thought = "\n\n".join(filter(None, (self._thought, said.thoughts + said.text)))
+
+    def _reasoning(self, thoughts: str = "") -> Message:
+        """Return the field of an answer's thoughts: those that came before it, and its own."""
+        thoughts = "\n\n".join(filter(None, (self._thought, thoughts)))
+        self._thought = ""
+        return {"reasoning_content": thoughts} if thoughts.strip() else {}
 
     def _check(self, fields: Mapping[str, Any], where: str) -> None:
         for name, reason in _REFUSED.items():
             if cells.filled(fields.get(name)) and fields[name] is not False:
                 raise DataError(f"{where} has '{name}', which is not supported: {reason}")
-        self.conversation.ignored |= fields.keys() - _KNOWN
+        if str(fields.get("recipient")).startswith("functions."):
+            raise DataError(f"{where} has a call in 'recipient', which is not supported: expected tool_calls")
+        known = {"channel"} if fields.get("channel") in _CHANNELS else set()
+        self.conversation.ignored |= fields.keys() - _KNOWN - known
 
     def _add_message(self, role: str, fields: Mapping[str, Any], said: Content, *, where: str) -> None:
         turn: Message = {"role": role, "content": said.text}
@@ -284,12 +317,11 @@ class _Reader:
 
     def _add_answer(self, turn: Message, fields: Mapping[str, Any], said: Content, *, where: str) -> None:
         thoughts = said.thoughts or next(
-            (text for key in _REASONING if (text := _thoughts(fields.get(key), f"{where} {key}"))), ""
+            (text for key in _REASONING if (text := thoughts_in(fields.get(key), f"{where} {key}"))), ""
         )
         if said.missing and isinstance(fields.get("refusal"), str):
             turn["content"] = fields["refusal"]
-        if thoughts.strip():
-            turn["reasoning_content"] = thoughts
+        turn |= self._reasoning(thoughts)
         called = [
             call for key in _CALLS if fields.get(key) for call in calls.calls(fields[key], f"{where} {key}")
         ]
@@ -308,10 +340,10 @@ class _Reader:
         if not found:
             raise DataError(f"{where} calls no function")
         messages = self.conversation.messages
-        if not messages or messages[-1]["role"] != "assistant":
+        if not messages or messages[-1]["role"] != "assistant" or self._thought:
             if _trained(fields, where) is False:
                 self.conversation.untrained.add(len(messages))
-            self._add_turn({"role": "assistant", "content": ""})
+            self._add_turn({"role": "assistant", "content": ""} | self._reasoning())
         messages[-1].setdefault("tool_calls", []).extend(self._identified(found))
 
     def _identified(self, found: list[Call]) -> list[Call]:
@@ -321,18 +353,16 @@ class _Reader:
                 call["id"] = f"call{self._made_up:05d}"
                 self._made_up += 1
                 self.conversation.notes.add("tool calls without an id were given one")
-            self._waiting.append((call["id"], call["function"]["name"]))
+            self._open.open(call)
         return found
 
     def _add_turn(self, turn: Message) -> None:
-        if turn["role"] == "tool" and self._waiting:
-            turn.setdefault("tool_call_id", self._answered(turn.get("name")))
-            self._waiting = [call for call in self._waiting if call[0] != turn["tool_call_id"]]
+        if turn["role"] == "tool":
+            number = turn.get("tool_call_id") or self._open.first(turn.get("name"))
+            if number is not None:
+                turn["tool_call_id"] = number
+                self._open.close(number)
         self.conversation.messages.append(turn)
-
-    def _answered(self, name: str | None) -> str:
-        """Return the id of the call that a result without one belongs to: by its name, else the first."""
-        return next((number for number, called in self._waiting if called == name), self._waiting[0][0])
 
 
 def _role(fields: Mapping[str, Any], where: str) -> str:
@@ -343,7 +373,7 @@ def _role(fields: Mapping[str, Any], where: str) -> str:
     return role
 
 
-def _thoughts(value: Any, where: str) -> str:
+def thoughts_in(value: Any, where: str) -> str:
     """Return the text of reasoning: a text, or parts; "" for a switch or a number of that name."""
     if not isinstance(value, str | list | Mapping):
         return ""

@@ -183,7 +183,7 @@ def _with_columns_beside(row: Cells, found: Columns, where: str) -> Columns:
         system=row.first_filled(columns.SYSTEM),
         history=history if history and conversation.is_history(row.row[history]) else "",
         tools=row.first_filled(columns.TOOLS),
-        reasoning=row.first_filled(columns.REASONING) if answer else "",
+        reasoning=row.first_filled(filter(row.holds_text, columns.REASONING)) if answer else "",
     )
 
 
@@ -272,8 +272,9 @@ def _answer(row: Mapping[str, Any], found: Columns, where: str) -> RowConversati
         if not text:
             raise DataError(f"{at} is empty")
         talk = RowConversation([{"role": "assistant", "content": text}])
-    if found.reasoning:
-        talk.messages[-1].setdefault(
-            "reasoning_content", cells.text(row[found.reasoning], _at(where, found.reasoning))
-        )
+    thoughts = (
+        conversation.thoughts_in(row[found.reasoning], _at(where, found.reasoning)) if found.reasoning else ""
+    )
+    if thoughts.strip():
+        talk.messages[-1].setdefault("reasoning_content", thoughts)
     return talk

@@ -1,6 +1,7 @@
 """Messages in every form become what chat templates know, and what is not done is refused by name."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -152,6 +153,47 @@ def test_results_keep_their_name_and_id() -> None:
     ]
 
 
+THOUGHT = {"role": "assistant", "channel": "analysis", "content": "2+2"}
+
+
+def test_harmony_analysis_is_the_thought_of_the_answer_after_it() -> None:
+    found = read(Q, THOUGHT, {**A, "channel": "final"}, Q, A)
+    assert found.messages == [Q, {**A, "reasoning_content": "2+2"}, Q, A]
+    assert found.ignored == set()
+    called = read(Q, A, THOUGHT, {"from": "function_call", "value": '{"name": "f", "arguments": {}}'})
+    assert called.messages[2]["reasoning_content"] == "2+2"
+    assert read(Q, {**A, "channel": "web"}).ignored == {"channel"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([Q, THOUGHT], "row 1: a message of channel 'analysis' has no answer after it"),
+        ([Q, THOUGHT, Q, A], "row 1 message 3: a message of channel 'analysis' has no answer after it"),
+        ([Q, {**THOUGHT, "weight": 0}, A], "row 1 message 2, of channel 'analysis', is marked"),
+        ([Q, {**A, "recipient": "functions.f"}], "a call in 'recipient', which is not supported"),
+    ],
+)
+def test_harmony_messages_that_would_be_lost_are_refused(messages: list[Any], words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read(*messages)
+    assert words in str(caught.value)
+
+
+def test_time_of_calls_and_their_results_grows_with_their_number() -> None:
+    def seconds(count: int) -> float:
+        calls = [{"id": f"c{at}", "name": f"f{at}", "arguments": {}} for at in range(count)]
+        results = [{"role": "tool", "name": f"f{at}", "content": "5"} for at in reversed(range(count))]
+        begun = time.process_time()
+        found = read(Q, {"role": "assistant", "tool_calls": calls}, *results)
+        assert [turn["tool_call_id"] for turn in found.messages[2:]] == [
+            f"c{at}" for at in reversed(range(count))
+        ]
+        return time.process_time() - begun
+
+    assert seconds(8_000) < 32 * max(seconds(1_000), 0.002)
+
+
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_is_kept(name: str) -> None:
     thought = {**A, "reasoning_content": "2+2"}
@@ -168,6 +210,8 @@ def test_reasoning_is_kept(name: str) -> None:
         ("weight", 0, False), ("weight", 1, True), ("weight", 0.0, False), ("weight", 1.0, True),
         ("train", False, False), ("train", True, True), ("train", "false", False),
         ("training", False, False), ("trainable", False, False), ("loss", False, False), ("loss", True, True),
+        ("loss_mask", 0, False), ("loss_mask", 1, True), ("loss_weight", 0, False),
+        ("is_trainable", False, False),
         ("masked", True, False), ("mask", True, False), ("masked", False, True), ("weight", None, True),
     ],
 )  # fmt: skip

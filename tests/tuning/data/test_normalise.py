@@ -267,9 +267,15 @@ def test_answer_that_is_a_list_of_calls_calls_the_tools() -> None:
     assert example({"query": "q", "answers": answers}).messages[1]["content"] == answers
 
 
-def test_reasoning_column_is_the_thought_of_the_answer() -> None:
-    found = example({"question": "q", "reasoning_content": "because", "answer": "a"})
-    assert found.messages[1] == {**A, "reasoning_content": "because"}
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking", "Complex_CoT"])
+def test_reasoning_column_is_the_thought_of_the_answer(name: str) -> None:
+    thought = {**A, "reasoning_content": "because"}
+    for value in ("because", [{"type": "text", "text": "because"}]):
+        assert example({"question": "q", name: value, "answer": "a"}).messages[1] == thought
+    for value in (True, 3, ""):
+        assert example({"question": "q", name: value, "answer": "a"}).messages[1] == A
+    answered = example({"messages": [Q], name: "because", "answer": "a"})
+    assert answered.messages[1] == thought
 
 
 def test_column_settings_choose_columns() -> None:
