@@ -21,7 +21,8 @@ class ModelSource(Strict):
     repository: str | None = None
     """Hugging Face repository id; None when `name` is a local directory."""
     revision: str | None = None
-    """Commit of the repository, 40 hex digits for presets; None means its default branch."""
+    """Commit of the repository (40 hex digits, as presets have it), tag or branch; null is its main branch.
+    A tag or branch is said in the dry run: it may be another commit later."""
     path: Path | None = None
     """Local directory with the weights, used instead of the hub when given."""
     image: str | None = None

@@ -7,12 +7,13 @@ Start at `after_tuning`.
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from runtime.files import kind_of
 from runtime.serving.settings import ADAPTER_NAME
+from runtime.tuning.arguments import lora
 from runtime.tuning.settings import TuningJob
 
 PORT = 8000
@@ -26,25 +27,44 @@ _KEPT = ("path", "revision", "trust_remote_code", "local_files_only")
 def after_tuning(job: TuningJob, report: Mapping[str, Any], *, with_question: bool) -> list[str]:
     """Return the commands that use the adapter of `job`, one a line.
 
-    `with_question`: ask a question of the data, which may be private, rather than any.
+    An adapter that is not served is merged first, and the merged model served. One that cannot be merged
+    either has no command. `with_question`: ask a question of the data, which may be private, rather than any.
     """
+    merge = _merge(job)
+    merged = merge[3]
+    if not lora.unserved(job.lora):
+        name = job.name if re.fullmatch(ADAPTER_NAME, job.name) else "tuned"
+        serve = [job.model.name, *_model_flags(job), "--adapter", f"{name}={job.output.folder}"]
+        commands = [_serve(serve), _ask(job, report, adapter=name, with_question=with_question), merge]
+    elif lora.is_merged(job.lora):
+        trusted = ["--set", "model.trust_remote_code=true"] if job.model.trust_remote_code else []
+        ask = _ask(job, report, adapter=None, with_question=with_question)
+        commands = [merge, _serve([merged, *trusted]), ask]
+    else:
+        commands = []
+    return [shlex.join(command) for command in commands]
+
+
+def _serve(words: Sequence[str]) -> list[str]:
+    return ["runtime", "serve", *words, "--host", "127.0.0.1", "--port", str(PORT)]
+
+
+def _merge(job: TuningJob) -> list[str]:
     folder = job.output.folder
-    name = job.name if re.fullmatch(ADAPTER_NAME, job.name) else "tuned"
-    address = f"http://127.0.0.1:{PORT}"
-    serve = ["runtime", "serve", job.model.name, *_model_flags(job), "--adapter", f"{name}={folder}"]
     merge = ["runtime", "merge", str(folder), f"{folder}-merged"]
     if job.model.path is not None:
         merge += ["--model", job.model.name if kind_of(job.model.name) else str(job.model.path)]
-    question = _question(report) if with_question else "Hello!"
-    if _has_chat_template(folder):
-        route, body = "/chat", {"prompt": question, "adapter": name}
-    else:
-        route, body = "/v1/completions", {"prompt": question, "model": name}
-    ask = ["curl", "-sS", f"{address}{route}", "-d", json.dumps(body, ensure_ascii=False)]
-    if route != "/chat":
-        ask[2:2] = ["-H", "Content-Type: application/json"]
-    serve += ["--host", "127.0.0.1", "--port", str(PORT)]
-    return [shlex.join(command) for command in (serve, ask, merge)]
+    return merge
+
+
+def _ask(job: TuningJob, report: Mapping[str, Any], *, adapter: str | None, with_question: bool) -> list[str]:
+    """Return the request to the adapter, or to the model itself."""
+    chat = _has_chat_template(job.output.folder)
+    route, key = ("/chat", "adapter") if chat else ("/v1/completions", "model")
+    body = {"prompt": _question(report) if with_question else "Hello!"} | ({key: adapter} if adapter else {})
+    data = ["-d", json.dumps(body, ensure_ascii=False)]
+    header = [] if chat else ["-H", "Content-Type: application/json"]
+    return ["curl", "-sS", *header, f"http://127.0.0.1:{PORT}{route}", *data]
 
 
 def _model_flags(job: TuningJob) -> list[str]:

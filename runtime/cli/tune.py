@@ -24,6 +24,7 @@ from runtime.cli.options import (
     without_defaults,
 )
 from runtime.errors import Failure, StoppedError, exit_code
+from runtime.tuning.output import check_replaceable
 from runtime.tuning.process.nodes import Nodes
 from runtime.tuning.settings import TuningJob
 from runtime.workspace import load_job
@@ -148,10 +149,16 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     nodes = Nodes.read(environ, count=nnodes, rank=node_rank, endpoint=rdzv_endpoint)
     resolved = place(load_job(target, environ=environ, config=config, overrides=overrides), nodes=nodes.count)
     if dry_run:
-        return render.dry_run(resolved, render.tuning_job, as_json=as_json)
+        return _dry_run(resolved, nodes, as_json=as_json)
     if preview is not None:
         return _preview(resolved.config, preview, environ=environ)
     return _launch(resolved, nodes, processes=processes, environ=environ)
+
+
+def _dry_run(resolved: Resolved[TuningJob], nodes: Nodes, *, as_json: bool) -> None:
+    if nodes.is_main:
+        check_replaceable(resolved.config)
+    render.dry_run(resolved, render.tuning_job, as_json=as_json)
 
 
 def _launch(
@@ -178,9 +185,12 @@ def _next_steps(job: TuningJob) -> None:
     from runtime.tuning.report import report
 
     if (written := report.read(job.output.folder)) is not None:
-        typer.echo("\nNext, from this directory:\n")
-        for line in next_steps.after_tuning(job, written, with_question=sys.stdout.isatty()):
-            typer.echo(f"  {line}")
+        if said := written["not_served"]:
+            typer.echo(f"\n{said[0].upper()}{said[1:]}.")
+        if steps := next_steps.after_tuning(job, written, with_question=sys.stdout.isatty()):
+            typer.echo("\nNext, from this directory:\n")
+            for line in steps:
+                typer.echo(f"  {line}")
 
 
 def _preview(job: TuningJob, count: int, *, environ: Mapping[str, str]) -> None:

@@ -113,7 +113,8 @@ class TuningJob(Strict):
     name: str
     """The Workspace's name, else the data's; shown in logs, never used as a path."""
     run: str = ""
-    """What this run of the job is called, in the report; the folder's name where none is given."""
+    """What this run is called in log and report, and its folder in results/ where no other is given; by
+    default `name` and the time."""
     model: ModelSource
     data: DataSource = DataSource()
     encoding: Encoding = Encoding()

@@ -96,6 +96,8 @@ def _put_output(settings: LayeredSettings, words: Iterable[str]) -> None:
     if folders and "://" in folders[0]:
         bare = folders[0].split("://", 1)[1]
         raise ConfigError(f"--output {folders[0]}: write an image without the scheme, as {bare}")
+    if folders and kind_of(folders[0]) == "file":
+        raise ConfigError(f"--output {folders[0]}: is a file; name a directory")
     if folders:
         settings.put("output.folder", Path(folders[0]).expanduser(), "flag --output")
     settings.put("output.image", images[0].removeprefix("docker://") if images else None, "flag --output")

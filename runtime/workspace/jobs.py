@@ -6,7 +6,6 @@ network nor the GPU: a dry run does this and nothing else. Start at `load_job`.
 
 import hashlib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +16,7 @@ from pydantic import SecretStr
 from runtime import gpus, instance_types
 from runtime.errors import ConfigError
 from runtime.hardware import has_bfloat16
+from runtime.tuning import loggers
 from runtime.tuning.arguments import lora, rules, training
 from runtime.tuning.model import lora_init
 from runtime.tuning.settings import TuningJob
@@ -98,7 +98,9 @@ def _check(job: TuningJob, sources: Mapping[str, str], settings: LayeredSettings
     lora_init.check(job.lora, bits=job.quantization.bits if job.quantization else None)
     rules.check(job, sources)
     settings.warn_all(rules.notes(job, sources))
+    loggers.check(job.training)
     references.check_job(job, sources)
+    settings.warn_all(references.notes(job, sources))
 
 
 def _apply_target(
@@ -180,12 +182,18 @@ def _apply_config(settings: LayeredSettings, file: ConfigFile, mounts: Mounts) -
     """Lay training_config.yaml over the job; its quantisation decides the method where none is named."""
     for section, keys in file.raw.items():
         names.check_section(section, keys if isinstance(keys, dict) else (), file.where)
-    config = sections.check(file.raw, file.where, settings.get("method") if file.exists else None)
+    switches = [key for key in _SWITCHES if key in file.from_flags]
+    decides = file.exists or bool(switches)
+    config = sections.check(file.raw, file.where, settings.get("method") if decides else None)
     four, eight = config.quantization.load_in_4bit, config.quantization.load_in_8bit
-    if settings.get("method") is None and file.exists:
+    if settings.get("method") is None and decides:
         method = "qlora" if four or eight else "lora"
-        settings.put("method", method, file.label("QuantizationConfig"))
+        settings.put("method", method, file.label(switches[-1] if switches else "QuantizationConfig"))
     apply_training_config(settings, config, file, mounts)
+
+
+_SWITCHES = ("QuantizationConfig.load_in_4bit", "QuantizationConfig.load_in_8bit")
+"""Keys that decide the method: on the command line as in a file, false turns quantisation off."""
 
 
 def _apply_environment(settings: LayeredSettings, mounts: Mounts) -> None:
@@ -216,14 +224,19 @@ def _name(settings: LayeredSettings, data: Sequence[str]) -> None:
         return
     called = runs.data_name(data[0]) if data else ""
     if called:
-        settings.put("name", _slug(called), "flag --data")
+        settings.put("name", runs.slug(called), "flag --data")
     else:
-        settings.put("name", _slug(Path(str(settings.get("model.name"))).name), "model")
+        settings.put("name", runs.slug(Path(str(settings.get("model.name"))).name), "model")
 
 
 def _finish(settings: LayeredSettings, mounts: Mounts, manifest: WorkspaceDocuments | None) -> None:
     """Derive what depends on all layers: folders, credentials; warn of what will not work."""
     if settings.get("method") == "lora":
+        if settings.sources.get("quantization.bits", "").startswith("flag"):
+            raise ConfigError(
+                f"{settings.sources['quantization.bits']} does not go with method lora "
+                f"({settings.sources['method']}), which trains on unquantised weights; use method qlora"
+            )
         settings.put("quantization", None, settings.sources["method"])
     elif "quantization" in settings.values and settings.get("quantization") is None:
         raise ConfigError(
@@ -254,7 +267,7 @@ def _finish_output(settings: LayeredSettings, mounts: Mounts) -> None:
         return
     if not mounts.controlled:
         mounted = mounts.at("/mnt/results")
-        folder = mounted if mounted.is_dir() else runs.FOLDER / _slug(settings.get("name"))
+        folder = mounted if mounted.is_dir() else runs.FOLDER / runs.slug(settings.get("name"))
         settings.put("output.folder", folder, "default")
         return
     text = str(written or "/mnt/output")
@@ -308,8 +321,3 @@ def _placeholders(settings: LayeredSettings, manifest: WorkspaceDocuments | None
             where = f"{manifest.file.name} tuning.output.imagePushSecret"
             phrases.append(f"{where} still holds the placeholder {placeholder}")
     return tuple(phrases)
-
-
-def _slug(name: str) -> str:
-    """Return `name` with only the characters that are safe in one part of a path."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name.rstrip("/").rsplit("/", 1)[-1]).strip(".-") or "job"

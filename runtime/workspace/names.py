@@ -71,6 +71,8 @@ def _resolve(name: str) -> str:
     head, dot, rest = name.partition(".")
     if head == "training" and rest in _IN_THE_SECTION:
         return f"TrainingArguments.{rest}"
+    if name in _MOVED:
+        return _MOVED[name]
     if dot:
         _check_dotted(name, head, rest.partition(".")[0])
         return name
@@ -89,6 +91,10 @@ def _resolve(name: str) -> str:
     }
     close = hint(name) or nearest(name, known - NOT_SET, cutoff=0.75) or _listed()
     raise ConfigError(f"--set {name}: unknown setting{close}")
+
+
+_MOVED = {f"ModelConfig.{key}": f"QuantizationConfig.{key}" for key in ("load_in_4bit", "load_in_8bit")}
+"""Keys that from_pretrained took once, and that are without effect in a file: stock templates hold them."""
 
 
 def _check_dotted(name: str, head: str, key: str) -> None:

@@ -4,7 +4,8 @@ Contacts nobody; what a name may be stands in oci/reference.py and tuning/data/u
 and `check_server`.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from runtime import adapters, oci, presets, support
@@ -31,6 +32,17 @@ def check_job(job: TuningJob, sources: Mapping[str, str]) -> None:
         _check_url(url, sources.get("data.urls", "data.urls"))
     paths = {"output.credentials": job.output.credentials, "data.file": job.data.file}
     _check_paths(paths | {"model.path": job.model.path}, sources)
+
+
+def notes(job: TuningJob, sources: Mapping[str, str]) -> Iterator[str]:
+    """Yield a line for a revision of the base model that is no commit, so that it may change."""
+    revision = job.model.revision
+    if revision is not None and not re.fullmatch(r"[0-9a-f]{40}", revision):
+        source = sources.get("model.revision", "model.revision")
+        yield (
+            f"{source} is '{revision}', no commit (40 hex digits): a branch or tag is looked up when the job "
+            "runs, and may be another commit by then"
+        )
 
 
 def check_server(config: ServeConfig, sources: Mapping[str, str]) -> None:

@@ -7,6 +7,7 @@ that was interrupted, and publishes again one whose image may be missing; else i
 
 import itertools
 import json
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,14 +27,19 @@ FOLDER = Path("results")
 def place(resolved: Resolved[TuningJob], *, nodes: int = 1) -> Resolved[TuningJob]:
     """Return the job with the name of its run, in a folder of that name where none was given.
 
+    A name that the user gave stays, and so does its folder: what is in it decides whether the run goes on.
     The nodes of one job must find the same folder again, whatever their clocks say: with several it keeps
     the job's name.
     """
     job = resolved.config
-    run, sources = f"{job.name}-{time.strftime('%Y%m%d-%H%M')}", dict(resolved.sources)
-    sources["run"] = "its name and the time"
+    run, sources = job.run or f"{job.name}-{time.strftime('%Y%m%d-%H%M')}", dict(resolved.sources)
     folder = job.output.folder
-    if folder.parent == FOLDER and sources["output.folder"] == "default" and nodes == 1:
+    free = folder.parent == FOLDER and sources["output.folder"] == "default"
+    if not job.run:
+        sources["run"] = "its name and the time"
+    if free and job.run:
+        folder, sources["output.folder"] = FOLDER / slug(run), "default: the run's name"
+    elif free and nodes == 1:
         continued = earlier(job)
         folder = continued or _new(FOLDER / run)
         run, sources["output.folder"] = folder.name, "default: the run's name"
@@ -42,6 +48,11 @@ def place(resolved: Resolved[TuningJob], *, nodes: int = 1) -> Resolved[TuningJo
     placed = job.output.model_copy(update={"folder": folder})
     job = job.model_copy(update={"run": run, "output": placed, "sources": sources})
     return replace(resolved, config=job, sources=sources)
+
+
+def slug(name: str) -> str:
+    """Return `name` with only the characters that are safe in one part of a path."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name.rstrip("/").rsplit("/", 1)[-1]).strip(".-") or "job"
 
 
 def data_name(word: str) -> str:

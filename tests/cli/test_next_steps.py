@@ -16,7 +16,7 @@ import pytest
 
 from runtime.cli import next_steps
 from runtime.model_source import ModelSource
-from runtime.tuning.settings import Output, TuningJob
+from runtime.tuning.settings import Lora, Output, TuningJob
 
 REPORT = {"result": {"samples": [{"question": "a\nb"}, {"question": "it's 3 o'clock?"}]}}
 
@@ -97,3 +97,14 @@ def wait_until_ready(seconds: float = 90) -> None:
         else:
             return
     pytest.fail("the server was not ready")
+
+
+def test_an_adapter_that_is_not_served_is_merged_first(tmp_path: Path) -> None:
+    dora = job(tmp_path).model_copy(update={"lora": Lora(options={"use_dora": True})})
+    merge, serve, ask = next_steps.after_tuning(dora, REPORT, with_question=False)
+    assert shlex.split(merge)[:4] == ["runtime", "merge", str(tmp_path), f"{tmp_path}-merged"]
+    assert shlex.split(serve)[:3] == ["runtime", "serve", f"{tmp_path}-merged"]
+    assert "--adapter" not in serve
+    assert json.loads(shlex.split(ask)[-1]) == {"prompt": "Hello!"}
+    neither = job(tmp_path).model_copy(update={"lora": Lora(options={"alora_invocation_tokens": [1]})})
+    assert next_steps.after_tuning(neither, REPORT, with_question=False) == []

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("restored_logging")
         (["--credentials", "/nonexistent"], "no such file or directory: /nonexistent"),
         (["--max-data-bytes", "20GB"], "is '20GB', expected bytes, as a number or as in 500Mi, 20Gi or 20G"),
         (["--set", "model.path=/nonexistent"], "flag --set model.path: no such file or directory"),
+        (["--output", __file__], "is a file; name a directory"),
         (["--set", "data.file=/nonexistent"], "flag --set data.file: no such file or directory"),
     ],
 )
@@ -86,3 +87,16 @@ def test_dry_run_refuses_addresses_that_are_never_fetched(
     line = failure_line(capsys)
     assert message in line
     assert "secret" not in line
+
+
+def test_dry_run_refuses_the_folder_of_a_finished_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text('{"text": "a"}\n')
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    words = ["tune", "smollm2-135m-instruct", "--data", str(rows), "--dry-run", "--output", str(folder)]
+    assert main.run(words, {}) == 2
+    assert "holds an adapter, and which job made it is not recorded" in failure_line(capsys)
+    assert main.run([*words, "--overwrite"], {}) == 0

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -152,3 +153,28 @@ def test_metrics_of_a_plain_run_are_for_this_machine_alone(
     assert (resolved.config.metrics_host, resolved.sources["metrics_host"]) == (host, source)
     flag = load(SEED, tmp_path, environ=environ, overrides={"metrics_host": "::1"})
     assert flag.config.metrics_host == "::1"
+
+
+@pytest.mark.parametrize(
+    "name", ["load_in_4bit", "QuantizationConfig.load_in_4bit", "ModelConfig.load_in_4bit"]
+)
+def test_no_quantisation_on_the_command_line_is_as_in_a_file(name: str, tmp_path: Path) -> None:
+    job = load("phi-4", tmp_path, overrides={name: False, "--data": [str(QLORA)]}).config
+    assert (job.method, job.quantization) == ("lora", None)
+
+
+def test_quantisation_and_method_of_the_command_line_must_agree(tmp_path: Path) -> None:
+    for method, value in (("qlora", False), ("lora", True)):
+        with pytest.raises(ConfigError, match="method"):
+            load(
+                "phi-4", tmp_path, overrides={"load_in_4bit": value, "method": method, "--data": [str(QLORA)]}
+            )
+
+
+def test_a_dry_run_says_what_the_run_would_refuse_or_look_up(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"--data": [str(QLORA)]}
+    with pytest.raises(ConfigError, match="the package clearml is not installed"):
+        load("phi-4", tmp_path, overrides={"report_to": "clearml", **given})
+    (said,) = load("phi-4", tmp_path, overrides={"revision": "abc", **given}).warnings
+    assert "flag --set model.revision is 'abc', no commit (40 hex digits)" in said
+    assert not load("phi-4", tmp_path, overrides={"revision": "ab" * 20, **given}).warnings

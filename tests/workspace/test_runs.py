@@ -101,3 +101,12 @@ def test_jobs_that_begin_in_one_minute_have_folders_of_their_own(
         job = placed(rows).config
         assert (job.run, job.output.folder) == (name, Path("results") / name)
         leave(job.output.folder, job, finished=True)
+
+
+def test_a_name_that_the_user_gives_is_the_runs_and_its_folders(rows: str, tmp_path: Path) -> None:
+    resolved = placed(rows, run="hello")
+    assert (resolved.config.run, resolved.config.output.folder) == ("hello", Path("results/hello"))
+    assert resolved.sources["run"] == "flag --set run"
+    job = placed(rows, run="../my run", **{"--output": [str(tmp_path)]}).config
+    assert (job.run, job.output.folder) == ("../my run", tmp_path)
+    assert placed(rows, run="../my run").config.output.folder == Path("results/my-run")

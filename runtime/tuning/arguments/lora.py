@@ -146,11 +146,22 @@ def check(lora: Lora) -> None:
 
 
 def unserved(lora: Lora) -> str | None:
-    """Return the sentence about what the adapter cannot be used for, None where serving takes it."""
-    options = {key: value for key, value in lora.options.items() if key != "init_lora_weights"}
-    reasons = lora_config.not_served(options)  # an initialisation is undone when the adapter is saved
+    """Return why the adapter is not served and what to do instead, None where serving takes it."""
+    reasons = lora_config.not_served(_saved(lora))
     if not reasons:
         return None
-    return "this adapter can be used with transformers and peft, not with runtime serve: " + "; ".join(
-        reasons
-    )
+    if is_merged(lora):
+        instead = "runtime merge makes a model of it that is served"
+    else:
+        instead = "nor can it be merged; use it with transformers and peft"
+    return f"this adapter cannot be served as it is ({'; '.join(reasons)}): {instead}"
+
+
+def is_merged(lora: Lora) -> bool:
+    """Return whether `runtime merge` takes the adapter."""
+    return not lora_config.not_merged(_saved(lora))
+
+
+def _saved(lora: Lora) -> dict[str, Any]:
+    """Return the options that the saved adapter has: an initialisation is undone when it is saved."""
+    return {key: value for key, value in lora.options.items() if key != "init_lora_weights"}

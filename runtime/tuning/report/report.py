@@ -17,6 +17,7 @@ from runtime.config import flatten
 from runtime.files import write_atomic
 from runtime.hardware import Hardware
 from runtime.logs import redact
+from runtime.tuning.arguments import lora
 from runtime.tuning.data.dataset import Dataset
 from runtime.tuning.data.tokenize import TokenizedSplit
 from runtime.tuning.output import OutputPaths
@@ -94,6 +95,7 @@ def build(job: TuningJob, data: Dataset, tokenized: TokenizedSplit, outcome: Out
         "sources": {name: job.sources.get(name, "default") for name in flatten(settings)},
         "result": _result(outcome),
         "verdict": asdict(_judged(outcome, _held_out_rows(tokenized))),
+        "not_served": lora.unserved(job.lora),
         "machine": {
             "kind": outcome.machine.hardware.kind,
             "name": outcome.machine.hardware.name,

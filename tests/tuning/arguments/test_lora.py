@@ -124,8 +124,10 @@ def test_names_are_told_from_an_expression(written: Any, targets: Any) -> None:
 def test_what_serving_does_not_take_is_said_before_training(option: dict[str, Any], tmp_path: Path) -> None:
     (key, value), *_ = option.items()
     warnings = load(SEED, tmp_path, overrides={f"LoraConfig.{key}": value}).warnings
-    (said,) = [text for text in warnings if "not with runtime serve" in text]
+    (said,) = [text for text in warnings if "cannot be served as it is" in text]
     assert f"{key}: " in said
+    merged = key not in ("alora_invocation_tokens", "layer_replication")
+    assert ("runtime merge makes a model of it" if merged else "nor can it be merged") in said
     assert lora.unserved(Lora(options={"use_rslora": True, "init_lora_weights": "pissa"})) is None
 
 

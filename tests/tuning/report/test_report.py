@@ -21,7 +21,7 @@ from runtime.tuning.data.example import Example
 from runtime.tuning.data.tokenize import TokenizedData, TokenizedSequence, TokenizedSplit
 from runtime.tuning.report import html, report
 from runtime.tuning.report.report import Sample
-from runtime.tuning.settings import DataSource, Output, TuningJob
+from runtime.tuning.settings import DataSource, Lora, Output, TuningJob
 from tests.browser import Browser, browser
 
 NASTY = "<script>document.title='owned'</script><img src=x onerror=alert(1)>"
@@ -159,6 +159,13 @@ def test_name_of_the_run_and_verdict_are_in_report_and_page() -> None:
     assert found["verdict"]["text"] in text
     rose = read(html.render(build(measured=((0, 2.61), (120, 1.34), (240, 1.212), (360, 1.31))))).text
     assert "overfit from step 240 on, where the held-out loss was lowest (1.212)" in rose
+
+
+def test_page_of_an_adapter_that_is_not_served_says_what_to_do() -> None:
+    text = read(html.render(build(lora=Lora(options={"modules_to_save": ["lm_head"]})))).text
+    assert "This adapter cannot be served as it is (modules_to_save: it trains whole modules)" in text
+    assert "runtime merge makes a model of it that is served" in text
+    assert "cannot be served" not in read(html.render(build())).text
 
 
 def test_run_without_held_out_rows_says_what_is_missing() -> None:
