@@ -109,13 +109,14 @@ def run(
 def _tune(requested: TuningJob, job: TuningJob, rank: RankSetup, access: oci.Access) -> JobResult:
     """Read and tokenize the data, then evaluate, train and evaluate again."""
     ranks, progress = rank.ranks, rank.progress
-    progress.enter("data")
-    data = _read(job, ranks, access)
-    progress.enter("encode")
-    with garbage_collection.paused():
-        tokenizer = models.load_tokenizer(job.model)
-    data = fit_template(job, tokenizer, data)
-    job, tokenized = encode_rows(job, tokenizer, data)
+    with ranks.said_once():  # the rows are the same on all ranks
+        progress.enter("data")
+        data = _read(job, ranks, access)
+        progress.enter("encode")
+        with garbage_collection.paused():
+            tokenizer = models.load_tokenizer(job.model)
+        data = fit_template(job, tokenizer, data)
+        job, tokenized = encode_rows(job, tokenizer, data)
     job, planned = fit.resolve(job, rank.machine, processes=ranks.local_world_size, rows=tokenized.sequences)
     progress.enter("model")
     with garbage_collection.paused():

@@ -18,10 +18,10 @@ from runtime.tuning.data.dataset import Dataset
 from runtime.tuning.data.example import Example
 from runtime.tuning.job import SplitDataset, encode_rows
 from runtime.tuning.output import SENTINEL, OutputPaths
-from runtime.tuning.settings import Encoding, Lora, Output, TuningJob
+from runtime.tuning.settings import DataSource, Encoding, Lora, Output, TuningJob
 from runtime.tuning.train.checkpoints import listed
 from runtime.tuning.train.progress import MetricsHistory
-from tests.tuning.conftest import Worker, tiny_job
+from tests.tuning.conftest import Worker, tiny_job, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -167,12 +167,17 @@ def test_adapter_loads_in_plain_peft(finished: FinishedJob, tiny_llama_dir: Path
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_give_the_loss_curve_of_one(
-    make_job: Maker, finished: FinishedJob, parallel: str
+def test_two_processes_give_the_loss_curve_of_one_and_warn_once(
+    make_job: Maker, finished: FinishedJob, parallel: str, tmp_path: Path
 ) -> None:
     half = {"max_steps": 12, "per_device_train_batch_size": 2}
-    worker = Worker(make_job("two", training=half, parallel=parallel, lora=NO_DROPOUT), processes=2)
+    (tmp_path / "part").mkdir()
+    write_rows(tmp_path / "part" / "rows-00000-of-00002.parquet")
+    data = DataSource(folder=tmp_path / "part")
+    job = make_job("two", training=half, parallel=parallel, lora=NO_DROPOUT, data=data)
+    worker = Worker(job, processes=2)
     assert worker.wait() == 0, worker.output()
+    assert worker.output().count("only 1 of its 2 parts are there") == 1
     one, two = (
         list({step["step"]: step["loss"] for step in steps}.values())
         for steps in (finished.history(), worker.steps())

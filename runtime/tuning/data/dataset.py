@@ -5,7 +5,7 @@ Every file below the folder is used, in the order of its path. Does not know wha
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import TypeVar
@@ -19,7 +19,7 @@ from runtime.tuning.data import folder, formats
 from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.example import Example
 from runtime.tuning.data.folder import FoundFile
-from runtime.tuning.data.limits import ByteCount, DataLimits, bounded_memory
+from runtime.tuning.data.limits import ByteCount, DataLimitError, DataLimits, bounded_memory
 from runtime.tuning.data.normalise import RowFacts, RowNormaliser
 from runtime.tuning.data.splits import Split
 from runtime.tuning.settings import DataSource
@@ -81,7 +81,7 @@ def load(source: DataSource, files: Sequence[Path] | None = None, *, processes: 
     for file in found:
         if file.split != "test":
             with bounded_memory(file.name, limit, processes=processes):
-                read, data_file = reader.read(file)
+                read, data_file = reader.read(file, alone=bool(files) or len(found) == 1)
             examples[file.split] += read
             used.append(data_file)
     if not any(file.rows for file in used if file.split == "train"):
@@ -123,19 +123,36 @@ class _Reader:
     bad_rows: BadRows
     normaliser: RowNormaliser
 
-    def read(self, file: FoundFile) -> tuple[list[Example], DataFile]:
+    def read(self, file: FoundFile, *, alone: bool) -> tuple[list[Example], DataFile]:
         """Return the examples of one file, and what the file was."""
         examples: list[Example] = []
-        extension, rows = self.source.extension, 0
-        for rows, row in enumerate(formats.read(file.path, extension, self.unpacked), start=1):
-            where = f"{file.name}: row {rows}"
+        rows = 0
+        try:
+            for example in self._rows(file):
+                rows += 1
+                if example is not None:
+                    examples.append(example)
+        except DataLimitError:
+            raise
+        except DataError as error:
+            if alone or examples:
+                raise
+            raise DataError(
+                f"{error}; if {file.name} is no data, give the file that is with --data"
+            ) from error
+        self.bad_rows.rows += rows
+        kind = formats.kind_of(file.path, self.source.extension)
+        return examples, DataFile(file.name, rows, sha256(file.path), kind, file.split)
+
+    def _rows(self, file: FoundFile) -> Iterator[Example | None]:
+        """Yield the example of each row of a file, None for a bad row."""
+        for number, row in enumerate(formats.read(file.path, self.source.extension, self.unpacked), start=1):
+            where, example = f"{file.name}: row {number}", None
             with self.bad_rows.attempt(where):
                 if isinstance(row, DataError):
                     raise DataError(f"{where} {row}")
-                examples.append(self.normaliser.example(row, where))
-        self.bad_rows.rows += rows
-        kind = formats.kind_of(file.path, extension)
-        return examples, DataFile(file.name, rows, sha256(file.path), kind, file.split)
+                example = self.normaliser.example(row, where)
+            yield example
 
 
 def _say_what_was_read(files: Sequence[DataFile], test: Sequence[str]) -> None:

@@ -27,9 +27,15 @@ _STATE = "state.json"
 """Of `save_to_disk`: names the Arrow files; others beside it are caches."""
 _ABOUT_DATA = frozenset(("dataset_info", "dataset_infos", "dataset_dict", "state", "croissant", "package"))
 """Names of JSON files that tools write beside data."""
-_PERHAPS_ABOUT_DATA = frozenset(
-    ("metadata", "meta", "config", "info", "schema", "stats", "statistics", "manifest", "license", "citation")
-)
+_PERHAPS_ABOUT_DATA = frozenset((
+    "metadata", "meta", "config", "info", "schema", "stats", "statistics", "manifest", "license", "citation",
+    # of models, tokenizers and runs, as transformers, peft and trl write them
+    "tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "vocab", "chat_template",
+    "generation_config", "preprocessor_config", "processor_config", "adapter_config", "quantize_config",
+    "ds_config", "model_index", "model.safetensors.index", "pytorch_model.bin.index", "trainer_state",
+    "training_args", "training_config", "metrics", "results", "all_results", "train_results", "eval_results",
+    "validation_results", "test_results", "predict_results",
+))  # fmt: skip
 """Names of JSON files that are about other files, where there are any."""
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)")
 

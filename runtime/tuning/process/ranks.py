@@ -4,8 +4,10 @@ Works for a single process (no process group) and under torchrun (gloo on CPUs, 
 Does not know what is trained. Start at `Ranks`.
 """
 
+import contextlib
 import datetime
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -51,6 +53,18 @@ class Ranks:
     def is_local_main(self) -> bool:
         """Whether this process fetches for the others of its node: no disk need be shared."""
         return self.local_rank == 0
+
+    @contextlib.contextmanager
+    def said_once(self) -> Iterator[None]:
+        """Do what gives the same warnings on every rank: one process of each node logs them. Errors stay."""
+        root = logging.getLogger()
+        level = root.level
+        if not self.is_local_main:
+            root.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            root.setLevel(level)
 
     def init_process_group(self, device: str) -> None:
         """Meet the other ranks; does nothing for a single process."""

@@ -47,6 +47,27 @@ def test_fault_21_bad_row_names_file_row_and_column(
     assert (len(kept.examples), kept.bad_rows.skipped) == (1, 1)
 
 
+@pytest.mark.parametrize("other", ['{"accuracy": 0.9}', "{", '[["a", "b"]]'])
+def test_a_file_that_is_perhaps_no_data_is_named_with_what_to_do(tmp_path: Path, other: str) -> None:
+    lines(tmp_path, "train.jsonl", 3)
+    (tmp_path / "scored.json").write_text(other)
+    advice = "if scored.json is no data, give the file that is with --data"
+    with pytest.raises(DataError, match=rf"scored\.json.*; {advice}"):
+        dataset.load(source(tmp_path))
+    with pytest.raises(DataError) as caught:
+        dataset.load(source(tmp_path, file=tmp_path / "scored.json"))
+    assert advice not in str(caught.value)
+
+
+def test_bad_rows_behind_good_ones_do_not_put_their_file_in_doubt(tmp_path: Path) -> None:
+    lines(tmp_path, "train.jsonl", 3)
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"foo": 1}\n')
+    with pytest.raises(DataError) as caught:
+        dataset.load(source(tmp_path))
+    assert "b.jsonl: row 2" in str(caught.value)
+    assert "is no data" not in str(caught.value)
+
+
 def test_held_out_rule() -> None:
     assert [held_out_rows(rows, None) for rows in (10, 49, 50, 200, 1000, 10**6)] == [0, 0, 5, 10, 50, 100]
     assert held_out_rows(100, 0.8) == 20

@@ -195,3 +195,21 @@ def test_rows_that_a_delta_table_has_removed_are_left_out_and_said(
     )
     assert set(names(tmp_path)) == {"lake/part-1.parquet", "more.jsonl"}
     assert "1 file left out, because a table has removed them (lake/part-0.parquet)" in caplog.text
+
+
+def test_files_that_training_tools_write_beside_data_are_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    about = [
+        "results.json", "all_results.json", "validation_results.json", "trainer_state.json", "config.json",
+        "tokenizer_config.json", "special_tokens_map.json", "adapter_config.json", "vocab.json",
+        "checkpoint-10/model.safetensors.index.json", "run/metrics.json",
+    ]  # fmt: skip
+    touch(tmp_path, *about)
+    assert set(names(tmp_path)) == set(about)
+    touch(tmp_path, "train.jsonl")
+    assert set(names(tmp_path)) == {"train.jsonl"}
+    assert (
+        "11 files left out, because of names that mean a description of data (adapter_config" in caplog.text
+    )

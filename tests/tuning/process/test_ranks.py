@@ -1,5 +1,7 @@
 """Ranks from torchrun's variables, and collectives of a single process."""
 
+import logging
+
 import pytest
 
 from runtime.errors import ConfigError
@@ -33,3 +35,16 @@ def test_collectives_of_a_single_process_return_its_own_values() -> None:
     assert ranks.all_reduce_max(3, "cpu") == 3
     assert ranks.all_reduce_sum(torch.tensor([1, 2])).tolist() == [1, 2]
     ranks.destroy_process_group()
+
+
+@pytest.mark.parametrize(("rank", "local", "expected"), [(0, 0, 3), (1, 1, 2), (8, 0, 3), (9, 1, 2)])
+def test_one_process_of_each_node_warns_of_what_all_see(
+    rank: int, local: int, expected: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    log = logging.getLogger("runtime.tuning.data.folder")
+    with Ranks(rank, local, 16, 8).said_once():
+        log.warning("a bad row")
+        log.error("an error")
+    log.warning("of this rank alone")
+    assert len(caplog.messages) == expected
