@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from urllib.parse import unquote, urlsplit
 
 from runtime.errors import DataError
-from runtime.logs import counted
+from runtime.logs import counted, once
 from runtime.tuning.data import hub_card, lakes, splits
 from runtime.tuning.data.formats import FORMATS, base_name, file_format, is_data
 from runtime.tuning.data.splits import Split
@@ -133,7 +133,7 @@ def _say_left_out(folder: Path, files: Collection[Path], why: str) -> None:
     if files:
         names = [path.relative_to(folder).as_posix() for path in sorted(files)]
         count = counted(len(names), "file")
-        log.info("%s: %s left out, because %s (%s)", folder, count, why, ", ".join(names[:5]))
+        once(log, logging.INFO, f"{folder}: {count} left out, because {why} ({', '.join(names[:5])})")
 
 
 def _hidden(name: PurePath) -> bool:
@@ -172,17 +172,19 @@ def _check_shards(names: Sequence[PurePath]) -> None:
             parts[name.parent, match[1], int(match[3])].add(int(match[2]))
     for (parent, stem, total), numbers in parts.items():
         if len(numbers) < total:
-            log.warning("%s: only %d of its %d parts are there", parent / stem, len(numbers), total)
+            once(log, logging.WARNING, f"{parent / stem}: only {len(numbers)} of its {total} parts are there")
 
 
 def _check_kinds(names: Sequence[PurePath]) -> None:
     """Warn of rows for several ways of training, such as pairs to prefer beside answers to learn."""
     kinds = splits.training_kinds(names)
     if len(kinds) > 1:
-        log.warning(
-            "%s are all trained on, though their names say that they are for different ways of training "
-            "and they may hold the same prompts; --data with the folder or file of one trains on that alone",
-            " and ".join(kinds),
+        once(
+            log,
+            logging.WARNING,
+            f"{' and '.join(kinds)} are all trained on, though their names say that they are for different "
+            "ways of training and they may hold the same prompts; --data with the folder or file of one "
+            "trains on that alone",
         )
 
 
