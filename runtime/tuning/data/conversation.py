@@ -128,8 +128,9 @@ def read_history(value: Any, where: str) -> RowConversation:
 
 
 def is_history(value: Any) -> bool:
-    """Return whether a cell is a list, or the text of one: other things are named history too."""
-    return isinstance(literals.parse_container(value), list)
+    """Return whether a cell is a list of turns, or the text of one: other things are named history too."""
+    found = literals.parse_container(value)
+    return isinstance(found, list) and bool(found)
 
 
 def is_messages(value: Any) -> bool:
@@ -159,7 +160,7 @@ def _has_known_role(item: Any) -> bool:
 
 
 def _items(value: Any, where: str) -> list[Any]:
-    found = literals.parse_container(value)
+    found = literals.parse_container(literals.parse_quoted(value))
     if isinstance(found, Mapping):
         lists = {key: item for key, item in found.items() if isinstance(item, list | tuple)}
         roles = any(str(key).lower() in _ROLE for key in lists)

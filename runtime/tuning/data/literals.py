@@ -14,8 +14,15 @@ from runtime.tuning.data.limits import DEEPEST_NESTING
 LONGEST_LITERAL = 4 << 20
 """Characters that Python's parser is given: it takes some hundred bytes for each."""
 
-_MISSING_COMMA = re.compile(r"\}\s*\n\s*\{")
-"""Between the dicts of a NumPy array as it is printed; a line break inside a text is printed as an escape."""
+_AS_NUMPY_PRINTS = re.compile(
+    r"""((?:'(?:[^'\\]|\\.)*+'?|"(?:[^"\\]|\\.)*+"?)|[}\])])(\s+(?=['"\[{]|array\(|list\())?"""
+    r"""|\bnan\b|\b(?:array|list)(?=\()|,\s*dtype=object(?=\))""",
+    re.DOTALL,
+)
+"""A text, or the end of a list or object, with what separates it from the next; NaN; the marks of an array.
+
+Texts are taken whole, with or without their end, so that what is in them is left alone and time is linear.
+"""
 
 
 def parse(text: str) -> Any:
@@ -36,12 +43,16 @@ def _python_literal(text: str) -> Any:
     if len(text) > LONGEST_LITERAL:
         raise ValueError("not JSON, and too long for a Python literal")
     try:
-        try:
-            return ast.literal_eval(text)
-        except SyntaxError:
-            return ast.literal_eval(_MISSING_COMMA.sub("}, {", text))
+        return ast.literal_eval(_AS_NUMPY_PRINTS.sub(_as_python, text))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise ValueError("neither JSON nor a Python literal") from None
+
+
+def _as_python(found: re.Match[str]) -> str:
+    """Return a piece as Python has it: with the comma without which two texts would be joined."""
+    if found[0] == "nan":
+        return "None"
+    return (found[1] or "") + (", " if found[2] else "")
 
 
 def _is_flat(value: Any, levels: int) -> bool:
@@ -60,3 +71,14 @@ def parse_container(value: Any) -> Any:
         return parse(value)
     except ValueError:
         return value
+
+
+def parse_quoted(value: Any) -> Any:
+    """Return the text that `value` is a JSON string of; `value` itself when it is none."""
+    if not isinstance(value, str) or value.lstrip()[:1] != '"':
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return found if isinstance(found, str) else value

@@ -66,6 +66,10 @@ class RowNormaliser:
         found = columns.find(named, self._source, where)
         if found is None:
             return self._within(row, where)
+        if _wraps_messages(row, found):
+            inside = {name: value for name, value in row.items() if name != found.messages}
+            self._wrappers.add(found.messages)
+            return self.example(inside | row[found.messages], _at(where, found.messages))
         if not self._source.response_column:
             _check_beside(named, found, where)
             _check_choices(named, found, where)
@@ -101,6 +105,16 @@ class RowNormaliser:
         if columns.CHOSEN in (found.answer.lower(), found.messages.lower()):
             talk.notes.add("preference data: the chosen answer is trained on, the rejected one is not used")
         self._notes.update(talk.notes)
+
+
+def _wraps_messages(row: Mapping[str, Any], found: Columns) -> bool:
+    """Return whether the column of messages holds an object with a column of them."""
+    inner = row[found.messages] if found.messages else None
+    return (
+        isinstance(inner, dict)
+        and not conversation.is_messages(inner)
+        and any(name in columns.MESSAGES and isinstance(value, list) for name, value in inner.items())
+    )
 
 
 def _wrapper(row: Mapping[str, Any]) -> str:

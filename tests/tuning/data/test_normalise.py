@@ -51,6 +51,9 @@ def example(row: dict[str, Any], **settings: Any) -> Example:
             ]
         },
         {"messages": json.dumps(MESSAGES)},
+        {"messages": json.dumps(json.dumps(MESSAGES))},
+        {"conversation": {"messages": MESSAGES, "id": 3}, "lang": "en"},
+        {"history": "[]", "question": "q", "answer": "a"},
         {"messages": repr(MESSAGES)},
         {"row_idx": 0, "row": {"prompt": "q", "completion": "a"}},
         {"example": {"prompt": "q", "completion": "a"}},
@@ -228,6 +231,11 @@ def test_answers_within_a_prompt_are_not_trained_on(row: dict[str, Any]) -> None
 def test_system_column_beside_a_message_that_says_nothing() -> None:
     with pytest.raises(DataError, match="no assistant message"):
         example({"system": "s", "messages": [{"role": "system", "content": None}]})
+
+
+def test_columns_beside_and_within_an_object_of_messages_are_read() -> None:
+    found = example({"conversation": {"messages": MESSAGES, "tools": [TOOL]}, "system": "s"})
+    assert (found.messages, found.tools) == ((SYSTEM, Q, A), (TOOL,))
 
 
 def test_history_that_is_text_is_another_column() -> None:

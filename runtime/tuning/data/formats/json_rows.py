@@ -171,10 +171,33 @@ def _rows_of(value: dict[str, Any]) -> Iterator[Any]:
         yield from _columns(value)
     elif all(isinstance(item, dict) and _is_index(item) for item in value.values()):  # pandas' default
         yield from _columns({name: list(column.values()) for name, column in value.items()})
-    elif _is_index(value) and all(isinstance(item, dict) for item in value.values()):  # orient="index"
+    elif _is_keyed(value):  # pandas: orient="index"
         yield from value.values()
+    elif _is_labelled(value):
+        raise DataError(
+            f"holds an object in each column ({', '.join(value)}), as pandas writes an index of texts; "
+            "expected rows: to_json(orient='records', lines=True)"
+        )
     else:
         yield value
+
+
+def _is_keyed(value: dict[str, Any]) -> bool:
+    """Return whether an object holds rows by numbers or ids, rather than being a row of objects."""
+    if not all(isinstance(item, dict) for item in value.values()):
+        return False
+    return _is_index(value) or (all(map(_is_row, value.values())) and not _has_text_column(value))
+
+
+def _is_labelled(value: dict[str, Any]) -> bool:
+    """Return whether an object holds columns whose cells have the same names in each."""
+    items = list(value.values())
+    same = all(isinstance(item, dict) and item.keys() == items[0].keys() for item in items)
+    return same and len(items[0]) > 1 and _has_text_column(value) and not _is_row(items[0])
+
+
+def _has_text_column(value: dict[str, Any]) -> bool:
+    return any(name.lower() in _TEXT_COLUMNS for name in value)
 
 
 _ROWS = frozenset(("data", "rows"))
@@ -205,7 +228,7 @@ def _is_rows(value: Any) -> bool:
 
 
 def _is_index(value: dict[str, Any]) -> bool:
-    return bool(value) and all(re.fullmatch(r"\d+", key) for key in value)
+    return bool(value) and all(re.fullmatch(r"-?\d+", key) for key in value)
 
 
 def _named(names: list[Any], cells: Any) -> Any:

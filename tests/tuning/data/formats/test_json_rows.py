@@ -48,6 +48,9 @@ def pandas(**options: Any) -> str:
         pandas(orient="split"),
         pandas(orient="index"),
         pandas(orient="table"),
+        pandas().replace('"0"', '"-1"'),
+        json.dumps({f"id{n}": row for n, row in enumerate(ROWS)}),
+        json.dumps({f"id{n}": row for n, row in enumerate(ROWS)}, indent=1),
         pandas(orient="records"),
         pandas(orient="records", lines=True),
         json.dumps(ROWS[:1]) + "\n" + json.dumps(ROWS[1:]),
@@ -56,6 +59,12 @@ def pandas(**options: Any) -> str:
 def test_every_form_gives_the_same_rows(tmp_path: Path, text: str) -> None:
     found = [{name: row[name] for name in ROWS[0]} for row in rows_of(tmp_path, text)]
     assert found == ROWS
+
+
+def test_pandas_columns_with_an_index_of_texts_are_refused_with_the_form_to_write(tmp_path: Path) -> None:
+    text = pd.DataFrame(ROWS, index=["a", "b", "c"]).to_json()
+    with pytest.raises(DataError, match=r"to_json\(orient='records', lines=True\)"):
+        rows_of(tmp_path, text)
 
 
 def test_utf_16_and_utf_32_with_a_mark_are_read(tmp_path: Path) -> None:
