@@ -106,7 +106,7 @@ class AnswerReader:
         self._end_tokens, self._special_tokens = _any_of(ends), _any_of(special)
         self._tails: dict[bool, _Tail] = {}
         self._closings: dict[str, str] = {}
-        self._said: set[str] = set()
+        self._said: set[tuple[object, ...]] = set()
 
     def answer(self, dialogue: Dialogue, index: int) -> Answer:
         """Return message `index` as prompt and completion; DataError where the template leaves them open."""
@@ -190,7 +190,30 @@ class AnswerReader:
         at = (header or "").rfind(opening) + len(opening)
         if opening and header and opening in header and shown.startswith(header[:at]):
             return _Start(prompt, at)
-        raise _undecided(whole, f"answers do not begin with its generation prompt {prompt[-40:]!r}")
+        if header and (start := self._after_question(whole, shown, prompt, header)):
+            return start
+        begins = shown.removeprefix(context)[:30] if shown.startswith(context) else shown[-30:]
+        raise _undecided(
+            whole, f"it writes {begins!r} there without its generation prompt {(opening or prompt)[-40:]!r}"
+        )
+
+    def _after_question(self, whole: Dialogue, shown: str, prompt: str, header: str) -> _Start | None:
+        """Return where the answer begins by what a prompt has after the last question's content.
+
+        For templates that show a question otherwise once it is answered: Mistral's then leave out the
+        system's message.
+        """
+        question = {**whole.messages[-2], "content": _ARGUMENT}
+        answered = whole.until(len(whole.messages) - 1).ending_with(question)
+        sample = replace(whole, messages=(*answered.messages, {"role": "assistant", "content": _CONTENT}))
+        try:
+            _, asked, after = self._render(answered, prompt=True).text.rpartition(_ARGUMENT)
+        except DataError:
+            return None
+        between = self._probe(sample).rpartition(_ARGUMENT)[2].partition(_CONTENT)[0]
+        at = len(header) - len(between) + len(after)
+        fits = asked and after and between.startswith(after) and prompt.endswith(after)
+        return _Start(prompt, at) if fits and shown.startswith(header[:at]) else None
 
     def _behind(self, thought: OpenThought, whole: Dialogue, shown: str, prompt: str) -> _Start | None:
         """Return where the answer begins behind a generation prompt that ends with a thought's beginning."""
@@ -235,7 +258,8 @@ class AnswerReader:
         """Return what ends the last message in `shown`."""
         calls = bool(whole.messages[-1].get("tool_calls"))
         tail = self._tails.get(calls)
-        if tail is None or not shown.endswith(tail.text):
+        # A tail without an end token may be that of any text.
+        if tail is None or not tail.kept or not shown.endswith(tail.text):
             tail = self._tails[calls] = self._read_tail(whole)
         if not shown.endswith(tail.text):
             raise _undecided(whole, f"it does not end with {tail.text!r} as other answers do")
@@ -248,21 +272,32 @@ class AnswerReader:
         sample: Turn = {"role": "assistant", "content": _CONTENT}
         if calls:
             function = {**calls[-1].get("function", {}), "arguments": {"argument": _ARGUMENT}}
-            sample |= {"tool_calls": [{**calls[-1], "function": function}]}
+            sample |= {"tool_calls": [*calls[:-1], {**calls[-1], "function": function}]}
         text = self._probe(whole.ending_with(sample))
         at = max(text.rfind(_CONTENT), text.rfind(_ARGUMENT))
         if at < 0:
             raise DataError(f"the model's chat template writes nothing of {_name(whole)}")
         after = text[at + len(_CONTENT) :]
         end = self._end_tokens.search(after)
-        if end is None and (end := self._special_tokens.search(after)):
-            self._say(
-                "answers end with %s, which is no end token of this model: a server has to be told of it",
-                end[0],
-            )
         if end:
             return _Tail(after[end.start() :], len(end[0]))
-        return _Tail(after[len(after.rstrip()) :] if calls else after, 0)
+        special = [*self._special_tokens.finditer(after)]
+        if not special:
+            return _Tail(after[len(after.rstrip()) :] if calls else after, 0)
+        end = special[-1]
+        if calls and end[0] != self._end_of_answers(whole):
+            self._say("calls end with %s, which ends no answer: the end-of-sequence token follows", end[0])
+            return _Tail(after[end.end() :], 0)
+        self._say(
+            "answers end with %s, which is no end token of this model: a server has to be told of it", end[0]
+        )
+        return _Tail(after[end.start() :], len(end[0]))
+
+    def _end_of_answers(self, whole: Dialogue) -> str:
+        """Return the special token that ends an answer without calls in the place of the last message."""
+        text = self._probe(whole.ending_with({"role": "assistant", "content": _CONTENT}))
+        special = self._special_tokens.findall(text.rpartition(_CONTENT)[2])
+        return str(special[-1]) if special else ""
 
     def _marked(
         self, whole: Dialogue, shown: Rendering, *, start: int, end: int, before: int | None
@@ -281,8 +316,8 @@ class AnswerReader:
 
     def _say(self, message: str, *arguments: object) -> None:
         """Log something about the template once."""
-        if message not in self._said:
-            self._said.add(message)
+        if (message, *arguments) not in self._said:
+            self._said.add((message, *arguments))
             log.warning(message, *arguments)
 
 

@@ -201,22 +201,28 @@ class RenderedFields:
         turns, tools = _until_answer(example, index), list(example.tools)
         if field is REASONING and self._opens_thought(turns[:index], tools):
             return True  # it is trained behind the generation prompt, whatever earlier turns show of it
-        as_it_is = self._render(turns, tools)
+        changed, changed_tools = list(turns), tools
         if field is TOOLS:
-            tools = copy.deepcopy(tools)
-            field.change(tools[0])
+            changed_tools = copy.deepcopy(tools)
+            field.change(changed_tools[0])
         else:
-            turns[index] = copy.deepcopy(turns[index])
-            field.change(turns[index])
-        return self._render(turns, tools) != as_it_is
+            changed[index] = copy.deepcopy(turns[index])
+            field.change(changed[index])
+        if self._render(changed, changed_tools) != self._render(turns, tools):
+            return True
+        return index < len(turns) - 1 and self._prompt(turns[:-1], tools) != self._prompt(
+            changed[:-1], changed_tools
+        )
+
+    def _prompt(self, turns: Turns, tools: list[dict[str, Any]]) -> str:
+        """Return what is asked before an answer: some templates show more of a question there."""
+        try:
+            return chat_template.render(self._tokenizer, turns, TemplateOptions(tools=tools or None))
+        except TemplateRefusedError:
+            return ""
 
     def _opens_thought(self, turns: Turns, tools: list[dict[str, Any]]) -> bool:
-        try:
-            thought = find_thought(
-                chat_template.render(self._tokenizer, turns, TemplateOptions(tools=tools or None))
-            )
-        except TemplateRefusedError:
-            return False
+        thought = find_thought(self._prompt(turns, tools))
         return thought is not None and not thought.closed
 
     def _render(self, turns: Turns, tools: list[dict[str, Any]]) -> str:

@@ -264,14 +264,21 @@ class Encoder:
     def _all(self, example: Example) -> TokenizedSequence:
         """Return the ids of plain text, or of a conversation, all labelled."""
         if not example.messages:
-            ids = [*self._tokenize(example.text)[0], self._eos()]
-            bos = self.tokenizer.bos_token_id
-            if bos is not None and ids[0] != bos and self.tokenizer("x")["input_ids"][:1] == [bos]:
-                ids.insert(0, bos)
-            return _all_labelled(ids)
+            return _all_labelled(self._with_ends(self._tokenize(example.text)[0]))
         ids = self._tokenize(self._reader().text(dialogue(example.messages, example.tools)))[0]
         ended = any(token in self._control_ids() for token in ids[-2:])  # a line break may follow it
         return _all_labelled(ids if ended else [*ids, self._eos()])
+
+    def _with_ends(self, ids: list[int]) -> list[int]:
+        """Return the ids of plain text with the tokens that begin and end a text, where it has them not."""
+        bos = self.tokenizer.bos_token_id
+        begun = ids[:1] == [bos] or (ids[1:2] == [bos] and not self.tokenizer.decode(ids[:1]).strip())
+        if bos is not None and not begun and self.tokenizer("x")["input_ids"][:1] == [bos]:
+            ids = [bos, *ids]
+        last = len(ids) - 1
+        while last > 0 and not self.tokenizer.decode([ids[last]]).strip():
+            last -= 1
+        return ids if last >= 0 and ids[last] in self._end_ids else [*ids, self._eos()]
 
     def _tokenized(self, sequence: TextSequence) -> TokenizedSequence:
         """Return the ids of a text, labelled where its pieces are."""

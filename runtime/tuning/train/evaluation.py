@@ -7,8 +7,11 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from runtime import chat_template
+from runtime.chat_template import TemplateOptions
+from runtime.tuning.data.answers import dialogue
 from runtime.tuning.data.example import Example
 from runtime.tuning.model.fsdp import is_sharded
 from runtime.tuning.model.lora import evaluating
@@ -69,17 +72,7 @@ def generate(
     """Answer the last turn of each conversation greedily, all in one padded batch."""
     if not questions or not tokenizer.chat_template:
         return [""] * len(questions)
-    prompts = [
-        str(
-            tokenizer.apply_chat_template(
-                list(e.messages[:-1]),
-                tools=cast("Any", list(e.tools) or None),
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        )
-        for e in questions
-    ]
+    prompts = [question_prompt(tokenizer, example) for example in questions]
     batch: Any = tokenizer(
         prompts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt",
         truncation=True, max_length=PROMPT_TOKENS,
@@ -94,3 +87,9 @@ def generate(
         )  # fmt: skip
     width = batch["input_ids"].shape[1]
     return [str(tokenizer.decode(ids[width:], skip_special_tokens=True)).strip() for ids in out]
+
+
+def question_prompt(tokenizer: "PreTrainedTokenizerBase", example: Example) -> str:
+    """Return what the server would render of the messages before the last answer."""
+    asked = dialogue(example.messages[:-1], example.tools)
+    return chat_template.render(tokenizer, asked.messages, TemplateOptions(tools=list(asked.tools) or None))

@@ -96,3 +96,71 @@ def test_behaviour_of_a_template_is_said_once(caplog: pytest.LogCaptureFixture) 
         "the generation prompt opens a thought (<think>): a row's thought is trained with its end, "
         "an empty one where a row has none"
     ]
+
+
+CALL_TOKENS = CHATML.replace(
+    "{{ m.content }}<|im_end|>",
+    "{{ m.content }}{% for c in m.tool_calls or [] %}[TOOL_CALLS]{{ c.function | tojson }}[/TOOL_RESULTS]"
+    "{% endfor %}{% if not m.tool_calls or END %}<|im_end|>{% endif %}",
+)
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize(
+    ("end", "family", "last", "closed"),
+    [
+        ("true", "chatml", "<|im_end|>", True),
+        ("true", "chatml with another eos", "<|im_end|>", True),
+        ("false", "chatml", "[/TOOL_RESULTS]", False),
+        ("m.tool_calls | length > 1", "chatml", "[/TOOL_RESULTS]", False),
+    ],
+)
+def test_calls_end_as_answers_do_or_with_the_end_of_the_text(
+    end: str, family: str, last: str, closed: bool
+) -> None:
+    read = reader(CALL_TOKENS.replace("END", end), family)
+    answer = read.answer(dialogue([TURNS[0], CALLING]), 1)
+    assert answer.text.endswith("[/TOOL_RESULTS]<|im_end|>" if closed else last)
+    assert answer.closed == closed
+    if "length" in end:
+        two = read.answer(dialogue([TURNS[0], {**CALLING, "tool_calls": [CALL, CALL]}]), 1)
+        assert (two.text[-10:], two.closed) == ("<|im_end|>", True)
+
+
+def test_each_end_that_no_server_knows_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    either = CHATML.replace("<|im_end|>", "{{ '<|end|>' if m.content == 'x' else '<|im_end|>' }}")
+    either = either.replace("m.content == 'x'", "loop.index0 == 1")
+    read = reader(either, "chatml with another eos")
+    with caplog.at_level(logging.INFO):
+        read.answer(dialogue(TURNS), 1)
+        read.answer(dialogue([*TURNS, *TURNS]), 3)
+    ends = [record.getMessage().split(",")[0] for record in caplog.records]
+    assert ends == ["answers end with <|end|>", "answers end with <|im_end|>"]
+
+
+def test_error_says_what_the_template_leaves_out_and_not_what_the_user_said() -> None:
+    headless = CHATML.replace(
+        "<|im_start|>{{ m.role }}\n{{", "{% if not m.tool_calls %}<|im_start|>{{ m.role }}\n{% endif %}{{"
+    ).replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls or '' }}")
+    with pytest.raises(
+        DataError, match=r'it writes "\[\{.*" there without its generation prompt .<\|im_start\|>assistant'
+    ):
+        completion(headless, [TURNS[0], CALLING])
+
+
+SYSTEM_IN_THE_LAST_QUESTION = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] "
+    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
+    "{{ m.content }}[/INST]{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def test_question_that_is_shown_otherwise_once_answered_is_as_the_server_asks_it() -> None:
+    read = reader(SYSTEM_IN_THE_LAST_QUESTION)
+    messages = [{"role": "system", "content": "s"}, *TURNS, *TURNS]
+    first, second = (read.answer(dialogue(messages), index) for index in (2, 4))
+    assert first.text == "<s>[INST] s\n\na[/INST] b<|im_end|>"
+    assert first.prompt.endswith("[/INST]")
+    assert second.prompt == "<s>[INST] a[/INST] b<|im_end|>[INST] s\n\na[/INST]"
+    assert second.text == second.prompt + " b<|im_end|>"

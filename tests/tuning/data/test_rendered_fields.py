@@ -13,6 +13,7 @@ from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.example import Example
 from runtime.tuning.data.rendered_fields import RenderedFields
 from tests.tuning.data.template_families import FAMILIES
+from tests.tuning.data.test_answers import SYSTEM_IN_THE_LAST_QUESTION
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 TOOLS = (
@@ -79,6 +80,7 @@ def fit(tokenizer: Any, template: str, *examples: Example, bad_rows: BadRows | N
         (TOOLS, (Q, CALLING, RESULT, A), (TOOL,)),
         (TOOLS, (Q, {**CALLING, "content": "wait", "tool_calls": [call(), call("g")]}), ()),
         (ONE_CALL, (Q, CALLING, RESULT, A), (TOOL,)),
+        (SYSTEM_IN_THE_LAST_QUESTION, ({"role": "system", "content": "s"}, Q, A, Q, A), ()),
         (THINKING, (Q, THOUGHT), ()),
         (THINKING, (Q, THOUGHT, Q, A), ()),
         (NAMED, ({**Q, "name": "ada"}, A), ()),

@@ -153,6 +153,13 @@ def test_text_is_labelled_whole_and_ends(tokenizer: Any) -> None:
     assert row.ids[-1] == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("after", ["", "\n", " \n\n"])
+def test_text_that_begins_and_ends_as_texts_do_gets_no_second_token(tokenizer: Any, after: str) -> None:
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    (row,) = whole(tokenizer, Example((), text=f"{bos}once upon{eos}{after}"))
+    assert tokenizer.decode(row.ids) == f"{bos}once upon{eos}{after}"
+
+
 def test_messages_without_template_are_a_configuration_error(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="no chat template"):

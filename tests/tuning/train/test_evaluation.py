@@ -1,10 +1,14 @@
 """Sample questions, and the model's answers to them."""
 
 from collections.abc import Callable
+from typing import Any
 
+from runtime import chat_template
+from runtime.chat_template import TemplateOptions
 from runtime.tuning.data.example import Example
 from runtime.tuning.settings import TuningJob
-from runtime.tuning.train.evaluation import QUESTIONS, evaluate, sample_questions
+from runtime.tuning.train.evaluation import QUESTIONS, evaluate, question_prompt, sample_questions
+from tests.tuning.data.template_families import CHATML, FAMILIES
 from tests.tuning.train.test_trainer import training_setup
 
 
@@ -27,3 +31,17 @@ def test_evaluation_without_held_out_rows_has_answers_and_no_loss(
     result = evaluate(setup, questions)
     assert result.loss is None
     assert len(result.answers) == 2
+
+
+def test_a_question_is_asked_as_the_server_asks_it() -> None:
+    tokenizer: Any = FAMILIES["chatml"].tokenizer()
+    tokenizer.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls or '' }}")
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+    asked = ({"role": "user", "content": "a"}, calling, {"role": "tool", "content": "5"})
+    prompt = question_prompt(tokenizer, Example((*asked, {"role": "assistant", "content": "b"})))
+    served = chat_template.render(
+        tokenizer, [asked[0], {**calling, "content": ""}, asked[2]], TemplateOptions()
+    )
+    assert prompt == served
+    assert "None" not in prompt
