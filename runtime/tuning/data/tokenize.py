@@ -272,11 +272,11 @@ class Encoder:
     def _with_ends(self, ids: list[int]) -> list[int]:
         """Return the ids of plain text with the tokens that begin and end a text, where it has them not."""
         bos = self.tokenizer.bos_token_id
-        begun = ids[:1] == [bos] or (ids[1:2] == [bos] and not self.tokenizer.decode(ids[:1]).strip())
+        begun = ids[:1] == [bos] or (ids[1:2] == [bos] and not str(self.tokenizer.decode(ids[:1])).strip())
         if bos is not None and not begun and self.tokenizer("x")["input_ids"][:1] == [bos]:
             ids = [bos, *ids]
         last = len(ids) - 1
-        while last > 0 and not self.tokenizer.decode([ids[last]]).strip():
+        while last > 0 and not str(self.tokenizer.decode([ids[last]])).strip():
             last -= 1
         return ids if last >= 0 and ids[last] in self._end_ids else [*ids, self._eos()]
 
