@@ -6,6 +6,7 @@ when it runs, so that help and dry runs answer at once. Start at `main`.
 
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -103,6 +104,9 @@ def _explain_usage(error: Any) -> int:
         typer.echo(message, err=True)
         return int(error.exit_code)
     command = error.ctx.command_path if error.ctx else "runtime"
+    extra = re.fullmatch(r"Got unexpected extra argument(?:s|\(s\))? \((\S+)\)\.?", message)
+    if extra and command == "runtime tune":
+        message = f"{extra[1]}: the model or manifest is given already; give it as --data {extra[1]}"
     return _explain(
         error, f"{message.rstrip('.')}; see `{command} --help`", int(error.exit_code), debug=False
     )

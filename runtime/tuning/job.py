@@ -229,6 +229,7 @@ def _outcome(result: JobResult, seconds: float) -> report.Outcome:
     return report.Outcome(
         steps=training.trainer.state.global_step,
         kept_step=training.kept_step,
+        epochs=training.trainer.state.epoch or 0.0,
         train_loss=training.recent_loss,
         losses=training.logged("loss"),
         held_out_losses=training.held_out_curve(before.loss, after.loss),

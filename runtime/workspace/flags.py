@@ -55,7 +55,7 @@ def is_image(word: str) -> bool:
 def _put(settings: LayeredSettings, name: str, value: Any) -> None:
     head = name.partition(".")[0]
     if head not in TuningJob.model_fields.keys() - NOT_SET:
-        known = [*(TuningJob.model_fields.keys() - NOT_SET), *SECTIONS]
+        known = [*sorted(TuningJob.model_fields.keys() - NOT_SET - {"hub_token"}), *SECTIONS]
         raise ConfigError(
             f"--set {name}: unknown setting{nearest(head, known) or '; known: ' + ', '.join(known)}"
         )

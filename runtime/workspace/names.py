@@ -43,13 +43,17 @@ _SYNONYMS = (
         "context_length block_size model_max_length max_length max_seq_length",
     ),
     ("LoraConfig.r", "16", "rank lora_rank lora_r"),
+    ("LoraConfig.use_dora", "true", "dora"),
+    ("LoraConfig.use_rslora", "true", "rslora"),
+    ("QuantizationConfig.load_in_4bit", "true", "use_qlora qlora use_4bit"),
     ("LoraConfig.lora_alpha", "32", "alpha"),
     ("LoraConfig.lora_dropout", "0.05", "dropout"),
     ("LoraConfig.target_modules", "all-linear", "modules lora_target_modules lora_targets"),
     (
         "DatasetConfig.train_test_split",
         "0.9",
-        "test_size val_size eval_size test_split val_split eval_split validation_split val_set_size",
+        "train_split train_size test_size val_size eval_size test_split val_split eval_split "
+        "validation_split val_set_size",
     ),
 )
 COMMON_NAMES = {name: (key, example) for key, example, names in _SYNONYMS for name in names.split()}
@@ -88,8 +92,10 @@ def _resolve(name: str) -> str:
         *TuningJob.model_fields,
         *sections.SECTIONS,
         *(f for fields in groups().values() for f in fields),
+        *(key for keys in section_keys().values() for key in keys),
     }
-    close = hint(name) or nearest(name, known - NOT_SET, cutoff=0.75) or _listed()
+    unset = NOT_SET | {"hub_token"}
+    close = hint(name) or nearest(name, known - unset, cutoff=0.7) or _listed()
     raise ConfigError(f"--set {name}: unknown setting{close}")
 
 
@@ -105,7 +111,7 @@ def _check_dotted(name: str, head: str, key: str) -> None:
 
 
 def _listed() -> str:
-    top = sorted(TuningJob.model_fields.keys() - groups().keys() - NOT_SET)
+    top = sorted(TuningJob.model_fields.keys() - groups().keys() - NOT_SET - {"hub_token"})
     return f"; known: {', '.join(top)} and those below {', '.join([*groups(), *sections.SECTIONS])}"
 
 

@@ -72,7 +72,7 @@ def test_printed_commands_work_as_printed(tiny_llama_dir: Path, tmp_path: Path) 
     flags = "--set max_steps=2 --set metrics_port=null --set train_test_split=1"
     tuned = run(f"runtime tune {tiny_llama_dir} --data sums.jsonl {flags}", tmp_path)
     assert tuned.returncode == 0, tuned.stderr
-    assert "too few rows to tell: no rows are held out" in tuned.stderr
+    assert "not measured: no rows are held out" in tuned.stderr
     serve, ask, merge = [line.strip() for line in tuned.stdout.splitlines() if line.startswith("  ")]
     with subprocess.Popen(shlex.split(serve), cwd=tmp_path, env=environ(), stderr=subprocess.PIPE) as server:
         try:

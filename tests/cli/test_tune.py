@@ -100,3 +100,8 @@ def test_dry_run_refuses_the_folder_of_a_finished_adapter(
     assert main.run(words, {}) == 2
     assert "holds an adapter, and which job made it is not recorded" in failure_line(capsys)
     assert main.run([*words, "--overwrite"], {}) == 0
+
+
+def test_data_after_the_model_is_answered_with_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["tune", "smollm2-135m-instruct", "tickets.parquet"], {}) == 2
+    assert "give it as --data tickets.parquet" in failure_line(capsys)

@@ -52,12 +52,24 @@ def test_a_name_without_a_dot_finds_its_setting(name: str, value: Any, setting: 
         ("LoraConfig.learning_rate", "'learning_rate' belongs into TrainingArguments"),
         ("image", "model.image or data.image or output.image"),
         ("learning_rat", "did you mean 'learning_rate'"),
+        ("max_lenght", "did you mean 'max_length'"),
+        ("lora_alfa", "did you mean 'lora_alpha'"),
+        ("bnb_4bit_quant_typ", "did you mean 'bnb_4bit_quant_type'"),
+        ("train_split", r"train_test_split here \(the part to train on\)"),
+        ("use_qlora", "as in --set load_in_4bit=true"),
+        ("dora", "as in --set use_dora=true"),
         ("qqq", "known: checkpoint_minutes"),
     ],
 )
 def test_another_name_is_answered_with_the_right_one(name: str, answer: str) -> None:
     with pytest.raises(ConfigError, match=answer):
         resolve({name: 1})
+
+
+def test_the_token_is_not_offered_as_a_setting() -> None:
+    with pytest.raises(ConfigError) as refused:
+        resolve({"qqq": 1})
+    assert "hub_token" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,10 @@ class Outcome:
     steps: int
     kept_step: int
     """Step whose weights are the adapter: the last one, unless the job keeps the best."""
+    epochs: float
+    """How often the rows were trained on."""
     train_loss: float | None
-    """Mean loss per labelled token over the last epoch's worth of steps."""
+    """Mean loss per labelled token over the last epoch's worth of steps, or all where they are fewer."""
     losses: tuple[chart.Point, ...]
     """(step, training loss) of every logged step."""
     held_out_losses: tuple[chart.Point, ...]
@@ -151,13 +153,16 @@ def _held_out_rows(tokenized: TokenizedSplit) -> int:
 
 def _judged(outcome: Outcome, held_out_rows: int) -> verdict.Verdict:
     kept = outcome.kept_step if outcome.kept_step != outcome.steps else None
-    return verdict.judge(outcome.held_out_losses, held_out_rows=held_out_rows, kept_step=kept)
+    return verdict.judge(
+        outcome.held_out_losses, held_out_rows=held_out_rows, kept_step=kept, epochs=outcome.epochs
+    )
 
 
 def _result(outcome: Outcome) -> dict[str, Any]:
     return {
         "steps": outcome.steps,
         "kept_step": outcome.kept_step,
+        "epochs": round(outcome.epochs, 3),
         "train_loss": outcome.train_loss,
         "held_out_loss": {"before": outcome.before, "after": outcome.after},
         "held_out_perplexity": {

@@ -1,9 +1,10 @@
-"""What a run's losses say: learnt, still falling, overfit, nothing learnt, or too few rows to tell.
+"""What a run's losses say: learnt, still falling, overfit, nothing learnt, or not to tell.
 
 The rules and their thresholds, for numbers alone. Does not know where the losses come from, nor who reads
 the sentence. Start at `judge`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +14,9 @@ from runtime.logs import counted
 from runtime.tuning.report.chart import Point
 from runtime.tuning.train.progress import duration
 
-Kind = Literal["learnt", "still falling", "overfit", "nothing learnt", "too few rows"]
+Kind = Literal[
+    "learnt", "still falling", "overfit", "nothing learnt", "still high", "too few rows", "not measured"
+]
 
 LEAST_ROWS = 5
 """With fewer held-out rows one odd row decides the loss."""
@@ -27,6 +30,12 @@ LATE_FALL = 0.05
 """Of the whole fall, in the end of the run: a curve that falls that much there has not arrived."""
 
 
+SHORT_STEPS, SHORT_EPOCHS = 20, 1
+"""A run of fewer tells little."""
+HIGH_PERPLEXITY = 100
+"""A model that answers like the data is far below this."""
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What the losses of a run say."""
@@ -36,21 +45,23 @@ class Verdict:
     """One line, with what to do next."""
 
 
-def judge(held_out: Sequence[Point], *, held_out_rows: int, kept_step: int | None = None) -> Verdict:
+def judge(
+    held_out: Sequence[Point], *, held_out_rows: int, kept_step: int | None = None, epochs: float = math.inf
+) -> Verdict:
     """Return what the held-out losses (from before training to after it) of so many rows say.
 
-    `kept_step` is the step whose weights were kept, where that is not the last one.
+    `kept_step` is the step whose weights were kept, where that is not the last one; `epochs` how often the
+    run saw the rows.
 
-    The rules, in order: too few rows were held out; the loss never fell; it rose again by the end; it fell
-    to the end; else it was learnt. Only a curve that was measured between beginning and end can tell how
-    it ended.
+    The rules, in order: too few rows; it never fell; it rose again by the end; it fell to the end; it is far
+    from the data; else it was learnt. Only a curve measured between beginning and end tells how it ended.
     """
     if held_out_rows < LEAST_ROWS or len(held_out) < 2:
         return _too_few(held_out_rows)
     before, after = held_out[0][1], held_out[-1][1]
     best_step, best = min(held_out, key=lambda point: point[1])
     if before - best <= LEAST_FALL * before:
-        return _nothing(before, after)
+        return _nothing(before, after, short=_short(held_out[-1][0], epochs))
     if after - best > LEAST_RISE * max(best, before - best):
         remedy = (
             f"train shorter (max_steps={best_step:.0f}), on more rows, or with a lower learning_rate"
@@ -67,7 +78,10 @@ def judge(held_out: Sequence[Point], *, held_out_rows: int, kept_step: int | Non
             "train longer (a higher num_train_epochs)",
         )
     there = " and is level" if late is not None else ""
-    return Verdict("learnt", f"learnt: the held-out loss fell by {1 - after / before:.0%}{there}")
+    fell = f"the held-out loss fell by {1 - after / before:.0%}{there}"
+    if after > math.log(HIGH_PERPLEXITY):
+        return _high(fell, after, short=_short(held_out[-1][0], epochs))
+    return Verdict("learnt", f"learnt: {fell}")
 
 
 def summary(report: Mapping[str, Any]) -> str:
@@ -80,29 +94,55 @@ def summary(report: Mapping[str, Any]) -> str:
 
 
 def _change(before: float, after: float) -> str:
-    share = f" ({after / before - 1:+.0%})" if before else ""
+    change = round(100 * (after / before - 1)) if before else 0
+    share = f" ({change:+d}%)" if change else ""
     return f"held-out loss {before:.3f} before, {after:.3f} after{share}; "
 
 
 def _too_few(rows: int) -> Verdict:
-    found = f"only {counted(rows, 'row')} held out" if rows else "no rows are held out"
+    if not rows:
+        return Verdict(
+            "not measured", "not measured: no rows are held out; train_test_split=0.9 holds a tenth out"
+        )
     return Verdict(
         "too few rows",
-        f"too few rows to tell: {found}, where {LEAST_ROWS} or more show whether the model learnt or "
-        "memorised; train_test_split=0.9 holds a tenth out",
+        f"too few rows to tell: only {counted(rows, 'row')} held out, where {LEAST_ROWS} or more show "
+        "whether the model learnt or memorised; train_test_split=0.9 holds a tenth out",
     )
 
 
-def _nothing(before: float, after: float) -> Verdict:
+def _high(fell: str, loss: float, *, short: str) -> Verdict:
+    why = f"; {short}" if short else ""
+    return Verdict(
+        "still high",
+        f"still high: {fell}, but a perplexity of {math.exp(min(loss, 700)):,.0f} is far from the data{why}; "
+        "train longer, or look at what is trained with --preview 3",
+    )
+
+
+def _short(steps: float, epochs: float) -> str:
+    """Return that the run was short, "" where it was not."""
+    if steps >= SHORT_STEPS and epochs >= SHORT_EPOCHS:
+        return ""
+    seen = f" of {epochs:.2g} epochs" if epochs < SHORT_EPOCHS else ""
+    return f"the run was short ({counted(int(steps), 'step')}{seen})"
+
+
+def _nothing(before: float, after: float, *, short: str) -> Verdict:
     if after - before > LEAST_RISE * before:
         return Verdict(
             "nothing learnt",
             f"nothing learnt: the held-out loss rose from {before:.3f} to {after:.3f}; lower learning_rate",
         )
+    fell = "hardly fell" if after < before else "did not fall"
+    remedy = (
+        f"{short}; train longer"
+        if short
+        else "look at what is trained with --preview 3, then raise learning_rate or train longer"
+    )
     return Verdict(
         "nothing learnt",
-        f"nothing learnt: the held-out loss did not fall ({before:.3f} to {after:.3f}); look at what is "
-        "trained with --preview 3, then raise learning_rate or train longer",
+        f"nothing learnt: the held-out loss {fell} ({before:.3f} to {after:.3f}); {remedy}",
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime import chat_template
 from runtime.chat_template import TemplateOptions
+from runtime.logs import counted
 from runtime.tuning.data.answers import dialogue
 from runtime.tuning.data.example import Example
 from runtime.tuning.model.fsdp import is_sharded
@@ -44,9 +45,8 @@ class Evaluation:
 def evaluate(setup: TrainingSetup, questions: Sequence[Example]) -> Evaluation:
     """Return the held-out loss of all ranks and (rank 0) the answers to the sample questions."""
     ranks, held_out = setup.rank.ranks, setup.trainer.workload.held_out
-    log.info(
-        "evaluating: the loss of %d held-out rows, the answers to %d questions", len(held_out), len(questions)
-    )
+    what = f"the loss of {counted(len(held_out), 'held-out row')}, " if held_out else ""
+    log.info("evaluating: %sthe answers to %s", what, counted(len(questions), "question"))
     with training_attention(setup), contextlib.closing(setup.callbacks.reporter):
         loss = setup.trainer.held_out_loss() if held_out else None
     answering = ranks.is_main or is_sharded(setup.model)

@@ -45,7 +45,11 @@ MEASURED = ((0, 2.61), (120, 1.34), (240, 1.21), (360, 1.19))
 
 
 def build(
-    *, measured: tuple[tuple[float, float], ...] = MEASURED, kept_step: int = 360, **given: Any
+    *,
+    measured: tuple[tuple[float, float], ...] = MEASURED,
+    kept_step: int = 360,
+    epochs: float = 3.0,
+    **given: Any,
 ) -> dict[str, Any]:
     losses = tuple(
         (step, 1.1 + 1.4 * math.exp(-step / 60) + 0.12 * math.sin(step * 1.7) * math.cos(step / 3))
@@ -54,6 +58,7 @@ def build(
     outcome = report.Outcome(
         steps=360,
         kept_step=kept_step,
+        epochs=epochs,
         train_loss=1.093,
         losses=losses,
         held_out_losses=measured,
@@ -156,9 +161,9 @@ def test_name_of_the_run_and_verdict_are_in_report_and_page() -> None:
     }
     text = read(html.render(found)).text
     assert "Tuning report tickets-20261130-1132 QLoRA" in text
-    assert found["verdict"]["text"] in text
+    assert found["verdict"]["text"].capitalize() in text
     rose = read(html.render(build(measured=((0, 2.61), (120, 1.34), (240, 1.212), (360, 1.31))))).text
-    assert "overfit from step 240 on, where the held-out loss was lowest (1.212)" in rose
+    assert "Overfit from step 240 on, where the held-out loss was lowest (1.212)" in rose
 
 
 def test_page_of_an_adapter_that_is_not_served_says_what_to_do() -> None:
@@ -166,6 +171,16 @@ def test_page_of_an_adapter_that_is_not_served_says_what_to_do() -> None:
     assert "This adapter cannot be served as it is (modules_to_save: it trains whole modules)" in text
     assert "runtime merge makes a model of it that is served" in text
     assert "cannot be served" not in read(html.render(build())).text
+
+
+def test_page_of_a_short_run_claims_no_epoch_and_no_change() -> None:
+    text = read(html.render(build(measured=((0, 6.256), (360, 6.255)), epochs=0.11))).text
+    assert "over the whole run" in text
+    assert "last epoch" not in text
+    assert "521 →" in text
+    assert "hardly changed" in text
+    assert "Nothing learnt: " in text
+    assert "over the last epoch" in read(html.render(build())).text
 
 
 def test_run_without_held_out_rows_says_what_is_missing() -> None:
