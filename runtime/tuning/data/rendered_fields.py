@@ -17,7 +17,7 @@ from runtime.errors import DataError, TemplateRefusedError
 from runtime.logs import counted
 from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.example import Example, Message
-from runtime.tuning.data.thoughts import find_thought
+from runtime.tuning.data.thoughts import THOUGHT, find_thought, marked_contents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -171,7 +171,31 @@ class RenderedFields:
             example = without
             dropped[field.name] = None
         self._dropped.update(dropped.keys())
+        self._require_whole_contents(example)
         return example
+
+    def _require_whole_contents(self, example: Example) -> None:
+        """Raise DataError where the template loses part of an answer's content that holds a thought.
+
+        Checked in each row: what is lost depends on where in the content its tags are.
+        """
+        for index, message in enumerate(example.messages):
+            content = message["content"]
+            if message["role"] != "assistant" or not isinstance(content, str) or index in example.untrained:
+                continue
+            for part, marked in marked_contents(content, _MARK):
+                turns, tools = list(example.messages[:index]), list(example.tools)
+                if part == THOUGHT and self._opens_thought(turns, tools):
+                    continue  # it is trained behind the generation prompt
+                try:
+                    text = self._render([*turns, {**message, "content": marked}], tools)
+                except TemplateRefusedError:
+                    break  # the row's own rendering says what it refuses
+                if _MARK not in text:
+                    raise DataError(
+                        f"{self._sentence(part)}, which message {index + 1} (assistant) has; "
+                        "set chat_template in ModelConfig to one that does, or leave it out of the data"
+                    )
 
     def _sentence(self, name: str) -> str:
         return f"the chat template of {self._model} does not render {name}"

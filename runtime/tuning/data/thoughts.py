@@ -26,6 +26,13 @@ _NAMES = re.compile(r"think|thought|reason|reflect|scratchpad|analysis|cot", re.
 _LONGEST = 200
 """Characters at the end of a prompt in which a thought is looked for."""
 
+_WRITTEN = tuple(
+    re.compile(rf"(?P<opening>{opening})(?P<thought>.*?)(?P<closing>{closing})", re.DOTALL)
+    for opening, closing, _ in _KINDS
+)
+THOUGHT = "the thought in the content of answers"
+BESIDE = "the text before or between thoughts in the content of answers"
+
 
 @dataclass(frozen=True, slots=True)
 class OpenThought:
@@ -88,6 +95,23 @@ class OpenThought:
     @property
     def _usual_closing(self) -> str:
         return f"\n{self.closing}\n\n" if "\n" in self.space else self.closing
+
+
+def marked_contents(content: str, mark: str) -> Iterator[tuple[str, str]]:
+    """Yield the parts that `content` has beside a thought written in it, each with `mark` at its end.
+
+    Nothing for a content without a whole thought.
+    """
+    found = [match for pattern in _WRITTEN for match in pattern.finditer(content)]
+    thoughts = [match for match in found if _NAMES.search(match["opening"])]
+    before = 0
+    for match in thoughts:
+        if content[before : match.start()].strip():
+            yield BESIDE, f"{content[: match.start()].rstrip()}{mark}{content[match.start() :]}"
+        if match["thought"].strip():
+            at = match.start("thought") + len(match["thought"].rstrip())
+            yield THOUGHT, f"{content[:at]}{mark}{content[at:]}"
+        before = match.end()
 
 
 def find_thought(prompt: str) -> OpenThought | None:

@@ -204,3 +204,30 @@ def test_plain_text_needs_no_template(tokenizer: Any) -> None:
     example = Example((), text="once", origin="row 1")
     for template in (None, CHATML):
         assert fit(tokenizer, template, example) == [example]  # type: ignore[arg-type]
+
+
+STRIPPING = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+OPENING = STRIPPING + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "lost"),
+    [
+        (STRIPPING, "<think>\nt\n</think>\n\na", "the thought in the content of answers"),
+        (OPENING, "pre <think>t</think>post", "the text before or between thoughts"),
+        (FAMILIES["qwen3"].template, "pre <think>t</think>post", "the text before or between thoughts"),
+        (FAMILIES["qwen3"].template, "<think>t</think>a <think>u</think>post", "thought"),
+        (FAMILIES["qwen3"].template, "<think>\nt\n</think>\n\na", ""),
+        (OPENING, "<think>\nt\n</think>\n\na", ""),
+        (CHATML, "pre <think>t</think>post", ""),
+        (STRIPPING, "no thought", ""),
+    ],
+)
+def test_content_with_a_thought_is_rendered_whole(
+    tokenizer: Any, template: str, content: str, lost: str
+) -> None:
+    plain, row = Example((Q, A), origin="row 1"), Example((Q, {**A, "content": content}), origin="row 2")
+    bad_rows = BadRows("skip")
+    kept = fit(tokenizer, template, plain, row, bad_rows=bad_rows)
+    assert len(kept) == (1 if lost else 2)
+    assert all(lost in reason for reason in bad_rows.reasons)
