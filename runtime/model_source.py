@@ -10,7 +10,7 @@ from typing import Any, Literal
 from runtime.config import Strict
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
-"""A compute type; "auto" lets the hardware decide (runtime/hardware.py)."""
+"""A compute type; "auto" lets the hardware decide."""
 
 
 class ModelSource(Strict):
@@ -19,7 +19,7 @@ class ModelSource(Strict):
     name: str
     """What the user called it: a preset's name, a Hugging Face repository id or a directory."""
     repository: str | None = None
-    """Hugging Face repository id; None when `name` is a local directory."""
+    """Hugging Face repository id; null when `name` is a local directory."""
     revision: str | None = None
     """Commit of the repository (40 hex digits, as presets have it), tag or branch; null is its main branch.
     A tag or branch is said in the dry run: it may be another commit later."""
@@ -34,11 +34,11 @@ class ModelSource(Strict):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless the user asks."""
     dtype: Dtype = "auto"
-    """Compute type; "auto" lets the hardware decide (runtime/hardware.py)."""
+    """Compute type; "auto" lets the hardware decide."""
     chat_template: str | None = None
     """Jinja text that replaces the tokenizer's own chat template."""
     attention: str | None = None
-    """transformers attention implementation; None lets the hardware decide."""
+    """transformers attention implementation; null lets the hardware decide."""
 
 
 class Quantization(Strict):
@@ -53,4 +53,4 @@ class Quantization(Strict):
     compute_dtype: Dtype = "auto"
     """Type of the matrix products; "auto" lets the hardware decide."""
     options: dict[str, Any] = {}
-    """Further BitsAndBytesConfig arguments, as the user wrote them."""
+    """Further arguments of BitsAndBytesConfig."""

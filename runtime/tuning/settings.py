@@ -39,21 +39,21 @@ class DataSource(Strict):
     extension: Annotated[str, AfterValidator(_known_format)] | None = None
     """File format, when file names do not show it."""
     messages_column: str | None = None
-    """Column with a list of messages; found by name when None."""
+    """Column with a list of messages; null finds it by its name."""
     context_column: str | None = None
-    """Column with the prompt; found by name when None."""
+    """Column with the prompt; null finds it by its name."""
     response_column: str | None = None
-    """Column with the answer; found by name when None."""
+    """Column with the answer; null finds it by its name."""
     shuffle: bool = True
     """Shuffle the rows once, with `shuffle_seed`, before the split."""
     shuffle_seed: int = Field(42, ge=0)
     """Seed of the shuffle and of the train/held-out split; equal on all ranks."""
     train_share: float | None = Field(None, gt=0, le=1)
-    """Part of the rows to train on; 1 holds nothing out; None holds a few out when there are enough."""
+    """Part of the rows to train on; 1 holds nothing out; null a few, when there are enough."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """What to do with a row that cannot be read."""
     max_bytes: ByteQuantity | None = None
-    """Most bytes of all data, as sent and as unpacked; None: by the free disk and the machine's memory."""
+    """Most bytes of all data, as sent and as unpacked; null: by the free disk and the machine's memory."""
     allow_private_addresses: bool = True
     """Fetch from private and loopback addresses too. Link-local (metadata) ones are always refused."""
 
@@ -62,7 +62,7 @@ class Encoding(Strict):
     """How a row becomes token ids and labels."""
 
     max_tokens: int | None = Field(None, ge=8)
-    """Longest row in tokens; None takes min(model context, 2048)."""
+    """Longest row in tokens; null takes min(model context, 2048)."""
     too_long: Literal["truncate", "drop", "split"] = "truncate"
     """Rows over `max_tokens`: cut the oldest turns, then the last steps, then the end of an answer, never the
     system's message or the question; or drop; or split in several rows."""
@@ -84,17 +84,17 @@ class Lora(Strict):
     targets: str | tuple[str, ...] = "all-linear"
     """Module name endings to adapt, a regular expression, or "all-linear"."""
     options: dict[str, Any] = {}
-    """Further peft.LoraConfig arguments, as the user wrote them."""
+    """Further arguments of peft.LoraConfig."""
 
 
 class Output(Strict):
     """Where results go."""
 
     folder: Path = Path("/mnt/results")
-    """Directory of the adapter, the report and the sentinel; checkpoints are below it."""
+    """Directory of the adapter and the report; checkpoints are below it."""
     overwrite: bool = False
     """Replace a finished adapter of another job in `folder`, once this job's is complete; else it is refused.
-    On where mounts alone describe the job: a changed Workspace asks for just that, and has no flags."""
+    In a controller's pod it is true: there a changed Workspace is how a user asks for another adapter."""
     image: str | None = None
     """Reference to push to: `registry/repository:tag`, or `oci:DIRECTORY[:tag]` for a layout on disk."""
     checkpoint_image: str | None = None
@@ -132,14 +132,14 @@ class TuningJob(Strict):
     """When the memory plan does not fit: stop; or use smaller passes and gradient checkpointing whatever the
     training arguments are (the same steps in more passes); or also cut rows shorter."""
     tokens_per_pass: int | None = Field(None, ge=8)
-    """Most tokens of one forward pass on one rank; None is batch size times max_tokens, or a default where
+    """Most tokens of one forward pass on one rank; null is batch size times max_tokens, or a default where
     no batch size is set, and less where the memory plan requires it. A longer row is a pass of its own."""
     checkpoint_minutes: float | None = Field(10.0, gt=0)
-    """Minutes between checkpoints, whatever `save_strategy` is; None disables them."""
+    """Minutes between checkpoints, whatever `save_strategy` is; null turns them off."""
     sources: dict[str, str] = Field({}, repr=False)
     """Where each setting came from, by its dotted name; shown in the report only."""
     metrics_port: int | None = Field(ports.CONTROLLER, ge=0, le=65535)
-    """Port of /metrics and /health while the job runs; None disables them."""
+    """Port of /metrics and /health while the job runs; null turns them off."""
     metrics_host: str = "127.0.0.1"
     """Address that /metrics and /health listen on; in a pod and in the image 0.0.0.0, every one."""
     hub_token: SecretStr | None = Field(None, exclude=True)
