@@ -67,6 +67,10 @@ class Types(TorchDispatchMode):
         return out
 
 
+RISING = {"warmup_steps": 1}
+"""Without a warm-up the gradients of the tiny model soon grow beyond the first scale."""
+
+
 def float16_setup(job: TuningJob, *, scale: float = 2.0**16) -> TrainingSetup:
     """Set `job` up as a V100 would compute it; accelerate has its scaler on a CPU only when handed one."""
     setup = training_setup(job, V100)
@@ -107,7 +111,7 @@ def break_gradients(setup: TrainingSetup) -> None:
 def test_fault_28_a_v100_learns_in_float16_with_float32_adapters_and_no_bfloat16(
     make_job: Maker, types: set[torch.dtype]
 ) -> None:
-    setup = float16_setup(make_job(training={"max_steps": 12, "bf16": True}))
+    setup = float16_setup(make_job(training={"max_steps": 12, "bf16": True, **RISING}))
     train(setup)
     assert torch.float16 in types
     assert torch.bfloat16 not in types
@@ -117,7 +121,10 @@ def test_fault_28_a_v100_learns_in_float16_with_float32_adapters_and_no_bfloat16
 
 
 def test_losses_in_float16_are_those_in_float32(make_job: Maker) -> None:
-    same = {"training": {"max_steps": 6, "learning_rate": 1e-3}, "lora": Lora(r=4, alpha=8, dropout=0.0)}
+    same = {
+        "training": {"max_steps": 6, "learning_rate": 1e-3, **RISING},
+        "lora": Lora(r=4, alpha=8, dropout=0.0),
+    }
     half = float16_setup(make_job("half", **same))
     whole = training_setup(make_job("whole", **same))
     for setup in (half, whole):
@@ -126,7 +133,7 @@ def test_losses_in_float16_are_those_in_float32(make_job: Maker) -> None:
 
 
 def test_a_scale_that_is_too_large_costs_steps_and_no_weights(make_job: Maker) -> None:
-    setup = float16_setup(make_job(training={"max_steps": 30}), scale=2.0**30)
+    setup = float16_setup(make_job(training={"max_steps": 30, **RISING}), scale=2.0**30)
     train(setup)
     assert 1 < scaler_of(setup).get_scale() < 2.0**28
     assert all(weight.isfinite().all() for weight in adapter(setup).values())
@@ -137,7 +144,7 @@ def test_a_scale_that_is_too_large_costs_steps_and_no_weights(make_job: Maker) -
 def test_fault_25_gradients_that_no_scale_helps_end_the_job(
     make_job: Maker, steps: int, endured: int
 ) -> None:
-    setup = float16_setup(make_job(training={"max_steps": steps}))
+    setup = float16_setup(make_job(training={"max_steps": steps, **RISING}))
     first = adapter(setup)
     break_gradients(setup)
     with pytest.raises(DivergedError, match=f"{endured} steps in a row") as caught:
@@ -148,7 +155,7 @@ def test_fault_25_gradients_that_no_scale_helps_end_the_job(
 
 
 def test_a_resumed_job_whose_last_steps_are_skipped_ends_as_one_without_a_break(make_job: Maker) -> None:
-    job = make_job(training={"max_steps": 12, "save_strategy": "steps", "save_steps": 8})
+    job = make_job(training={"max_steps": 12, "save_strategy": "steps", "save_steps": 8, **RISING})
     train(float16_setup(job))
     shutil.rmtree(OutputPaths(job.output.folder).checkpoints / "checkpoint-12")
     resumed = float16_setup(job)
@@ -159,7 +166,7 @@ def test_a_resumed_job_whose_last_steps_are_skipped_ends_as_one_without_a_break(
 
 
 def test_a_resumed_job_goes_on_with_the_scale_it_had(make_job: Maker) -> None:
-    training = {"max_steps": 12, "save_strategy": "steps", "save_steps": 8}
+    training = {"max_steps": 12, "save_strategy": "steps", "save_steps": 8, **RISING}
     job = make_job(training=training)
     whole = float16_setup(job, scale=2.0**24)
     train(whole)
