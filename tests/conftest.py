@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime import logs
 from tests import nvml_standin
 from tests.nvml_standin import NvmlProcess, RuntimeOn
 
@@ -23,6 +24,12 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+@pytest.fixture(autouse=True)
+def nothing_said() -> None:
+    """Forget what was logged once: each test is a process of its own in that."""
+    logs.once.cache_clear()
 
 
 @pytest.fixture
