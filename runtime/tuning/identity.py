@@ -20,7 +20,6 @@ from runtime.errors import DataError
 from runtime.files import sha256
 from runtime.tuning.arguments import rules
 from runtime.tuning.arguments.training import DEFAULTS
-from runtime.tuning.data import dataset
 from runtime.tuning.settings import DataSource, TuningJob
 
 if TYPE_CHECKING:
@@ -230,6 +229,8 @@ def _content_digest(path: Path) -> str:
 
 def _local_digests(data: DataSource) -> tuple[str, ...]:
     """Return the digests of data that lies on this machine; () where it is gone."""
+    from runtime.tuning.data import dataset  # reads files, with numpy
+
     try:
         return dataset.digests_of(data)
     except (DataError, OSError):
