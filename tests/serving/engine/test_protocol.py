@@ -189,7 +189,7 @@ def test_an_adapter_of_another_shape_is_refused_and_the_base_still_served(
         {name: torch.zeros(value.shape[0] + 1, value.shape[1]) for name, value in weights.items()},
         str(tmp_path / "adapter_model.safetensors"),
     )
-    with pytest.raises(ConfigError, match="adapter bad: .*(does not fit|lora_A of rank)"):
+    with pytest.raises(ConfigError, match=r"adapter bad: .*(does not fit|lora_A of rank)"):
         engine.add_adapter("bad", tmp_path)
     assert engine.stats().adapters == ()
     assert run(engine, make_request()) == base
