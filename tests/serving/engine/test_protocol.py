@@ -186,10 +186,13 @@ def test_an_adapter_of_another_shape_is_refused_and_the_base_still_served(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = load_file(str(tmp_path / "adapter_model.safetensors"))
     save_file(
-        {name: torch.zeros(value.shape[0] + 1, value.shape[1]) for name, value in weights.items()},
+        {
+            name: torch.nn.functional.pad(value, (0, 1) if "lora_A" in name else (0, 0, 0, 1))
+            for name, value in weights.items()
+        },
         str(tmp_path / "adapter_model.safetensors"),
     )
-    with pytest.raises(ConfigError, match=r"adapter bad: .*(does not fit|lora_A of rank)"):
+    with pytest.raises(ConfigError, match="adapter bad: does not fit this model"):
         engine.add_adapter("bad", tmp_path)
     assert engine.stats().adapters == ()
     assert run(engine, make_request()) == base

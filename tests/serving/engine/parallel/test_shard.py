@@ -129,7 +129,7 @@ def test_adapters_are_divided_like_the_layers_they_adapt(
     wide = {name: torch.cat((value, value), -1) for name, value in weights.items() if "lora_A" in name}
     save_file(weights | wide, str(bad / "adapter_model.safetensors"))
     with divided(folder) as engine:
-        with pytest.raises(ConfigError, match=r"adapter bad: .*(does not fit|lora_A of rank)"):
+        with pytest.raises(ConfigError, match="adapter bad: does not fit this model"):
             engine.add_adapter("bad", bad)
         engine.add_adapter("good", good)
         with_and_without = run(engine, make_request(prompt, adapter="good"), make_request(prompt, id="2"))

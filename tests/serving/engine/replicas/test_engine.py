@@ -221,7 +221,7 @@ def test_an_adapter_that_does_not_fit_is_refused_with_the_reason(
         },
         file,
     )
-    with pytest.raises(ConfigError, match=r"adapter bad: .*(does not fit|lora_A of rank)"):
+    with pytest.raises(ConfigError, match="adapter bad: does not fit this model"):
         two.add_adapter("bad", folder)
     assert two.stats().adapters == ()
 
