@@ -138,14 +138,14 @@ class JobIdentity:
         return tuple(found)
 
     def to_json(self) -> str:
-        """Return this as a text that `from_json` reads."""
+        """Return this as a text that `read` reads."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Self | None:
-        """Return the identity that `text` holds; None for any other text."""
+    def read(cls, path: Path) -> Self | None:
+        """Return the identity that the file at `path` holds; None where there is none."""
         try:
-            known = json.loads(text)
+            known = json.loads(path.read_text(encoding="utf-8"))
             return cls(
                 settings=dict(known["settings"]),
                 model=str(known["model"]),
@@ -154,7 +154,7 @@ class JobIdentity:
                 rows=str(known["rows"]),
                 processes=int(known["processes"]),
             )
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
 

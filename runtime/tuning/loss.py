@@ -83,7 +83,7 @@ class HeldOutRows:
     """Most tokens of a pass."""
 
 
-def _unwatched(done: int, total: int) -> None:
+def unwatched(done: int, total: int) -> None:
     """Nobody waits to be told how far an evaluation is."""
 
 
@@ -91,7 +91,7 @@ def mean_loss(
     model: "torch.nn.Module",
     held_out: HeldOutRows,
     ranks: Ranks,
-    on_pass: Callable[[int, int], None] = _unwatched,
+    on_pass: Callable[[int, int], None] = unwatched,
 ) -> float:
     """Return the mean loss per labelled token of rows, which are divided among the ranks; no gradients.
 

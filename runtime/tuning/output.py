@@ -88,7 +88,7 @@ def is_done(job: TuningJob, *, with_adapter: bool = True) -> bool:
     adapter = (paths.sentinel, paths.folder / WEIGHTS_FILE) if with_adapter else ()
     if not all(path.is_file() for path in (paths.finished, *adapter)):
         return False
-    owner = _read(paths.finished)
+    owner = JobIdentity.read(paths.finished)
     return owner is not None and not identity.requested(job).differences(owner)
 
 
@@ -99,7 +99,7 @@ def check_replaceable(job: TuningJob) -> None:
         return
     if not any((paths.folder / name).is_file() for name in (WEIGHTS_FILE, CONFIG_FILE)):
         return
-    owner = _read(paths.finished)
+    owner = JobIdentity.read(paths.finished)
     if owner is None:
         whose = "an adapter, and which job made it is not recorded"
     elif differences := identity.requested(job).differences(owner):
@@ -137,10 +137,3 @@ def replacing(job: TuningJob, owner: JobIdentity) -> Iterator[Path]:
     stamp = time.strftime("%Y-%m-%d-%H-%M-%S", time.gmtime())
     write_atomic(paths.sentinel, f"Fine-Tuning completed at {stamp}\n")
     paths.saving.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> JobIdentity | None:
-    try:
-        return JobIdentity.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        return None

@@ -32,8 +32,6 @@ WRAPPERS = ("row", "data", "body", "json")
 """Names under which exports, OpenAI's batches and WebDataset put a row beside its own facts."""
 ANNOTATED = ("annotations", "predictions")
 """Beside `data` these are the answers (Label Studio)."""
-SPEAKERS = ("role", "from", "speaker")
-"""With a text beside them a row is one message, not a conversation."""
 MEDIA = ("images", "image", "audios", "audio", "videos", "video")
 REFUSED = ("chat_template_kwargs",)
 

@@ -13,7 +13,7 @@ from runtime.errors import DataError
 from runtime.tuning.data import calls, cells, literals
 from runtime.tuning.data.calls import Call, Tool
 from runtime.tuning.data.content import Content, content
-from runtime.tuning.data.example import Message
+from runtime.tuning.data.example import SPEAKERS, Message
 
 CALLING = "calling"
 """The role of a message that is nothing but a tool call; it is part of an assistant's turn."""
@@ -31,7 +31,6 @@ ROLES = {
 }
 """Roles by the names that data sets use for them (`from: human` is ShareGPT's), in lower case."""
 
-_ROLE = ("role", "from", "speaker")
 _CONTENT = ("content", "value", "text", "parts")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TRAINED = ("weight", "train", "training", "trainable", "is_trainable", "loss", "loss_weight", "loss_mask")
@@ -43,7 +42,7 @@ _REFUSED = {
     **dict.fromkeys(("train_detail", "training_detail"), "turns are trained on whole or not at all"),
 }
 """Fields that ask for what is not done here, and why."""
-_KNOWN = {*_ROLE, *_CONTENT, *_REASONING, *_TRAINED, *_UNTRAINED, *_TOOLS, *_CALLS, *_REFUSED}
+_KNOWN = {*SPEAKERS, *_CONTENT, *_REASONING, *_TRAINED, *_UNTRAINED, *_TOOLS, *_CALLS, *_REFUSED}
 _KNOWN |= {"name", "tool_call_id", "refusal"}
 _THOUGHT_CHANNEL = "analysis"
 _CHANNELS = (_THOUGHT_CHANNEL, "commentary", "final")
@@ -144,7 +143,7 @@ def is_messages(value: Any) -> bool:
     if not isinstance(first, Mapping):
         return False
     keys = {str(key).lower() for key in first}
-    return any(name in keys for name in _ROLE) and any(name in keys for name in (*_CONTENT, *_CALLS))
+    return any(name in keys for name in SPEAKERS) and any(name in keys for name in (*_CONTENT, *_CALLS))
 
 
 def is_text_of_messages(value: Any) -> bool:
@@ -156,14 +155,14 @@ def is_text_of_messages(value: Any) -> bool:
 
 
 def _has_known_role(item: Any) -> bool:
-    return isinstance(item, Mapping) and any(str(item.get(name)).lower() in ROLES for name in _ROLE)
+    return isinstance(item, Mapping) and any(str(item.get(name)).lower() in ROLES for name in SPEAKERS)
 
 
 def _items(value: Any, where: str) -> list[Any]:
     found = literals.parse_container(literals.parse_quoted(value))
     if isinstance(found, Mapping):
         lists = {key: item for key, item in found.items() if isinstance(item, list | tuple)}
-        roles = any(str(key).lower() in _ROLE for key in lists)
+        roles = any(str(key).lower() in SPEAKERS for key in lists)
         found = _transposed(lists, where) if roles else [found]
     if not isinstance(found, list) or not found:
         empty = "an empty list" if found == [] else describe(value)
@@ -215,7 +214,7 @@ def _fields(item: Any, where: str) -> dict[str, Any]:
     for name, value in item.items():
         if cells.present(value):
             fields.setdefault(str(name).lower(), value)
-    if not any(name in fields for name in _ROLE) and str(fields.get("type")).lower() in ROLES:
+    if not any(name in fields for name in SPEAKERS) and str(fields.get("type")).lower() in ROLES:
         return _langchain(fields)
     return fields
 
@@ -241,7 +240,7 @@ class _Reader:
         """Add what `item` holds: a message, or a question and its answer."""
         fields = _fields(item, where)
         asked, answered = (next((n for n in names if n in fields), "") for names in (_ASKED, _ANSWERED))
-        if asked and answered and not any(name in fields for name in _ROLE):
+        if asked and answered and not any(name in fields for name in SPEAKERS):
             if cells.filled(fields.get("system")):
                 self.add({"role": "system", "content": fields["system"]}, where)
             return self.add_pair(fields[asked], fields[answered], where)
@@ -367,7 +366,7 @@ class _Reader:
 
 
 def _role(fields: Mapping[str, Any], where: str) -> str:
-    said = next((fields[name] for name in _ROLE if name in fields), None)
+    said = next((fields[name] for name in SPEAKERS if name in fields), None)
     role = ROLES.get(str(said).strip().lower().replace("-", "_").replace(" ", "_"))
     if role is None:
         raise DataError(f"{where} has role {describe(said)}, expected one of {', '.join(ROLES)}")

@@ -6,6 +6,9 @@ Knows neither files, nor columns, nor tokens. `normalise.py` makes examples of r
 from dataclasses import dataclass
 from typing import Any
 
+SPEAKERS = ("role", "from", "speaker")
+"""Names of the field, or the column, that says whose a message is, in lower case."""
+
 Message = dict[str, Any]
 """One turn: role and content, and where the row has them tool_calls (OpenAI's shape, `arguments` an object),
 tool_call_id, name, reasoning_content. Beside calls the content may be "" or None."""

@@ -14,7 +14,7 @@ from runtime.tuning.data import calls, cells, columns, conversation
 from runtime.tuning.data.columns import Cells, Columns
 from runtime.tuning.data.content import content
 from runtime.tuning.data.conversation import RowConversation
-from runtime.tuning.data.example import Example
+from runtime.tuning.data.example import SPEAKERS, Example
 from runtime.tuning.settings import DataSource
 
 PLACEHOLDERS = ("<image>", "<audio>", "<video>")
@@ -140,7 +140,7 @@ def _check_beside(row: Cells, found: Columns, where: str) -> None:
     )
     if media:
         raise DataError(f"{where} has column '{media}': only text is trained on; leave it out to do so")
-    speaker = next((str(row.value(name)) for name in columns.SPEAKERS if row.filled(name)), "")
+    speaker = next((str(row.value(name)) for name in SPEAKERS if row.filled(name)), "")
     if found.text and speaker.lower() in conversation.ROLES:
         raise DataError(
             f"{where} is one message (of {speaker!r}); a row is expected to hold a whole conversation, "

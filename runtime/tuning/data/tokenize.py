@@ -7,6 +7,7 @@ files, templates, tensors or batches. T tokens. Start at `encode`, then `Encoder
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -266,7 +267,7 @@ class Encoder:
         if not example.messages:
             return _all_labelled(self._with_ends(self._tokenize(example.text)[0]))
         ids = self._tokenize(self._reader().text(dialogue(example.messages, example.tools)))[0]
-        ended = any(token in self._control_ids() for token in ids[-2:])  # a line break may follow it
+        ended = any(token in self._control_ids for token in ids[-2:])  # a line break may follow it
         return _all_labelled(ids if ended else [*ids, self._eos()])
 
     def _with_ends(self, ids: list[int]) -> list[int]:
@@ -323,6 +324,7 @@ class Encoder:
         )
         return batch["input_ids"], batch["offset_mapping"]
 
+    @cached_property
     def _control_ids(self) -> frozenset[int]:
         added = self.tokenizer.added_tokens_decoder
         special = {number for number, token in added.items() if token.special}

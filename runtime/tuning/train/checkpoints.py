@@ -38,7 +38,7 @@ def claim(folder: Path, owner: JobIdentity, *, history: Path | None = None) -> N
     Checkpoints of another job are moved to a folder beside it, and those of `owner` that were moved there
     earlier are moved back. Called by one process of each disk.
     """
-    known = _read_owner(folder)
+    known = JobIdentity.read(folder / OWNER)
     if listed(folder) and (known is None or known.digest != owner.digest):
         _set_aside(folder, known, owner, history)
     own = _aside(folder, owner.digest)
@@ -73,13 +73,6 @@ def _set_aside(folder: Path, known: JobIdentity | None, owner: JobIdentity, hist
 
 def _aside(folder: Path, digest: str) -> Path:
     return folder.with_name(f"{folder.name}-of-{digest[:12]}")
-
-
-def _read_owner(folder: Path) -> JobIdentity | None:
-    try:
-        return JobIdentity.from_json((folder / OWNER).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        return None
 
 
 def newest(folder: Path) -> Path | None:

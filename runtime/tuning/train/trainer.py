@@ -22,7 +22,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from runtime.errors import CapacityError, ConfigError, DivergedError, is_out_of_memory, one_line
 from runtime.tuning.data.batching import BatchPlan, MicroBatch, RankBatch, collate
 from runtime.tuning.data.tokenize import TokenizedSequence
-from runtime.tuning.loss import HeldOutRows, batch_loss, mean_loss
+from runtime.tuning.loss import HeldOutRows, batch_loss, mean_loss, unwatched
 from runtime.tuning.model.embedding_noise import EmbeddingNoise
 from runtime.tuning.model.fsdp import average_gradients, is_sharded
 from runtime.tuning.process.ranks import Ranks
@@ -44,7 +44,7 @@ class Workload:
     plan: BatchPlan
     ranks: Ranks
     pad_id: int = 0
-    on_pass: Callable[[int, int], None] = lambda done, total: None
+    on_pass: Callable[[int, int], None] = unwatched
     """Told how many passes of an evaluation are done, and of how many."""
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from runtime.config import describe
 from runtime.errors import DataError
+from runtime.tuning.data.example import SPEAKERS
 from runtime.tuning.data.formats.streams import CHUNK_BYTES, not_utf8, utf8
 from runtime.tuning.data.limits import LARGEST_ROW_BYTES, ByteCount, check_row
 
@@ -220,7 +221,7 @@ def _is_conversation(value: Any) -> bool:
     """Return whether `value` is a list of messages, which is one row's."""
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return False
-    return any(key.lower() in ("role", "from", "speaker") for key in value[0])
+    return any(key.lower() in SPEAKERS for key in value[0])
 
 
 def _is_rows(value: Any) -> bool:
