@@ -27,9 +27,10 @@ CHAT_TEMPLATE = (
 
 
 @pytest.fixture(autouse=True)
-def nothing_said() -> None:
-    """Forget what was logged once: each test is a process of its own in that."""
+def fresh_logging() -> None:
+    """Forget what was logged once and which level a test before configured, as in a process of its own."""
     logs.once.cache_clear()
+    logging.getLogger().setLevel(logging.WARNING)
 
 
 @pytest.fixture
