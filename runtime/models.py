@@ -11,20 +11,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from runtime import logs, oci, packaged
+from runtime import logs, model_weights, oci, packaged
 from runtime.errors import CapacityError, ConfigError, TransientError, is_out_of_memory, one_line
 from runtime.files import cache_folder
 from runtime.hardware import Hardware, compute_dtype
 from runtime.model_source import ModelSource, Quantization
+from runtime.model_weights import WEIGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = "*.safetensors"
 NEEDED_FILES = ("*.json", WEIGHTS, "*.model", "*.jinja", "*.txt", "*.py")
 """Files fetched from a repository. Pickled weights (.bin, .pt) are left out: loading them runs code."""
 
@@ -110,29 +110,48 @@ def load(
 
     With `quantization` the linear layers are quantised while they are read, so that the full-size weights
     are never in memory together. `training` keeps a half-precision model's other layers as they are.
+    ConfigError where a weight is missing, damaged or of another shape; CapacityError without memory for them.
     """
     from transformers import AutoModelForCausalLM
 
     folder = locate(source)
+    model_weights.check_files(folder)
     options = _load_options(source, hardware, device)
     if quantization is not None:
         options["quantization_config"] = _bitsandbytes(quantization, hardware)
+    read: Any = AutoModelForCausalLM.from_pretrained
     try:
-        with logs.quiet_progress():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+        with logs.quiet_progress(), _quiet_report():
+            model, info = read(str(folder), **options)
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise CapacityError(
                 f"model {source.name} does not fit into the memory of {hardware.name} "
                 f"({hardware.memory_bytes / 2**30:.0f} GiB); quantise it (nf4) or use a larger GPU"
             ) from None
-        if not isinstance(error, OSError | ValueError):
+        if not isinstance(error, OSError | ValueError) and "conversion of the weights" not in str(error):
             raise
         raise ConfigError(f"model {source.name} in {folder}: {one_line(error, 400)}") from error
+    model_weights.check_loaded(model, info, name=source.name, folder=folder)
     model.train(mode=False)
     if not training:
         model.requires_grad_(False)
-    return model
+    return cast("PreTrainedModel", model)
+
+
+@contextlib.contextmanager
+def _quiet_report() -> Iterator[None]:
+    """Silence transformers' table of missing and further weights: `check_loaded` says it in a line."""
+
+    def keeps(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    modeling = logging.getLogger("transformers.modeling_utils")
+    modeling.addFilter(keeps)
+    try:
+        yield
+    finally:
+        modeling.removeFilter(keeps)
 
 
 def _load_options(source: ModelSource, hardware: Hardware, device: str) -> dict[str, Any]:
@@ -145,6 +164,9 @@ def _load_options(source: ModelSource, hardware: Hardware, device: str) -> dict[
         "local_files_only": True,
         "trust_remote_code": source.trust_remote_code,
         "use_safetensors": True,
+        # told, and refused by name by `check_loaded`
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
     }
     if source.attention:
         options["attn_implementation"] = source.attention

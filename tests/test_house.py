@@ -29,6 +29,7 @@ LAYERS = [
     {
         "families",
         "model_source",
+        "model_weights",
         "presets",
         "nvml",
         "cuda_devices",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from runtime.errors import ConfigError
-from runtime.models import WEIGHTS
+from runtime.model_weights import WEIGHTS
 from runtime.tuning.settings import Lora
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from runtime import families
+from runtime import families, model_weights
 from runtime.errors import ConfigError
 from runtime.memory.shape import dimensions
 from runtime.serving.engine import rope
@@ -155,6 +155,7 @@ def load(
     from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 
+    model_weights.check_files(folder)
     config = own_shard.config(whole)
     with torch.device(device), no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -163,7 +164,7 @@ def load(
     with contextlib.suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     targets = dict(model.named_parameters())
-    missing = set(targets)
+    missing, unread = set(targets), set()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 - not a mapping
@@ -173,6 +174,10 @@ def load(
                         raise ConfigError(f"{file}: {name} does not have the shape that config.json says")
                     targets[name].copy_(tensor)
                     missing.discard(name)
+                else:
+                    unread.add(name)
     if missing:
         raise ConfigError(f"model directory {folder}: no weights for {min(missing)} in its *.safetensors")
+    if own_shard.rank == 0:
+        model_weights.say_unread(model, unread, what=f"model directory {folder}")
     return model
