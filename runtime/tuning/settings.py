@@ -65,7 +65,8 @@ class Encoding(Strict):
     """Longest row in tokens; null takes min(model context, 2048)."""
     too_long: Literal["truncate", "drop", "split"] = "truncate"
     """Rows over `max_tokens`: cut the oldest turns, then the last steps, then the end of an answer, never the
-    system's message or the question; or drop; or split in several rows."""
+    system's message or the question; or drop; or split in several rows (of a conversation that the template
+    rewrites, each question with its answers and the turns before it that fit)."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Which tokens are labels: assistant turns with their end-of-turn token, or every token."""
     batching: Literal["auto", "packed", "sorted"] = "auto"

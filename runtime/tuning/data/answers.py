@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from runtime import chat_template
 from runtime.chat_template import Rendering, TemplateOptions, Turn
 from runtime.errors import ConfigError, DataError, TemplateRefusedError
-from runtime.tuning.data.thoughts import OpenThought, find_thought
+from runtime.tuning.data.thoughts import OpenThought, find_thought, separators_behind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -178,7 +178,8 @@ class AnswerReader:
             raise _undecided(whole, "the answer's beginning is not that of other answers")
         thought = find_thought(prompt)
         if shown.startswith(prompt) and not (thought and thought.is_left_open(shown[len(prompt) :])):
-            return _Start(prompt, len(prompt))
+            at = len(prompt)
+            return _Start(prompt, at + separators_behind(prompt, shown[at:], whole.messages[-1]))
         if thought and (start := self._behind(thought, whole, shown, prompt)):
             return start
         header = self._header(whole)

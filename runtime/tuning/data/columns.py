@@ -20,6 +20,7 @@ TOOLS = ("tools", "functions")
 REASONING = ("reasoning_content", "reasoning", "thinking", "complex_cot")
 CHOSEN = "chosen"
 """The better of two answers in preference data, which is trained on where there is no other answer."""
+REJECTED = "rejected"
 LABELS = ("label", "labels", "category", "sentiment", "intent", "summary")
 """What a classifier, or a model that sums up, answers to a text."""
 MARKS = ("label", "labels", "desirable", "kto_tag")
@@ -211,7 +212,7 @@ def _required(row: Cells, wanted: str, where: str, setting: str) -> str:
 
 def _messages(row: Cells) -> Columns | None:
     name = row.first_filled(MESSAGES)
-    if not name and isinstance(row.row.get(chosen := row.name(CHOSEN) or ""), list):
+    if not name and (chosen := row.filled(CHOSEN)):
         name = "" if row.first_filled(pair.question for pair in PAIRS) else chosen
     return Columns(messages=name) if name else None
 

@@ -4,6 +4,7 @@ Reads who speaks, what is said (content.py) and called (calls.py), and which tur
 not know rows, columns or templates. Start at `read`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -48,6 +49,8 @@ _THOUGHT_CHANNEL = "analysis"
 _CHANNELS = (_THOUGHT_CHANNEL, "commentary", "final")
 """Values of `channel` in OpenAI's harmony format."""
 
+_SPEAKER_LINES = re.compile(r"\n\n(Human|Assistant):")
+
 _ASKED = ("user", "human", "prompt", "question", "query", "instruction", "input")
 _ANSWERED = ("assistant", "gpt", "bot", "answer", "response", "completion", "output")
 """Fields of an item that is a question and its answer."""
@@ -67,11 +70,21 @@ class RowConversation:
     notes: set[str] = field(default_factory=set)
     """What was done that the user should know."""
 
+    @property
+    def awaits_answer(self) -> bool:
+        """Whether the last message is not the assistant's."""
+        return not self.messages or self.messages[-1]["role"] != "assistant"
+
     def as_context(self) -> "RowConversation":
         """Return this conversation as what an answer follows: none of its own answers is trained on."""
         answers = {index for index, turn in enumerate(self.messages) if turn["role"] == "assistant"}
         said = {"answers within a prompt are context, and are not trained on"} if answers else set()
         return replace(self, untrained=self.untrained | answers, notes=self.notes | said)
+
+    def answered_from(self, start: int) -> "RowConversation":
+        """Return this conversation with its answers before message `start` as context."""
+        head = replace(self, messages=self.messages[:start], untrained=set(), notes=set()).as_context()
+        return replace(self, untrained=self.untrained | head.untrained, notes=self.notes | head.notes)
 
     def followed_by(self, later: "RowConversation") -> "RowConversation":
         """Return this conversation with the messages of `later` after its own."""
@@ -102,15 +115,16 @@ def read(value: Any, where: str, *, answer: str = "") -> RowConversation:
     return reader.conversation
 
 
-def awaits_answer(value: Any, where: str) -> bool:
-    """Return whether the last of the messages that `value` holds is not the assistant's.
+def read_transcript(text: str) -> RowConversation | None:
+    """Return the turns of a text in which "Human:" and "Assistant:" begin paragraphs, as hh-rlhf has them.
 
-    True for texts without roles, of which an answer beside them is the last.
+    None for another text.
     """
-    if _are_texts(_items(value, where)):
-        return True
-    messages = read(value, where).messages
-    return not messages or messages[-1]["role"] != "assistant"
+    _, *parts = _SPEAKER_LINES.split(f"\n\n{text.strip()}")
+    turns = [(ROLES[name.lower()], said.strip()) for name, said in zip(parts[::2], parts[1::2], strict=True)]
+    if not turns or turns[0][0] != "user" or not turns[-1][1]:
+        return None
+    return RowConversation([{"role": role, "content": said} for role, said in turns])
 
 
 def read_history(value: Any, where: str) -> RowConversation:

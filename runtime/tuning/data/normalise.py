@@ -4,13 +4,15 @@ Takes the columns that columns.py finds and reads what they hold. Does not know 
 templates. Start at `RowNormaliser.example`.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 from runtime.errors import DataError
-from runtime.tuning.data import calls, cells, columns, conversation
+from runtime.tuning.data import calls, cells, columns, conversation, literals
 from runtime.tuning.data.columns import Cells, Columns
 from runtime.tuning.data.content import content
 from runtime.tuning.data.conversation import RowConversation
@@ -79,10 +81,11 @@ class RowNormaliser:
             text = cells.filled_text(row[found.text], _at(where, found.text))
             self._columns[found] += 1
             return Example((), text=text, origin=where)
-        found = _with_columns_beside(named, found, where)
+        messages, found = _messages(named, found, where)
+        found = _with_columns_beside(named, found)
         self._full |= named.full
         self._empty |= named.empty
-        talk = _talk(row, found, where)
+        talk = _talk(row, messages, found, where=where)
         tools = calls.tools(row[found.tools], _at(where, found.tools)) if found.tools else ()
         self._count(found, talk)
         return Example(
@@ -184,33 +187,71 @@ def _is_medium(row: Cells, name: str, found: Columns) -> bool:
     return any(placeholder in text for text in texts for placeholder in PLACEHOLDERS)
 
 
-def _with_columns_beside(row: Cells, found: Columns, where: str) -> Columns:
+def _messages(row: Cells, found: Columns, where: str) -> tuple[RowConversation | None, Columns]:
+    """Return the messages of a row, None for a pair; and the columns with that of an answer they await."""
+    if not found.messages:
+        return None, found
+    at = _at(where, found.messages)
+    beside = row.first_filled(name for name in columns.ANSWERS if name != found.messages)
+    if found.messages.lower() == columns.CHOSEN:
+        return _chosen(row, found.messages, at), found
+    talk = conversation.read(row.row[found.messages], at, answer=beside)
+    return talk, replace(found, answer=beside if talk.awaits_answer else "")
+
+
+def _chosen(row: Cells, name: str, where: str) -> RowConversation:
+    """Return the conversation that is the better of two; it is trained from where the other one differs."""
+    value = row.row[name]
+    talk = conversation.read_transcript(value) if isinstance(value, str) else None
+    if talk is None and isinstance(value, str) and literals.parse_container(value) is value:
+        raise DataError(
+            f"{where} is a text beside no question, expected a column 'prompt' (or context_column), a list of "
+            "messages, or a text with 'Human:' and 'Assistant:' before each turn"
+        )
+    talk = talk or conversation.read(value, where)
+    return talk.answered_from(_difference(talk, row.value(columns.REJECTED)))
+
+
+def _difference(chosen: RowConversation, rejected: Any) -> int:
+    """Return where the answer in `chosen` begins: where `rejected`, a conversation too, differs from it.
+
+    Behind the last question where they do not begin alike, or do not differ.
+    """
+    other: RowConversation | None = None
+    with contextlib.suppress(DataError):  # it is not trained on, and so may be anything
+        other = conversation.read_transcript(rejected) if isinstance(rejected, str) else None
+        other = other or conversation.read(rejected, "")
+    pairs = zip(chosen.messages, other.messages if other else (), strict=False)
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if alike and any(message["role"] == "assistant" for message in chosen.messages[alike:]):
+        return alike
+    questions = [at for at, message in enumerate(chosen.messages) if message["role"] == "user"]
+    return questions[-1] + 1 if questions else 0
+
+
+def _with_columns_beside(row: Cells, found: Columns) -> Columns:
     """Return the columns of a conversation with those that add to it."""
     history = row.first_filled(columns.HISTORY)
-    answer = found.answer
-    if found.messages and (beside := row.first_filled(n for n in columns.ANSWERS if n != found.messages)):
-        at = _at(where, found.messages)
-        answer = beside if conversation.awaits_answer(row.row[found.messages], at) else ""
     return replace(
         found,
-        answer=answer,
         system=row.first_filled(columns.SYSTEM),
         history=history if history and conversation.is_history(row.row[history]) else "",
         tools=row.first_filled(columns.TOOLS),
-        reasoning=row.first_filled(filter(row.holds_text, columns.REASONING)) if answer else "",
+        reasoning=row.first_filled(filter(row.holds_text, columns.REASONING)) if found.answer else "",
     )
 
 
-def _talk(row: Mapping[str, Any], found: Columns, where: str) -> RowConversation:
-    """Return the whole conversation of a row; DataError when there is nothing in it to learn."""
-    if found.messages:
-        at = _at(where, found.messages)
-        talk = conversation.read(row[found.messages], at, answer=found.answer)
-        if found.answer:
-            talk = _answered(talk, row, found, where)
-    else:
-        at = _at(where, found.answer)
-        talk = _pair(row, found, where)
+def _talk(
+    row: Mapping[str, Any], messages: RowConversation | None, found: Columns, *, where: str
+) -> RowConversation:
+    """Return the whole conversation of a row; DataError when there is nothing in it to learn.
+
+    `messages` are those that the row holds as such.
+    """
+    at = _at(where, found.messages or found.answer)
+    talk = _pair(row, found, where) if messages is None else messages
+    if messages is not None and found.answer:
+        talk = _answered(messages, row, found, where)
     if found.history:
         talk = conversation.read_history(row[found.history], _at(where, found.history)).followed_by(talk)
     if found.system:
@@ -261,13 +302,18 @@ def _pair(row: Mapping[str, Any], found: Columns, where: str) -> RowConversation
 def _answered(asked: RowConversation, row: Mapping[str, Any], found: Columns, where: str) -> RowConversation:
     """Return what was asked with its answer; earlier answers are not trained on before a chosen one."""
     answer = _answer(row, found, where)
-    if found.answer.lower() == columns.CHOSEN:
+    chosen = found.answer.lower() == columns.CHOSEN
+    if chosen:
         asked = asked.as_context()
     if answer.messages[0]["role"] not in ("system", "user"):
         return asked.followed_by(answer)
     size = len(asked.messages)  # preference data repeats the question
     if answer.messages[:size] == asked.messages:
-        return replace(answer, untrained=answer.untrained | asked.untrained, notes=answer.notes | asked.notes)
+        answer = replace(
+            answer, untrained=answer.untrained | asked.untrained, notes=answer.notes | asked.notes
+        )
+    if chosen:
+        return answer.answered_from(_difference(answer, Cells(row).value(columns.REJECTED)))
     return answer
 
 

@@ -22,6 +22,7 @@ _PATTERNS = tuple(
     (re.compile(rf"(?P<opening>{opening})(?P<space>\s*)(?P<closed>{closing}\s*)?\Z"), closing_text)
     for opening, closing, closing_text in _KINDS
 )
+_ENDS = re.compile("|".join(closing.replace("(?P=name)", r"[\w:.-]+") + r"\Z" for _, closing, _ in _KINDS))
 _NAMES = re.compile(r"think|thought|reason|reflect|scratchpad|analysis|cot", re.IGNORECASE)
 _LONGEST = 200
 """Characters at the end of a prompt in which a thought is looked for."""
@@ -127,3 +128,15 @@ def find_thought(prompt: str) -> OpenThought | None:
                 closed=found["closed"] is not None,
             )
     return None
+
+
+def separators_behind(prompt: str, rest: str, message: dict[str, Any]) -> int:
+    """Return how many line breaks begin `rest`, the answer behind `prompt`, that only end a thought of the row.
+
+    0 unless the prompt ends with the end of a thought (DeepSeek V3.1: `</think>`), as far as which the template
+    takes the row's content away: what separated the two is not the answer's.
+    """
+    end = _ENDS.search(prompt, max(0, len(prompt) - _LONGEST))
+    if not end or not _NAMES.search(end[0]) or end[0] in rest:
+        return 0
+    return len(rest) - len(rest.lstrip("\n")) if end[0] in str(message.get("content")) else 0

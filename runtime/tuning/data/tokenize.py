@@ -189,12 +189,10 @@ class Encoder:
         Raises DataError for what the template refuses or leaves undecided, ConfigError without a template.
         """
         too_long = self._encoding.too_long
-        if too_long != "split" and len(example.messages) >= LONG and labelled_turns(example):
+        if len(example.messages) >= LONG and labelled_turns(example):
             tokens = self._longest(example)
             if tokens > self.max_tokens:
-                if too_long == "drop":
-                    return EncodedExample("too long", tokens)
-                return self._truncated(self._parts_of_long(example), tokens)
+                return self._long(example, tokens)
         parts = self._parts(example)
         tokens = sum(len(sequence) for _, sequence in parts)
         if all(self._is_short(sequence) for _, sequence in parts):
@@ -204,9 +202,26 @@ class Encoder:
         if too_long == "truncate":
             cut = [part if not self._is_short(sequence) else sequence for part, sequence in parts]
             return self._truncated(cut, tokens)
+        return self._split((sequence for _, sequence in parts), tokens)
+
+    def _long(self, example: Example, tokens: int) -> EncodedExample:
+        """Return a row of LONG messages or more that is too long, its parts at no more than their own length.
+
+        Split, each part keeps the turns before it that fit: the tokens of the whole would be cut where they lie.
+        """
+        if self._encoding.too_long == "drop":
+            return EncodedExample("too long", tokens)
+        parts = self._parts_of_long(example)
+        if self._encoding.too_long == "truncate":
+            return self._truncated(parts, tokens)
+        if parts != [example]:
+            parts = [without_oldest(part, self._fits) for part in parts]
+        return self._split((sequence for part in parts for _, sequence in self._parts(part)), tokens)
+
+    def _split(self, sequences: Iterable[TokenizedSequence], tokens: int) -> EncodedExample:
         slices = [
             sequence[start : start + self.max_tokens]
-            for _, sequence in parts
+            for sequence in sequences
             for start in range(0, len(sequence), self.max_tokens)
         ]
         return _labelled("split", slices, tokens)
@@ -231,7 +246,7 @@ class Encoder:
             kept = without_last_steps(kept, self._fits)
         return [sequence[: self.max_tokens] for _, sequence in self._parts(kept)]
 
-    def _parts_of_long(self, example: Example) -> Iterable[Example]:
+    def _parts_of_long(self, example: Example) -> list[Example]:
         """Return the parts of a conversation of many messages that are cut each by itself.
 
         Where the template rewrites turns, they are its exchanges: to encode the sequences at their full
@@ -239,7 +254,7 @@ class Encoder:
         """
         if self._encoding.loss_on == "all" or is_one_sequence(example, self._reader()):
             return [example]
-        return exchanges(example)
+        return [*exchanges(example)]
 
     def _is_short(self, sequence: TokenizedSequence) -> bool:
         return len(sequence) <= self.max_tokens

@@ -7,7 +7,7 @@ import pytest
 
 from runtime.errors import DataError
 from runtime.tuning.data.answers import AnswerReader, dialogue
-from tests.tuning.data.template_families import CHATML, FAMILIES, R1
+from tests.tuning.data.template_families import CHATML, DEEPSEEK_31, FAMILIES, R1
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": "<|im_end|>"}}}
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -85,6 +85,25 @@ def test_thought_that_the_prompt_opens_is_closed(prompt: str, written: str, rest
         "{{ m.content }}", f"{{{{ '{written!s}' if m.role == 'assistant' }}}}{{{{ m.content }}}}"
     ).replace("assistant\n{% endif", f"assistant\n{{{{ '{prompt}' }}}}{{% endif")
     assert completion(template.replace("\n'", "\\n'")) == rest + "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("content", "written"),
+    [
+        ("</think>\n\nb", "b"),
+        ("<think>\n\n</think>\n\nb", "b"),
+        ("\n\nb", "\n\nb"),
+        ("b", "b"),
+    ],
+)
+def test_line_breaks_that_end_a_thought_are_not_the_answers_behind_a_prompt_that_ended_it(
+    content: str, written: str
+) -> None:
+    template = DEEPSEEK_31.replace("</think>' + m.content", "</think>' + m.content.split('</think>')[-1]")
+    read, asked = reader(template, "deepseek 3.1"), {"role": "user", "content": "a"}
+    answer = read.answer(dialogue([asked, {"role": "assistant", "content": content}]), 1)
+    assert answer.prompt.endswith("<｜Assistant｜></think>")
+    assert answer.text == f"{answer.prompt}{written}<｜end▁of▁sentence｜>"
 
 
 def test_behaviour_of_a_template_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

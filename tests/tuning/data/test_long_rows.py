@@ -113,7 +113,28 @@ def test_plain_text_keeps_its_beginning(tokenizer: Any) -> None:
     assert row.ids[-1] != tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("too_long", ["drop", "truncate"])
+@pytest.mark.parametrize("exchanges", [20, 40])
+def test_a_split_row_of_a_rewriting_template_keeps_every_answer_with_its_question(
+    tokenizer: Any, exchanges: int
+) -> None:
+    messages = []
+    for number in range(exchanges):
+        messages += [QUESTION, answer(f"<think>hm</think>answer {number}")]
+    limit = length(tokenizer, CHATML, *messages[:8])
+    encoded = cut(tokenizer, FORGETFUL, *messages, limit=limit, too_long="split")
+    texts = [text for sequence in encoded.sequences for text in labelled_texts(sequence, tokenizer)]
+    assert texts == [f"<think>hm</think>answer {number}<|im_end|>" for number in range(exchanges)]
+    assert all(tokenizer.decode(sequence.ids).startswith("<|im_start|>user") for sequence in encoded.sequences)
+
+
+def test_a_split_row_of_one_long_answer_loses_nothing(tokenizer: Any) -> None:
+    messages = [QUESTION, answer("<think>hm</think>no")] * 20 + [QUESTION, answer(" ".join(map(str, range(90))))]
+    encoded = cut(tokenizer, FORGETFUL, *messages, limit=64, too_long="split")
+    joined = "".join(tokenizer.decode(sequence.ids) for sequence in encoded.sequences[-9:])
+    assert " ".join(map(str, range(90))) in joined
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate", "split"])
 def test_rewritten_rows_that_are_too_long_take_linear_time(tokenizer: Any, too_long: str) -> None:
     def seconds(exchanges: int) -> float:
         messages = [QUESTION, answer("<think>hm</think>answer")] * exchanges

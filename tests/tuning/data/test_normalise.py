@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from runtime.errors import DataError
+from runtime.tuning.data import literals
 from runtime.tuning.data.example import Example
 from runtime.tuning.data.normalise import RowNormaliser
 from runtime.tuning.settings import DataSource
@@ -226,6 +227,48 @@ def test_answers_within_a_prompt_are_not_trained_on(row: dict[str, Any]) -> None
     assert found.messages == (Q, A, Q, {**A, "content": "good"})
     assert found.untrained == {1}
     assert "answers within a prompt are context, and are not trained on" in normaliser.facts().notes
+
+
+GOOD, BAD = {**A, "content": "good"}, {**A, "content": "bad"}
+TRANSCRIPT = "\n\nHuman: q\n\nAssistant: a\n\nHuman: q\n\nAssistant: "
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [Q, A, Q, GOOD], "rejected": [Q, A, Q, BAD]},
+        {"chosen": json.dumps([Q, A, Q, GOOD]), "rejected": json.dumps([Q, A, Q, BAD])},
+        {"chosen": repr([Q, A, Q, GOOD]), "rejected": "nothing of the kind"},
+        {"chosen": f"{TRANSCRIPT}good", "rejected": f"{TRANSCRIPT}bad"},
+        {"chosen": [Q, A, Q, GOOD]},
+        {"chosen": [Q, A, Q, GOOD], "rejected": [Q, A, Q, GOOD]},
+        {"chosen": [Q, A, Q, GOOD], "rejected": [BAD]},
+        {"prompt": "q", "chosen": [Q, A, Q, GOOD], "rejected": [Q, A, Q, BAD]},
+    ],
+)
+def test_the_beginning_that_chosen_and_rejected_share_is_context(row: dict[str, Any]) -> None:
+    normaliser = RowNormaliser(DataSource())
+    found = normaliser.example(row, "row 1")
+    assert found.messages == (Q, A, Q, GOOD)
+    assert found.untrained == {1}
+    assert "answers within a prompt are context, and are not trained on" in normaliser.facts().notes
+
+
+def test_all_answers_of_a_chosen_conversation_count_from_where_the_other_differs() -> None:
+    row = {"chosen": [Q, A, Q, A, Q, GOOD], "rejected": [Q, A, Q, BAD, Q, BAD]}
+    assert example(row).untrained == {1}
+
+
+def test_a_chosen_text_without_its_question_is_refused_by_name() -> None:
+    with pytest.raises(DataError, match=r"row 1 column 'chosen' is a text beside no question.*'prompt'"):
+        example({"chosen": "good", "rejected": "bad"})
+
+
+def test_a_conversation_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, parse = [], literals.parse
+    monkeypatch.setattr(literals, "parse", lambda text: read.append(text) or parse(text))
+    example({"messages": json.dumps([Q, A, Q]), "answer": "final"})
+    assert len(read) == 1
 
 
 def test_system_column_beside_a_message_that_says_nothing() -> None:
