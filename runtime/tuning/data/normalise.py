@@ -205,8 +205,8 @@ def _chosen(row: Cells, name: str, where: str) -> RowConversation:
     talk = conversation.read_transcript(value) if isinstance(value, str) else None
     if talk is None and isinstance(value, str) and literals.parse_container(value) is value:
         raise DataError(
-            f"{where} is a text beside no question, expected a column 'prompt' (or context_column), a list of "
-            "messages, or a text with 'Human:' and 'Assistant:' before each turn"
+            f"{where} is a text beside no question, expected a column 'prompt' (or context_column), a list "
+            "of messages, or a text with 'Human:' and 'Assistant:' before each turn"
         )
     talk = talk or conversation.read(value, where)
     return talk.answered_from(_difference(talk, row.value(columns.REJECTED)))

@@ -131,10 +131,10 @@ def find_thought(prompt: str) -> OpenThought | None:
 
 
 def separators_behind(prompt: str, rest: str, message: dict[str, Any]) -> int:
-    """Return how many line breaks begin `rest`, the answer behind `prompt`, that only end a thought of the row.
+    """Return how many line breaks, at the start of the answer `rest`, only end a thought of the row.
 
-    0 unless the prompt ends with the end of a thought (DeepSeek V3.1: `</think>`), as far as which the template
-    takes the row's content away: what separated the two is not the answer's.
+    0 unless `prompt` ends with the end of a thought (DeepSeek V3.1: `</think>`), as far as which the
+    template takes the row's content away: what separated the two is not the answer's.
     """
     end = _ENDS.search(prompt, max(0, len(prompt) - _LONGEST))
     if not end or not _NAMES.search(end[0]) or end[0] in rest:

@@ -205,9 +205,9 @@ class Encoder:
         return self._split((sequence for _, sequence in parts), tokens)
 
     def _long(self, example: Example, tokens: int) -> EncodedExample:
-        """Return a row of LONG messages or more that is too long, its parts at no more than their own length.
+        """Return a row of LONG messages or more that is too long, without encoding its sequences in full.
 
-        Split, each part keeps the turns before it that fit: the tokens of the whole would be cut where they lie.
+        Split, each part of it keeps the turns before it that fit.
         """
         if self._encoding.too_long == "drop":
             return EncodedExample("too long", tokens)

@@ -124,11 +124,16 @@ def test_a_split_row_of_a_rewriting_template_keeps_every_answer_with_its_questio
     encoded = cut(tokenizer, FORGETFUL, *messages, limit=limit, too_long="split")
     texts = [text for sequence in encoded.sequences for text in labelled_texts(sequence, tokenizer)]
     assert texts == [f"<think>hm</think>answer {number}<|im_end|>" for number in range(exchanges)]
-    assert all(tokenizer.decode(sequence.ids).startswith("<|im_start|>user") for sequence in encoded.sequences)
+    assert all(
+        tokenizer.decode(sequence.ids).startswith("<|im_start|>user") for sequence in encoded.sequences
+    )
 
 
 def test_a_split_row_of_one_long_answer_loses_nothing(tokenizer: Any) -> None:
-    messages = [QUESTION, answer("<think>hm</think>no")] * 20 + [QUESTION, answer(" ".join(map(str, range(90))))]
+    messages = [QUESTION, answer("<think>hm</think>no")] * 20 + [
+        QUESTION,
+        answer(" ".join(map(str, range(90)))),
+    ]
     encoded = cut(tokenizer, FORGETFUL, *messages, limit=64, too_long="split")
     joined = "".join(tokenizer.decode(sequence.ids) for sequence in encoded.sequences[-9:])
     assert " ".join(map(str, range(90))) in joined
