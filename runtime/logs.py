@@ -1,14 +1,13 @@
 """Log lines: text on a terminal, one JSON object per line elsewhere; both without secrets.
 
 `configure` is called once by each process entry point, nothing here runs at import.
-Does not know what is logged. Start at `redact`, which is also used for text that is no log line.
+Does not know what is logged (redaction.py: what is cut out of it). Start at `configure`.
 """
 
 import contextlib
 import json
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -16,26 +15,7 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import TextIO
 
-_QUERY = re.compile(r"(?P<base>\b[a-z][a-z0-9+.-]*://[^\s?#'\"<>]+)\?[^\s#'\"<>]*", re.IGNORECASE)
-_USERINFO = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)[^\s/@'\"]+@", re.IGNORECASE)
-_TOKEN = re.compile(
-    r"\b(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*|gh[opsru]_[A-Za-z0-9]{20,}"
-    r"|github_pat_\w{20,}|glpat-[\w-]{16,}|AKIA[A-Z0-9]{16}\b|(?:AccountKey|SharedAccess(?:Key|Signature))=[^;\s]+)"
-)
-_AUTHORIZATION = re.compile(r"\b(?P<scheme>Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{6,}", re.IGNORECASE)
-
-
-def redact(text: str) -> str:
-    """Return `text` without URL queries and user info, bearer and basic credentials and known token forms.
-
-    The whole query is removed: a SAS signature (`sig=`) and an S3 one (`X-Amz-Signature=`) are secrets, and
-    the rest of it does not help to debug a download.
-    """
-    text = _USERINFO.sub(r"\g<scheme>", text)
-    text = _QUERY.sub(r"\g<base>", text)
-    text = _AUTHORIZATION.sub(r"\g<scheme> [redacted]", text)
-    return _TOKEN.sub("[redacted]", text)
-
+from runtime.redaction import redact
 
 _UNSHOWABLE = (
     {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}

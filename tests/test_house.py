@@ -24,6 +24,7 @@ LAYERS = [
         "garbage_collection",
         "ports",
         "quantities",
+        "redaction",
     },
     {"config"},
     {

@@ -18,6 +18,7 @@ from runtime import __version__, garbage_collection, logs
 from runtime.cli import chat, images, manifest, merge, plan, presets, serve, tune
 from runtime.errors import ConfigError, Failure, exit_code
 from runtime.files import disk_failure
+from runtime.redaction import redact
 
 log = logging.getLogger(__name__)
 
@@ -128,5 +129,5 @@ def _explain(error: BaseException, message: str, status: int, *, debug: bool) ->
     """Write the one line, with --debug after the traceback, and return `status`."""
     if debug:
         log.debug("traceback", exc_info=error)
-    typer.echo(f"error: {logs.printable(logs.redact(' '.join(message.split())))}", err=True)
+    typer.echo(f"error: {logs.printable(redact(' '.join(message.split())))}", err=True)
     return status

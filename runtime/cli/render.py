@@ -14,8 +14,9 @@ from pydantic import BaseModel
 
 from runtime import presets
 from runtime.config import flatten
-from runtime.logs import counted, printable, redact
+from runtime.logs import counted, printable
 from runtime.model_source import ModelSource
+from runtime.redaction import redact
 from runtime.serving.settings import ServeConfig
 from runtime.tuning.settings import DataSource, Output, TuningJob
 from runtime.workspace.layers import Resolved

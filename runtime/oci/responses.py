@@ -14,8 +14,8 @@ import requests
 import urllib3
 
 from runtime.errors import ConfigError, RegistryError
-from runtime.logs import redact
 from runtime.net import RETRIED, RetriableError, raise_if_retriable, shown_proxy
+from runtime.redaction import redact
 
 MAX_BODY_BYTES = 4 << 20
 """Manifests are at most this large (Azure's and the specification's limit), tokens and errors far smaller."""

@@ -15,7 +15,7 @@ from typing import Any
 from runtime import errors
 from runtime.errors import Failure, StoppedError, one_line
 from runtime.files import write_atomic
-from runtime.logs import redact
+from runtime.redaction import redact
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from runtime import __version__
 from runtime.config import flatten
 from runtime.files import write_atomic
 from runtime.hardware import Hardware
-from runtime.logs import redact
+from runtime.redaction import redact
 from runtime.tuning.arguments import lora
 from runtime.tuning.data.dataset import Dataset
 from runtime.tuning.data.tokenize import TokenizedSplit
