@@ -30,16 +30,12 @@ METADATA = frozenset(
 """Metadata services that return credentials of the machine that asks."""
 METADATA_NAMES = frozenset({"metadata", "metadata.google.internal", "metadata.goog", "instance-data"})
 """Their names: what is refused where a proxy, and not this machine, looks names up."""
-_NEVER = tuple(
-    map(
-        ipaddress.ip_network,
-        (
-            "0.0.0.0/8",  # this host (RFC 1122)
-            "100.64.0.0/10",  # the provider's own network (RFC 6598), where Alibaba's services are
-            "255.255.255.255/32",
-        ),
-    )
-)
+_NEVER = tuple(map(ipaddress.ip_network, ("0.0.0.0/8", "255.255.255.255/32")))
+"""This host (RFC 1122), and every host."""
+_SHARED = ipaddress.ip_network("100.64.0.0/10")
+"""Between a provider and its customers (RFC 6598). Clouds have services for their machines there; but pods
+of EKS with custom networking, hosts of Tailscale and Alibaba's registries have such addresses too, so that a
+host which the operator names may be one. RFC 1918's and fc00::/7 are nobody's but the operator's."""
 _LAST_32_BITS = tuple(
     map(
         _V6,
@@ -56,11 +52,13 @@ _LOCAL_NAT64 = _V6("64:ff9b:1::/48")
 _ISATAP = frozenset({0x00005EFE, 0x02005EFE})
 
 
-def forbidden(address: str) -> bool:
+def forbidden(address: str, *, named: bool = False) -> bool:
     """Whether the numeric `address` is never connected to.
 
     Link-local, a metadata service, shared between a provider's customers, multicast or unspecified. IPv6
     forms that carry an IPv4 address count as that address too.
+
+    named: the operator has named the host, which no data, redirect or answer has; a shared one is allowed.
     """
     return any(
         ip.is_link_local
@@ -68,8 +66,16 @@ def forbidden(address: str) -> bool:
         or ip.is_multicast
         or ip.is_unspecified
         or any(ip in network for network in _NEVER)
+        or (ip in _SHARED and not named)
         for ip in meanings(_numeric(address))
     )
+
+
+def kind(address: str) -> str:
+    """Return what a forbidden `address`, or a metadata service's name, is, for messages."""
+    if literal(address) is not None and not forbidden(address, named=True):
+        return f"an address of a network that a provider's customers share ({_SHARED})"
+    return "a link-local or metadata address"
 
 
 def private(address: str) -> bool:
@@ -126,11 +132,14 @@ def literal(host: str) -> str | None:
         return None
 
 
-def forbidden_literal(host: str) -> str | None:
-    """Return what `host` says by itself that is never connected to: an address, or a known name of one."""
+def forbidden_literal(host: str, *, named: bool = False) -> str | None:
+    """Return what `host` says by itself that is never connected to: an address, or a known name of one.
+
+    named: the operator has named it, see `forbidden`.
+    """
     address = literal(host)
     if address is not None:
-        return address if forbidden(address) else None
+        return address if forbidden(address, named=named) else None
     name = host.lower().rstrip(".")
     return name if name in METADATA_NAMES else None
 

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from runtime.addresses import forbidden, forbidden_literal, literal, private, resolve
+from runtime.addresses import forbidden, forbidden_literal, kind, literal, private, resolve
 
 NEVER = [
     "169.254.169.254",
@@ -63,6 +63,20 @@ def test_what_an_address_carries_counts(address: str, how: str | None) -> None:
 )
 def test_other_addresses_are_not(address: str) -> None:
     assert not forbidden(address)
+
+
+@pytest.mark.parametrize("address", ["100.64.0.1", "100.127.255.255", "2002:6440:1::1", "64:ff9b::6440:1"])
+def test_shared_address_is_allowed_where_the_operator_names_the_host(address: str) -> None:
+    assert forbidden(address)
+    assert "provider's customers share (100.64.0.0/10)" in kind(address)
+    assert not forbidden(address, named=True)
+    assert forbidden_literal(address, named=True) is None
+
+
+@pytest.mark.parametrize("address", [each for each in NEVER if not each.startswith(("100.64", "100.127"))])
+def test_naming_allows_no_other_address(address: str) -> None:
+    assert forbidden(address, named=True)
+    assert kind(address) == "a link-local or metadata address"
 
 
 def test_private_is_what_an_address_leads_to() -> None:

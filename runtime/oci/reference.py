@@ -164,11 +164,10 @@ def _check_names(text: str, registry: str, repository: str) -> None:
         raise ConfigError(
             f"image {text!r}: {registry!r} is not a host name with an optional port; expected {_EXPECTED}"
         )
-    address = addresses.forbidden_literal(registry[: -len(port) - 1] if port.isdigit() and host else registry)
+    bare = registry[: -len(port) - 1] if port.isdigit() and host else registry
+    address = addresses.forbidden_literal(bare, named=True)
     if address is not None:
-        raise ConfigError(
-            f"image {text!r}: {address} is a link-local or metadata address; nothing is sent there"
-        )
+        raise ConfigError(f"image {text!r}: {address} is {addresses.kind(address)}; nothing is sent there")
     if repository != repository.lower():
         written = repository if repository in text else repository.removeprefix("library/")
         lower = text.replace(written, written.lower())

@@ -64,7 +64,7 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
         self.session.trust_env = False  # netrc and CA variables; the proxies are looked up in `plain`
         self.session.headers["User-Agent"] = "workspace-runtime"
         for scheme in ("https://", "http://"):
-            self.session.mount(scheme, _Adapter(tls.context(access, host)))
+            self.session.mount(scheme, _Adapter(tls.context(access, host), host))
         self.authorize: Callable[[], str | None] = lambda: None
         """Returns the Authorization header for a request to the registry."""
         self.answered: Callable[[requests.Response, str | None], bool] = lambda response, header: False
@@ -157,7 +157,7 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
             proxy = proxy_for(url)
             with readable_errors(url, proxy):
                 if elsewhere:
-                    _check_host(url)
+                    _check_host(url, self.host)
                 prepared = self.session.prepare_request(
                     requests.Request(
                         request.method,
@@ -233,17 +233,17 @@ class _Closable(Protocol):
 class _Adapter(HTTPAdapter):
     """Our TLS settings, connections, and bodies in large blocks: 16 kB at a time costs as much CPU as TLS."""
 
-    def __init__(self, context: ssl.SSLContext):
-        self._context = context
+    def __init__(self, context: ssl.SSLContext, registry: str):
+        self._context, self._pools = context, _pools(registry)
         super().__init__(pool_maxsize=16)
 
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
         super().init_poolmanager(*args, **options, blocksize=READ_BYTES)
-        self.poolmanager.pool_classes_by_scheme = _POOLS
+        self.poolmanager.pool_classes_by_scheme = self._pools
 
     def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
         manager = super().proxy_manager_for(proxy, **options, blocksize=READ_BYTES)
-        manager.pool_classes_by_scheme = _POOLS
+        manager.pool_classes_by_scheme = self._pools
         return manager
 
     def build_connection_pool_key_attributes(
@@ -259,12 +259,15 @@ class _Adapter(HTTPAdapter):
 class _Connection(HTTPConnection):
     """Looks its name up once, and connects to an address that was checked; a proxy's is not."""
 
+    registry = ""
+    """The host, with or without a port, that the operator has named."""
+
     def _new_conn(self) -> socket.socket:
         if self.proxy is not None:  # of the operator's choice, and it looks the registry's name up
             return super()._new_conn()
         name, failure = self._dns_host, None
         try:
-            for address in _allowed(self):
+            for address in _allowed(self, self.registry):
                 self._dns_host = address
                 try:
                     return super()._new_conn()
@@ -280,22 +283,25 @@ class _Connection(HTTPConnection):
             self.sock.settimeout(_STALL_S)
 
 
-class _TlsConnection(_Connection, HTTPSConnection):
-    """The same, with TLS."""
+def _pools(named: str) -> dict[str, type[HTTPConnectionPool]]:
+    """Return the pools of connections, by scheme, of one registry: urllib3 takes classes alone."""
+
+    class Plain(_Connection):
+        registry = named
+
+    class Tls(_Connection, HTTPSConnection):
+        registry = named
+
+    class PlainPool(HTTPConnectionPool):
+        ConnectionCls = Plain
+
+    class TlsPool(HTTPSConnectionPool):
+        ConnectionCls = Tls
+
+    return {"http": PlainPool, "https": TlsPool}
 
 
-class _Pool(HTTPConnectionPool):
-    ConnectionCls = _Connection
-
-
-class _TlsPool(HTTPSConnectionPool):
-    ConnectionCls = _TlsConnection
-
-
-_POOLS = {"http": _Pool, "https": _TlsPool}
-
-
-def _allowed(connection: HTTPConnection) -> tuple[str, ...]:
+def _allowed(connection: HTTPConnection, registry: str) -> tuple[str, ...]:
     """Return the addresses of a connection's host; RegistryError when one is forbidden.
 
     Numeric hosts are checked, where they come from outside, before there is a connection.
@@ -305,24 +311,28 @@ def _allowed(connection: HTTPConnection) -> tuple[str, ...]:
         found = addresses.resolve(host, connection.port or 443)
     except socket.gaierror as error:
         raise NameResolutionError(host, connection, error) from error
+    named = _is_host(host, registry)
     for address in found:
-        if address != host and addresses.forbidden(address):
+        if address != host and addresses.forbidden(address, named=named):
             raise _forbidden(host, address)
     return found
 
 
-def _check_host(url: str) -> None:
+def _check_host(url: str, registry: str) -> None:
     """Raise RegistryError when the host of `url` says by itself that it is a forbidden address."""
     host = urlsplit(url).hostname or ""
-    found = addresses.forbidden_literal(host)
+    found = addresses.forbidden_literal(host, named=_is_host(host, registry))
     if found:
         raise _forbidden(host, found)
 
 
+def _is_host(name: str, registry: str) -> bool:
+    """Whether `name` is the registry's host, on whatever port: a token server may be another program there."""
+    return name.lower().rstrip(".") == host_of(f"//{registry}")[0]
+
+
 def _forbidden(name: str, address: str) -> RegistryError:
-    return RegistryError(
-        f"{name}: leads to {address}, a link-local or metadata address; nothing is sent there"
-    )
+    return RegistryError(f"{name}: leads to {address}, {addresses.kind(address)}; nothing is sent there")
 
 
 def _redirected(request: Outgoing, response: requests.Response) -> Outgoing:

@@ -121,6 +121,11 @@ def test_upper_case_is_refused_with_a_name_that_would_do() -> None:
         parse("r.io/Team/Tarn:V1")
 
 
+@pytest.mark.parametrize("host", ["100.64.3.2", "100.101.102.103:5000", "10.0.0.7:5000", "[fd00::5]:5000"])
+def test_registries_of_private_and_overlay_networks_are_taken(host: str) -> None:
+    assert parse(f"{host}/adapters/a:1").registry == host
+
+
 @pytest.mark.parametrize(
     "host",
     ["169.254.169.254", "168.63.129.16:80", "[::ffff:a9fe:a9fe]:443", "0xa9fea9fe:80", "metadata.goog"],

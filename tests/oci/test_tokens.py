@@ -69,6 +69,22 @@ def test_name_that_leads_to_a_metadata_address_gets_no_byte(
     assert not other.seen
 
 
+def test_shared_network_is_for_the_registry_that_the_operator_names(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, other = start(auth="bearer"), start()
+    named = f"localhost:{server.port}"
+    access = quick(docker_config(tmp_path / "c.json", named, **QUIRKY), insecure=True)
+    monkeypatch.setattr("runtime.addresses._SHARED", ipaddress.ip_network("127.0.0.0/8"))
+    server.realm = f"http://localhost:{server.port}/token"
+    oci.check_push(fresh(named, "x"), access=access)
+    assert server.seen
+    server.realm = f"http://127.0.0.1:{other.port}/token"
+    with pytest.raises(RegistryError, match="a network that a provider's customers share"):
+        oci.check_push(fresh(named, "x"), access=access)
+    assert not other.seen
+
+
 def test_name_is_looked_up_once_for_each_connection(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,7 +66,7 @@ def problem_of(url: str) -> str | None:
 
 def refusal(address: str) -> str:
     """Return why nothing is fetched from a numeric address, or a metadata service's name."""
-    return f"leads to {address}, a link-local or metadata address; it is never fetched"
+    return f"leads to {address}, {addresses.kind(address)}; it is never fetched"
 
 
 def shown(url: str) -> str:

@@ -64,7 +64,7 @@ def test_every_connection_is_checked_anew(named: Names) -> None:
 
 
 def test_one_forbidden_address_among_several_is_enough(named: Names, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.addresses.forbidden", lambda address: address == "127.0.0.9")
+    monkeypatch.setattr("runtime.addresses.forbidden", lambda address, **named: address == "127.0.0.9")
     named["data.test"] = ["127.0.0.1 127.0.0.9"]
     with DatasetServer({"/a": [Reply(b"rows")]}) as server:
         with pytest.raises(DataError, match=r"data.test: leads to 127.0.0.9"):

@@ -56,7 +56,7 @@ def test_other_fragments_are_refused_with_the_right_form(fragment: str, problem:
     ],
 )
 def test_what_is_never_fetched_is_told_by_its_text(host: str) -> None:
-    with pytest.raises(ConfigError, match="a link-local or metadata address; it is never fetched"):
+    with pytest.raises(ConfigError, match=r"address.*; it is never fetched"):
         parse(f"HTTP://{host}/latest")
 
 
