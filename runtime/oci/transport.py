@@ -327,7 +327,7 @@ def _check_host(url: str, registry: str) -> None:
 
 
 def _is_host(name: str, registry: str) -> bool:
-    """Whether `name` is the registry's host, on whatever port: a token server may be another program there."""
+    """Whether `name` is the registry's host, on any port: the token server may be there too."""
     return name.lower().rstrip(".") == host_of(f"//{registry}")[0]
 
 

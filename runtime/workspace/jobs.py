@@ -18,6 +18,7 @@ from runtime.errors import ConfigError
 from runtime.hardware import has_bfloat16
 from runtime.tuning import loggers
 from runtime.tuning.arguments import lora, rules, training
+from runtime.tuning.data import urls
 from runtime.tuning.model import lora_init
 from runtime.tuning.settings import TuningJob
 from runtime.workspace import (
@@ -282,9 +283,10 @@ def _finish_data(settings: LayeredSettings, mounts: Mounts, manifest: WorkspaceD
     """Decide the directory that holds the data, or into which it is fetched."""
     if settings.get("data.folder") is not None or settings.get("data.file") is not None:
         return
-    remote = " ".join(settings.get("data.urls") or ()) or settings.get("data.image")
+    remote = " ".join(map(urls.unsigned, settings.get("data.urls") or ())) or settings.get("data.image")
     if remote and not mounts.controlled:
-        # Named after the addresses, so that files from different addresses never mix.
+        # Named after the addresses, so that files from different addresses never mix; without their
+        # signatures, so that a renewed one finds what is there.
         folder = mounts.cache() / "data" / hashlib.sha256(remote.encode()).hexdigest()[:16]
         settings.put("data.folder", folder, "default")
         return

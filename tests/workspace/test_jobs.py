@@ -178,3 +178,12 @@ def test_a_dry_run_says_what_the_run_would_refuse_or_look_up(tmp_path: Path) -> 
     (said,) = load("phi-4", tmp_path, overrides={"revision": "abc", **given}).warnings
     assert "flag --set model.revision is 'abc', no commit (40 hex digits)" in said
     assert not load("phi-4", tmp_path, overrides={"revision": "ab" * 20, **given}).warnings
+
+
+def test_fetched_data_is_found_again_when_its_signature_is_renewed(tmp_path: Path) -> None:
+    def folder(*urls: str) -> Path:
+        return load("phi-4", tmp_path, overrides={"--data": urls}).config.data.folder
+
+    signed = "https://host.test/rows.parquet?sv=2024&sp=r&sig={}"
+    assert folder(signed.format("first")) == folder(signed.format("renewed"))
+    assert folder(signed.format("first") + "&part=2") != folder(signed.format("first"))

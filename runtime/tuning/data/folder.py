@@ -20,6 +20,7 @@ from runtime.logs import counted, once
 from runtime.tuning.data import hub_card, lakes, splits
 from runtime.tuning.data.formats import FORMATS, base_name, file_format, is_data
 from runtime.tuning.data.splits import Split
+from runtime.tuning.data.urls import unsigned
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +192,7 @@ def _check_kinds(names: Sequence[PurePath]) -> None:
 def local_paths(urls: Sequence[str], folder: Path) -> list[Path]:
     """Return the file in `folder` of each URL, in their order: its base name, changed where two are alike.
 
-    A URL that is listed twice is one file.
+    A URL that is listed twice is one file. A name stays the same when the signature of its URL is renewed.
     """
     distinct = tuple(dict.fromkeys(urls))
     names = [_file_name(url) for url in distinct]
@@ -200,7 +201,7 @@ def local_paths(urls: Sequence[str], folder: Path) -> list[Path]:
     for url, name in zip(distinct, names, strict=True):
         if lowered.count(name.lower()) > 1:
             stem = base_name(PurePath(name))
-            digest = hashlib.sha256(url.encode()).hexdigest()[:12]
+            digest = hashlib.sha256(unsigned(url).encode()).hexdigest()[:12]
             name = f"{stem}-{digest}{name.removeprefix(stem)}"  # noqa: PLW2901
         paths.append(folder / name)
     return paths

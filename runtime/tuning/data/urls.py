@@ -6,14 +6,34 @@ is connected to (hops.py). Start at `parse`.
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import unquote_plus, urlsplit
 
 from runtime import addresses
 from runtime.errors import ConfigError
 
 _DIGEST = re.compile(r"sha-?256[=:]([0-9a-f]*)", re.IGNORECASE)
 _HEX_DIGITS = 64
+_SIGNATURES: Mapping[str, frozenset[str]] = {
+    # Azure's shared access signatures
+    "sig": frozenset({
+        "sig", "sv", "ss", "srt", "sr", "sp", "st", "se", "spr", "sip", "si", "sdd", "ses", "scid", "saoid",
+        "suoid", "skoid", "sktid", "skt", "ske", "sks", "skv", "rscc", "rscd", "rsce", "rscl", "rsct",
+    }),
+    # S3 and Google Cloud Storage of version 2, OSS, CloudFront
+    "signature": frozenset({
+        "signature", "expires", "awsaccesskeyid", "googleaccessid", "ossaccesskeyid", "security-token",
+        "key-pair-id", "policy",
+    }),
+    "x-oss-signature": frozenset({
+        "x-oss-signature", "x-oss-signature-version", "x-oss-credential", "x-oss-date", "x-oss-expires",
+        "x-oss-security-token", "x-oss-additional-headers",
+    }),
+}  # fmt: skip
+"""Fields of a query that a signature adds, by the one that holds it."""
+_SIGNED_PREFIXES = ("x-amz-", "x-goog-")
+"""What S3 and Google Cloud Storage of version 4 add."""
 _NOT_IN_A_HOST = re.compile(r"[\s\\%<>{}|^`\x00-\x1f]")
 
 
@@ -28,8 +48,30 @@ class DataUrl:
 
     @property
     def identity(self) -> str:
-        """Digest of the address, which may hold secrets: a finished file is recorded with it."""
-        return hashlib.sha256(f"{self.url}#{self.sha256}".encode()).hexdigest()
+        """Digest of the address without its signature: a finished file is recorded with it."""
+        return hashlib.sha256(f"{unsigned(self.url)}#{self.sha256}".encode()).hexdigest()
+
+
+def unsigned(url: str) -> str:
+    """Return `url` without login and signature, which are renewed while what it leads to stays the same.
+
+    Those of Azure, S3, Google Cloud Storage, OSS and CloudFront. Every other part of a query stays: it may
+    say which file, or which version of it, is meant.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url
+    pairs = [pair for pair in parts.query.split("&") if pair]
+    names = [unquote_plus(pair.partition("=")[0]).lower() for pair in pairs]
+    added = {name for sign, fields in _SIGNATURES.items() if sign in names for name in fields}
+    kept = [
+        pair
+        for name, pair in zip(names, pairs, strict=True)
+        if name not in added and not name.startswith(_SIGNED_PREFIXES)
+    ]
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=host, query="&".join(kept)).geturl()
 
 
 def parse(text: str) -> DataUrl:

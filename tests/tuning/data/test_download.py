@@ -306,6 +306,15 @@ def test_address_listed_twice_is_one_file(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in local_paths(source)] == [BODY, parquet(3)]
 
 
+def test_a_renewed_signature_fetches_nothing_again(tmp_path: Path) -> None:
+    with DatasetServer({"/a.parquet": [Reply(BODY)]}) as server:
+        for key in ("first", "renewed"):
+            get(tmp_path, server.url(f"/a.parquet?sv=2024&se={key}&sp=r&sig={key}"))
+        assert len(server.requests["/a.parquet"]) == 1
+        get(tmp_path, server.url("/a.parquet?sv=2024&se=x&sp=r&sig=x&versionId=2"))
+        assert len(server.requests["/a.parquet"]) == 2
+
+
 def test_folder_of_local_data_is_not_made(tmp_path: Path) -> None:
     fetch(DataSource(folder=tmp_path / "mistyped"))
     assert not (tmp_path / "mistyped").exists()

@@ -3,7 +3,7 @@
 import pytest
 
 from runtime.errors import ConfigError
-from runtime.tuning.data.urls import parse, shown
+from runtime.tuning.data.urls import parse, shown, unsigned
 
 DIGEST = "0a" * 32
 
@@ -82,3 +82,33 @@ def test_what_is_no_address_is_refused(url: str, problem: str) -> None:
 def test_secrets_are_not_shown() -> None:
     assert shown("https://u:p@h:8/a?sig=1#x") == "https://h:8/a"
     assert shown("http://[bad") == "a malformed address"
+
+
+SAS = "sv=2024-11-04&se=2026-12-01T00%3A00%3A00Z&sr=b&sp=r&sig={0}"
+S3 = "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Date=20261130T00{0}Z&X-Amz-Expires=3600&X-Amz-Signature={0}"
+GCS = "X-Goog-Algorithm=GOOG4-RSA-SHA256&X-Goog-Credential=a%40b&X-Goog-Date={0}&X-Goog-Signature={0}"
+OLDER = "AWSAccessKeyId=AKIA{0}&Expires=17{0}&Signature=a%2F{0}%3D"
+OSS = "x-oss-credential=c&x-oss-date={0}&x-oss-expires=600&x-oss-signature-version=OSS4&x-oss-signature={0}"
+
+
+@pytest.mark.parametrize("signature", [SAS, S3, GCS, OLDER, OSS], ids=["Azure", "S3", "GCS", "S3 v2", "OSS"])
+def test_address_is_the_same_when_its_signature_is_renewed(signature: str) -> None:
+    first, renewed = (
+        f"https://u:{key}@host.test/c/rows.parquet?versionId=7&{signature.format(key)}"
+        for key in ("11", "22")
+    )
+    assert unsigned(first) == unsigned(renewed) == "https://host.test/c/rows.parquet?versionId=7"
+    assert parse(first).identity == parse(renewed).identity
+    assert parse(first).url == first  # what is fetched keeps it
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://host.test/rows.csv?se=north&sp=2",  # without a signature these are the server's own
+        "https://host.test/export?format=csv&expires=never&policy=old",
+        "https://host.test/a%20b?x-oss-process=image&id=7",
+    ],
+)
+def test_other_queries_tell_addresses_apart(url: str) -> None:
+    assert unsigned(url) == url
