@@ -1,11 +1,13 @@
 """Checkpoints in a registry, from which a run that lost its node and its disk resumes.
 
 Each is an image beside the job's output (`…:TAG-checkpoint`), the one before it under
-`…:TAG-checkpoint-previous`. A tag is written after all blobs, so what it names is complete. Does not
-know what is in a checkpoint. Start at `push` and `find`.
+`…:TAG-checkpoint-previous`. A tag is written after all blobs, so what it names is complete. What is there of
+others is replaced only where a run has found it at its start and may. Does not know what is in a checkpoint.
+Start at `push` and `find`, then `others`.
 """
 
 import logging
+from collections.abc import Collection
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +22,34 @@ log = logging.getLogger(__name__)
 
 _STEP = "sh.kaito.tuning.checkpoint.step"
 _JOB = "sh.kaito.tuning.checkpoint.job"
+_NAME = "sh.kaito.tuning.checkpoint.name"
+_IDENTITY = "sh.kaito.tuning.checkpoint.identity"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Whose checkpoints they are."""
+
+    job: str
+    """Fingerprint: runs of one job resume from one another's checkpoints."""
+    name: str
+    """What people call it."""
+    identity: str = ""
+    """What the fingerprint is of, as a text that `Other` gives back."""
+    replaces: Collection[str] = ()
+    """Digests of others' images under the same tags that it may replace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """What stands under the tag of a run's checkpoints and is not its own."""
+
+    image: Reference
+    digest: str
+    what: str
+    """In words: whose checkpoint it is, or that it is none."""
+    identity: str
+    """Of its job; "" where that is not recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +66,33 @@ def beside(output: str) -> str:
     return with_suffix(output, "-checkpoint")
 
 
-def push(folder: Path, reference: Reference, *, step: int, job: str, access: Access = DEFAULT) -> str | None:
+def push(folder: Path, reference: Reference, *, step: int, run: Run, access: Access = DEFAULT) -> str | None:
     """Push the checkpoint in `folder`; return its digest, None when the registry holds a later one.
 
-    job: fingerprint of the run; checkpoints of another run under the same name are replaced, later ones
-    of this run are not (a pod that was cut off must not undo the work of its successor).
+    Later checkpoints of the run are kept: a pod that was cut off must not undo the work of its successor.
+    RegistryError where the tag holds anything else that `run` may not replace.
     """
     with closing(images.open_store(reference, access)) as store:
         current = store.find(reference.selector)
-        stored_step = _step(current, job) if current is not None else None
+        if (other := _other(current, reference, run.job)) is not None and other.digest not in run.replaces:
+            raise RegistryError(
+                f"{reference} holds {other.what}, which is kept; name another checkpoint image"
+            )
+        stored_step = _step(current, run.job) if current is not None else None
         if stored_step is not None and stored_step > step:
             log.warning("%s holds step %s of this job, later than %s: kept", reference, stored_step, step)
             return None
-        if current is not None and stored_step != step:
-            _keep_previous(store, current, reference)
-    notes = {_STEP: str(step), _JOB: job}
+        if current is not None and stored_step is not None and stored_step != step:
+            _keep_previous(store, current, reference, run)
+    notes = {_STEP: str(step), _JOB: run.job, _NAME: run.name, _IDENTITY: run.identity}
     return images.push(folder, reference, annotations=notes, access=access)
+
+
+def others(reference: Reference, *, job: str, access: Access = DEFAULT) -> list[Other]:
+    """Return what a registry holds under the tags of these checkpoints that is not of `job`."""
+    with closing(images.open_store(reference, access)) as store:
+        found = [_other(_manifest(store, name), name, job) for name in (reference, _previous(reference))]
+    return [other for other in found if other is not None]
 
 
 def find(reference: Reference, *, job: str, access: Access = DEFAULT) -> list[Checkpoint]:
@@ -59,32 +100,58 @@ def find(reference: Reference, *, job: str, access: Access = DEFAULT) -> list[Ch
     found: dict[int, Checkpoint] = {}
     with closing(images.open_store(reference, access)) as store:
         for name in (reference, _previous(reference)):
-            try:
-                manifest = store.find(name.selector)
-            except RegistryError as error:
-                log.warning("checkpoint %s cannot be read and is skipped: %s", name, error)
-                continue
+            manifest = _manifest(store, name)
             step = _step(manifest, job) if manifest is not None else None
             if manifest is not None and step is not None:
                 found.setdefault(step, Checkpoint(step, replace(name, tag=None, digest=manifest.digest)))
     return sorted(found.values(), key=lambda each: each.step, reverse=True)
 
 
-def delete(reference: Reference, *, access: Access = DEFAULT) -> None:
-    """Delete the checkpoints under this name; a registry that refuses is logged, not raised."""
+def delete(reference: Reference, *, run: Run, access: Access = DEFAULT) -> None:
+    """Delete the checkpoints of `run`; a registry that refuses is logged, not raised. Others' stay."""
     with closing(images.open_store(reference, access)) as store:
         for name in (reference, _previous(reference)):
-            store.delete(name.selector)
+            found = _manifest(store, name)
+            if found is not None and (_step(found, run.job) is not None or found.digest in run.replaces):
+                store.delete(name.selector)
 
 
-def _keep_previous(store: Store, current: StoredManifest, reference: Reference) -> None:
+def _keep_previous(store: Store, current: StoredManifest, reference: Reference, run: Run) -> None:
     """Tag the current checkpoint as the previous one, and delete the one before."""
     previous = _previous(reference)
     older = store.find(previous.selector)
+    if (other := _other(older, previous, run.job)) is not None and other.digest not in run.replaces:
+        log.warning(
+            "%s holds %s, which is kept: there is no earlier checkpoint of this job", previous, other.what
+        )
+        return
     if older is not None and older.digest != current.digest:
         store.delete(previous.selector)
     with store.writing():
         store.put_manifest(current, previous.selector)
+
+
+def _manifest(store: Store, name: Reference) -> StoredManifest | None:
+    """Return what stands under a tag; None for nothing, and for what cannot be read, which is logged."""
+    try:
+        return store.find(name.selector)
+    except RegistryError as error:
+        log.warning("checkpoint %s cannot be read and is skipped: %s", name, error)
+        return None
+
+
+def _other(manifest: StoredManifest | None, name: Reference, job: str) -> Other | None:
+    """Return what `manifest` is unless it is a checkpoint of this job."""
+    if manifest is None or _step(manifest, job) is not None:
+        return None
+    notes = manifest.document.get("annotations")
+    notes = notes if isinstance(notes, dict) else {}
+    if _JOB in notes:
+        whose = notes.get(_NAME) or f"the job {str(notes[_JOB])[:12]}"
+        what = f"step {notes.get(_STEP)} of another job, {whose}"
+    else:
+        what = f"an image that is no checkpoint ({manifest.digest[:19]})"
+    return Other(name, manifest.digest, what, str(notes.get(_IDENTITY, "")))
 
 
 def _previous(reference: Reference) -> Reference:

@@ -138,14 +138,22 @@ class JobIdentity:
         return tuple(found)
 
     def to_json(self) -> str:
-        """Return this as a text that `read` reads."""
+        """Return this as a text that `from_json` reads."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
         """Return the identity that the file at `path` holds; None where there is none."""
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    @classmethod
+    def from_json(cls, text: str) -> Self | None:
+        """Return the identity that `to_json` made `text` of; None for any other text."""
+        try:
+            known = json.loads(text)
             return cls(
                 settings=dict(known["settings"]),
                 model=str(known["model"]),
@@ -154,7 +162,7 @@ class JobIdentity:
                 rows=str(known["rows"]),
                 processes=int(known["processes"]),
             )
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
 
 

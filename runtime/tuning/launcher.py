@@ -31,6 +31,7 @@ from runtime.tuning.process.nodes import SINGLE_NODE, Nodes
 from runtime.tuning.process.signals import StopSignal
 from runtime.tuning.report import metrics_server, report, verdict
 from runtime.tuning.settings import CHECKPOINT_GRACE_S, TuningJob
+from runtime.tuning.train import checkpoint_sync
 from runtime.tuning.train.progress import JobProgress, JobState
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,8 @@ def _preflight(job: TuningJob, access: oci.Access | None) -> None:
     for image, replaces in ((job.output.image, False), (job.output.checkpoint_image, True)):
         if image is not None and access is not None:
             oci.check_push(oci.parse(image), access=access, replaces=replaces)
+    if access is not None:
+        checkpoint_sync.check_free(job, access)
 
 
 @contextlib.contextmanager

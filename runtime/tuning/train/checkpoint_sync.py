@@ -10,8 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from runtime import oci
-from runtime.errors import Failure, RegistryError
+from runtime.errors import ConfigError, Failure, RegistryError
 from runtime.files import sha256
+from runtime.oci.checkpoints import Other, Run
+from runtime.tuning import identity
+from runtime.tuning.identity import JobIdentity
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.settings import TuningJob
 from runtime.tuning.train.checkpoints import MANIFEST, fault, listed, newest, step_of
@@ -81,19 +84,27 @@ def _broadcast_files(checkpoint: Path, ranks: Ranks, *, receive: bool) -> None:
 class RegistryCheckpoints:
     """The checkpoints of one job under one image reference; used by rank 0 alone."""
 
-    def __init__(self, reference: oci.Reference, access: oci.Access, *, keep: bool):
-        self._reference, self._keep = reference, keep
+    def __init__(self, job: TuningJob, reference: oci.Reference, access: oci.Access):
+        self._reference, self._name = reference, job.name
+        self._keep, self._overwrite = job.output.keep_checkpoint_image, job.output.overwrite
         self._access = replace(access, attempts=_ATTEMPTS)
-        self._fingerprint = ""
+        self._run = Run(job="", name=job.name)
 
-    def restore(self, folder: Path, fingerprint: str) -> None:
+    def restore(self, folder: Path, owner: JobIdentity) -> None:
         """Pull the newest complete checkpoint of this job into `folder`, unless a later one is there.
 
-        fingerprint: of the job and its data; other jobs' checkpoints are not touched.
+        ConfigError where the tag holds another job's checkpoint, or anything else, unless the job overwrites:
+        then that, and nothing that comes later, is replaced.
         """
-        self._fingerprint = fingerprint
+        found = oci.checkpoints.others(self._reference, job=owner.digest, access=self._access)
+        if found and not self._overwrite:
+            raise _taken(found[0])
+        for other in found:
+            log.warning("checkpoint image %s holds %s: it will be replaced", other.image, other.what)
+        replaces = frozenset(other.digest for other in found)
+        self._run = Run(owner.digest, self._name, owner.to_json(), replaces)
         local = newest(folder)
-        for stored in oci.checkpoints.find(self._reference, job=fingerprint, access=self._access):
+        for stored in oci.checkpoints.find(self._reference, job=owner.digest, access=self._access):
             if local is not None and stored.step <= step_of(local):
                 return
             target = folder / f"checkpoint-{stored.step}"
@@ -111,9 +122,9 @@ class RegistryCheckpoints:
 
     def save(self, checkpoint: Path) -> None:
         """Push a sealed checkpoint; a failure is logged, not raised."""
-        step, job = step_of(checkpoint), self._fingerprint
+        step = step_of(checkpoint)
         try:
-            oci.checkpoints.push(checkpoint, self._reference, step=step, job=job, access=self._access)
+            oci.checkpoints.push(checkpoint, self._reference, step=step, run=self._run, access=self._access)
         except Failure as error:
             log.warning("checkpoint %s could not be pushed and is on this disk only: %s", step, error)
 
@@ -122,14 +133,35 @@ class RegistryCheckpoints:
         if self._keep:
             return
         try:
-            oci.checkpoints.delete(self._reference, access=self._access)
+            oci.checkpoints.delete(self._reference, run=self._run, access=self._access)
         except Failure as error:
             log.warning("checkpoints in %s could not be removed: %s", self._reference, error)
+
+
+def check_free(job: TuningJob, access: oci.Access) -> None:
+    """Raise ConfigError where the job's checkpoint image is another job's, or no checkpoint.
+
+    As far as that can be told before data and weights are there: what is left, `restore` finds.
+    """
+    if job.output.checkpoint_image is None or job.output.overwrite:
+        return
+    for other in oci.checkpoints.others(oci.parse(job.output.checkpoint_image), job="", access=access):
+        owner = JobIdentity.from_json(other.identity)
+        if owner is None:
+            raise _taken(other)
+        if differences := identity.requested(job).differences(owner):
+            raise _taken(other, f" ({identity.in_words(differences)})")
+
+
+def _taken(other: Other, why: str = "") -> ConfigError:
+    return ConfigError(
+        f"checkpoint image {other.image} holds {other.what}{why}; name another --checkpoint-image, or "
+        "--overwrite to replace it"
+    )
 
 
 def registry_checkpoints(job: TuningJob, access: oci.Access) -> RegistryCheckpoints | None:
     """Return the registry side of the job's checkpoints, None when it names no image for them."""
     if job.output.checkpoint_image is None:
         return None
-    reference = oci.parse(job.output.checkpoint_image)
-    return RegistryCheckpoints(reference, access, keep=job.output.keep_checkpoint_image)
+    return RegistryCheckpoints(job, oci.parse(job.output.checkpoint_image), access)

@@ -259,7 +259,7 @@ def _find_checkpoint(setup: TrainingSetup, folder: Path, owner: JobIdentity) -> 
         history = setup.callbacks.reporter.history
         checkpoints.claim(folder, owner, history=history.path if history else None)
         if registry is not None:
-            registry.restore(folder, owner.digest)
+            registry.restore(folder, owner)
     ranks.barrier()
     if ranks.is_local_main and not ranks.is_main:  # a disk of its own; a shared one is rank 0's already
         checkpoints.claim(folder, owner)

@@ -1,4 +1,4 @@
-"""Two nodes without a shared disk, each a `runtime tune` of its own, meeting over the loopback."""
+"""Copies of checkpoints: between two nodes without a shared disk, over the loopback; and in a registry."""
 
 import http.server
 import os
@@ -9,16 +9,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from runtime import oci
+from runtime.errors import ConfigError
+from runtime.tuning import identity
 from runtime.tuning.output import SENTINEL, OutputPaths
-from runtime.tuning.train.checkpoints import listed
-
-pytestmark = pytest.mark.slow
+from runtime.tuning.settings import TuningJob
+from runtime.tuning.train.checkpoint_sync import check_free, registry_checkpoints
+from runtime.tuning.train.checkpoints import listed, seal
 
 STEPS = 40
 
@@ -81,6 +85,7 @@ def pair(root: Path, model: Path, url: str) -> list[Node]:
     return [Node(root / f"node-{rank}", model, url, *flags, str(rank)) for rank in (0, 1)]
 
 
+@pytest.mark.slow
 def test_two_nodes_end_with_the_adapter_of_two_processes_though_one_is_evicted(
     tmp_path: Path, tiny_llama_dir: Path, address: str
 ) -> None:
@@ -109,3 +114,43 @@ def test_two_nodes_end_with_the_adapter_of_two_processes_though_one_is_evicted(
 
     for node in pair(tmp_path, tiny_llama_dir, address):  # done: neither trains nor waits for the other
         node.ends()
+
+
+def kept_in(make_job: Callable[..., TuningJob], image: str, name: str, **changes: Any) -> TuningJob:
+    job = make_job(**changes)
+    output = job.output.model_copy(update={"checkpoint_image": image})
+    return job.model_copy(update={"name": name, "output": output})
+
+
+def save_one(job: TuningJob, folder: Path, step: int = 5) -> None:
+    """Begin as a run does, and save one checkpoint."""
+    kept = registry_checkpoints(job, oci.Access())
+    assert kept is not None
+    kept.restore(folder, identity.requested(job))
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / "optimizer.pt").write_bytes(b"state")
+    seal(checkpoint)
+    kept.save(checkpoint)
+
+
+def test_another_jobs_checkpoints_in_a_registry_are_refused_by_name(
+    tmp_path: Path, make_job: Callable[..., TuningJob]
+) -> None:
+    image = f"oci:{tmp_path}/layout:v1-checkpoint"
+    first = kept_in(make_job, image, "tickets", training={"learning_rate": 1e-3})
+    other = kept_in(make_job, image, "orders", training={"learning_rate": 1e-4})
+    save_one(first, tmp_path / "first")
+    check_free(first, oci.Access())  # its own
+    with pytest.raises(ConfigError, match=r"another job, tickets \(learning_rate 0.001, now 0.0001\)"):
+        check_free(other, oci.Access())
+    with pytest.raises(ConfigError, match="step 5 of another job, tickets; name another --checkpoint"):
+        save_one(other, tmp_path / "other")
+    replacing = other.model_copy(update={"output": other.output.model_copy(update={"overwrite": True})})
+    check_free(replacing, oci.Access())
+    save_one(replacing, tmp_path / "other")
+    check_free(other, oci.Access())
+    kept = registry_checkpoints(other, oci.Access())
+    assert kept is not None
+    kept.restore(tmp_path / "again", identity.requested(other))
+    assert [path.name for path in listed(tmp_path / "again")] == ["checkpoint-5"]
