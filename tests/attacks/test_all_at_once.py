@@ -15,12 +15,15 @@ import pytest
 from tests.attacks.test_grammar_author import slowest_livez_s
 from tests.serving.conftest import Process
 
-ATTACK_S, WARM_UP_S = 60, 10
+ATTACK_S, MANNERS_S, WARM_UP_S = 45, 20, 8
 PROMPTS = ["one", "two words", "a third prompt"]
 
 
 class Bystander:
-    """A client that asks the same questions one after another, greedily, until it is stopped."""
+    """A client that asks the same questions one after another, greedily, until it is stopped.
+
+    Answered 429, it asks again after Retry-After, and the time of that answer counts the wait.
+    """
 
     def __init__(self, url: str) -> None:
         self.took: list[float] = []
@@ -49,6 +52,10 @@ class Bystander:
                     body = {"prompt": prompt, "temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
                     started = time.monotonic()
                     reply = client.post("/chat", json=body)
+                    while reply.status_code == 429 and not self._stop.wait(
+                        float(reply.headers["retry-after"])
+                    ):
+                        reply = client.post("/chat", json=body)
                     self.took.append(time.monotonic() - started)
                     answer = reply.json()["Result"] if reply.is_success else f"status {reply.status_code}"
                     self.answers[prompt].add(answer)
@@ -66,20 +73,20 @@ def test_a_bystander_is_answered_while_all_attack(tiny_llama_dir: Path) -> None:
         server.close()
     print(report)  # shown where an assertion fails
     assert not [kind for kind in report["counts"] if kind.split()[1].startswith("5")], report
-    assert report["counts"]["ordinary 200"] > 300
+    assert report["counts"]["ordinary 200"] > ATTACK_S * 5  # of 11 a second whose clients stay
     assert report["livez_s"] < 0.5
     _, middle, end = report["memory_kb"]
     assert end - middle < 60_000, report
     assert report["answers"] == report["alone"], "greedy answers changed"
-    assert report["slower"] < 2, report
+    assert report["slower"] < 2, report  # 1.2 where nothing else runs
     assert report["status"] == 0
 
 
 def attacked(server: Process) -> dict[str, Any]:
-    """Return what was seen while the crowd attacked `server`, beside what a lone client saw before."""
-    with Bystander(server.url) as before:
-        time.sleep(8)
+    """Return what was seen while the crowd attacked `server`, beside what was seen while it had manners."""
     attack(server, WARM_UP_S)  # kernels for all sizes
+    with Bystander(server.url) as before:
+        mannered = attack(server, MANNERS_S, "manners")
     memory = [resident_kb(server)]
     done = threading.Event()
     livez: list[float] = []
@@ -92,19 +99,21 @@ def attacked(server: Process) -> dict[str, Any]:
     done.set()
     prober.join()
     return {
+        "mannered": mannered,
         "counts": counts,
         "livez_s": max(livez),
         "memory_kb": [*memory, resident_kb(server)],
         "alone": before.answers,
         "answers": during.answers,
+        "typical_s": [before.typical_s, during.typical_s],
         "slower": during.typical_s / before.typical_s,
         "status": server.stop(timeout_s=30),
     }
 
 
-def attack(server: Process, seconds: int) -> dict[str, int]:
+def attack(server: Process, seconds: int, who: str = "attacks") -> dict[str, int]:
     """Let the crowd at `server` and return how many answers had which status."""
-    command = [sys.executable, str(Path(__file__).with_name("crowd.py")), server.url, str(seconds)]
+    command = [sys.executable, str(Path(__file__).with_name("crowd.py")), server.url, str(seconds), who]
     ran = subprocess.run(command, capture_output=True, check=True, text=True, timeout=seconds + 120)
     return dict(json.loads(ran.stdout))
 

@@ -1,4 +1,4 @@
-"""A process that works for the server: in a session of its own, deaf to signals, told when the server ends.
+"""A process that works for the server: in a group of its own, deaf to signals, told when the server ends.
 
 The server holds one end of a pair of sockets, the process has the other as standard input: whatever ends the
 server closes that pair. Does not know what is said over it. Start at `start` in the server, `begin` in the
@@ -25,8 +25,9 @@ def start(
         command = ["env", *(f"{name}={value}" for name, value in environment.items()), *command]
     with there:
         try:
-            # a session of its own: Ctrl-C on a terminal is handled by the server
-            process = subprocess.Popen(command, stdin=there.fileno(), start_new_session=True)  # noqa: S603
+            # A group of its own: Ctrl-C on a terminal is handled by the server. Not a session: the kernel may
+            # share processors among sessions first (sched_autogroup), where niceness means nothing.
+            process = subprocess.Popen(command, stdin=there.fileno(), process_group=0)  # noqa: S603
         except BaseException:
             here.close()
             raise

@@ -15,6 +15,7 @@ import signal
 import socket
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,9 @@ BEGIN, TAKE, END = b"B", b"T", b"E"
 REPLY = struct.Struct("<IB")
 """From a form's process: the answer's number and 1 where a mask follows, 0 where a text says why not."""
 NICENESS = 5
-"""Below the server's own threads where processors are short."""
+"""Of what computes masks, which answers wait for: below the server's threads where processors are short."""
+COMPILE_NICENESS = 10
+"""Of what compiles, which only its client waits for: many forms at once must not slow what is answered."""
 
 
 def main() -> int:
@@ -79,12 +82,22 @@ class FormWorker:
             _limit_memory()
             send(self._channel, json.dumps({"pid": os.getpid()}).encode())
             job = json.loads(read(self._channel))
-            reply, matcher = self._compile(Constraint(**job))
+            reply, matcher = self._compile_below(Constraint(**job))
             send(self._channel, json.dumps(reply).encode())
             while matcher is not None:
                 self._carry_out(matcher, *COMMAND.unpack(_exactly(self._channel, COMMAND.size)))
         except (EOFError, OSError):  # the server has closed its end
             return
+
+    def _compile_below(self, constraint: Constraint) -> "tuple[dict[str, Any], LLMatcher | None]":
+        """Compile in a thread, which ends with its niceness: without privileges none is taken back."""
+
+        def compile_() -> "tuple[dict[str, Any], LLMatcher | None]":
+            os.nice(COMPILE_NICENESS - NICENESS)  # of this thread alone, on Linux
+            return self._compile(constraint)
+
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(compile_).result()
 
     def _compile(self, constraint: Constraint) -> "tuple[dict[str, Any], LLMatcher | None]":
         """Return what the server is told, and the matcher of a form that can be followed."""

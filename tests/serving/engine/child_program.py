@@ -7,7 +7,12 @@ from runtime.serving.engine import child
 
 if __name__ == "__main__":
     channel = child.begin()
-    about = {"session": os.getsid(0), "word": os.environ.get("WORD"), "input": os.read(0, 1).decode()}
+    about = {
+        "group": os.getpgid(0),
+        "session": os.getsid(0),
+        "word": os.environ.get("WORD"),
+        "input": os.read(0, 1).decode(),
+    }
     channel.sendall(json.dumps(about).encode() + b"\n")
     while line := channel.recv(100):
         channel.sendall(line)

@@ -1,6 +1,7 @@
 """Processes that work for a server: what reaches them, and when they end."""
 
 import json
+import os
 import signal
 
 import pytest
@@ -13,7 +14,8 @@ def test_a_child_ends_with_its_server_and_with_nothing_else() -> None:
     channel.settimeout(30)
     try:
         with channel.makefile("rwb") as lines:
-            assert json.loads(lines.readline()) == {"session": process.pid, "word": "a=b c", "input": ""}
+            about = {"group": process.pid, "session": os.getsid(0), "word": "a=b c", "input": ""}
+            assert json.loads(lines.readline()) == about
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 process.send_signal(number)
             lines.write(b"still there\n")
