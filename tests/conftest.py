@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from runtime import logs
@@ -17,6 +18,11 @@ from tests.nvml_standin import NvmlProcess, RuntimeOn
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# What an example costs says nothing on a machine that does other work.
+hypothesis.settings.register_profile(
+    "house", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("house")
 # Hundreds of processes import this package: compiled once.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 

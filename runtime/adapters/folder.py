@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from runtime import oci
 from runtime.adapters import lora_config
 from runtime.adapters.lora_config import PREFIX, LoraFields
+from runtime.adapters.own_template import MOST_BYTES
 from runtime.config import parse
 from runtime.errors import ConfigError
 
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+
+MAX_CONFIG_BYTES = 4 << 20
+"""An adapter_config.json is a few KiB."""
 
 _PAIR = (".lora_A.weight", ".lora_B.weight")
 
@@ -62,15 +66,21 @@ def find(root: Path) -> list[Path]:
     """Return the directories directly below `root` that look like adapters, sorted by name.
 
     A directory counts when it holds an adapter_config.json or adapter weights of any kind, so that a
-    half-written one is found and can be refused by name.
+    half-written one is found and can be refused by name. Links out of `root` are left out, and logged.
     """
     if not root.is_dir():
         return []
-    return sorted(
-        folder
-        for folder in root.iterdir()
-        if folder.is_dir() and ((folder / CONFIG_FILE).exists() or any(folder.glob("adapter_model.*")))
-    )
+    found = []
+    for folder in sorted(root.iterdir()):
+        if not folder.is_dir() or not (
+            (folder / CONFIG_FILE).exists() or any(folder.glob("adapter_model.*"))
+        ):
+            continue
+        if folder.resolve().is_relative_to(root.resolve()):
+            found.append(folder)
+        else:
+            log.warning("Adapter refused: %s: %s is a link out of %s", folder.name, folder, root)
+    return found
 
 
 @contextlib.contextmanager
@@ -121,6 +131,7 @@ def check(folder: Path, *, name: str | None = None, base: str | None = None) -> 
     cannot be compared and passes).
     """
     name = name or folder.name
+    _check_links(folder, name)
     config = read_config(folder, name)
     for key, right in (("peft_type", ("LORA",)), ("task_type", ("CAUSAL_LM", None))):
         if config.get(key) not in right:
@@ -147,15 +158,7 @@ def check_served(folder: Path, *, name: str | None = None, base: str | None = No
         hint = "" if lora_config.not_merged(adapter.config) else "; runtime merge can add it to its base"
         raise ConfigError(f"adapter {name}: cannot be served as an adapter: {'; '.join(reasons)}{hint}")
     _check_pairs(adapter)
-    try:
-        left_out = sorted(set(adapter.paths) - lora_config.targeted(adapter.fields, adapter.paths))
-    except ConfigError as error:
-        raise ConfigError(f"adapter {name}: {error}") from None
-    if left_out:
-        raise ConfigError(
-            f"adapter {name}: holds weights of {left_out[0]}, which its {CONFIG_FILE} leaves out "
-            "(target_modules, exclude_modules, layers_to_transform)"
-        )
+    _check_described(adapter)
     unknown = [key for key, value in adapter.config.items() if value and key not in lora_config.KNOWN]
     if unknown:
         log.warning("adapter %s: keys that are not known here have no effect: %s", name, ", ".join(unknown))
@@ -180,13 +183,35 @@ def _check_pairs(adapter: Adapter) -> None:
             raise ConfigError(f"adapter {name}: {path} has lora_A of rank {down[0]} and lora_B of {up[1]}")
 
 
+def _check_described(adapter: Adapter) -> None:
+    """Raise ConfigError for weights of other modules or ranks than the configuration states."""
+    name, paths = adapter.name, adapter.paths
+    try:
+        left_out = sorted(set(paths) - lora_config.targeted(adapter.fields, paths))
+        ranks = lora_config.ranks(adapter.fields, paths)
+    except ConfigError as error:
+        raise ConfigError(f"adapter {name}: {error}") from None
+    if left_out:
+        raise ConfigError(
+            f"adapter {name}: holds weights of {left_out[0]}, which its {CONFIG_FILE} leaves out "
+            "(target_modules, exclude_modules, layers_to_transform)"
+        )
+    for path, rank in ranks.items():
+        if (found := adapter.shapes[path + _PAIR[0]][0]) != rank:
+            raise ConfigError(
+                f"adapter {name}: {path} has rank {found}, its {CONFIG_FILE} says {rank} (r, rank_pattern)"
+            )
+
+
 def read_config(folder: Path, name: str) -> dict[str, Any]:
     """Return the adapter_config.json in `folder`; ConfigError when the adapter called `name` has none."""
     path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise ConfigError(f"adapter {name}: no {CONFIG_FILE} in {folder}; is it half-written?")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ConfigError(f"adapter {name}: {path} is larger than {MAX_CONFIG_BYTES >> 20} MiB")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"adapter {name}: no {CONFIG_FILE} in {folder}; is it half-written?") from None
     except RecursionError:
         raise ConfigError(f"adapter {name}: {path} cannot be read as JSON: too deep") from None
     except (OSError, ValueError) as error:
@@ -194,6 +219,22 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"adapter {name}: {path} holds no JSON object")
     return config
+
+
+def _check_links(folder: Path, name: str) -> None:
+    """Raise ConfigError for a file that is read and is none, or a link out of the adapter's folder.
+
+    A link may lead elsewhere in it, as in volumes of Kubernetes, or to the `blobs` beside the snapshots of
+    the hub's cache; others would have a server read any file of its machine.
+    """
+    root = folder.resolve()
+    blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
+    for path in (folder / file for file in (CONFIG_FILE, WEIGHTS_FILE, *MOST_BYTES)):
+        target = path.resolve()
+        if not any(target.is_relative_to(allowed) for allowed in (root, blobs)):
+            raise ConfigError(f"adapter {name}: {path} is a link out of the adapter's folder")
+        if (path.is_symlink() and not target.is_file()) or (path.exists() and not path.is_file()):
+            raise ConfigError(f"adapter {name}: {path} is no file")
 
 
 def _shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]]:

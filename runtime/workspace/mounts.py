@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime import adapters
 from runtime.files import cache_folder
 from runtime.oci.access import MOUNTED, credential_files
 
@@ -63,8 +64,7 @@ class Mounts:
 
     def adapters(self) -> list[Path]:
         """Return the mounted adapter directories, sorted by name."""
-        folder = self.at("/mnt/adapter")
-        return sorted(file.parent for file in folder.glob("*/adapter_config.json"))
+        return adapters.find(self.at("/mnt/adapter"))
 
     def credentials(self) -> tuple[Path, str] | None:
         """Return the registry credentials to use and who wrote them, None when there are none."""

@@ -1,6 +1,7 @@
 """Adapter folders: whole or refused by name, and what serving would get wrong is refused too."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ DAMAGE: list[tuple[Callable[[Path], None], str]] = [
     (lambda folder: _edit(folder, task_type="SEQ_CLS"), "task_type is 'SEQ_CLS'"),
     (lambda folder: _edit(folder, peft_type="IA3"), "peft_type is 'IA3'"),
     (lambda folder: (folder / "adapter_config.json").write_text("[" * 100_000), "too deep"),
+    (lambda folder: (folder / "adapter_config.json").write_text(" " * (5 << 20)), "larger than 4 MiB"),
 ]
 
 
@@ -92,12 +94,19 @@ def test_a_base_path_as_kaito_writes_it_passes(tiny_llama_dir: Path, tmp_path: P
     assert adapters.check(folder, base="someone/tiny").base == "/workspace/tfs/weights"
 
 
-def test_find_lists_adapters_half_written_ones_too(tiny_llama_dir: Path, tmp_path: Path) -> None:
+def test_find_lists_adapters_half_written_ones_too(
+    tiny_llama_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     make(tiny_llama_dir, tmp_path / "b")
     make(tiny_llama_dir, tmp_path / "a")
     (tmp_path / "a" / "adapter_model.safetensors").unlink()
     (tmp_path / "notes").mkdir()
     assert [path.name for path in adapters.find(tmp_path)] == ["a", "b"]
+    (tmp_path / "b" / "elsewhere").symlink_to(tmp_path / "a")
+    assert adapters.find(tmp_path / "b") == []
+    assert caplog.messages == [
+        f"Adapter refused: elsewhere: {tmp_path}/b/elsewhere is a link out of {tmp_path}/b"
+    ]
     assert adapters.find(tmp_path / "none") == []
 
 
@@ -227,3 +236,52 @@ def test_a_key_that_nobody_knows_is_logged(
     _edit(folder, use_next_year=True, next_config=None)
     adapters.check_served(folder)
     assert "adapter a: keys that are not known here have no effect: use_next_year" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"])
+def test_a_link_out_of_the_folder_is_refused(file: str, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """Its author would have the server read any file of its machine, and a template shows what it reads."""
+    folder = make(tiny_llama_dir, tmp_path / "support")
+    outside = tmp_path / "outside"
+    (folder / file).rename(outside) if (folder / file).exists() else outside.write_text("secret")
+    (folder / file).symlink_to("../outside")
+    with pytest.raises(ConfigError, match=rf"^adapter support: .*{file} is a link out of "):
+        adapters.check_served(folder)
+
+
+def test_links_of_volumes_and_of_the_hubs_cache_are_followed(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    made = make(tiny_llama_dir, tmp_path / "made")
+    volume, snapshot = tmp_path / "volume", tmp_path / "models--a--b" / "snapshots" / "0123"
+    for folder, store in ((volume, volume / "..2026"), (snapshot, tmp_path / "models--a--b" / "blobs")):
+        folder.mkdir(parents=True)
+        store.mkdir()
+        for file in made.iterdir():
+            (store / file.name).write_bytes(file.read_bytes())
+            (folder / file.name).symlink_to(store / file.name)
+        assert adapters.check_served(folder).rank == 4
+
+
+@pytest.mark.parametrize("replace", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_file_is_refused_and_not_waited_for(
+    replace: Callable[[Path], None], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    folder = make(tiny_llama_dir, tmp_path / "support")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / file).rename(tmp_path / file)
+        replace(folder / file)
+        with pytest.raises(ConfigError, match=rf"^adapter support: .*{file} is no file$"):
+            adapters.check_served(folder)
+        folder.joinpath(file).rmdir() if (folder / file).is_dir() else (folder / file).unlink()
+        (tmp_path / file).rename(folder / file)
+
+
+@pytest.mark.parametrize("changes", [{"r": 8}, {"rank_pattern": {"q_proj": 2}}])
+def test_weights_of_another_rank_than_stated_are_refused(
+    changes: dict[str, Any], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """peft does not load them, and the scaling would be that of another adapter."""
+    folder = make(tiny_llama_dir, tmp_path / "support")
+    _edit(folder, **changes)
+    rank = changes.get("r", 2)
+    with pytest.raises(ConfigError, match=rf"^adapter support: .*q_proj has rank 4, its .* {rank} \("):
+        adapters.check_served(folder)

@@ -66,7 +66,7 @@ def test_leading_space_survives_after_a_prompt() -> None:
     assert Detokenizer(decode, tail=[1]).push(2) == " world"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.text(max_size=40), cut=st.integers(0, 40))
 def test_any_text_survives_with_any_prompt_before_it(tokenizer: Any, text: str, cut: int) -> None:
     ids = tokenizer.encode(text)
@@ -96,7 +96,7 @@ def test_earliest_of_several_stop_strings_wins() -> None:
     assert StopScanner(["c", "ab"]).push("xabc") == ("x", True)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     text=st.text(alphabet="ab", max_size=30),
     stop=st.text(alphabet="ab", min_size=1, max_size=4),
@@ -138,14 +138,14 @@ def shown(tokenizer: Any, ids: list[int], **options: Any) -> str:
     return text + stream.finish()[0]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text(alphabet="the word is an日é🦜🇩\u200d\ufffd \n\x00", max_size=30))
 def test_any_text_survives_in_every_kind_of_tokenizer(kind: Any, text: str) -> None:
     ids = kind.encode(text, add_special_tokens=False)
     assert shown(kind, ids) == kind.decode(ids)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(texts=st.lists(st.text(alphabet="the日é🦜 ", max_size=5), max_size=5))
 def test_bytes_that_are_no_utf8_undo_no_character_before_them(kind: Any, texts: list[str]) -> None:
     """Byte fallback makes U+FFFD of all bytes in a row, once it has one among them that is no UTF-8."""
@@ -175,7 +175,7 @@ def test_many_special_tokens_are_not_kept(tokenizer: Any) -> None:
     assert max(lengths) < 20
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     pieces=st.lists(st.text(alphabet="ab", max_size=3), max_size=10),
     stop=st.text(alphabet="ab", min_size=1, max_size=4),

@@ -43,7 +43,7 @@ def sent(kind: Any, ids: list[int], stops: tuple[str, ...] = ()) -> list[tuple[s
     return [*chunks, ("", tokens.cut())] if met else chunks
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=TEXT)
 def test_the_bytes_of_all_tokens_are_the_text(kind: Any, text: str) -> None:
     ids = kind.encode(text, add_special_tokens=False)
@@ -54,7 +54,7 @@ def test_the_bytes_of_all_tokens_are_the_text(kind: Any, text: str) -> None:
     assert b"".join(each.data or b"" for each in tokens).decode() == whole == kind.decode(ids)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=TEXT)
 def test_a_token_begins_at_its_offset_over_the_whole_answer(kind: Any, text: str) -> None:
     chunks = sent(kind, kind.encode(text, add_special_tokens=False))
@@ -66,7 +66,7 @@ def test_a_token_begins_at_its_offset_over_the_whole_answer(kind: Any, text: str
         data += each.data or b""
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=TEXT, at=st.integers(0, 20), length=st.integers(1, 4))
 def test_only_tokens_with_a_part_in_what_was_sent_are_reported(
     kind: Any, text: str, at: int, length: int

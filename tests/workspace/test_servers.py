@@ -42,6 +42,15 @@ def test_mounted_adapters_are_served_at_their_strength(tmp_path: Path) -> None:
     }
 
 
+def test_a_half_written_mounted_adapter_is_there_to_be_refused_by_name(tmp_path: Path) -> None:
+    """It was left out without a word."""
+    folder = tmp_path / "mnt/adapter/half"
+    folder.mkdir(parents=True)
+    (folder / "adapter_model.safetensors").touch()
+    config = load_server("phi-4", environ={}, root=tmp_path).config
+    assert [adapter.name for adapter in config.adapters] == ["half"]
+
+
 def test_wrong_strength_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match="environment dolly: strength is '2', expected a number from 0 to 1"

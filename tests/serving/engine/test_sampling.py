@@ -61,7 +61,7 @@ def test_sampling_follows_the_distribution() -> None:
     assert (counts / 4000 - LOGITS.softmax(-1)).abs().max() < 0.03
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.floats(-20, 20), min_size=2, max_size=40),
     st.floats(0, 1),
@@ -78,7 +78,7 @@ def test_a_token_of_the_vocabulary_is_chosen_whatever_the_settings(
     assert 0 <= chosen < len(values)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.integers(0, 1000),
     st.sampled_from([0.0, 0.3, 0.9, 0.999, 1.0]),
@@ -124,7 +124,7 @@ def test_the_smallest_temperatures_take_the_likeliest_token(temperature: float, 
 SMALLEST = [5e-324, 1e-320, 1.4e-45, 1e-40, 1e-38, 1e-30, 1e-5, 0.01]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     values=st.lists(st.floats(-(2.0**127), 2.0**127, width=32), min_size=2, max_size=40),
     temperature=st.sampled_from([1e-5, 1e-4, 1.0, 100.0]),

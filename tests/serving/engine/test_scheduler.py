@@ -137,7 +137,7 @@ def test_a_conversation_in_the_cache_outlives_another_with_the_same_system_promp
     assert scheduler.admit((*talk, 1, 2), adapter=None).reused == len(talk)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_the_cache_holds_what_the_sequences_claim_under_random_traffic(data: st.DataObject) -> None:
     """Keeps a copy of the cache as lists, fills it by the plans, and compares before every use."""

@@ -126,7 +126,7 @@ def test_a_request_that_allows_nothing_is_refused_and_the_next_is_served(engine:
     assert run(engine, make_request())[0][1] == "length"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SMALL, SMALL, st.integers(1, 6))
 def test_ngrams_are_those_a_search_of_everything_finds(
     prompt: list[int], answer: list[int], size: int
@@ -140,7 +140,7 @@ def test_ngrams_are_those_a_search_of_everything_finds(
         ids.append(token)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SMALL, SMALL, st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), max_size=4))
 def test_bad_words_are_those_a_search_of_everything_finds(
     prompt: list[int], answer: list[int], words: list[list[int]]

@@ -120,7 +120,7 @@ def name_of(family: Family) -> str:
 def test_labelled_text_is_what_the_server_would_have_to_generate(name: str) -> None:
     family = FAMILIES[name]
 
-    @settings(max_examples=30, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=30, derandomize=True, database=None)
     @given(conversations(family))
     def holds(example: Example) -> None:
         if example.messages and len(example.untrained) < sum(

@@ -101,7 +101,7 @@ def places(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 @given(st.sampled_from([WHOLE_TUNING, WHOLE_SERVING]), st.data(), st.sampled_from(ODD))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_field_with_an_odd_value_is_refused_in_one_line_or_fits_the_schemas(
     tmp_path_factory: pytest.TempPathFactory, text: str, data: st.DataObject, odd: Any
 ) -> None:
