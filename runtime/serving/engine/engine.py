@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from runtime.errors import CapacityError, Failure, RequestError, is_out_of_memory
@@ -24,7 +23,8 @@ from runtime.serving.engine.out_of_memory import MemoryLimits, Reason, divide, i
 from runtime.serving.engine.parallel.group import Stop
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
 from runtime.serving.engine.request_queue import LAST_STEP_S, RequestHandle, RequestQueue
-from runtime.serving.engine.sampling import Sampler
+from runtime.serving.engine.sampler import Choice, Row, Sampler
+from runtime.serving.engine.sampling import StepSampler
 from runtime.serving.engine.scheduler import Scheduler, Sequence, StepPlan
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class BatchingEngine:
             adapters=lambda: self._runner.adapters.names,
         )
         self._running: dict[Sequence, RunningRequest] = {}
-        self._memory = MemoryLimits()
+        self._memory, self._step_sampler = MemoryLimits(), StepSampler()
         self._failures = self._unexplained = 0
         self._prompt_tokens = self._cached_tokens = self._drafted_tokens = self._accepted_tokens = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -287,40 +287,55 @@ class BatchingEngine:
         due += [(chunk.sequence, ()) for chunk in plan.chunks if chunk.completes]
         if not due:
             return
-        drawing = any(not self._running[sequence].sampler.is_greedy for sequence, _ in due)
-        outputs = iter(self._read(logits, drawing=drawing))
+        samplers = [self._running[sequence].sampler for sequence, _ in due]
+        rows = [
+            sampler.row(draft[:count])
+            for sampler, (_, draft) in zip(samplers, due, strict=True)
+            for count in range(1 + len(draft))
+        ]
+        outputs = iter(zip(rows, logits, self._read(logits, rows), strict=True))
         for sequence, draft in due:
             running = self._running[sequence]
             if len(sequence.ids) == sequence.prompt_tokens:
                 self._prompt_tokens += sequence.prompt_tokens
                 self._cached_tokens += sequence.reused
                 running.handle.note_cached(sequence.reused)
-            following = list(itertools.islice(outputs, 1 + len(draft)))
-            self._drafted_tokens += len(draft)
-            if draft and not all(output is None or output.finite for output in following):
-                self._retry_without_draft(sequence)
-                continue
-            self._advance(running, following[0])
-            accepted = 0
-            while sequence in self._running and accepted < len(draft) and sequence.ids[-1] == draft[accepted]:
-                # an accepted token was run with its draft, so it is in the cache
-                accepted, sequence.filled = accepted + 1, sequence.filled + 1
-                self._advance(running, following[accepted])
+            following = [RowOutput(*each) for each in itertools.islice(outputs, 1 + len(draft))]
             if draft:
-                sequence.lookup.record(drafted=len(draft), accepted=accepted, length=len(sequence.ids))
-                self._accepted_tokens += accepted
+                self._verify(running, draft, following)
+            else:
+                self._advance(running, following[0])
 
-    def _read(self, logits: Tensor, *, drawing: bool) -> list["RowOutput | None"]:
-        """Return what is chosen from, a row of logits (C, V) each; None where there is no memory for it."""
+    def _verify(self, running: RunningRequest, draft: tuple[int, ...], outputs: list["RowOutput"]) -> None:
+        """Give one sequence its next token, and one more for each draft token that was chosen before it."""
+        sequence, accepted = running.sequence, 0
+        self._drafted_tokens += len(draft)
+        if not all(output.choice is None or output.choice.finite for output in outputs):
+            self._retry_without_draft(sequence)
+            return
+        self._advance(running, outputs[0])
+        while sequence in self._running and accepted < len(draft) and sequence.ids[-1] == draft[accepted]:
+            # an accepted token was run with its draft, so it is in the cache
+            accepted, sequence.filled = accepted + 1, sequence.filled + 1
+            output = outputs[accepted]
+            if output.row.waits:
+                row, logits = running.sampler.row(), output.logits
+                output = RowOutput(row, logits, self._read(logits.unsqueeze(0), [row])[0])
+            self._advance(running, output)
+        sequence.lookup.record(drafted=len(draft), accepted=accepted, length=len(sequence.ids))
+        self._accepted_tokens += accepted
+
+    def _read(self, logits: Tensor, rows: list[Row]) -> list[Choice | None]:
+        """Return what is chosen for `rows` by their logits (C, V); None where there is no memory for it."""
         try:
-            return _outputs(logits, drawing=drawing)
+            return [*self._step_sampler.choose(logits, rows)]
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
         self._runner.free_memory()
-        if len(logits) == 1:
+        if len(rows) == 1:
             return [None]
-        return [output for row in torch.split(logits, 1) for output in self._read(row, drawing=drawing)]
+        return [choice for n, row in enumerate(rows) for choice in self._read(logits[n : n + 1], [row])]
 
     def _retry_without_draft(self, sequence: Sequence) -> None:
         """Undo a drafted step whose output has NaN or Inf: without a draft it shows where that comes from.
@@ -331,22 +346,17 @@ class BatchingEngine:
         sequence.filled -= 1
         self._runner.clear(sequence.slot, sequence.filled)
 
-    def _advance(self, running: RunningRequest, output: "RowOutput | None") -> None:
-        """Give one sequence its next token; without an output it ends."""
-        if output is None:
+    def _advance(self, running: RunningRequest, output: "RowOutput") -> None:
+        """Give one sequence its next token, or end it; what fails here ends that one alone."""
+        if output.choice is None:
             self._end_for_memory(running.sequence, "sampling", len(running.sequence.ids))
-        elif not output.finite:
+            return
+        if not output.choice.finite:
             self._end_invalid(running)
-        elif running.sampler.is_greedy:
-            self._give(running, running.sampler.accept(output.likeliest))
-        else:
-            self._sample(running, output.logits)
-
-    def _sample(self, running: RunningRequest, logits: Tensor) -> None:
-        """Choose one sequence's next token; what fails here ends that one alone. logits (V,)."""
+            return
         try:
-            token = running.sampler.choose(logits)
-        except Exception as error:  # on the host, from one sequence's constraint, penalties and draw
+            token = running.sampler.take(output.row, output.choice)
+        except Exception as error:  # on the host, from one sequence's constraint and bans
             if is_out_of_memory(error):
                 self._end_for_memory(running.sequence, "sampling", len(running.sequence.ids))
             else:
@@ -407,18 +417,10 @@ class BatchingEngine:
 
 @dataclass(frozen=True, slots=True)
 class RowOutput:
-    """What the next token of one sequence is chosen from."""
+    """One token to choose, and what came of it."""
 
-    finite: bool
-    """Whether all of the logits are."""
-    likeliest: int
+    row: Row
     logits: Tensor
-    """(V,), float32 on the CPU where they are drawn from."""
-
-
-def _outputs(logits: Tensor, *, drawing: bool) -> list[RowOutput | None]:
-    """Return the outputs of the rows of logits (C, V); `drawing` where some token is not the likeliest."""
-    highest, likeliest = logits.max(dim=-1)  # NaN or Inf anywhere in a token's logits shows here
-    host = logits.float().cpu() if drawing else logits
-    rows = zip(highest.isfinite().tolist(), likeliest.tolist(), host, strict=True)
-    return [RowOutput(*row) for row in rows]
+    """(V,), for a row that waits."""
+    choice: Choice | None
+    """None where there was no memory for it."""

@@ -1,183 +1,164 @@
-"""How the next token is chosen from one sequence's logits; pure but for the sequence's random generator.
+"""How the next tokens of a step are chosen: for all its rows at once, on the device of the logits.
 
-The order is that of transformers' generate: penalties and bias, bans, then temperature, then truncation. `V`
-is the vocabulary. Does not know models or batches: a choice depends on the past of its sequence alone, so it
-is the same alone and among others. Start at `Sampler.choose`.
+The order is that of transformers' generate: penalties and bias, bans, then temperature, then truncation.
+What is worked out on the host, constraints and bans by what came before (sampler.py), comes as a mask or as
+ids. One copy to the host a step has the tokens; a second one where a row needs more than truncation's
+shortlist. A row is the same alone and among others. `C` rows, `V` the vocabulary. Does not know models. Start
+at `StepSampler.choose`.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from runtime.errors import RequestError
-from runtime.serving.engine.protocol import Sampling, Token
-from runtime.serving.engine.token_bans import TokenBans
+from runtime.serving.engine.row_settings import Form, RowSettings, flat_indices, to_device
+from runtime.serving.engine.sampler import Choice, Row
+from runtime.serving.engine.truncation import SHORTLIST, UNDECIDED, draw, rank
 
-SHORTLIST = 256
-"""Truncation looks at this many of the likeliest tokens first: sorting a vocabulary takes milliseconds."""
+NOT_FINITE, NONE_LEFT = -1, -2
+"""Stand for a token where the logits are not finite, and where the request allows none."""
+FULL_RANKINGS = 32
+"""Tokens of an answer for which the whole vocabulary is ranked at once after its shortlist was too short."""
 SMALLEST_PENALTY = 1e-30
 """Repetition penalties below this would be 0 in float32, or make infinities of logits."""
 
 
-class Sampler:
-    """The sampling state of one request: its prompt, what was generated, and its random generator."""
+class StepSampler:
+    """Chooses the tokens of a step, and keeps its rows' settings for the next one with the same rows."""
 
-    def __init__(self, sampling: Sampling, prompt_ids: tuple[int, ...]) -> None:
-        self.sampling = sampling
-        self.generated: list[int] = []
-        self._prompt = torch.tensor(prompt_ids, dtype=torch.long)
-        self._mask = sampling.grammar.begin() if sampling.grammar is not None else None
-        self._bans = TokenBans(sampling, prompt_ids) if TokenBans.needed(sampling) else None
-        self._likeliest = self._bans is None and _takes_likeliest(sampling)
-        self._random = torch.Generator()
-        if sampling.seed is None:
-            self._random.seed()
-        else:
-            self._random.manual_seed(sampling.seed & (1 << 63) - 1)
+    def __init__(self) -> None:
+        self._settings: RowSettings | None = None
 
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the next token is the likeliest one, and nothing else is wanted."""
-        return self._likeliest and not self._is_early
+    @torch.inference_mode()
+    def choose(self, logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
+        """Return what is chosen for each of `rows` by its logits (C, V)."""
+        choices = _read(self.enqueue(logits, rows), rows)
+        again = [n for n, choice in enumerate(choices) if choice.token == UNDECIDED]
+        if again:
+            for n in again:
+                rows[n].sampler.full_rankings = FULL_RANKINGS
+            index = to_device(torch.tensor(again), logits.device)
+            found = self.choose(logits.index_select(0, index), [rows[n] for n in again])
+            for n, choice in zip(again, found, strict=True):
+                choices[n] = choice
+        return choices
 
-    @property
-    def _is_early(self) -> bool:
-        """Whether the answer may not end yet."""
-        sampling = self.sampling
-        return len(self.generated) < sampling.min_new_tokens and bool(sampling.stop_ids)
+    def enqueue(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
+        """Have the device of logits (C, V) choose, without waiting for it; what it returns `_read` reads.
 
-    def accept(self, token: int) -> Token:
-        """Append a token that was chosen elsewhere, the likeliest one of an `is_greedy` sequence."""
-        self.generated.append(token)
-        return Token(token)
-
-    def choose(self, logits: Tensor) -> Token:
-        """Return the next token for `logits` (V,) float32 on the CPU, and append it.
-
-        Raises RequestError when the request allows no token at all.
+        (C,) int64, a token or what stands for one; with log probabilities (C, columns) float64.
         """
-        sampling = self.sampling
-        scores = self._adjusted(logits)
-        best, likeliest = scores.max(dim=-1)
-        if best == -torch.inf:
-            raise RequestError("no token is left that this request allows: its bans exclude all of them")
-        if sampling.temperature == 0:
-            chosen = int(likeliest)
-        else:
-            # below the best one: divided by a small temperature, the scores themselves would overflow
-            chosen = self._draw((scores - best) / sampling.temperature)
-        self.generated.append(chosen)
-        if self._bans is not None:
-            self._bans.push(chosen)
-        if self._mask is not None:
-            self._mask.take(chosen)
-        if sampling.top_logprobs is None:
-            return Token(chosen)
-        return _with_logprobs(chosen, logits, sampling.top_logprobs)
-
-    def _draw(self, scores: Tensor) -> int:
-        """Draw a token of `scores` (V,) by its probability among those that are kept."""
-        short = shortlist(scores, self.sampling)
-        ids, kept = short if short is not None else (None, truncate(scores, self.sampling))
-        reached = kept.softmax(-1).cumsum(-1, dtype=torch.float64)
-        point = torch.rand(1, generator=self._random, dtype=torch.float64) * reached[-1]
-        # right: a token of probability 0 reaches no further than the one before, and is never drawn
-        index = min(int(torch.searchsorted(reached, point, right=True)), len(kept) - 1)
-        return index if ids is None else int(ids[index])
-
-    def _adjusted(self, logits: Tensor) -> Tensor:
-        """Return a copy of `logits` (V,) with penalties, bias and bans; the same tensor without any."""
-        sampling = self.sampling
-        past = torch.tensor(self.generated, dtype=torch.long)
-        scores = logits
-        if sampling.repetition_penalty != 1.0:
-            scores = penalise_repetition(scores, torch.cat((self._prompt, past)), sampling.repetition_penalty)
-        if (sampling.presence_penalty or sampling.frequency_penalty) and self.generated:
-            seen, counts = torch.unique(past, return_counts=True)
-            penalty = sampling.presence_penalty + sampling.frequency_penalty * counts
-            scores = scores.index_add(0, seen, -penalty.to(scores.dtype))
-        if sampling.logit_bias:
-            ids = torch.tensor(list(sampling.logit_bias), dtype=torch.long)
-            scores = scores.index_add(
-                0, ids, torch.tensor(list(sampling.logit_bias.values()), dtype=scores.dtype)
-            )
-        if self._bans is not None:
-            scores = self._bans.apply(scores)
-        if self._is_early:
-            scores = scores.index_fill(0, torch.tensor(sorted(sampling.stop_ids)), -torch.inf)
-        return scores if self._mask is None else forbid(scores, self._mask.allowed())
+        highest, likeliest = logits.max(dim=-1)  # NaN or Inf anywhere in a row shows here
+        if all(row.is_plain for row in rows):
+            return torch.where(highest.isfinite(), likeliest, NOT_FINITE)
+        settings = self._settings
+        if settings is None or not settings.are_of(rows):
+            settings = self._settings = RowSettings(rows, logits.shape[1], logits.device)
+        logits = logits.float()
+        scores = _adjusted(logits, rows, settings)
+        best, chosen = (highest.float(), likeliest) if scores is logits else scores.max(dim=-1)
+        left = best > -torch.inf
+        for form in settings.forms:
+            chosen = _put(chosen, form.index, _draw(scores, best, form, rows))
+        chosen = torch.where(left, chosen, NONE_LEFT)
+        chosen = torch.where(highest.isfinite(), chosen, NOT_FINITE)
+        if settings.alternatives is None:
+            return chosen
+        return _with_logprobs(chosen, logits, settings.alternatives)
 
 
-def _takes_likeliest(sampling: Sampling) -> bool:
-    """Return whether `sampling` always takes the likeliest token and reports nothing else."""
-    changed = (
-        sampling.repetition_penalty != 1
-        or sampling.presence_penalty
-        or sampling.frequency_penalty
-        or sampling.logit_bias
-        or sampling.grammar is not None
-    )
-    return sampling.temperature == 0 and sampling.top_logprobs is None and not changed
+def _read(packed: Tensor, rows: Sequence[Row]) -> list[Choice]:
+    """Return what `StepSampler.enqueue` chose: the one copy to the host."""
+    values = packed.cpu().tolist()
+    if packed.dim() == 1:
+        return [_choice(code) for code in values]
+    choices = []
+    for (code, logprob, *rest), row in zip(values, rows, strict=True):
+        wanted, most = row.sampler.sampling.top_logprobs, len(rest) // 2
+        if wanted is None:
+            choices.append(_choice(int(code)))
+            continue
+        ids, logprobs = map(int, rest[: min(wanted, most)]), rest[most:]
+        choices.append(_choice(int(code), logprob, tuple(zip(ids, logprobs, strict=False))))
+    return choices
 
 
-def forbid(scores: Tensor, allowed: bytes) -> Tensor:
-    """Return `scores` (V,) with minus infinity where `allowed`, one byte per token id, is 0 or has ended."""
-    keep = torch.zeros(scores.shape[0], dtype=torch.bool)
-    known = torch.frombuffer(bytearray(allowed), dtype=torch.uint8)[: scores.shape[0]]
-    keep[: known.shape[0]] = known != 0
-    return scores.masked_fill(~keep, -torch.inf)
+def _choice(code: int, logprob: float | None = None, top: tuple[tuple[int, float], ...] = ()) -> Choice:
+    chosen = None if code in (NOT_FINITE, NONE_LEFT) else code
+    return Choice(chosen, finite=code != NOT_FINITE, logprob=logprob, top=top)
 
 
-def penalise_repetition(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Return `scores` (V,) with the ids in `seen` made less likely (CTRL, arXiv:1909.05858, section 4.1)."""
-    ids = torch.unique(seen)
-    values, penalty = scores[ids], max(penalty, SMALLEST_PENALTY)
-    penalised = torch.where(values < 0, values * penalty, values / penalty)
-    most = torch.finfo(scores.dtype).max
-    return scores.index_copy(0, ids, torch.where(values.isinf(), values, penalised.clamp(-most, most)))
-
-
-def truncate(scores: Tensor, sampling: Sampling) -> Tensor:
-    """Return `scores` (V,) with minus infinity where top_k, top_p or min_p drop; the likeliest stays."""
-    if 0 < sampling.top_k < scores.shape[0]:
-        lowest = scores.topk(sampling.top_k).values[-1]
-        scores = scores.masked_fill(scores < lowest, -torch.inf)
-    if sampling.top_p < 1.0:
-        ordered, order = scores.sort(descending=True)
-        shares = ordered.softmax(-1)
-        outside = shares.cumsum(-1) - shares >= sampling.top_p  # the mass before a token is already enough
-        outside[0] = False
-        scores = scores.index_fill(0, order[outside], -torch.inf)
-    if sampling.min_p > 0.0:
-        shares = scores.softmax(-1)
-        scores = scores.masked_fill(shares < sampling.min_p * shares.max(), -torch.inf)
+def _adjusted(scores: Tensor, rows: Sequence[Row], settings: RowSettings) -> Tensor:
+    """Return `scores` (C, V) with penalties, bias and bans; they are not changed themselves."""
+    device, vocabulary = scores.device, scores.shape[1]
+    if settings.penalties is not None:
+        scores = penalise(scores, *settings.penalties.entries(rows))
+    if settings.bias is not None:
+        scores = scores.flatten().index_add(0, *settings.bias).view_as(scores)
+    equal = [n for n, row in enumerate(rows) if row.bans.equal]
+    if equal:
+        scores = scores.index_fill(0, to_device(torch.tensor(equal), device), 0.0)
+    banned = [(n, ids) for n, row in enumerate(rows) for ids in row.bans.banned]
+    flat = flat_indices(banned, vocabulary, device)
+    if flat is not None:
+        scores = scores.flatten().index_fill(0, flat, -torch.inf).view_as(scores)
+    masked = [n for n, row in enumerate(rows) if row.mask is not None or row.bans.only]
+    if masked:
+        index = to_device(torch.tensor(masked), device)
+        keep = to_device(torch.stack([_allowed(rows[n], vocabulary) for n in masked]), device)
+        part = scores.index_select(0, index).masked_fill(~keep, -torch.inf)
+        scores = scores.index_copy(0, index, part)
     return scores
 
 
-def shortlist(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor] | None:
-    """Return ids and scores (C,) that `truncate` keeps, likeliest first; None if SHORTLIST may be too few."""
-    values, ids = scores.topk(min(SHORTLIST, scores.shape[0]))
-    complete = len(values) == len(scores)
-    total = scores.logsumexp(-1)
-    if 0 < sampling.top_k < scores.shape[0]:
-        if not complete and (sampling.top_k > len(values) or values[sampling.top_k - 1] == values[-1]):
-            return None
-        values = values[values >= values[sampling.top_k - 1]]
-        complete, total = True, values.logsumexp(-1)
-    if sampling.top_p < 1.0:
-        shares = (values - total).exp()
-        inside = shares.cumsum(-1) - shares < sampling.top_p
-        inside[0] = True
-        complete = complete or not bool(inside[-1])
-        values = values[inside]
-    if sampling.min_p > 0.0:
-        inside = (values - values[0]).exp() >= sampling.min_p
-        complete = complete or not bool(inside[-1])
-        values = values[inside]
-    return (ids[: len(values)], values) if complete else None
+def _allowed(row: Row, vocabulary: int) -> Tensor:
+    """Return which tokens (V,) a row's constraint and its bans by `only` leave."""
+    keep = torch.ones(vocabulary, dtype=torch.bool)
+    if row.mask is not None:
+        known = torch.frombuffer(bytearray(row.mask), dtype=torch.uint8)[:vocabulary]
+        keep.zero_()[: known.shape[0]] = known != 0
+    for ids in row.bans.only:
+        keep &= torch.zeros_like(keep).index_fill_(0, ids[(ids >= 0) & (ids < vocabulary)], value=True)
+    return keep
 
 
-def _with_logprobs(chosen: int, logits: Tensor, alternatives: int) -> Token:
-    logprobs = logits.log_softmax(-1)
-    best = logprobs.topk(min(alternatives, logprobs.shape[0]))
-    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return Token(chosen, logprob=float(logprobs[chosen]), top=top)
+def penalise(scores: Tensor, flat: Tensor, counts: Tensor, factors: Tensor) -> Tensor:
+    """Return `scores` (C, V) with tokens made less likely that came before: see `Penalties.entries`.
+
+    Repetition as in CTRL (arXiv:1909.05858, section 4.1), of prompt and answer; presence and frequency as at
+    OpenAI, of the answer.
+    """
+    flattened = scores.flatten()
+    values = flattened.index_select(0, flat)
+    repetition, presence, frequency = factors
+    repetition, most = repetition.clamp(min=SMALLEST_PENALTY), torch.finfo(values.dtype).max
+    penalised = torch.where(values < 0, values * repetition, values / repetition).clamp_(-most, most)
+    penalised = torch.where(values.isinf(), values, penalised)
+    penalised = penalised - (presence * (counts > 0) + frequency * counts)
+    return flattened.index_copy(0, flat, penalised).view_as(scores)
+
+
+def _draw(scores: Tensor, best: Tensor, form: Form, rows: Sequence[Row]) -> Tensor:
+    """Return the tokens (n,) drawn for the rows of `form`; scores (C, V), the highest are `best` (C,)."""
+    below = _part(scores, form.index) - _part(best, form.index).unsqueeze(1)
+    # below the best one: divided by a small temperature, the scores themselves would overflow
+    scaled = below.div_(form.temperature)
+    return draw(scaled, form.cut, form.uniform(rows, scores.device), most=form.most)
+
+
+def _with_logprobs(chosen: Tensor, logits: Tensor, alternatives: int) -> Tensor:
+    """Return (C, 2 + 2 alternatives) float64: tokens, their log probabilities, likeliest ids, theirs."""
+    logprobs = logits.log_softmax(dim=-1)
+    own = logprobs.gather(1, chosen.clamp(min=0).unsqueeze(1))
+    values, ids = rank(logprobs, SHORTLIST)  # more than are reported: of equals those with the lowest ids
+    columns = (chosen.unsqueeze(1), own, ids[:, :alternatives], values[:, :alternatives])
+    return torch.cat([column.double() for column in columns], 1)
+
+
+def _part(tensor: Tensor, index: Tensor | None) -> Tensor:
+    return tensor if index is None else tensor.index_select(0, index)
+
+
+def _put(tensor: Tensor, index: Tensor | None, part: Tensor) -> Tensor:
+    return part if index is None else tensor.index_copy(0, index, part)

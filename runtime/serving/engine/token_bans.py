@@ -1,11 +1,13 @@
 """Tokens that a request forbids: some always, some by what came before them.
 
 The meanings are those of transformers' generate. Costs nothing for requests that forbid nothing, and per
-token a few passes over the ids of the sequence for those that forbid repeated n-grams. Does not know logits
-of a model or batches. Start at `TokenBans.apply`.
+token a few passes over the ids of the sequence for those that forbid repeated n-grams. Works on the host:
+does not know logits or batches. Start at `TokenBans.next`.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -72,6 +74,18 @@ class BadWords:
         return [last for before, last in self._by_end.get(recent[-1], ()) if recent[-len(before) :] == before]
 
 
+@dataclass(frozen=True, slots=True)
+class Bans:
+    """What may not be one next token; ids that the model does not have may be among them."""
+
+    banned: tuple[Tensor, ...] = ()
+    """Ids, some more than once."""
+    only: tuple[Tensor, ...] = ()
+    """What is outside any of these is banned too."""
+    equal: bool = False
+    """Whether what is left is equally likely, whatever the logits say."""
+
+
 class TokenBans:
     """What one request forbids, and the tokens it has so far."""
 
@@ -106,24 +120,27 @@ class TokenBans:
         if self._ngrams is not None:
             self._ngrams.push(token)
 
-    def apply(self, scores: Tensor) -> Tensor:
-        """Return `scores` (V,) with minus infinity for every token that may not come next."""
-        if len(self._at_last) and self._generated == self._most - 1:
-            scores = _only(torch.zeros_like(scores), self._at_last)
-        if self._allowed is not None:
-            scores = _only(scores, self._allowed)
+    def after(self, tokens: Iterable[int]) -> "TokenBans":
+        """Return what would be forbidden after `tokens`; nothing is appended here."""
+        later = copy.copy(self)
+        later._words, later._ngrams = copy.copy(self._words), copy.copy(self._ngrams)
+        for token in tokens:
+            later.push(token)
+        return later
+
+    def next(self) -> Bans:
+        """Return what may not come next."""
         banned = [self._always, _ids(self._words.completing())]
         if self._ngrams is not None:
             banned.append(self._ngrams.completing())
         if self._generated == 0:
             banned.append(self._at_first)
-        return scores.index_fill(0, torch.cat(banned), -torch.inf)
+        ends = len(self._at_last) > 0 and self._generated == self._most - 1
+        only = [self._at_last] if ends else []
+        if self._allowed is not None:
+            only.append(self._allowed)
+        return Bans(tuple(ids for ids in banned if len(ids)), tuple(only), equal=ends)
 
 
 def _ids(ids: Sequence[int]) -> Tensor:
     return torch.tensor(ids, dtype=torch.long)
-
-
-def _only(scores: Tensor, ids: Tensor) -> Tensor:
-    """Return `scores` (V,) with minus infinity for all tokens but `ids`."""
-    return torch.full_like(scores, -torch.inf).index_copy(0, ids, scores[ids])

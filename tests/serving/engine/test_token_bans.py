@@ -13,7 +13,8 @@ from runtime.errors import RequestError
 from runtime.serving.engine.backends.simple import SimpleEngine
 from runtime.serving.engine.engine import BatchingEngine, EngineLimits
 from runtime.serving.engine.protocol import Engine, Sampling
-from runtime.serving.engine.sampling import Sampler
+from runtime.serving.engine.sampler import Choice, Sampler
+from runtime.serving.engine.sampling import StepSampler
 from runtime.serving.engine.token_bans import BadWords, RepeatedNgrams
 from tests.families import model_of
 from tests.serving.engine.calls import generate, load, make_request, run
@@ -154,10 +155,15 @@ def test_bad_words_are_those_a_search_of_everything_finds(
 
 
 def test_a_bad_word_does_not_forbid_to_end_the_answer() -> None:
-    ending = Sampling(4, bad_words_ids=[[0], [1]], stop_ids=frozenset({0}))
-    assert Sampler(ending, (4,)).choose(LOGITS).id == 0
+    ending = Sampler(Sampling(4, bad_words_ids=[[0], [1]], stop_ids=frozenset({0})), (4,))
+    (choice,) = StepSampler().choose(LOGITS.unsqueeze(0), [ending.row()])
+    assert choice.token == 0
 
 
-def test_requests_without_bans_are_chosen_for_without_their_logits() -> None:
-    assert Sampler(Sampling(4), (1,)).is_greedy
-    assert not Sampler(Sampling(4, no_repeat_ngram_size=2), (1,)).is_greedy
+def test_requests_without_bans_are_chosen_for_by_the_likeliest_token_alone() -> None:
+    assert Sampler(Sampling(4), (1,)).row().is_plain
+    assert not Sampler(Sampling(4, no_repeat_ngram_size=2), (1,)).row().is_plain
+    early = Sampler(Sampling(4, min_new_tokens=1, stop_ids=frozenset({3})), (1,))
+    assert not early.row().is_plain
+    early.take(early.row(), Choice(5))
+    assert early.row().is_plain

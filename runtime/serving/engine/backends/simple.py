@@ -19,7 +19,8 @@ from runtime.serving.engine import failures
 from runtime.serving.engine.out_of_memory import FLOOR_TOKENS, MemoryLimits, Reason, free_memory
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
 from runtime.serving.engine.request_queue import LAST_STEP_S, RequestHandle, RequestQueue
-from runtime.serving.engine.sampling import Sampler
+from runtime.serving.engine.sampler import Sampler
+from runtime.serving.engine.sampling import StepSampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -198,14 +199,18 @@ class SimpleEngine:
     def _generate(self, handle: RequestHandle) -> FinishReason:
         """Post the answer's tokens and return why it ended."""
         sampling = handle.request.sampling
-        sampler = Sampler(sampling, handle.request.prompt_ids)
+        sampler, step = Sampler(sampling, handle.request.prompt_ids), StepSampler()
         self._prompt_tokens += len(handle.request.prompt_ids)
         room = self.context_tokens - len(handle.request.prompt_ids)
         for logits in self._logits(handle, sampler.generated):
             if handle.cancelled:
                 break
-            token = sampler.choose(logits)
+            row = sampler.row()
+            (choice,) = step.choose(logits, [row])
             self._queue.note_progress()
+            if not choice.finite:
+                raise failures.invalid_output()
+            token = sampler.take(row, choice)
             if token.id in sampling.stop_ids:
                 return "stop"
             handle.post(token)
@@ -214,7 +219,7 @@ class SimpleEngine:
         return "cancelled"
 
     def _logits(self, handle: RequestHandle, generated: list[int]) -> Iterator[torch.Tensor]:
-        """Yield the logits (V,) after the prompt, then after each token that was appended to `generated`."""
+        """Yield the logits (1, V) after the prompt, then after each token appended to `generated`."""
         cache: Any = None
         fed = 0
         while True:
@@ -235,7 +240,7 @@ class SimpleEngine:
                 if handle.cancelled:
                     break
             self._used_tokens = fed
-            yield output.logits[0, -1].float().cpu()
+            yield output.logits[0, -1:]
 
     def _attempt(self, adapter: str | None, ids: tuple[int, ...], cache: Any) -> Any:
         """One pass over `ids` (T,) behind `cache`; None where it ran out of memory and can be shorter."""
