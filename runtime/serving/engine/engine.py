@@ -293,14 +293,17 @@ class BatchingEngine:
             for sampler, (_, draft) in zip(samplers, due, strict=True)
             for count in range(1 + len(draft))
         ]
-        outputs = iter(zip(rows, logits, self._read(logits, rows), strict=True))
+        outputs = (
+            RowOutput(row, choice, logits[n] if row.waits else None)
+            for n, (row, choice) in enumerate(zip(rows, self._read(logits, rows), strict=True))
+        )
         for sequence, draft in due:
             running = self._running[sequence]
             if len(sequence.ids) == sequence.prompt_tokens:
                 self._prompt_tokens += sequence.prompt_tokens
                 self._cached_tokens += sequence.reused
                 running.handle.note_cached(sequence.reused)
-            following = [RowOutput(*each) for each in itertools.islice(outputs, 1 + len(draft))]
+            following = list(itertools.islice(outputs, 1 + len(draft)))
             if draft:
                 self._verify(running, draft, following)
             else:
@@ -318,9 +321,10 @@ class BatchingEngine:
             # an accepted token was run with its draft, so it is in the cache
             accepted, sequence.filled = accepted + 1, sequence.filled + 1
             output = outputs[accepted]
-            if output.row.waits:
-                row, logits = running.sampler.row(), output.logits
-                output = RowOutput(row, logits, self._read(logits.unsqueeze(0), [row])[0])
+            if output.logits is not None:
+                row = running.sampler.row()
+                (choice,) = self._read(output.logits.unsqueeze(0), [row])
+                output = RowOutput(row, choice)
             self._advance(running, output)
         sequence.lookup.record(drafted=len(draft), accepted=accepted, length=len(sequence.ids))
         self._accepted_tokens += accepted
@@ -420,7 +424,7 @@ class RowOutput:
     """One token to choose, and what came of it."""
 
     row: Row
-    logits: Tensor
-    """(V,), for a row that waits."""
     choice: Choice | None
     """None where there was no memory for it."""
+    logits: Tensor | None = None
+    """(V,), of a row that waits."""

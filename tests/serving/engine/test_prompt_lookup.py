@@ -19,7 +19,7 @@ from runtime.serving.engine.prompt_lookup import (
     NGRAM_SIZES,
     PromptLookup,
 )
-from runtime.serving.engine.protocol import Request, Token
+from runtime.serving.engine.protocol import Constraint, Grammar, Request, Token
 from tests.families import SERVED, model_of
 from tests.serving.engine.calls import PROMPT, Oracle, generate, load, make_request, run
 from tests.serving.engine.models import some_prompts
@@ -188,6 +188,39 @@ def test_penalties_and_logprobs_count_accepted_tokens(
     for one, other in zip(found, expected, strict=True):
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
         assert [pair[0] for pair in one.top] == [pair[0] for pair in other.top]
+    assert accepted > 20
+
+
+class OneAfterAnother:
+    """A constraint on ids below 400 that is asked once before each token, as the process of one has to be."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def allowed(self) -> bytes:
+        assert not self.asked
+        self.asked = True
+        return bytes([1]) * 400
+
+    def take(self, token: int) -> None:
+        assert self.asked, "no mask was asked for before this token"
+        assert token < 400
+        self.asked = False
+
+
+def test_a_constraint_is_asked_once_before_each_token_of_a_draft(
+    tiny_llama_dir: Path, oracle: Oracle
+) -> None:
+    request = make_request(max_new_tokens=40, allowed_token_ids=range(400))
+    limits = EngineLimits(max_sequences=1, context_tokens=100, max_waiting=8, draft_tokens=8)
+    engine = BatchingEngine(load(tiny_llama_dir), limits)
+    (expected,) = run(engine, request)
+    oracle.known = [(*PROMPT, *expected[0])]
+    accepted = engine.stats().accepted_tokens
+    grammar = Grammar(Constraint("regex", "", ""), OneAfterAnother)
+    assert run(engine, make_request(max_new_tokens=40, grammar=grammar)) == [expected]
+    accepted = engine.stats().accepted_tokens - accepted
+    engine.close()
     assert accepted > 20
 
 
