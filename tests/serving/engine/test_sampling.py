@@ -70,7 +70,7 @@ def test_each_row_reports_as_many_alternatives_as_it_asks_for() -> None:
     assert tokens[1].logprob == tokens[3].top[0][1] == float(LOGITS.log_softmax(-1)[0])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.floats(-20, 20), min_size=2, max_size=40),
     st.floats(0, 1),
@@ -101,7 +101,7 @@ def test_the_smallest_temperatures_take_the_likeliest_token(temperature: float, 
 SMALLEST = [5e-324, 1e-320, 1.4e-45, 1e-40, 1e-38, 1e-30, 1e-5, 0.01]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     values=st.lists(st.floats(-(2.0**127), 2.0**127, width=32), min_size=2, max_size=40),
     temperature=st.sampled_from([1e-5, 1e-4, 1.0, 100.0]),

@@ -33,7 +33,7 @@ def drawn(scores: Tensor, sampling: Sampling, *, most: int, count: int = 2000) -
     return draw(rows, cut_of(sampling, count), evenly(count), most=most)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(0, 1000),
     st.sampled_from([0.0, 0.3, 0.9, 0.999, 1.0]),
