@@ -24,7 +24,7 @@ from runtime.serving.engine.parallel.group import Stop
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
 from runtime.serving.engine.request_queue import LAST_STEP_S, RequestHandle, RequestQueue
 from runtime.serving.engine.sampler import Choice, Row, Sampler
-from runtime.serving.engine.sampling import StepSampler
+from runtime.serving.engine.sampling import TokenChooser
 from runtime.serving.engine.scheduler import Scheduler, Sequence, StepPlan
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class BatchingEngine:
             adapters=lambda: self._runner.adapters.names,
         )
         self._running: dict[Sequence, RunningRequest] = {}
-        self._memory, self._step_sampler = MemoryLimits(), StepSampler()
+        self._memory, self._chooser = MemoryLimits(), TokenChooser()
         self._failures = self._unexplained = 0
         self._prompt_tokens = self._cached_tokens = self._drafted_tokens = self._accepted_tokens = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -332,7 +332,7 @@ class BatchingEngine:
     def _read(self, logits: Tensor, rows: list[Row]) -> list[Choice | None]:
         """Return what is chosen for `rows` by their logits (C, V); None where there is no memory for it."""
         try:
-            return [*self._step_sampler.choose(logits, rows)]
+            return [*self._chooser.choose(logits, rows)]
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -19,7 +19,7 @@ from runtime.serving.engine.truncation import SHORTLIST, Cut
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class DrawSettings:
     """The rows of a step that are drawn in one way."""
 
     members: tuple[int, ...]
@@ -50,7 +50,7 @@ class RowSettings:
         self.bias = _bias(samplers, vocabulary, device)
         """Flat indices into (C, V) and what is added there; None where no row has any."""
         self.penalties = Penalties(rows, vocabulary, device) if Penalties.are_needed(rows) else None
-        self.forms = _forms(samplers, vocabulary, device)
+        self.draws = _draws(samplers, vocabulary, device)
         reporting = [n for n, each in enumerate(samplers) if each.sampling.top_logprobs is not None]
         self.alternatives = max((samplers[n].sampling.top_logprobs or 0 for n in reporting), default=None)
         """Most alternatives that a row reports; None where no row reports log probabilities."""
@@ -98,14 +98,14 @@ def _bias(samplers: list[Sampler], vocabulary: int, device: torch.device) -> tup
     return to_device(torch.tensor(flat), device), to_device(torch.tensor(values, dtype=torch.float32), device)
 
 
-def _forms(samplers: list[Sampler], vocabulary: int, device: torch.device) -> tuple[Form, ...]:
+def _draws(samplers: list[Sampler], vocabulary: int, device: torch.device) -> tuple[DrawSettings, ...]:
     """Return the rows that draw: those that keep every token, and by how many tokens are ranked."""
     by_most: dict[int, list[int]] = {}
     for row, sampler in enumerate(samplers):
         if sampler.sampling.temperature > 0:
             by_most.setdefault(_most(sampler, vocabulary), []).append(row)
     return tuple(
-        _form(samplers, members, most=most, vocabulary=vocabulary, device=device)
+        _draw_settings(samplers, members, most=most, vocabulary=vocabulary, device=device)
         for most, members in by_most.items()
     )
 
@@ -121,14 +121,14 @@ def _most(sampler: Sampler, vocabulary: int) -> int:
     return min(SHORTLIST, vocabulary)
 
 
-def _form(
+def _draw_settings(
     samplers: list[Sampler], members: list[int], *, most: int, vocabulary: int, device: torch.device
-) -> Form:
+) -> DrawSettings:
     rows = [samplers[member].sampling for member in members]
     top_k = [row.top_k if 0 < row.top_k < vocabulary else 0 for row in rows]
     top_p = [row.top_p if row.top_p < 1 else torch.inf for row in rows]
     min_p = [row.min_p for row in rows]
-    return Form(
+    return DrawSettings(
         tuple(members),
         _index(members, len(samplers), device),
         _column([row.temperature for row in rows], torch.float32, device),

@@ -4,7 +4,7 @@ The order is that of transformers' generate: penalties and bias, bans, then temp
 What is worked out on the host, constraints and bans by what came before (sampler.py), comes as a mask or as
 ids. One copy to the host a step has the tokens; a second one where a row needs more than truncation's
 shortlist. A row is the same alone and among others. `C` rows, `V` the vocabulary. Does not know models. Start
-at `StepSampler.choose`.
+at `TokenChooser.choose`.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from runtime.serving.engine.row_settings import Form, RowSettings, flat_indices, to_device
+from runtime.serving.engine.row_settings import DrawSettings, RowSettings, flat_indices, to_device
 from runtime.serving.engine.sampler import Choice, Row
 from runtime.serving.engine.truncation import SHORTLIST, UNDECIDED, draw, rank
 
@@ -24,7 +24,7 @@ SMALLEST_PENALTY = 1e-30
 """Repetition penalties below this would be 0 in float32, or make infinities of logits."""
 
 
-class StepSampler:
+class TokenChooser:
     """Chooses the tokens of a step, and keeps its rows' settings for the next one with the same rows."""
 
     def __init__(self) -> None:
@@ -59,8 +59,8 @@ class StepSampler:
         scores = _adjusted(logits, rows, settings)
         best, chosen = (highest.float(), likeliest) if scores is logits else scores.max(dim=-1)
         left = best > -torch.inf
-        for form in settings.forms:
-            chosen = _put(chosen, form.index, _draw(scores, best, form, rows))
+        for how in settings.draws:
+            chosen = _put(chosen, how.index, _draw(scores, best, how, rows))
         chosen = torch.where(left, chosen, NONE_LEFT)
         chosen = torch.where(highest.isfinite(), chosen, NOT_FINITE)
         if settings.alternatives is None:
@@ -69,7 +69,7 @@ class StepSampler:
 
 
 def _read(packed: Tensor, rows: Sequence[Row]) -> list[Choice]:
-    """Return what `StepSampler.enqueue` chose: the one copy to the host."""
+    """Return what `TokenChooser.enqueue` chose: the one copy to the host."""
     values = packed.cpu().tolist()
     if packed.dim() == 1:
         return [_choice(code) for code in values]
@@ -139,12 +139,12 @@ def penalise(scores: Tensor, flat: Tensor, counts: Tensor, factors: Tensor) -> T
     return flattened.index_copy(0, flat, penalised).view_as(scores)
 
 
-def _draw(scores: Tensor, best: Tensor, form: Form, rows: Sequence[Row]) -> Tensor:
-    """Return the tokens (n,) drawn for the rows of `form`; scores (C, V), the highest are `best` (C,)."""
-    below = _part(scores, form.index) - _part(best, form.index).unsqueeze(1)
+def _draw(scores: Tensor, best: Tensor, how: DrawSettings, rows: Sequence[Row]) -> Tensor:
+    """Return the tokens (n,) drawn for the rows of `how`; scores (C, V), the highest are `best` (C,)."""
+    below = _part(scores, how.index) - _part(best, how.index).unsqueeze(1)
     # below the best one: divided by a small temperature, the scores themselves would overflow
-    scaled = below.div_(form.temperature)
-    return draw(scaled, form.cut, form.uniform(rows, scores.device), most=form.most)
+    scaled = below.div_(how.temperature)
+    return draw(scaled, how.cut, how.uniform(rows, scores.device), most=how.most)
 
 
 def _with_logprobs(chosen: Tensor, logits: Tensor, alternatives: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from runtime.serving.engine.penalties import ROOM
 from runtime.serving.engine.protocol import Constraint, Grammar, Sampling, Token
 from runtime.serving.engine.sampler import Choice, Sampler
-from runtime.serving.engine.sampling import StepSampler, _adjusted
+from runtime.serving.engine.sampling import TokenChooser, _adjusted
 from tests.serving.engine.plain_sampling import adjust, distribution
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, 0.0])
@@ -24,10 +24,10 @@ def choose(sampler: Sampler, logits: Tensor = LOGITS) -> Token:
     return step([sampler], logits.unsqueeze(0))[0]
 
 
-def step(samplers: list[Sampler], logits: Tensor, by: StepSampler | None = None) -> list[Token]:
+def step(samplers: list[Sampler], logits: Tensor, by: TokenChooser | None = None) -> list[Token]:
     """Return the next tokens of several rows, chosen in one step; logits (C, V)."""
     rows = [sampler.row() for sampler in samplers]
-    choices = (by or StepSampler()).choose(logits, rows)
+    choices = (by or TokenChooser()).choose(logits, rows)
     return [sampler.take(*each) for sampler, *each in zip(samplers, rows, choices, strict=True)]
 
 
@@ -37,7 +37,7 @@ def test_repetition_divides_positive_and_multiplies_negative_logits() -> None:
 
 
 def adjusted(sampler: Sampler, logits: Tensor) -> Tensor:
-    by, rows = StepSampler(), [sampler.row()]
+    by, rows = TokenChooser(), [sampler.row()]
     by.choose(logits.unsqueeze(0), rows)
     assert by._settings is not None
     return _adjusted(logits.unsqueeze(0), rows, by._settings)[0]
@@ -45,7 +45,7 @@ def adjusted(sampler: Sampler, logits: Tensor) -> Tensor:
 
 def test_presence_and_frequency_count_generated_tokens_not_the_prompt() -> None:
     sampler = Sampler(Sampling(9, presence_penalty=0.6, frequency_penalty=0.5), (0, 0, 0))
-    by = StepSampler()
+    by = TokenChooser()
     assert [step([sampler], LOGITS.unsqueeze(0), by)[0].id for _ in range(3)] == [0, 1, 0]
 
 
@@ -138,7 +138,7 @@ def test_no_setting_makes_a_probability_that_is_no_number(
 
 def test_a_banned_token_is_never_drawn() -> None:
     sampler = Sampler(Sampling(999, temperature=100.0, seed=1, suppress_tokens=[0, 2, 4]), (0,))
-    by = StepSampler()
+    by = TokenChooser()
     assert {step([sampler], LOGITS.unsqueeze(0), by)[0].id for _ in range(400)} == {1, 3}
 
 
@@ -150,7 +150,7 @@ def test_answers_follow_the_exact_distribution_with_penalties_and_bias() -> None
     )
     logits = torch.randn(3, 6) * 1.2
     samplers = [Sampler(dataclasses.replace(sampling, seed=seed), (1, 4)) for seed in range(1500)]
-    by = StepSampler()
+    by = TokenChooser()
     for row in logits:
         step(samplers, row.expand(len(samplers), -1).contiguous(), by)
     expected, got = torch.zeros(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
@@ -205,10 +205,10 @@ def test_a_row_is_chosen_alone_as_among_31_others() -> None:
         ]
         return [Sampler(each, tuple(range(n, n + 5))) for n, each in enumerate(made)]
 
-    by, among = StepSampler(), samplers()
+    by, among = TokenChooser(), samplers()
     together = [step(among, each, by) for each in logits]
     for n, sampler in enumerate(samplers()):
-        alone = StepSampler()
+        alone = TokenChooser()
         for tokens, each in zip(together, logits, strict=True):
             assert step([sampler], each[n : n + 1], alone) == [tokens[n]], kinds[n % len(kinds)]
 
@@ -222,7 +222,7 @@ def test_rows_that_come_and_go_keep_their_penalties() -> None:
     for sampler, row in zip(alone, logits, strict=True):
         for _ in range(12):
             choose(sampler, row)
-    among, by = [Sampler(sampling, (n,)) for n in range(5)], StepSampler()
+    among, by = [Sampler(sampling, (n,)) for n in range(5)], TokenChooser()
     for turn in range(40):
         present = [n for n in range(5) if len(among[n].generated) < 12 and (turn // 3 + n) % 3]
         if present:
@@ -234,7 +234,7 @@ def test_rows_that_come_and_go_keep_their_penalties() -> None:
 def test_penalties_outgrow_their_room() -> None:
     """Every token once: each choice is the likeliest that did not come before."""
     vocabulary = ROOM + 300
-    sampler, by = Sampler(Sampling(9999, presence_penalty=1e6), (1,)), StepSampler()
+    sampler, by = Sampler(Sampling(9999, presence_penalty=1e6), (1,)), TokenChooser()
     logits = torch.arange(vocabulary, dtype=torch.float32).unsqueeze(0)
     chosen = [step([sampler], logits, by)[0].id for _ in range(vocabulary)]
     assert chosen == list(reversed(range(vocabulary)))
@@ -255,7 +255,7 @@ def test_tokens_after_a_draft_are_chosen_as_one_after_another(options: dict[str,
     one = Sampler(Sampling(99, **options), (1, 2, 3))
     expected = [choose(one, row).id for row in logits]
     draft = tuple(token for token in expected if token is not None)[:5]
-    drafted, by = Sampler(Sampling(99, **options), (1, 2, 3)), StepSampler()
+    drafted, by = Sampler(Sampling(99, **options), (1, 2, 3)), TokenChooser()
     for _ in range(2):  # again: nothing of a draft may stay behind
         rows = [drafted.row(draft[:count]) for count in range(6)]
         assert [choice.token for choice in by.choose(logits, rows)] == expected
@@ -266,7 +266,7 @@ def test_a_row_that_is_not_finite_is_told_and_the_others_are_chosen() -> None:
     logits[1, 2], logits[2, 0], logits[3] = torch.nan, torch.inf, -torch.inf
     for options in ({}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 1.0, "top_logprobs": 2}):
         samplers = [Sampler(Sampling(9, seed=1, repetition_penalty=1.2, **options), (0,)) for _ in range(5)]
-        choices = StepSampler().choose(logits, [sampler.row() for sampler in samplers])
+        choices = TokenChooser().choose(logits, [sampler.row() for sampler in samplers])
         assert [choice.finite for choice in choices] == [True, False, False, False, True]
         assert [choice.token is None for choice in choices] == [False, True, True, True, False]
         assert choices[0].token == choices[4].token
@@ -318,7 +318,7 @@ def test_a_step_waits_for_the_device_once_in_a_number_of_operations_that_rows_do
     made = Sampling(**{"max_new_tokens": 99, "seed": 1} | settings_of_all_kinds()[kind])
     counted = []
     for count in (1, 8, 32):
-        samplers, by = [Sampler(made, (1, 2)) for _ in range(count)], StepSampler()
+        samplers, by = [Sampler(made, (1, 2)) for _ in range(count)], TokenChooser()
         logits = torch.empty(count, 32_000, device="meta", dtype=torch.bfloat16)
         for warm in range(3):
             rows = [sampler.row() for sampler in samplers]
@@ -344,7 +344,7 @@ def test_a_step_is_read_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_row_whose_shortlist_was_too_short_is_ranked_whole_from_then_on() -> None:
     torch.manual_seed(6)
     logits = torch.randn(1, 2000)
-    sampler, by = Sampler(Sampling(99, temperature=2.0, top_p=0.99, seed=1), (0,)), StepSampler()
+    sampler, by = Sampler(Sampling(99, temperature=2.0, top_p=0.99, seed=1), (0,)), TokenChooser()
     passes = []
     original = by.enqueue
     by.enqueue = lambda *each: passes.append(1) or original(*each)  # type: ignore[method-assign, func-returns-value]

@@ -14,7 +14,7 @@ from runtime.serving.engine.backends.simple import SimpleEngine
 from runtime.serving.engine.engine import BatchingEngine, EngineLimits
 from runtime.serving.engine.protocol import Engine, Sampling
 from runtime.serving.engine.sampler import Choice, Sampler
-from runtime.serving.engine.sampling import StepSampler
+from runtime.serving.engine.sampling import TokenChooser
 from runtime.serving.engine.token_bans import BadWords, RepeatedNgrams
 from tests.families import model_of
 from tests.serving.engine.calls import generate, load, make_request, run
@@ -156,7 +156,7 @@ def test_bad_words_are_those_a_search_of_everything_finds(
 
 def test_a_bad_word_does_not_forbid_to_end_the_answer() -> None:
     ending = Sampler(Sampling(4, bad_words_ids=[[0], [1]], stop_ids=frozenset({0})), (4,))
-    (choice,) = StepSampler().choose(LOGITS.unsqueeze(0), [ending.row()])
+    (choice,) = TokenChooser().choose(LOGITS.unsqueeze(0), [ending.row()])
     assert choice.token == 0
 
 

@@ -20,7 +20,7 @@ from runtime.serving.engine.out_of_memory import FLOOR_TOKENS, MemoryLimits, Rea
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
 from runtime.serving.engine.request_queue import LAST_STEP_S, RequestHandle, RequestQueue
 from runtime.serving.engine.sampler import Sampler
-from runtime.serving.engine.sampling import StepSampler
+from runtime.serving.engine.sampling import TokenChooser
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -199,14 +199,14 @@ class SimpleEngine:
     def _generate(self, handle: RequestHandle) -> FinishReason:
         """Post the answer's tokens and return why it ended."""
         sampling = handle.request.sampling
-        sampler, step = Sampler(sampling, handle.request.prompt_ids), StepSampler()
+        sampler, chooser = Sampler(sampling, handle.request.prompt_ids), TokenChooser()
         self._prompt_tokens += len(handle.request.prompt_ids)
         room = self.context_tokens - len(handle.request.prompt_ids)
         for logits in self._logits(handle, sampler.generated):
             if handle.cancelled:
                 break
             row = sampler.row()
-            (choice,) = step.choose(logits, [row])
+            (choice,) = chooser.choose(logits, [row])
             self._queue.note_progress()
             if not choice.finite:
                 raise failures.invalid_output()
