@@ -234,7 +234,14 @@ def _outcome(result: JobResult, seconds: float) -> report.Outcome:
         losses=training.logged("loss"),
         held_out_losses=training.held_out_curve(before.loss, after.loss),
         samples=tuple(
-            report.Sample(question.messages[-2]["content"], question.messages[-1]["content"], old, new)
+            report.Sample(
+                question.messages[-2]["content"],
+                question.messages[-1]["content"],
+                old.text,
+                new.text,
+                ended_before=old.ended,
+                ended_after=new.ended,
+            )
             for question, old, new in zip(result.questions, before.answers, after.answers, strict=True)
         ),
         seconds=seconds,

@@ -38,6 +38,9 @@ class Sample:
     expected: str
     before: str
     after: str = ""
+    ended_before: bool | None = None
+    """Whether the model ended its answer; None where the data's is too long to tell."""
+    ended_after: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,15 @@ class Outcome:
     def after(self) -> float | None:
         """Held-out loss of the adapter, that is of the kept step."""
         return dict(self.held_out_losses).get(self.kept_step)
+
+    @property
+    def endings(self) -> verdict.Endings:
+        """How many of the sample answers did not end."""
+        told = [each for each in self.samples if None not in (each.ended_before, each.ended_after)]
+        before, after = ([ended is False for ended in flags] for flags in (
+            [each.ended_before for each in told], [each.ended_after for each in told],
+        ))  # fmt: skip
+        return verdict.Endings(len(told), sum(before), sum(after))
 
 
 def build(job: TuningJob, data: Dataset, tokenized: TokenizedSplit, outcome: Outcome) -> dict[str, Any]:
@@ -154,7 +166,11 @@ def _held_out_rows(tokenized: TokenizedSplit) -> int:
 def _judged(outcome: Outcome, held_out_rows: int) -> verdict.Verdict:
     kept = outcome.kept_step if outcome.kept_step != outcome.steps else None
     return verdict.judge(
-        outcome.held_out_losses, held_out_rows=held_out_rows, kept_step=kept, epochs=outcome.epochs
+        outcome.held_out_losses,
+        held_out_rows=held_out_rows,
+        kept_step=kept,
+        epochs=outcome.epochs,
+        endings=outcome.endings,
     )
 
 
@@ -174,6 +190,7 @@ def _result(outcome: Outcome) -> dict[str, Any]:
             "held_out": outcome.held_out_losses,
         },
         "samples": [asdict(sample) for sample in outcome.samples],
+        "sample_answers": asdict(outcome.endings),
         "seconds": round(outcome.seconds, 1),
         "tokens_per_s": round(outcome.tokens_per_s, 1),
         "peak_memory_bytes": outcome.peak_memory_bytes,

@@ -1,4 +1,4 @@
-"""What a run's losses say: learnt, still falling, overfit, nothing learnt, or not to tell.
+"""What a run's losses and sample answers say: learnt, still falling, overfit, nothing learnt, or not to tell.
 
 The rules and their thresholds, for numbers alone. Does not know where the losses come from, nor who reads
 the sentence. Start at `judge`.
@@ -6,7 +6,7 @@ the sentence. Start at `judge`.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -15,7 +15,14 @@ from runtime.tuning.report.chart import Point
 from runtime.tuning.train.progress import duration
 
 Kind = Literal[
-    "learnt", "still falling", "overfit", "nothing learnt", "still high", "too few rows", "not measured"
+    "learnt",
+    "still falling",
+    "overfit",
+    "nothing learnt",
+    "still high",
+    "endless answers",
+    "too few rows",
+    "not measured",
 ]
 
 LEAST_ROWS = 5
@@ -45,17 +52,54 @@ class Verdict:
     """One line, with what to do next."""
 
 
+@dataclass(frozen=True, slots=True)
+class Endings:
+    """How many of the sample answers did not end, where the data's own answers are short."""
+
+    answers: int = 0
+    """Those that tell."""
+    endless_before: int = 0
+    endless_after: int = 0
+
+    def __str__(self) -> str:
+        count = f"{self.endless_after} of {counted(self.answers, 'sample answer')}"
+        return f"{count} did not end where the data's do ({self.endless_before} before training)"
+
+
 def judge(
-    held_out: Sequence[Point], *, held_out_rows: int, kept_step: int | None = None, epochs: float = math.inf
+    held_out: Sequence[Point],
+    *,
+    held_out_rows: int,
+    kept_step: int | None = None,
+    epochs: float = math.inf,
+    endings: Endings = Endings(),
 ) -> Verdict:
     """Return what the held-out losses (from before training to after it) of so many rows say.
 
     `kept_step` is the step whose weights were kept, where that is not the last one; `epochs` how often the
-    run saw the rows.
+    run saw the rows; `endings` those of its sample answers.
 
     The rules, in order: too few rows; it never fell; it rose again by the end; it fell to the end; it is far
     from the data; else it was learnt. Only a curve measured between beginning and end tells how it ended.
+    What was learnt is not the data where most answers do not end, which the loss of one token in each hides.
     """
+    verdict = _judge_losses(held_out, held_out_rows, kept_step, epochs=epochs)
+    if not endings.endless_after:
+        return verdict
+    if verdict.kind != "learnt" or 2 * endings.endless_after <= endings.answers:
+        return replace(verdict, text=f"{verdict.text}; {endings}")
+    learnt = verdict.text.partition(": ")[2]
+    return Verdict(
+        "endless answers",
+        f"endless answers: {learnt}, but {endings}; train longer, or look with --preview 3 whether the end "
+        "of each answer is trained",
+    )
+
+
+def _judge_losses(
+    held_out: Sequence[Point], held_out_rows: int, kept_step: int | None, *, epochs: float
+) -> Verdict:
+    """Return what the losses say by themselves."""
     if held_out_rows < LEAST_ROWS or len(held_out) < 2:
         return _too_few(held_out_rows)
     before, after = held_out[0][1], held_out[-1][1]

@@ -88,6 +88,17 @@ class ProgressCallback(TrainerCallback):
         self.throughput.start(state.global_step, state.max_steps, state.log_history)
         self.reporter.begin()
 
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        # Trainer tells it with the next logged loss only, and then a line about another step has it
+        self.throughput.learning_rate = float(optimizer.param_groups[0]["lr"])
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:

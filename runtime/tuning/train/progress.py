@@ -157,11 +157,16 @@ class Throughput:
         return f"step {self.step}/{self.total_steps} epoch {self.epoch:.2f} left {left}"
 
     def metrics_text(self) -> str:
-        """Return the losses and the speed, for people."""
-        held_out = "" if math.isnan(self.held_out_loss) else f" held-out {self.held_out_loss:.4f}"
+        """Return the losses and the speed, for people; what is not measured yet is left out."""
+        measured = (
+            ("loss", self.loss, ".4f"),
+            ("held-out", self.held_out_loss, ".4f"),
+            ("lr", self.learning_rate, ".2e"),
+            ("grad", self.gradient_norm, ".3f"),
+        )
+        known = "".join(f"{name} {value:{form}} " for name, value, form in measured if not math.isnan(value))
         return (
-            f"loss {self.loss:.4f}{held_out} lr {self.learning_rate:.2e} grad {self.gradient_norm:.3f} "
-            f"{self.tokens_per_s:.0f} tokens/s ({self.trained_share:.0%} trained) "
+            f"{known}{self.tokens_per_s:.0f} tokens/s ({self.trained_share:.0%} trained) "
             f"memory {memory_bytes() / 2**30:.1f} GiB"
         )
 
@@ -232,6 +237,8 @@ class Reporter:
     display: Display | None = None
     clock: Callable[[], float] = time.monotonic
     last_line_at: float = float("-inf")
+    last_line: tuple[int, float, float] | None = None
+    """Step, loss and held-out loss of the last line of training in the log."""
 
     def begin(self) -> None:
         """Cut the history at the present step: a resumed run repeats the later ones."""
@@ -245,11 +252,14 @@ class Reporter:
         self.show()
 
     def show(self, *, last: bool = False) -> None:
-        """Update the display; without one, log a line every `LOG_INTERVAL_S`, and always the `last`."""
+        """Update the display; without one, log a line every `LOG_INTERVAL_S`, and always the `last`, once."""
         if self.display is not None:
             self.display.show(self.throughput)
-        elif last or self.clock() - self.last_line_at >= LOG_INTERVAL_S:
-            self.last_line_at = self.clock()
+            return
+        says = (self.throughput.step, self.throughput.loss, self.throughput.held_out_loss)
+        repeated = self.last_line is not None and str(says) == str(self.last_line)  # NaN is as it was
+        if self.clock() - self.last_line_at >= LOG_INTERVAL_S or (last and not repeated):
+            self.last_line_at, self.last_line = self.clock(), says
             line = f"{self.throughput.position_text()} {self.throughput.metrics_text()}"
             log.info("%s", line, extra={"fields": self.throughput.metrics()})
 
@@ -263,8 +273,12 @@ class Reporter:
         elif self.clock() - self.last_line_at >= LOG_INTERVAL_S:
             self.last_line_at = self.clock()
             log.info("%s", self.throughput.activity)
-        if done == total:
-            self.throughput.activity = None
+        if done >= total:
+            self.end_activity()
+
+    def end_activity(self) -> None:
+        """Take away what `show_activity` showed, where it ends before its last part."""
+        self.throughput.activity = None
 
     def close(self) -> None:
         """Restore the screen, however training ended."""

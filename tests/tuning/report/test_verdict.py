@@ -5,7 +5,7 @@ import math
 import pytest
 
 from runtime.tuning.report.chart import Point
-from runtime.tuning.report.verdict import Kind, judge, summary
+from runtime.tuning.report.verdict import Endings, Kind, judge, summary
 
 STEPS = 400
 POINTS = 10
@@ -117,3 +117,25 @@ def test_a_change_that_rounds_to_nothing_has_no_sign() -> None:
     result = {"held_out_loss": {"before": 6.256, "after": 6.228}, "steps": 4, "seconds": 3.0}
     line = summary({"run": "x", "result": result, "verdict": {"text": "t"}})
     assert line == "x: held-out loss 6.256 before, 6.228 after; 4 steps in 0:03; t"
+
+
+FALLEN = ((0, 2.5), (100, 1.2), (200, 1.1), (300, 1.1), (400, 1.1))
+
+
+def test_a_model_whose_answers_do_not_end_has_not_learnt_the_data() -> None:
+    found = judge(FALLEN, held_out_rows=20, endings=Endings(5, 5, 4))
+    assert found.kind == "endless answers"
+    assert "fell by 56% and is level, but 4 of 5 sample answers did not end where the data's" in found.text
+    assert "(5 before training)" in found.text
+    plain = judge(FALLEN, held_out_rows=20)
+    assert plain.kind == "learnt"
+    assert plain == judge(FALLEN, held_out_rows=20, endings=Endings(5, 5, 0))
+
+
+def test_some_answers_without_an_end_are_said_beside_any_verdict() -> None:
+    few = judge(FALLEN, held_out_rows=20, endings=Endings(5, 5, 2))
+    assert few.kind == "learnt"
+    assert few.text.endswith("; 2 of 5 sample answers did not end where the data's do (5 before training)")
+    unmeasured = judge((), held_out_rows=0, endings=Endings(5, 3, 3))
+    assert unmeasured.kind == "not measured"
+    assert "3 of 5 sample answers did not end" in unmeasured.text

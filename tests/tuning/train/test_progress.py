@@ -32,7 +32,7 @@ def test_log_line_comes_every_few_seconds_and_has_every_metric(
     clock.now += 5
     reporter.show()
     reporter.show(last=True)
-    assert len(caplog.records) == 3
+    assert len(caplog.records) == 2
     fields = caplog.records[0].fields  # type: ignore[attr-defined]
     assert {"step", "loss", "held_out_loss", "tokens_per_s", "memory_bytes", "remaining_s"} <= fields.keys()
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 3
@@ -110,3 +110,33 @@ def test_a_resumed_run_shows_what_was_measured_last_before_its_first_step(clock:
     throughput.start(4, 10, [{"step": 2, "loss": 2.0}, *logged])
     assert (throughput.step, throughput.loss, throughput.held_out_loss) == (4, 1.5, 1.25)
     assert "held-out 1.2500" in throughput.metrics_text()
+
+
+def test_the_last_step_is_logged_once(caplog: pytest.LogCaptureFixture, clock: Clock) -> None:
+    caplog.set_level("INFO")
+    throughput = Throughput(clock=clock)
+    reporter = Reporter(throughput, clock=clock)
+    throughput.start(0, 2)
+    take_step(throughput, 1, clock, 6)
+    reporter.record()
+    take_step(throughput, 2, clock, 1)
+    reporter.record()
+    assert len(caplog.records) == 1
+    reporter.show(last=True)  # its only line
+    reporter.show(last=True)
+    assert [record.getMessage().partition(" epoch")[0] for record in caplog.records] == [
+        "step 1/2",
+        "step 2/2",
+    ]
+    throughput.log(2, {"eval_loss": 1.0})
+    reporter.show(last=True)
+    assert "held-out 1.0000" in caplog.records[-1].getMessage()
+
+
+def test_what_is_not_measured_yet_is_not_shown(clock: Clock) -> None:
+    throughput = Throughput(clock=clock)
+    throughput.start(0, 2)
+    throughput.advance(1, 0.5)
+    throughput.learning_rate = 2e-4
+    assert throughput.metrics_text().startswith("lr 2.00e-04 0 tokens/s")
+    assert "nan" not in throughput.metrics_text()
