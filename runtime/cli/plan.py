@@ -140,7 +140,7 @@ def job_report(job: TuningJob, machine: Hardware, *, processes: int | None) -> M
 def _job_notes(facts: Mapping[str, Any]) -> tuple[str, ...]:
     settings = (
         f"Settings: {facts['dtype']}, rows of at most {facts['row_tokens']} tokens, "
-        f"{facts['tokens_per_pass']} tokens in a pass, "
+        f"{facts['tokens_per_pass']} tokens in a pass (one forward and backward computation on a GPU), "
         f"gradient checkpointing {'on' if facts['gradient_checkpointing'] else 'off'}."
     )
     largest = (

@@ -11,7 +11,7 @@ from typing import Any
 from runtime.config import describe
 from runtime.errors import ConfigError
 from runtime.tuning.arguments import lora, training
-from runtime.tuning.data.formats import FORMATS
+from runtime.tuning.data import formats
 from runtime.workspace import sections
 from runtime.workspace.base_model import Label, apply_model, put_dtype
 from runtime.workspace.config_file import ConfigFile
@@ -122,11 +122,8 @@ def _apply_dataset(settings: LayeredSettings, section: DatasetConfig, label: Lab
         if getattr(section, key) is not None:
             settings.put(f"data.{ours}", getattr(section, key), label(f"DatasetConfig.{key}"))
     if section.dataset_extension:
-        extension = section.dataset_extension.lower().lstrip(".")
         where = label("DatasetConfig.dataset_extension")
-        if extension not in FORMATS:
-            raise ConfigError(f"{where} is {extension!r}, expected one of {', '.join(FORMATS)}")
-        settings.put("data.extension", extension, where)
+        settings.put("data.extension", formats.named(section.dataset_extension, where), where)
     if section.dataset_path:
         path = Path(section.dataset_path)
         # A path that exists is what it is; of one that does not exist yet, a suffix makes a file.

@@ -13,6 +13,7 @@ from runtime import oci
 from runtime.config import nearest
 from runtime.errors import ConfigError
 from runtime.files import kind_of
+from runtime.tuning.data import formats
 from runtime.tuning.settings import TuningJob
 from runtime.workspace.apply import put_training
 from runtime.workspace.base_model import put_model
@@ -65,6 +66,8 @@ def _put(settings: LayeredSettings, name: str, value: Any) -> None:
         put_model(settings, str(value), f"flag --set {name}")
     elif head in ("data", "encoding", "lora", "output", "quantization", "training", "model") and name == head:
         raise ConfigError(f"--set {name}: expected a setting in it, such as {head}.{_first_field(head)}")
+    elif name == "data.extension" and value is not None:
+        settings.put(name, formats.named(str(value), f"--set {name}"), f"flag --set {name}")
     else:
         settings.put(name, value, f"flag --set {name}")
 

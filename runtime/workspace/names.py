@@ -4,6 +4,7 @@
 with the right one. Knows names, not values. Start at `resolve` and `hint`.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -66,9 +67,18 @@ def resolve(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return the overrides with every setting under its dotted name.
 
     A name without a dot is that of the one setting which is called so, in whatever section. ConfigError for
-    one that several have, and for one that none has.
+    all that several have or that none has, together.
     """
-    return {name if name.startswith("--") else _resolve(name): value for name, value in overrides.items()}
+    resolved: dict[str, Any] = {}
+    wrong: list[str] = []
+    for name, value in overrides.items():
+        try:
+            resolved[name if name.startswith("--") else _resolve(name)] = value
+        except ConfigError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ConfigError("; ".join((wrong[0], *(re.sub(r"^--set:? ", "", text) for text in wrong[1:]))))
+    return resolved
 
 
 def _resolve(name: str) -> str:
@@ -106,8 +116,17 @@ _MOVED = {f"ModelConfig.{key}": f"QuantizationConfig.{key}" for key in ("load_in
 def _check_dotted(name: str, head: str, key: str) -> None:
     if head in sections.SECTIONS:
         check_section(head, [key], "--set")
-    elif head in groups() and key not in groups()[head] and (other := hint(key)):
-        raise ConfigError(f"--set {name}: unknown setting{other}")
+        if key not in _ALL_KEYS.get(head, (key,)):
+            close = nearest(key, _ALL_KEYS[head]) or f"; known: {', '.join(sorted(_ALL_KEYS[head]))}"
+            raise ConfigError(f"--set: unknown key '{name}'{close}")
+    elif head in groups() and key not in groups()[head]:
+        if other := hint(key):
+            raise ConfigError(f"--set {name}: unknown setting{other}")
+        close = nearest(key, groups()[head]) or f"; known: {', '.join(sorted(groups()[head]))}"
+        raise ConfigError(f"--set: unknown key '{name}'{close}")
+    elif head not in TuningJob.model_fields:
+        known = [*groups(), *sections.SECTIONS]
+        raise ConfigError(f"--set {name}: unknown setting{nearest(head, known) or _listed()}")
 
 
 def _listed() -> str:

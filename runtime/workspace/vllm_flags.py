@@ -132,7 +132,7 @@ def token_count(text: str, where: str) -> int | None:
 def table(file: Path = TABLE) -> Iterable[tuple[str, str, str]]:
     """Yield (flag, treatment, why) for every flag, in the order of the rules."""
     for name, rule in rules(file).items():
-        allowed = f" ({', '.join(sorted(rule.neutral))} pass)" if rule.neutral else ""
+        allowed = f" ({', '.join(sorted(rule.neutral))}: taken)" if rule.neutral else ""
         yield f"--{name.replace('_', '-') if file == TABLE else name}", rule.treatment, rule.why + allowed
 
 

@@ -32,10 +32,11 @@ def test_flags_win_and_are_named_as_the_source(tmp_path: Path) -> None:
         ("lora.rankk", 8, r"--set: unknown key 'lora\.rankk'"),
         ("sources", {}, "unknown setting"),
         ("lora.r", "eight", r"--set: 'lora\.r' is 'eight'"),
-        ("training.learning_rat", 1, "'learning_rat'.*'learning_rate'"),
+        ("training.learning_rat", 1, "learning_rat'.*'learning_rate'"),
         ("LoraConfig.rr", 1, r"unknown key 'LoraConfig\.rr'"),
         ("hub_token", "x", "HF_TOKEN"),
         ("data", 1, r"data\.urls"),
+        ("extension", "xlsx", r"--set data\.extension is 'xlsx', expected one of parquet, .*spreadsheet"),
     ],
 )
 def test_wrong_flag_is_named(name: str, value: object, message: str, tmp_path: Path) -> None:

@@ -66,6 +66,18 @@ def test_another_name_is_answered_with_the_right_one(name: str, answer: str) -> 
         resolve({name: 1})
 
 
+def test_all_wrong_names_are_told_at_once() -> None:
+    wrong = {"lr": 1, "learning_rat": 1, "lora.rankk": 1, "LoraConfig.lora_alfa": 1, "lorra.r": 1}
+    with pytest.raises(ConfigError) as refused:
+        resolve({**wrong, "seed": 3})
+    message = str(refused.value)
+    assert message.count("--set ") == 2  # the first, and the example in its answer
+    for name in wrong:
+        assert name in message
+    for answer in ("learning_rate=2e-4", "'learning_rate'?", "'lora_alpha'", "'lora'?"):
+        assert answer in message, message
+
+
 def test_the_token_is_not_offered_as_a_setting() -> None:
     with pytest.raises(ConfigError) as refused:
         resolve({"qqq": 1})

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from runtime.adapters import lora_config
 from runtime.cli import main
 from runtime.errors import ConfigError
-from runtime.tuning.arguments import lora, training
+from runtime.tuning.arguments import lora, optimizers, training
 from runtime.tuning.settings import TuningJob
 from runtime.workspace import Resolved, names, sections
 from tests.workspace.documents import SEED, load
@@ -217,6 +217,7 @@ def argument_tables() -> Iterator[str]:
             default = value_text(training.DEFAULTS.get(name))
             ours = f"`{OTHERS[name]}`" if name in OTHERS else ""
             yield f"| `{name}` | {cell(argument_type(argument.kind))} | {default} | {ours} |"
+    yield from optimizer_table()
     renamed = ", ".join(f"`{old}` is `{new}`" for old, new in training.RENAMED.items())
     yield f"\nOlder names: {renamed}."
     for fate, title in (("harmless", "No effect"), ("refused", "Refused")):
@@ -227,6 +228,21 @@ def argument_tables() -> Iterator[str]:
                 reasons.setdefault(argument.why or "key by key, named in the dry run", []).append(f"`{name}`")
         for why, keys in reasons.items():
             yield f"| {', '.join(keys)} | {cell(why)} |"
+
+
+def optimizer_table() -> Iterator[str]:
+    """Yield which values of `optim` are taken, which need a package, and which are refused and why."""
+    fates: dict[str, list[str]] = {}
+    for name, each in optimizers.OPTIMIZERS.items():
+        package = optimizers.distribution(each)
+        if each.refused:
+            fate = f"refused: {each.refused} (package {package})"
+        else:
+            fate = f"refused unless the package {package} is installed" if package else "taken"
+        fates.setdefault(fate, []).append(f"`{name}`")
+    yield "\n`optim`:\n\n| values | |\n|---|---|"
+    for fate, values in fates.items():
+        yield f"| {', '.join(values)} | {cell(fate)} |"
 
 
 def argument_type(kind: str) -> str:

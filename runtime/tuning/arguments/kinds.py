@@ -66,6 +66,8 @@ class Argument:
     range: Range | None = None
     keys: "Mapping[str, Argument]" = field(default_factory=dict)
     """Of a mapping."""
+    offered: tuple[str, ...] = ()
+    """Of its choices, those that an error may name; all where empty."""
 
     def asks(self, value: Any) -> bool:
         """Whether `value` asks for something that a user would miss."""
@@ -97,7 +99,7 @@ def honoured(value: Any, argument: Argument, what: str) -> Any:
         if argument.asks(value):
             raise ConfigError(f"{what} cannot be used: {argument.why}")
         return None
-    value = read(value, argument.kind, what)
+    value = read(value, argument.kind, what, offered=argument.offered)
     if value is not None and argument.range is not None:
         value = argument.range.check(value, what)
     if value and argument.keys:
@@ -137,8 +139,11 @@ _BOOLEANS = {
 }
 
 
-def read(value: Any, kind: str, what: str) -> Any:
-    """Return `value` as `kind`: the name of a type, with `?` where null is allowed, or choices with `|`."""
+def read(value: Any, kind: str, what: str, *, offered: tuple[str, ...] = ()) -> Any:
+    """Return `value` as `kind`: the name of a type, with `?` where null is allowed, or choices with `|`.
+
+    An error about a choice names those `offered`, or all.
+    """
     if kind.endswith("?"):
         if value is None or value == "null":
             return None
@@ -160,16 +165,15 @@ def read(value: Any, kind: str, what: str) -> Any:
         if isinstance(value, Mapping | list) or value is None:
             raise ConfigError(f"{what} is {describe(value)}, expected a string")
         return str(value)
-    return _choice(value, kind.split("|"), what)
+    return _choice(value, kind.split("|"), what, offered)
 
 
-def _choice(value: Any, choices: list[str], what: str) -> str:
+def _choice(value: Any, choices: list[str], what: str, offered: tuple[str, ...]) -> str:
     # YAML 1.1 readers upstream may have turned an unquoted `no` into false already.
     choice = "no" if value is False and "no" in choices else str(value).strip()
     if choice not in choices:
-        hint = (
-            nearest(choice, choices) or f", expected {'one of ' if choices[1:] else ''}{', '.join(choices)}"
-        )
+        named = offered or choices
+        hint = nearest(choice, named) or f", expected {'one of ' if named[1:] else ''}{', '.join(named)}"
         raise ConfigError(f"{what} is {describe(value)}{hint}")
     return choice
 

@@ -49,9 +49,9 @@ REFUSED = {
     "kasa_config": "KaSA changes the base weights; leave it out",
     "velora_config": "VeLoRA has weights that are not saved here; leave it out",
     "monteclora_config": "MonteCLoRA needs a loss of its own; leave it out",
-    "lora_ga_config": "it needs a pass over data before training; see init_lora_weights",
-    "eva_config": "it needs a pass over data before training; see init_lora_weights",
-    "corda_config": "it needs a pass over data before training; see init_lora_weights",
+    "lora_ga_config": "it reads data before training begins; see init_lora_weights",
+    "eva_config": "it reads data before training begins; see init_lora_weights",
+    "corda_config": "it reads data before training begins; see init_lora_weights",
 }
 """Keys that are errors unless they ask for nothing."""
 

@@ -103,6 +103,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
 }
 """transformers' names."""
 
+OFFERED = tuple(name for name, each in OPTIMIZERS.items() if not each.refused and not each.package)
+"""Those that work as they are."""
+
 DISTRIBUTIONS = {"optimi": "torch-optimi"}
 """What pip calls a package, where its name differs."""
 
@@ -117,9 +120,9 @@ def check(name: str, written: str | None, *, where: str, where_args: str) -> Non
             f"{where} is '{name}' (package {optimizer.package}): {optimizer.refused}; {_INSTEAD}"
         )
     if optimizer.package and importlib.util.find_spec(optimizer.package) is None:
-        package = DISTRIBUTIONS.get(optimizer.package, optimizer.package)
         raise ConfigError(
-            f"{where} is '{name}', but the package {package} is not installed; install it, or {_INSTEAD}"
+            f"{where} is '{name}', but the package {distribution(optimizer)} is not installed; install it, "
+            f"or {_INSTEAD}"
         )
     given = parsed(written, where_args)
     for key, value in given.items():
@@ -135,6 +138,11 @@ def check(name: str, written: str | None, *, where: str, where_args: str) -> Non
         float(given.get("momentum", 0)) == 0 or float(given.get("dampening", 0)) != 0
     ):
         raise ConfigError(f"{where_args}: 'nesterov' needs a 'momentum' above 0 and no 'dampening'")
+
+
+def distribution(optimizer: Optimizer) -> str:
+    """Return what pip calls the package that an optimizer needs; "" for none."""
+    return DISTRIBUTIONS.get(optimizer.package, optimizer.package)
 
 
 def parsed(written: str | None, where: str) -> dict[str, str]:

@@ -129,7 +129,7 @@ ARGUMENTS: dict[str, Argument] = {
     "label_smoothing_factor": Argument("float", range=_BELOW_1),
     "neftune_noise_alpha": Argument("float?", range=Range()),
     # --- optimizer
-    "optim": Argument("|".join(sorted(optimizers.OPTIMIZERS))),
+    "optim": Argument("|".join(sorted(optimizers.OPTIMIZERS)), offered=optimizers.OFFERED),
     "optim_args": Argument("str?"),
     "optim_target_modules": refused("list?", "it is for GaLore and APOLLO, which cannot be used here"),
     "weight_decay": Argument("float", range=Range()),

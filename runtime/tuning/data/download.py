@@ -25,6 +25,7 @@ from runtime.oci.access import DEFAULT
 from runtime.tuning.data import urls
 from runtime.tuning.data.folder import local_paths
 from runtime.tuning.data.formats import COMPRESSED
+from runtime.tuning.data.formats.columnar import cut_short
 from runtime.tuning.data.hops import Hops
 from runtime.tuning.data.limits import ByteCount, DataLimits
 from runtime.tuning.data.urls import DataUrl, shown
@@ -165,9 +166,12 @@ def _check(path: Path, what: str, sha256: str | None) -> None:
         return
     if not start.startswith(b"PAR1"):
         raise DataError(f"{what}: not a parquet file; it starts with {start[:40]!r}")
+    with path.open("rb") as stream:
+        if cut := cut_short(stream):
+            raise DataError(f"{what}: {cut}")
     try:
         pa.parquet.ParquetFile(path).close()
     except (pa.ArrowInvalid, OSError):
         raise DataError(
-            f"{what}: a damaged or incomplete parquet file of {path.stat().st_size} bytes"
+            f"{what}: a damaged Parquet file of {path.stat().st_size:,} bytes; write it again"
         ) from None

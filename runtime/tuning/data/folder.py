@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 from runtime.errors import DataError
 from runtime.logs import counted, once
 from runtime.tuning.data import hub_card, lakes, splits
-from runtime.tuning.data.formats import FORMATS, base_name, file_format, is_data
+from runtime.tuning.data.formats import FORMATS, base_name, file_format, instead, is_data
 from runtime.tuning.data.splits import Split
 from runtime.tuning.data.urls import unsigned
 
@@ -71,7 +71,10 @@ def find(folder: Path, *, file: Path | None = None, extension: str | None = None
         present = sorted(path for path in folder.rglob("*") if path.is_file())
         names = ", ".join(path.relative_to(folder).as_posix() for path in present[:5]) or "nothing"
         *others, last = FORMATS
-        raise DataError(f"{folder}: no data file (found {names}); expected {', '.join(others)} or {last}")
+        advice = next((f"; {path.name} is {found}" for path in present if (found := instead(path))), "")
+        raise DataError(
+            f"{folder}: no data file (found {names}); expected {', '.join(others)} or {last}{advice}"
+        )
     if extension is not None:
         _say_left_out(folder, set(data_files(folder)) - set(every), f"they are no {extension} files")
     return _chosen(folder, found)

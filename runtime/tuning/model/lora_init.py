@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAMES = ("gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "loftq")
-"""`init_lora_weights` beside true and false; peft's others need a pass over data before training."""
+"""`init_lora_weights` beside true and false; peft's others read data before training begins."""
 
 FROM_BASE = ("pissa", "olora")
 """Those that take their weights out of the base."""

@@ -55,7 +55,7 @@ def test_what_peft_writes_by_default_is_accepted_in_silence() -> None:
         ({"use_dora": "perhaps"}, "'use_dora' is 'perhaps'"),
         ({"megatron_config": {"x": 1}}, "LoraConfig.megatron_config cannot be used: Megatron"),
         ({"use_qalora": True}, "use_qalora cannot be used"),
-        ({"eva_config": {"rho": 2}}, "needs a pass over data"),
+        ({"eva_config": {"rho": 2}}, "it reads data before training begins"),
         ({"task_type": "SEQ_CLS"}, "LoraConfig.task_type is 'SEQ_CLS', expected CAUSAL_LM"),
         ({"inference_mode": True}, "inference_mode is True, expected False"),
         ({"lora_bias": True, "use_dora": True}, "both lora_bias and use_dora"),

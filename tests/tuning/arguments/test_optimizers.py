@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from runtime.errors import ConfigError
-from runtime.tuning.arguments import optimizers
+from runtime.tuning.arguments import optimizers, training
 from runtime.tuning.arguments.optimizers import OPTIMIZERS
 
 WHERE = {"where": "'optim'", "where_args": "'optim_args'"}
@@ -108,3 +108,13 @@ def test_package_that_is_installed_is_not_imported(tmp_path: Path, monkeypatch: 
 def test_wrong_arguments_are_named(name: str, written: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         optimizers.check(name, written, **WHERE)
+
+
+@pytest.mark.parametrize("written", ["adamw", "adamw_tor", "adamw_torch_npu", "galore", "lomoo"])
+def test_a_misspelt_optimizer_is_answered_with_those_that_work(written: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        training.check({"optim": written}, "TrainingArguments")
+    named = set(re.findall(r"[a-z0-9_]+", str(refused.value))) & optimizers.OPTIMIZERS.keys()
+    assert named
+    for name in named - {written}:
+        optimizers.check(name, None, where="optim", where_args="optim_args")

@@ -111,8 +111,8 @@ def test_fault_14_truncated_body_is_resumed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        (Reply(BODY, length=len(BODY) - 50), "damaged or incomplete parquet"),
-        (Reply(BODY, length=None, cut=1000), "damaged or incomplete parquet"),
+        (Reply(BODY, length=len(BODY) - 50), "cut short: after"),
+        (Reply(BODY, length=None, cut=1000), "cut short: after"),
         (Reply(BODY, length=len(BODY) + 50), "gave up after"),
     ],
     ids=["too-small", "absent", "too-big"],
@@ -236,7 +236,7 @@ def test_parts_without_rows_and_compressed_files_are_fetched(tmp_path: Path, nam
         (b"<!DOCTYPE html><html>please log in</html>", "not data but a web page"),
         (gzip.compress(BODY, mtime=0), r"not a parquet file; it starts with b'\\x1f\\x8b"),
         (b"", "the file is empty"),
-        (b"PAR1" + b"x" * 500, "damaged or incomplete parquet"),
+        (b"PAR1" + b"x" * 500, "cut short: after"),
     ],
     ids=["html", "gzip", "empty", "half"],
 )

@@ -5,6 +5,27 @@ Start at table.py; streams.py opens files, json_rows.py, delimited.py and column
 """
 
 from runtime.tuning.data.formats.streams import COMPRESSED
-from runtime.tuning.data.formats.table import FORMATS, Row, base_name, file_format, is_data, kind_of, read
+from runtime.tuning.data.formats.table import (
+    FORMATS,
+    Row,
+    base_name,
+    file_format,
+    instead,
+    is_data,
+    kind_of,
+    named,
+    read,
+)
 
-__all__ = ["COMPRESSED", "FORMATS", "Row", "base_name", "file_format", "is_data", "kind_of", "read"]
+__all__ = [
+    "COMPRESSED",
+    "FORMATS",
+    "Row",
+    "base_name",
+    "file_format",
+    "instead",
+    "is_data",
+    "kind_of",
+    "named",
+    "read",
+]

@@ -4,6 +4,7 @@ What nobody asks for costs nothing and cannot fail: dates beyond Python's, image
 imported when a file is read. Start at `read_parquet`; `ColumnarRow` is a row.
 """
 
+import io
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import IO, TYPE_CHECKING, Any
@@ -35,6 +36,20 @@ def read_parquet(file: IO[bytes], unpacked: ByteCount, name: str) -> Iterator[Ma
         rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(_row_bytes(parquet.metadata), 1)))
         for batch in parquet.iter_batches(batch_size=rows):
             yield from _batch_rows(batch, unpacked, name)
+
+
+def cut_short(file: IO[bytes]) -> str:
+    """Return what is wrong with a Parquet file that lacks its end, "" for one that has it."""
+    start, size = file.read(4), file.seek(0, io.SEEK_END)
+    file.seek(max(size - 4, 0))
+    end = file.read(4)
+    file.seek(0)
+    if start != b"PAR1" or (end == b"PAR1" and size > 8):
+        return ""
+    return (
+        f"a Parquet file that is cut short: after {size:,} bytes its end is missing, without which no row is "
+        "found; copy or download it again"
+    )
 
 
 def _row_bytes(metadata: Any) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import IO, Any
 
-from runtime.errors import DataError, Failure, one_line
+from runtime.errors import ConfigError, DataError, Failure, one_line
 from runtime.files import disk_failure
 from runtime.tuning.data.formats import columnar, streams
 from runtime.tuning.data.formats.delimited import read_delimited
@@ -67,12 +67,49 @@ def read(path: Path, extension: str | None = None, unpacked: ByteCount | None = 
 def kind_of(path: Path, extension: str | None = None) -> str:
     """Return the format of a file: by `extension`, its name, or its first bytes; else DataError."""
     kind = extension or file_format(path) or _format_by_content(path)
+    if kind is None and (advice := instead(path)):
+        raise DataError(f"{path}: {advice}")
     if kind is None:
         raise DataError(
-            f"{path}: neither its name nor its first bytes tell its format{_start(path)}; "
-            f"set dataset_extension to one of {', '.join(FORMATS)}"
+            f"{path}: neither its name nor its first bytes tell its format{_start(path)}; say it with "
+            f"--set extension=FORMAT, in a file dataset_extension: one of {', '.join(FORMATS)}; plain text "
+            'is written as JSON lines, {"text": "…"} one a line'
         )
     return kind
+
+
+_SPREADSHEET = "a spreadsheet, which is not read: export its sheet as CSV (UTF-8) with a header"
+_DOCUMENT = 'a document, which is not read: write its texts as JSON lines, {"text": "…"} one a line'
+_ARCHIVE = "an archive, which is not read: unpack it, and give the folder"
+_INSTEAD = {
+    **dict.fromkeys((".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".numbers"), _SPREADSHEET),
+    **dict.fromkeys((".md", ".rst", ".pdf", ".docx", ".doc", ".rtf", ".odt", ".html"), _DOCUMENT),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), _ARCHIVE),
+    **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".npy", ".npz", ".joblib"),
+        "objects of Python, which are not read: write the rows as Parquet or JSON lines"),
+    **dict.fromkeys((".db", ".sqlite", ".sqlite3", ".duckdb", ".mdb"),
+        "a database, which is not read: export the table as Parquet or CSV"),
+    **dict.fromkeys((".avro", ".orc", ".tfrecord", ".msgpack", ".h5", ".hdf5", ".xml", ".yaml", ".yml"),
+        "of a format that is not read: write the rows as Parquet or JSON lines"),
+}  # fmt: skip
+"""What to do about files that people have and that are not read, by suffix."""
+
+
+def instead(path: PurePath) -> str:
+    """Return what a file is that is not read, and what to do about it; "" where its name does not tell."""
+    return _INSTEAD.get(path.suffix.lower(), "")
+
+
+def named(text: str, where: str) -> str:
+    """Return the format that a user calls `text`; ConfigError for another, beginning with `where`."""
+    bare = text.strip().lower().lstrip(".")
+    by_suffix = {suffix[1:]: kind for kind, entry in FORMATS.items() for suffix in entry.suffixes}
+    if bare in FORMATS or bare in by_suffix:
+        return bare if bare in FORMATS else by_suffix[bare]
+    advice = f"; it is {found}" if (found := instead(PurePath(f"x.{bare}"))) else ""
+    if bare.endswith(tuple(suffix[1:] for suffix in streams.COMPRESSED)):
+        advice = "; compression is found by itself"
+    raise ConfigError(f"{where} is {text!r}, expected one of {', '.join(FORMATS)}{advice}")
 
 
 def _start(path: Path) -> str:
@@ -106,6 +143,8 @@ def _delimited(path: Path, unpacked: ByteCount) -> Rows:
 
 def _parquet(path: Path, unpacked: ByteCount) -> Rows:
     with _seekable(path, unpacked) as file:
+        if cut := columnar.cut_short(file):
+            raise DataError(cut)
         yield from columnar.read_parquet(file, unpacked, path.name)
 
 

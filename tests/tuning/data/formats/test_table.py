@@ -97,6 +97,55 @@ def test_fault_21_corrupt_page_is_a_data_error(tmp_path: Path) -> None:
         dataset.load(source(tmp_path))
 
 
+@pytest.mark.parametrize("size", [6, 100, -1])
+def test_a_parquet_file_that_is_cut_short_says_so(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([{"text": f"row {n}"} for n in range(500)]), path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(
+        DataError, match=r"a.parquet: a Parquet file that is cut short: after [\d,]+ bytes .*again"
+    ):
+        dataset.load(source(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "advice"),
+    [
+        ("rows.xlsx", b"PK\x03\x04", "a spreadsheet, which is not read: export its sheet as CSV"),
+        ("rows.zip", b"PK\x03\x04", "an archive, which is not read: unpack it"),
+        ("rows.sqlite", b"SQLite format 3", "a database, which is not read: export the table"),
+    ],
+)
+def test_files_that_people_have_and_that_are_not_read_are_answered_with_what_to_do(
+    tmp_path: Path, name: str, content: bytes, advice: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    for data in (source(tmp_path), source(tmp_path, file=tmp_path / name)):
+        with pytest.raises(DataError, match=advice):
+            dataset.load(data)
+
+
+@pytest.mark.parametrize(("text", "kind"), [("JSONL", "jsonl"), (".ndjson", "jsonl"), ("tsv", "tsv")])
+def test_a_format_is_named_as_people_write_it(text: str, kind: str) -> None:
+    assert formats.named(text, "x") == kind
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("xlsx", "a spreadsheet, which"),
+        ("json.gz", "compression is found by itself"),
+        ("cvs", "expected one of"),
+    ],
+)
+def test_a_format_that_is_none_is_answered_with_those_there_are(text: str, answer: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"--set extension is '{text}', expected one of parquet.*"
+    ) as refused:
+        formats.named(text, "--set extension")
+    assert answer in str(refused.value)
+
+
 def test_a_format_is_chosen_by_suffix_by_content_and_by_setting(tmp_path: Path) -> None:
     names = ("a.parquet", "a.PARQUET", "a.parquet_x", "a.ndjson", "a.jsonl_x", "a.csv", "a.arrow", "a.txt")
     kinds = [formats.file_format(Path(name)) for name in names]
@@ -123,6 +172,6 @@ def test_what_stands_for_the_data_is_named(tmp_path: Path, name: str) -> None:
 def test_a_file_of_no_known_format_is_told_how_to_name_one(tmp_path: Path) -> None:
     (tmp_path / "rows.txt").write_text("prompt,completion")
     with pytest.raises(
-        DataError, match=r"it starts with b'prompt.*set dataset_extension to one of parquet, json"
+        DataError, match=r"it starts with b'prompt.*--set extension=FORMAT.*: one of parquet, json"
     ):
         dataset.load(source(tmp_path, file=tmp_path / "rows.txt"))
