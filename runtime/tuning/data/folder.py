@@ -71,7 +71,7 @@ def find(folder: Path, *, file: Path | None = None, extension: str | None = None
         present = sorted(path for path in folder.rglob("*") if path.is_file())
         names = ", ".join(path.relative_to(folder).as_posix() for path in present[:5]) or "nothing"
         *others, last = FORMATS
-        advice = next((f"; {path.name} is {found}" for path in present if (found := instead(path))), "")
+        advice = next((f"; {path.name} is {unread}" for path in present if (unread := instead(path))), "")
         raise DataError(
             f"{folder}: no data file (found {names}); expected {', '.join(others)} or {last}{advice}"
         )
