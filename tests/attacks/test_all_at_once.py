@@ -74,7 +74,7 @@ def test_a_bystander_is_answered_while_all_attack(tiny_llama_dir: Path) -> None:
     print(report)  # shown where an assertion fails
     assert not [kind for kind in report["counts"] if kind.split()[1].startswith("5")], report
     assert report["counts"]["ordinary 200"] > ATTACK_S * 5  # of 11 a second whose clients stay
-    assert report["livez_s"] < 0.5
+    assert report["livez_s"] < 1  # 0.03
     _, middle, end = report["memory_kb"]
     assert end - middle < 60_000, report
     assert report["answers"] == report["alone"], "greedy answers changed"

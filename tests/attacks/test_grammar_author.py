@@ -38,12 +38,11 @@ def test_bombs_are_refused_and_others_answered_meanwhile(start_server: Any) -> N
         ]
         time.sleep(0.3)
         for body in ({"prompt": "hi"}, {"prompt": "hi", "guided_choice": ["yes", "no"]}):
-            before = time.monotonic()
             assert client.post("/chat", json=body).status_code == 200
-            assert time.monotonic() - before < 3
+        assert not all(each.done() for each in exploding)  # 2 s of a processor each
         replies = [each.result() for each in exploding]
         done.set()
-        assert livez.result() < 0.5
+        assert livez.result() < 1  # 0.02
     for reply in replies:
         assert reply.status_code == 400
         assert reply.json()["error"]["param"] == "guided_json"
@@ -58,9 +57,7 @@ def test_sigterm_does_not_wait_for_a_bomb(start_server: Any) -> None:
     with ThreadPoolExecutor(1) as thread:
         gone = thread.submit(_post, server.url, body)
         time.sleep(0.3)
-        before = time.monotonic()
-        assert server.stop() == 0
-        assert time.monotonic() - before < 3
+        assert server.stop() == 0  # 1 where it has to be cut short after 5 s
         assert isinstance(gone.exception(), httpx.HTTPError) or gone.result().status_code != 200
 
 
@@ -77,4 +74,4 @@ def test_author_that_leaves_takes_his_bomb_with_him(start_server: Any) -> None:
     before = time.monotonic()
     reply = httpx.post(server.url + "/chat", json={"prompt": "hi", "guided_choice": ["no"]}, timeout=30)
     assert reply.status_code == 200
-    assert time.monotonic() - before < 1
+    assert time.monotonic() - before < 5  # 0.1; 24 s of processors where they are not ended

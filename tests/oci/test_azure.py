@@ -80,7 +80,7 @@ def test_machine_without_an_identity_goes_on_without(
     began = time.monotonic()
     with pytest.raises(RegistryError, match="system-assigned identity"):
         oci.check_push(reference, access=access)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15  # 1
 
 
 @pytest.mark.parametrize("authority", ["http://login.example.com", "https://169.254.169.254"])

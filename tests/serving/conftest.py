@@ -156,7 +156,7 @@ class Process:
 
     def get(self, path: str) -> httpx.Response:
         """GET one path on a connection of its own."""
-        return httpx.get(self.url + path, timeout=10)
+        return httpx.get(self.url + path, timeout=20)
 
     def wait_ready(self, timeout_s: float = 20) -> None:
         """Wait until /readyz says yes."""
@@ -174,7 +174,7 @@ class Process:
         return self.process.wait(timeout_s)
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 5) -> float:
+def until(condition: Callable[[], bool], timeout_s: float = 20) -> float:
     """Wait for `condition` and return how long it took; AssertionError when it does not come."""
     started = time.monotonic()
     while not condition():

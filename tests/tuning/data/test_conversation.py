@@ -193,7 +193,8 @@ def test_time_of_calls_and_their_results_grows_with_their_number() -> None:
         ]
         return time.process_time() - begun
 
-    assert seconds(8_000) < 32 * max(seconds(1_000), 0.002)
+    few = min(seconds(1_000) for _ in range(3))
+    assert min(seconds(8_000) for _ in range(3)) < 32 * max(few, 0.002)
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])

@@ -148,4 +148,5 @@ def test_rewritten_rows_that_are_too_long_take_linear_time(tokenizer: Any, too_l
         return time.thread_time() - start
 
     seconds(20)
-    assert seconds(240) < 8 * seconds(60) + 0.1
+    few = min(seconds(60) for _ in range(2))
+    assert min(seconds(240) for _ in range(2)) < 8 * few + 0.1
