@@ -11,9 +11,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from typing import TextIO
+from typing import Self, TextIO
 
 from runtime.redaction import redact
 
@@ -87,6 +88,38 @@ def configure(*, debug: bool = False, rank: int = 0, stream: TextIO | None = Non
 def once(log: logging.Logger, level: int, message: str) -> None:
     """Log `message` the first time that it is given, for facts that are met again and again."""
     log.log(level, "%s", message)
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """A line of the log, to be said again."""
+
+    logger: str
+    level: int
+    message: str
+
+    def repeat(self) -> None:
+        """Log the line."""
+        logging.getLogger(self.logger).log(self.level, "%s", self.message)
+
+
+class Overhearing(logging.Handler):
+    """Within: keeps what the logger `name` and those below it log, in `lines`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.lines: list[LogLine] = []
+        self._logger = logging.getLogger(name)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(LogLine(record.name, record.levelno, record.getMessage()))
+
+    def __enter__(self) -> Self:
+        self._logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeHandler(self)
 
 
 class Repeated:

@@ -177,8 +177,8 @@ def preview_counts(preview: "Preview") -> list[str]:
     examined = "all" if preview.counted == preview.train_rows else f"the first {preview.counted:,}"
     files = counted(len(data.files), "file")
     lines = [
-        f"rows     {len(data.examples):,} from {files}: {preview.train_rows:,} to train on, "
-        f"{preview.held_out_rows:,} held out, {data.bad_rows.skipped:,} skipped as bad",
+        f"rows     {data.rows:,} from {files}: {preview.train_rows:,} to train on, "
+        f"{preview.held_out_rows:,} held out, {data.skipped:,} skipped as bad",
         f"tokens   {preview.tokens:,}, {preview.labelled_tokens:,} of them trained ({share}), "
         f"in {examined} training rows",
         f"length   at most {preview.max_tokens:,} tokens: {outcomes['truncated'] + outcomes['split']:,} rows "

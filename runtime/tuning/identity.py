@@ -42,6 +42,7 @@ WITHOUT_EFFECT = frozenset(
         # the base model and the rows count by their content, wherever they lie
         "model.name", "model.path", "model.local_files_only",
         "data.urls", "data.image", "data.folder", "data.file", "data.allow_private_addresses",
+        "data.cache",
         # what a run refuses, and another skips or has room for: they train on the same, or one does not train
         "data.on_bad_row", "data.max_bytes",
         # the same steps, divided otherwise over passes and GPUs; rows cut shorter show in the encoded rows

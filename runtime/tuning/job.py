@@ -5,21 +5,19 @@ Knows the order of the steps and nothing else: each is a module of its own. Star
 
 import logging
 import shutil
+import sys
 import time
-from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from runtime import adapters, garbage_collection, hardware, models, oci, torch_build
 from runtime.files import sha256
-from runtime.logs import counted
 from runtime.oci.access import DEFAULT
 from runtime.tuning import fit, identity, output, publish
-from runtime.tuning.data import dataset, download, folder, tokenize
-from runtime.tuning.data.dataset import Dataset
-from runtime.tuning.data.example import Example
-from runtime.tuning.data.rendered_fields import RenderedFields
+from runtime.tuning.data import download, encoding
+from runtime.tuning.data.encoded import EncodingFacts
+from runtime.tuning.data.encoding import DataEncoder
 from runtime.tuning.data.tokenize import TokenizedSplit
 from runtime.tuning.identity import JobIdentity
 from runtime.tuning.output import OutputPaths
@@ -29,23 +27,15 @@ from runtime.tuning.process.signals import StopSignal
 from runtime.tuning.report import report
 from runtime.tuning.settings import TuningJob
 from runtime.tuning.train import checkpoint_sync, setup
-from runtime.tuning.train.evaluation import Evaluation, evaluate, sample_questions
-from runtime.tuning.train.progress import JobProgress, memory_bytes
+from runtime.tuning.train.evaluation import Evaluation, evaluate
+from runtime.tuning.train.progress import JobProgress, Reporter, Throughput, memory_bytes
 from runtime.tuning.train.setup import RankSetup, TrainingSetup
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from runtime.tuning.train.terminal_bar import TerminalBar
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class SplitDataset:
-    """The data as it was read, and its conversations: those to train on and those held out."""
-
-    dataset: Dataset
-    train: Sequence[Example]
-    held_out: Sequence[Example]
+ENCODING_INTERVAL_S = 10.0
+"""Least time between two lines of the log on how many rows are encoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +45,9 @@ class JobResult:
     job: TuningJob
     """With the settings that the hardware, the data and the memory plan have decided."""
     owner: JobIdentity
-    data: SplitDataset
+    data: EncodingFacts
     tokenized: TokenizedSplit
     training: TrainingSetup
-    questions: Sequence[Example]
     before: Evaluation
     after: Evaluation
     planned_memory_bytes: int | None
@@ -100,23 +89,28 @@ def run(
         if (registry := result.training.callbacks.checkpoint.registry) is not None:
             registry.clear()
     ranks.barrier()
-    if ranks.is_local_main and not ranks.is_main:
-        output.mark_finished(
-            requested, result.owner
-        )  # on a disk of its own: a rerun of this node returns at once
+    if ranks.is_local_main:
+        encoding.remove(OutputPaths(job.output.folder).work)
+        if not ranks.is_main:  # on a disk of its own: a rerun of this node returns at once
+            output.mark_finished(requested, result.owner)
 
 
 def _tune(requested: TuningJob, job: TuningJob, rank: RankSetup, access: oci.Access) -> JobResult:
     """Read and tokenize the data, then evaluate, train and evaluate again."""
     ranks, progress = rank.ranks, rank.progress
-    with ranks.said_once():  # the rows are the same on all ranks
+    with ranks.said_once():  # the template's warnings are the same on all ranks
         progress.enter("data")
-        data = _read(job, ranks, access)
-        progress.enter("encode")
+        if ranks.is_local_main:
+            download.fetch(job.data, token=job.hub_token, access=access)
         with garbage_collection.paused():
             tokenizer = models.load_tokenizer(job.model)
-        data = fit_template(job, tokenizer, data)
-        job, tokenized = encode_rows(job, tokenizer, data)
+        with closing(_reporter(ranks)) as reporter:
+            show = partial(reporter.show_activity, "encoding row", with_speed=True)
+            encoder = DataEncoder(job, tokenizer, progress.enter, show)
+            data = encoder.on_this_node(ranks, OutputPaths(job.output.folder).work)
+    tokenized, questions = data.tokenized(), data.facts.questions
+    settled = job.encoding.model_copy(update={"max_tokens": data.facts.max_tokens})
+    job = job.model_copy(update={"encoding": settled})
     job, planned = fit.resolve(job, rank.machine, processes=ranks.local_world_size, rows=tokenized.sequences)
     progress.enter("model")
     with garbage_collection.paused():
@@ -124,69 +118,23 @@ def _tune(requested: TuningJob, job: TuningJob, rank: RankSetup, access: oci.Acc
     if ranks.is_main:
         training.callbacks.checkpoint.registry = checkpoint_sync.registry_checkpoints(job, access)
     progress.enter("evaluate")
-    asked = data.held_out if tokenized.held_out else data.train
-    questions = sample_questions([row for row in asked if row.origin not in data.dataset.bad_rows])
     before = evaluate(training, questions)
     progress.enter("train")
-    owner = _identify(requested, data, tokenized, ranks)
+    owner = _identify(requested, data.facts, tokenized, ranks)
     setup.run_training(training, folder=OutputPaths(job.output.folder).checkpoints, owner=owner)
     progress.enter("evaluate")
     after = evaluate(training, questions)
-    return JobResult(job, owner, data, tokenized, training, questions, before, after, planned)
+    return JobResult(job, owner, data.facts, tokenized, training, before, after, planned)
 
 
-def _read(job: TuningJob, ranks: Ranks, access: oci.Access) -> SplitDataset:
-    """Fetch (once on each node), read and split the data: all ranks see the same rows in the same order."""
-    if ranks.is_local_main:
-        download.fetch(job.data, token=job.hub_token, access=access)
-    ranks.barrier()
-    files = folder.local_paths(job.data.urls, job.data.folder)
-    data = dataset.load(job.data, files, processes=ranks.local_world_size)
-    train, held_out = dataset.divide(data, job.data)
-    log.info(
-        "%s from %s: %d to train on, %d held out, %d skipped",
-        counted(len(data.examples), "row"), counted(len(data.files), "file"),
-        len(train), len(held_out), data.bad_rows.skipped,
-    )  # fmt: skip
-    return SplitDataset(data, train, held_out)
-
-
-def fit_template(job: TuningJob, tokenizer: "PreTrainedTokenizerBase", data: SplitDataset) -> SplitDataset:
-    """Return `data` without the rows that hold what the model's chat template does not render."""
-    fields = RenderedFields(tokenizer, model=job.model.name, bad_rows=data.dataset.bad_rows)
-    return SplitDataset(data.dataset, fields.fit(data.train), fields.fit(data.held_out))
-
-
-def encode_rows(
-    job: TuningJob, tokenizer: "PreTrainedTokenizerBase", data: SplitDataset
-) -> tuple[TuningJob, TokenizedSplit]:
-    """Encode both parts, with the settled row limit; held-out rows that teach nothing are dropped."""
-    encoder, bad_rows = tokenize.encoder(job, tokenizer), data.dataset.bad_rows
-    limit = encoder.max_tokens
-    job = job.model_copy(update={"encoding": job.encoding.model_copy(update={"max_tokens": limit})})
-    train, held_out = (
-        tokenize.encode(examples, encoder, bad_rows) for examples in (data.train, data.held_out)
-    )
-    bad_rows.conclude("encoding")
-    tokenize.require_rows(train, len(data.train), max_tokens=limit)
-    log.info(
-        "%d rows as %d sequences of %d tokens, %d of them labelled; "
-        "%d rows cut at %d tokens, %d dropped as too long, %d unlabelled",
-        train.rows, len(train.sequences), train.tokens, train.labelled_tokens,
-        train.truncated, limit, train.too_long, train.unlabelled,
-    )  # fmt: skip
-    left = held_out.rows
-    if held_out.too_long or held_out.unlabelled or (data.held_out and not left):
-        log.warning(
-            "held out: %d rows dropped as too long, %d unlabelled; %s",
-            held_out.too_long, held_out.unlabelled,
-            f"{left} rows are left" if left else "none is left, so no loss is held out",
-        )  # fmt: skip
-    return job, TokenizedSplit(train, held_out if held_out.rows else None)
+def _reporter(ranks: Ranks) -> Reporter:
+    """Return what shows how far the encoding of rows is."""
+    watched = ranks.is_main and sys.stderr.isatty()
+    return Reporter(Throughput(), display=TerminalBar() if watched else None, interval_s=ENCODING_INTERVAL_S)
 
 
 def _identify(
-    requested: TuningJob, data: SplitDataset, tokenized: TokenizedSplit, ranks: Ranks
+    requested: TuningJob, data: EncodingFacts, tokenized: TokenizedSplit, ranks: Ranks
 ) -> JobIdentity:
     """Return whose checkpoints and adapter these are, as rank 0 sees the base model and the data."""
     if not ranks.is_main:
@@ -195,7 +143,7 @@ def _identify(
         replace(
             identity.requested(requested),
             model=identity.model_digest(models.locate(requested.model)),
-            files=data.dataset.digests,
+            files=data.summary.digests,
             rows=identity.rows_digest(tokenized),
             # without a batch size a step has the same rows on any number of GPUs
             processes=ranks.world_size if requested.training.get("per_device_train_batch_size") else 0,
@@ -206,7 +154,7 @@ def _identify(
 def _save(requested: TuningJob, result: JobResult, *, seconds: float) -> None:
     """Write the adapter and the report, then what marks them as done; an earlier adapter stays until then."""
     job, training = result.job, result.training
-    summary = report.build(job, result.data.dataset, result.tokenized, _outcome(result, seconds))
+    summary = report.build(job, result.data.summary, result.tokenized, _outcome(result, seconds))
     paths = OutputPaths(job.output.folder)
     with output.replacing(requested, result.owner) as scratch:
         adapters.save(
@@ -242,7 +190,7 @@ def _outcome(result: JobResult, seconds: float) -> report.Outcome:
                 ended_before=old.ended,
                 ended_after=new.ended,
             )
-            for question, old, new in zip(result.questions, before.answers, after.answers, strict=True)
+            for question, old, new in zip(result.data.questions, before.answers, after.answers, strict=True)
         ),
         seconds=seconds,
         tokens_per_s=training.throughput.tokens_per_s,

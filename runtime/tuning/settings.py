@@ -54,6 +54,9 @@ class DataSource(Strict):
     """What to do with a row that cannot be read."""
     max_bytes: ByteQuantity | None = None
     """Most bytes of all data, as sent and as unpacked; null: by the free disk and the machine's memory."""
+    cache: Path | None = None
+    """Folder that keeps encoded rows, so that later jobs with the same data, tokenizer and encoding need not
+    make them; null keeps none. By default one in the cache folder."""
     allow_private_addresses: bool = True
     """Fetch from private and loopback addresses too. Link-local (metadata) ones are always refused."""
 

@@ -280,7 +280,9 @@ def _finish_output(settings: LayeredSettings, mounts: Mounts) -> None:
 
 
 def _finish_data(settings: LayeredSettings, mounts: Mounts, manifest: WorkspaceDocuments | None) -> None:
-    """Decide the directory that holds the data, or into which it is fetched."""
+    """Decide the directory that holds the data, or into which it is fetched, and where its rows are kept."""
+    if "data.cache" not in settings.sources:
+        settings.put("data.cache", mounts.cache() / "encoded-rows", "default")
     if settings.get("data.folder") is not None or settings.get("data.file") is not None:
         return
     remote = " ".join(map(urls.unsigned, settings.get("data.urls") or ())) or settings.get("data.image")

@@ -10,14 +10,10 @@ from typing import Any, Self
 
 import pytest
 
-from runtime import adapters, models, oci
+from runtime import adapters, oci
 from runtime.tuning import launcher
-from runtime.tuning.data.bad_rows import BadRows
-from runtime.tuning.data.dataset import Dataset
-from runtime.tuning.data.example import Example
-from runtime.tuning.job import SplitDataset, encode_rows
 from runtime.tuning.output import SENTINEL, OutputPaths
-from runtime.tuning.settings import DataSource, Encoding, Lora, Output, TuningJob
+from runtime.tuning.settings import DataSource, Lora, Output, TuningJob
 from runtime.tuning.train.checkpoints import listed
 from runtime.tuning.train.progress import MetricsHistory
 from tests.tuning.conftest import Worker, tiny_job, write_rows
@@ -189,24 +185,3 @@ def test_two_processes_give_the_loss_curve_of_one_and_warn_once(
     result = json.loads(worker.paths.report.read_text())["result"]
     expected = finished.report["result"]["held_out_loss"]["after"]
     assert result["held_out_loss"]["after"] == pytest.approx(expected, abs=1e-4)
-
-
-def conversation(row: int, answer: str) -> Example:
-    messages = ({"role": "user", "content": f"q{row}"}, {"role": "assistant", "content": answer})
-    return Example(messages, origin=f"a.jsonl: row {row}")
-
-
-@pytest.mark.parametrize(("long", "kept"), [(1, 1), (2, None)])
-def test_held_out_rows_that_teach_nothing_are_dropped_and_said(
-    tiny_llama_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, long: int, kept: int | None
-) -> None:
-    caplog.set_level("WARNING")
-    encoding = Encoding(max_tokens=64, too_long="drop")
-    job = tiny_job(tiny_llama_dir, tmp_path, tmp_path, encoding=encoding)
-    train = [conversation(row, "a") for row in range(4)]
-    held_out = [conversation(9, "a " * 100)] * long + [conversation(10, "a")] * (2 - long)
-    split = SplitDataset(Dataset((*train, *held_out), (), BadRows()), train, held_out)
-    _, tokenized = encode_rows(job, models.load_tokenizer(job.model), split)
-    assert (tokenized.held_out and tokenized.held_out.rows) == kept
-    left = "none is left, so no loss is held out" if kept is None else "1 rows are left"
-    assert f"held out: {long} rows dropped as too long, 0 unlabelled; {left}" in caplog.text

@@ -5,7 +5,7 @@ Every file below the folder is used, in the order of its path. Does not know wha
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import TypeVar
@@ -62,25 +62,41 @@ class Dataset:
     facts: RowFacts = field(default_factory=RowFacts)
     """What the rows were made of."""
 
+    def summary(self) -> "DataSummary":
+        """Return what was read, and which rows could not be used so far."""
+        return DataSummary(
+            len(self.examples), self.files, self.facts, self.bad_rows.skipped, self.bad_rows.reasons
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DataSummary:
+    """What was read, without the rows: for the report and the preview."""
+
+    rows: int
+    """Of all files but those of a validation set, without those that could not be read."""
+    files: tuple[DataFile, ...]
+    facts: RowFacts
+    skipped: int
+    """Rows that could not be used (`on_bad_row: skip`)."""
+    skipped_because: Mapping[str, int]
+
     @property
     def digests(self) -> tuple[str, ...]:
         """The digests of all files, in order: equal exactly when the data is."""
         return tuple(_digest(file.split, file.sha256) for file in self.files)
 
 
-def load(source: DataSource, files: Sequence[Path] | None = None, *, processes: int = 1) -> Dataset:
-    """Read `files`, or every data file of `source`; DataError naming file, row and column at fault.
-
-    Each of `processes` on this machine reads them all: the memory that they may take is divided.
-    """
-    limit = DataLimits.of(source.max_bytes, source.folder, processes=processes).unpacked
+def load(source: DataSource, files: Sequence[Path] | None = None) -> Dataset:
+    """Read `files`, or every data file of `source`; DataError naming file, row and column at fault."""
+    limit = DataLimits.of(source.max_bytes, source.folder).unpacked
     reader = _Reader(source, ByteCount(limit), BadRows(source.on_bad_row), RowNormaliser(source))
     found = _found(source, files)
     examples: dict[Split, list[Example]] = {"train": [], "validation": []}
     used: list[DataFile] = []
     for file in found:
         if file.split != "test":
-            with bounded_memory(file.name, limit, processes=processes):
+            with bounded_memory(file.name, limit):
                 read, data_file = reader.read(file, alone=bool(files) or len(found) == 1)
             examples[file.split] += read
             used.append(data_file)
@@ -99,9 +115,22 @@ def load(source: DataSource, files: Sequence[Path] | None = None, *, processes: 
 
 
 def digests_of(source: DataSource) -> tuple[str, ...]:
-    """Return what `Dataset.digests` will be, without reading a row; DataError where there is no data."""
+    """Return what `DataSummary.digests` will be, without reading a row; DataError where there is no data."""
     found = _found(source, None)
     return tuple(_digest(file.split, sha256(file.path)) for file in found if file.split != "test")
+
+
+def names_and_digests(source: DataSource, files: Sequence[Path] | None = None) -> list[tuple[str, ...]]:
+    """Return name, format, split and digest of each file that `load` would find, without reading a row."""
+    return [
+        (
+            file.name,
+            formats.kind_of(file.path, source.extension),
+            file.split,
+            "" if file.split == "test" else sha256(file.path),
+        )
+        for file in _found(source, files)
+    ]
 
 
 def _digest(split: Split, digest: str) -> str:

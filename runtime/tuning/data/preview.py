@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from runtime import models, oci
 from runtime.oci.access import DEFAULT
 from runtime.tuning.data import dataset, download, folder, tokenize
-from runtime.tuning.data.dataset import Dataset, divide
-from runtime.tuning.data.example import Example
+from runtime.tuning.data.dataset import DataSummary, divide
+from runtime.tuning.data.encoded import EncodedData, EncodedRow, EncodingFacts
+from runtime.tuning.data.encoding import DataEncoder
 from runtime.tuning.data.rendered_fields import RenderedFields
-from runtime.tuning.data.tokenize import EncodedExample, RowOutcome, TokenizedSequence
+from runtime.tuning.data.tokenize import RowOutcome, TokenizedSequence, attempted
 from runtime.tuning.settings import TuningJob
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Preview:
     """What `runtime tune` would train on."""
 
     examples: tuple[PreviewExample, ...]
-    data: Dataset
+    data: DataSummary
     train_rows: int
     held_out_rows: int
     max_tokens: int
@@ -75,43 +76,58 @@ class Preview:
 def preview(job: TuningJob, *, count: int, access: oci.Access = DEFAULT) -> Preview:
     """Return the first `count` training rows of `job` as they are encoded, and counts over many."""
     download.fetch(job.data, token=job.hub_token, access=access)
-    data = dataset.load(job.data, folder.local_paths(job.data.urls, job.data.folder))
-    train, held_out = divide(data, job.data)
-    encoder = tokenize.encoder(job, models.load_tokenizer(job.model))
-    fields = RenderedFields(encoder.tokenizer, model=job.model.name, bad_rows=data.bad_rows)
-    examined = fields.fit(train[: max(count, COUNTED_ROWS)])
-    encoded: list[tuple[Example, EncodedExample]] = []
-    for example in examined:
-        with data.bad_rows.attempt(example.origin):
-            encoded.append((example, encoder.encode(example)))
-    data.bad_rows.conclude("encoding")
-    results = [result for _, result in encoded]
+    tokenizer = models.load_tokenizer(job.model)
+    examined = max(count, COUNTED_ROWS)
+    found = DataEncoder(job, tokenizer).kept() or _encoded(job, tokenizer, examined)
+    rows = [row for row in found.rows[:examined] if not row.held_out]
+    encoded = [row.encoded for row in rows]
     return Preview(
-        examples=tuple(
-            _preview_example(example, result, encoder.tokenizer) for example, result in encoded[:count]
-        ),
-        data=data,
-        train_rows=sum(example.origin not in data.bad_rows for example in train),
-        held_out_rows=sum(example.origin not in data.bad_rows for example in held_out),
-        max_tokens=encoder.max_tokens,
-        counted=len(results),
-        outcomes=Counter(result.outcome for result in results),
-        tokens=sum(result.tokens for result in results),
-        labelled_tokens=sum(result.labelled_tokens for result in results),
-        sequences=sum(len(result.sequences) for result in results),
+        examples=tuple(_preview_example(row, tokenizer) for row in rows[:count]),
+        data=found.facts.summary,
+        train_rows=found.facts.train_rows,
+        held_out_rows=found.facts.held_out_rows,
+        max_tokens=found.facts.max_tokens,
+        counted=len(rows),
+        outcomes=Counter(result.outcome for result in encoded),
+        tokens=sum(result.tokens for result in encoded),
+        labelled_tokens=sum(result.labelled_tokens for result in encoded),
+        sequences=sum(len(result.sequences) for result in encoded),
     )
 
 
-def _preview_example(
-    example: Example, encoded: EncodedExample, tokenizer: "PreTrainedTokenizerBase"
-) -> PreviewExample:
+def _encoded(job: TuningJob, tokenizer: "PreTrainedTokenizerBase", count: int) -> EncodedData:
+    """Return the first `count` training rows, encoded here, with what was read of all."""
+    data = dataset.load(job.data, folder.local_paths(job.data.urls, job.data.folder))
+    train, held_out = divide(data, job.data)
+    encoder = tokenize.encoder(job, tokenizer)
+    fields = RenderedFields(tokenizer, model=job.model.name, bad_rows=data.bad_rows)
+    examined = fields.fit(train[:count])
+    results = attempted(examined, tokenize.results(examined, encoder), data.bad_rows)
+    rows = tuple(EncodedRow(example.origin, False, result) for example, result in results if result)
+    data.bad_rows.conclude("encoding")
+    train_rows, held_out_rows = (
+        sum(example.origin not in data.bad_rows for example in part) for part in (train, held_out)
+    )
+    facts = EncodingFacts(
+        key="",
+        summary=data.summary(),
+        max_tokens=encoder.max_tokens,
+        train_rows=train_rows,
+        held_out_rows=held_out_rows,
+        questions=(),
+        said=(),
+    )
+    return EncodedData(rows, facts)
+
+
+def _preview_example(row: EncodedRow, tokenizer: "PreTrainedTokenizerBase") -> PreviewExample:
     return PreviewExample(
-        origin=example.origin,
-        outcome=encoded.outcome,
-        full_tokens=encoded.full_tokens,
-        tokens=encoded.tokens,
-        labelled_tokens=encoded.labelled_tokens,
-        sequences=tuple(runs(sequence, tokenizer) for sequence in encoded.sequences),
+        origin=row.origin,
+        outcome=row.encoded.outcome,
+        full_tokens=row.encoded.full_tokens,
+        tokens=row.encoded.tokens,
+        labelled_tokens=row.encoded.labelled_tokens,
+        sequences=tuple(runs(sequence, tokenizer) for sequence in row.encoded.sequences),
     )
 
 

@@ -5,7 +5,7 @@ files, templates, tensors or batches. T tokens. Start at `encode`, then `Encoder
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, groupby
@@ -130,18 +130,42 @@ def encoder(job: TuningJob, tokenizer: "PreTrainedTokenizerBase") -> "Encoder":
     return Encoder(tokenizer, job.encoding, max_tokens=longest_row(job), end_ids=end_ids)
 
 
-def encode(examples: Iterable[Example], encoder: "Encoder", bad_rows: BadRows) -> TokenizedData:
-    """Encode `examples`; one that the template refuses or whose labels it leaves undecided is a bad row."""
+def results(examples: Iterable[Example], encoder: "Encoder") -> Iterator[EncodedExample | DataError]:
+    """Yield what each of `examples` becomes, or why the template refuses it or leaves labels undecided."""
+    for example in examples:
+        try:
+            yield encoder.encode(example)
+        except DataError as error:
+            yield error
+
+
+def attempted(
+    examples: Iterable[Example], results: Iterable[EncodedExample | DataError], bad_rows: BadRows
+) -> Iterator[tuple[Example, EncodedExample | None]]:
+    """Yield each example with its result, None for a row that is bad and left out."""
+    for example, result in zip(examples, results, strict=True):
+        with bad_rows.attempt(example.origin):
+            if not isinstance(result, EncodedExample):
+                raise result
+        yield example, result if isinstance(result, EncodedExample) else None
+
+
+def encode(examples: Sequence[Example], encoder: "Encoder", bad_rows: BadRows) -> TokenizedData:
+    """Encode `examples`, without those that are bad."""
+    done = attempted(examples, results(examples, encoder), bad_rows)
+    return collected(result for _, result in done if result is not None)
+
+
+def collected(rows: Iterable[EncodedExample]) -> TokenizedData:
+    """Return the sequences of all rows, and what happened to the others."""
     sequences: list[TokenizedSequence] = []
     per_row: list[int] = []
     outcomes: Counter[RowOutcome] = Counter()
-    for example in examples:
-        with bad_rows.attempt(example.origin):
-            encoded = encoder.encode(example)
-            outcomes[encoded.outcome] += 1
-            if encoded.sequences:
-                sequences += encoded.sequences
-                per_row.append(len(encoded.sequences))
+    for row in rows:
+        outcomes[row.outcome] += 1
+        if row.sequences:
+            sequences += row.sequences
+            per_row.append(len(row.sequences))
     return TokenizedData(
         tuple(sequences),
         tuple(per_row),
@@ -180,7 +204,7 @@ class Encoder:
             )
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self._encoding = encoding
-        self._end_ids = end_ids | models.end_ids(tokenizer.eos_token_id)
+        self.end_ids = end_ids | models.end_ids(tokenizer.eos_token_id)
         self._answers: AnswerReader | None = None
 
     def encode(self, example: Example) -> EncodedExample:
@@ -294,7 +318,7 @@ class Encoder:
         last = len(ids) - 1
         while last > 0 and not str(self.tokenizer.decode([ids[last]])).strip():
             last -= 1
-        return ids if last >= 0 and ids[last] in self._end_ids else [*ids, self._eos()]
+        return ids if last >= 0 and ids[last] in self.end_ids else [*ids, self._eos()]
 
     def _tokenized(self, sequence: TextSequence) -> TokenizedSequence:
         """Return the ids of a text, labelled where its pieces are."""
@@ -328,7 +352,7 @@ class Encoder:
     def _reader(self) -> AnswerReader:
         """Return what reads the template, made for the first conversation: plain text needs no template."""
         if self._answers is None:
-            self._answers = AnswerReader(self.tokenizer, self._end_ids)
+            self._answers = AnswerReader(self.tokenizer, self.end_ids)
         return self._answers
 
     def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:

@@ -54,6 +54,11 @@ class Ranks:
         """Whether this process fetches for the others of its node: no disk need be shared."""
         return self.local_rank == 0
 
+    @property
+    def node(self) -> int:
+        """Number of this machine among those of the job, which have as many processes each."""
+        return self.rank // self.local_world_size
+
     @contextlib.contextmanager
     def said_once(self) -> Iterator[None]:
         """Do what gives the same warnings on every rank: one process of each node logs them. Errors stay."""

@@ -18,7 +18,7 @@ from runtime.files import write_atomic
 from runtime.hardware import Hardware
 from runtime.redaction import redact
 from runtime.tuning.arguments import lora
-from runtime.tuning.data.dataset import Dataset
+from runtime.tuning.data.dataset import DataSummary
 from runtime.tuning.data.tokenize import TokenizedSplit
 from runtime.tuning.output import OutputPaths
 from runtime.tuning.report import chart, html, verdict
@@ -96,7 +96,7 @@ class Outcome:
         return verdict.Endings(len(told), sum(before), sum(after))
 
 
-def build(job: TuningJob, data: Dataset, tokenized: TokenizedSplit, outcome: Outcome) -> dict[str, Any]:
+def build(job: TuningJob, data: DataSummary, tokenized: TokenizedSplit, outcome: Outcome) -> dict[str, Any]:
     """Return the report: settings, data, results, samples and provenance; no secrets, no paths of keys."""
     settings = _settings(job)
     return {
@@ -138,15 +138,15 @@ def save(report: dict[str, Any], folder: Path) -> None:
     write_atomic(paths.page, html.render(report))
 
 
-def _data(data: Dataset, tokenized: TokenizedSplit) -> dict[str, Any]:
+def _data(data: DataSummary, tokenized: TokenizedSplit) -> dict[str, Any]:
     train = tokenized.train
     return {
         "files": [asdict(file) for file in data.files],
         "columns": {str(columns): rows for columns, rows in data.facts.columns.items()},
         "unused_columns": list(data.facts.unused),
-        "rows": len(data.examples),
-        "skipped_rows": data.bad_rows.skipped,
-        "skipped_because": data.bad_rows.reasons,
+        "rows": data.rows,
+        "skipped_rows": data.skipped,
+        "skipped_because": dict(data.skipped_because),
         "train_rows": train.rows,
         "train_sequences": len(train.sequences),
         "held_out_rows": _held_out_rows(tokenized),
@@ -201,7 +201,7 @@ def _result(outcome: Outcome) -> dict[str, Any]:
 def _settings(job: TuningJob) -> dict[str, Any]:
     """Return what the user may have set, without paths and with the secrets of URLs redacted."""
     shown = {"method": True, "encoding": True, "quantization": True, "lora": True, "training": True}
-    locations = {"folder", "file", "urls", "image"}
+    locations = {"folder", "file", "urls", "image", "cache"}
     settings = job.model_dump(mode="json", include=shown | {"data": set(DataSource.model_fields) - locations})
     if job.data.urls:
         settings["data"]["urls"] = [redact(url) for url in job.data.urls]

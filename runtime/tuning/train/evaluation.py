@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-QUESTIONS = 5
-"""How many questions are answered."""
 NEW_TOKENS = 48
 """Longest answer: enough to compare, cheap on a CPU."""
 PROMPT_TOKENS = 768
@@ -76,14 +74,6 @@ def evaluate(setup: TrainingSetup, questions: Sequence[Example]) -> Evaluation:
         setup.throughput.held_out_loss = loss
         log.info("held-out loss %.4f", loss)
     return Evaluation(loss, tuple(answers))
-
-
-def sample_questions(examples: Sequence[Example]) -> list[Example]:
-    """Return the first few conversations that end with an answer to a question."""
-    usable = [
-        e for e in examples if e.messages and e.messages[-1]["role"] == "assistant" and len(e.messages) > 1
-    ]
-    return usable[:QUESTIONS]
 
 
 def generate(

@@ -50,9 +50,15 @@ class Activity:
     name: str
     done: int
     total: int
+    seconds: float = 0.0
+    """Since it began; 0 where its speed tells nobody anything."""
 
     def __str__(self) -> str:
-        return f"{self.name} {self.done}/{self.total}"
+        text = f"{self.name} {self.done}/{self.total}"
+        if not self.seconds or not self.done:
+            return text
+        each = self.seconds / self.done
+        return f"{text} {1 / each:.0f}/s left {duration(each * (self.total - self.done))}"
 
 
 @dataclass(slots=True)
@@ -236,9 +242,12 @@ class Reporter:
     history: MetricsHistory | None = None
     display: Display | None = None
     clock: Callable[[], float] = time.monotonic
+    interval_s: float = LOG_INTERVAL_S
+    """Least time between two lines of the log."""
     last_line_at: float = float("-inf")
     last_line: tuple[int, float, float] | None = None
     """Step, loss and held-out loss of the last line of training in the log."""
+    activity_began: float = 0.0
 
     def begin(self) -> None:
         """Cut the history at the present step: a resumed run repeats the later ones."""
@@ -258,20 +267,24 @@ class Reporter:
             return
         says = (self.throughput.step, self.throughput.loss, self.throughput.held_out_loss)
         repeated = self.last_line is not None and str(says) == str(self.last_line)  # NaN is as it was
-        if self.clock() - self.last_line_at >= LOG_INTERVAL_S or (last and not repeated):
+        if self.clock() - self.last_line_at >= self.interval_s or (last and not repeated):
             self.last_line_at, self.last_line = self.clock(), says
             line = f"{self.throughput.position_text()} {self.throughput.metrics_text()}"
             log.info("%s", line, extra={"fields": self.throughput.metrics()})
 
-    def show_activity(self, name: str, done: int, total: int) -> None:
+    def show_activity(self, name: str, done: int, total: int, *, with_speed: bool = False) -> None:
         """Show how far something other than training is: like `show`, but no line of the log is its last."""
-        begins, self.throughput.activity = self.throughput.activity is None, Activity(name, done, total)
+        now, begins = self.clock(), self.throughput.activity is None
+        if begins:
+            self.activity_began = now
+        seconds = now - self.activity_began if with_speed else 0.0
+        self.throughput.activity = Activity(name, done, total, seconds)
         if self.display is not None:
             self.display.show(self.throughput)
         elif begins:
-            self.last_line_at = self.clock()  # the first line comes where it takes long
-        elif self.clock() - self.last_line_at >= LOG_INTERVAL_S:
-            self.last_line_at = self.clock()
+            self.last_line_at = now  # the first line comes where it takes long
+        elif now - self.last_line_at >= self.interval_s:
+            self.last_line_at = now
             log.info("%s", self.throughput.activity)
         if done >= total:
             self.end_activity()

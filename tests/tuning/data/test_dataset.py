@@ -106,8 +106,8 @@ def test_rows_of_a_validation_set_are_held_out_and_those_of_a_test_set_left_out(
         ("dev.jsonl", "validation"),
         ("train.jsonl", "train"),
     ]
-    assert [digest.partition(":")[0] == "validation" for digest in data.digests] == [True, False]
-    assert dataset.digests_of(source(tmp_path)) == data.digests
+    assert [digest.partition(":")[0] == "validation" for digest in data.summary().digests] == [True, False]
+    assert dataset.digests_of(source(tmp_path)) == data.summary().digests
     assert caplog.messages == [
         "7 rows held out, of 1 jsonl file (dev.jsonl)",
         "60 rows read, of 1 jsonl file (train.jsonl)",

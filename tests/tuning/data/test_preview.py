@@ -157,7 +157,7 @@ def test_rows_that_the_template_refuses_are_skipped_and_not_counted_to_train_on(
     job = make_job(model=without_weights)
     data = job.data.model_copy(update={"file": tmp_path / "rows.jsonl", "on_bad_row": "skip"})
     found = preview(job.model_copy(update={"data": data}), count=3)
-    assert (found.train_rows, found.counted, found.data.bad_rows.skipped) == (2, 2, 1)
+    assert (found.train_rows, found.counted, found.data.skipped) == (2, 2, 1)
 
 
 STRIPPED_THOUGHT = (

@@ -76,7 +76,7 @@ def build(
     bad_rows = BadRows("skip")
     for row in range(3):
         bad_rows.add(DataError("is empty"), f"row {row}")
-    data = Dataset((Example((), text="x"),) * 5060, files, bad_rows)
+    data = Dataset((Example((), text="x"),) * 5060, files, bad_rows).summary()
     tokenized = TokenizedData((ROW,) * 100, (1,) * 60 + (2,) * 20, truncated=4, too_long=2, unlabelled=1)
     found = report.build(
         job(**given), data, TokenizedSplit(tokenized, tokenized if measured else None), outcome

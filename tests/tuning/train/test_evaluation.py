@@ -11,26 +11,13 @@ from runtime import chat_template
 from runtime.chat_template import TemplateOptions
 from runtime.tuning.data.example import Example
 from runtime.tuning.settings import TuningJob
-from runtime.tuning.train.evaluation import (
-    NEW_TOKENS,
-    QUESTIONS,
-    evaluate,
-    question_prompt,
-    sample_questions,
-)
+from runtime.tuning.train.evaluation import NEW_TOKENS, evaluate, question_prompt
 from tests.tuning.data.template_families import CHATML, FAMILIES
 from tests.tuning.train.test_trainer import training_setup
 
 
 def conversation(*roles: str) -> Example:
     return Example(tuple({"role": role, "content": f"{role} {place}"} for place, role in enumerate(roles)))
-
-
-def test_questions_are_conversations_that_end_with_an_answer() -> None:
-    usable = conversation("user", "assistant")
-    others = [conversation("assistant"), conversation("user"), Example((), text="plain text")]
-    assert sample_questions([*others, usable]) == [usable]
-    assert len(sample_questions([usable] * 20)) == QUESTIONS
 
 
 def test_evaluation_without_held_out_rows_has_answers_and_no_loss(

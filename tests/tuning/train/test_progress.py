@@ -103,6 +103,18 @@ def test_an_evaluation_that_takes_long_says_how_far_it_is(
     assert not caplog.records
 
 
+def test_encoding_says_its_speed_and_what_is_left(caplog: pytest.LogCaptureFixture, clock: Clock) -> None:
+    caplog.set_level("INFO")
+    reporter = Reporter(Throughput(clock=clock), clock=clock, interval_s=10)
+    for done in range(0, 4000, 500):
+        reporter.show_activity("encoding row", done, 4000, with_speed=True)
+        clock.now += 4
+    assert [record.getMessage() for record in caplog.records] == [
+        "encoding row 1500/4000 125/s left 0:20",
+        "encoding row 3000/4000 125/s left 0:08",
+    ]
+
+
 def test_a_resumed_run_shows_what_was_measured_last_before_its_first_step(clock: Clock) -> None:
     throughput = Throughput(clock=clock)
     throughput.held_out_loss = 9.0  # of the adapter before training, measured again after the restart
