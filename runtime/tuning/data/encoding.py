@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from runtime.errors import DataError
 from runtime.files import disk_errors
 from runtime.logs import Overhearing, counted
-from runtime.tuning.data import dataset, encoded, folder, row_cache, tokenize
+from runtime.tuning.data import dataset, encoded, encoding_processes, folder, row_cache, tokenize
 from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.dataset import Dataset
 from runtime.tuning.data.encoded import EncodedData, EncodedRow, EncodingFacts
@@ -136,7 +136,7 @@ class DataEncoder:
     ) -> Iterator[EncodedRow]:
         """Yield what each row becomes, and show how far this is."""
         examples = [*train, *held_out]
-        results = attempted(examples, tokenize.results(examples, encoder), bad_rows)
+        results = attempted(examples, encoding_processes.results(examples, encoder), bad_rows)
         for number, (example, result) in enumerate(results):
             self.show(number + 1, len(examples))
             if result is not None:
