@@ -2,16 +2,16 @@
 
 import logging
 import os
-import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runtime import hardware, models
-from runtime.errors import ConfigError, DataError, StoppedError
+from runtime.errors import ConfigError, DataError
 from runtime.tuning.data import encoding_processes, tokenize
 from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.example import Example
@@ -21,7 +21,11 @@ from runtime.tuning.settings import Encoding
 from tests.tuning.conftest import tiny_job
 from tests.tuning.data.template_families import R1
 
-REFUSING = "{% for m in messages %}{% if 'bad' in m.content %}{{ raise_exception('it is bad') }}{% endif %}{% endfor %}"
+REFUSING = (
+    "{% for m in messages %}"
+    "{% if 'bad' in m.content %}{{ raise_exception('it is bad') }}{% endif %}"
+    "{% endfor %}"
+)
 
 
 def conversation(number: int, question: str = "q", answers: int = 1) -> Example:
@@ -97,23 +101,43 @@ def test_what_ends_the_job_ends_it_from_another_process_too(encoder: Encoder) ->
         list(encoding_processes.results(EXAMPLES, encoder))
 
 
-def test_a_signal_ends_all_processes_at_once(encoder: Encoder) -> None:
-    def stop(*_: object) -> None:
-        raise StoppedError("stopped")
+STOPPED = """
+import os, sys
+from pathlib import Path
+from runtime import hardware, models
+from runtime.errors import StoppedError
+from runtime.tuning.data import encoding_processes
+from runtime.tuning.data.example import Example
+from runtime.tuning.data.tokenize import Encoder
+from runtime.tuning.process.signals import StopSignal
+from runtime.tuning.settings import Encoding
+from tests.tuning.conftest import tiny_job
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        results = encoding_processes.results(EXAMPLES * 50, encoder)
-        next(results)
-        with pytest.raises(StoppedError):
-            for number, _ in enumerate(results):
-                if number == 3:
-                    os.kill(os.getpid(), signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    children = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
-    ours = [line for line in children.splitlines() if line.split()[0] == str(os.getpid())]
-    assert not any("runtime.tuning.data.worker" in line for line in ours)
+hardware.usable_cores = lambda: 2
+StopSignal().install()
+tokenizer = models.load_tokenizer(tiny_job(Path(sys.argv[1]), Path(), Path()).model)
+try:
+    rows = [Example((), text="word " * 50)] * 1_000_000
+    for _ in encoding_processes.results(rows, Encoder(tokenizer, Encoding(), max_tokens=64)):
+        print("encoding", flush=True)
+except StoppedError:
+    os._exit(143)
+"""
+
+
+def test_a_signal_ends_all_processes_at_once(tiny_llama_dir: Path) -> None:
+    command = [sys.executable, "-c", STOPPED, str(tiny_llama_dir)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, process_group=0)
+    assert process.stdout
+    assert process.stdout.readline() == b"encoding\n"
+    process.terminate()
+    process.stdout.close()
+    assert process.wait(60) == 143
+    deadline = time.monotonic() + 60
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
 
 
 def test_a_tokenizer_of_the_models_own_code_is_used_in_one_process(
