@@ -75,7 +75,7 @@ def test_results_errors_and_warnings_are_those_of_one_process(
     assert said == [record.getMessage() for record in caplog.records] != []
     assert (bad.first, bad.reasons) == (serially_bad.first, serially_bad.reasons)
     assert bad.skipped == 3
-    with pytest.raises(DataError, match="a.jsonl: row 7: .* refuses .*: it is bad"):
+    with pytest.raises(DataError, match=r"a\.jsonl: row 7: .* refuses .*: it is bad"):
         encoded(encoding_processes.results(EXAMPLES, encoder), "fail")
 
 
