@@ -23,6 +23,7 @@ from tests.families import PACKED, SERVED, VARIANTS, config_of, model_of
 from tests.host_reads import HostReads
 from tests.tuning.conftest import Worker, tiny_job, write_rows
 from tests.tuning.tiny_models import some_rows, tiny_model
+from tests.varlen_kernels import VarlenKernels
 
 
 class Calls(TorchFunctionMode):
@@ -48,14 +49,34 @@ class Calls(TorchFunctionMode):
         assert all(heads == kv_heads for heads, kv_heads, grouped, _ in self.found if not grouped)
 
 
+@pytest.mark.parametrize("capability", [(7, 0), (9, 0)], ids=str)
+@pytest.mark.parametrize("family", PACKED)
+def test_packed_rows_on_a_gpu_are_one_call_a_layer(
+    family: str, monkeypatch: pytest.MonkeyPatch, *, capability: tuple[int, int]
+) -> None:
+    """By the kernel for float16 of each GPU, whatever the number of rows; never SDPA, which would choose."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    packed_attention.register()
+    model = tiny_model(family, attention=packed_attention.NAME).to("meta", torch.float16)
+    name = "_flash_attention_forward" if capability >= (8, 0) else "_efficient_attention_forward"
+    for rows in (1, 6):
+        calls, kernels = Calls(), VarlenKernels(compute=False)
+        with calls, HostReads() as reads, kernels:
+            batch_loss(model, collate(some_rows(rows), "packed", pad_id=0), "meta")
+        assert not calls.found
+        assert [each for each, *_ in kernels.calls] == [name] * model.config.num_hidden_layers
+        assert not reads.found
+
+
 @pytest.mark.parametrize("flash", [False, True], ids=["", "flash"])
 @pytest.mark.parametrize("family", PACKED)
-def test_packed_rows_on_a_gpu_have_no_mask_with_grouped_heads(
+def test_packed_rows_without_a_kernel_for_them_have_no_mask_with_grouped_heads(
     family: str, monkeypatch: pytest.MonkeyPatch, *, flash: bool
 ) -> None:
     monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda _: flash)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))  # and bfloat16
     packed_attention.register()
-    model = tiny_model(family, attention=packed_attention.NAME).to("meta")
+    model = tiny_model(family, attention=packed_attention.NAME).to("meta", torch.bfloat16)
     calls = Calls()
     with calls, HostReads():
         batch_loss(model, collate(some_rows(6), "packed", pad_id=0), "meta")

@@ -119,6 +119,7 @@ def job_report(job: TuningJob, machine: Hardware, *, processes: int | None) -> M
         "dtype": run.dtype,
         "row_tokens": chosen.row_tokens,
         "tokens_per_pass": run.tokens,
+        "pass_size": fit.pass_size,
         "gradient_checkpointing": run.checkpointing,
         "largest_tokens_per_pass": fit.largest_tokens,
         "longest_row_that_fits": fit.longest_row,
@@ -140,7 +141,8 @@ def job_report(job: TuningJob, machine: Hardware, *, processes: int | None) -> M
 def _job_notes(facts: Mapping[str, Any]) -> tuple[str, ...]:
     settings = (
         f"Settings: {facts['dtype']}, rows of at most {facts['row_tokens']} tokens, "
-        f"{facts['tokens_per_pass']} tokens in a pass (one forward and backward computation on a GPU), "
+        f"{facts['tokens_per_pass']} tokens in a pass (one forward and backward computation on a GPU: "
+        f"{facts['pass_size']}), "
         f"gradient checkpointing {'on' if facts['gradient_checkpointing'] else 'off'}."
     )
     largest = (

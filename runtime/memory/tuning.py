@@ -161,9 +161,9 @@ def trained(shape: Shape, run: TuningRun) -> int:
 
 
 def lora(shape: Shape, run: TuningRun) -> MemoryItem:
-    """Adapter weights: trained x 4 bytes, float32 whatever the compute type."""
-    count = trained(shape, run)
-    return MemoryItem("LoRA weights", count * 4, f"{count / 1e6:.1f}M x 4 bytes")
+    """Adapter weights: trained x (4 + b) bytes, float32 and, within a step, in the compute type."""
+    count, each = trained(shape, run), 4 + run.width
+    return MemoryItem("LoRA weights", count * each, f"{count / 1e6:.1f}M x {each} bytes")
 
 
 def gradients(shape: Shape, run: TuningRun) -> MemoryItem:

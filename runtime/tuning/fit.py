@@ -23,7 +23,7 @@ from runtime.tuning.arguments.training import DEFAULTS
 from runtime.tuning.data.tokenize import MAX_TOKENS, TokenizedSequence
 from runtime.tuning.precision import choose_dtype
 from runtime.tuning.settings import TuningJob
-from runtime.tuning.train.schedule import pass_tokens, requested_checkpointing
+from runtime.tuning.train.schedule import pass_tokens, requested_checkpointing, rows_per_step
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +58,22 @@ class MemoryPlan:
         return min(length, self.shape.context_tokens)
 
     @property
+    def pass_size(self) -> str:
+        """Why a pass holds as many tokens as it does, in a few words."""
+        chosen, most = self.forecast.run.tokens, self.adjustable.larger_passes
+        wanted = max(self.requested.tokens, self.adjustable.row_tokens)
+        if chosen < max(wanted, most):
+            return "as many as fit"
+        if chosen == wanted:
+            return "one row" if wanted == self.adjustable.row_tokens else "as requested"
+        return "more gain nothing" if most == fitting.SATURATING_TOKENS["cuda"] else "the rows of a step"
+
+    @property
     def summary(self) -> str:
         """The forecast in one line, with the advice when it does not fit."""
         need, room = self.forecast.total_bytes / GIB, self.forecast.available_bytes / GIB
         where = f"{self.machine.name} ({room:.1f} GiB usable)"
-        passes = f"passes of {self.forecast.run.tokens} tokens"
+        passes = f"passes of {self.forecast.run.tokens} tokens ({self.pass_size})"
         how = f"{passes} {'with' if self.forecast.run.checkpointing else 'without'} gradient checkpointing"
         if self.forecast.fits:
             return f"{need:.1f} GiB on {where}: {how}"
@@ -86,16 +97,29 @@ def plan(
     if rows:
         requested = replace(requested, labelled_share=max(row.labelled_tokens / len(row) for row in rows))
     checkpointing = requested_checkpointing(job)
+    free = job.fit != "refuse" or "per_device_train_batch_size" not in job.training
+    larger = free and job.tokens_per_pass is None
     adjustable = Adjustable(
         row_tokens,
         checkpointing=checkpointing if checkpointing or job.fit == "refuse" else None,
-        smaller_passes=job.fit != "refuse" or "per_device_train_batch_size" not in job.training,
+        smaller_passes=free,
+        larger_passes=_useful_tokens(job, machine, count, row_tokens=row_tokens, rows=rows) if larger else 0,
         shorter_rows=job.fit == "shorten" and not rows,
     )
     room = fitting.available(machine, processes=count)
     forecast = fitting.choose(shape, requested, adjustable, room=room)
     planned = MemoryPlan(shape, machine, requested, adjustable, forecast, ())
     return planned if forecast.fits else replace(planned, advice=_advice(job, planned))
+
+
+def _useful_tokens(
+    job: TuningJob, machine: Hardware, processes: int, *, row_tokens: int, rows: Sequence[TokenizedSequence]
+) -> int:
+    """Return the tokens of a pass above which more gain nothing: of a step on one rank, or of any pass."""
+    count = rows_per_step(job, len(rows) or None, processes)
+    longest = sorted((len(row) for row in rows), reverse=True)[:count] or [row_tokens] * count
+    step = min(sum(longest), sum(longest) // processes + row_tokens)
+    return min(step, fitting.SATURATING_TOKENS[machine.kind])
 
 
 def check(job: TuningJob, machine: Hardware, *, processes: int | None = None) -> None:

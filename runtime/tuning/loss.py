@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from runtime.tuning.data.batching import IGNORE, Layout, MicroBatch, collate, group, pack
+from runtime.tuning.data.batching import IGNORE, Layout, MicroBatch, collate, group, pack, to_device
 from runtime.tuning.data.tokenize import TokenizedSequence
 from runtime.tuning.model.fsdp import is_sharded
 from runtime.tuning.model.lora import evaluating
@@ -47,30 +47,25 @@ def batch_loss(
     Nothing of it waits for a GPU, so that the host starts the work of the next pass while this one runs.
     """
     from runtime.tuning.model.fused_loss import LabelledTokens, loss_head
+    from runtime.tuning.model.packed_attention import Documents, borders
 
-    inputs: dict[str, Any] = {name: _to(device, tensor) for name, tensor in batch.inputs.items()}
-    if batch.document_lengths:
-        inputs["document_lengths"] = batch.document_lengths
+    inputs: dict[str, Any] = {name: to_device(device, tensor) for name, tensor in batch.inputs.items()}
+    if lengths := batch.document_lengths:
+        inputs["documents"] = Documents(lengths, to_device(device, borders(lengths)))
     idle = not len(batch.logits_to_keep)  # takes part in every collective, adds nothing
-    columns = _to(device, batch.logits_to_keep.new_zeros(1) if idle else batch.logits_to_keep)
+    columns = to_device(device, batch.logits_to_keep.new_zeros(1) if idle else batch.logits_to_keep)
     head = None if idle else loss_head(model)
     if head is not None:
         indices = batch.labelled
-        targets = _to(device, batch.labels.flatten()[indices])
-        labelled = LabelledTokens(_to(device, indices), targets, smoothing)
+        targets = to_device(device, batch.labels.flatten()[indices])
+        labelled = LabelledTokens(to_device(device, indices), targets, smoothing)
         with head.expecting(labelled):
             loss: torch.Tensor = model(**inputs, logits_to_keep=columns, use_cache=False).logits
         return loss
     logits: torch.Tensor = model(**inputs, logits_to_keep=columns, use_cache=False).logits  # (B, N, V)
     if idle:
         return 0.0 * logits.float().sum()
-    return token_loss(logits, _to(device, batch.labels), smoothing=smoothing)
-
-
-def _to(device: str, tensor: "torch.Tensor") -> "torch.Tensor":
-    """Return `tensor` on `device`, whose earlier work the copy does not wait for: from page-locked memory."""
-    source = tensor.pin_memory() if device.startswith("cuda") else tensor
-    return source.to(device, non_blocking=True)
+    return token_loss(logits, to_device(device, batch.labels), smoothing=smoothing)
 
 
 @dataclass(frozen=True, slots=True)

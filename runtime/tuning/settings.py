@@ -133,11 +133,12 @@ class TuningJob(Strict):
     """On several GPUs: each holds the whole base model, or (FSDP2) a shard of it. The adapter is the same."""
     output: Output = Output()
     fit: Literal["refuse", "adapt", "shorten"] = "refuse"
-    """When the memory plan does not fit: stop; or use smaller passes and gradient checkpointing whatever the
-    training arguments are (the same steps in more passes); or also cut rows shorter."""
+    """When the memory plan does not fit: stop; or choose pass size and gradient checkpointing whatever the
+    training arguments are (the same steps in more passes, or in fewer where memory is left over); or also cut
+    rows shorter."""
     tokens_per_pass: int | None = Field(None, ge=8)
-    """Most tokens of one forward pass on one rank; null is batch size times max_tokens, or a default where
-    no batch size is set, and less where the memory plan requires it. A longer row is a pass of its own."""
+    """Most tokens of one forward pass on one rank; null is batch size times max_tokens, or where no batch
+    size is set as many as the memory plan allows and a GPU gains from. A longer row is a pass of its own."""
     checkpoint_minutes: float | None = Field(10.0, gt=0)
     """Minutes between checkpoints, whatever `save_strategy` is; null turns them off."""
     sources: dict[str, str] = Field({}, repr=False)

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from runtime import gpus, hardware
 from runtime.memory import fitting, shape
 from runtime.memory.fitting import Adjustable
@@ -37,6 +39,17 @@ def test_passes_shrink_before_layers_are_computed_again() -> None:
     fixed = chosen("T4-16GB", Adjustable(512, smaller_passes=False), replace(RUN, tokens=40_000))
     assert fixed.run.tokens == 40_000
     assert not fixed.fits
+
+
+@pytest.mark.parametrize(("gpu", "least"), [("A100-80GB", 8192), ("A10-24GB", 2048), ("V100-16GB", 2048)])
+def test_passes_grow_into_free_memory_up_to_what_gains(gpu: str, least: int) -> None:
+    wanted = Adjustable(2048, larger_passes=fitting.SATURATING_TOKENS["cuda"])
+    plan, fixed = chosen(gpu, wanted), chosen(gpu, Adjustable(2048))
+    assert plan.fits
+    assert least <= plan.run.tokens <= fitting.SATURATING_TOKENS["cuda"]
+    assert plan.run.checkpointing == fixed.run.checkpointing, "a larger pass is not worth computing again"
+    grown = plan.run.tokens > fixed.run.tokens
+    assert not grown or plan.total_bytes <= fitting.ENLARGED * plan.available_bytes
 
 
 def test_rows_are_cut_only_where_that_is_allowed() -> None:

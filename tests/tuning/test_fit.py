@@ -17,8 +17,10 @@ from runtime.hardware import Hardware
 from runtime.memory import tuning
 from runtime.model_source import ModelSource
 from runtime.tuning import fit
-from runtime.tuning.data.tokenize import TokenizedSequence
+from runtime.tuning.data.tokenize import TokenizedData, TokenizedSequence
+from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.settings import DataSource, Encoding, Output, TuningJob
+from runtime.tuning.train.schedule import batch_plan
 
 V100 = Hardware("cuda", "V100", (7, 0), 16160 << 20, 1)
 
@@ -51,6 +53,61 @@ def test_the_users_settings_stay_unless_fit_is_requested() -> None:
     assert settled.tokens_per_pass is not None
     assert 2048 <= settled.tokens_per_pass <= 8 * 2048
     assert fit.plan(settled, V100, rows=rows).forecast.fits
+
+
+H200 = Hardware("cuda", "H200", (9, 0), 139 << 30, 1)
+
+
+@pytest.mark.parametrize(
+    ("training", "settings", "tokens", "why"),
+    [
+        ({}, {}, 16_384, "more gain nothing"),
+        ({"per_device_train_batch_size": 4}, {}, 8192, "as requested"),
+        ({"per_device_train_batch_size": 4}, {"fit": "adapt"}, 8192, "as requested"),
+        (
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6}, {"fit": "adapt"},
+            12_288, "the rows of a step",
+        ),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6}, {}, 2048, "one row"),
+        ({}, {"tokens_per_pass": 4096}, 4096, "as requested"),
+    ],
+)  # fmt: skip
+def test_passes_are_as_large_as_gains_on_a_gpu_with_room(
+    training: dict[str, Any], settings: dict[str, Any], tokens: int, why: str
+) -> None:
+    planned = fit.plan(job(training, **settings), H200)
+    assert (planned.forecast.run.tokens, planned.pass_size) == (tokens, why)
+    assert f"passes of {tokens} tokens ({why})" in planned.summary
+
+
+def test_a_small_gpus_pass_holds_what_fits_and_a_cpus_what_is_asked() -> None:
+    small = fit.plan(job(), V100)
+    assert 2048 < small.forecast.run.tokens < 16_384
+    assert small.pass_size == "as many as fit"
+    assert fit.plan(job(encoding=Encoding(max_tokens=512)), cpu(64)).forecast.run.tokens == 1024
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_pass_size_divides_steps_and_changes_none(processes: int) -> None:
+    draw = np.random.default_rng(0)
+    rows = tuple(
+        TokenizedSequence(np.ones(size, dtype=np.int32), np.ones(size, dtype=np.bool_))
+        for size in draw.integers(100, 2048, 900)
+    )
+    settled, _ = fit.resolve(job(), replace(H200, count=processes), processes=processes, rows=rows)
+    ranks = Ranks(world_size=processes)
+    plans = [
+        batch_plan(each, TokenizedData(rows), layout="packed", ranks=ranks, hardware=H200)
+        for each in (job(), settled)
+    ]
+    small, large = [[plan.rank_batch(step, 0) for step in plan.steps(0)] for plan in plans]
+    assert list(plans[0].steps(0)) == list(plans[1].steps(0))
+    for before, after in zip(small, large, strict=True):
+        assert before.labelled_tokens == after.labelled_tokens
+        rows_of = [sorted(row for rows in each.micro_batches for row in rows) for each in (before, after)]
+        assert rows_of[0] == rows_of[1]
+    assert sum(len(each.micro_batches) for each in large) < sum(len(each.micro_batches) for each in small) / 3
+    assert plans[1].budget_tokens <= 16_384
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.tuning.data.batching import MicroBatch
+from runtime.tuning.data.batching import MicroBatch, to_device
 
 
 class EmbeddingNoise:
@@ -37,7 +37,7 @@ class EmbeddingNoise:
         """embeddings (B, T, E); each number of a document changes by up to alpha / sqrt(its tokens · E)."""
         if self._lengths is None:
             return None
-        most = self.alpha * (self._lengths.to(embeddings.device) * embeddings.shape[-1]).rsqrt()
+        most = self.alpha * (to_device(str(embeddings.device), self._lengths) * embeddings.shape[-1]).rsqrt()
         noise = torch.rand_like(embeddings).mul_(2).sub_(1)
         return embeddings + noise * most[..., None].to(embeddings.dtype)
 

@@ -2,8 +2,9 @@
 
 Fused, the backward pass needs no sums of partial input gradients, no copies, and half of the saved
 activations; products with the adapters' A matrices are one for all layers of an input. Same mathematics as
-peft's layers: W x + scale · B A x, A (r, in), B (out, r). Does not know models or what replaces which module.
-M tokens of all rows, r rank, I inner width of an MLP. Start at `install`, `FusedProjections`, `run_mlp`.
+peft's layers: W x + scale · B A x, A (r, in), B (out, r). Does not know models or what replaces which module;
+the matrices in the compute type are adapter_matrices.py's. M tokens of all rows, r rank, I inner width of an
+MLP. Start at `install`, `FusedProjections`, `run_mlp`.
 """
 
 import functools
@@ -19,6 +20,14 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from runtime.tuning.model.adapter_matrices import (
+    AdapterGroup,
+    AdapterMatrices,
+    grads_of_a,
+    masters,
+    wide_product,
+)
+
 # --- which layers, in which type ---------------------------------------------------------------------
 
 
@@ -29,7 +38,7 @@ def install(model: nn.Module) -> int:
     """
     layers: list[Any] = [layer for layer in model.modules() if is_plain(layer)]
     for layer in layers:
-        layer.forward = functools.partial(lora_forward, layer)
+        layer.forward = functools.partial(lora_forward, AdapterGroup((layer,), whole=can_fuse((layer,))))
     return len(layers)
 
 
@@ -58,7 +67,7 @@ def _is_fused_call(layers: Sequence[Any], x: Tensor) -> bool:
     """Whether this call of `layers` is one of training in one number type; others are the layers' own."""
     return (
         torch.is_grad_enabled()
-        and x.dtype == update_dtype(x, _lora_a(layers[0]))
+        and x.dtype == update_dtype(x, masters(layers)[0])
         and not any(
             layer.disable_adapters or layer.merged or not layer.training or base_dtype(layer) != x.dtype
             for layer in layers
@@ -79,32 +88,22 @@ def base_dtype(layer: Any) -> torch.dtype:
     return (base.compute_dtype or torch.float32) if quantised else base.weight.dtype
 
 
-def _lora_a(layer: Any) -> Tensor:
-    return layer.lora_A[layer.active_adapters[0]].weight  # type: ignore[no-any-return]
-
-
-def _lora_b(layer: Any) -> Tensor:
-    return layer.lora_B[layer.active_adapters[0]].weight  # type: ignore[no-any-return]
-
-
-def _adapters(layers: Sequence[Any]) -> list[Tensor]:
-    """Return A and B of each layer, one after the other."""
-    return [matrix for layer in layers for matrix in (_lora_a(layer), _lora_b(layer))]
-
-
 # --- one layer: its update as one operation ----------------------------------------------------------
 
 
-def lora_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Return the layer's output for x (…, in); by peft's own forward without gradients or adapter."""
+def lora_forward(group: AdapterGroup, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return the output of the layer in `group` for x (…, in); by peft's own forward without gradients."""
+    (layer,) = group.layers
     if layer.disable_adapters or layer.merged or not torch.is_grad_enabled():
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+    if group.whole and _is_fused_call(group.layers, x):
+        (out,) = _Projections.apply(x, group, *masters(group.layers))  # type: ignore[no-untyped-call]
+        return out  # type: ignore[no-any-return]
     (name,) = layer.active_adapters
-    lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
     dropped, base = layer.lora_dropout[name](x), layer.base_layer(x)
     if layer.base_layer.bias is not None and type(layer.base_layer) is not nn.Linear:
         base = base.clone()  # bitsandbytes returns a view, which autograd does not let change in place
-    return _AddUpdate.apply(base, dropped, lora_a, lora_b, layer.scaling[name])  # type: ignore[no-any-return, no-untyped-call]
+    return _AddUpdate.apply(base, dropped, group, *masters(group.layers))  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _AddUpdate(torch.autograd.Function):
@@ -112,32 +111,32 @@ class _AddUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0913, PLR0917 - autograd takes tensors one by one
-        ctx: Any, base: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
+        ctx: Any, base: Tensor, x: Tensor, group: AdapterGroup, lora_a: Tensor, lora_b: Tensor
     ) -> Tensor:
         """base (…, out), x (…, in), lora_a (r, in), lora_b (out, r); returns base, changed in place."""
         dtype = update_dtype(base, lora_a)
+        own = group.matrices(dtype)
         flat_x = x.flatten(0, -2).to(dtype)  # (M, in)
-        x_a = flat_x @ lora_a.to(dtype).t()  # (M, r)
-        ctx.save_for_backward(flat_x, x_a, lora_a, lora_b)
-        ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
+        x_a = flat_x @ own.a.t()  # (M, r)
+        ctx.save_for_backward(flat_x, x_a, own.a, *own.bs)
+        ctx.scales, ctx.shape, ctx.dtype = own.scales, x.shape, x.dtype
         flat = base.flatten(0, -2)
         if flat.dtype == dtype:
-            flat.addmm_(x_a, lora_b.to(dtype).t(), alpha=scale)
+            flat.addmm_(x_a, own.bs[0].t())
         else:
-            flat += (x_a @ lora_b.to(dtype).t()).mul_(scale)
+            flat += x_a @ own.bs[0].t()
         ctx.mark_dirty(base)
         return base
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, Tensor, Tensor]:
         """gradient (…, out) passes to base as it is."""
-        flat_x, x_a, lora_a, lora_b = ctx.saved_tensors
+        flat_x, x_a, a, b = ctx.saved_tensors
         flat = gradient.flatten(0, -2).to(flat_x.dtype)
-        grad_x_a = (flat @ lora_b.to(flat_x.dtype)).mul_(ctx.scale)  # (M, r)
-        grad_x = (grad_x_a @ lora_a.to(flat_x.dtype)).view(ctx.shape).to(ctx.dtype)
-        grad_a = (grad_x_a.t() @ flat_x).to(lora_a.dtype)
-        grad_b = (flat.t() @ x_a).mul_(ctx.scale).to(lora_b.dtype)
-        return gradient, grad_x, grad_a, grad_b, None
+        grad_x_a = flat @ b  # (M, r)
+        grad_x = (grad_x_a @ a).view(ctx.shape).to(ctx.dtype)
+        (grad_a,) = grads_of_a(grad_x_a, flat_x, ctx.scales, [len(a)])
+        return gradient, grad_x, None, grad_a, wide_product(flat.t(), x_a)
 
 
 # --- several layers of one input ---------------------------------------------------------------------
@@ -150,8 +149,6 @@ class _BaseWeights:
     weights: tuple[Tensor, ...]
     quant_states: tuple[Any, ...]
     """bitsandbytes' constants of each weight; None for an unquantised one."""
-    scales: tuple[float, ...]
-    ranks: list[int]
 
     def dense(self, number: int, dtype: torch.dtype) -> Tensor:
         """Return a layer's base weights (out, in)."""
@@ -172,55 +169,43 @@ class _Projected:
 
 @dataclass(frozen=True, slots=True)
 class _Saved:
-    """The activations that the backward pass of the layers of one input needs."""
+    """What the backward pass of the layers of one input needs."""
 
     x: Tensor
     """(M, in)"""
     x_a: Tensor
     """(M, sum of ranks)"""
+    adapters: AdapterMatrices
 
 
-def _project(layers: Sequence[Any], x: Tensor, adapters: Sequence[Tensor]) -> _Projected:
-    """Compute the layers' outputs for x (M, in); `adapters` are A and B of each."""
-    x_a = x @ torch.cat(tuple(adapters[::2])).to(x.dtype).t()
-    ranks = [len(lora_a) for lora_a in adapters[::2]]
-    scales = tuple(layer.scaling[layer.active_adapters[0]] for layer in layers)
+def _project(layers: Sequence[Any], x: Tensor, adapters: AdapterMatrices) -> _Projected:
+    """Compute the layers' outputs for x (M, in)."""
+    x_a = x @ adapters.a.t()
     outputs = [layer.base_layer(x) for layer in layers]
-    parts = torch.split(x_a, ranks, dim=1)
-    for out, part, lora_b, scale in zip(outputs, parts, adapters[1::2], scales, strict=True):
-        out.addmm_(part, lora_b.to(x.dtype).t(), alpha=scale)
+    parts = torch.split(x_a, adapters.ranks, dim=1)
+    for out, part, b in zip(outputs, parts, adapters.bs, strict=True):
+        out.addmm_(part, b.t())
     weights = tuple(layer.base_layer.weight.detach() for layer in layers)
     states = tuple(getattr(layer.base_layer.weight, "quant_state", None) for layer in layers)
-    return _Projected(outputs, x_a, _BaseWeights(weights, states, scales, ranks))
+    return _Projected(outputs, x_a, _BaseWeights(weights, states))
 
 
 def _project_back(
-    base: _BaseWeights,
-    gradients: Sequence[Tensor],
-    saved: _Saved,
-    adapters: Sequence[Tensor],
-    *,
-    needs_grad_x: bool,
+    base: _BaseWeights, gradients: Sequence[Tensor], saved: _Saved, *, needs_grad_x: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the gradient of x (empty unless needed) and of each A and B, from those of the outputs."""
-    x, x_a = saved.x, saved.x_a
-    grad_x_a = torch.empty_like(x_a)
+    x, adapters = saved.x, saved.adapters
+    grad_x_a = torch.empty_like(saved.x_a)
     grad_bs: list[Tensor] = []
-    parts = (torch.split(grad_x_a, base.ranks, dim=1), torch.split(x_a, base.ranks, dim=1))
-    for gradient, lora_b, scale, out, part in zip(
-        gradients, adapters[1::2], base.scales, *parts, strict=True
-    ):
-        out.copy_((gradient @ lora_b.to(x.dtype)).mul_(scale))
-        grad_bs.append((gradient.t() @ part).mul_(scale).to(lora_b.dtype))
-    grad_as = torch.split(grad_x_a.t() @ x, base.ranks)
-    grad_adapters = [
-        matrix
-        for lora_a, grad_a, grad_b in zip(adapters[::2], grad_as, grad_bs, strict=True)
-        for matrix in (grad_a.to(lora_a.dtype), grad_b)
-    ]
+    parts = (torch.split(each, adapters.ranks, dim=1) for each in (grad_x_a, saved.x_a))
+    for gradient, b, out, part in zip(gradients, adapters.bs, *parts, strict=True):
+        torch.mm(gradient, b, out=out)
+        grad_bs.append(wide_product(gradient.t(), part))
+    grad_as = grads_of_a(grad_x_a, x, adapters.scales, adapters.ranks)
+    grad_adapters = [each for pair in zip(grad_as, grad_bs, strict=True) for each in pair]
     if not needs_grad_x:
         return x.new_empty(0), grad_adapters
-    grad_x = grad_x_a @ torch.cat(tuple(adapters[::2])).to(x.dtype)
+    grad_x = grad_x_a @ adapters.a
     for number, gradient in enumerate(gradients):
         grad_x.addmm_(gradient, base.dense(number, x.dtype))
     return grad_x, grad_adapters
@@ -230,16 +215,17 @@ def _project_back(
 class FusedProjections:
     """Layers that are called one after the other with one input: the first call computes them all."""
 
-    layers: tuple[Any, ...]
+    group: AdapterGroup
     _input: Tensor | None = field(default=None, repr=False)
     _outputs: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def call(self, number: int, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output of layer `number` for x (…, in)."""
         if x is not self._input or number not in self._outputs:
-            if not _is_fused_call(self.layers, x):
-                return lora_forward(self.layers[number], x, *args, **kwargs)
-            outputs = _Projections.apply(x, self.layers, *_adapters(self.layers))  # type: ignore[no-untyped-call]
+            layers = self.group.layers
+            if not _is_fused_call(layers, x):
+                return lora_forward(AdapterGroup((layers[number],)), x, *args, **kwargs)
+            outputs = _Projections.apply(x, self.group, *masters(layers))  # type: ignore[no-untyped-call]
             self._input, self._outputs = x, dict(enumerate(outputs))
         out = self._outputs.pop(number)
         if not self._outputs:
@@ -249,76 +235,98 @@ class FusedProjections:
 
 class _Projections(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: Sequence[Any], *adapters: Tensor) -> tuple[Tensor, ...]:
-        """x (…, in); adapters: A and B of each layer."""
-        flat = x.flatten(0, -2)
-        projected = _project(layers, flat, adapters)
-        ctx.save_for_backward(flat, projected.x_a, *adapters)
-        ctx.base, ctx.shape = projected.base, x.shape
+    def forward(ctx: Any, x: Tensor, group: AdapterGroup, *trained: Tensor) -> tuple[Tensor, ...]:
+        """x (…, in); trained: A and B of each layer, which the gradients are for."""
+        flat, own = x.flatten(0, -2), group.matrices(x.dtype)
+        projected = _project(group.layers, flat, own)
+        ctx.save_for_backward(flat, projected.x_a, own.a, *own.bs)
+        ctx.base, ctx.scales, ctx.ranks, ctx.shape = projected.base, own.scales, own.ranks, x.shape
         return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in projected.outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         """gradients (…, out) of each layer."""
-        x, x_a, *adapters = ctx.saved_tensors
+        x, x_a, a, *bs = ctx.saved_tensors
         flat = [gradient.flatten(0, -2) for gradient in gradients]
         needed = ctx.needs_input_grad[0]
-        grad_x, grad_adapters = _project_back(ctx.base, flat, _Saved(x, x_a), adapters, needs_grad_x=needed)
+        saved = _Saved(x, x_a, AdapterMatrices(a, tuple(bs), ctx.scales, ctx.ranks))
+        grad_x, grad_adapters = _project_back(ctx.base, flat, saved, needs_grad_x=needed)
         return grad_x.view(ctx.shape) if needed else None, None, *grad_adapters
+
+
+def adapter_groups(model: nn.Module) -> list[AdapterGroup]:
+    """Return the groups that training passes of `model` compute; each adapter is in one of them."""
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    calls = [forward for forward in forwards if isinstance(forward, functools.partial)]
+    together: dict[int, AdapterGroup] = {}
+    alone: list[AdapterGroup] = []
+    for call in calls:
+        owner = getattr(call.func, "__self__", None)
+        own = [owner.group] if isinstance(owner, FusedProjections) else call.args
+        found = [group for group in own if isinstance(group, AdapterGroup)]
+        if call.func is lora_forward:
+            alone += found
+        else:
+            together |= {id(group): group for group in found}
+    covered = {id(layer) for group in together.values() for layer in group.layers}
+    return [*together.values(), *(group for group in alone if id(group.layers[0]) not in covered)]
 
 
 # --- a gated MLP -------------------------------------------------------------------------------------
 
 
-def run_mlp(mlp: nn.Module, inner: Sequence[Any], outer: Any, x: Tensor) -> Tensor:
+def run_mlp(mlp: nn.Module, inner: AdapterGroup, outer: AdapterGroup, x: Tensor) -> Tensor:
     """Return outer(silu(gate) * up) for x (…, in).
 
     `inner` is the layers of gate and up, or the one whose output is both. Without training, by the forward
     of `mlp`'s class.
     """
-    if not _is_fused_call((*inner, outer), x):
+    layers = (*inner.layers, *outer.layers)
+    if not _is_fused_call(layers, x):
         return type(mlp).forward(mlp, x)  # type: ignore[no-any-return]
-    return _GatedMlp.apply(x, inner, outer, *_adapters((*inner, outer)))  # type: ignore[no-any-return, no-untyped-call]
+    return _GatedMlp.apply(x, inner, outer, *masters(layers))  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _GatedMlp(torch.autograd.Function):
     """Keeps gate and up; the inner activation is computed again, which costs one pass over it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, inner: Sequence[Any], outer: Any, *adapters: Tensor) -> Tensor:
-        """x (…, in); adapters: A and B of the inner layers and of the outer one."""
-        flat = x.flatten(0, -2)
-        projected = _project(inner, flat, adapters[:-2])
+    def forward(ctx: Any, x: Tensor, inner: AdapterGroup, outer: AdapterGroup, *trained: Tensor) -> Tensor:
+        """x (…, in); trained: A and B of the inner layers and of the outer one."""
+        flat, ours, last = x.flatten(0, -2), inner.matrices(x.dtype), outer.matrices(x.dtype)
+        projected = _project(inner.layers, flat, ours)
         gate, up = _halves(projected.outputs)
-        last = _project((outer,), silu(gate).mul_(up), adapters[-2:])
-        (out,) = last.outputs
-        ctx.save_for_backward(flat, projected.x_a, last.x_a, *projected.outputs, *adapters)
-        ctx.inner, ctx.outer = projected.base, last.base
-        ctx.layers, ctx.shape = len(inner), x.shape
+        behind = _project(outer.layers, silu(gate).mul_(up), last)
+        (out,) = behind.outputs
+        ctx.save_for_backward(
+            flat, projected.x_a, behind.x_a, ours.a, last.a, *last.bs, *ours.bs, *projected.outputs
+        )
+        ctx.inner, ctx.outer, ctx.shape = projected.base, behind.base, x.shape
+        ctx.scales, ctx.ranks = (ours.scales, last.scales), (ours.ranks, last.ranks)
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         """gradient (…, out)."""
-        x, x_a, outer_x_a, *rest = ctx.saved_tensors
-        outputs, adapters = rest[: ctx.layers], rest[ctx.layers :]
+        x, x_a, outer_x_a, a, outer_a, outer_b, *rest = ctx.saved_tensors
+        count = len(ctx.ranks[0])
+        ours = AdapterMatrices(a, tuple(rest[:count]), ctx.scales[0], ctx.ranks[0])
+        last = AdapterMatrices(outer_a, (outer_b,), ctx.scales[1], ctx.ranks[1])
+        outputs = rest[count:]
         gate, up = _halves(outputs)
         active = silu(gate)
+        # not kept beyond this call: it is as large as gate
+        behind = _Saved(active * up, outer_x_a, last)
         grad_inner, grad_outer = _project_back(
-            ctx.outer,
-            (gradient.flatten(0, -2),),
-            _Saved(active * up, outer_x_a),  # not kept beyond this call: it is as large as gate
-            adapters[-2:],
-            needs_grad_x=True,
+            ctx.outer, (gradient.flatten(0, -2),), behind, needs_grad_x=True
         )
+        del behind
         gradients = [torch.empty_like(out) for out in outputs]
         grad_gate, grad_up = _halves(gradients)
         torch.mul(active, grad_inner, out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad_inner.mul_(up), gate, grad_input=grad_gate)
         needed = ctx.needs_input_grad[0]
-        grad_x, grad_adapters = _project_back(
-            ctx.inner, gradients, _Saved(x, x_a), adapters[:-2], needs_grad_x=needed
-        )
+        grad_x, grad_adapters = _project_back(ctx.inner, gradients, _Saved(x, x_a, ours), needs_grad_x=needed)
         return grad_x.view(ctx.shape) if needed else None, None, None, *grad_adapters, *grad_outer
 
 

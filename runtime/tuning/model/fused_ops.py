@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.tuning.model import fused_lora, fused_loss
+from runtime.tuning.model.adapter_matrices import AdapterGroup
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ def _mlp_candidate(module: nn.Module) -> FusedCandidate | None:
     layers: list[Any] = [getattr(module, name, None) for name in (*names, "down_proj")]
     if len(list(module.children())) != len(layers) + 1 or not fused_lora.can_fuse(layers):
         return None
-    forward = functools.partial(fused_lora.run_mlp, module, tuple(layers[:-1]), layers[-1])
+    inner, outer = AdapterGroup(layers[:-1]), AdapterGroup(layers[-1:])
+    forward = functools.partial(fused_lora.run_mlp, module, inner, outer)
     return FusedCandidate(module, forward, layers[0].in_features, fused_lora.base_dtype(layers[0]))
 
 
@@ -85,7 +87,7 @@ def _fuse_projections(module: nn.Module) -> bool:
     layers = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
     if not fused_lora.can_fuse(layers):
         return False
-    fused = fused_lora.FusedProjections(tuple(layers))
+    fused = fused_lora.FusedProjections(AdapterGroup(layers))
     for number, layer in enumerate(layers):
         layer.forward = functools.partial(fused.call, number)  # type: ignore[union-attr]
     return True
@@ -172,9 +174,11 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool) -> Tensor
     out = torch.empty_like(x)
     first, second, low, high = x[..., :half], x[..., half:width], sin[..., :half], sin[..., half:]
     if transposed:
-        low, high = -high, -low
-    torch.mul(first, cos[..., :half], out=out[..., :half]).addcmul_(second, low, value=-1)
-    torch.mul(second, cos[..., half:], out=out[..., half:width]).addcmul_(first, high)
+        low, high = high, low
+    sign = 1 if transposed else -1
+    torch.mul(x[..., :width], cos, out=out[..., :width])
+    out[..., :half].addcmul_(second, low, value=sign)
+    out[..., half:width].addcmul_(first, high, value=-sign)
     if x.shape[-1] > width:
         out[..., width:] = x[..., width:]
     return out
@@ -184,11 +188,32 @@ def rms_norm(module: Any, x: Tensor) -> Tensor:
     """Return weight * x / rms(x) for x (…, E); by the module's own forward where its weight is trained."""
     if not torch.is_grad_enabled() or module.weight.requires_grad:
         return type(module).forward(module, x)  # type: ignore[no-any-return]
-    return _RmsNorm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
+    function = _RmsNorm if x.device.type == "cpu" else _RmsNormOnGpu
+    return function.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _RmsNormOnGpu(torch.autograd.Function):
+    """By torch's kernel without a weight: the originals round to x's type before they multiply by theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """x (…, E)."""
+        normal, inverse = torch.ops.aten._fused_rms_norm(x, weight.shape, None, epsilon)
+        ctx.save_for_backward(x, weight, inverse)
+        out: Tensor = weight * normal
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """gradient (…, E)."""
+        x, weight, inverse = ctx.saved_tensors
+        scaled = (gradient * weight).to(x.dtype)
+        found = torch.ops.aten._fused_rms_norm_backward(scaled, x, weight.shape, inverse, None, [True, False])
+        return found[0], None, None
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Computed in float32 and returned in x's type, as the originals are."""
+    """On a CPU, where torch has no kernel. In float32 and returned in x's type, as the originals are."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -6,7 +6,6 @@ runtime/tuning/arguments. Start at `batch_plan` and `trainer_arguments`.
 
 import logging
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BUDGET_TOKENS = {"cpu": 1024, "cuda": 2048}
-"""Tokens of a forward pass when the user sets no batch size: on a CPU more tokens are not faster."""
+"""Tokens of a forward pass when the user sets no batch size: on a CPU more tokens are not faster, and on a
+GPU the memory plan may allow more."""
 
 EVALUATIONS = 8
 """Held-out losses measured while training, where the user names no eval_strategy and the cost is small."""
@@ -62,9 +62,9 @@ def batch_plan(
 ) -> BatchPlan:
     """Return how the rows of `data` become steps.
 
-    A user's batch size times accumulation times ranks is the rows of a step, and what one forward pass
-    may hold is batch size times max_tokens. Without one, a step has EFFECTIVE_BATCH rows over all
-    ranks, fewer where the data is small.
+    A user's batch size times accumulation times ranks is the rows of a step. Without one, a step has
+    EFFECTIVE_BATCH rows over all ranks, fewer where the data is small. What one forward pass may hold is the
+    memory plan's choice (fit.py), or `pass_tokens` without a plan; it divides steps and changes none.
     """
     training = {**DEFAULTS, **job.training}
     budget = pass_tokens(job, hardware)
@@ -73,7 +73,7 @@ def batch_plan(
     return BatchPlan(
         lengths=lengths,
         labelled_tokens=tuple(sequence.labelled_tokens for sequence in data.sequences),
-        rows_per_step=_rows_per_step(training, data.rows, ranks),
+        rows_per_step=rows_per_step(job, data.rows, ranks.world_size),
         budget_tokens=max(budget, *lengths) if lengths else budget,
         layout=layout,
         world=ranks.world_size,
@@ -84,14 +84,18 @@ def batch_plan(
     )
 
 
-def _rows_per_step(training: Mapping[str, Any], rows: int, ranks: Ranks) -> int:
+def rows_per_step(job: TuningJob, rows: int | None, processes: int) -> int:
+    """Return the rows of a step over all `processes`, of `rows` in all; the most of any job where unknown."""
+    training = {**DEFAULTS, **job.training}
     per_device = training.get("per_device_train_batch_size")
-    accumulation = training.get("gradient_accumulation_steps", 1)
-    if per_device is None:
-        wanted = min(EFFECTIVE_BATCH, max(4, rows // STEPS_PER_EPOCH)) * accumulation
+    accumulation = int(training.get("gradient_accumulation_steps", 1))
+    if per_device is not None:
+        wanted = int(per_device) * accumulation * processes
+    elif rows is None:
+        wanted = EFFECTIVE_BATCH * accumulation
     else:
-        wanted = per_device * accumulation * ranks.world_size
-    return int(min(wanted, rows))
+        wanted = min(EFFECTIVE_BATCH, max(4, rows // STEPS_PER_EPOCH)) * accumulation
+    return wanted if rows is None else min(wanted, rows)
 
 
 def pass_tokens(job: TuningJob, hardware: Hardware) -> int:

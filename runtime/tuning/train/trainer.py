@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -23,8 +23,10 @@ from runtime.errors import CapacityError, ConfigError, DivergedError, is_out_of_
 from runtime.tuning.data.batching import BatchPlan, MicroBatch, RankBatch, collate
 from runtime.tuning.data.tokenize import TokenizedSequence
 from runtime.tuning.loss import HeldOutRows, batch_loss, mean_loss, unwatched
+from runtime.tuning.model import adapter_matrices
 from runtime.tuning.model.embedding_noise import EmbeddingNoise
 from runtime.tuning.model.fsdp import average_gradients, is_sharded
+from runtime.tuning.model.fused_lora import adapter_groups
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.train.progress import Throughput
 
@@ -74,6 +76,9 @@ class AdapterTrainer(Trainer):
         self.neftune_noise_alpha = None  # transformers' own noise
         self.input_tokens = 0
         """Of this rank's last step, padding included where `include_num_input_tokens_seen` counts all."""
+        self.adapter_groups = adapter_groups(model)
+        self.gradient_norm: tuple[torch.Tensor, float] | None = None
+        """Of this step, on the device and as read; None where the loss scaler is still in them."""
         self.plan = workload.plan
         self.sharded = is_sharded(model)
         # Not DDP's to average, which does so within the backward pass: a rank that ran out of memory in it
@@ -93,8 +98,7 @@ class AdapterTrainer(Trainer):
         while (loss := self._attempt(model, batch)) is None:
             self._halve_budget(model, batch)
             batch = self._regroup(batch)
-        self._check_finite(loss, model)
-        return loss
+        return self._check_finite(loss, model)
 
     def _attempt(self, model: Any, batch: RankBatch) -> torch.Tensor | None:
         """Run a step; None where memory ran out.
@@ -115,18 +119,19 @@ class AdapterTrainer(Trainer):
         passes = [(rows, not batch.idle) for rows in batch.micro_batches]
         if self.sharded:  # each pass is a collective: a rank with fewer repeats one that counts nothing
             passes += [(passes[-1][0][:1], False)] * (batch.most_passes - len(passes))
-        for number, (rows, counts) in enumerate(passes, 1):
-            micro_batch = collate(
-                [self.workload.sequences[row] for row in rows],
-                self.plan.layout,
-                pad_id=self.workload.pad_id,
-                with_labels=counts,
-            )
-            final = number == len(passes) and not self.averages
-            with contextlib.nullcontext() if final else self.accelerator.no_sync(model):
-                total += self._run_micro_batch(model, micro_batch, scale)
-            tokens += micro_batch.tokens if counts else 0
-            width += micro_batch.inputs["input_ids"].numel() if counts else 0
+        with adapter_matrices.held(self.adapter_groups, self.compute_dtype):
+            for number, (rows, counts) in enumerate(passes, 1):
+                micro_batch = collate(
+                    [self.workload.sequences[row] for row in rows],
+                    self.plan.layout,
+                    pad_id=self.workload.pad_id,
+                    with_labels=counts,
+                )
+                final = number == len(passes) and not self.averages
+                with contextlib.nullcontext() if final else self.accelerator.no_sync(model):
+                    total += self._run_micro_batch(model, micro_batch, scale)
+                tokens += micro_batch.tokens if counts else 0
+                width += micro_batch.inputs["input_ids"].numel() if counts else 0
         if self.averages:
             average_gradients(model.parameters(), ranks.world_size)
         self.throughput.count(tokens, batch.labelled_tokens)
@@ -141,22 +146,49 @@ class AdapterTrainer(Trainer):
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def _check_finite(self, loss: torch.Tensor, model: Any) -> None:
-        """Raise DivergedError before a NaN or infinite number reaches a weight.
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type that training passes compute in."""
+        if self.args.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.args.fp16 else torch.float32
 
-        The one time in a step that the host waits for the device. Gradients in float16 are left to the loss
-        scaler, which skips the steps in which they overflow.
+    def _check_finite(self, loss: torch.Tensor, model: Any) -> torch.Tensor:
+        """Return the loss; DivergedError before a NaN or infinite number reaches a weight.
+
+        The one time in a step that the host waits for the device: it reads the loss and the gradients' norm
+        together. Gradients in float16 are left to the loss scaler, which skips the steps in which they
+        overflow. A single process goes on with the loss that it has read; several have yet to gather it.
         """
-        numbers = [loss]
-        if not self.args.fp16:
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            numbers.append(get_total_norm(gradients, norm_type=math.inf))
-        for what, number in zip(("the loss", "a gradient"), torch.stack(numbers).tolist(), strict=False):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norms = [] if self.args.fp16 else [get_total_norm(gradients)]
+        numbers = torch.stack([loss, *norms]).cpu()
+        for what, number in zip(("the loss", "a gradient"), numbers.tolist(), strict=False):
             if not math.isfinite(number):
                 raise DivergedError(
                     f"{what} became {number} at step {self.state.global_step + 1}; lower learning_rate "
                     f"(now {self.args.learning_rate:g}); the last checkpoint stays"
                 )
+        self.gradient_norm = (norms[0], float(numbers[1])) if norms else None
+        if self.workload.ranks.world_size > 1:
+            return loss
+        if self._tr_loss.device.type != "cpu":  # transformers' sum of losses, at the first step
+            self._tr_loss = torch.zeros(())
+        return numbers[0]
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip the gradients by the norm that `_check_finite` found."""
+        if self.gradient_norm is None:
+            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        norm, read = self.gradient_norm
+        clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
+        return read
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Return the norm to log."""
+        if self.gradient_norm is None:
+            return super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        return self.gradient_norm[1]
 
     def _halve_budget(self, model: Any, batch: RankBatch) -> None:
         """Halve the token budget of a pass after CUDA ran out of memory, or raise CapacityError."""

@@ -23,6 +23,8 @@ from tests.bench.gpu.traces import trace
 PACKS = 3
 DOCUMENTS = {"phi-3-mini": 40, "tiny": 6}
 MOST_ERROR = 0.02
+WINDOW = 8
+"""Narrower than most documents."""
 HEADS = {"phi-3-mini": ((32, 32, 96), (32, 8, 128)), "tiny": ((4, 4, 32), (4, 2, 32))}
 """Query heads, key-value heads and head dim: plain, and grouped as Llama's."""
 
@@ -58,6 +60,10 @@ def run(context: Context) -> None:
         for name, attend in VARIANTS:
             measured = partial(_measured, context, attend, packs, expected)
             context.case(_label(name, heads), measured, needs_s=3)
+        limited = _reference(packs[0], window=WINDOW)
+        for kernel in ("ours", "efficient"):
+            work = partial(_compared, partial(_windowed, kernel), packs[0], limited)
+            context.case(_label(f"{kernel}, window", heads), work)
     with cudnn_attention():
         for heads, (pack, *_) in made.items():
             measured = partial(_measured, context, _documents, [pack], _reference(pack))
@@ -68,27 +74,39 @@ def _label(name: str, heads: tuple[int, int, int]) -> str:
     return f"{name}, {heads[0]}/{heads[1]} x {heads[2]}"
 
 
-def _measured(context: Context, attend: Attention, packs: Sequence[Pack], expected: Tensor) -> Figures:
+def _compared(attend: Attention, pack: Pack, expected: Sequence[Tensor]) -> Figures:
+    """Return the errors of the output and of the gradients of queries, keys and values."""
+    states = (pack.query, pack.key, pack.value)
+    out = attend(pack)
+    found = (out, *torch.autograd.grad(out, states, torch.ones_like(out)))
+    each = [
+        float((ours.detach().float() - theirs).norm() / theirs.norm())
+        for ours, theirs in zip(found, expected, strict=True)
+    ]
+    figures: Figures = {"output_error": each[0], "gradient_error": max(each[1:])}
+    if not max(each) <= MOST_ERROR:  # NaN is a fault too
+        figures["fault"] = f"output and gradients are {', '.join(f'{error:.2g}' for error in each)} off"
+    return figures
+
+
+def _measured(
+    context: Context, attend: Attention, packs: Sequence[Pack], expected: Sequence[Tensor]
+) -> Figures:
     """Return the first pass of each pack, the median of later ones, the kernels and the error."""
     first = [context.milliseconds(partial(_pass, attend, pack), repeats=1, warm=0) for pack in packs]
     later = context.milliseconds(lambda: [_pass(attend, pack) for pack in packs], warm=1) / len(packs)
     seen = trace(context, lambda: _pass(attend, packs[0]))
-    with torch.no_grad():
-        off = attend(packs[0]).float() - expected
-    error = float(off.norm() / expected.norm())
     figures: Figures = {
         "ms_per_pass": later,
         "first_ms": first[0],
         "first_of_last_pack_ms": first[-1],
         "launches": seen.launches,
-        "output_error": error,
         "tokens": sum(packs[0].lengths),
         "kernels": seen.kernels,
+        **_compared(attend, packs[0], expected),
     }
     if seen.kernels:
         figures["kernel"] = next(iter(seen.kernels))[:40]
-    if not error <= MOST_ERROR:
-        figures["fault"] = f"the output is {error:.2g} off"
     return figures
 
 
@@ -118,9 +136,16 @@ def _pass(attend: Attention, pack: Pack) -> None:
 
 def _documents(pack: Pack) -> Tensor:
     """One call for each document, as torch's own choice of backend is."""
+    return _each(pack, lambda length: None)
+
+
+def _each(pack: Pack, mask: Callable[[int], Tensor | None]) -> Tensor:
+    """One call for each document, under the mask of its length: a causal one where that is None."""
     grouped = pack.query.shape[1] != pack.key.shape[1]
     parts = [
-        scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        scaled_dot_product_attention(
+            query, key, value, attn_mask=mask(query.shape[2]), is_causal=mask(1) is None, enable_gqa=grouped
+        )
         for query, key, value in zip(
             *(torch.split(states, pack.lengths, dim=2) for states in (pack.query, pack.key, pack.value)),
             strict=True,
@@ -129,13 +154,18 @@ def _documents(pack: Pack) -> Tensor:
     return torch.cat(parts, dim=2).transpose(1, 2)
 
 
-def _ours(pack: Pack) -> Tensor:
+def _ours(pack: Pack, window: int | None = None) -> Tensor:
     """The tuner's attention, given what its batches hold."""
     lengths = collate(pack.rows, "packed", pad_id=0).document_lengths
+    documents = packed_attention.Documents(lengths, pack.borders)
     out, _ = packed_attention.attention(
-        torch.nn.Module(), pack.query, pack.key, pack.value, None, document_lengths=lengths
+        torch.nn.Module(), pack.query, pack.key, pack.value, None, documents=documents, sliding_window=window
     )
     return out
+
+
+def _windowed(kernel: str, pack: Pack) -> Tensor:
+    return (_ours if kernel == "ours" else _efficient)(pack, WINDOW)
 
 
 def _flat(pack: Pack) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,18 +193,12 @@ def _varlen(pack: Pack) -> Tensor:
     return out[None]
 
 
-def _efficient(pack: Pack) -> Tensor:
-    """One call of the memory-efficient kernel, on a V100 too; it has no grouped heads."""
+def _efficient(pack: Pack, window: int | None = None) -> Tensor:
+    """The tuner's attention by the kernel that it takes on a V100."""
     _need_gpu(pack, (5, 0), "the memory-efficient kernel")
-    query, key, value = (states[None] for states in _flat(pack))
-    group = query.shape[2] // key.shape[2]
-    if group > 1:
-        key, value = key.repeat_interleave(group, dim=2), value.repeat_interleave(group, dim=2)
-    longest = max(pack.lengths)
-    out: Tensor = torch.ops.aten._efficient_attention_forward(
-        query, key, value, None, pack.borders, pack.borders, longest, longest, 0.0, 1, True
-    )[0]
-    return out
+    documents = packed_attention.Documents(tuple(pack.lengths), pack.borders)
+    rules = packed_attention.Rules(window=window)
+    return packed_attention.varlen(*_flat(pack), documents=documents, rules=rules, kernel="efficient")[None]
 
 
 def _need_gpu(pack: Pack, capability: tuple[int, int], what: str) -> None:
@@ -190,12 +214,20 @@ VARIANTS: tuple[tuple[str, Attention], ...] = (
 )
 
 
-def _reference(pack: Pack) -> Tensor:
-    """Return the attention of each document alone in float32, by the kernel that writes the scores out."""
+def _reference(pack: Pack, window: int | None = None) -> tuple[Tensor, ...]:
+    """Return the attention of each document alone in float32, by the kernel that writes the scores out.
+
+    And the gradients of queries, keys and values, of the sum of all outputs.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    whole = Pack(
-        pack.rows, *(states.detach().float() for states in (pack.query, pack.key, pack.value)), pack.borders
-    )
+    def mask(length: int) -> Tensor | None:
+        if window is None:
+            return None
+        causal = torch.ones(length, length, dtype=torch.bool, device=pack.query.device).tril()
+        return causal & ~causal.tril(-window)
+
+    states = [each.detach().float().requires_grad_() for each in (pack.query, pack.key, pack.value)]
     with sdpa_kernel(SDPBackend.MATH):
-        return _documents(whole)
+        out = _each(Pack(pack.rows, *states, pack.borders), mask)
+    return (out.detach(), *torch.autograd.grad(out, states, torch.ones_like(out)))

@@ -1,5 +1,6 @@
 """The fused LoRA update against peft's own, layer by layer."""
 
+import contextlib
 import copy
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from runtime.tuning.model.fused_lora import install
+from runtime.tuning.model.adapter_matrices import held
+from runtime.tuning.model.fused_lora import adapter_groups, install
 
 
 def layers(base: nn.Module, **options: Any) -> tuple[Any, Any]:
@@ -78,6 +80,39 @@ def test_in_autocast_the_update_has_autocasts_type_and_gradients_stay_float32(dt
     assert {gradient.dtype for gradient in found[0][1:]} == {torch.float32}
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.2)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.5}, {"lora_alpha": 4}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_matrices_cast_once_give_the_gradients_of_those_cast_in_each_pass(
+    dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """Over two passes whose gradients add up, as in a step."""
+    _, model = layers(nn.Linear(64, 48), **options)
+    found = []
+    for once in (True, False):
+        model.zero_grad()
+        with (
+            held(adapter_groups(model), dtype) if once else contextlib.nullcontext(),
+            torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32),
+        ):
+            for seed in (1, 2):
+                run(model, torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(seed)))
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) == 2
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_held_matrices_are_used_and_then_forgotten() -> None:
+    _, model = layers(nn.Linear(64, 48))
+    (group,) = adapter_groups(model)
+    x = torch.ones(2, 64)
+    before = model(x)
+    with held([group], torch.float32):
+        group.held.a.zero_()  # type: ignore[union-attr]
+        assert not torch.equal(model(x), before)
+    assert torch.equal(model(x), before)
 
 
 def test_variants_and_switched_off_adapters_are_pefts_own() -> None:

@@ -15,6 +15,7 @@ from runtime.families import Family
 from runtime.tuning.data.batching import IGNORE, collate
 from runtime.tuning.loss import batch_loss
 from runtime.tuning.model import fused_ops, packed_attention
+from runtime.tuning.model.fused_lora import adapter_groups
 from runtime.tuning.model.fused_ops import apply_rotary
 from runtime.tuning.model.lora import attach
 from runtime.tuning.settings import Lora
@@ -119,6 +120,21 @@ def test_recomputed_layers_have_the_same_gradients() -> None:
     assert again[0] == expected[0]
     for name, gradient in expected[1].items():
         torch.testing.assert_close(again[1][name], gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "lora", "groups"),
+    [
+        ("llama", Lora(r=4), [1, 1, 1, 1, 2, 2, 3, 3]),
+        ("phi3", Lora(r=4), [1] * 8),
+        ("llama", Lora(r=4, dropout=0.5), [1] * 14),
+    ],
+)  # fmt: skip
+def test_each_adapter_is_in_one_group(family: str, lora: Lora, groups: list[int]) -> None:
+    """So each is cast once: by attention and MLP together where they are fused, else by itself."""
+    found = adapter_groups(adapted(family, lora))
+    assert sorted(len(group.layers) for group in found) == groups
+    assert len({layer for group in found for layer in group.layers}) == sum(groups)
 
 
 class OddRMSNorm(nn.Module):

@@ -68,10 +68,17 @@ def on_meta(setup: TrainingSetup) -> TrainingSetup:
     return replace(setup, rank=replace(setup.rank, device="meta"))
 
 
-READ_PER_STEP = ["(2,) to the host", "a value of ()", "a value of ()"]
-"""Loss and largest gradient together; then, as each step is logged, the loss and the norm."""
+READ_PER_STEP = ["(2,) to the host"]
+"""The loss and the norm of the gradients together, for the check, the clipping and the log."""
 
 
+@pytest.fixture
+def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU that the meta device stands in for is of compute capability 9.0."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+
+
+@pytest.mark.usefixtures("h100")
 @pytest.mark.parametrize(
     ("family", "batching", "checkpointing"),
     [
@@ -110,7 +117,7 @@ def test_a_step_of_several_passes_reads_the_device_once(
     with training_attention(setup), reads:
         setup.trainer.train()
     assert len(sizes) > 6
-    assert reads.found == 3 * READ_PER_STEP + ["a value of ()"]  # the last: the sum, when training ends
+    assert reads.found == 3 * READ_PER_STEP
 
 
 class BreakAt(TrainerCallback):
