@@ -225,5 +225,5 @@ def _summed(gradient: Tensor, group: int) -> Tensor:
     return (
         gradient[0]
         if group == 1
-        else gradient[0].view(gradient.shape[1], -1, group, gradient.shape[-1]).sum(2)
+        else gradient.reshape(gradient.shape[1], -1, group, gradient.shape[-1]).sum(2)
     )
