@@ -1,4 +1,4 @@
-"""What a layer of a packed pass launches, forward and backward: the figures of tests/bench/RESULTS.md."""
+"""Adapters are cast once a step, and what else a layer of a packed pass launches: tests/bench/RESULTS.md has it."""
 
 import numpy as np
 import pytest
