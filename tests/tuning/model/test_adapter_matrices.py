@@ -1,4 +1,4 @@
-"""Adapters are cast once a step, and what else a layer of a packed pass launches: tests/bench/RESULTS.md has it."""
+"""Adapters are cast once a step; and what else a layer of a packed pass launches (tests/bench/RESULTS.md)."""
 
 import numpy as np
 import pytest
