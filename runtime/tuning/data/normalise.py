@@ -12,7 +12,7 @@ from itertools import takewhile
 from typing import Any
 
 from runtime.errors import DataError
-from runtime.tuning.data import calls, cells, columns, conversation, literals
+from runtime.tuning.data import calls, cells, columns, conversation, literals, shapes
 from runtime.tuning.data.columns import Cells, Columns
 from runtime.tuning.data.content import content
 from runtime.tuning.data.conversation import RowConversation
@@ -105,7 +105,7 @@ class RowNormaliser:
     def _count(self, found: Columns, talk: RowConversation) -> None:
         self._columns[found] += 1
         self._ignored |= talk.ignored
-        if columns.CHOSEN in (found.answer.lower(), found.messages.lower()):
+        if shapes.CHOSEN in (found.answer.lower(), found.messages.lower()):
             talk.notes.add("preference data: the chosen answer is trained on, the rejected one is not used")
         self._notes.update(talk.notes)
 
@@ -116,15 +116,15 @@ def _wraps_messages(row: Mapping[str, Any], found: Columns) -> bool:
     return (
         isinstance(inner, dict)
         and not conversation.is_messages(inner)
-        and any(name in columns.MESSAGES and isinstance(value, list) for name, value in inner.items())
+        and any(name in shapes.MESSAGES and isinstance(value, list) for name, value in inner.items())
     )
 
 
 def _wrapper(row: Mapping[str, Any]) -> str:
     """Return the column that holds the row itself, "" for none: the only one, or one known by its name."""
     named = Cells(row)
-    known = [named.name(name) for name in columns.WRAPPERS]
-    if any(map(named.filled, columns.ANNOTATED)):
+    known = [named.name(name) for name in shapes.WRAPPERS]
+    if any(map(named.filled, shapes.ANNOTATED)):
         known = []
     names = list(row) if len(row) == 1 else known
     return next((name for name in names if name is not None and isinstance(row[name], Mapping)), "")
@@ -136,10 +136,10 @@ def _at(where: str, name: str) -> str:
 
 def _check_beside(row: Cells, found: Columns, where: str) -> None:
     """Raise DataError for columns beside those of a shape that say what is not done here."""
-    for name in filter(None, map(row.filled, columns.REFUSED)):
+    for name in filter(None, map(row.filled, shapes.REFUSED)):
         raise DataError(f"{where} has column '{name}', which is not supported; leave it out")
     media = next(
-        (name for name in map(row.filled, columns.MEDIA) if name and _is_medium(row, name, found)), None
+        (name for name in map(row.filled, shapes.MEDIA) if name and _is_medium(row, name, found)), None
     )
     if media:
         raise DataError(f"{where} has column '{media}': only text is trained on; leave it out to do so")
@@ -153,8 +153,8 @@ def _check_beside(row: Cells, found: Columns, where: str) -> None:
 
 def _check_mark(row: Cells, found: Columns, where: str) -> None:
     """Raise DataError for an answer that a column marks as bad."""
-    marks = (name for name in map(row.filled, columns.MARKS) if name)
-    mark = next((name for name in marks if str(row.row[name]).strip().lower() in columns.BAD), None)
+    marks = (name for name in map(row.filled, shapes.MARKS) if name)
+    mark = next((name for name in marks if str(row.row[name]).strip().lower() in shapes.BAD), None)
     if not found.text and mark and mark not in found.names():
         way = f"messages_column {found.messages}" if found.messages else f"response_column {found.answer}"
         raise DataError(
@@ -168,9 +168,9 @@ def _check_choices(row: Cells, found: Columns, where: str) -> None:
     """Raise DataError for a question that refers to columns which would not be in it."""
     if not found.question or not found.answer:
         return
-    choices = row.first_filled(columns.CHOICES)
-    if not choices and all(map(row.filled, columns.LETTERS)):
-        choices = row.first_filled(columns.LETTERS)
+    choices = row.first_filled(shapes.CHOICES)
+    if not choices and all(map(row.filled, shapes.LETTERS)):
+        choices = row.first_filled(shapes.LETTERS)
     if choices and choices not in found.names():
         raise DataError(
             f"{where} has column '{choices}', which the question '{found.question[0]}' refers to: write the "
@@ -192,8 +192,8 @@ def _messages(row: Cells, found: Columns, where: str) -> tuple[RowConversation |
     if not found.messages:
         return None, found
     at = _at(where, found.messages)
-    beside = row.first_filled(name for name in columns.ANSWERS if name != found.messages)
-    if found.messages.lower() == columns.CHOSEN:
+    beside = row.first_filled(name for name in shapes.ANSWERS if name != found.messages)
+    if found.messages.lower() == shapes.CHOSEN:
         return _chosen(row, found.messages, at), found
     talk = conversation.read(row.row[found.messages], at, answer=beside)
     return talk, replace(found, answer=beside if talk.awaits_answer else "")
@@ -209,7 +209,7 @@ def _chosen(row: Cells, name: str, where: str) -> RowConversation:
             "of messages, or a text with 'Human:' and 'Assistant:' before each turn"
         )
     talk = talk or conversation.read(value, where)
-    return talk.answered_from(_difference(talk, row.value(columns.REJECTED)))
+    return talk.answered_from(_difference(talk, row.value(shapes.REJECTED)))
 
 
 def _difference(chosen: RowConversation, rejected: Any) -> int:
@@ -231,13 +231,13 @@ def _difference(chosen: RowConversation, rejected: Any) -> int:
 
 def _with_columns_beside(row: Cells, found: Columns) -> Columns:
     """Return the columns of a conversation with those that add to it."""
-    history = row.first_filled(columns.HISTORY)
+    history = row.first_filled(shapes.HISTORY)
     return replace(
         found,
-        system=row.first_filled(columns.SYSTEM),
+        system=row.first_filled(shapes.SYSTEM),
         history=history if history and conversation.is_history(row.row[history]) else "",
-        tools=row.first_filled(columns.TOOLS),
-        reasoning=row.first_filled(filter(row.holds_text, columns.REASONING)) if found.answer else "",
+        tools=row.first_filled(shapes.TOOLS),
+        reasoning=row.first_filled(filter(row.holds_text, shapes.REASONING)) if found.answer else "",
     )
 
 
@@ -302,7 +302,7 @@ def _pair(row: Mapping[str, Any], found: Columns, where: str) -> RowConversation
 def _answered(asked: RowConversation, row: Mapping[str, Any], found: Columns, where: str) -> RowConversation:
     """Return what was asked with its answer; earlier answers are not trained on before a chosen one."""
     answer = _answer(row, found, where)
-    chosen = found.answer.lower() == columns.CHOSEN
+    chosen = found.answer.lower() == shapes.CHOSEN
     if chosen:
         asked = asked.as_context()
     if answer.messages[0]["role"] not in ("system", "user"):
@@ -313,7 +313,7 @@ def _answered(asked: RowConversation, row: Mapping[str, Any], found: Columns, wh
             answer, untrained=answer.untrained | asked.untrained, notes=answer.notes | asked.notes
         )
     if chosen:
-        return answer.answered_from(_difference(answer, Cells(row).value(columns.REJECTED)))
+        return answer.answered_from(_difference(answer, Cells(row).value(shapes.REJECTED)))
     return answer
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from runtime.cli import main
-from runtime.tuning.data.columns import MESSAGES, PAIRS
 from runtime.tuning.data.formats import FORMATS
+from runtime.tuning.data.shapes import MESSAGES, PAIRS
 
 PAGE = Path(__file__).parents[3] / "docs/data.md"
 TEXT = PAGE.read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from typing import Any
 
 from runtime.config import describe
 from runtime.errors import DataError
+from runtime.tuning.data import shapes
 from runtime.tuning.data.example import SPEAKERS
 from runtime.tuning.data.formats.streams import CHUNK_BYTES, not_utf8, utf8
 from runtime.tuning.data.limits import LARGEST_ROW_BYTES, ByteCount, check_row
@@ -203,9 +204,7 @@ def _has_text_column(value: dict[str, Any]) -> bool:
 
 _ROWS = frozenset(("data", "rows"))
 """Names of the rows among several lists of objects."""
-_QUESTIONS = ("prompt", "instruction", "question", "query", "problem", "input", "inputs", "user", "text")
-_ANSWERS = ("completion", "response", "output", "answer", "solution", "targets", "assistant", "chosen")
-_TEXT_COLUMNS = frozenset((*_QUESTIONS, *_ANSWERS))
+_TEXT_COLUMNS = frozenset((shapes.TEXT, *(pair.question for pair in shapes.PAIRS), *shapes.ANSWERS))
 """With text under one of these names an object is a row itself, whatever lists it has besides."""
 
 
@@ -238,13 +237,13 @@ def _named(names: list[Any], cells: Any) -> Any:
     return {str(name): cell for name, cell in zip(names, cells, strict=True)}
 
 
-def _columns(columns: dict[str, list[Any]]) -> Iterator[Row]:
-    lengths = {name: len(column) for name, column in columns.items()}
+def _columns(by_name: dict[str, list[Any]]) -> Iterator[Row]:
+    lengths = {name: len(column) for name, column in by_name.items()}
     if len(set(lengths.values())) > 1:
         found = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise DataError(f"holds columns of different lengths ({found})")
-    for cells in zip(*columns.values(), strict=True):
-        yield dict(zip(columns, cells, strict=True))
+    for cells in zip(*by_name.values(), strict=True):
+        yield dict(zip(by_name, cells, strict=True))
 
 
 def _list_items(stream: io.BufferedReader) -> Iterator[Any]:
@@ -254,13 +253,26 @@ def _list_items(stream: io.BufferedReader) -> Iterator[Any]:
         text.take()
         count = 0
         while text.next_character() != "]":
+            if count and text.next_character() != ",":
+                yield text.skip(
+                    DataError(f"is not valid JSON: {text.next_character()!r}, expected ',' or ']'")
+                )
+                continue
             if count:
-                text.take(",", f"after row {count}")
+                text.take()
             count += 1
-            yield text.value(f"row {count}")
+            try:
+                value = text.value()
+            except DataError as error:
+                value = text.skip(error)
+            yield value
         text.take()
     if text.next_character():
         raise DataError(f"not valid JSON: {text.next_character()!r} after the end of the list")
+
+
+_MARKS = re.compile(r'["\\\[\]{},]')
+"""What tells, in an item that is no JSON, where it ends."""
 
 
 class _GrowingText:
@@ -292,15 +304,43 @@ class _GrowingText:
                 return ""
             self._read_more()
 
-    def take(self, expected: str = "", where: str = "") -> None:
-        """Go past the next character; DataError unless it is the expected one."""
-        found = self.next_character()
-        if expected and found != expected:
-            raise DataError(f"not valid JSON {where}: {found!r}, expected {expected!r} or ']'")
+    def take(self) -> None:
+        """Go past the next character."""
+        self.next_character()
         self._position += 1
 
-    def value(self, where: str) -> Any:
-        """Return the next value; DataError, naming it as `where`, when it is none."""
+    def skip(self, error: DataError) -> DataError:
+        """Go to the comma or bracket that ends the item of a list, and return `error`, which it has.
+
+        `error` is raised where no such end is found: a brace or a quote without its other half hides it.
+        """
+        braces, brackets, quoted, escaped, gone = 0, 0, False, 0, 0
+        while self.next_character() and gone <= LARGEST_ROW_BYTES:
+            beyond = self._position + escaped
+            for mark in _MARKS.finditer(self._text, beyond):
+                at, sign = mark.start(), mark[0]
+                if at < beyond:
+                    continue
+                if sign == "\\":
+                    beyond = at + 2 if quoted else at
+                elif sign == '"':
+                    quoted = not quoted
+                elif quoted:
+                    continue
+                elif sign in ",]" and not braces and not brackets:
+                    self._position = at
+                    return error
+                elif sign in "{}":
+                    braces = max(0, braces + (1 if sign == "{" else -1))
+                    brackets = brackets if braces else 0  # what an object left open ends with it
+                elif sign in "[]":
+                    brackets = max(0, brackets + (1 if sign == "[" else -1))
+            gone += len(self._text) - self._position
+            escaped, self._position = max(0, beyond - len(self._text)), len(self._text)
+        raise error
+
+    def value(self) -> Any:
+        """Return the next value; DataError when it is none."""
         self.next_character()
         while True:
             try:
@@ -308,12 +348,12 @@ class _GrowingText:
             except json.JSONDecodeError as error:
                 goes_on = error.msg.startswith("Unterminated") or error.pos >= len(self._text) - _CUT_SHORT
                 if self._ended or not goes_on:
-                    raise DataError(f"{where} is not valid JSON: {error.msg}") from None
+                    raise DataError(f"is not valid JSON: {error.msg}") from None
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{where} is not valid JSON: {_reason(error)}") from None
+                raise DataError(f"is not valid JSON: {_reason(error)}") from None
             else:
                 if end < len(self._text) or self._ended:  # a number at the end may go on
                     self._position = end
                     return value
-            check_row(len(self._text) - self._position, where)
+            check_row(len(self._text) - self._position, "an item of the list")
             self._read_more()
