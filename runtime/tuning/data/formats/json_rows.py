@@ -315,7 +315,7 @@ class _GrowingText:
         `error` is raised where no such end is found: a brace or a quote without its other half hides it.
         """
         braces, brackets, quoted, escaped, gone = 0, 0, False, 0, 0
-        while self.next_character() and gone <= LARGEST_ROW_BYTES:
+        while gone <= LARGEST_ROW_BYTES and self.next_character():
             beyond = self._position + escaped
             for mark in _MARKS.finditer(self._text, beyond):
                 at, sign = mark.start(), mark[0]
