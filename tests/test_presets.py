@@ -227,7 +227,7 @@ def _render(file: Path, messages: list[dict[str, str]]) -> str:
 @given(st.sampled_from(PRESETS), st.sampled_from([str.upper, str.lower, str.title]))
 def test_names_aliases_and_repositories_are_found_in_any_case(preset: Preset, case: object) -> None:
     for name in (preset.name, preset.repository, *preset.aliases):
-        assert find(case(name)) is preset  # type: ignore[operator]
+        assert find(case(name)) == preset  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(

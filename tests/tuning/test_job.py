@@ -164,15 +164,15 @@ def test_adapter_loads_in_plain_peft(finished: FinishedJob, tiny_llama_dir: Path
     assert len(moved) == 14
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_give_the_loss_curve_of_one_and_warn_once(
-    make_job: Maker, finished: FinishedJob, parallel: str, tmp_path: Path
+    make_job: Maker, finished: FinishedJob, tmp_path: Path
 ) -> None:
+    """Those of FSDP give DDP's to the bit: tests/tuning/model/test_fsdp.py."""
     half = {"max_steps": 12, "per_device_train_batch_size": 2}
     (tmp_path / "part").mkdir()
     write_rows(tmp_path / "part" / "rows-00000-of-00002.parquet")
     data = DataSource(folder=tmp_path / "part")
-    job = make_job("two", training=half, parallel=parallel, lora=NO_DROPOUT, data=data)
+    job = make_job("two", training=half, parallel="ddp", lora=NO_DROPOUT, data=data)
     worker = Worker(job, processes=2)
     assert worker.wait() == 0, worker.output()
     assert worker.output().count("only 1 of its 2 parts are there") == 1
