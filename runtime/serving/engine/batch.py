@@ -1,54 +1,55 @@
 """One step of the model: as plain numbers, as tensors, and as the context in which its layers read them.
 
-The flat tokens of a step: decoding sequences first, one token each, in slot order; then sequences with
-drafts, then prompt chunks, one after another. Shapes: `N` flat tokens, `R` tokens of decoding sequences, `L`
-positions. Does not know models or requests. Start at `describe` and `assemble`.
+The flat tokens of a step: decoding sequences first, one token each; then sequences with drafts, then prompt
+chunks, one after another. Shapes: `N` flat tokens, `R` tokens of decoding sequences, `B` sequences, of which
+`C` have drafts or a prompt chunk. Does not know models or requests. Start at `describe` and `assemble`.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from runtime.serving.engine.adapter_groups import AdapterGroups
+from runtime.serving.engine.extents import Extent
 from runtime.serving.engine.kernels import Kernels
 from runtime.serving.engine.scheduler import StepPlan
 
 
 @dataclass(frozen=True, slots=True)
-class SlotRun:
-    """Decoding sequences in `count` neighbouring slots from `first` on, with flat tokens from `offset` on."""
+class KeyRanges:
+    """Where the arena of one kind of layer holds what the step's sequences see, and takes their new tokens.
 
-    offset: int
-    first: int
-    count: int
-    longest: int
-    """Positions of the longest of them, the new token included."""
+    The sequences are in flat order, decoding ones first. A range starts at the first position that some token
+    of the step sees, so a decoding sequence sees the whole of its range, also in a window; it ends with the
+    step's own tokens, and those of a chunk see it causally from its end, each the last `window` of it.
+    """
+
+    starts: Tensor
+    """(B + 1,) int32 arena positions; the last is no sequence's (cu_seqlens has one more)."""
     lengths: Tensor
-    """(count * slot_tokens,) positions that each token sees, itself included."""
-    ragged: bool
-    """Whether some of them see fewer than `longest`."""
-    slot_tokens: int = 1
-    """Tokens of each slot."""
+    """(B,) int32"""
+    stores: Tensor
+    """(N,) int64 arena positions of the flat tokens' own keys and values."""
+    longest_decode: int = 0
+    """Upper bound of the first R lengths; a host number."""
+    longest_chunk: int = 0
+    """Upper bound of the other C."""
+    decode_reads: int = 0
+    """Sum of the first R lengths."""
 
 
 @dataclass(frozen=True, slots=True)
-class SlotChunk:
-    """`count` flat tokens from `offset` on are positions of `slot` from `start` on."""
+class Chunk:
+    """`count` flat tokens from `offset` on, of one sequence that has drafts or a prompt chunk."""
 
     offset: int
-    slot: int
-    start: int
     count: int
-
-
-@dataclass(frozen=True, slots=True)
-class SlotCopy:
-    """The first `count` positions of slot `source` are copied to slot `target` before the step."""
-
-    source: int
-    target: int
-    count: int
+    ranges: tuple[tuple[int, int], ...]
+    """(start, length) of the sequence by kind, as in `KeyRanges`, on the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,25 +59,25 @@ class Batch:
     ids: Tensor
     """(1, N) token ids."""
     positions: Tensor
-    """(1, N)"""
+    """(1, N), counted in the sequence."""
     decode_tokens: int
     """R"""
-    slots: Tensor
-    """(N,) slot of each token."""
-    decode_positions: Tensor
-    """(R,) positions of the tokens of decoding sequences."""
-    runs: tuple[SlotRun, ...]
-    chunks: tuple[SlotChunk, ...]
+    ranges: tuple[KeyRanges, ...]
+    """By kind of layer."""
+    query_offsets: Tensor
+    """(C + 1,) int32: where each chunk begins among the tokens after the first R, and their number."""
+    longest_query: int
+    """Tokens of the longest chunk; 0 without one."""
+    chunks: tuple[Chunk, ...]
+    """The C sequences on the host; empty in a graph."""
     logit_indices: Tensor
     """Flat indices of the tokens whose logits are needed: decoding ones, drafts, and the last of prompts."""
     adapter_groups: AdapterGroups | None
     """Which flat tokens use which adapter; None when all use the base model."""
     long: Tensor | None
     """(N,) which flat tokens have rotary factors for long contexts; None when none has."""
-    decode_reads: int = 0
-    """Positions that the decoding sequences read together."""
-    masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
-    """Attention masks, made in the first layer that needs one and shared by the rest."""
+    shared: dict[Any, Any] = field(default_factory=dict)
+    """What the first layer that needs it makes for the others, such as masks."""
 
 
 @dataclass(slots=True)
@@ -95,90 +96,121 @@ class StepContext:
 
 
 @dataclass(frozen=True, slots=True)
+class HostRanges:
+    """`KeyRanges` as plain numbers: what is stored where follows from these."""
+
+    starts: list[int]
+    lengths: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class HostBatch:
     """One step as plain numbers, which rank 0 can broadcast."""
 
     ids: list[int]
     positions: list[int]
-    decode_slots: list[int]
-    """Of the decoding sequences, whose tokens come first."""
-    chunks: tuple[SlotChunk, ...]
+    decode_tokens: int
+    counts: list[int]
+    """Flat tokens of each sequence: 1 for the first `decode_tokens` of them."""
+    ranges: tuple[HostRanges, ...]
+    """By kind of layer."""
     logit_indices: list[int]
     adapters: list[int | None]
     """Adapter version of each token, None for the base model."""
     long: list[bool]
     """Whether each token has rotary factors for long contexts."""
-    copies: list[SlotCopy]
 
 
-def describe(plan: StepPlan) -> HostBatch:
-    """Return the numbers of `plan`."""
+def describe(plan: StepPlan, windows: Sequence[int | None]) -> HostBatch:
+    """Return the numbers of `plan`, given the window of each kind of layer."""
+    runs = [(sequence, sequence.filled, 1) for sequence in plan.decode]
+    runs += [(draft.sequence, draft.sequence.filled, draft.count) for draft in plan.drafts]
+    prompts = sum(count for _, _, count in runs)
+    runs += [(chunk.sequence, chunk.start, chunk.count) for chunk in plan.chunks]
+    drafted = {draft.sequence: draft.tokens for draft in plan.drafts}
     ids: list[int] = []
     positions: list[int] = []
     adapters: list[int | None] = []
     long: list[bool] = []
-    chunks = []
-    for sequence in plan.decode:
-        ids.append(sequence.ids[sequence.filled])
-        positions.append(sequence.filled)
-        adapters.append(sequence.adapter)
-        long.append(sequence.long)
-    for draft in plan.drafts:
-        sequence = draft.sequence
-        chunks.append(SlotChunk(len(ids), sequence.slot, sequence.filled, draft.count))
-        ids += [sequence.ids[sequence.filled], *draft.tokens]
-        positions.extend(range(sequence.filled, sequence.filled + draft.count))
-        adapters += [sequence.adapter] * draft.count
-        long += [sequence.long] * draft.count
-    logit_indices = list(range(len(ids)))
-    for chunk in plan.chunks:
-        sequence, start = chunk.sequence, chunk.start
-        chunks.append(SlotChunk(len(ids), sequence.slot, start, chunk.count))
-        ids.extend(sequence.ids[start : start + chunk.count])
-        positions.extend(range(start, start + chunk.count))
-        adapters += [sequence.adapter] * chunk.count
-        long += [sequence.long] * chunk.count
-        if chunk.completes:
-            logit_indices.append(len(ids) - 1)
-    decode_slots = [sequence.slot for sequence in plan.decode]
-    copies = [SlotCopy(copy.source, copy.sequence.slot, copy.count) for copy in plan.copies]
-    return HostBatch(ids, positions, decode_slots, tuple(chunks), logit_indices, adapters, long, copies)
+    for sequence, start, count in runs:
+        own = sequence.ids[start : start + count]
+        ids += own if len(own) == count else [*own, *drafted[sequence]]
+        positions.extend(range(start, start + count))
+        adapters += [sequence.adapter] * count
+        long += [sequence.long] * count
+    ends = itertools.accumulate((chunk.count for chunk in plan.chunks), initial=prompts)
+    last = [end - 1 for chunk, end in zip(plan.chunks, list(ends)[1:], strict=True) if chunk.completes]
+    ranges = []
+    for kind, window in enumerate(windows):
+        found = [_range(run[0].extents[kind], window, run[1], run[2]) for run in runs]
+        ranges.append(HostRanges([start for start, _ in found], [length for _, length in found]))
+    return HostBatch(
+        ids=ids,
+        positions=positions,
+        decode_tokens=len(plan.decode),
+        counts=[count for _, _, count in runs],
+        ranges=tuple(ranges),
+        logit_indices=[*range(prompts), *last],
+        adapters=adapters,
+        long=long,
+    )
+
+
+def _range(extent: Extent, window: int | None, start: int, count: int) -> tuple[int, int]:
+    """Return (arena position, length) of what the tokens at `start` to `start + count` of a sequence see."""
+    first = 0 if window is None else max(0, start - window + 1)
+    return extent.start + first - extent.base, start + count - first
 
 
 def assemble(host: HostBatch, adapter_groups: AdapterGroups | None, *, device: torch.device) -> Batch:
     """Return the tensors of `host` on `device`."""
-    decodes = len(host.decode_slots)
-    decode_positions = host.positions[:decodes]
-    slots = [*host.decode_slots, *(chunk.slot for chunk in host.chunks for _ in range(chunk.count))]
-    # one transfer for all the numbers of a step
-    numbers = [*host.ids, *host.positions, *slots, *decode_positions, *host.logit_indices]
-    sizes = [len(host.ids), len(host.positions), len(slots), decodes, len(host.logit_indices)]
-    on_device = torch.tensor(numbers).to(device, non_blocking=True)
-    ids, positions, token_slots, last_positions, logit_indices = torch.split(on_device, sizes)
-    runs = _runs(host.decode_slots, decode_positions, last_positions)
+    decodes, counts = host.decode_tokens, host.counts
+    offsets = list(itertools.accumulate(counts[decodes:], initial=0))
+    stores = [_stores(each, counts) for each in host.ranges]
+    # one transfer for the numbers of each width
+    wide = [host.ids, host.positions, host.logit_indices, *stores]
+    ids, positions, logit_indices, *stored = _tensors(wide, torch.int64, device)
+    narrow = [offsets, *([*each.starts, 0] for each in host.ranges), *(each.lengths for each in host.ranges)]
+    query_offsets, *bounds = _tensors(narrow, torch.int32, device)
+    ranges = []
+    for kind, each in enumerate(host.ranges):
+        starts, lengths = bounds[kind], bounds[len(host.ranges) + kind]
+        decode, chunk = each.lengths[:decodes], each.lengths[decodes:]
+        longest = max(decode, default=0), max(chunk, default=0)
+        ranges.append(KeyRanges(starts, lengths, stored[kind], *longest, decode_reads=sum(decode)))
     return Batch(
         ids=ids[None],
         positions=positions[None],
         decode_tokens=decodes,
-        slots=token_slots,
-        decode_positions=last_positions,
-        runs=runs,
-        chunks=host.chunks,
+        ranges=tuple(ranges),
+        query_offsets=query_offsets,
+        longest_query=max(counts[decodes:], default=0),
+        chunks=_chunks(host, offsets),
         logit_indices=logit_indices,
         adapter_groups=adapter_groups,
         long=torch.tensor(host.long).to(device, non_blocking=True) if any(host.long) else None,
-        decode_reads=sum(run.count * run.longest for run in runs),
     )
 
 
-def _runs(slots: list[int], positions: list[int], on_device: Tensor) -> tuple[SlotRun, ...]:
-    """Split the decoding sequences where slots are not neighbours; `on_device` (R,) are the positions."""
-    runs, begin = [], 0
-    for end in range(1, len(slots) + 1):
-        if end == len(slots) or slots[end] != slots[end - 1] + 1:
-            last = positions[begin:end]
-            longest, ragged = max(last) + 1, min(last) < max(last)
-            lengths = on_device[begin:end] + 1
-            runs.append(SlotRun(begin, slots[begin], end - begin, longest, lengths, ragged=ragged))
-            begin = end
-    return tuple(runs)
+def _stores(ranges: HostRanges, counts: list[int]) -> list[int]:
+    """Return the arena position of each flat token: the last ones of its sequence's range."""
+    ends = map(sum, zip(ranges.starts, ranges.lengths, strict=True))
+    return [position for end, count in zip(ends, counts, strict=True) for position in range(end - count, end)]
+
+
+def _chunks(host: HostBatch, offsets: list[int]) -> tuple[Chunk, ...]:
+    first = host.decode_tokens
+    return tuple(
+        Chunk(
+            first + offset,
+            host.counts[first + index],
+            tuple((each.starts[first + index], each.lengths[first + index]) for each in host.ranges),
+        )
+        for index, offset in enumerate(offsets[:-1])
+    )
+
+
+def _tensors(parts: list[list[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Return a tensor on `device` for each list of numbers."""
+    flat = torch.tensor([number for part in parts for number in part], dtype=dtype)
+    return list(torch.split(flat.to(device, non_blocking=True), [len(part) for part in parts]))

@@ -10,17 +10,18 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from runtime.errors import is_out_of_memory
 from runtime.serving.engine.adapter_groups import AdapterGroups, Masked
-from runtime.serving.engine.batch import Batch, HostBatch, SlotRun
+from runtime.serving.engine.batch import Batch, HostBatch
 from runtime.serving.engine.lora import AdapterStore
 
 log = logging.getLogger(__name__)
+SlotRun: Any = None  # replaced with the graphs of engine20
 
 CAPTURE_AFTER = 4
 """Steps of one key after which a graph is captured: a capture costs as much as several steps."""

@@ -14,7 +14,7 @@ from torch.nn.functional import rms_norm, silu
 from runtime.serving.engine.attention import AttentionLayer, attend
 from runtime.serving.engine.batch import Batch, StepContext
 from runtime.serving.engine.kernels import Kernels
-from runtime.serving.engine.kv_cache import SlotCache, store
+from runtime.serving.engine.kv_pool import KvPool, store
 from runtime.serving.engine.linear import HooklessModule, LinearLayouts, is_plain, merge
 from runtime.serving.engine.lora import LoraLinear, LoraTarget
 from runtime.serving.engine.parallel.group import ROW_PARALLEL, Group, RowParallel, VocabParallel
@@ -92,15 +92,12 @@ class SideBySide(HooklessModule):
 class FusedAttention(HooklessModule):
     """Attention of families with `own_layers` over flat tokens: one product for q, k and v, one rotation."""
 
-    def __init__(self, name: str, source: Any, cache: SlotCache, layers: LayerFactory) -> None:
+    def __init__(self, name: str, source: Any, cache: KvPool, layers: LayerFactory) -> None:
         super().__init__()
         config = source.config
         self._step, self._dim = cache.step, int(source.head_dim)
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
-        window = getattr(source, "sliding_window", getattr(config, "sliding_window", None))
-        self._attention = AttentionLayer.of(
-            cache, int(source.layer_idx), scaling=float(source.scaling), window=window
-        )
+        self._attention = AttentionLayer.of(cache, int(source.layer_idx), scaling=float(source.scaling))
         if hasattr(source, "qkv_proj"):
             self.qkv: nn.Module = layers.linear(f"{name}.qkv_proj", source.qkv_proj)
         else:
@@ -126,19 +123,16 @@ class FusedAttention(HooklessModule):
     def _rotate(self, qkv: Tensor, cos_sin: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         """Store keys and values of qkv (N, H + 2 K, D), and return the queries (N, H, D), all rotated."""
         layer = self._attention
-        if layer.kernel is not None:
-            layer.kernel.rotate(qkv, cos_sin, slots=batch.slots, positions=batch.positions)
-            return qkv[:, : self._heads]
         rotated = rotate(qkv[:, : self._heads + self._kv_heads], *cos_sin)
-        store(layer.keys, rotated[:, self._heads :], batch)
-        store(layer.values, qkv[:, self._heads + self._kv_heads :], batch)
+        store(layer.keys, rotated[:, self._heads :], batch, kind=layer.kind)
+        store(layer.values, qkv[:, self._heads + self._kv_heads :], batch, kind=layer.kind)
         return rotated[:, : self._heads]
 
 
 class FalconAttention(HooklessModule):
     """Falcon's attention over flat tokens, for its three layouts of the fused projection."""
 
-    def __init__(self, source: Any, cache: SlotCache) -> None:
+    def __init__(self, source: Any, cache: KvPool) -> None:
         super().__init__()
         self._step, self._dim = cache.step, int(source.head_dim)
         self._kv_heads = int(source.num_kv_heads)
@@ -159,8 +153,9 @@ class FalconAttention(HooklessModule):
         else:
             flat = fused.view(tokens, -1, self._dim)
             query, key, value = flat[:, :-2], flat[:, -2:-1], flat[:, -1:]
-        store(self._attention.keys, rotate(key, *position_embeddings), batch)
-        store(self._attention.values, value, batch)
+        kind = self._attention.kind
+        store(self._attention.keys, rotate(key, *position_embeddings), batch, kind=kind)
+        store(self._attention.values, value, batch, kind=kind)
         attended = attend(rotate(query, *position_embeddings), self._attention, batch)
         return self.dense(attended.view(1, tokens, -1)), None
 

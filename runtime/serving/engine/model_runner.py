@@ -20,7 +20,7 @@ from runtime.serving.engine import failures
 from runtime.serving.engine.batch import Batch, HostBatch, StepContext, assemble, describe
 from runtime.serving.engine.cuda_graphs import GraphBackend, GraphCache
 from runtime.serving.engine.kernels import WIDTH, Kernels
-from runtime.serving.engine.kv_cache import SlotCache
+from runtime.serving.engine.kv_pool import KvPool
 from runtime.serving.engine.layers import LayerFactory
 from runtime.serving.engine.linear import LinearLayouts
 from runtime.serving.engine.lora import AdapterStore, StagedAdapter
@@ -266,10 +266,10 @@ def _find_kernels(model: "PreTrainedModel") -> Kernels | None:
     return kernels
 
 
-def _make_cache(model: "PreTrainedModel", step: StepContext, *, slots: int, positions: int) -> SlotCache:
+def _make_cache(model: "PreTrainedModel", step: StepContext, *, slots: int, positions: int) -> KvPool:
     layers, heads, dim = cache_shape(model.config)
     shape = (slots, heads, positions, dim)
-    return SlotCache(layers, step, shape=shape, dtype=model.dtype, device=model.device)
+    return KvPool(layers, step, shape=shape, dtype=model.dtype, device=model.device)
 
 
 def _is_small(model: "PreTrainedModel") -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from runtime import families
 from runtime.serving.engine import rope
 from runtime.serving.engine.attention import register, use_slot_attention
-from runtime.serving.engine.kv_cache import SlotCache
+from runtime.serving.engine.kv_pool import KvPool
 from runtime.serving.engine.layers import FalconAttention, FusedAttention, FusedMlp, LayerFactory, RMSNorm
 from runtime.serving.engine.lora import LoraLinear
 
@@ -29,7 +29,7 @@ def refusal(model: "PreTrainedModel") -> str | None:
     return rope.refusal(config)
 
 
-def prepare(model: "PreTrainedModel", cache: SlotCache, layers: LayerFactory) -> None:
+def prepare(model: "PreTrainedModel", cache: KvPool, layers: LayerFactory) -> None:
     """Change `model` in place to run flat tokens over `cache`, its linear layers made by `layers`."""
     family = families.find(model.config.model_type)
     replaced = family.own_layers or family.engine == "falcon"  # whose class takes no other attention function
@@ -58,7 +58,7 @@ def prepare(model: "PreTrainedModel", cache: SlotCache, layers: LayerFactory) ->
             parameter.data = parameter.data.clone()
 
 
-def _choose_rope_by_sequence(model: "PreTrainedModel", cache: SlotCache) -> None:
+def _choose_rope_by_sequence(model: "PreTrainedModel", cache: KvPool) -> None:
     for name, module in list(model.named_modules()):
         if getattr(module, "rope_type", None) == "longrope":
             _replace(model, name, rope.LongRope(module, cache.step))

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from runtime.serving.engine.extents import Extent
 from runtime.serving.engine.prompt_lookup import PromptLookup
 
 MIN_PREFIX_TOKENS = 8
@@ -30,6 +31,8 @@ class Sequence:
     ids: list[int]
     """Prompt and what was generated so far."""
     prompt_tokens: int
+    extents: list[Extent] = field(default_factory=list)
+    """Where its keys and values are, by kind of layer."""
     draft_until: int = 0
     """No drafts once `ids` has this length."""
     filled: int = 0

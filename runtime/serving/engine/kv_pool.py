@@ -1,0 +1,149 @@
+"""The key-value pool: one arena of positions per kind of layer, in which every sequence has an extent.
+
+Shapes: `P` positions of an arena, `K` key-value heads, `D` head dim; `N` flat tokens of a step. Takes the
+place of the cache that transformers' models expect, and stores what they hand to `update`. Does not know
+requests, nor which extent is whose (extents.py). Start at `KvPool`.
+"""
+
+import math
+import mmap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.memory.shape import dimensions
+from runtime.serving.engine.batch import Batch, StepContext
+from runtime.serving.engine.extents import Move
+
+PIECE = 4096
+"""Positions that a move copies at a time where source and target overlap."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """What layers that share an arena have in common."""
+
+    window: int | None
+    """A token sees so many positions, itself included; None sees all."""
+    heads: int
+    """K"""
+    dim: int
+    """D"""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKinds:
+    """The kinds of a model's layers, and the kind of each layer."""
+
+    kinds: tuple[LayerKind, ...]
+    of_layer: tuple[int, ...]
+    """Index into `kinds`, by layer."""
+
+    @classmethod
+    def of(cls, config: Any, context_tokens: int) -> "LayerKinds":
+        """Return those of a model; a window that holds `context_tokens` is none."""
+        text = config.get_text_config()
+        window = getattr(text, "sliding_window", None)
+        if not getattr(text, "use_sliding_window", True) or (window is not None and window >= context_tokens):
+            window = None
+        types = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+        size = dimensions(text.to_dict())
+        layers = [
+            LayerKind(window if name == "sliding_attention" else None, size.kv_heads, size.head_dim)
+            for name in types
+        ]
+        kinds = tuple(dict.fromkeys(layers))
+        return cls(kinds, tuple(map(kinds.index, layers)))
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each kind."""
+        return tuple(kind.window for kind in self.kinds)
+
+
+class KvPool:
+    """Per layer, keys and values of shape (P, K, D), P of the layer's kind; filled in place.
+
+    The last position of each arena is nobody's: padding of a CUDA graph writes and reads there.
+    """
+
+    is_compileable = False
+
+    def __init__(
+        self,
+        step: StepContext,
+        kinds: LayerKinds,
+        *,
+        positions: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Reserve zeros for `positions` of each kind: a hidden position may still count 0 times its value."""
+        self.step, self.kinds = step, kinds
+        self.positions = tuple(positions)
+        of_kind = [
+            (count, kind.heads, kind.dim) for count, kind in zip(self.positions, kinds.kinds, strict=True)
+        ]
+        shapes = [of_kind[kind] for kind in kinds.of_layer]
+        self.keys = [_zeros(shape, dtype, device) for shape in shapes]
+        self.values = [_zeros(shape, dtype, device) for shape in shapes]
+
+    @property
+    def scratch(self) -> tuple[int, ...]:
+        """The position of each arena that nobody owns."""
+        return tuple(count - 1 for count in self.positions)
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object) -> tuple[Tensor, Tensor]:
+        """Store the step's keys and values (1, K, N, D) in their extents and return them unchanged."""
+        batch, kind = self.step.running, self.kinds.of_layer[layer_idx]
+        store(self.keys[layer_idx], key[0].transpose(0, 1), batch, kind=kind)
+        store(self.values[layer_idx], value[0].transpose(0, 1), batch, kind=kind)
+        return key, value
+
+    def move(self, moves: Iterable[Move]) -> None:
+        """Copy positions within the arenas, one move after another; source and target may overlap."""
+        for move in moves:
+            for layer in self._of(move.kind):
+                _copy(layer, move)
+
+    def clear(self, kind: int, start: int, count: int) -> None:
+        """Zero `count` positions of arena `kind` from `start` on, after numbers that were not finite."""
+        for layer in self._of(kind):
+            layer[start : start + count].zero_()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return 0: positions come with every step, none is derived from the cache's length."""
+        return 0
+
+    def _of(self, kind: int) -> list[Tensor]:
+        """Return the keys and values of all layers of `kind`."""
+        layers = [index for index, each in enumerate(self.kinds.of_layer) if each == kind]
+        return [tensor[index] for index in layers for tensor in (self.keys, self.values)]
+
+
+def store(layer: Tensor, new: Tensor, batch: Batch, *, kind: int) -> None:
+    """Write `new` (N, K, D) into `layer` (P, K, D), which is of `kind`, at the batch's positions."""
+    layer.index_copy_(0, batch.ranges[kind].stores, new)
+
+
+def _copy(layer: Tensor, move: Move) -> None:
+    shift = abs(move.source - move.target)
+    if shift >= move.count:
+        layer[move.target : move.target + move.count] = layer[move.source : move.source + move.count]
+        return
+    begins = range(0, move.count, PIECE)
+    for begin in begins if move.target < move.source else reversed(begins):
+        count = min(PIECE, move.count - begin)
+        piece = layer[move.source + begin : move.source + begin + count].clone()
+        layer[move.target + begin : move.target + begin + count] = piece
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros; on a CPU they take memory only page by page, as they are written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)  # torch.zeros would write them all
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
