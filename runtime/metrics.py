@@ -40,6 +40,8 @@ class EngineFigures(Protocol):
     @property
     def accepted_tokens(self) -> int: ...
     @property
+    def preemptions(self) -> int: ...
+    @property
     def max_sequences(self) -> int: ...
     @property
     def cache_tokens(self) -> int: ...
@@ -77,6 +79,10 @@ class _Gauges(Collector):
         drafted, accepted = (figures.drafted_tokens, figures.accepted_tokens) if figures else (0, 0)
         yield self._total("vllm:spec_decode_num_draft_tokens", "Draft tokens that were run", drafted)
         yield self._total("vllm:spec_decode_num_accepted_tokens", "Draft tokens that were accepted", accepted)
+        preemptions = figures.preemptions if figures else 0
+        yield self._total(
+            "vllm:num_preemptions", "Answers put off for want of KV cache, and computed again", preemptions
+        )
         lora = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "Adapters with requests; the value is the time of the scrape",

@@ -1,4 +1,4 @@
-"""Which engine a model gets, and how many sequences of which length.
+"""Which engine a model gets, and how large its key-value pool is.
 
 Knows the settings, the model and the memory that is free beside it. Does not know requests. Start at
 `create`.
@@ -8,7 +8,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from runtime import hardware, models
-from runtime.memory.serving import HOST_SHARE, LEAST_CONTEXT_TOKENS, sequences_that_fit
+from runtime.memory.pool import Kind, PoolSize, pool_that_fits, window_span
+from runtime.memory.serving import HOST_SHARE
 from runtime.serving import fit
 from runtime.serving.settings import ServeConfig
 
@@ -63,20 +64,19 @@ def _batching(
     free = free_bytes(model, processes=processes, memory_share=config.limits.gpu_memory_share)
     if rank is not None:
         free = rank.group.all_reduce_min(free)
-    wanted = (config.limits.rows, context_tokens)
-    sequences, context_tokens = sequences_that_fit(
-        wanted,
-        token_bytes=_token_bytes(model),
-        free_bytes=free,
-        least_context=config.limits.context_tokens or LEAST_CONTEXT_TOKENS,
-    )
-    if (sequences, context_tokens) != wanted:
+    kinds = pool_kinds(model)
+    size = pool_that_fits(kinds, rows=config.limits.rows, context_tokens=context_tokens, free_bytes=free)
+    _say_size(size, kinds)
+    if size.context_tokens < context_tokens:
         log.warning(
-            "Memory allows %d sequences of %d tokens, not %d of %d", sequences, context_tokens, *wanted
+            "Memory allows requests of %d tokens, prompt and answer together, not %d",
+            size.context_tokens,
+            context_tokens,
         )
     limits = EngineLimits(
-        max_sequences=sequences,
-        context_tokens=context_tokens,
+        max_sequences=size.rows,
+        context_tokens=size.context_tokens,
+        positions=size.positions,
         max_waiting=config.limits.queue,
         # a product of 4-bit weights with more than one token dequantises them first
         draft_tokens=0 if config.quantization else config.speculative_tokens,
@@ -93,12 +93,39 @@ def _graph_backend(config: ServeConfig, model: "PreTrainedModel") -> "GraphBacke
     return CudaGraphs() if model.device.type == "cuda" and config.cuda_graphs and not waits else None
 
 
-def _token_bytes(model: "PreTrainedModel") -> int:
-    """Return the bytes of keys and values of one position of one sequence."""
-    from runtime.serving.engine.model_runner import cache_shape
+def pool_kinds(model: "PreTrainedModel") -> tuple[Kind, ...]:
+    """Return what a position takes in each kind of the model's layers."""
+    from runtime.serving.engine.kv_pool import LayerKinds
 
-    layers, heads, dim = cache_shape(model.config)
-    return 2 * layers * heads * dim * int(model.dtype.itemsize)
+    found = LayerKinds.of(model.config)
+    width = 2 * int(model.dtype.itemsize)
+    return tuple(
+        Kind(
+            found.of_layer.count(index) * kind.heads * kind.dim * width,
+            kind.window,
+            None if kind.window is None else window_span(kind.window),
+        )
+        for index, kind in enumerate(found.kinds)
+    )
+
+
+def _say_size(size: PoolSize, kinds: tuple[Kind, ...]) -> None:
+    parts = [
+        f"{count} tokens"
+        + (
+            f" in layers that see {kind.window}"
+            if kind.window
+            else " in layers that see all" * (len(kinds) > 1)
+        )
+        + f" ({kind.token_bytes * count / 2**30:.1f} GiB)"
+        for count, kind in zip(size.positions, kinds, strict=True)
+    ]
+    log.info(
+        "Key-value pool: %s, for up to %d sequences of up to %d tokens",
+        ", ".join(parts),
+        size.rows,
+        size.context_tokens,
+    )
 
 
 def free_bytes(model: "PreTrainedModel", *, processes: int = 1, memory_share: float | None = None) -> int:

@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from runtime.errors import CapacityError, Failure, RequestError, is_out_of_memory
+from runtime.memory.pool import STEP_TOKENS, PoolSize, window_span
 from runtime.serving.engine import failures
 from runtime.serving.engine.cuda_graphs import GraphBackend
+from runtime.serving.engine.kv_pool import LayerKinds
 from runtime.serving.engine.model_runner import ModelRunner, Rank
 from runtime.serving.engine.out_of_memory import MemoryLimits, Reason, divide, is_explained
 from runtime.serving.engine.parallel.group import Stop
+from runtime.serving.engine.pool_map import ArenaSize
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
 from runtime.serving.engine.request_queue import LAST_STEP_S, RequestHandle, RequestQueue
 from runtime.serving.engine.sampler import Choice, Row, Sampler
@@ -34,7 +37,7 @@ log = logging.getLogger(__name__)
 
 CHUNK_TOKENS = 256
 """Prompt tokens run beside decoding sequences in one step: more is faster, fewer is smoother (RESULTS.md)."""
-PREFILL_ONLY_TOKENS = 512
+PREFILL_ONLY_TOKENS = STEP_TOKENS
 """Prompt tokens run in one step when no sequence decodes."""
 FAILURES_IN_A_ROW = 3
 """Steps that fail one after another before the engine gives up, so that a restart can help."""
@@ -50,6 +53,8 @@ class EngineLimits:
     """Longest prompt and answer together."""
     max_waiting: int
     """Requests that wait for one of those to end; a further one is refused."""
+    positions: tuple[int, ...] = ()
+    """Of the key-value pool, by kind of layer; empty for all sequences at their longest."""
     draft_tokens: int = 0
     """Most draft tokens per sequence and step; 0 drafts none."""
 
@@ -83,8 +88,11 @@ class BatchingEngine:
         self.max_sequences = limits.max_sequences
         self._rank = rank
         self._aborted = False
+        self._size = _pool_size(model, limits)
+        windows = LayerKinds.of(model.config).windows
         self._scheduler = Scheduler(
-            limits.max_sequences,
+            [ArenaSize(*each) for each in zip(self._size.positions, windows, strict=True)],
+            max_sequences=limits.max_sequences,
             chunk_tokens=CHUNK_TOKENS,
             prefill_only_tokens=PREFILL_ONLY_TOKENS,
             draft_tokens=limits.draft_tokens,
@@ -107,19 +115,13 @@ class BatchingEngine:
 
     def _prepare(self, model: "PreTrainedModel", graph_backend: GraphBackend | None) -> None:
         try:
-            self._runner = ModelRunner(
-                model,
-                slots=self.max_sequences,
-                positions=self.context_tokens,
-                rank=self._rank,
-                graph_backend=graph_backend,
-            )
+            self._runner = ModelRunner(model, self._size, rank=self._rank, graph_backend=graph_backend)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             raise CapacityError(
-                f"no memory for the key-value cache of {self.max_sequences} sequences of "
-                f"{self.context_tokens} tokens; lower limits.rows or limits.context_tokens"
+                f"no memory for keys and values of {max(self._size.positions)} tokens; lower limits.rows, "
+                "limits.context_tokens or limits.gpu_memory_share"
             ) from None
 
     def submit(self, request: Request) -> AsyncIterator[Token]:
@@ -129,7 +131,13 @@ class BatchingEngine:
                 f"the prompt has {len(request.prompt_ids)} tokens, expected 1 to {self.context_tokens - 1}",
                 code="context_length_exceeded",
             )
+        if self._most_tokens(request) > self._scheduler.longest:
+            raise failures.larger_than_the_pool(request, self._scheduler.longest)
         return self._queue.submit(request)
+
+    def _most_tokens(self, request: Request) -> int:
+        """Return how many tokens prompt and answer have together, at most."""
+        return min(len(request.prompt_ids) + request.sampling.max_new_tokens, self.context_tokens)
 
     def cancel(self, request_id: str) -> None:
         """Stop a request; see `Engine.cancel`."""
@@ -157,17 +165,21 @@ class BatchingEngine:
     def stats(self) -> Stats:
         """Return the figures of this moment."""
         stats = self._queue.stats(
-            kv_cache_share=self._scheduler.used_tokens / (self.max_sequences * self.context_tokens),
+            kv_cache_share=self._scheduler.used_share,
             alive=self._thread.is_alive() and not self._aborted,
         )
+        put_off = min(len(self._scheduler.put_off), stats.running)
         return replace(
             stats,
+            running=stats.running - put_off,
+            waiting=stats.waiting + put_off,
+            preemptions=self._scheduler.preemptions,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             drafted_tokens=self._drafted_tokens,
             accepted_tokens=self._accepted_tokens,
             max_sequences=self.max_sequences,
-            cache_tokens=self.max_sequences * self.context_tokens,
+            cache_tokens=self._size.positions[0],
             out_of_memory=self._memory.counts,
             prompt_tokens_limit=self._memory.prompt_tokens,
         )
@@ -198,12 +210,15 @@ class BatchingEngine:
 
     def step(self) -> None:
         """Admit waiting requests, run one step, and give each sequence its next token; waits when idle."""
-        self._admit(self._queue.take(wait=not self._running))
+        self._queue.wait(idle=not self._running)
+        self._admit()
         self._end_cancelled()
         if not self._running:
             return
         unexplained = self._unexplained
-        for part in self._memory.within(self._scheduler.plan(self._memory.most_tokens)):
+        plan = self._scheduler.plan(self._memory.most_tokens)
+        self._runner.move(self._scheduler.take_moves())
+        for part in self._memory.within(plan):
             self._run_plan(part)
         if self._unexplained > unexplained:
             self._count_failure()
@@ -249,10 +264,16 @@ class BatchingEngine:
         running = self._running[sequence]
         self._end(running, self._memory.refuse(running.handle.request.id, reason, tokens=tokens))
 
-    def _admit(self, handles: list[RequestHandle]) -> None:
-        for handle in handles:
+    def _admit(self) -> None:
+        """Begin with the waiting requests, in order, as long as there is room for their prompts."""
+        while (handle := self._queue.first()) is not None:
             request = handle.request
             sequence = self._begin(request)
+            if sequence is None:
+                return
+            if not self._queue.begin(handle):  # it was cancelled meanwhile
+                self._scheduler.release(sequence)
+                continue
             try:
                 self._running[sequence] = RunningRequest(handle, sequence)
             except Exception as error:  # a constraint that cannot begin, no memory for the sampler
@@ -262,17 +283,18 @@ class BatchingEngine:
                     failure = self._memory.refuse(request.id, "sampling", tokens=len(request.prompt_ids))
                 self._queue.finish(handle, failure)
 
-    def _begin(self, request: Request) -> Sequence:
-        """Return the sequence of a request, in a slot of its own."""
+    def _begin(self, request: Request) -> Sequence | None:
+        """Return the sequence of a request; None while there is no room for it."""
         # decided once, so that no answer changes midway; the last token is chosen and never run
-        most = min(len(request.prompt_ids) + request.sampling.max_new_tokens, self.context_tokens)
+        most = self._most_tokens(request)
         # a pass over several tokens rounds differently, which shows in a draw between two tokens; a seed
         # promises the same text
         repeatable = request.sampling.seed is not None and request.sampling.temperature > 0
         return self._scheduler.admit(
             request.prompt_ids,
             adapter=self._runner.adapters.version(request.adapter),
-            draft_until=0 if repeatable else most,
+            most=most,
+            drafts=not repeatable,
             long=self._runner.is_long(most - 1),
         )
 
@@ -348,7 +370,7 @@ class BatchingEngine:
         """
         sequence.draft_until = 0
         sequence.filled -= 1
-        self._runner.clear(sequence.slot, sequence.filled)
+        self._runner.clear(sequence, sequence.filled)
 
     def _advance(self, running: RunningRequest, output: "RowOutput") -> None:
         """Give one sequence its next token, or end it; what fails here ends that one alone."""
@@ -386,12 +408,11 @@ class BatchingEngine:
         self._queue.finish(running.handle, end)
 
     def _end_invalid(self, running: RunningRequest) -> None:
-        """End a sequence whose logits are not finite, and leave nothing of it in the cache."""
+        """End a sequence whose logits are not finite, and leave nothing of it in the pool."""
         log.error("Request %s: the model's output contains NaN or Inf", running.handle.request.id)
-        slot = running.sequence.slot
+        self._runner.clear(running.sequence)
         running.sequence.filled = 0
         self._end(running, failures.invalid_output())
-        self._runner.clear(slot, 0)
 
     def _fail(self, error: Exception) -> None:
         """Answer the requests that a failed step cost: all of them, as nothing says which one it was."""
@@ -403,6 +424,7 @@ class BatchingEngine:
         else:
             log.error("A step of %d sequences failed in the engine", len(lost), exc_info=error)
         self._scheduler.invalidate(everything=True)
+        self._scheduler.take_moves()
         for running in lost:
             running.sequence.filled = 0  # what the step left in the cache cannot be trusted
             self._end(running, failure)
@@ -417,6 +439,16 @@ class BatchingEngine:
         if self._failures >= FAILURES_IN_A_ROW and self._queue.is_open:
             log.critical("%d steps failed one after another; the engine stops", self._failures)
             self._queue.abort(failures.stopped())
+
+
+def _pool_size(model: "PreTrainedModel", limits: EngineLimits) -> PoolSize:
+    """Return the size of the pool: as stated, else for all sequences at their longest."""
+    rows, context = limits.max_sequences, limits.context_tokens
+    positions = limits.positions or tuple(
+        rows * (context if window is None else min(context, window_span(window)))
+        for window in LayerKinds.of(model.config).windows
+    )
+    return PoolSize(rows, context, positions)
 
 
 @dataclass(frozen=True, slots=True)

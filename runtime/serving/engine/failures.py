@@ -11,12 +11,14 @@ from runtime.errors import (
     ConfigError,
     Failure,
     OverloadedError,
+    RequestError,
     TooLargeError,
     UnavailableError,
     UnknownModelError,
     is_out_of_memory,
     one_line,
 )
+from runtime.serving.engine.protocol import Request
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,16 @@ def needs_too_much_memory(tokens: int) -> TooLargeError:
         f"this request ran out of memory at token {tokens}, in the smallest pass that the server runs: send "
         "a shorter prompt or ask for fewer tokens",
         code="out_of_memory",
+    )
+
+
+def larger_than_the_pool(request: Request, tokens: int) -> RequestError:
+    """Return the failure of a request that would not fit even alone, into room for `tokens`."""
+    return RequestError(
+        f"the prompt has {len(request.prompt_ids)} tokens and the answer may have "
+        f"{request.sampling.max_new_tokens}, but there is memory for {tokens} together: send a shorter "
+        "prompt or ask for fewer tokens",
+        code="context_length_exceeded",
     )
 
 

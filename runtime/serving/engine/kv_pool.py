@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from runtime.memory.shape import dimensions
+from runtime.models import context_tokens
 from runtime.serving.engine.batch import Batch, StepContext
 from runtime.serving.engine.extents import Move
 
@@ -43,11 +44,11 @@ class LayerKinds:
     """Index into `kinds`, by layer."""
 
     @classmethod
-    def of(cls, config: Any, context_tokens: int) -> "LayerKinds":
-        """Return those of a model; a window that holds `context_tokens` is none."""
+    def of(cls, config: Any) -> "LayerKinds":
+        """Return those of a model; a window that holds its whole context is none."""
         text = config.get_text_config()
         window = getattr(text, "sliding_window", None)
-        if not getattr(text, "use_sliding_window", True) or (window is not None and window >= context_tokens):
+        if window is not None and window >= context_tokens(config):
             window = None
         types = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
         size = dimensions(text.to_dict())
@@ -65,10 +66,7 @@ class LayerKinds:
 
 
 class KvPool:
-    """Per layer, keys and values of shape (P, K, D), P of the layer's kind; filled in place.
-
-    The last position of each arena is nobody's: padding of a CUDA graph writes and reads there.
-    """
+    """Per layer, keys and values of shape (P, K, D), P of the layer's kind; filled in place."""
 
     is_compileable = False
 
@@ -83,18 +81,14 @@ class KvPool:
     ) -> None:
         """Reserve zeros for `positions` of each kind: a hidden position may still count 0 times its value."""
         self.step, self.kinds = step, kinds
-        self.positions = tuple(positions)
+        self.scratch = tuple(positions)
+        """The position of each arena that nobody owns: padding of a CUDA graph writes and reads there."""
         of_kind = [
-            (count, kind.heads, kind.dim) for count, kind in zip(self.positions, kinds.kinds, strict=True)
+            (count + 1, kind.heads, kind.dim) for count, kind in zip(positions, kinds.kinds, strict=True)
         ]
         shapes = [of_kind[kind] for kind in kinds.of_layer]
         self.keys = [_zeros(shape, dtype, device) for shape in shapes]
         self.values = [_zeros(shape, dtype, device) for shape in shapes]
-
-    @property
-    def scratch(self) -> tuple[int, ...]:
-        """The position of each arena that nobody owns."""
-        return tuple(count - 1 for count in self.positions)
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object) -> tuple[Tensor, Tensor]:
         """Store the step's keys and values (1, K, N, D) in their extents and return them unchanged."""

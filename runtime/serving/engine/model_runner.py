@@ -15,28 +15,30 @@ from torch import Tensor, nn
 
 from runtime import families, hardware
 from runtime.errors import CapacityError, ConfigError, is_out_of_memory
+from runtime.memory.pool import PoolSize
 from runtime.memory.shape import dimensions
 from runtime.serving.engine import failures
 from runtime.serving.engine.batch import Batch, HostBatch, StepContext, assemble, describe
 from runtime.serving.engine.cuda_graphs import GraphBackend, GraphCache
+from runtime.serving.engine.extents import Move
 from runtime.serving.engine.kernels import WIDTH, Kernels
-from runtime.serving.engine.kv_pool import KvPool
+from runtime.serving.engine.kv_pool import KvPool, LayerKinds
 from runtime.serving.engine.layers import LayerFactory
 from runtime.serving.engine.linear import LinearLayouts
 from runtime.serving.engine.lora import AdapterStore, StagedAdapter
 from runtime.serving.engine.out_of_memory import free_memory
 from runtime.serving.engine.parallel.group import (
     AddAdapter,
-    ClearSlot,
+    ClearPositions,
     Group,
-    PrepareModel,
+    MovePositions,
     RemoveAdapter,
     Stop,
 )
 from runtime.serving.engine.parallel.shard import Shard
 from runtime.serving.engine.patch import prepare
 from runtime.serving.engine.rope import short_tokens
-from runtime.serving.engine.scheduler import StepPlan
+from runtime.serving.engine.scheduler import Sequence, StepPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +94,7 @@ class Rank:
 
 
 class ModelRunner:
-    """A model prepared for sequences in slots; it belongs to this runner from then on.
+    """A model prepared for sequences in a key-value pool; it belongs to this runner from then on.
 
     With a `rank` the model is a shard: what rank 0's runner does, those of the others do too.
     """
@@ -100,26 +102,35 @@ class ModelRunner:
     def __init__(
         self,
         model: "PreTrainedModel",
+        size: PoolSize,
         *,
-        slots: int,
-        positions: int,
         rank: Rank | None = None,
         graph_backend: GraphBackend | None = None,
     ) -> None:
-        """Serve `slots` sequences of `positions`, their decode steps recorded by `graph_backend`, if any."""
+        """Serve sequences in a pool of `size`, their decode steps captured by `graph_backend`, if any."""
         self._group = rank.group if rank is not None else None
-        self._broadcast(PrepareModel(slots, positions))
+        self._broadcast(size)
         self._model = model
         self._short_tokens = short_tokens(model.config.get_text_config())
         self._step = StepContext(_find_kernels(model))
-        self.cache = _make_cache(model, self._step, slots=slots, positions=positions)
+        self.cache = KvPool(
+            self._step,
+            LayerKinds.of(model.config),
+            positions=size.positions,
+            dtype=model.dtype,
+            device=model.device,
+        )
         self.adapters = self._patch(rank)
         is_decoder = families.find(model.config.model_type).engine == "decoder"
         self._decoder = DecoderForward(model) if is_decoder else None
         self._graphs: GraphCache | None = None
         if graph_backend is not None:
             self._graphs = GraphCache(
-                self._forward, self.adapters, slots=slots, positions=positions, backend=graph_backend
+                self._forward,
+                self.adapters,
+                slots=size.rows,
+                positions=size.context_tokens,
+                backend=graph_backend,
             )
         # a ready-made mask, so that no model builds one: slot attention makes its own
         self._no_mask = torch.zeros(1, 1, 1, 1, device=model.device, dtype=model.dtype)
@@ -144,7 +155,7 @@ class ModelRunner:
 
     def run(self, plan: StepPlan) -> Tensor:
         """Run `plan` and return logits (C, V): decoding sequences, drafts, then chunks that end a prompt."""
-        host = describe(plan)
+        host = describe(plan, self.cache.kinds.windows)
         self._broadcast(host)
         return self._execute(host)
 
@@ -165,10 +176,19 @@ class ModelRunner:
         """Give back what torch keeps of memory that is free, after a pass that ran out of it."""
         free_memory(self.adapters.device)
 
-    def clear(self, slot: int, start: int) -> None:
-        """Zero a slot of the cache from position `start` on."""
-        self._broadcast(ClearSlot(slot, start))
-        self.cache.clear(slot, start)
+    def move(self, moves: tuple[Move, ...]) -> None:
+        """Copy within the pool, before a step that reads and writes at the new places."""
+        if moves:
+            self._broadcast(MovePositions(moves))
+            self._move(moves)
+
+    def clear(self, sequence: Sequence, start: int = 0) -> None:
+        """Zero the extents of `sequence` from its position `start` on."""
+        for kind, extent in enumerate(sequence.extents):
+            passed = max(0, start - extent.base)
+            command = ClearPositions(kind, extent.start + passed, extent.capacity - passed)
+            self._broadcast(command)
+            self.cache.clear(command.kind, command.start, command.count)
 
     def run_commands(self) -> None:
         """Run what rank 0 broadcasts until it says `Stop`."""
@@ -181,8 +201,10 @@ class ModelRunner:
                     self._add(command.name, Path(command.folder), command.strength)
             elif isinstance(command, RemoveAdapter):
                 self._remove(command.name)
-            elif isinstance(command, ClearSlot):
-                self.cache.clear(command.slot, command.start)
+            elif isinstance(command, MovePositions):
+                self._move(command.moves)
+            elif isinstance(command, ClearPositions):
+                self.cache.clear(command.kind, command.start, command.count)
 
     def _broadcast(self, command: Any) -> None:
         if self._group is not None and self._group.rank == 0:
@@ -218,9 +240,11 @@ class ModelRunner:
         return self.adapters.remove(name)
 
     @torch.inference_mode()
+    def _move(self, moves: tuple[Move, ...]) -> None:
+        self.cache.move(moves)
+
+    @torch.inference_mode()
     def _execute(self, host: HostBatch) -> Tensor:
-        for copy in host.copies:
-            self.cache.copy(copy.source, copy.target, copy.count)
         logits = self._graphs.run(host) if self._graphs is not None else None
         if logits is not None:
             return logits
@@ -253,7 +277,7 @@ class ModelRunner:
 def _find_kernels(model: "PreTrainedModel") -> Kernels | None:
     """Return the compiled kernels for `model`, or None: on a GPU, for other types and sizes, or not built."""
     config = model.config.get_text_config()
-    _, _, dim = cache_shape(model.config)
+    dim = dimensions(config.to_dict()).head_dim
     sizes = (config.hidden_size, getattr(config, "intermediate_size", WIDTH), dim)
     is_plain = model.device.type == "cpu" and model.dtype == torch.float32
     if not is_plain or any(size % WIDTH for size in sizes):
@@ -266,18 +290,6 @@ def _find_kernels(model: "PreTrainedModel") -> Kernels | None:
     return kernels
 
 
-def _make_cache(model: "PreTrainedModel", step: StepContext, *, slots: int, positions: int) -> KvPool:
-    layers, heads, dim = cache_shape(model.config)
-    shape = (slots, heads, positions, dim)
-    return KvPool(layers, step, shape=shape, dtype=model.dtype, device=model.device)
-
-
 def _is_small(model: "PreTrainedModel") -> bool:
     """Whether the host has memory to spare for a second copy of the weights."""
     return int(model.get_memory_footprint()) * SPARE <= hardware.host().memory_bytes
-
-
-def cache_shape(config: Any) -> tuple[int, int, int]:
-    """Return (layers, key-value heads, head dim) of a model with this configuration."""
-    size = dimensions(config.get_text_config().to_dict())
-    return size.layers, size.kv_heads, size.head_dim

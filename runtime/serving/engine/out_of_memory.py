@@ -18,7 +18,7 @@ import torch
 
 from runtime.errors import Failure
 from runtime.serving.engine import failures
-from runtime.serving.engine.scheduler import PrefixCopy, PromptChunk, StepPlan
+from runtime.serving.engine.scheduler import PromptChunk, StepPlan
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +46,12 @@ def free_memory(device: torch.device) -> None:
 def divide(plan: StepPlan) -> tuple[StepPlan, ...]:
     """Return smaller plans for what `plan` runs, or as much of its prompts as fits; none of the smallest."""
     if plan.chunks and (plan.decode or plan.drafts):
-        return replace(plan, chunks=(), copies=()), replace(plan, decode=(), drafts=())
+        return replace(plan, chunks=()), replace(plan, decode=(), drafts=())
     tokens = prompt_tokens(plan)
     if tokens > FLOOR_TOKENS:
         return (_begin(plan, max(FLOOR_TOKENS, tokens // 2)),)
     if len(plan.chunks) > 1:
-        return tuple(_only(plan, (chunk,)) for chunk in plan.chunks)
+        return tuple(StepPlan((), (chunk,)) for chunk in plan.chunks)
     if plan.drafts:
         return (StepPlan((*plan.decode, *(draft.sequence for draft in plan.drafts)), ()),)
     if len(plan.decode) > 1:
@@ -72,18 +72,12 @@ def _begin(plan: StepPlan, tokens: int) -> StepPlan:
         if tokens > 0:
             chunks.append(replace(chunk, count=min(chunk.count, tokens)))
             tokens -= chunks[-1].count
-    return _only(plan, tuple(chunks))
-
-
-def _only(plan: StepPlan, chunks: tuple[PromptChunk, ...]) -> StepPlan:
-    sequences = {chunk.sequence for chunk in chunks}
-    copies: tuple[PrefixCopy, ...] = tuple(copy for copy in plan.copies if copy.sequence in sequences)
-    return StepPlan((), chunks, copies)
+    return StepPlan((), tuple(chunks))
 
 
 @dataclass(frozen=True, slots=True)
 class PromptLimit:
-    """At most `tokens` of prompts run in a pass that reads `reach` positions of a slot, or more."""
+    """At most `tokens` of prompts run in a pass that reads `reach` positions of a sequence, or more."""
 
     reach: int
     tokens: int
@@ -108,7 +102,7 @@ class MemoryLimits:
         return min((limit.tokens for limit in self._prompts if now < limit.until_s), default=0)
 
     def most_tokens(self, reach: int) -> int:
-        """Return how many prompt tokens may run in a pass that reads `reach` positions of a slot."""
+        """Return how many prompt tokens may run in a pass that reads `reach` positions of a sequence."""
         if not self._prompts:
             return sys.maxsize
         now = self._clock()
@@ -139,7 +133,7 @@ class MemoryLimits:
             )
 
     def lower_prompt(self, tokens: int, reach: int) -> None:
-        """Remember that `tokens` of prompts, which read up to `reach` positions of a slot, did not fit."""
+        """Remember that `tokens` of prompts, which read up to `reach` positions, did not fit."""
         allowed = max(FLOOR_TOKENS, tokens // 2)
         if self.most_tokens(reach) <= allowed:
             return

@@ -162,6 +162,8 @@ class Stats:
     """Positions of the key-value cache, all sequences together; 0 while it is not known."""
     out_of_memory: Mapping[str, int] = field(default_factory=dict)
     """How often memory ran out, by what it ran out for, since the start."""
+    preemptions: int = 0
+    """How often a sequence gave up its room and was computed again, since the start."""
     prompt_tokens_limit: int = 0
     """Prompt tokens that a pass is limited to since memory ran out; 0 without such a limit."""
     replicas: int = 1

@@ -104,18 +104,35 @@ class RequestQueue:
 
         Empty also when there were only calls to run, or the queue was closed.
         """
+        self.wait(idle=wait)
+        started = []
+        while (handle := self.first()) is not None:
+            if self.begin(handle):
+                started.append(handle)
+        return started
+
+    def wait(self, *, idle: bool) -> None:
+        """Run calls; an `idle` engine waits until there is something to do: a call, a request, the end."""
         with self._changed:
-            if wait:
+            if idle:
                 self._changed.wait_for(self._has_work)
                 self._progress_s = time.monotonic()
         self.run_calls()
+
+    def first(self) -> RequestHandle | None:
+        """Return the request that is next to start; None while none may."""
         with self._changed:
-            started = []
-            while self._open and self._waiting and len(self._running) < self._max_running:
-                started.append(self._waiting.popleft())
-                started[-1].start()
-                self._running.append(started[-1])
-            return started
+            may_start = self._open and self._waiting and len(self._running) < self._max_running
+            return self._waiting[0] if may_start else None
+
+    def begin(self, handle: RequestHandle) -> bool:
+        """Count the request that `first` returned as running; False where it ended meanwhile."""
+        with self._changed:
+            if not self._waiting or self._waiting[0] is not handle:
+                return False
+            self._running.append(self._waiting.popleft())
+            handle.start()
+            return True
 
     def _has_work(self) -> bool:
         """Whether there is something to do: a call, a request that may start, or the end."""

@@ -1,20 +1,26 @@
 """Decides what one step runs: every decoding sequence, then chunks of prompts within a token budget.
 
-A sequence is one request in a slot of the key-value cache. A sequence that decodes alone runs draft tokens
-with its newest one (prompt_lookup.py). Pure Python over numbers: does not know tensors, threads or why an
-answer ends. Start at `Scheduler.plan`.
+A sequence is one request with its extents of the key-value pool (pool_map.py); where they can no longer grow,
+the youngest sequence is put off and computed again. One that decodes alone runs draft tokens with its newest
+one (prompt_lookup.py). Pure Python over numbers: does not know tensors, threads or why an answer ends. Start
+at `Scheduler.plan`.
 """
 
+import itertools
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Sized
 from dataclasses import dataclass, field
 
-from runtime.serving.engine.extents import Extent
+from runtime.serving.engine.extents import Extent, Move
+from runtime.serving.engine.pool_map import ArenaSize, PoolMap
 from runtime.serving.engine.prompt_lookup import PromptLookup
 
 MIN_PREFIX_TOKENS = 8
 """Common prefixes below this many tokens are not worth copying."""
+LEAST_ROOM = 64
+"""A sequence begins with room for so many tokens more than it has, or half as many as it has."""
 DEFER_TOKENS = 64
 """A prompt waits for a step that computes this many further tokens of its prefix for another sequence."""
 MAX_DRAFTING_SEQUENCES = 1
@@ -23,42 +29,40 @@ MAX_DRAFTING_SEQUENCES = 1
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request in its slot."""
+    """One request in the pool; as prefix cache also after its end."""
 
     adapter: int | None
     """Version of the adapter, never used twice: equal tokens have equal keys and values only under one."""
-    slot: int
     ids: list[int]
     """Prompt and what was generated so far."""
     prompt_tokens: int
+    most: int
+    """Tokens that it has at its end, at most."""
+    order: int = 0
+    """Of admission."""
     extents: list[Extent] = field(default_factory=list)
     """Where its keys and values are, by kind of layer."""
     draft_until: int = 0
     """No drafts once `ids` has this length."""
     filled: int = 0
-    """How many of `ids` have their keys and values in the slot."""
+    """How many of `ids` have their keys and values in the pool."""
     reused: int = 0
-    """How many of these were in the cache before and were not computed."""
+    """How many of these were in the pool before and were not computed."""
     long: bool = False
     """Whether its positions are rotated by the factors for long contexts, which give other keys."""
+    in_prompt: bool = True
+    """Whether it runs chunks: of its prompt, and of what it generated before it was put off."""
     lookup: PromptLookup = field(default_factory=PromptLookup)
+    beginning: tuple[object, ...] = ()
+    """What sequences with a common prefix have in common."""
+
+    def __post_init__(self) -> None:
+        self.beginning = (self.adapter, self.long, *self.ids[:MIN_PREFIX_TOKENS])
 
     @property
     def decodes(self) -> bool:
         """Whether exactly the newest token is left to run."""
-        return self.filled == len(self.ids) - 1 and len(self.ids) > self.prompt_tokens
-
-
-@dataclass(slots=True)
-class Slot:
-    """What a slot of the cache holds, also after its sequence has ended."""
-
-    ids: list[int] = field(default_factory=list)
-    adapter: int | None = None
-    long: bool = False
-    sequence: Sequence | None = None
-    used: int = 0
-    """Clock of the last release, to reuse the slot that was idle longest."""
+        return not self.in_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,21 +98,11 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixCopy:
-    """Copy the first `count` positions of slot `source` into the slot of `sequence` before the step."""
-
-    source: int
-    sequence: Sequence
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: copies first; one token of each decoding sequence in slot order, drafts, prompt chunks."""
+    """One step: one token of each decoding sequence, the oldest first, drafts, prompt chunks."""
 
     decode: tuple[Sequence, ...]
     chunks: tuple[PromptChunk, ...]
-    copies: tuple[PrefixCopy, ...] = ()
     drafts: tuple[Draft, ...] = ()
 
 
@@ -117,90 +111,98 @@ class Scheduler:
 
     def __init__(
         self,
-        max_sequences: int,
+        sizes: Sized[ArenaSize],
         *,
+        max_sequences: int,
         chunk_tokens: int,
         prefill_only_tokens: int | None = None,
         draft_tokens: int = 0,
     ) -> None:
-        """`chunk_tokens` prompt tokens per step beside decoding ones, `prefill_only_tokens` without any.
+        """`sizes` are of the pool's arenas, by kind of layer.
 
-        At most `draft_tokens` are drafted for a sequence in a step.
+        `chunk_tokens` prompt tokens run in a step beside decoding ones, `prefill_only_tokens` without any. At
+        most `draft_tokens` are drafted for a sequence in a step.
         """
-        self.slots = [Slot() for _ in range(max_sequences)]
         self._chunk_tokens = chunk_tokens
         self._prefill_only_tokens = prefill_only_tokens or chunk_tokens
         self._draft_tokens = draft_tokens
+        self._max_sequences = max_sequences
+        most_run = max(chunk_tokens, self._prefill_only_tokens, draft_tokens + 1)
+        self._pool: PoolMap[Sequence] = PoolMap(sizes, most_run=most_run)
+        self._orders = itertools.count()
+        self.sequences: list[Sequence] = []
+        """Those in the pool, the oldest first."""
+        self.put_off: deque[Sequence] = deque()
+        """Those that gave up their room, the oldest first; all are younger than those in the pool."""
         self._prompts: deque[Sequence] = deque()
-        self._clock = 0
+        self.preemptions = 0
+        """How often a sequence was put off."""
 
     @property
-    def sequences(self) -> list[Sequence]:
-        """The sequences in flight, by slot."""
-        return [slot.sequence for slot in self.slots if slot.sequence is not None]
+    def longest(self) -> int:
+        """Tokens of the longest sequence that there is room for."""
+        return self._pool.longest
 
     @property
-    def used_tokens(self) -> int:
-        """Positions of the cache that belong to sequences in flight."""
-        return sum(sequence.filled for sequence in self.sequences)
+    def used_share(self) -> float:
+        """Part of the pool that sequences in flight occupy; may be read from any thread."""
+        return self._pool.used_share
 
     def admit(
-        self, prompt_ids: tuple[int, ...], *, adapter: int | None, draft_until: int = 0, long: bool = False
-    ) -> Sequence:
-        """Give a free slot to a request: one that the prompt continues, else the one idle longest.
+        self,
+        prompt_ids: Sized[int],
+        *,
+        adapter: int | None,
+        most: int,
+        drafts: bool = False,
+        long: bool = False,
+    ) -> Sequence | None:
+        """Return a sequence for a request of `most` tokens in all, at most; None while there is no room.
 
-        The slot's former contents are lost. So a slot is continued when the prompt shares at least half of
-        it; a shorter common prefix is copied out of it (`plan`), and the slot kept for a prompt of its own.
+        It has room for its prompt and some tokens more. It continues the extents of an ended sequence where
+        it shares at least half of that; a shorter common prefix is copied (`plan`), and the other kept.
         """
-        ids = list(prompt_ids)
-        free = [index for index, slot in enumerate(self.slots) if slot.sequence is None]
-        sequence = Sequence(adapter, -1, ids, len(ids), draft_until, long=long)
-        shared = {index: self._shared(index, sequence) for index in free}
-        best = max(free, key=lambda index: shared[index])
-        if shared[best] < max(MIN_PREFIX_TOKENS, len(self.slots[best].ids) / 2):
-            # low slots first: sequences stay close together
-            best = min(free, key=lambda index: (bool(self.slots[index].ids), self.slots[index].used, index))
-        kept = shared[best] if shared[best] >= MIN_PREFIX_TOKENS else 0
-        sequence.slot, sequence.filled, sequence.reused = best, kept, kept
-        slot = self.slots[best]
-        slot.sequence, slot.adapter, slot.long, slot.ids = sequence, adapter, long, ids
-        self._prompts.append(sequence)
-        return sequence
+        if self.put_off or len(self.sequences) >= self._max_sequences:
+            return None
+        sequence = Sequence(adapter, list(prompt_ids), len(prompt_ids), most, next(self._orders), long=long)
+        sequence.draft_until = most if drafts else 0
+        return sequence if self._place(sequence) else None
 
     def plan(self, most_tokens: Callable[[int], int] = lambda _: sys.maxsize) -> StepPlan:
-        """Return what the next step runs; empty when there is no sequence. Changes nothing: `commit` does.
+        """Return what the next step runs; empty when there is no sequence. `take_moves` must run before it.
 
         A prompt whose prefix is being computed for another sequence in the same step waits, and copies it
         in the next: many requests with one long system prompt cost one pass over it. `most_tokens` says how
         many prompt tokens a pass may run that reads so many positions.
         """
+        while self.put_off and self._place(self.put_off[0]):
+            self.put_off.popleft()
+        for sequence in tuple(self.sequences):
+            if sequence.decodes:
+                self._secure(sequence, 1)
         decode = tuple(sequence for sequence in self.sequences if sequence.decodes)
         if self._draft_tokens and not self._prompts and len(decode) <= MAX_DRAFTING_SEQUENCES:
             drafts = tuple(draft for sequence in decode if (draft := self._draft(sequence)) is not None)
             drafted = [draft.sequence for draft in drafts]
-            return StepPlan(tuple(each for each in decode if each not in drafted), (), (), drafts)
+            return StepPlan(tuple(each for each in decode if each not in drafted), (), drafts)
         budget = self._chunk_tokens if decode else self._prefill_only_tokens
         chunks: list[PromptChunk] = []
-        copies: list[PrefixCopy] = []
-        for sequence in self._prompts:
+        for sequence in tuple(self._prompts):
             if budget <= 0:
                 break
-            copy = self._best_copy(sequence)
-            start = sequence.filled if copy is None else copy.count
-            if _prefix_after(chunks, sequence) >= start + DEFER_TOKENS:
-                continue
-            count = min(budget, len(sequence.ids) - start)
-            count = min(count, most_tokens(start + count) - sum(chunk.count for chunk in chunks))
-            if count <= 0:
-                continue
-            if copy is not None:
-                copies.append(copy)
-            chunks.append(PromptChunk(sequence, start, count))
-            budget -= count
-        return StepPlan(decode, tuple(chunks), tuple(copies))
+            chunk = self._chunk(sequence, chunks, budget, most_tokens)
+            if chunk is not None:
+                chunks.append(chunk)
+                budget -= chunk.count
+        return StepPlan(decode, tuple(chunks))
+
+    def take_moves(self) -> tuple[Move, ...]:
+        """Return what is to be copied within the pool before the next step, in this order."""
+        moves, self._pool.moves = tuple(self._pool.moves), []
+        return moves
 
     def commit(self, plan: StepPlan) -> None:
-        """Note that the step of `plan` has run: its tokens are in the cache.
+        """Note that the step of `plan` has run: its tokens are in the pool.
 
         Prompts take turns: a sequence that got a chunk and has more of its prompt left goes to the end of
         the queue, so a short prompt behind a long one waits for one chunk, not for the whole prompt.
@@ -209,64 +211,122 @@ class Scheduler:
             sequence.filled += 1
         for draft in plan.drafts:  # accepted draft tokens are counted where they are accepted
             draft.sequence.filled += 1
-        for copy in plan.copies:
-            copy.sequence.reused = copy.count
         for chunk in plan.chunks:
-            chunk.sequence.filled = chunk.start + chunk.count
+            chunk.sequence.filled = chunk.end
             self._prompts.remove(chunk.sequence)
-            if not chunk.completes:
+            if chunk.completes:
+                chunk.sequence.in_prompt = False
+            else:
                 self._prompts.append(chunk.sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """Free the slot of `sequence`; its contents stay for a prompt with the same prefix."""
-        slot = self.slots[sequence.slot]
-        self._clock += 1
-        slot.sequence, slot.used = None, self._clock
-        slot.ids = sequence.ids[: sequence.filled]
-        if sequence in self._prompts:
-            self._prompts.remove(sequence)
+        """End `sequence`; its keys and values stay for a prompt with the same prefix while there is room."""
+        if sequence in self.put_off:
+            self.put_off.remove(sequence)
+            return
+        self._leave(sequence)
+        if sequence.filled < MIN_PREFIX_TOKENS:
+            self._pool.drop(sequence)
+        else:
+            sequence.ids = sequence.ids[: sequence.filled]
+            self._pool.end(sequence)
 
     def invalidate(self, adapter: int | None = None, *, everything: bool = False) -> None:
         """Let no later sequence reuse what was computed under `adapter`, or anything at all."""
-        for slot in self.slots:
-            if slot.sequence is None and (everything or slot.adapter == adapter):
-                slot.ids, slot.adapter = [], None
+        for ended in self._ended():
+            if everything or ended.adapter == adapter:
+                self._pool.drop(ended)
+
+    def _place(self, sequence: Sequence) -> bool:
+        """Give a sequence its extents, also those of an ended one that it continues; False without room."""
+        tokens = len(sequence.ids)
+        tokens = min(max(sequence.most, tokens), tokens + max(LEAST_ROOM, tokens // 2))
+        if not self._pool.could_place(tokens):
+            return False
+        best, shared = self._best(sequence, self._ended())
+        continues = best is not None and shared >= max(MIN_PREFIX_TOKENS, len(best.ids) / 2)
+        # where there is no room beside it, it is better continued than lost
+        if best is not None and (continues or not self._pool.place(sequence, tokens, keep=best)):
+            self._pool.take_over(sequence, best)
+            sequence.filled = sequence.reused = shared
+            self._pool.widen(sequence, tokens)
+        elif best is None:
+            self._pool.place(sequence, tokens)
+        sequence.in_prompt = True
+        self.sequences.append(sequence)
+        self._prompts.append(sequence)
+        return True
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.sequences.remove(sequence)
+        if sequence.in_prompt:
+            self._prompts.remove(sequence)
+
+    def _secure(self, sequence: Sequence, count: int) -> bool:
+        """Have room for `count` further tokens of a sequence, or put off the youngest until there is.
+
+        False where that was the sequence itself.
+        """
+        while sequence.extents and not self._pool.reserve(sequence, count, most=sequence.most):
+            youngest = self.sequences[-1]
+            self._leave(youngest)
+            self._pool.drop(youngest)
+            youngest.filled = youngest.reused = 0
+            self.put_off.appendleft(youngest)
+            self.preemptions += 1
+        return bool(sequence.extents)
+
+    def _chunk(
+        self, sequence: Sequence, others: list[PromptChunk], budget: int, most_tokens: Callable[[int], int]
+    ) -> PromptChunk | None:
+        """Return what of the prompt of `sequence` runs beside the chunks of `others`; None when it waits."""
+        source, start = self._best(sequence, (*self.sequences, *self._ended()))
+        if source is None or start < sequence.filled + MIN_PREFIX_TOKENS:
+            source, start = None, sequence.filled
+        if _prefix_after(others, sequence) >= start + DEFER_TOKENS:
+            return None
+        count = min(budget, len(sequence.ids) - start)
+        count = min(count, most_tokens(start + count) - sum(chunk.count for chunk in others))
+        if count <= 0:
+            return None
+        if source is not None:
+            self._pool.copy(source, sequence, start)
+            sequence.filled = sequence.reused = start
+            if source not in self.sequences:
+                self._pool.touch(source)
+        return PromptChunk(sequence, start, count) if self._secure(sequence, count) else None
 
     def _draft(self, sequence: Sequence) -> Draft | None:
         # the last token is chosen and never run
         most = min(self._draft_tokens, sequence.draft_until - len(sequence.ids) - 1)
         tokens = sequence.lookup.draft(sequence.ids, most=most)
-        return Draft(sequence, tokens) if tokens else None
-
-    def _best_copy(self, sequence: Sequence) -> PrefixCopy | None:
-        """Return the copy that saves this sequence most, if another slot holds enough more of its prompt."""
-        others = (index for index in range(len(self.slots)) if index != sequence.slot)
-        shared = {index: self._shared(index, sequence) for index in others}
-        best = max(shared, key=lambda index: shared[index], default=None)
-        if best is None or shared[best] < sequence.filled + MIN_PREFIX_TOKENS:
+        if not tokens or not self._pool.reserve(sequence, 1 + len(tokens), most=sequence.most):
             return None
-        return PrefixCopy(best, sequence, shared[best])
+        return Draft(sequence, tokens)
 
-    def _shared(self, index: int, sequence: Sequence) -> int:
-        """Return how many tokens of the prefix of `sequence` slot `index` holds; never all of them."""
-        slot = self.slots[index]
-        if (slot.adapter, slot.long) != (sequence.adapter, sequence.long):
-            return 0
-        held = len(slot.ids) if slot.sequence is None else slot.sequence.filled
-        return _common_prefix(slot.ids, sequence.ids, most=min(held, len(sequence.ids) - 1))
+    def _best(self, sequence: Sequence, among: Iterable[Sequence]) -> tuple[Sequence | None, int]:
+        """Return the one that has most of the prefix of `sequence`, and how much; never all of it."""
+        best, most = None, MIN_PREFIX_TOKENS - 1
+        for other in among:
+            if other is not sequence and other.beginning == sequence.beginning:
+                held = min(other.filled, len(sequence.ids) - 1)
+                if held > most:
+                    shared = _common_prefix(other.ids, sequence.ids, most=held)
+                    if shared > most and self._pool.holds(other, shared):
+                        best, most = other, shared
+        return best, most if best is not None else 0
+
+    def _ended(self) -> tuple[Sequence, ...]:
+        return tuple(self._pool.ended)
 
 
 def _prefix_after(chunks: list[PromptChunk], sequence: Sequence) -> int:
-    """Return how much of the prefix of `sequence` the slots of `chunks` will hold after their step."""
+    """Return how much of the prefix of `sequence` the extents of `chunks` will hold after their step."""
     return max(
         (
-            _common_prefix(
-                chunk.sequence.ids,
-                sequence.ids,
-                most=min(chunk.start + chunk.count, len(sequence.ids) - 1),
-            )
+            _common_prefix(chunk.sequence.ids, sequence.ids, most=min(chunk.end, len(sequence.ids) - 1))
             for chunk in chunks
-            if (chunk.sequence.adapter, chunk.sequence.long) == (sequence.adapter, sequence.long)
+            if chunk.sequence.beginning == sequence.beginning
         ),
         default=0,
     )
@@ -276,5 +336,12 @@ def _common_prefix(one: list[int], other: list[int], *, most: int) -> int:
     """Return the length of the common prefix of two lists, up to `most`."""
     if one[:most] == other[:most]:
         return most
-    pairs = zip(one, other, strict=False)
-    return next(index for index, pair in enumerate(pairs) if pair[0] != pair[1])
+    # of slices twice as long each, the first that differs is halved
+    low, step = 0, MIN_PREFIX_TOKENS
+    while one[low : low + step] == other[low : low + step]:
+        low, step = low + step, 2 * step
+    while step > 1:
+        step //= 2
+        if one[low : low + step] == other[low : low + step]:
+            low += step
+    return low

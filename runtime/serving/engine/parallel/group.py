@@ -14,20 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from runtime.serving.engine.extents import Move
+
 ROW_PARALLEL = ("o_proj", "down_proj")
 """Layers divided along their inputs: their outputs are summed over the ranks."""
 RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)
 """How long ranks that are all running may take to connect, or for one all-reduce."""
 COMMAND_TIMEOUT = datetime.timedelta(days=3650)
 """Any time may pass between two commands; a rank that ends is noticed by its broken connection."""
-
-
-@dataclass(frozen=True, slots=True)
-class PrepareModel:
-    """Prepare the model for sequences in `slots` of `positions`."""
-
-    slots: int
-    positions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +41,19 @@ class RemoveAdapter:
 
 
 @dataclass(frozen=True, slots=True)
-class ClearSlot:
-    """Zero a slot of the key-value cache, from a position on."""
+class MovePositions:
+    """Copy within the key-value pool, in this order."""
 
-    slot: int
+    moves: tuple[Move, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClearPositions:
+    """Zero `count` positions of arena `kind` of the key-value pool from `start` on."""
+
+    kind: int
     start: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)

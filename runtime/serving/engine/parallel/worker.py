@@ -67,10 +67,11 @@ def run(task: WorkerTask) -> None:
     import torch
 
     from runtime import attention, models
+    from runtime.memory.pool import PoolSize
     from runtime.serving.engine.create import free_bytes
     from runtime.serving.engine.model_runner import ModelRunner, Rank
     from runtime.serving.engine.parallel import shard
-    from runtime.serving.engine.parallel.group import Group, PrepareModel, rendezvous
+    from runtime.serving.engine.parallel.group import Group, rendezvous
 
     attention.disable_cudnn()
     torch.set_num_threads(task.threads)
@@ -83,9 +84,8 @@ def run(task: WorkerTask) -> None:
     group = Group(store, rank=task.rank, world=task.world, device=task.device)
     group.all_reduce_min(free_bytes(model, processes=task.world))
     first = group.receive()
-    if isinstance(first, PrepareModel):  # else rank 0 has failed in between
-        rank = Rank(group, own_shard)
-        ModelRunner(model, slots=first.slots, positions=first.positions, rank=rank).run_commands()
+    if isinstance(first, PoolSize):  # else rank 0 has failed in between
+        ModelRunner(model, first, rank=Rank(group, own_shard)).run_commands()
     group.close()
 
 

@@ -220,6 +220,7 @@ class ReplicaEngine:
             cached_tokens=sum(stats.cached_tokens for stats in each),
             drafted_tokens=sum(stats.drafted_tokens for stats in each),
             accepted_tokens=sum(stats.accepted_tokens for stats in each),
+            preemptions=sum(stats.preemptions for stats in each),
             max_sequences=self.max_sequences,
             cache_tokens=sum(stats.cache_tokens for stats in each),
             out_of_memory=out_of_memory,
