@@ -178,7 +178,7 @@ def server_report(
         available_bytes=capacity.available_bytes,
         notes=(
             *_placed(layout, machine, is_divided_by_default=not fit.is_laid_out(server)),
-            f"Requested: {run.sequences} sequences of {run.context_tokens} tokens, {run.dtype}.",
+            f"Requested: up to {run.sequences} sequences of up to {run.context_tokens} tokens, {run.dtype}.",
             f"One of these is enough for one sequence: {_few(facts['fits_on'])}.",
             *(f"Warning: {warning}" for warning in warnings),
         ),
@@ -202,6 +202,7 @@ def _server_facts(layout: fit.ServerLayout, model: shape.Shape, machine: Hardwar
         "dtype": run.dtype,
         "rows": capacity.sequences,
         "context_tokens": capacity.context_tokens,
+        "cache_tokens": capacity.cache_tokens,
         "cache_bytes_per_token": capacity.token_bytes,
         "fits_on": list(serving.fits_on(model, run)),
     }
@@ -224,7 +225,10 @@ def _placed(layout: fit.ServerLayout, machine: Hardware, *, is_divided_by_defaul
 
 def _served(model: shape.Shape, run: serving.ServingRun, capacity: serving.Capacity) -> str:
     if serving.batched(model, run):
-        return f"{capacity.sequences} sequences of {capacity.context_tokens} tokens"
+        return (
+            f"up to {capacity.sequences} sequences of up to {capacity.context_tokens} tokens, "
+            f"{capacity.cache_tokens} of all together"
+        )
     return f"one request at a time, of {capacity.context_tokens} tokens"
 
 

@@ -45,6 +45,11 @@ class PoolSize:
     positions: tuple[int, ...]
     """Of all sequences together, by kind of layer."""
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences together that fit, as long as no window is full."""
+        return min(self.positions)
+
 
 def window_span(window: int, most_run: int = STEP_TOKENS) -> int:
     """Return how many positions of a sequence the engine keeps where tokens see a `window`.

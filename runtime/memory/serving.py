@@ -1,7 +1,7 @@
-"""How much memory a server takes: weights, and keys and values for as many sequences as fit beside them.
+"""How much memory a server takes: weights, and keys and values of as many tokens as fit beside them.
 
-The same arithmetic before a GPU is rented (`forecast`) and in the server itself (`sequences_that_fit`).
-Does not know engines or requests. Start at `forecast`.
+The same arithmetic before a GPU is rented (`forecast`) and in the server itself (pool.py). Does not know
+engines or requests. Start at `forecast`.
 """
 
 from dataclasses import dataclass, replace
@@ -10,16 +10,12 @@ from typing import Literal
 from runtime import gpus, support
 from runtime.errors import CapacityError
 from runtime.hardware import Hardware, has_bfloat16
-from runtime.memory.counting import CacheSize
+from runtime.memory.pool import CACHE_SHARE, Kind, PoolSize, pool_that_fits, window_span
 from runtime.memory.shape import BYTES, Shape
 from runtime.memory.tuning import CONSTANTS_4BIT, CONTEXT_BYTES, Basis, MemoryItem
 
-CACHE_SHARE = 0.8
-"""Part of the memory left beside the weights that keys and values may take; the rest is for a step's work."""
 LEAST_CONTEXT_TOKENS = 2048
-"""Fewer sequences at a time are preferred to a context below this."""
-LEAST_TOKENS = 16
-"""No sequence is served with less."""
+"""A machine whose memory holds no request of this length is not proposed, where none is stated."""
 GPU_SHARE = 0.97
 """Part of a GPU's memory that a server finds free before CUDA's context; the driver has the rest."""
 HOST_SHARE = 0.5
@@ -35,13 +31,13 @@ class ServingRun:
     """What decides the memory of a server, beside the model."""
 
     sequences: int
-    """Sequences generated at the same time."""
+    """Sequences generated at the same time, at most."""
     context_tokens: int
-    """Prompt and answer together, per request."""
+    """Prompt and answer together, per request, at most."""
     dtype: str
     engine: Literal["own", "vllm"] = "own"
     least_context_tokens: int = LEAST_CONTEXT_TOKENS
-    """Fewer sequences are preferred to a context below this: the requested one, where there is a request."""
+    """What a machine must hold to be proposed: the requested context, where there is a request."""
     bits: int | None = None
     double_quant: bool = False
     processes: int = 1
@@ -54,20 +50,34 @@ class ServingRun:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """The memory of a server, and how many sequences fit into it."""
+    """The memory of a server, and how many tokens of keys and values fit into it."""
 
     parts: tuple[MemoryItem, ...]
-    """Weights and process; and the cache, when at least one sequence fits."""
+    """Weights and process; and the pool of keys and values, where one sequence fits."""
     available_bytes: int
     token_bytes: int
     """Keys and values of one position of one sequence, as long as no window is full."""
-    sequences: int
-    """Sequences that fit, at `context_tokens` each; 0 when not even one does."""
-    context_tokens: int
+    pool: PoolSize | None
+    """None where not even one sequence fits."""
 
     @property
     def fits(self) -> bool:
-        return self.sequences > 0
+        return self.pool is not None
+
+    @property
+    def sequences(self) -> int:
+        """Sequences at the same time, at most; 0 where none fits."""
+        return self.pool.rows if self.pool is not None else 0
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence."""
+        return self.pool.context_tokens if self.pool is not None else 0
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens of all sequences together, as long as no window is full."""
+        return self.pool.tokens if self.pool is not None else 0
 
 
 def forecast(shape: Shape, server: ServingRun, machine: Hardware) -> Capacity:
@@ -79,22 +89,26 @@ def forecast(shape: Shape, server: ServingRun, machine: Hardware) -> Capacity:
         how = "with cuBLAS's workspace"
         fixed += (MemoryItem("CUDA context", CONTEXT_BYTES["cuda"], how, "estimated"),)
     free = available - sum(part.size_bytes for part in fixed)
-    width = BYTES[server.dtype]
-    size = shape.cache
-    if batched(shape, server) and server.engine == "own":  # whose layers all keep every token
-        size = CacheSize(token=size.token + size.window_token)
-    token_bytes = (size.token + size.window_token) * width
-    sequences, tokens = _that_fit(shape, server, size, free // width)
-    if not sequences:
-        return Capacity(fixed, available, token_bytes, 0, 0)
-    cache = _kept(size, sequences, tokens, width)
+    kinds, sequence_bytes = _kinds(shape, server)
+    token_bytes = sum(kind.token_bytes for kind in kinds)
+    try:
+        pool = pool_that_fits(
+            kinds,
+            rows=server.sequences if batched(shape, server) else 1,
+            context_tokens=min(server.context_tokens, shape.context_tokens),
+            free_bytes=free,
+            sequence_bytes=sequence_bytes,
+        )
+    except CapacityError:
+        return Capacity(fixed, available, token_bytes, None)
+    cache = _kept(kinds, pool, sequence_bytes)
     work = MemoryItem(
         "room for a step's work",
         free - cache.size_bytes,
         f"at least {1 - CACHE_SHARE:.0%} of the rest",
         "estimated",
     )
-    return Capacity((*fixed, cache, work), available, token_bytes, sequences, tokens)
+    return Capacity((*fixed, cache, work), available, token_bytes, pool)
 
 
 def _available(server: ServingRun, machine: Hardware) -> int:
@@ -119,45 +133,30 @@ def batched(shape: Shape, server: ServingRun) -> bool:
     return server.engine == "vllm" or shape.family.engine is not None
 
 
-def _that_fit(shape: Shape, server: ServingRun, size: CacheSize, free_values: int) -> tuple[int, int]:
-    """Return (sequences, context tokens) of a cache of `size` in what is free, (0, 0) when none fits."""
-    context = min(server.context_tokens, shape.context_tokens)
-    room = max(0, int(free_values * CACHE_SHARE))
-    if size == CacheSize(token=size.token) and size.token and batched(shape, server):
-        try:
-            return sequences_that_fit(
-                (server.sequences, context),
-                token_bytes=size.token,
-                free_bytes=free_values,
-                least_context=server.least_context_tokens,
-            )
-        except CapacityError:
-            return 0, 0
-    least = size.values(min(context, server.least_context_tokens))
-    sequences = min(server.sequences, room // least) if batched(shape, server) else 1
-    tokens = _longest(size, room // max(1, sequences), context)
-    return (max(1, sequences), tokens) if tokens >= LEAST_TOKENS else (0, 0)
+def _kinds(shape: Shape, server: ServingRun) -> tuple[tuple[Kind, ...], int]:
+    """Return the kinds of layers, and the bytes of the states that a sequence has beside keys and values."""
+    size, width = shape.cache, BYTES[server.dtype]
+    kinds = [Kind(size.token * width)] if size.token else []
+    if size.window_token and size.window < shape.context_tokens:
+        own = batched(shape, server) and server.engine == "own"
+        span = window_span(size.window) if own else size.window
+        kinds.append(Kind(size.window_token * width, size.window, span))
+    elif size.window_token:
+        kinds = [Kind((size.token + size.window_token) * width)]
+    return tuple(kinds), size.sequence * width
 
 
-def _longest(size: CacheSize, values: int, limit: int) -> int:
-    """Return the longest sequence, up to `limit`, whose cache has at most that many values."""
-    left = values - size.sequence
-    if left < 0:
-        return 0
-    within = left // max(1, size.token + size.window_token)
-    if within < size.window or not size.window:
-        return min(limit, within) if size.token + size.window_token else limit
-    return min(limit, (left - size.window_token * size.window) // size.token if size.token else limit)
-
-
-def _kept(size: CacheSize, sequences: int, tokens: int, width: int) -> MemoryItem:
-    """Keys and values, and the states of layers that have those: sequences x numbers of each x b."""
-    how = f"{sequences} sequences x {tokens} tokens x {size.token * width} bytes"
-    if size.window_token:
-        how += f", and {size.window_token * width} more for the last {size.window}"
-    if size.sequence:
-        how += f", and {size.sequence * width / 2**20:.1f} MiB of states"
-    return MemoryItem("keys and values", sequences * size.values(tokens) * width, how)
+def _kept(kinds: tuple[Kind, ...], pool: PoolSize, sequence_bytes: int) -> MemoryItem:
+    """Keys and values, and the states of layers that have those: tokens x numbers of each x b."""
+    parts = [
+        f"{count} tokens x {kind.token_bytes} bytes"
+        + (f" in windows of {kind.window}" if kind.window else "")
+        for count, kind in zip(pool.positions, kinds, strict=True)
+    ]
+    if sequence_bytes:
+        parts.append(f"{pool.rows} sequences x {sequence_bytes / 2**20:.1f} MiB of states")
+    total = sum(count * kind.token_bytes for count, kind in zip(pool.positions, kinds, strict=True))
+    return MemoryItem("keys and values", total + pool.rows * sequence_bytes, ", and ".join(parts))
 
 
 def fits_on(shape: Shape, server: ServingRun) -> tuple[str, ...]:
@@ -194,25 +193,3 @@ def weights(shape: Shape, server: ServingRun) -> MemoryItem:
     linear, other = f"{shape.linear_parameters / 1e9:.2f}B", f"{shape.other_parameters / 1e6:.0f}M"
     how = f"{linear} x {each:.3f} + {other} x {width} bytes"
     return MemoryItem("weights", size, how)
-
-
-def sequences_that_fit(
-    wanted: tuple[int, int], *, token_bytes: int, free_bytes: int, least_context: int = LEAST_CONTEXT_TOKENS
-) -> tuple[int, int]:
-    """Return (sequences, context tokens) whose keys and values fit into CACHE_SHARE of `free_bytes`.
-
-    Context gives way first, down to `least_context`, then the number of sequences, then context again.
-    Raises CapacityError when not even one short sequence fits.
-    """
-    sequences, context = wanted
-    tokens = max(0, int(free_bytes * CACHE_SHARE)) // token_bytes
-    context = min(context, max(tokens // sequences, min(context, least_context)))
-    sequences = max(1, min(sequences, tokens // context))
-    context = min(context, tokens // sequences)
-    if context < LEAST_TOKENS:
-        raise CapacityError(
-            f"{free_bytes >> 20} MiB are free beside the weights, and one sequence of {LEAST_TOKENS} tokens "
-            f"needs {LEAST_TOKENS * token_bytes >> 20} MiB of keys and values; use a larger device or a "
-            "quantised model"
-        )
-    return sequences, context

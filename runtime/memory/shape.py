@@ -224,7 +224,14 @@ def dimensions(text: Mapping[str, Any]) -> Dimensions:
         tied_embeddings=bool(text.get("tie_word_embeddings", family.tied_by_default)),
         gated_mlp=family.gated,
         sliding_window=int(window) if window else None,
+        full_attention_layers=_full_attention_layers(text) if window else None,
     )
+
+
+def _full_attention_layers(text: Mapping[str, Any]) -> int | None:
+    """Return how many layers see everything although there is a sliding window; None where it is not said."""
+    kinds = text.get("layer_types")
+    return sum(kind != "sliding_attention" for kind in kinds) if kinds else None
 
 
 def _kv_heads(text: Mapping[str, Any], heads: int, family: Family) -> int:

@@ -44,7 +44,7 @@ def requested(config: ServeConfig, machine: Hardware, model: Shape) -> ServingRu
     """Return the sequences, context and types that `config` asks for on `machine`."""
     limits, quantization = config.limits, config.quantization
     return ServingRun(
-        sequences=limits.rows,
+        sequences=limits.rows_on(machine.kind),
         context_tokens=limits.context_tokens or model.context_tokens,
         least_context_tokens=limits.context_tokens or LEAST_CONTEXT_TOKENS,
         dtype=hardware.compute_dtype(machine, config.model.dtype),

@@ -49,11 +49,15 @@ class AdapterSource(Strict):
     """Multiplies the adapter's update; 1 is as trained."""
 
 
+CPU_ROWS = 32
+"""Sequences at the same time on a CPU: more make every answer slower and none of them sooner."""
+
+
 class Limits(Strict):
     """Limits of one request, and of all requests together."""
 
-    rows: int = Field(32, ge=1)
-    """Sequences (answers) generated at the same time, by each copy of the model."""
+    rows: int = Field(256, ge=1)
+    """Most sequences (answers) at the same time, of each copy of the model; on a CPU 32 if none is stated."""
     queue: int = Field(64, ge=0)
     """Requests waiting to be generated, for each copy of the model; one more is answered 429."""
     context_tokens: int | None = Field(None, ge=16)
@@ -81,6 +85,12 @@ class Limits(Strict):
     """Longest time in which a client takes nothing of an answer that waits for it."""
     request_timeout_s: float = Field(600.0, gt=0)
     """Longest time from the request's arrival to its last token."""
+
+    def rows_on(self, device: str) -> int:
+        """Return `rows` for a device: where none are stated, a CPU gains nothing from more than CPU_ROWS."""
+        return (
+            min(self.rows, CPU_ROWS) if device == "cpu" and "rows" not in self.model_fields_set else self.rows
+        )
 
 
 class Vllm(Strict):

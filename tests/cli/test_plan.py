@@ -43,7 +43,8 @@ def test_what_does_not_fit_is_status_6_with_what_would_help(capsys: pytest.Captu
 def test_a_server_plan_has_the_sequences_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
     status, report = plan(SERVING, "--gpu", "V100-16GB", capsys=capsys)
     assert status == 0
-    assert (report["rows"], report["cache_bytes_per_token"]) == (8, 393_216)
+    assert report["cache_bytes_per_token"] == 393_216
+    assert report["cache_tokens"] >= report["context_tokens"] > 8 * 2048
     assert run(["plan", "llama-3.3-70b-instruct", "--serve", "--gpu", "V100-16GB"], {}) == 6
 
 

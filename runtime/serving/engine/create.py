@@ -65,7 +65,8 @@ def _batching(
     if rank is not None:
         free = rank.group.all_reduce_min(free)
     kinds = pool_kinds(model)
-    size = pool_that_fits(kinds, rows=config.limits.rows, context_tokens=context_tokens, free_bytes=free)
+    rows = config.limits.rows_on(model.device.type)
+    size = pool_that_fits(kinds, rows=rows, context_tokens=context_tokens, free_bytes=free)
     _say_size(size, kinds)
     if size.context_tokens < context_tokens:
         log.warning(

@@ -179,7 +179,7 @@ class BatchingEngine:
             drafted_tokens=self._drafted_tokens,
             accepted_tokens=self._accepted_tokens,
             max_sequences=self.max_sequences,
-            cache_tokens=self._size.positions[0],
+            cache_tokens=self._size.tokens,
             out_of_memory=self._memory.counts,
             prompt_tokens_limit=self._memory.prompt_tokens,
         )

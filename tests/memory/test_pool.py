@@ -1,0 +1,53 @@
+"""The key-value pool: how many positions of each kind of layer fit into what is free."""
+
+import pytest
+
+from runtime.errors import CapacityError
+from runtime.memory.pool import CACHE_SHARE, Kind, PoolSize, pool_that_fits, window_span
+
+FULL, WINDOW = Kind(1000), Kind(500, 64, 128)
+
+
+def fitted(kinds: tuple[Kind, ...], room: int, *, rows: int = 4, context: int = 1000) -> PoolSize:
+    """Return the pool in `room` bytes for keys and values."""
+    free = int(room / CACHE_SHARE) + 2
+    return pool_that_fits(kinds, rows=rows, context_tokens=context, free_bytes=free)
+
+
+@pytest.mark.parametrize(
+    ("room", "expected"),
+    [
+        (10_000_000, PoolSize(4, 1000, (4000,))),  # no more than all sequences can use
+        (2_500_000, PoolSize(4, 1000, (2500,))),
+        (600_000, PoolSize(4, 600, (600,))),  # the context gives way where one sequence of it does not fit
+    ],
+)
+def test_sequences_share_what_fits(room: int, expected: PoolSize) -> None:
+    assert fitted((FULL,), room) == expected
+
+
+def test_kinds_have_equally_many_positions_until_the_windows_of_all_sequences_fit() -> None:
+    assert fitted((FULL, WINDOW), 600_000, context=200).positions == (400, 400)
+    assert fitted((FULL, WINDOW), 1_000_000, context=200).positions == (744, 512)
+    assert fitted((WINDOW,), 1_000_000).positions == (512,)
+
+
+def test_windows_give_way_to_one_sequence_of_the_whole_context() -> None:
+    size = fitted((FULL, WINDOW), 1_100_000)
+    assert (size.context_tokens, size.positions) == (1000, (1024, 152))
+    assert size.tokens == 152
+
+
+def test_states_of_sequences_are_taken_off_first() -> None:
+    size = pool_that_fits((FULL,), rows=4, context_tokens=100, free_bytes=1_000_000, sequence_bytes=150_000)
+    assert size.positions == (200,)
+
+
+def test_no_room_for_a_short_sequence_is_a_capacity_error() -> None:
+    with pytest.raises(CapacityError, match="one sequence of 16 tokens needs 16 MiB"):
+        pool_that_fits((Kind(1 << 20),), rows=1, context_tokens=4096, free_bytes=10 << 20)
+
+
+def test_a_window_leaves_room_for_a_step_and_for_seldom_moves() -> None:
+    assert window_span(16) == 16 + 512
+    assert window_span(4096) == 5120
