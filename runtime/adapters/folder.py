@@ -145,12 +145,14 @@ def check(folder: Path, *, name: str | None = None, base: str | None = None) -> 
     return adapter
 
 
-def check_served(folder: Path, *, name: str | None = None, base: str | None = None) -> Adapter:
+def check_served(
+    folder: Path, *, name: str | None = None, base: str | None = None, most_rank: int | None = None
+) -> Adapter:
     """Return what the adapter in `folder` is; ConfigError when serving would not do what it was trained for.
 
     Refused beside what `check` refuses: keys of lora_config.NOT_SERVED, tensors that are no LoRA pair of a
-    linear layer, and weights of modules that target_modules leaves out, which peft would not load. Keys that
-    nobody here knows are logged.
+    linear layer, weights of modules that target_modules leaves out, which peft would not load, and a larger
+    rank than `most_rank`. Keys that nobody here knows are logged.
     """
     adapter = check(folder, name=name, base=base)
     name, reasons = adapter.name, lora_config.not_served(adapter.config)
@@ -159,6 +161,11 @@ def check_served(folder: Path, *, name: str | None = None, base: str | None = No
         raise ConfigError(f"adapter {name}: cannot be served as an adapter: {'; '.join(reasons)}{hint}")
     _check_pairs(adapter)
     _check_described(adapter)
+    if most_rank is not None and adapter.rank > most_rank:
+        raise ConfigError(
+            f"adapter {name}: has rank {adapter.rank}, and max_lora_rank is {most_rank}: raise that, or take "
+            "an adapter of a smaller rank"
+        )
     unknown = [key for key, value in adapter.config.items() if value and key not in lora_config.KNOWN]
     if unknown:
         log.warning("adapter %s: keys that are not known here have no effect: %s", name, ", ".join(unknown))

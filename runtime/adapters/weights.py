@@ -17,7 +17,7 @@ def scaled_pairs(
     """Return by module the LoRA pair (A, B) of the adapter in `folder`: A (r, in) and B (out, r) in float32.
 
     B is multiplied by `strength` and by the adapter's scaling; the rank is that of the matrices. Raises
-    ConfigError for an adapter that cannot be served.
+    ConfigError for an adapter that cannot be served, also for its weights.
     """
     adapter = check_served(folder, name=name)
     weights = load_file(str(folder / WEIGHTS_FILE))
@@ -28,6 +28,18 @@ def scaled_pairs(
         raise ConfigError(f"adapter {adapter.name}: {error}") from None
     pairs = {}
     for path in adapter.paths:
-        down, up = (weights[f"{PREFIX}{path}.lora_{side}.weight"].float() for side in "AB")
+        down, up = (_finite(weights, f"{path}.lora_{side}.weight", adapter.name) for side in "AB")
         pairs[path] = (down, up * (strength * scalings[path]))
     return pairs
+
+
+def _finite(weights: dict[str, Tensor], tensor: str, adapter: str) -> Tensor:
+    """Return a tensor in float32; ConfigError for one that no answer can be computed with."""
+    values = weights[f"{PREFIX}{tensor}"].float()
+    wrong = values.numel() - int(values.isfinite().sum())
+    if wrong:
+        raise ConfigError(
+            f"adapter {adapter}: {tensor} holds NaN or Inf in {wrong} of {values.numel()} places: its "
+            "training diverged; take an earlier checkpoint"
+        )
+    return values

@@ -63,7 +63,7 @@ def load(config: ServeConfig, access: oci.Access) -> ServedModel:
     else:
         for source in config.adapters:
             try:
-                add_adapter(served, source, base=config.model.repository, access=access)
+                add_adapter(served, source, config, access=access)
             except Failure as failure:
                 log.warning("Adapter refused: %s: %s", source.name, failure)
     log.info("Loaded %s on %s in %.1f s", config.model.name, devices.name, time.monotonic() - started)
@@ -186,8 +186,10 @@ def _model(
     return model, workers, Rank(workers.connect(device), own_shard, workers.wait)
 
 
-def add_adapter(served: ServedModel, source: AdapterSource, *, base: str | None, access: oci.Access) -> None:
-    """Serve one adapter under its name; blocks while it is pulled, checked and read.
+def add_adapter(
+    served: ServedModel, source: AdapterSource, config: ServeConfig, *, access: oci.Access
+) -> None:
+    """Serve one adapter under its name, as `config` allows; blocks while it is pulled, checked and read.
 
     Raises ConfigError when it must not be loaded or the name is taken, RegistryError or TransientError
     when it cannot be pulled.
@@ -195,7 +197,7 @@ def add_adapter(served: ServedModel, source: AdapterSource, *, base: str | None,
     if source.name in served.models():
         raise ConfigError(f"the name '{source.name}' is taken; served are {', '.join(served.models())}")
     with adapters.local_copy(source.reference, access=access, name=source.name) as folder:
-        _attach(served, source, folder, base)
+        _attach(served, source, folder, config)
     log.info("Adapter added: %s", source.name)
 
 
@@ -207,7 +209,7 @@ def _combined(served: ServedModel, config: ServeConfig, access: oci.Access) -> S
             try:
                 copy = adapters.local_copy(source.reference, access=access, name=source.name)
                 folder = stack.enter_context(copy)
-                _attach(served, source, folder, config.model.repository)
+                _attach(served, source, folder, config)
             except Failure as failure:
                 log.warning("Adapter refused: %s: %s", source.name, failure)
                 continue
@@ -233,9 +235,10 @@ def _combine_templates(served: ServedModel) -> None:
         log.warning("The combined adapters have different chat templates: that of %s is used", served.name)
 
 
-def _attach(served: ServedModel, source: AdapterSource, folder: Path, base: str | None) -> None:
+def _attach(served: ServedModel, source: AdapterSource, folder: Path, config: ServeConfig) -> None:
     """Have the engine read an adapter, and make prompts for it with its own chat template if it has one."""
-    adapters.check_served(folder, name=source.name, base=base)
+    base, most_rank = config.model.repository, config.max_lora_rank
+    adapters.check_served(folder, name=source.name, base=base, most_rank=most_rank)
     adapters.check_tokens(folder, source.name, served.tokenizer.vocabulary)
     template = adapters.own_template(folder, source.name)
     served.adapter_tokenizers.pop(source.name, None)

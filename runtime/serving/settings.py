@@ -98,8 +98,6 @@ class Vllm(Strict):
 
     program: str = "vllm"
     """Its command, on PATH or a path: usually that of a virtual environment of its own."""
-    max_adapter_rank: int = Field(64, ge=1)
-    """Largest rank of an adapter; vLLM reserves memory for it."""
     flags: dict[str, Any] = {}
     """More of its flags, by their names without dashes; they take precedence over those that are set here."""
 
@@ -115,6 +113,9 @@ class ServeConfig(Strict):
     adapters: tuple[AdapterSource, ...] = ()
     combine_adapters: bool = False
     """Answer requests that name no adapter with all of them, weighted by strength, as KAITO does."""
+    max_lora_rank: int | None = Field(None, ge=1)
+    """Largest rank of an adapter; one of a larger rank is not loaded. None is any, and 64 with vLLM, which
+    reserves memory for it."""
     quantization: Quantization | None = None
     """bitsandbytes quantisation of the base weights; None serves them as they are."""
     tool_call_parser: str | None = None

@@ -282,6 +282,7 @@ _HONOURED: dict[str, Put] = {
     "tool_call_parser": _tool_parser,
     "reasoning_parser": _reasoning_parser,
     "enable_lora": _enable_lora,
+    "max_lora_rank": _number("max_lora_rank"),
 }
 """Those that are settings; the others name models, files and folders."""
 _SWITCHES = frozenset({"enable_lora"})

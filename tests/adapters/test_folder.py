@@ -229,6 +229,14 @@ def test_weights_that_would_not_be_used_are_refused_by_name(
         adapters.check_served(folder, name="support")
 
 
+def test_a_rank_above_the_limit_is_refused_with_both_numbers(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    folder = make(tiny_llama_dir, tmp_path / "a")
+    rank = adapters.check_served(folder).rank
+    assert adapters.check_served(folder, most_rank=rank).rank == rank
+    with pytest.raises(ConfigError, match=f"adapter a: has rank {rank}, and max_lora_rank is {rank - 1}"):
+        adapters.check_served(folder, most_rank=rank - 1)
+
+
 def test_a_key_that_nobody_knows_is_logged(
     tiny_llama_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -31,6 +31,7 @@ def applied(flags: dict[str, Any]) -> tuple[dict[str, Any], LayeredSettings]:
         ({"max_model_len": "32k"}, {"limits.context_tokens": 32000}),
         ({"max_model_len": "1.5K"}, {"limits.context_tokens": 1536}),
         ({"max_num_seqs": 8}, {"limits.rows": 8}),
+        ({"max_lora_rank": "32"}, {"max_lora_rank": 32}),
         ({"gpu_memory_utilization": "0.84"}, {"limits.gpu_memory_share": 0.84}),
         ({"tensor_parallel_size": "1"}, {}),
         ({"tensor_parallel_size": "4"}, {"processes": 4, "parallel": "tp"}),

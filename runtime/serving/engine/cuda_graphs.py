@@ -1,81 +1,40 @@
 """Decode steps captured once and replayed: on a GPU one launch instead of some 25 a layer (CUDA graphs).
 
-A graph repeats its operations on the same memory in the same sizes. So it belongs to a `GraphKey`: blocks of
-neighbouring slots, and bounds on their lengths; ids, positions and adapters come from its `GraphInputs`.
-Slots of a block that do not decode run a token whose logits are not read. Steps with prompts run without a
-graph. Does not know models or requests. Start at `GraphCache.run`.
+A graph repeats its operations on the same memory in the same sizes. So there is one for each padded number of
+tokens, captured at the start in one pool of memory, and a second set for steps with adapters, whose weights
+each token gathers by its slot. What differs from step to step is in a graph's `GraphInputs`, filled by one
+copy; rows that pad write and read a position that nobody owns. Steps with prompts run without a graph. Does
+not know models or requests. Start at `GraphCache.run`.
 """
 
 import logging
-from collections import Counter, OrderedDict
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from runtime.errors import is_out_of_memory
-from runtime.serving.engine.adapter_groups import AdapterGroups, Masked
-from runtime.serving.engine.batch import Batch, HostBatch
+from runtime.serving.engine.adapter_groups import NO_ADAPTER, AdapterGroups
+from runtime.serving.engine.batch import Batch, HostBatch, HostRanges, KeyRanges
+from runtime.serving.engine.kv_pool import KvPool
 from runtime.serving.engine.lora import AdapterStore
 
 log = logging.getLogger(__name__)
-SlotRun: Any = None  # replaced with the graphs of engine20
 
-CAPTURE_AFTER = 4
-"""Steps of one key after which a graph is captured: a capture costs as much as several steps."""
-MAX_GRAPHS = 64
-"""Graphs kept; the one that was replayed longest ago is dropped first."""
-MIN_REACH = 256
-"""Lengths are bounded in steps of so many positions, and of a quarter beyond four of them."""
+MOST_TOKENS = 512
+"""A step of more is not captured: its products take longer than their launches."""
+MEMORY_SHARE = 0.25
+"""Of the memory that is free when a set is captured, which prompts need too."""
+CAPTURE_S = 60.0
+"""No graph of a set is begun later."""
+DRAFT_READS = 1 << 15
+"""Positions read for drafts in a replay, where each draft token reads its sequence's again: beyond it, as in
+17 tokens of a sequence of 2,000, reading costs more than the launches of one pass over all of them."""
 TOLERANCE = 0.02
 """Fraction of the largest logit by which a replay may differ from the same step without a graph."""
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Neighbouring slots, at least half of which decode."""
-
-    first: int
-    count: int
-    reach: int
-    """Positions that are read of each."""
-
-
-@dataclass(frozen=True, slots=True)
-class GraphKey:
-    """What a graph fixes."""
-
-    blocks: tuple[Block, ...]
-    slot_tokens: int
-    """Tokens of each slot: one, or more where a lone sequence has drafts."""
-    adapted: bool
-    """Whether any token has an adapter."""
-    long: bool
-    """Whether any token has rotary factors for long contexts."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that run."""
-        return self.slot_tokens * sum(block.count for block in self.blocks)
-
-    @property
-    def slots(self) -> list[int]:
-        """The slots of the tokens, in order."""
-        return [slot for block in self.blocks for slot in range(block.first, block.first + block.count)]
-
-
-@dataclass(frozen=True, slots=True)
-class GraphInputs:
-    """What a graph reads, in the order of its `T` tokens."""
-
-    numbers: Tensor
-    """(2, T) ids and positions."""
-    mask: Tensor | None
-    """(T, 1, A, 1), one where the token has the adapter."""
-    long: Tensor | None
-    """(T,)"""
 
 
 class GraphBackend(Protocol):
@@ -87,8 +46,8 @@ class GraphBackend(Protocol):
     def capture(self, step: Callable[[], Tensor]) -> Callable[[], object]:
         """Return what repeats the operations of `step` on the same memory."""
 
-    def reset(self) -> None:
-        """Free what was captured; none of it is replayed again."""
+    def free_bytes(self) -> int:
+        """Return the memory of the device that nothing holds."""
 
 
 class CudaGraphs:
@@ -118,9 +77,56 @@ class CudaGraphs:
             torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
         return graph.replay
 
-    def reset(self) -> None:
-        """See `GraphBackend.reset`: the memory pool goes with its last graph."""
-        self._pool = torch.cuda.graph_pool_handle()
+    def free_bytes(self) -> int:
+        """See `GraphBackend.free_bytes`; what torch keeps for later is given back first."""
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info()[0])
+
+
+@dataclass(frozen=True, slots=True)
+class StepBounds:
+    """What holds for every decode step of an engine."""
+
+    tokens: int
+    """Most tokens of a step: sequences that decode, or a lone one's drafts."""
+    positions: int
+    """Most positions that a token sees."""
+    is_long: bool
+    """Whether some sequences have rotary factors for long contexts."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphInputs:
+    """What a graph of `T` tokens reads, in its place."""
+
+    buffer: Tensor
+    """int64, what `filled` returns."""
+    batch: Batch
+    """Its tensors are views of the buffer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A captured step."""
+
+    inputs: GraphInputs
+    replay: Callable[[], object]
+
+
+_STEPS = ((8, 0), (64, 8), (128, 16), (256, 64), (MOST_TOKENS, 128))
+"""Below a size, the step to the next; 0 doubles."""
+
+
+def sizes(most: int) -> list[int]:
+    """Return the numbers of tokens that graphs are captured for, up to `most`: at most 19.
+
+    A step pads by 7 tokens, or by a third, at most: with few tokens its time is that of reading weights.
+    """
+    found, size, most = [], 1, min(most, MOST_TOKENS)
+    while size < most:
+        found.append(size)
+        size += next(step for below, step in _STEPS if size < below) or size
+    return [*found, most]
 
 
 class GraphCache:
@@ -130,195 +136,203 @@ class GraphCache:
         self,
         forward: Callable[[Batch], Tensor],
         adapters: AdapterStore,
+        pool: KvPool,
+        bounds: StepBounds,
         *,
-        slots: int,
-        positions: int,
         backend: GraphBackend,
     ) -> None:
-        """`forward` runs a batch on a cache of `slots` and `positions`; no sequence fills the last."""
+        """`forward` runs a batch over `pool`."""
         self._forward, self._adapters = forward, adapters
-        self._slots, self._positions = slots, positions
+        self._pool, self._bounds = pool, bounds
         self._backend: GraphBackend | None = backend
-        self._kept: OrderedDict[GraphKey, tuple[GraphInputs, Callable[[], object]]] = OrderedDict()
-        self._seen: Counter[GraphKey] = Counter()
-        self._is_full = False
-        """Whether memory ran out for a further graph: those that are kept are still replayed."""
-        self._logits: dict[int, Tensor] = {}
-        """(T, V) by T: where replays leave their result, to be read before the next."""
+        self._plain: dict[int, Graph] = {}
+        self._adapted: dict[int, Graph] = {}
+        self._layout = adapters.layout
+        """Of the weights that `_adapted` reads."""
+        self._logits: Tensor | None = None
+        """(tokens, V): where replays leave their result, to be read before the next."""
+
+    def capture(self) -> None:
+        """Capture what decodes without adapters; with them `follow_adapters` does."""
+        self._plain = self._capture_set(adapted=False)
+
+    def follow_adapters(self) -> None:
+        """Capture the steps with adapters again where weights have moved, as an adapter came or went."""
+        if self._layout == self._adapters.layout:
+            return
+        self._layout = self._adapters.layout
+        self._adapted = {}  # their memory is free before it is taken again
+        if self._adapters.names:
+            self._adapted = self._capture_set(adapted=True)
 
     def run(self, host: HostBatch) -> Tensor | None:
         """Return the logits of the tokens of `host`, or None where it has to run without a graph."""
-        if self._backend is None or (key := self._key(host)) is None:
+        graphs = self._adapted if any(version is not None for version in host.adapters) else self._plain
+        tokens = len(host.ids)
+        size = min((size for size in graphs if size >= tokens), default=0)
+        if not size or not tokens or not _is_decoding(host):
             return None
-        self._seen[key] += 1
-        # the index of each token of the step among those of the graph
-        index = {slot: number for number, slot in enumerate(key.slots)}
-        at = [index[slot] for slot in host.decode_slots] or list(range(len(host.ids)))
+        graph = graphs[size]
+        graph.inputs.buffer.copy_(self._filled(host, size), non_blocking=True)
         try:
-            return self._replay(key, host, at)
+            graph.replay()
         except Exception as failure:
             if not is_out_of_memory(failure):
                 raise
-        self._kept.pop(key, None)
-        self._is_full = True
-        log.warning("No memory for a CUDA graph: %d are kept, other steps are launched", len(self._kept))
-        return None
-
-    def _replay(self, key: GraphKey, host: HostBatch, at: list[int]) -> Tensor | None:
-        """Run the graph of `key`, captured first where it is due; None where there is none."""
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            inputs, replay = self._kept[key]
-            self._fill(inputs, host, at)
-            replay()
-            return _pick(self._logits[key.tokens], at)
-        if self._backend is None or self._is_full or self._seen[key] < CAPTURE_AFTER:
+            del graphs[size]
+            log.warning("No memory to replay the CUDA graph of %d sequences: others take its steps", size)
             return None
-        inputs = self._inputs(key)
-        self._fill(inputs, host, at)
-        return self._capture(self._backend, key, inputs, at)
+        assert self._logits is not None, "captured without logits"  # noqa: S101
+        return self._logits[:tokens]
 
-    def clear(self) -> None:
-        """Drop all graphs: the adapters' weights have moved."""
-        self._is_full = False
-        self._kept.clear()
-        self._seen.clear()
-        if self._backend is not None:
-            self._backend.reset()
+    def _capture_set(self, *, adapted: bool) -> dict[int, Graph]:
+        """Return the graphs of all sizes, the largest first; fewer where memory or time runs out."""
+        backend = self._backend
+        if backend is None:
+            return {}
+        begun, free = time.monotonic(), backend.free_bytes()
+        found: dict[int, Graph] = {}
+        lacking = ""
+        for size in reversed(sizes(self._bounds.tokens)):
+            if time.monotonic() - begun > CAPTURE_S:
+                lacking = f"no more were begun after {CAPTURE_S:.0f} s"
+                break
+            if free - backend.free_bytes() > MEMORY_SHARE * free:
+                lacking = f"more would take over {MEMORY_SHARE:.0%} of the free memory"
+                break
+            try:
+                found[size] = self._capture(backend, size, adapted=adapted)
+            except Exception as failure:
+                if not is_out_of_memory(failure):
+                    self._give_up(str(failure).partition("\n")[0])
+                    return {}
+                lacking = f"there was no memory for {size} sequences"
+        self._log(found, lacking, begun=begun, taken=free - backend.free_bytes(), adapted=adapted)
+        return found
 
-    def _key(self, host: HostBatch) -> GraphKey | None:
-        """Return the key of `host`, or None: prompts, and more adapters than one masked product takes."""
-        adapted = any(version is not None for version in host.adapters)
-        if not host.ids or (adapted and not self._adapters.is_masked):
-            return None
-        if not host.chunks:
-            ends = {slot: last + 1 for slot, last in zip(host.decode_slots, host.positions, strict=True)}
-            slot_tokens = 1
-        elif len(host.chunks) == 1 and len(host.logit_indices) == len(host.ids):  # one sequence with drafts
-            ends = {host.chunks[0].slot: host.positions[-1] + 1}
-            slot_tokens = 1 + _power(len(host.ids) - 1)
-        else:
-            return None
-        blocks = []
-        for first, count in _blocks(sorted(ends), most=self._slots):
-            longest = max(ends.get(slot, 0) for slot in range(first, first + count))
-            blocks.append(Block(first, count, min(_reach(longest), self._positions)))
-        return GraphKey(tuple(blocks), slot_tokens, adapted, any(host.long))
-
-    def _inputs(self, key: GraphKey) -> GraphInputs:
-        device = self._adapters.device
-        return GraphInputs(
-            torch.zeros(2, key.tokens, dtype=torch.long, device=device),
-            self._adapters.mask([None] * key.tokens) if key.adapted else None,
-            torch.zeros(key.tokens, dtype=torch.bool, device=device) if key.long else None,
+    def _log(self, found: dict[int, Graph], lacking: str, *, begun: float, taken: int, adapted: bool) -> None:
+        log.log(
+            logging.WARNING if lacking else logging.INFO,
+            "Captured %d CUDA graphs of steps %s adapters, of up to %d sequences, in %.1f s and %d MiB%s",
+            len(found),
+            "with" if adapted else "without",
+            max(found, default=0),
+            time.monotonic() - begun,
+            max(0, taken) >> 20,
+            f": {lacking}; other steps are launched, which is slower" if lacking else "",
         )
 
-    def _fill(self, inputs: GraphInputs, host: HostBatch, at: Sequence[int]) -> None:
-        tokens = inputs.numbers.shape[1]
-        # the other tokens write to the last position, which no sequence fills: its last token is never run
-        ids, positions = [0] * tokens, [self._positions - 1] * tokens
-        versions: list[int | None] = [None] * tokens
-        long = [False] * tokens
-        for source, token in enumerate(at):
-            ids[token], positions[token] = host.ids[source], host.positions[source]
-            versions[token], long[token] = host.adapters[source], host.long[source]
-        inputs.numbers.copy_(torch.tensor([ids, positions]), non_blocking=True)
-        if inputs.mask is not None:
-            inputs.mask.copy_(self._adapters.mask(versions), non_blocking=True)
-        if inputs.long is not None:
-            inputs.long.copy_(torch.tensor(long), non_blocking=True)
+    def _give_up(self, reason: str) -> None:
+        log.warning("Decoding without CUDA graphs, which is slower: %s", reason)
+        self._backend, self._plain, self._adapted = None, {}, {}
 
-    def _capture(self, backend: GraphBackend, key: GraphKey, inputs: GraphInputs, at: list[int]) -> Tensor:
-        """Run the step without a graph, and keep a graph of it if that computes the same."""
-        plain = backend.warm_up(lambda: self._step(key, inputs))
-        expected = _pick(plain, at)
-        if not bool(expected.isfinite().all()):  # nothing to compare with
-            return expected
-        result = self._logits.setdefault(key.tokens, torch.empty_like(plain))
-        try:
-            replay = backend.capture(lambda: result.copy_(self._step(key, inputs)))
-            replay()
-            error = float((_pick(result, at) - expected).abs().max() / expected.abs().max())
-            reason = f"a replay differs by {error:.2g} of the largest logit" if error > TOLERANCE else ""
-        except Exception as failure:  # the step has its result already
-            if is_out_of_memory(failure):
-                raise
-            reason = str(failure).partition("\n")[0]
-        if reason:
-            log.warning("Decoding without CUDA graphs, which is slower: %s", reason)
-            self.clear()
-            self._backend = None
-            return expected
-        self._kept[key] = (inputs, replay)
-        if len(self._kept) > MAX_GRAPHS:
-            self._kept.popitem(last=False)
-        log.debug("Captured %s", key)
-        return expected
+    @torch.inference_mode()
+    def _capture(self, backend: GraphBackend, size: int, *, adapted: bool) -> Graph:
+        """Return the graph of a step; RuntimeError where it computes something else than the step."""
+        inputs = self._inputs(size, adapted=adapted)
+        inputs.buffer.copy_(self._filled(_NOTHING, size), non_blocking=True)
+        expected = backend.warm_up(lambda: self._step(inputs))
+        if not bool(expected.isfinite().all()):  # and others read past their end into the same position
+            for kind, position in enumerate(self._pool.scratch):
+                self._pool.clear(kind, position, 1)
+            raise RuntimeError("the model's output for token 0 contains NaN or Inf")
+        if self._logits is None or len(self._logits) < size:
+            self._logits = torch.empty_like(expected)
+        result = self._logits[:size]
+        replay = backend.capture(lambda: result.copy_(self._step(inputs)))
+        replay()
+        error = float((result - expected).abs().max() / expected.abs().max())
+        if not error <= TOLERANCE:
+            raise RuntimeError(f"a replay differs by {error:.2g} of the largest logit")
+        return Graph(inputs, replay)
 
-    def _step(self, key: GraphKey, inputs: GraphInputs) -> Tensor:
+    def _step(self, inputs: GraphInputs) -> Tensor:
         """Run the tokens of `inputs`; nothing in here may need a number on the host."""
-        ids, positions = inputs.numbers
-        slots: list[Tensor] = []
-        runs: list[SlotRun] = []
-        for block in key.blocks:
-            slots.append(torch.arange(block.first, block.first + block.count, device=ids.device))
-            offset, count = sum(run.count * run.slot_tokens for run in runs), block.count * key.slot_tokens
-            lengths = positions[offset : offset + count] + 1
-            run = SlotRun(
-                offset,
-                block.first,
-                block.count,
-                block.reach,
-                lengths,
-                ragged=True,
-                slot_tokens=key.slot_tokens,
+        long = inputs.batch.long
+        return self._forward(replace(inputs.batch, long=long.bool() if long is not None else None, shared={}))
+
+    def _inputs(self, size: int, *, adapted: bool) -> GraphInputs:
+        """Return inputs of zeros for `size` tokens."""
+        windows = self._pool.kinds.windows
+        kinds, device = len(windows), self._adapters.device
+        wide = (4 + kinds) * size
+        buffer = torch.zeros(wide + kinds * (size + 1), dtype=torch.int64, device=device)
+        ids, positions, slots, long, *stores = buffer[:wide].split(size)
+        narrow = buffer[wide:].view(torch.int32)[: kinds * (2 * size + 1)].split(2 * size + 1)
+        ranges = [
+            KeyRanges(
+                starts=bounds[: size + 1],
+                lengths=bounds[size + 1 :],
+                stores=own,
+                longest_decode=min(window or self._bounds.positions, self._bounds.positions),
             )
-            runs.append(run)
-        groups = AdapterGroups((), Masked(key.tokens, inputs.mask)) if inputs.mask is not None else None
+            for window, bounds, own in zip(windows, narrow, stores, strict=True)
+        ]
         batch = Batch(
             ids=ids[None],
             positions=positions[None],
-            decode_tokens=key.tokens,
-            slots=torch.cat(slots)[:, None].expand(-1, key.slot_tokens).flatten(),
-            decode_positions=positions,
-            runs=tuple(runs),
+            decode_tokens=size,
+            ranges=tuple(ranges),
+            query_offsets=torch.zeros(1, dtype=torch.int32, device=device),
+            longest_query=0,
             chunks=(),
-            logit_indices=torch.arange(key.tokens, device=ids.device),
-            adapter_groups=groups,
-            long=inputs.long,
+            logit_indices=torch.arange(size, device=device),
+            adapter_groups=AdapterGroups((), slots) if adapted else None,
+            long=long if self._bounds.is_long else None,
         )
-        return self._forward(batch)
+        return GraphInputs(buffer, batch)
+
+    def _filled(self, host: HostBatch, size: int) -> Tensor:
+        """Return what the buffer of `size` tokens holds for `host`: its tokens, then those that pad."""
+        padding = [0] * (size - len(host.ids))
+        wide = [*host.ids, *padding, *host.positions, *padding]
+        wide += [*self._adapters.slots(host.adapters), *([NO_ADAPTER] * len(padding)), *host.long, *padding]
+        narrow: list[int] = []
+        for ranges, window, scratch in zip(
+            host.ranges or [_NO_RANGES] * len(self._pool.scratch),
+            self._pool.kinds.windows,
+            self._pool.scratch,
+            strict=True,
+        ):
+            starts, lengths = _by_token(ranges, host.counts, window)
+            starts += [scratch] * len(padding)
+            lengths += [1] * len(padding)
+            wide += [start + length - 1 for start, length in zip(starts, lengths, strict=True)]
+            narrow += [*starts, 0, *lengths]
+        narrow += [0] * (len(narrow) % 2)
+        return torch.cat((torch.tensor(wide), torch.tensor(narrow, dtype=torch.int32).view(torch.int64)))
 
 
-def _pick(logits: Tensor, at: list[int]) -> Tensor:
-    """Return the logits `at` of (T, V); a view where they are the first ones."""
-    if at[-1] == len(at) - 1:
-        return logits[: len(at)]
-    return logits[torch.tensor(at).to(logits.device, non_blocking=True)]
+_NO_RANGES = HostRanges([], [])
+_NOTHING = HostBatch([], [], 0, [], (), [], [], [])
+"""A step of which every token pads."""
 
 
-def _blocks(slots: list[int], *, most: int) -> list[tuple[int, int]]:
-    """Return (first, count) of aligned blocks of 1, 2, 4 … of `most` slots that hold the sorted `slots`.
+def _is_decoding(host: HostBatch) -> bool:
+    """Whether each token of `host` is sampled after and can be one of a sequence that decodes.
 
-    Each is the smallest that holds its slots, and at least half full: so changing sequences make few keys.
+    So are drafts: each reads what its sequence has before it, the keys of earlier ones included.
     """
-    size = 1
-    while slots[0] // size != slots[-1] // size:
-        size *= 2
-    first = slots[0] // size * size
-    if size <= 2 * len(slots):
-        return [(first, min(size, most - first))]
-    middle = first + size // 2
-    low, high = [slot for slot in slots if slot < middle], [slot for slot in slots if slot >= middle]
-    return _blocks(low, most=most) + _blocks(high, most=most)
+    if len(host.logit_indices) != len(host.ids):
+        return False
+    drafts = slice(host.decode_tokens, None)
+    return all(
+        sum(
+            (count - 1) * length
+            for count, length in zip(host.counts[drafts], ranges.lengths[drafts], strict=True)
+        )
+        <= DRAFT_READS
+        for ranges in host.ranges
+    )
 
 
-def _power(count: int) -> int:
-    """Return the least power of two that is not below `count`; 0 for 0."""
-    return 1 << (count - 1).bit_length() if count else 0
-
-
-def _reach(positions: int) -> int:
-    """Return a bound on `positions` that a growing sequence passes seldom."""
-    step = max(MIN_REACH, _power(positions) // 8)
-    return -(-positions // step) * step
+def _by_token(ranges: HostRanges, counts: Sequence[int], window: int | None) -> tuple[list[int], list[int]]:
+    """Return starts and lengths as if each token of a sequence were one of a sequence of its own."""
+    starts: list[int] = []
+    lengths: list[int] = []
+    for start, length, count in zip(ranges.starts, ranges.lengths, counts, strict=True):
+        for seen in range(length - count + 1, length + 1):
+            hidden = max(0, seen - window) if window is not None else 0
+            starts.append(start + hidden)
+            lengths.append(seen - hidden)
+    return starts, lengths

@@ -1,8 +1,8 @@
 """LoRA adapters (arXiv:2106.09685) beside the base weights, one per token of a step, never merged.
 
 Every linear layer that can be adapted becomes a `LoraLinear`: the base product, plus the update of its own
-adapter for each token that has one. Shapes: `N` flat tokens, `A` adapter slots, `M` modules merged into one
-layer, `r` the largest LoRA rank; `U` and `c` as in adapter_groups.py. Does not know requests. Start at
+adapter for each token that has one. Shapes: `N` flat tokens, `T` scattered ones, `A` adapter slots, `M`
+modules merged into one layer, `r` the largest rank that is loaded. Does not know requests. Start at
 `LoraLinear.forward`.
 """
 
@@ -15,24 +15,84 @@ import torch
 from torch import Tensor, nn
 
 from runtime.adapters.weights import scaled_pairs
+from runtime.errors import is_out_of_memory
 from runtime.serving.engine import failures
-from runtime.serving.engine.adapter_groups import (
-    MASKED,
-    AdapterGroups,
-    Batched,
-    Masked,
-    PerToken,
-    adapter_mask,
-    group,
-)
+from runtime.serving.engine.adapter_groups import NO_ADAPTER, AdapterGroups, group
 from runtime.serving.engine.batch import StepContext
 from runtime.serving.engine.linear import HooklessModule
+
+GATHERED_BYTES = 64 << 20
+"""Weights gathered at a time: what a GPU's second cache holds, and the most memory that gathering takes."""
+SLOTS_STEP = 4
+"""Adapter slots are made and freed by so many: weights that stay where they are keep their CUDA graphs."""
+RANK_STEP = 8
+"""On a GPU ranks are padded to multiples of this: 16 bytes of a row, which its matrix units ask for."""
 
 LoraWeights = dict[int, tuple[Tensor, Tensor]]
 """LoRA weights (r, in) and scaled (out, r) by merged module of one layer."""
 
 SliceAdapter = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 """From a layer's path and its LoRA weights (r, in) and (out, r) to this rank's slices of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stacks:
+    """The weights of one layer's adapters, one row each; those of slot NO_ADAPTER are zeros."""
+
+    rows: Tensor
+    """(A, M r in + r outs): of each module its A, then of each its B."""
+    rank: int
+    in_features: int
+    out_features: tuple[int, ...]
+
+    @classmethod
+    def zeros(cls, like: Tensor, slots: int, rank: int, features: tuple[int, tuple[int, ...]]) -> "Stacks":
+        """Return room for `slots` adapters of a layer with `features`: in, and out of each module."""
+        in_features, out_features = features
+        size = rank * (len(out_features) * in_features + sum(out_features))
+        return cls(like.new_zeros(slots, size), rank, in_features, out_features)
+
+    @property
+    def slots(self) -> int:
+        return len(self.rows)
+
+    @property
+    def down(self) -> Tensor:
+        """(A, M, r, in), a view."""
+        modules = len(self.out_features)
+        return self.rows[:, : modules * self.rank * self.in_features].view(
+            self.slots, modules, self.rank, self.in_features
+        )
+
+    @property
+    def ups(self) -> list[Tensor]:
+        """(A, r, out) of each module, scaled; views."""
+        begin = len(self.out_features) * self.rank * self.in_features
+        sizes = [self.rank * out for out in self.out_features]
+        parts = self.rows[:, begin:].split(sizes, dim=1)
+        return [
+            part.view(self.slots, self.rank, out) for part, out in zip(parts, self.out_features, strict=True)
+        ]
+
+    def gather(self, adapter_slots: Tensor) -> "Stacks":
+        """Return the weights at `adapter_slots` (T,), a copy."""
+        rows = self.rows.index_select(0, adapter_slots)
+        return Stacks(rows, self.rank, self.in_features, self.out_features)
+
+    def take(self, other: "Stacks") -> None:
+        """Copy the adapters of the first slots of `other`, of the same layer, as far as there is room."""
+        slots, rank = min(self.slots, other.slots), min(self.rank, other.rank)
+        self.down[:slots, :, :rank] = other.down[:slots, :, :rank]
+        for up, theirs in zip(self.ups, other.ups, strict=True):
+            up[:slots, :rank] = theirs[:slots, :rank]
+
+    def put(self, adapter_slot: int, weights: LoraWeights) -> None:
+        """Put an adapter's weights into `adapter_slot`, zeros where it has none."""
+        self.rows[adapter_slot] = 0
+        down, ups = self.down, self.ups
+        for module, (own_down, own_up) in weights.items():
+            down[adapter_slot, module, : own_down.shape[0]] = own_down
+            ups[module][adapter_slot, : own_up.shape[1]] = own_up.T
 
 
 class LoraLinear(HooklessModule):
@@ -50,10 +110,8 @@ class LoraLinear(HooklessModule):
         self.base = base
         self.in_features, self.out_features = in_features, out_features
         self._width, self._step = sum(out_features), step
-        self.down: Tensor | None = None
-        """(M, A, r, in) of all adapters."""
-        self.ups: list[Tensor] = []
-        """(A, r, out) of each module, scaled."""
+        self.stacks: Stacks | None = None
+        """None where no adapter has weights of this layer."""
         self._add_per_token: Callable[[Tensor, Tensor, Tensor], None] | None = None
         """Where there are kernels, adds to each token the update of its own adapter."""
 
@@ -61,24 +119,25 @@ class LoraLinear(HooklessModule):
         """Return base(x) plus the updates, for x (1, N, in)."""
         out: Tensor = self.base(x)
         batch = self._step.batch
-        if self.down is None or batch is None or batch.adapter_groups is None:
+        if self.stacks is None or batch is None or batch.adapter_groups is None:
             return out
-        groups = batch.adapter_groups
+        groups, stacks = batch.adapter_groups, self.stacks
         flat, result = x.view(-1, self.in_features), out.view(-1, self._width)
-        for span in groups.spans:
-            here, adapter_slot = slice(span.begin, span.end), span.adapter_slot
-            inner = flat[here] @ self.down[:, adapter_slot].flatten(0, 1).T
-            self._add(result[here], inner, [up[adapter_slot] for up in self.ups])
-        scattered = groups.scattered
-        if isinstance(scattered, PerToken) and self._add_per_token is not None:
-            self._add_per_token(flat, result, scattered.adapters)
-        elif isinstance(scattered, Masked):
-            count = scattered.count
-            inner = flat[:count] @ self.down.flatten(0, 2).T
-            inner.view(count, *self.down.shape[:3]).mul_(scattered.mask)
-            self._add(result[:count], inner, [up.flatten(0, 1) for up in self.ups])
-        elif isinstance(scattered, Batched):
-            result.index_add_(0, scattered.tokens, self._batched(flat, self.down, scattered))
+        if groups.spans:
+            down, ups = stacks.down.flatten(1, 2), stacks.ups
+            for span in groups.spans:
+                here, adapter_slot = slice(span.begin, span.end), span.adapter_slot
+                self._add(result[here], flat[here] @ down[adapter_slot].T, [up[adapter_slot] for up in ups])
+        if groups.scattered is None:
+            return out
+        if self._add_per_token is not None:
+            self._add_per_token(flat, result, groups.scattered)
+            return out
+        pieces = groups.scattered.split(max(1, GATHERED_BYTES // stacks.rows[0].nbytes))
+        begin = 0
+        for piece in pieces:
+            here = slice(begin, begin := begin + len(piece))
+            self._add_gathered(result[here], flat[here], stacks.gather(piece))
         return out
 
     def _add(self, result: Tensor, inner: Tensor, ups: Sequence[Tensor]) -> None:
@@ -88,64 +147,65 @@ class LoraLinear(HooklessModule):
             result[:, begin : begin + out].addmm_(inner[:, module * rank : (module + 1) * rank], up)
             begin += out
 
-    def _batched(self, flat: Tensor, down: Tensor, batched: Batched) -> Tensor:
-        """Return (scattered tokens, outs) for flat (N, in): products of all adapters used at once."""
-        x = flat.index_select(0, batched.gathered).view(len(batched.adapters), -1, self.in_features)
-        downs = down[:, batched.adapters].transpose(2, 3)  # (M, U, in, r)
-        updates = [
-            torch.bmm(torch.bmm(x, own_down), up[batched.adapters])
-            for own_down, up in zip(downs, self.ups, strict=True)
-        ]
-        return torch.cat(updates, -1).flatten(0, 1).index_select(0, batched.real)
+    def _add_gathered(self, result: Tensor, x: Tensor, own: Stacks) -> None:
+        """Add to each token of result (T, outs) the update of x (T, in) by its own weights."""
+        inner = torch.bmm(x[:, None], own.down.flatten(1, 2).transpose(1, 2))  # (T, 1, M r)
+        begin, rank = 0, own.rank
+        for module, (up, out) in enumerate(zip(own.ups, self.out_features, strict=True)):
+            columns = result[:, begin : begin + out][:, None]
+            columns.baddbmm_(inner[:, :, module * rank : (module + 1) * rank], up)
+            begin += out
 
-    def room(self, weights: LoraWeights, *, adapter_slots: int) -> "Stacks | None":
+    def room(self, weights: LoraWeights, *, adapter_slots: int) -> Stacks | None:
         """Return the weights of all adapters with room for `weights`: new tensors, where these are too small.
 
-        None where this layer has no adapter. Nothing changes before `place`.
+        None where this layer has no adapter. Nothing changes before `use`.
         """
-        if not weights and self.down is None:
-            return None
-        ranks = [down.shape[0] for down, _ in weights.values()]
-        like = self.down if self.down is not None else next(iter(weights.values()))[0]
-        rank = max([*ranks, self.down.shape[2] if self.down is not None else 1])
-        if self.down is not None and self.down.shape[1:3] == (adapter_slots, rank):
-            return Stacks(self.down, self.ups)
-        new_down = like.new_zeros(len(self.out_features), adapter_slots, rank, self.in_features)
-        new_ups = [like.new_zeros(adapter_slots, rank, out) for out in self.out_features]
-        if self.down is not None:
-            kept, old = min(adapter_slots, self.down.shape[1]), self.down.shape[2]
-            new_down[:, :kept, :old] = self.down[:, :kept]
-            for new, up in zip(new_ups, self.ups, strict=True):
-                new[:kept, :old] = up[:kept]
-        return Stacks(new_down, new_ups)
+        old = self.stacks
+        if not weights:
+            return (
+                old if old is None or old.slots >= adapter_slots else self._resized(old.rank, adapter_slots)
+            )
+        like = next(iter(weights.values()))[0]
+        rank = max(_padded_rank(_rank(weights), like.device), old.rank if old is not None else 1)
+        if old is not None and old.slots >= adapter_slots and old.rank >= rank:
+            return old
+        return self._resized(rank, adapter_slots, like=like)
 
-    def place(self, adapter_slot: int, weights: LoraWeights, stacks: "Stacks | None") -> None:
-        """Put an adapter's weights into `adapter_slot` of what `room` returned, zeros where it has none."""
-        if stacks is None:
-            return
-        for module, ups in enumerate(stacks.ups):
-            stacks.down[module, adapter_slot], ups[adapter_slot] = 0, 0
-            if module in weights:
-                down, up = weights[module]
-                stacks.down[module, adapter_slot, : down.shape[0]] = down
-                ups[adapter_slot, : up.shape[1]] = up.T
-        self.down, self.ups = stacks.down, stacks.ups
-        if self._step.kernels is not None:
-            self._add_per_token = self._step.kernels.lora(self.down, self.ups)
+    def shrink(self, rank: int, *, adapter_slots: int) -> bool:
+        """Give back what adapters in the first slots, of `rank` at most, do not need; whether they moved."""
+        old = self.stacks
+        if old is None or rank == 0:
+            return self.use(None)
+        rank = _padded_rank(rank, old.rows.device)
+        if (old.slots, old.rank) == (adapter_slots, rank):
+            return False
+        try:
+            smaller = self._resized(rank, adapter_slots)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return False  # no room for the copy: these stay
+        return self.use(smaller)
 
-    def clear(self) -> None:
-        """Drop all adapters."""
-        self.down, self.ups, self._add_per_token = None, [], None
+    def _resized(self, rank: int, adapter_slots: int, like: Tensor | None = None) -> Stacks:
+        """Return other room of this size, with the adapters that are there; of the type of `like`."""
+        old = self.stacks
+        like = old.rows if old is not None else like
+        new = Stacks.zeros(like, adapter_slots, rank, (self.in_features, self.out_features))
+        if old is not None:
+            new.take(old)
+        return new
 
-
-@dataclass(frozen=True, slots=True)
-class Stacks:
-    """The weights of one layer's adapters."""
-
-    down: Tensor
-    """(M, A, r, in)"""
-    ups: list[Tensor]
-    """(A, r, out) of each module, scaled."""
+    def use(self, stacks: Stacks | None) -> bool:
+        """Compute with `stacks` from now on; return whether they lie elsewhere than before."""
+        moved = stacks is not self.stacks
+        self.stacks = stacks
+        if moved and self._step.kernels is not None:
+            self._add_per_token = None
+            if stacks is not None:
+                self._add_per_token = self._step.kernels.lora(stacks.down, stacks.ups)
+        return moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +213,6 @@ class StagedAdapter:
     """An adapter that has been read, and the memory that it goes to."""
 
     adapter_slot: int
-    adapter_slots: int
     layers: list[tuple[LoraLinear, LoraWeights, Stacks | None]]
 
 
@@ -165,8 +224,17 @@ class LoraTarget:
     index: int
 
 
+@dataclass(slots=True)
+class ResidentAdapter:
+    """A loaded adapter."""
+
+    adapter_slot: int
+    ranks: dict[LoraLinear, int]
+    """Its largest rank in each layer, 0 where it has none."""
+
+
 class AdapterStore:
-    """Adapters by name; each has a version (never used twice) and an adapter slot (its index in weights)."""
+    """Adapters by name; each has a version (never used twice) and an adapter slot (its row of weights)."""
 
     def __init__(
         self,
@@ -185,11 +253,12 @@ class AdapterStore:
         self._slice_adapter, self._per_token = slice_adapter, per_token
         self._layers = list({id(target.layer): target.layer for target in targets.values()}.values())
         self.device, self._dtype = device, dtype
+        self.layout = 0
+        """Counts how often weights moved: what was captured before reads others."""
         self._versions: dict[str, int] = {}
         self._next_version = itertools.count(1)
-        self._slot_of: dict[int, int] = {}
-        """Adapter slot by version."""
-        self._slots = 0
+        self._residents: dict[int, ResidentAdapter] = {}
+        """By version."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -204,26 +273,13 @@ class AdapterStore:
         """Group a step's flat tokens by adapter, given the adapter version of each or None."""
         if versions.count(None) == len(versions):
             return None
-        return group(
-            self._adapter_slots(versions),
-            adapter_slots=self._slots,
-            device=self.device,
-            dtype=self._dtype,
-            per_token=self._per_token,
-        )
+        return group(self.slots(versions), device=self.device, per_token=self._per_token)
 
-    @property
-    def is_masked(self) -> bool:
-        """Whether there are so few adapters that one masked product over all of them is the cheapest way."""
-        return self._slots <= MASKED
-
-    def mask(self, versions: Sequence[int | None]) -> Tensor:
-        """Return (tokens, 1, A, 1), one where each token has its adapter, given its version or None."""
-        slots = self._adapter_slots(versions)
-        return adapter_mask(slots, adapter_slots=self._slots, device=self.device, dtype=self._dtype)
-
-    def _adapter_slots(self, versions: Sequence[int | None]) -> list[int | None]:
-        return [None if version is None else self._slot_of[version] for version in versions]
+    def slots(self, versions: Sequence[int | None]) -> list[int]:
+        """Return the adapter slots of tokens, given the adapter version of each or None."""
+        return [
+            NO_ADAPTER if version is None else self._residents[version].adapter_slot for version in versions
+        ]
 
     def _read(self, name: str, folder: Path, *, strength: float) -> dict[LoraLinear, LoraWeights]:
         """Return the adapter's weights by layer; ConfigError if they do not fit this model."""
@@ -232,6 +288,7 @@ class AdapterStore:
             target = self._targets.get(path)
             if target is None:
                 raise failures.does_not_fit(name, f"no layer '{path}' to adapt here")
+            self._check(name, path, pair)
             down, up = pair if self._slice_adapter is None else self._slice_adapter(path, *pair)
             expected = (target.layer.in_features, target.layer.out_features[target.index])
             if (down.shape[1], up.shape[0]) != expected:
@@ -246,32 +303,64 @@ class AdapterStore:
             )
         return weights
 
+    def _check(self, name: str, path: str, pair: tuple[Tensor, Tensor]) -> None:
+        """Raise ConfigError for weights that overflow in the model's type."""
+        for weights, side in zip(pair, "AB", strict=True):
+            if not bool(weights.to(self._dtype).isfinite().all()):
+                raise failures.does_not_fit(
+                    name, f"{path}.lora_{side} times its scaling is not finite in {self._dtype}"
+                )
+
     def stage(self, name: str, folder: Path, *, strength: float) -> StagedAdapter:
         """Read an adapter and take the memory for it in every layer; ConfigError if it does not fit."""
         weights = self._read(name, folder, strength=strength)
-        taken = set(self._slot_of.values())
-        adapter_slot = next(number for number in itertools.count() if number not in taken)
-        slots = 1 + max(adapter_slot, *taken) if taken else 1
+        adapter_slot = 1 + len(self._residents)
         layers = []
         for layer in self._layers:
             own = weights.get(layer, {})
-            layers.append((layer, own, layer.room(own, adapter_slots=slots)))
-        return StagedAdapter(adapter_slot, slots, layers)
+            layers.append((layer, own, layer.room(own, adapter_slots=_padded_slots(adapter_slot))))
+        return StagedAdapter(adapter_slot, layers)
 
     def add(self, name: str, staged: StagedAdapter) -> None:
         """Serve what `stage` returned under `name`; takes no memory, so it is in all layers or in none."""
-        self._slots = staged.adapter_slots
+        moved = False
         for layer, weights, stacks in staged.layers:
-            layer.place(staged.adapter_slot, weights, stacks)
+            if stacks is not None:
+                stacks.put(staged.adapter_slot, weights)
+            moved |= layer.use(stacks)
+        self.layout += moved
         version = next(self._next_version)
-        self._slot_of[version] = staged.adapter_slot
+        ranks = {layer: _rank(weights) for layer, weights, _ in staged.layers}
+        self._residents[version] = ResidentAdapter(staged.adapter_slot, ranks)
         self._versions[name] = version
 
     def remove(self, name: str) -> int:
-        """Drop an adapter that no sequence uses, and return its version; its slot is free for the next."""
+        """Drop an adapter that no sequence uses, and return its version; memory it alone needed is freed."""
         version = self._versions.pop(name)
-        del self._slot_of[version]
-        if not self._slot_of:
+        freed = self._residents.pop(version).adapter_slot
+        last = max(self._residents.values(), key=lambda each: each.adapter_slot, default=None)
+        if last is not None and last.adapter_slot > freed:  # slots are those from 1 on, without a gap
             for layer in self._layers:
-                layer.clear()
+                if layer.stacks is not None:
+                    layer.stacks.rows[freed] = layer.stacks.rows[last.adapter_slot]
+            last.adapter_slot = freed
+        slots, moved = _padded_slots(len(self._residents)), False
+        for layer in self._layers:
+            rank = max((resident.ranks[layer] for resident in self._residents.values()), default=0)
+            moved |= layer.shrink(rank, adapter_slots=slots)
+        self.layout += moved
         return version
+
+
+def _rank(weights: LoraWeights) -> int:
+    """Return the largest rank of an adapter in one layer; 0 where it has none."""
+    return max((down.shape[0] for down, _ in weights.values()), default=0)
+
+
+def _padded_rank(rank: int, device: torch.device) -> int:
+    return rank if device.type == "cpu" else -(-rank // RANK_STEP) * RANK_STEP
+
+
+def _padded_slots(adapters: int) -> int:
+    """Return the slots for so many adapters, and for none."""
+    return -(-(1 + adapters) // SLOTS_STEP) * SLOTS_STEP

@@ -19,7 +19,7 @@ from runtime.memory.pool import PoolSize
 from runtime.memory.shape import dimensions
 from runtime.serving.engine import failures
 from runtime.serving.engine.batch import Batch, HostBatch, StepContext, assemble, describe
-from runtime.serving.engine.cuda_graphs import GraphBackend, GraphCache
+from runtime.serving.engine.cuda_graphs import GraphBackend, GraphCache, StepBounds
 from runtime.serving.engine.extents import Move
 from runtime.serving.engine.kernels import WIDTH, Kernels
 from runtime.serving.engine.kv_pool import KvPool, LayerKinds
@@ -125,15 +125,12 @@ class ModelRunner:
         self._decoder = DecoderForward(model) if is_decoder else None
         self._graphs: GraphCache | None = None
         if graph_backend is not None:
-            self._graphs = GraphCache(
-                self._forward,
-                self.adapters,
-                slots=size.rows,
-                positions=size.context_tokens,
-                backend=graph_backend,
-            )
+            bounds = StepBounds(size.rows, size.context_tokens, is_long=self._short_tokens is not None)
+            self._graphs = GraphCache(self._forward, self.adapters, self.cache, bounds, backend=graph_backend)
         # a ready-made mask, so that no model builds one: slot attention makes its own
         self._no_mask = torch.zeros(1, 1, 1, 1, device=model.device, dtype=model.dtype)
+        if self._graphs is not None:
+            self._graphs.capture()
 
     def _patch(self, rank: Rank | None) -> AdapterStore:
         """Replace the model's layers by those of this engine, and return the store of their adapters."""
@@ -222,7 +219,7 @@ class ModelRunner:
             raise failures.unread_elsewhere(name)
         self.adapters.add(name, staged)
         if self._graphs is not None:
-            self._graphs.clear()
+            self._graphs.follow_adapters()
 
     def _stage(self, name: str, folder: Path, strength: float) -> StagedAdapter:
         """Return the adapter, for which all memory is taken; CapacityError where there is too little."""
@@ -235,9 +232,10 @@ class ModelRunner:
         raise failures.no_memory_for_adapter(name)
 
     def _remove(self, name: str) -> int:
+        version = self.adapters.remove(name)
         if self._graphs is not None:
-            self._graphs.clear()
-        return self.adapters.remove(name)
+            self._graphs.follow_adapters()
+        return version
 
     @torch.inference_mode()
     def _move(self, moves: tuple[Move, ...]) -> None:

@@ -65,7 +65,7 @@ def run(config: ServeConfig, *, access: Access | None = None, load: Load | None 
     access = access or Access()
     adapter_loader = None
     if config.adapter_root is not None:
-        add = partial(loading.add_adapter, base=config.model.repository, access=access)
+        add = partial(loading.add_adapter, config=config, access=access)
         adapter_loader = AdapterLoader(config.adapter_root, add)
     with bind(config.host, config.port) as listener:
         load = load or partial(loading.load, access=access)

@@ -10,11 +10,11 @@ from functools import partial
 
 import numpy as np
 import torch
+from runtime.serving.engine.kv_cache import SlotCache
 from torch import Tensor
 
 from runtime.serving.engine.attention import AttentionLayer, attend
 from runtime.serving.engine.batch import Batch, HostBatch, StepContext, assemble
-from runtime.serving.engine.kv_cache import SlotCache
 from tests.bench.gpu.step import Context, Figures, NotHereError
 
 ROWS = {"phi-3-mini": (32, 128), "tiny": (4,)}

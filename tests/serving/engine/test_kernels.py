@@ -10,17 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from runtime.serving.engine.kv_cache import SlotCache, store
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
 from runtime.serving.engine import kernels
-from runtime.serving.engine.adapter_groups import AdapterGroups, PerToken
 from runtime.serving.engine.attention import AttentionLayer, attend
 from runtime.serving.engine.batch import Batch, HostBatch, SlotChunk, StepContext, assemble
 from runtime.serving.engine.kernels import LIBRARY, Kernels, checksum
-from runtime.serving.engine.kv_cache import SlotCache, store
 from runtime.serving.engine.layers import rotate
-from runtime.serving.engine.lora import LoraLinear
 from tests.families import SERVED, model_of
 from tests.serving.engine.calls import generate, make_request, run
 from tests.serving.engine.models import some_prompts
@@ -219,31 +217,6 @@ def test_gate_is_silu_of_one_half_times_the_other(native: Kernels, tokens: int) 
     mixed[0, 0, 3], mixed[0, 0, 4] = torch.nan, torch.inf
     out, expected = native.gate(mixed), silu(mixed[..., :160]) * mixed[..., 160:]
     assert torch.equal(out.isfinite(), expected.isfinite())
-
-
-@pytest.mark.parametrize("rank", [1, 4, 11])
-@pytest.mark.parametrize("outs", [(48,), (64, 16, 80)])
-def test_each_token_gets_its_own_adapter(native: Kernels, rank: int, outs: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    base = torch.nn.Linear(96, sum(outs), bias=False)
-    step = Step(None)
-    context = StepContext(native)
-    layer = LoraLinear(base, context, in_features=96, out_features=outs)
-    weights = {n: (torch.randn(rank, 96), torch.randn(out, rank)) for n, out in enumerate(outs)}
-    for slot, own in ((1, weights), (2, {0: (2 * weights[0][0], weights[0][1])})):
-        layer.place(slot, own, layer.room(own, adapter_slots=3))
-    x = torch.randn(1, 9, 96)
-    adapters = torch.tensor([-1, 1, 2, 1, 0, 2, 2, -1])
-    context.batch = dataclasses.replace(step.batch, adapter_groups=AdapterGroups((), PerToken(adapters)))
-    with torch.inference_mode():
-        found, expected = layer(x), base(x)
-        for token, adapter in enumerate(adapters.tolist()):
-            updates = [x[0, token] @ down.T @ up.T for down, up in weights.values()]
-            if adapter == 1:
-                expected[0, token] += torch.cat(updates)
-            elif adapter == 2:
-                expected[0, token, : outs[0]] += 2 * updates[0]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", SERVED)

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from runtime.errors import ConfigError
+from runtime.model_source import ModelSource
 from runtime.oci.access import DEFAULT
 from runtime.serving import loading
 from runtime.serving.engine import failures
 from runtime.serving.http.admin import AdapterLoader
 from runtime.serving.lifecycle import ServedModel
-from runtime.serving.settings import AdapterSource
+from runtime.serving.settings import AdapterSource, ServeConfig
 from tests.adapters.made import make
 from tests.serving import conftest
 from tests.serving.http.test_template_fields import DIALOGUE, TEMPLATE
@@ -221,7 +222,8 @@ def tuned(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def loader_of(folder: Path) -> AdapterLoader:
-    return AdapterLoader(folder.parent, partial(loading.add_adapter, base=None, access=DEFAULT))
+    config = ServeConfig(model=ModelSource(name="tiny"), served_name="m")
+    return AdapterLoader(folder.parent, partial(loading.add_adapter, config=config, access=DEFAULT))
 
 
 async def test_an_adapter_answers_with_the_chat_template_that_it_was_tuned_with(

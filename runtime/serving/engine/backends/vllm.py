@@ -35,6 +35,8 @@ SWEEP_S = 0.05
 """How often cancelled requests are looked for."""
 ADAPTER_S = 600.0
 """For vLLM to read one adapter."""
+LORA_RANK = 64
+"""Largest rank of an adapter where the settings name none; vLLM reserves memory for it."""
 HOST_ADAPTERS = 64
 """Adapters that vLLM keeps in host memory; a further one is read from the disk for each request."""
 TOKEN = "token_id:"  # noqa: S105 - how vLLM writes a token's id where its text would stand
@@ -97,7 +99,8 @@ def flags(config: ServeConfig, devices: Hardware) -> list[str]:
         chosen["trust-remote-code"] = True
     if config.adapters or config.adapter_root is not None:
         at_once = max(len(config.adapters), 1 if config.adapter_root is None else 4)
-        chosen |= {"enable-lora": True, "max-loras": at_once, "max-lora-rank": config.vllm.max_adapter_rank}
+        rank = config.max_lora_rank or LORA_RANK
+        chosen |= {"enable-lora": True, "max-loras": at_once, "max-lora-rank": rank}
         chosen["max-cpu-loras"] = max(at_once, HOST_ADAPTERS)
     if config.quantization is not None:
         chosen["quantization"] = "bitsandbytes"  # 4 bits: settings.check refuses others

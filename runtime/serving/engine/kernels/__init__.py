@@ -82,7 +82,7 @@ class _Gate(Structure):
 
 class _AddLora(Structure):
     _fields_ = _layout(
-        "x out adapters down ups out_features", "tokens modules adapter_slots rank in_features"
+        "x out adapters down ups out_features", "tokens modules adapter_stride rank in_features"
     )
 
 
@@ -155,17 +155,18 @@ class Kernels:
         return out
 
     def lora(self, down: Tensor, ups: Sequence[Tensor]) -> Callable[[Tensor, Tensor, Tensor], None]:
-        """Return what adds updates of M merged modules, by `down` (M, A, r, in) and an up (A, r, out) each.
+        """Return what adds updates of M merged modules, by `down` (A, M, r, in) and an up (A, r, out) each.
 
-        It is called with x (N, in), the outputs to add to (N, sum of outs), and adapters (T,): the adapter
-        slot of each of the first T tokens, -1 for none.
+        All of them have the stride of their first dimension in common. It is called with x (N, in), the
+        outputs to add to (N, sum of outs), and adapters (T,): the adapter slot of each of the first T tokens,
+        0 for none.
         """
-        modules, adapter_slots, rank, size = down.shape
+        _, modules, rank, size = down.shape
         pointers = (c_void_p * modules)(*(up.data_ptr() for up in ups))
         out_features = (c_int64 * modules)(*(up.shape[-1] for up in ups))
         job = _AddLora(
             down=down.data_ptr(), ups=ctypes.addressof(pointers), out_features=ctypes.addressof(out_features),
-            modules=modules, adapter_slots=adapter_slots, rank=rank, in_features=size,
+            modules=modules, adapter_stride=down.stride(0), rank=rank, in_features=size,
         )  # fmt: skip
         numbers = rank * (modules * size + sum(out_features))
         job.kept = (down, tuple(ups), pointers, out_features)  # what it points to

@@ -5,11 +5,11 @@
 struct add_lora {
     const float *x;          /* (tokens, in_features) */
     float *out;              /* (tokens, sum of out_features) */
-    const int64_t *adapters; /* (tokens,) adapter slot of each, below 0 for none */
-    const float *down;       /* (modules, adapter_slots, rank, in_features) */
-    const float *const *ups; /* of each module (adapter_slots, rank, out_features) */
+    const int64_t *adapters; /* (tokens,) adapter slot of each, 0 for none */
+    const float *down;       /* (adapter slots, modules, rank, in_features) */
+    const float *const *ups; /* of each module (adapter slots, rank, out_features) */
     const int64_t *out_features;
-    int64_t tokens, modules, adapter_slots, rank, in_features;
+    int64_t tokens, modules, adapter_stride, rank, in_features; /* the stride is that of all adapter slots */
     int64_t next;
 };
 
@@ -42,15 +42,15 @@ KERNEL add_lora(void *argument)
     float inner[rank];
     for (int64_t token; (token = take(&job->next)) < job->tokens;) {
         const int64_t adapter = job->adapters[token];
-        if (adapter < 0) continue;
+        if (!adapter) continue;
         float *out = job->out + token * width;
         for (int64_t module = 0; module < job->modules; out += job->out_features[module++]) {
-            const float *down = job->down + (module * job->adapter_slots + adapter) * rank * in;
+            const float *down = job->down + adapter * job->adapter_stride + module * rank * in;
             int64_t r = 0;
             for (; r + ROWS <= rank; r += ROWS) dots(ROWS, inner + r, down + r * in, job->x + token * in, in);
             for (; r < rank; r++) dots(1, inner + r, down + r * in, job->x + token * in, in);
             const int64_t size = job->out_features[module];
-            const float *up = job->ups[module] + adapter * rank * size;
+            const float *up = job->ups[module] + adapter * job->adapter_stride;
             int64_t o = 0;
             for (; o + 4 * WIDTH <= size; o += 4 * WIDTH) add(4, out + o, inner, up + o, rank, size);
             for (; o < size; o += WIDTH) add(1, out + o, inner, up + o, rank, size);

@@ -289,6 +289,7 @@ def test_settings_become_vllms_flags_and_the_users_own_win() -> None:
         Path("vllm"),
         model=ModelSource(name="m", dtype="float32"),
         adapters=[source],
+        max_lora_rank=32,
         parallel="tp",
         processes=4,
         replicas=2,
@@ -298,7 +299,7 @@ def test_settings_become_vllms_flags_and_the_users_own_win() -> None:
     )
     wanted = (
         "--dtype=float32 --max-num-seqs=7 --max-model-len=512 --tensor-parallel-size=4 --enable-lora "
-        "--data-parallel-size=2 "
+        "--data-parallel-size=2 --max-lora-rank=32 "
         "--max-loras=3 --quantization=bitsandbytes --gpu-memory-utilization=0.9 --no-enforce-eager"
     )
     assert set(wanted.split()) <= set(vllm.flags(settings, devices))
