@@ -1,6 +1,7 @@
 """Requests to engines, answers as lists, and what transformers' own generate returns."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from runtime import adapters
 from runtime.model_source import ModelSource
+from runtime.serving.engine.engine import BatchingEngine
 from runtime.serving.engine.protocol import Engine, Request, Sampling, Token
 
 WRONG_TOKEN = 3
@@ -58,6 +60,27 @@ async def collect(tokens: AsyncIterator[Token]) -> tuple[list[int], str | None]:
 def run(engine: Engine, *requests: Request) -> list[tuple[list[int], str | None]]:
     async def all_of_them() -> list[tuple[list[int], str | None]]:
         return await asyncio.gather(*(collect(engine.submit(request)) for request in requests))
+
+    return asyncio.run(all_of_them())
+
+
+def run_at_once(engine: BatchingEngine, *requests: Request) -> list[tuple[list[int], str | None]]:
+    """Return the answers to requests that the engine finds in its queue together."""
+
+    async def all_of_them() -> list[tuple[list[int], str | None]]:
+        holding, submitted = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            holding.set()
+            submitted.wait()
+
+        held = threading.Thread(target=lambda: engine._queue.call(hold))
+        held.start()
+        holding.wait()
+        answers = [engine.submit(request) for request in requests]
+        submitted.set()
+        held.join()
+        return await asyncio.gather(*map(collect, answers))
 
     return asyncio.run(all_of_them())
 

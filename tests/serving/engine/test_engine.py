@@ -13,10 +13,12 @@ from peft import PeftModel
 
 from runtime.errors import ConfigError, RequestError, UnavailableError
 from runtime.serving.engine.engine import CHUNK_TOKENS, PREFILL_ONLY_TOKENS, BatchingEngine, EngineLimits
+from runtime.serving.engine.extents import Move
 from runtime.serving.engine.kernels import Kernels
+from runtime.serving.engine.kv_pool import LayerKinds
 from runtime.serving.engine.protocol import Start
 from tests.families import SERVED, model_of
-from tests.serving.engine.calls import collect, generate, load, make_request, run
+from tests.serving.engine.calls import collect, generate, load, make_request, run, run_at_once
 from tests.serving.engine.models import longrope_model, some_prompts
 
 
@@ -33,6 +35,37 @@ def test_greedy_equals_generate_alone_and_among_others(family: str) -> None:
     assert alone == expected
     assert together == expected
     assert len({token for ids in expected for token in ids}) > 8, "the model repeats itself: proves nothing"
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_greedy_equals_generate_where_extents_move_windows_pass_and_sequences_are_put_off(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(family)
+    prompts = some_prompts(40, 12, 70)
+    prompts.append((*prompts[2], 5, 6, 7))
+    expected = [generate(model, prompt) for prompt in prompts]
+    monkeypatch.setattr("runtime.serving.engine.scheduler.LEAST_ROOM", 1)
+    monkeypatch.setattr("runtime.serving.engine.pool_map.LEAST_GROWTH", 2)
+    monkeypatch.setattr("runtime.serving.engine.engine.PREFILL_ONLY_TOKENS", 24)
+    monkeypatch.setattr("runtime.serving.engine.engine.CHUNK_TOKENS", 16)
+    windows = LayerKinds.of(model.config).windows
+    positions = tuple(100 if window is None else 90 for window in windows)
+    engine = BatchingEngine(model, EngineLimits(8, 100, 8, positions=positions))
+    moved: list[Move] = []
+    move = engine._runner.move
+    monkeypatch.setattr(engine._runner, "move", lambda moves: [moved.extend(moves), move(moves)])
+    requests = [make_request(prompt, id=str(n)) for n, prompt in enumerate(prompts)]
+    together = [ids for ids, _ in run_at_once(engine, *requests)]
+    again = [run(engine, request)[0][0] for request in requests[2:]]  # the last has the prefix of the other
+    stats = engine.stats()
+    engine.close()
+    assert together == expected
+    assert again == expected[2:]
+    assert moved
+    assert stats.preemptions > 0 or None not in windows
+    assert stats.cached_tokens > 0
+    assert stats.kv_cache_share == 0
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +269,30 @@ def test_a_prompt_of_several_steps_runs_when_no_other_sequence_does(
 def test_a_prompt_longer_than_the_context_is_refused_before_the_queue(engine: BatchingEngine) -> None:
     with pytest.raises(RequestError, match="has 600 tokens, expected 1 to 599"):
         run(engine, make_request(tuple([5] * 600)))
+
+
+def test_what_can_never_fit_is_refused_with_both_numbers(tiny_llama_dir: Path) -> None:
+    limits = EngineLimits(max_sequences=2, context_tokens=200, max_waiting=8, positions=(100,))
+    engine = BatchingEngine(load(tiny_llama_dir), limits)
+    with pytest.raises(RequestError, match=r"has 80 tokens and the answer may have 40, .* memory for 100"):
+        engine.submit(make_request(tuple(range(3, 83)), max_new_tokens=40))
+    assert len(run(engine, make_request(tuple(range(3, 83)), max_new_tokens=20))[0][0]) == 20
+    engine.close()
+
+
+def test_requests_that_wait_for_room_and_those_put_off_count_as_waiting(tiny_llama_dir: Path) -> None:
+    limits = EngineLimits(max_sequences=8, context_tokens=200, max_waiting=8, positions=(200,))
+    engine = BatchingEngine(load(tiny_llama_dir), limits)
+    seen = []
+    monitored = engine._runner.run
+    engine._runner.run = lambda plan: [seen.append(engine.stats()), monitored(plan)][1]  # type: ignore
+    requests = [make_request(tuple(range(3 + n, 63 + n)), id=str(n), max_new_tokens=140) for n in range(4)]
+    run_at_once(engine, *requests)
+    engine.close()
+    assert all(stats.running + stats.waiting <= 4 and stats.running for stats in seen)
+    assert seen[0].running == 1
+    assert seen[0].waiting == 3
+    assert max(stats.kv_cache_share for stats in seen) <= 1
 
 
 def test_a_sequence_with_nan_ends_alone_and_its_slot_is_cleared(
