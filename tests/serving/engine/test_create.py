@@ -9,14 +9,14 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from runtime import families
-from runtime.errors import CapacityError
-from runtime.memory import serving
+from runtime.memory import pool
 from runtime.model_source import ModelSource
 from runtime.serving.engine.backends.simple import SimpleEngine
 from runtime.serving.engine.create import create, within_share
 from runtime.serving.engine.engine import BatchingEngine
 from runtime.serving.engine.patch import refusal
 from runtime.serving.settings import Limits, ServeConfig
+from tests.families import model_of
 from tests.serving.engine.calls import generate, load, make_request, run
 
 
@@ -91,40 +91,34 @@ def test_a_rope_type_that_was_never_tested_is_refused_by_name() -> None:
     assert refusal(model) == "rope type 'proportional' is not one it knows"
 
 
-@pytest.mark.parametrize(
-    ("wanted", "free_tokens", "expected"),
-    [
-        ((32, 4096), 32 * 4096, (32, 4096)),
-        ((32, 4096), 32 * 3000, (32, 3000)),  # context gives way first
-        ((32, 4096), 10 * 2048, (10, 2048)),  # then sequences
-        ((32, 1024), 10 * 1024, (10, 1024)),  # a stated context below the floor is kept
-        ((32, 4096), 500, (1, 500)),  # then context again
-    ],
-)
-def test_sequences_and_context_fit_the_memory(
-    wanted: tuple[int, int], free_tokens: int, expected: tuple[int, int]
-) -> None:
-    free = int(free_tokens * 1000 / serving.CACHE_SHARE) + 1
-    assert serving.sequences_that_fit(wanted, token_bytes=1000, free_bytes=free) == expected
-
-
-def test_a_stated_context_is_kept_at_the_cost_of_sequences(
-    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_pool_has_what_fits_and_one_request_may_have_all_of_it(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     token_bytes = 2 * 2 * 2 * 32 * 4  # keys and values, 2 layers, 2 heads of 32, float32
-    free = int(3.5 * 512 * token_bytes / serving.CACHE_SHARE)
+    free = int(700.5 * token_bytes / pool.CACHE_SHARE)
     monkeypatch.setattr("runtime.serving.engine.create.free_bytes", lambda _, **__: free)
-    monkeypatch.setattr("runtime.serving.engine.create.LEAST_CONTEXT_TOKENS", 64)
-    for stated, expected in [(512, (3, 512)), (None, (8, 224))]:
-        made = create(config(rows=8, context_tokens=stated), load(tiny_llama_dir))
-        assert isinstance(made, BatchingEngine)
-        assert (made.max_sequences, made.context_tokens) == expected
-        made.close()
+    caplog.set_level(logging.INFO)
+    made = create(config(rows=8, context_tokens=512), load(tiny_llama_dir))
+    assert (made.max_sequences, made.context_tokens, made.stats().cache_tokens) == (8, 512, 700)
+    made.close()
+    assert "Key-value pool: 700 tokens (0.0 GiB), for up to 8 sequences of up to 512 tokens" in caplog.text
+    made = create(config(rows=8, context_tokens=1024), load(tiny_llama_dir))
+    assert (made.context_tokens, made.stats().cache_tokens) == (700, 700)
+    made.close()
+    assert "Memory allows requests of 700 tokens, prompt and answer together, not 1024" in caplog.text
 
 
-def test_no_room_for_a_single_sequence_is_a_capacity_error() -> None:
-    with pytest.raises(CapacityError, match="MiB are free beside the weights"):
-        serving.sequences_that_fit((1, 4096), token_bytes=1 << 20, free_bytes=10 << 20)
+def test_windows_have_a_pool_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    made = create(config(rows=2), model_of("gemma2", max_position_embeddings=2048))
+    made.close()
+    assert "4096 tokens in layers that see all" in caplog.text
+    assert f"{2 * (16 + 512)} tokens in layers that see 16 " in caplog.text
+
+
+def test_more_sequences_run_at_once_on_a_gpu_unless_a_number_is_stated() -> None:
+    assert [Limits().rows_on(device) for device in ("cuda", "cpu")] == [256, 32]
+    assert Limits(rows=64).rows_on("cpu") == 64
 
 
 def test_a_share_of_the_devices_memory_leaves_the_rest_free() -> None:

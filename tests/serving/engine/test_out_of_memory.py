@@ -20,7 +20,7 @@ from runtime.serving.engine.backends.simple import SimpleEngine
 from runtime.serving.engine.engine import BatchingEngine, EngineLimits
 from runtime.serving.engine.out_of_memory import MemoryLimits, divide
 from runtime.serving.engine.protocol import Constraint, Grammar, Request, Sampling
-from runtime.serving.engine.scheduler import Draft, PrefixCopy, PromptChunk, Sequence, StepPlan
+from runtime.serving.engine.scheduler import Draft, PromptChunk, Sequence, StepPlan
 from tests.conftest import write_tiny_tokenizer
 from tests.families import model_of
 from tests.serving.conftest import Process
@@ -295,25 +295,20 @@ def test_an_adapter_that_does_not_fit_leaves_the_simple_engine_as_it_was(
 
 
 def sequence(tokens: int, *, filled: int = 0) -> Sequence:
-    return Sequence(None, 0, list(range(tokens)), tokens, filled=filled)
+    return Sequence(None, list(range(tokens)), tokens, tokens + 100, filled=filled)
 
 
 def test_a_plan_is_divided_down_to_one_sequence_and_every_sequence_stays_in_it() -> None:
     one, two, three = (sequence(n) for n in (40, 50, 60))
     chunks = (PromptChunk(one, 0, 40), PromptChunk(two, 20, 30))
-    copy = PrefixCopy(1, two, 20)
-    mixed = StepPlan((three,), chunks, (copy,))
-    decode, prompts = divide(mixed)
-    assert (decode, prompts) == (StepPlan((three,), ()), StepPlan((), chunks, (copy,)))
+    decode, prompts = divide(StepPlan((three,), chunks))
+    assert (decode, prompts) == (StepPlan((three,), ()), StepPlan((), chunks))
     (smaller,) = divide(prompts)
-    assert smaller == StepPlan((), (PromptChunk(one, 0, 35),)), "without the copy of a chunk that has to wait"
-    short = StepPlan((), (PromptChunk(one, 0, 10), PromptChunk(two, 20, 5)), (copy,))
-    assert divide(short) == (
-        StepPlan((), (PromptChunk(one, 0, 10),)),
-        StepPlan((), (PromptChunk(two, 20, 5),), (copy,)),
-    )
+    assert smaller == StepPlan((), (PromptChunk(one, 0, 35),))
+    short = StepPlan((), (PromptChunk(one, 0, 10), PromptChunk(two, 20, 5)))
+    assert divide(short) == tuple(StepPlan((), (chunk,)) for chunk in short.chunks)
     assert divide(StepPlan((one, two, three), ())) == (StepPlan((one,), ()), StepPlan((two, three), ()))
-    assert divide(StepPlan((), (), (), (Draft(one, (1, 2)),))) == (StepPlan((one,), ()),)
+    assert divide(StepPlan((), (), (Draft(one, (1, 2)),))) == (StepPlan((one,), ()),)
     assert divide(StepPlan((), (PromptChunk(one, 0, 32),))) == divide(decode) == ()
 
 
