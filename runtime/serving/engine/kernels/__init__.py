@@ -4,7 +4,7 @@ They run in torch's own threads, through `GOMP_parallel`, which libgomp and libi
 pool would compete for the cores with torch's, which spins between two operations. Without the library (no C
 compiler where this was installed) torch's operations compute the same. Shapes: `N` flat tokens, `R` tokens of
 decoding sequences, `T` tokens of a chunk, `H` query heads, `K` key-value heads, `D` head dim, `d` rotary
-dims, `S` slots, `L` positions, `A` adapter slots, `M` merged modules, `r` LoRA rank. Does not know models.
+dims, `P` positions of an arena, `A` adapter slots, `M` merged modules, `r` LoRA rank. Does not know models.
 Start at `Kernels.find`.
 """
 
@@ -51,8 +51,8 @@ class _Multiply(Structure):
 
 class _AttendDecode(Structure):
     _fields_ = _layout(
-        "query keys values out slots positions",
-        "tokens kv_heads group dim query_stride slot_stride head_stride window",
+        "query keys values out starts lengths",
+        "tokens kv_heads group dim query_stride position_stride head_stride",
         real="scaling",
     )
 
@@ -60,15 +60,15 @@ class _AttendDecode(Structure):
 class _AttendChunk(Structure):
     _fields_ = _layout(
         "query keys values out",
-        "tokens start heads kv_heads dim query_stride head_stride window",
+        "tokens first heads kv_heads dim query_stride position_stride head_stride window",
         real="scaling",
     )
 
 
 class _Rotate(Structure):
     _fields_ = _layout(
-        "qkv cos sin keys values slots positions",
-        "tokens heads kv_heads dim rotary_dim slot_stride head_stride",
+        "qkv cos sin keys values stores",
+        "tokens heads kv_heads dim rotary_dim position_stride head_stride",
     )
 
 
@@ -134,7 +134,7 @@ class Kernels:
     def attention(
         self, keys: Tensor, values: Tensor, *, scaling: float, window: int | None
     ) -> "AttentionKernel":
-        """Return rotation and attention over a layer's keys and values (S, K, L, D), which stay in place."""
+        """Return rotation and attention over a layer's keys and values (P, K, D), which stay in place."""
         return AttentionKernel(self.run, keys, values, scaling=scaling, window=window)
 
     def norm(self, hidden: Tensor, update: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
@@ -188,9 +188,9 @@ class AttentionKernel:
         "_dim",
         "_keys",
         "_kv_heads",
+        "_position_bytes",
         "_rotate",
         "_run",
-        "_slot_bytes",
         "_tensors",
         "_values",
     )
@@ -204,62 +204,60 @@ class AttentionKernel:
         scaling: float,
         window: int | None,
     ) -> None:
-        """`run` is `Kernels.run`; keys and values (S, K, L, D); a token sees `window` positions or all."""
+        """`run` is `Kernels.run`; keys and values (P, K, D); of a chunk a token sees `window` positions or all."""
         self._run, self._tensors = run, (keys, values)  # kept, because the jobs hold their addresses
-        _, self._kv_heads, _, self._dim = keys.shape
+        _, self._kv_heads, self._dim = keys.shape
         self._keys, self._values = keys.data_ptr(), values.data_ptr()
-        slot_stride, head_stride = keys.stride(0), keys.stride(1)
-        self._slot_bytes = slot_stride * keys.itemsize
-        sizes = {"kv_heads": self._kv_heads, "dim": self._dim, "head_stride": head_stride}
-        rules = {"window": window or 0, "scaling": scaling}
-        layer = {"keys": self._keys, "values": self._values, "slot_stride": slot_stride}
-        self._decode = _AttendDecode(**sizes, **rules, **layer)
-        self._chunk = _AttendChunk(**sizes, **rules)
+        position_stride, head_stride, _ = keys.stride()
+        self._position_bytes = position_stride * keys.itemsize
+        sizes = {"kv_heads": self._kv_heads, "dim": self._dim}
+        sizes |= {"position_stride": position_stride, "head_stride": head_stride}
+        layer = {"keys": self._keys, "values": self._values}
+        self._decode = _AttendDecode(**sizes, **layer, scaling=scaling)
+        self._chunk = _AttendChunk(**sizes, window=window or 0, scaling=scaling)
         self._rotate = _Rotate(**sizes, **layer)
 
-    def decode(self, query: Tensor, out: Tensor, *, slots: Tensor, positions: Tensor, reads: int) -> None:
+    def decode(self, query: Tensor, out: Tensor, *, starts: Tensor, lengths: Tensor, reads: int) -> None:
         """Write the attention of the first R tokens of query (N, H, D) into out, alike.
 
-        Each token reads its slot of `slots` (N,) up to its own of `positions` (R,), `reads` in all.
+        Each token reads `lengths` (R,) positions from `starts` (R or more,) on, both int32, `reads` in all.
         """
         heads = query.shape[1]
         if query.stride()[1:] != (self._dim, 1):
             query = query.contiguous()
         job = self._decode
         job.query, job.out, job.query_stride = query.data_ptr(), out.data_ptr(), query.stride(0)
-        job.slots, job.positions, job.next = slots.data_ptr(), positions.data_ptr(), 0
-        job.tokens, job.group = (tokens := positions.numel()), heads // self._kv_heads
+        job.starts, job.lengths, job.next = starts.data_ptr(), lengths.data_ptr(), 0
+        job.tokens, job.group = (tokens := lengths.numel()), heads // self._kv_heads
         self._run(
             "attend_decode", job, tasks=tokens * self._kv_heads, size=2 * self._dim * self._kv_heads * reads
         )
 
-    def chunk(self, query: Tensor, out: Tensor, *, slot: int, start: int) -> None:
+    def chunk(self, query: Tensor, out: Tensor, *, start: int, length: int) -> None:
         """Write the attention of a chunk's query (T, H, D) into out, alike.
 
-        The tokens are positions `start` up of `slot`; each sees its slot up to itself.
+        The tokens are the last of the `length` positions from `start` on; each sees those up to itself.
         """
         tokens, heads, dim = query.shape
         if query.stride()[1:] != (dim, 1):
             query = query.contiguous()
-        job = self._chunk
+        job, at = self._chunk, start * self._position_bytes
         job.query, job.out, job.query_stride = query.data_ptr(), out.data_ptr(), query.stride(0)
-        job.keys, job.values = self._keys + slot * self._slot_bytes, self._values + slot * self._slot_bytes
-        job.tokens, job.start, job.heads, job.next = tokens, start, heads, 0
+        job.keys, job.values = self._keys + at, self._values + at
+        job.tokens, job.first, job.heads, job.next = tokens, length - tokens, heads, 0
         tasks = heads * (-(-tokens // WIDTH))
-        self._run("attend_chunk", job, tasks=tasks, size=2 * dim * heads * tokens * (start + tokens))
+        self._run("attend_chunk", job, tasks=tasks, size=2 * dim * heads * tokens * length)
 
-    def rotate(
-        self, qkv: Tensor, cos_sin: tuple[Tensor, Tensor], *, slots: Tensor, positions: Tensor
-    ) -> None:
-        """Rotate the queries in qkv (N, H + 2 K, D) in place, the keys into their slots; values follow.
+    def rotate(self, qkv: Tensor, cos_sin: tuple[Tensor, Tensor], *, stores: Tensor) -> None:
+        """Rotate the queries in qkv (N, H + 2 K, D) in place, the keys into the arena; values follow.
 
-        `cos_sin`: both (1, N, d), the first d dims, halves paired (arXiv:2104.09864). `slots` and `positions`
-        say where each token belongs, N of them.
+        `cos_sin`: both (1, N, d), the first d dims, halves paired (arXiv:2104.09864). `stores` (N,) int64
+        are the positions of the arena where the tokens belong.
         """
         tokens, heads, _ = qkv.shape
         cos, sin = (each.contiguous() for each in cos_sin)
         job = self._rotate
         job.qkv, job.cos, job.sin = qkv.data_ptr(), cos.data_ptr(), sin.data_ptr()
-        job.slots, job.positions, job.next = slots.data_ptr(), positions.data_ptr(), 0
+        job.stores, job.next = stores.data_ptr(), 0
         job.tokens, job.heads, job.rotary_dim = tokens, heads - 2 * self._kv_heads, cos.shape[-1]
         self._run("rotate", job, tasks=tokens, size=qkv.numel())

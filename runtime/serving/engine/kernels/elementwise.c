@@ -7,8 +7,8 @@ struct rotate {
     float *qkv; /* (tokens, heads + 2 kv_heads, dim): queries are rotated in place */
     const float *cos, *sin; /* (tokens, rotary_dim) */
     float *keys, *values;
-    const int64_t *slots, *positions;
-    int64_t tokens, heads, kv_heads, dim, rotary_dim, slot_stride, head_stride;
+    const int64_t *stores; /* the position of the arena of each token */
+    int64_t tokens, heads, kv_heads, dim, rotary_dim, position_stride, head_stride;
     int64_t next;
 };
 
@@ -33,7 +33,7 @@ KERNEL rotate(void *argument)
         for (int64_t head = 0; head < job->heads; head++)
             rotate_head(query + head * D, query + head * D, cos, sin, rotary_dim, D);
         const float *key = query + job->heads * D, *value = key + job->kv_heads * D;
-        const int64_t at = job->slots[token] * job->slot_stride + job->positions[token] * D;
+        const int64_t at = job->stores[token] * job->position_stride;
         for (int64_t head = 0; head < job->kv_heads; head++) {
             rotate_head(key + head * D, job->keys + at + head * job->head_stride, cos, sin, rotary_dim, D);
             float *stored = job->values + at + head * job->head_stride;
