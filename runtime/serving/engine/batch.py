@@ -8,7 +8,7 @@ chunks, one after another. Shapes: `N` flat tokens, `R` tokens of decoding seque
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from runtime.serving.engine.adapter_groups import AdapterGroups
 from runtime.serving.engine.extents import Extent
 from runtime.serving.engine.kernels import Kernels
 from runtime.serving.engine.scheduler import StepPlan
+
+
+Form = Literal["varlen", "efficient", "compiled", "plain"]
+"""How attention is computed (attention_forms.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +86,10 @@ class Batch:
 
 @dataclass(slots=True)
 class StepContext:
-    """What the layers of one model share: their kernels, and the batch under way, set by the model runner."""
+    """What the layers of one model share: kernels, form of attention, and the batch under way; the runner sets it."""
 
     kernels: Kernels | None = None
+    form: Form = "plain"
     batch: Batch | None = None
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
-from runtime.serving.engine.attention import AttentionLayer, attend
+from runtime.serving.engine.attention import attend, layer_of
 from runtime.serving.engine.batch import Batch, StepContext
 from runtime.serving.engine.kernels import Kernels
 from runtime.serving.engine.kv_pool import KvPool, store
@@ -97,7 +97,7 @@ class FusedAttention(HooklessModule):
         config = source.config
         self._step, self._dim = cache.step, int(source.head_dim)
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._attention = AttentionLayer.of(cache, int(source.layer_idx), scaling=float(source.scaling))
+        self._attention = layer_of(cache, int(source.layer_idx), scaling=float(source.scaling))
         if hasattr(source, "qkv_proj"):
             self.qkv: nn.Module = layers.linear(f"{name}.qkv_proj", source.qkv_proj)
         else:
@@ -123,6 +123,9 @@ class FusedAttention(HooklessModule):
     def _rotate(self, qkv: Tensor, cos_sin: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         """Store keys and values of qkv (N, H + 2 K, D), and return the queries (N, H, D), all rotated."""
         layer = self._attention
+        if layer.kernel is not None:
+            layer.kernel.rotate(qkv, cos_sin, stores=batch.ranges[layer.kind].stores)
+            return qkv[:, : self._heads]
         rotated = rotate(qkv[:, : self._heads + self._kv_heads], *cos_sin)
         store(layer.keys, rotated[:, self._heads :], batch, kind=layer.kind)
         store(layer.values, qkv[:, self._heads + self._kv_heads :], batch, kind=layer.kind)
@@ -137,7 +140,7 @@ class FalconAttention(HooklessModule):
         self._step, self._dim = cache.step, int(source.head_dim)
         self._kv_heads = int(source.num_kv_heads)
         self._interleaved = bool(source.new_decoder_architecture) or not source.multi_query
-        self._attention = AttentionLayer.of(cache, int(source.layer_idx), scaling=self._dim**-0.5)
+        self._attention = layer_of(cache, int(source.layer_idx), scaling=self._dim**-0.5)
         self.query_key_value, self.dense = source.query_key_value, source.dense
 
     def forward(

@@ -1,4 +1,4 @@
-"""Prepares a transformers model for flat tokens: slot attention, merged projections, layers with adapters.
+"""Prepares a transformers model for flat tokens: attention over ranges, merged projections, layers with adapters.
 
 The module tree stays transformers'; attention, MLP and norm modules of families that are alike are replaced
 by those of layers.py. Does not know requests. Start at `prepare`.
@@ -10,7 +10,7 @@ from torch import nn
 
 from runtime import families
 from runtime.serving.engine import rope
-from runtime.serving.engine.attention import register, use_slot_attention
+from runtime.serving.engine.attention import register, use_range_attention
 from runtime.serving.engine.kv_pool import KvPool
 from runtime.serving.engine.layers import FalconAttention, FusedAttention, FusedMlp, LayerFactory, RMSNorm
 from runtime.serving.engine.lora import LoraLinear
@@ -34,7 +34,7 @@ def prepare(model: "PreTrainedModel", cache: KvPool, layers: LayerFactory) -> No
     family = families.find(model.config.model_type)
     replaced = family.own_layers or family.engine == "falcon"  # whose class takes no other attention function
     if not replaced:
-        use_slot_attention(model)
+        use_range_attention(model)
     for name, module in list(model.named_modules()):
         if family.engine == "falcon" and hasattr(module, "query_key_value"):
             _replace(model, name, FalconAttention(module, cache))

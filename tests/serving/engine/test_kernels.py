@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
 from runtime.serving.engine import kernels
-from runtime.serving.engine.attention import AttentionLayer, attend
-from runtime.serving.engine.batch import Batch, HostBatch, SlotChunk, StepContext, assemble
+from runtime.serving.engine.attention import attend
 from runtime.serving.engine.kernels import LIBRARY, Kernels, checksum
+from runtime.serving.engine.kv_pool import store
 from runtime.serving.engine.layers import rotate
 from tests.families import SERVED, model_of
+from tests.serving.engine.attention_steps import Run, Step
 from tests.serving.engine.calls import generate, make_request, run
 from tests.serving.engine.models import some_prompts
 
@@ -70,33 +72,12 @@ def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield found
 
 
-class Step:
-    """A cache of five slots with random contents; a step of three sequences, one of them far, and a chunk."""
-
-    positions = (0, 200, 63)
-    slots = (0, 1, 4)
-
-    def __init__(self, native: Kernels | None, *, kv_heads: int = 2, dim: int = 64) -> None:
-        torch.manual_seed(0)
-        cpu = torch.device("cpu")
-        self.cache = SlotCache(
-            1, StepContext(native), shape=(5, kv_heads, 256, dim), dtype=torch.float32, device=cpu
-        )
-        for layer in (*self.cache.keys, *self.cache.values):
-            layer.normal_()
-        host = HostBatch(
-            ids=[1] * 8, positions=[*self.positions, *range(7, 12)], decode_slots=list(self.slots),
-            chunks=(SlotChunk(3, 3, 7, 5),), logit_indices=[0],
-            adapters=[None] * 8, long=[False] * 8, copies=[],
-        )  # fmt: skip
-        self.batch: Batch = assemble(host, None, device=cpu)
-
-    def layer(self, *, window: int | None = None) -> AttentionLayer:
-        return AttentionLayer.of(self.cache, 0, scaling=0.2, window=window)
+def both(native: Kernels, compute: Callable[[Step], Tensor], **how: Any) -> tuple[Tensor, Tensor]:
+    """Return what the kernels and what torch's operations make of a step of three sequences and a chunk."""
+    return compute(Step("compiled", native=native, runs=RUNS, **how)), compute(Step("plain", runs=RUNS, **how))
 
 
-def both(native: Kernels, compute: Callable[[Step], Tensor], **sizes: int) -> tuple[Tensor, Tensor]:
-    return compute(Step(native, **sizes)), compute(Step(None, **sizes))
+RUNS = (Run(700, 1), Run(300, 201), Run(20, 64), Run(100, 12, 5))
 
 
 @pytest.mark.parametrize("window", [None, 16, 64])
@@ -117,68 +98,83 @@ def both(native: Kernels, compute: Callable[[Step], Tensor], **sizes: int) -> tu
 def test_attention_sees_what_torchs_sees(
     native: Kernels, group: int, kv_heads: int, dim: int, window: int | None
 ) -> None:
-    heads = group * kv_heads
-    query = torch.randn(8, 2 * heads, dim)[:, :heads]  # as it lies beside keys and values
-    found, expected = both(
-        native, lambda step: attend(query, step.layer(window=window), step.batch), kv_heads=kv_heads, dim=dim
-    )
+    heads = (group * kv_heads, kv_heads, dim)
+    found, expected = both(native, Step.attend, window=window, heads=heads)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-6)
 
 
 def test_attention_of_large_scores_and_of_an_infinite_one(native: Kernels) -> None:
-    query = 1000 * torch.randn(8, 4, 64)
-    found, expected = both(native, lambda step: attend(query, step.layer(), step.batch))
+    def compute(step: Step) -> Tensor:
+        step.query *= 1000
+        return step.attend()
+
+    found, expected = both(native, compute)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    query[1, 2, 5] = torch.inf
-    found, expected = both(native, lambda step: attend(query, step.layer(), step.batch))
+
+    def infinite(step: Step) -> Tensor:
+        step.query[1, 2, 5] = torch.inf
+        return step.attend()
+
+    found, expected = both(native, infinite)
     assert found[1, 2].isnan().all()
     assert torch.equal(found.isnan(), expected.isnan())
 
 
 @pytest.mark.parametrize("window", [None, 3, 16, 64, 100])
 @pytest.mark.parametrize("start", [0, 5, 130])
-@pytest.mark.parametrize("tokens", [1, 16, 17, 70])
-def test_a_chunk_sees_its_slot_up_to_each_token(
+@pytest.mark.parametrize("tokens", [2, 16, 17, 70])
+def test_a_chunk_sees_its_range_up_to_each_token(
     native: Kernels, tokens: int, start: int, window: int | None
 ) -> None:
-    step = Step(native)
-    query = torch.randn(tokens, 8, 64)[:, :6]
-    step.cache.keys[0][3, :, start + tokens :] = torch.nan  # what an earlier sequence left there
-    chunk = SlotChunk(0, 3, start, tokens)
-    alone = dataclasses.replace(step.batch, decode_tokens=0, runs=(), chunks=(chunk,))
-    found = attend(query, step.layer(window=window), alone)
-    expected = attend(query, dataclasses.replace(step.layer(window=window), kernel=None), alone)
+    how: dict[str, Any] = {"window": window, "heads": (6, 2, 64), "runs": (Run(211, start + tokens, tokens),)}
+    found, expected = (
+        step.attend() for step in (Step("compiled", native=native, **how), Step("plain", **how))
+    )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-6)
 
 
-@pytest.mark.parametrize("position", [0, 100, 200])
-def test_a_sequence_with_nan_in_its_slot_shows_it_and_the_others_do_not(
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_keys_may_lie_head_after_head_or_position_after_position(native: Kernels, heads_first: bool) -> None:
+    step = Step("compiled", native=native, runs=RUNS)
+    expected = step.attend()
+    states = [
+        each.transpose(0, 1).contiguous().transpose(0, 1) if heads_first else each.contiguous()
+        for each in (step.keys, step.values)
+    ]
+    kernel = native.attention(*states, scaling=step.layer.scaling, window=None)
+    layer = dataclasses.replace(step.layer, keys=states[0], values=states[1], kernel=kernel)
+    assert torch.equal(attend(step.query, layer, step.batch), expected)
+
+
+@pytest.mark.parametrize("position", [300, 400, 500])
+def test_a_sequence_with_nan_in_its_range_shows_it_and_the_others_do_not(
     native: Kernels, position: int
 ) -> None:
     def compute(step: Step) -> Tensor:
-        step.cache.keys[0][1, 1, position, 3] = torch.nan
-        return attend(torch.ones(8, 4, 64), step.layer(), step.batch)
+        step.keys[position, 1, 3] = torch.nan
+        return step.attend()
 
     found, expected = both(native, compute)
     assert found[1, 2:].isnan().all()
+    assert found.isnan().sum() == found[1, 2:].numel()
     assert torch.equal(found.isnan(), expected.isnan())
 
 
 @pytest.mark.parametrize("rotary_dim", [64, 32, 20])
 def test_queries_are_rotated_and_keys_and_values_stored(native: Kernels, rotary_dim: int) -> None:
+    new, old = Step("compiled", native=native, runs=RUNS), Step("plain", runs=RUNS)
     qkv = torch.randn(8, 4 + 2 + 2, 64)
     cos_sin = torch.randn(1, 8, rotary_dim), torch.randn(1, 8, rotary_dim)
-    new, old = Step(native), Step(None)
     own = qkv.clone()
-    kernel = new.layer().kernel
+    kernel = new.layer.kernel
     assert kernel is not None
-    kernel.rotate(own, cos_sin, slots=new.batch.slots, positions=new.batch.positions)
+    kernel.rotate(own, cos_sin, stores=new.batch.ranges[0].stores)
     expected = rotate(qkv[:, :6], *cos_sin)
-    store(old.cache.keys[0], expected[:, 4:], old.batch)
-    store(old.cache.values[0], qkv[:, 6:], old.batch)
+    store(old.keys, expected[:, 4:], old.batch, kind=0)
+    store(old.values, qkv[:, 6:], old.batch, kind=0)
     torch.testing.assert_close(own[:, :4], expected[:, :4])
-    torch.testing.assert_close(new.cache.keys[0], old.cache.keys[0])
-    assert torch.equal(new.cache.values[0], old.cache.values[0])
+    torch.testing.assert_close(new.keys, old.keys, equal_nan=True)
+    torch.testing.assert_close(new.values, old.values, equal_nan=True, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("bias", [True, False])
