@@ -1,7 +1,7 @@
 """Attention of a step's flat tokens over their ranges, also behind transformers' AttentionInterface.
 
-Shapes: `N` flat tokens, `H` query heads, `K` key-value heads, `D` head dim, `P` positions of an arena. How it is
-computed is in attention_forms.py. Does not know models. Start at `attend`.
+Shapes: `N` flat tokens, `H` query heads, `K` key-value heads, `D` head dim, `P` positions of an arena. How
+it is computed is in attention_forms.py. Does not know models. Start at `attend`.
 """
 
 from dataclasses import dataclass

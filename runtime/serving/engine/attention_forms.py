@@ -1,8 +1,8 @@
 """Attention over ranges of an arena in four forms: two kernels of torch for GPUs, ours for CPUs, plain torch.
 
-Shapes: `N` flat tokens, `R` of decoding sequences, `T` of chunks, `B` sequences, `H` query heads, `K` key-value
-heads, `G` query heads of each, `D` head dim, `P` positions of an arena, `L` of a range. The GPU forms read no
-number of the device and copy no key. Does not know models. Start at `choose` and `FORMS`.
+Shapes: `N` flat tokens, `R` of decoding sequences, `T` of chunks, `B` sequences, `H` query heads, `K`
+key-value heads, `G` query heads of each, `D` head dim, `P` positions of an arena, `L` of a range. The GPU
+forms read no number of the device and copy no key. Does not know models. Start at `choose` and `FORMS`.
 """
 
 import logging
@@ -97,7 +97,10 @@ def _choose(
     if max(dims) > FLASH_DIM:
         return "efficient", f": FlashAttention takes heads up to {FLASH_DIM}, not {max(dims)}"
     if dtype.itemsize != 2:
-        return "efficient", f": FlashAttention takes two-byte numbers, not {str(dtype).removeprefix('torch.')}"
+        return (
+            "efficient",
+            f": FlashAttention takes two-byte numbers, not {str(dtype).removeprefix('torch.')}",
+        )
     return "varlen", ""
 
 
@@ -141,7 +144,7 @@ def _chunked(batch: Batch, kind: int) -> _Sequences:
     return _Sequences(batch.query_offsets, starts, lengths, longest, ranges.longest_chunk, causal=True)
 
 
-# ---- FlashAttention 2 by its varlen call: compute capability 8.0 up ----------------------------------------------
+# ---- FlashAttention 2 by its varlen call: compute capability 8.0 up ----------------------------------------
 
 
 def _varlen(query: Tensor, layer: AttentionLayer, batch: Batch) -> Tensor:
@@ -174,13 +177,13 @@ def _flash(query: Tensor, layer: AttentionLayer, of: _Sequences) -> Tensor:
     return found
 
 
-# ---- the memory-efficient kernel: any compute capability, float32, and any head dim ------------------------------
+# ---- the memory-efficient kernel: any compute capability, float32, and any head dim ------------------------
 
 
 def _efficient(query: Tensor, layer: AttentionLayer, batch: Batch) -> Tensor:
-    """Attend in a call for decoding sequences and some for chunks: the kernel wants a key head per query head.
+    """Attend in a call for decoding sequences and some for chunks: the kernel has no groups of heads.
 
-    No key is repeated for it: where all see all keys, the query heads of a group are queries of their sequence.
+    No key is repeated for it: in decoding, a group's query heads are queries of one head of keys.
     """
     decodes, outs = batch.decode_tokens, []
     tokens, heads, dim = query.shape
@@ -218,7 +221,7 @@ def _kernel(query: Tensor, layer: AttentionLayer, of: _Sequences, *, kv_head: in
     return out
 
 
-# ---- our own kernels: float32 on a CPU ---------------------------------------------------------------------------
+# ---- our own kernels: float32 on a CPU ---------------------------------------------------------------------
 
 
 def _compiled(query: Tensor, layer: AttentionLayer, batch: Batch) -> Tensor:
@@ -236,7 +239,7 @@ def _compiled(query: Tensor, layer: AttentionLayer, batch: Batch) -> Tensor:
     return out
 
 
-# ---- plain torch: what the other forms are compared with ---------------------------------------------------------
+# ---- plain torch: what the other forms are compared with ---------------------------------------------------
 
 
 def _plain(query: Tensor, layer: AttentionLayer, batch: Batch) -> Tensor:

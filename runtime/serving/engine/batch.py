@@ -18,7 +18,6 @@ from runtime.serving.engine.extents import Extent
 from runtime.serving.engine.kernels import Kernels
 from runtime.serving.engine.scheduler import StepPlan
 
-
 Form = Literal["varlen", "efficient", "compiled", "plain"]
 """How attention is computed (attention_forms.py)."""
 
@@ -86,7 +85,7 @@ class Batch:
 
 @dataclass(slots=True)
 class StepContext:
-    """What the layers of one model share: kernels, form of attention, and the batch under way; the runner sets it."""
+    """What a model's layers share: kernels, form of attention, and the batch under way, set by the runner."""
 
     kernels: Kernels | None = None
     form: Form = "plain"

@@ -18,6 +18,7 @@ from runtime.errors import CapacityError, ConfigError, is_out_of_memory
 from runtime.memory.pool import PoolSize
 from runtime.memory.shape import dimensions
 from runtime.serving.engine import failures
+from runtime.serving.engine.attention_forms import choose
 from runtime.serving.engine.batch import Batch, HostBatch, StepContext, assemble, describe
 from runtime.serving.engine.cuda_graphs import GraphBackend, GraphCache, StepBounds
 from runtime.serving.engine.extents import Move
@@ -106,28 +107,30 @@ class ModelRunner:
         *,
         rank: Rank | None = None,
         graph_backend: GraphBackend | None = None,
+        capability: tuple[int, int] | None = None,
     ) -> None:
-        """Serve sequences in a pool of `size`, their decode steps captured by `graph_backend`, if any."""
+        """Serve sequences in a pool of `size`, their decode steps captured by `graph_backend`, if any.
+
+        `capability` is the GPU's compute capability; None on a CPU, or to ask the model's device.
+        """
         self._group = rank.group if rank is not None else None
         self._broadcast(size)
         self._model = model
         self._short_tokens = short_tokens(model.config.get_text_config())
-        self._step = StepContext(_find_kernels(model))
+        kinds = LayerKinds.of(model.config)
+        self._step = _context(model, kinds, capability or _capability(model.device))
         self.cache = KvPool(
-            self._step,
-            LayerKinds.of(model.config),
-            positions=size.positions,
-            dtype=model.dtype,
-            device=model.device,
+            self._step, kinds, positions=size.positions, dtype=model.dtype, device=model.device
         )
         self.adapters = self._patch(rank)
         is_decoder = families.find(model.config.model_type).engine == "decoder"
         self._decoder = DecoderForward(model) if is_decoder else None
         self._graphs: GraphCache | None = None
-        if graph_backend is not None:
+        gathers = self._step.form == "plain" and model.device.type == "cuda"  # up to the graph's bound
+        if graph_backend is not None and not gathers:
             bounds = StepBounds(size.rows, size.context_tokens, is_long=self._short_tokens is not None)
             self._graphs = GraphCache(self._forward, self.adapters, self.cache, bounds, backend=graph_backend)
-        # a ready-made mask, so that no model builds one: slot attention makes its own
+        # a ready-made mask, so that no model builds one: the engine's attention makes its own
         self._no_mask = torch.zeros(1, 1, 1, 1, device=model.device, dtype=model.dtype)
         if self._graphs is not None:
             self._graphs.capture()
@@ -270,6 +273,16 @@ class ModelRunner:
         )
         logits: Tensor = output.logits[0]
         return logits[:count]
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def _context(model: "PreTrainedModel", kinds: LayerKinds, capability: tuple[int, int] | None) -> StepContext:
+    kernels, dims = _find_kernels(model), tuple(kind.dim for kind in kinds.kinds)
+    form = choose(model.config, model.dtype, dims=dims, capability=capability, kernels=kernels)
+    return StepContext(kernels, form)
 
 
 def _find_kernels(model: "PreTrainedModel") -> Kernels | None:

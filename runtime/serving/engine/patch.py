@@ -1,4 +1,4 @@
-"""Prepares a transformers model for flat tokens: attention over ranges, merged projections, layers with adapters.
+"""Prepares a transformers model for flat tokens: own attention, merged projections, layers with adapters.
 
 The module tree stays transformers'; attention, MLP and norm modules of families that are alike are replaced
 by those of layers.py. Does not know requests. Start at `prepare`.

@@ -1,4 +1,4 @@
-"""Steps of attention without a model: an arena with ranges of several sequences, and what torch's GPU kernels do.
+"""Steps of attention without a model: an arena with ranges of sequences, and what torch's GPU kernels do.
 
 The arena holds NaN wherever no range is, as if other sequences had gone wrong there. Start at `Step`.
 """
@@ -115,8 +115,8 @@ class GpuKernels(TorchDispatchMode):
     """Within: torch's two varlen kernels of GPUs answer on a CPU, as their sources have it (2.11 to 2.13).
 
     flash_attn/flash_api.cpp (`mha_varlen_fwd`) and block_info.h: with `seqused_k`, `cum_seq_k` says where the
-    keys of each sequence begin, and its last number is not used; a window counts from the diagonal of the lower
-    right corner; the sums are (H, T). mem_eff_attention/kernel_forward.h (`advance_to_block`): the same of
+    keys of each sequence begin, and its last number is not used; a window counts from the diagonal of the
+    lower right corner; the sums are (H, T). mem_eff_attention/kernel_forward.h (`advance_to_block`): the same of
     `cu_seqlens_k` with `seqlen_k`; `window_size` counts the token itself. What they refuse is refused here.
     """
 
@@ -153,8 +153,8 @@ class GpuKernels(TorchDispatchMode):
         return out, sums, None, None, None
 
     def _efficient(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-        max_seqlen_q: int, max_seqlen_k: int, dropout: float, custom_mask_type: int,
+        self, query: Tensor, key: Tensor, value: Tensor, bias: None,
+        cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout: float, custom_mask_type: int,
         compute_log_sumexp: bool = False, *, scale: float, seqlen_k: Tensor, window_size: int | None = None,
     ) -> tuple[Any, ...]:  # fmt: skip
         self.calls.append(("efficient", max_seqlen_q))
@@ -172,7 +172,8 @@ class GpuKernels(TorchDispatchMode):
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float, starts: tuple[Tensor, Tensor], lengths: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, *,
+    scale: float, starts: tuple[Tensor, Tensor], lengths: Tensor,
     most: tuple[int, int], window: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return out (T, H, D) and the logarithms of the sums (H, T)."""
@@ -182,8 +183,13 @@ def _varlen(
         assert numbers.is_contiguous()
     assert [len(each) for each in starts] == [count + 1, count + 1]
     assert {each.stride(-1) for each in (query, key, value)} == {1}
-    assert all(stride * query.itemsize % 16 == 0 for each in (query, key, value) for stride in each.stride()[:-1])
-    out, sums = torch.empty_like(query, memory_format=torch.contiguous_format), query.new_empty(query.shape[1::-1])
+    assert all(
+        stride * query.itemsize % 16 == 0 for each in (query, key, value) for stride in each.stride()[:-1]
+    )
+    out, sums = (
+        torch.empty_like(query, memory_format=torch.contiguous_format),
+        query.new_empty(query.shape[1::-1]),
+    )
     group = query.shape[1] // key.shape[1]
     bounds = starts[0].tolist()
     assert bounds[-1] == len(query)

@@ -40,7 +40,9 @@ def test_a_form_sees_what_it_should(
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("window", [None, 16])
-@pytest.mark.parametrize("rules", [{"sinks": torch.linspace(-3, 9, 8)}, {"softcap": 3.0}], ids=["sinks", "cap"])
+@pytest.mark.parametrize(
+    "rules", [{"sinks": torch.linspace(-3, 9, 8)}, {"softcap": 3.0}], ids=["sinks", "cap"]
+)
 def test_sinks_and_capped_scores(form: Form, window: int | None, rules: dict[str, Any]) -> None:
     out, expected = found(form, heads=(8, 2, 64), window=window, **rules)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
@@ -54,14 +56,16 @@ def test_two_bytes_a_number(form: Form) -> None:
 
 @pytest.mark.parametrize("form", ["varlen", "efficient"])
 def test_decoding_sequences_and_chunks_have_calls_of_their_own(form: Form) -> None:
-    """FlashAttention 2 reads keys once for a group of heads, and splits contexts, for one query and no window."""
+    """FlashAttention 2 reads keys once a group, and splits contexts, for one query without a window."""
     with GpuKernels() as kernels:
         Step(form, heads=(8, 2, 64), window=16).attend()
     few = [("flash", 1), ("flash", 17)]
     assert kernels.calls == (few if form == "varlen" else [("efficient", 4), *[("efficient", 17)] * 2])
 
 
-@pytest.mark.parametrize(("heads", "calls"), [((8, 8, 64), 1), ((32, 8, 64), 4), ((28, 4, 64), 4), ((71, 1, 64), 1)])
+@pytest.mark.parametrize(
+    ("heads", "calls"), [((8, 8, 64), 1), ((32, 8, 64), 4), ((28, 4, 64), 4), ((71, 1, 64), 1)]
+)
 def test_the_efficient_kernel_has_few_calls_a_chunk(heads: tuple[int, int, int], calls: int) -> None:
     with GpuKernels() as kernels:
         Step("efficient", heads=heads, runs=CHUNKS).attend()

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from runtime.serving.engine.kv_cache import SlotCache, store
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
@@ -74,7 +73,9 @@ def native(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def both(native: Kernels, compute: Callable[[Step], Tensor], **how: Any) -> tuple[Tensor, Tensor]:
     """Return what the kernels and what torch's operations make of a step of three sequences and a chunk."""
-    return compute(Step("compiled", native=native, runs=RUNS, **how)), compute(Step("plain", runs=RUNS, **how))
+    return compute(Step("compiled", native=native, runs=RUNS, **how)), compute(
+        Step("plain", runs=RUNS, **how)
+    )
 
 
 RUNS = (Run(700, 1), Run(300, 201), Run(20, 64), Run(100, 12, 5))

@@ -204,7 +204,7 @@ class AttentionKernel:
         scaling: float,
         window: int | None,
     ) -> None:
-        """`run` is `Kernels.run`; keys and values (P, K, D); of a chunk a token sees `window` positions or all."""
+        """`run` is `Kernels.run`; keys, values (P, K, D); a chunk's tokens see `window` positions or all."""
         self._run, self._tensors = run, (keys, values)  # kept, because the jobs hold their addresses
         _, self._kv_heads, self._dim = keys.shape
         self._keys, self._values = keys.data_ptr(), values.data_ptr()
