@@ -114,10 +114,10 @@ def exact(step: Step) -> Tensor:
 class GpuKernels(TorchDispatchMode):
     """Within: torch's two varlen kernels of GPUs answer on a CPU, as their sources have it (2.11 to 2.13).
 
-    flash_attn/flash_api.cpp (`mha_varlen_fwd`) and block_info.h: with `seqused_k`, `cum_seq_k` says where the
-    keys of each sequence begin, and its last number is not used; a window counts from the diagonal of the
-    lower right corner; the sums are (H, T). mem_eff_attention/kernel_forward.h (`advance_to_block`): the same of
-    `cu_seqlens_k` with `seqlen_k`; `window_size` counts the token itself. What they refuse is refused here.
+    flash_attn/flash_api.cpp (`mha_varlen_fwd`) and block_info.h: with `seqused_k`, `cum_seq_k` says where
+    the keys of each sequence begin, and its last number is not used; a window counts from the diagonal of the
+    lower right corner; the sums are (H, T). mem_eff_attention/kernel_forward.h (`advance_to_block`): the same
+    of `cu_seqlens_k` with `seqlen_k`; `window_size` counts the token itself. What they refuse is refused here.
     """
 
     def __init__(self) -> None:
@@ -154,8 +154,9 @@ class GpuKernels(TorchDispatchMode):
 
     def _efficient(
         self, query: Tensor, key: Tensor, value: Tensor, bias: None,
-        cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int, dropout: float, custom_mask_type: int,
-        compute_log_sumexp: bool = False, *, scale: float, seqlen_k: Tensor, window_size: int | None = None,
+        cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+        dropout: float, custom_mask_type: int, compute_log_sumexp: bool = False, *,
+        scale: float, seqlen_k: Tensor, window_size: int | None = None,
     ) -> tuple[Any, ...]:  # fmt: skip
         self.calls.append(("efficient", max_seqlen_q))
         assert (bias, dropout, compute_log_sumexp) == (None, 0, False)
