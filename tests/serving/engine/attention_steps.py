@@ -117,7 +117,7 @@ class GpuKernels(TorchDispatchMode):
     flash_attn/flash_api.cpp (`mha_varlen_fwd`) and block_info.h: with `seqused_k`, `cum_seq_k` says where
     the keys of each sequence begin, and its last number is not used; a window counts from the diagonal of the
     lower right corner; the sums are (H, T). mem_eff_attention/kernel_forward.h (`advance_to_block`): the same
-    of `cu_seqlens_k` with `seqlen_k`; `window_size` counts the token itself. What they refuse is refused here.
+    of `cu_seqlens_k` with `seqlen_k`; `window_size` counts the token itself. What they refuse is refused.
     """
 
     def __init__(self) -> None:
