@@ -310,7 +310,7 @@ class Scheduler:
         for other in among:
             if other is not sequence and other.beginning == sequence.beginning:
                 held = min(other.filled, len(sequence.ids) - 1)
-                if held > most:
+                if held > most and other.ids[most] == sequence.ids[most]:  # else it has no more than the best
                     shared = _common_prefix(other.ids, sequence.ids, most=held)
                     if shared > most and self._pool.holds(other, shared):
                         best, most = other, shared
