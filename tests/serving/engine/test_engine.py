@@ -42,29 +42,29 @@ def test_greedy_equals_generate_where_extents_move_windows_pass_and_sequences_ar
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of(family)
-    prompts = some_prompts(40, 12, 70)
-    prompts.append((*prompts[2], 5, 6, 7))
+    prompts = some_prompts(8, 12, 9, 30)
+    prompts.append((*prompts[3], 5, 6, 7))
     expected = [generate(model, prompt) for prompt in prompts]
     monkeypatch.setattr("runtime.serving.engine.scheduler.LEAST_ROOM", 1)
     monkeypatch.setattr("runtime.serving.engine.pool_map.LEAST_GROWTH", 2)
     monkeypatch.setattr("runtime.serving.engine.engine.PREFILL_ONLY_TOKENS", 24)
     monkeypatch.setattr("runtime.serving.engine.engine.CHUNK_TOKENS", 16)
     windows = LayerKinds.of(model.config).windows
-    positions = tuple(100 if window is None else 90 for window in windows)
-    engine = BatchingEngine(model, EngineLimits(8, 100, 8, positions=positions))
+    positions = tuple(56 if window is None else 46 for window in windows)
+    engine = BatchingEngine(model, EngineLimits(8, 56, 8, positions=positions))
     moved: list[Move] = []
     move = engine._runner.move
     monkeypatch.setattr(engine._runner, "move", lambda moves: [moved.extend(moves), move(moves)])
     requests = [make_request(prompt, id=str(n)) for n, prompt in enumerate(prompts)]
     together = [ids for ids, _ in run_at_once(engine, *requests)]
-    again = [run(engine, request)[0][0] for request in requests[2:]]  # the last has the prefix of the other
+    again = [run(engine, request)[0][0] for request in requests[3:]]  # the last has the prefix of the other
     stats = engine.stats()
     engine.close()
     assert together == expected
-    assert again == expected[2:]
+    assert again == expected[3:]
     assert moved
-    assert stats.preemptions > 0 or None not in windows
-    assert stats.cached_tokens > 0
+    assert stats.preemptions > 0
+    assert (stats.cached_tokens > 0) == (windows == (None,)), "small windows have passed the prefix"
     assert stats.kv_cache_share == 0
 
 
