@@ -14,12 +14,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runtime.attention import match_heads
-from runtime.serving.engine.batch import HostBatch, SlotChunk
-from runtime.serving.engine.model_runner import ModelRunner
 from runtime.tuning.data.batching import collate
 from runtime.tuning.loss import batch_loss
 from runtime.tuning.model import packed_attention
-from tests.families import PACKED, SERVED, VARIANTS, config_of, model_of
+from tests.families import PACKED, config_of
 from tests.host_reads import HostReads
 from tests.tuning.conftest import Worker, tiny_job, write_rows
 from tests.tuning.tiny_models import some_rows, tiny_model
@@ -83,20 +81,6 @@ def test_packed_rows_without_a_kernel_for_them_have_no_mask_with_grouped_heads(
     calls.check()
     windows_everywhere = family in ("mistral", "phi3")
     assert any(grouped for *_, grouped, _ in calls.found) == (flash and not windows_everywhere)
-
-
-@pytest.mark.parametrize("family", [name for name in SERVED if name not in VARIANTS and name != "gemma2"])
-def test_prompt_chunks_on_a_gpu_have_no_mask_with_grouped_heads(family: str) -> None:
-    runner = ModelRunner(model_of(family).to("meta"), slots=2, positions=100)
-    calls = Calls()
-    for start in (0, 4):
-        ids, chunks = [5, 6, 7, 8], (SlotChunk(0, 1, start, 4),)
-        numbers = {"ids": ids, "positions": list(range(start, start + 4)), "decode_slots": [], "copies": []}
-        rest = {"adapters": [None] * 4, "long": [False] * 4, "logit_indices": [3]}
-        with calls:
-            runner._execute(HostBatch(chunks=chunks, **numbers, **rest))
-    assert {masked for *_, masked in calls.found} == {False, True}
-    calls.check()
 
 
 def test_repeated_heads_give_what_grouped_heads_give() -> None:

@@ -257,8 +257,8 @@ class GraphCache:
         kinds, device = len(windows), self._adapters.device
         wide = (4 + kinds) * size
         buffer = torch.zeros(wide + kinds * (size + 1), dtype=torch.int64, device=device)
-        ids, positions, slots, long, *stores = buffer[:wide].split(size)
-        narrow = buffer[wide:].view(torch.int32)[: kinds * (2 * size + 1)].split(2 * size + 1)
+        ids, positions, slots, long, *stores = torch.split(buffer[:wide], size)
+        narrow = torch.split(buffer[wide:].view(torch.int32)[: kinds * (2 * size + 1)], 2 * size + 1)
         ranges = [
             KeyRanges(
                 starts=bounds[: size + 1],

@@ -69,7 +69,7 @@ class Stacks:
         """(A, r, out) of each module, scaled; views."""
         begin = len(self.out_features) * self.rank * self.in_features
         sizes = [self.rank * out for out in self.out_features]
-        parts = self.rows[:, begin:].split(sizes, dim=1)
+        parts = torch.split(self.rows[:, begin:], sizes, dim=1)
         return [
             part.view(self.slots, self.rank, out) for part, out in zip(parts, self.out_features, strict=True)
         ]
@@ -133,7 +133,7 @@ class LoraLinear(HooklessModule):
         if self._add_per_token is not None:
             self._add_per_token(flat, result, groups.scattered)
             return out
-        pieces = groups.scattered.split(max(1, GATHERED_BYTES // stacks.rows[0].nbytes))
+        pieces = torch.split(groups.scattered, max(1, GATHERED_BYTES // stacks.rows[0].nbytes))
         begin = 0
         for piece in pieces:
             here = slice(begin, begin := begin + len(piece))
@@ -191,8 +191,9 @@ class LoraLinear(HooklessModule):
     def _resized(self, rank: int, adapter_slots: int, like: Tensor | None = None) -> Stacks:
         """Return other room of this size, with the adapters that are there; of the type of `like`."""
         old = self.stacks
-        like = old.rows if old is not None else like
-        new = Stacks.zeros(like, adapter_slots, rank, (self.in_features, self.out_features))
+        source = old.rows if old is not None else like
+        assert source is not None, "no adapter says of what type they are"  # noqa: S101
+        new = Stacks.zeros(source, adapter_slots, rank, (self.in_features, self.out_features))
         if old is not None:
             new.take(old)
         return new
