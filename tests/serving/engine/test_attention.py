@@ -1,18 +1,25 @@
 """Each form of attention sees the ranges of a step and nothing else, and asks the device for no number."""
 
 import logging
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
+from runtime.memory.pool import PoolSize
 from runtime.serving.engine.attention_forms import choose
-from runtime.serving.engine.batch import Form
+from runtime.serving.engine.batch import Form, HostBatch, HostRanges
 from runtime.serving.engine.kernels import Kernels
+from runtime.serving.engine.model_runner import ModelRunner
+from tests.families import config_of
 from tests.host_reads import HostReads
 from tests.serving.engine.attention_steps import CHUNKS, DECODES, GpuKernels, Run, Step, exact
 
+V100, A10, H200 = (7, 0), (8, 6), (9, 0)
 FORMS: list[Form] = ["varlen", "efficient", "compiled", "plain"]
 HEADS = [(9, 3, 64), (4, 4, 96), (32, 8, 16), (14, 2, 64), (12, 1, 32), (4, 2, 256)]
 
@@ -85,19 +92,25 @@ def test_torchs_own_operators_take_the_arguments(form: Form, dtype: torch.dtype)
     assert (out.shape, out.dtype) == (step.query.shape, dtype)
 
 
-class Storages(torch.utils._python_dispatch.TorchDispatchMode):
-    """Within: notes the most elements of a new tensor."""
+class Operations(TorchDispatchMode):
+    """Within: operations that write memory are counted by name; each is one kernel on a GPU, mostly."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.found: Counter[str] = Counter()
         self.most = 0
+        """Numbers of the largest new tensor."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        first = out[0] if isinstance(out, tuple) else out
         given = {each.untyped_storage()._cdata for each in args if isinstance(each, torch.Tensor)}
-        for each in out if isinstance(out, tuple) else (out,):
-            if isinstance(each, torch.Tensor) and each.untyped_storage()._cdata not in given:
-                self.most = max(self.most, each.untyped_storage().nbytes() // each.itemsize)
+        if not isinstance(first, torch.Tensor) or name in ("empty", "empty_like", "detach_"):
+            return out
+        if new := first.untyped_storage()._cdata not in given:
+            self.most = max(self.most, first.untyped_storage().nbytes() // first.itemsize)
+        self.found[name] += new or name.endswith("_")
         return out
 
 
@@ -105,17 +118,56 @@ class Storages(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("heads", HEADS)
 def test_no_key_is_copied(form: Form, heads: tuple[int, int, int]) -> None:
     step = Step(form, heads=heads, device=torch.device("meta"), dtype=torch.float16, window=16)
-    with Storages() as made:
+    with Operations() as made:
         step.attend()
     assert made.most <= step.query.numel()
+
+
+def launched(capability: tuple[int, int], counts: list[int]) -> tuple[Operations, HostReads]:
+    """Return what a layer of a Llama launches in a step of sequences with so many tokens each."""
+    totals = []
+    for layers in (1, 2):
+        config = config_of("llama", num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=2)
+        dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16
+        model = AutoModelForCausalLM.from_config(config).to("meta", dtype)
+        runner = ModelRunner(model, PoolSize(4, 100, (400,)), capability=capability)
+        tokens, ranges = (
+            sum(counts),
+            HostRanges([100 * each for each in range(len(counts))], [20] * len(counts)),
+        )
+        host = HostBatch(
+            ids=[5] * tokens, positions=[3] * tokens, decode_tokens=counts.count(1), counts=counts,
+            ranges=(ranges,), logit_indices=[0], adapters=[None] * tokens, long=[False] * tokens,
+        )  # fmt: skip
+        with HostReads() as reads, Operations() as launches:
+            runner._execute(host)
+        totals.append((launches, reads))
+    (one, _), (two, reads) = totals
+    two.found.subtract(one.found)
+    return two, reads
+
+
+@pytest.mark.parametrize(
+    ("capability", "counts", "most"),
+    [
+        (H200, [1, 1, 1], 16),
+        (H200, [8], 16),
+        (H200, [1, 1, 8, 5], 18),
+        (V100, [1, 1, 1], 18),
+        (V100, [8], 18),
+        (V100, [1, 1, 8, 5], 22),
+    ],
+)
+def test_launches_of_a_layer(capability: tuple[int, int], counts: list[int], most: int) -> None:
+    """RESULTS.md has them; of 2 groups of 4 heads the efficient kernel takes one a call."""
+    launches, reads = launched(capability, counts)
+    assert reads.found == []
+    assert launches.found.total() == most, +launches.found
 
 
 def config(**numbers: Any) -> Any:
     text = SimpleNamespace(**numbers)
     return SimpleNamespace(get_text_config=lambda: text)
-
-
-V100, A10, H200 = (7, 0), (8, 6), (9, 0)
 
 
 @pytest.mark.parametrize(
