@@ -1,7 +1,8 @@
 """Step 6: the decode attention of one layer over ragged lengths: bytes of keys and values a second.
 
 A step's attention has to read each sequence's keys and values once; the bandwidth of a copy is what that can
-reach. Beside the engine's own there is FlashAttention over extents of one arena. Start at `run`.
+reach. "ours" is the form that the engine takes here; the others are beside it where the device has them. Each
+is compared with float32, one sequence after another. Start at `run`.
 """
 
 from collections.abc import Callable
@@ -10,12 +11,16 @@ from functools import partial
 
 import numpy as np
 import torch
-from runtime.serving.engine.kv_cache import SlotCache
 from torch import Tensor
+from transformers import LlamaConfig
 
-from runtime.serving.engine.attention import AttentionLayer, attend
-from runtime.serving.engine.batch import Batch, HostBatch, StepContext, assemble
+from runtime.serving.engine.attention import attend, layer_of
+from runtime.serving.engine.attention_forms import AttentionLayer, choose
+from runtime.serving.engine.batch import Batch, Form, HostBatch, HostRanges, StepContext, assemble
+from runtime.serving.engine.kernels import Kernels
+from runtime.serving.engine.kv_pool import KvPool, LayerKind, LayerKinds
 from tests.bench.gpu.step import Context, Figures, NotHereError
+from tests.serving.engine.attention_steps import Step, exact
 
 ROWS = {"phi-3-mini": (32, 128), "tiny": (4,)}
 HEADS = {"phi-3-mini": ((32, 32, 96), (32, 8, 128)), "tiny": ((4, 2, 32),)}
@@ -25,42 +30,98 @@ LENGTHS = {"phi-3-mini": (500, 2048), "tiny": (30, 96)}
 MOST_ERROR = 0.02
 
 
+SPARE = 1.3
+"""Capacity of a sequence's extent over what it holds."""
+WAYS: tuple[Form, ...] = ("varlen", "efficient", "compiled", "plain")
+
+
 @dataclass(frozen=True, slots=True)
 class Ragged:
-    """A layer's cache, and one new token of each sequence."""
+    """A layer's arena, and one new token of each sequence."""
 
+    starts: list[int]
     lengths: list[int]
-    cache: SlotCache
-    layer: AttentionLayer
+    pool: KvPool
     batch: Batch
     query: Tensor
     """(N, H, D)"""
 
+    def layer(self, form: Form) -> AttentionLayer:
+        """Return the layer as `form` has it."""
+        self.pool.step.form = form
+        return layer_of(self.pool, 0, scaling=self.query.shape[2] ** -0.5)
+
     @property
     def read_bytes(self) -> int:
         """Bytes of the keys and values that are seen."""
-        keys = self.layer.keys
-        return 2 * sum(self.lengths) * keys.shape[1] * keys.shape[3] * keys.dtype.itemsize
+        keys = self.pool.keys[0]
+        return 2 * sum(self.lengths) * keys.shape[1] * keys.shape[2] * keys.dtype.itemsize
 
 
 def run(context: Context) -> None:
     """Measure every shape and number of rows."""
+    for form in WAYS:
+        for window in (None, 16):
+            context.case(f"{form} of chunks, window {window}", partial(_chunks, context, form, window))
     copy = context.copy_gb_per_s()
     for queries, grouped, dim in HEADS[context.shape]:
         for rows in ROWS[context.shape]:
             made = _ragged(context, rows, (queries, grouped, dim))
-            name = f"{rows} rows, {queries}/{grouped} x {dim}"
+            ours, name = _chosen(made), f"{rows} rows, {queries}/{grouped} x {dim}"
             expected = _reference(made)
-            ours = partial(attend, made.query, made.layer, made.batch)
-            for way, work in (("ours", ours), ("varlen", _varlen(made))):
-                context.case(f"{way}, {name}", partial(_measured, context, made, work, expected, copy=copy))
-            del made, expected, ours, work
+            for way in (ours, *(each for each in WAYS if each != ours)):
+                label = f"ours ({way})" if way == ours else way
+                work = partial(_attend, context, made, way)
+                context.case(f"{label}, {name}", partial(_measured, context, made, work, expected, copy=copy))
+            del made, expected
             context.release()
 
 
+def _chunks(context: Context, form: Form, window: int | None) -> Figures:
+    """Compare a form on decoding sequences and chunks, with sinks where it has them, with float64."""
+    _check_here(context, form)
+    device = torch.device(context.device)
+    native = Kernels.find() if form == "compiled" else None
+    sinks = torch.linspace(-3, 9, 8, device=device) if form in ("varlen", "plain") else None
+    step = Step(form, heads=(8, 2, 64), window=window, native=native, dtype=context.dtype, device=device,
+                sinks=sinks)  # fmt: skip
+    expected = exact(step)
+    error = float((step.attend().cpu().double() - expected).norm() / expected.norm())
+    return {"output_error": error} | ({} if error <= MOST_ERROR else {"fault": f"{error:.2g} off"})
+
+
+def _chosen(made: Ragged) -> Form:
+    keys = made.pool.keys[0]
+    capability = torch.cuda.get_device_capability() if keys.is_cuda else None
+    kernels = made.pool.step.kernels
+    return choose(LlamaConfig(), keys.dtype, dims=(keys.shape[2],), capability=capability, kernels=kernels)
+
+
+def _attend(context: Context, made: Ragged, form: Form) -> Callable[[], Tensor]:
+    """Return what attends by `form`."""
+    _check_here(context, form)
+    return partial(attend, made.query, made.layer(form), made.batch)
+
+
+def _check_here(context: Context, form: Form) -> None:
+    on_gpu = context.device == "cuda"
+    if form == "compiled" and (on_gpu or context.dtype != torch.float32 or Kernels.find() is None):
+        raise NotHereError("our kernels are for float32 on a CPU")
+    if form in ("varlen", "efficient") and not on_gpu:
+        raise NotHereError("a kernel of NVIDIA's GPUs")
+    if form == "varlen" and torch.cuda.get_device_capability() < (8, 0):
+        raise NotHereError("FlashAttention 2 needs a GPU of capability 8.0")
+
+
 def _measured(
-    context: Context, made: Ragged, work: Callable[[], Tensor], expected: Tensor, *, copy: float
+    context: Context,
+    made: Ragged,
+    way: Callable[[], Callable[[], Tensor]],
+    expected: Tensor,
+    *,
+    copy: float,
 ) -> Figures:
+    work = way()
     with torch.inference_mode():
         error = float((work().float() - expected).norm() / expected.norm())
         taken = context.milliseconds(lambda: [work() for _ in range(REPEATS)], warm=2) / REPEATS
@@ -89,65 +150,41 @@ def _ragged(context: Context, rows: int, heads: tuple[int, int, int]) -> Ragged:
     draw = np.random.default_rng(rows)
     drawn = np.exp(np.log(median) + 0.6 * draw.standard_normal(rows))
     lengths = [int(length) for length in np.clip(drawn, 8, longest - 1)]
+    capacities = [int(length * SPARE) for length in lengths]
+    starts, end = [0] * rows, 0
+    for row in draw.permutation(rows):  # as sequences come and go
+        starts[row], end = end, end + capacities[row]
     torch.manual_seed(rows)
-    shape = (rows, grouped, longest, dim)
     device = torch.device(context.device)
-    cache = SlotCache(1, StepContext(), shape=shape, dtype=context.dtype, device=device)
-    for states in (cache.keys[0], cache.values[0]):
-        states.copy_(torch.randn(shape, device=device))
+    on_cpu = device.type == "cpu" and context.dtype == torch.float32
+    step = StepContext(Kernels.find() if on_cpu else None)
+    kinds = LayerKinds((LayerKind(None, grouped, dim),), (0,))
+    pool = KvPool(step, kinds, positions=[end], dtype=context.dtype, device=device)
+    for states in (pool.keys[0], pool.values[0]):
+        states.copy_(torch.randn(states.shape, device=device))
     query = torch.randn(rows, queries, dim, device=device).to(context.dtype)
     host = HostBatch(
         ids=[5] * rows,
         positions=[length - 1 for length in lengths],
-        decode_slots=list(range(rows)),
-        chunks=(),
+        decode_tokens=rows,
+        counts=[1] * rows,
+        ranges=(HostRanges(starts, lengths),),
         logit_indices=list(range(rows)),
         adapters=[None] * rows,
         long=[False] * rows,
-        copies=[],
     )
-    batch = assemble(host, None, device=device)
-    return Ragged(lengths, cache, AttentionLayer.of(cache, 0, scaling=dim**-0.5), batch, query)
+    return Ragged(starts, lengths, pool, assemble(host, None, device=device), query)
 
 
 def _reference(made: Ragged) -> Tensor:
     """Return the attention (N, H, D) in float32, one sequence after another."""
-    group = made.query.shape[1] // made.layer.keys.shape[1]
+    group = made.query.shape[1] // made.pool.keys[0].shape[1]
     out = []
-    for row, length in enumerate(made.lengths):
+    for row, (start, length) in enumerate(zip(made.starts, made.lengths, strict=True)):
         keys, values = (
-            states[row, :, :length].float().repeat_interleave(group, dim=0)
-            for states in (made.layer.keys, made.layer.values)
-        )  # (H, L, D)
-        scores = torch.einsum("hd,hld->hl", made.query[row].float(), keys) * made.layer.scaling
-        out.append(torch.einsum("hl,hld->hd", scores.softmax(-1), values))
+            states[0][start : start + length].float().repeat_interleave(group, dim=1)
+            for states in (made.pool.keys, made.pool.values)
+        )  # (L, H, D)
+        scores = torch.einsum("hd,lhd->hl", made.query[row].float(), keys) * made.query.shape[2] ** -0.5
+        out.append(torch.einsum("hl,lhd->hd", scores.softmax(-1), values))
     return torch.stack(out)
-
-
-def _varlen(made: Ragged) -> Callable[[], Tensor]:
-    """Return FlashAttention over an arena (positions, K, D), of which each sequence has an extent."""
-    query = made.query
-    if not query.is_cuda or torch.cuda.get_device_capability() < (8, 0):
-        return _no_flash
-    rows, _, most, _ = made.layer.keys.shape
-    keys, values = (
-        states.transpose(1, 2).flatten(0, 1).contiguous() for states in (made.layer.keys, made.layer.values)
-    )  # (S * L, K, D)
-    starts_q = torch.arange(rows + 1, dtype=torch.int32, device=query.device)
-    starts_k = starts_q * most
-    lengths = torch.tensor(made.lengths, dtype=torch.int32, device=query.device)
-    longest = max(made.lengths)
-
-    def work() -> Tensor:
-        # by its operator: varlen_attn of torch 2.11 has no `seqused_k`
-        out: Tensor = torch.ops.aten._flash_attention_forward(
-            query, keys, values, starts_q, starts_k, 1, longest, 0.0, False, False,
-            scale=made.layer.scaling, window_size_left=-1, window_size_right=-1, seqused_k=lengths,
-        )[0]  # fmt: skip
-        return out
-
-    return work
-
-
-def _no_flash() -> Tensor:
-    raise NotHereError("FlashAttention 2 needs a GPU of capability 8.0")
