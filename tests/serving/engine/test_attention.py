@@ -14,8 +14,9 @@ from runtime.memory.pool import PoolSize
 from runtime.serving.engine.attention_forms import choose
 from runtime.serving.engine.batch import Form, HostBatch, HostRanges
 from runtime.serving.engine.kernels import Kernels
+from runtime.serving.engine.kv_pool import LayerKinds
 from runtime.serving.engine.model_runner import ModelRunner
-from tests.families import config_of
+from tests.families import SERVED, config_of, model_of
 from tests.host_reads import HostReads
 from tests.serving.engine.attention_steps import CHUNKS, DECODES, GpuKernels, Run, Step, exact
 
@@ -123,6 +124,16 @@ def test_no_key_is_copied(form: Form, heads: tuple[int, int, int]) -> None:
     assert made.most <= step.query.numel()
 
 
+def host_step(counts: list[int], kinds: int = 1) -> HostBatch:
+    """Return a step of sequences with so many tokens each."""
+    tokens = sum(counts)
+    ranges = HostRanges([100 * each for each in range(len(counts))], [20] * len(counts))
+    return HostBatch(
+        ids=[5] * tokens, positions=[3] * tokens, decode_tokens=counts.count(1), counts=counts,
+        ranges=(ranges,) * kinds, logit_indices=[0], adapters=[None] * tokens, long=[False] * tokens,
+    )  # fmt: skip
+
+
 def launched(capability: tuple[int, int], counts: list[int]) -> tuple[Operations, HostReads]:
     """Return what a layer of a Llama launches in a step of sequences with so many tokens each."""
     totals = []
@@ -131,20 +142,25 @@ def launched(capability: tuple[int, int], counts: list[int]) -> tuple[Operations
         dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16
         model = AutoModelForCausalLM.from_config(config).to("meta", dtype)
         runner = ModelRunner(model, PoolSize(4, 100, (400,)), capability=capability)
-        tokens, ranges = (
-            sum(counts),
-            HostRanges([100 * each for each in range(len(counts))], [20] * len(counts)),
-        )
-        host = HostBatch(
-            ids=[5] * tokens, positions=[3] * tokens, decode_tokens=counts.count(1), counts=counts,
-            ranges=(ranges,), logit_indices=[0], adapters=[None] * tokens, long=[False] * tokens,
-        )  # fmt: skip
         with HostReads() as reads, Operations() as launches:
-            runner._execute(host)
+            runner._execute(host_step(counts))
         totals.append((launches, reads))
     (one, _), (two, reads) = totals
     two.found.subtract(one.found)
     return two, reads
+
+
+@pytest.mark.parametrize("capability", [V100, H200], ids=["V100", "H200"])
+@pytest.mark.parametrize("family", SERVED)
+def test_no_family_waits_for_the_device(family: str, capability: tuple[int, int]) -> None:
+    model = model_of(family).to("meta", torch.float16)
+    kinds = len(LayerKinds.of(model.config).kinds)
+    runner = ModelRunner(model, PoolSize(4, 100, (400,) * kinds), capability=capability)
+    with HostReads() as reads, Operations() as operations:
+        runner._execute(host_step([1, 1, 8, 5], kinds))
+    assert reads.found == []
+    kernel = "_flash_attention_forward" if capability == H200 else "_efficient_attention_forward"
+    assert (kernel in operations.found) == (family != "gemma2")
 
 
 @pytest.mark.parametrize(
