@@ -115,6 +115,7 @@ CROSS_CUTTING = {
     "tests/contract": None,
     "tests/oci": {"test_engines", "test_eviction", "test_faults"},
     "tests/pod": {"test_scripts"},
+    "tests/serving/engine": {"test_pool_traffic"},
     "tests/tuning": {"test_main"},
     "tests/tuning/data": {"test_data_page"},
     "tests/workspace": {"test_settings_page"},

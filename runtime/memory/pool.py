@@ -19,7 +19,7 @@ STEP_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ArenaKind:
     """Layers that keep the same positions."""
 
     token_bytes: int
@@ -60,7 +60,7 @@ def window_span(window: int, most_run: int = STEP_TOKENS) -> int:
 
 
 def pool_that_fits(
-    kinds: Sequence[Kind], *, rows: int, context_tokens: int, free_bytes: int, sequence_bytes: int = 0
+    kinds: Sequence[ArenaKind], *, rows: int, context_tokens: int, free_bytes: int, sequence_bytes: int = 0
 ) -> PoolSize:
     """Return the pool for up to `rows` sequences of up to `context_tokens` in CACHE_SHARE of `free_bytes`.
 
@@ -88,7 +88,7 @@ def pool_that_fits(
     return PoolSize(rows, longest, tuple(positions))
 
 
-def _longest(kinds: Sequence[Kind], limit: int, budget: int) -> int:
+def _longest(kinds: Sequence[ArenaKind], limit: int, budget: int) -> int:
     """Return the longest sequence, up to `limit`, whose positions take at most `budget` bytes."""
     low, high = 0, limit
     while low < high:
@@ -98,7 +98,7 @@ def _longest(kinds: Sequence[Kind], limit: int, budget: int) -> int:
     return low
 
 
-def _level(kinds: Sequence[Kind], most: Sequence[int], budget: int) -> list[int]:
+def _level(kinds: Sequence[ArenaKind], most: Sequence[int], budget: int) -> list[int]:
     """Return equally many positions for all kinds, up to `most` of each, that take at most `budget` bytes."""
     positions = [0] * len(kinds)
     open_kinds = sorted(range(len(kinds)), key=lambda index: most[index])

@@ -10,7 +10,7 @@ from typing import Literal
 from runtime import gpus, support
 from runtime.errors import CapacityError
 from runtime.hardware import Hardware, has_bfloat16
-from runtime.memory.pool import CACHE_SHARE, Kind, PoolSize, pool_that_fits, window_span
+from runtime.memory.pool import CACHE_SHARE, ArenaKind, PoolSize, pool_that_fits, window_span
 from runtime.memory.shape import BYTES, Shape
 from runtime.memory.tuning import CONSTANTS_4BIT, CONTEXT_BYTES, Basis, MemoryItem
 
@@ -133,20 +133,20 @@ def batched(shape: Shape, server: ServingRun) -> bool:
     return server.engine == "vllm" or shape.family.engine is not None
 
 
-def _kinds(shape: Shape, server: ServingRun) -> tuple[tuple[Kind, ...], int]:
+def _kinds(shape: Shape, server: ServingRun) -> tuple[tuple[ArenaKind, ...], int]:
     """Return the kinds of layers, and the bytes of the states that a sequence has beside keys and values."""
     size, width = shape.cache, BYTES[server.dtype]
-    kinds = [Kind(size.token * width)] if size.token else []
+    kinds = [ArenaKind(size.token * width)] if size.token else []
     if size.window_token and size.window < shape.context_tokens:
         own = batched(shape, server) and server.engine == "own"
         span = window_span(size.window) if own else size.window
-        kinds.append(Kind(size.window_token * width, size.window, span))
+        kinds.append(ArenaKind(size.window_token * width, size.window, span))
     elif size.window_token:
-        kinds = [Kind((size.token + size.window_token) * width)]
+        kinds = [ArenaKind((size.token + size.window_token) * width)]
     return tuple(kinds), size.sequence * width
 
 
-def _kept(kinds: tuple[Kind, ...], pool: PoolSize, sequence_bytes: int) -> MemoryItem:
+def _kept(kinds: tuple[ArenaKind, ...], pool: PoolSize, sequence_bytes: int) -> MemoryItem:
     """Keys and values, and the states of layers that have those: tokens x numbers of each x b."""
     parts = [
         f"{count} tokens x {kind.token_bytes} bytes"

@@ -3,12 +3,12 @@
 import pytest
 
 from runtime.errors import CapacityError
-from runtime.memory.pool import CACHE_SHARE, Kind, PoolSize, pool_that_fits, window_span
+from runtime.memory.pool import CACHE_SHARE, ArenaKind, PoolSize, pool_that_fits, window_span
 
-FULL, WINDOW = Kind(1000), Kind(500, 64, 128)
+FULL, WINDOW = ArenaKind(1000), ArenaKind(500, 64, 128)
 
 
-def fitted(kinds: tuple[Kind, ...], room: int, *, rows: int = 4, context: int = 1000) -> PoolSize:
+def fitted(kinds: tuple[ArenaKind, ...], room: int, *, rows: int = 4, context: int = 1000) -> PoolSize:
     """Return the pool in `room` bytes for keys and values."""
     free = int(room / CACHE_SHARE) + 2
     return pool_that_fits(kinds, rows=rows, context_tokens=context, free_bytes=free)
@@ -45,7 +45,7 @@ def test_states_of_sequences_are_taken_off_first() -> None:
 
 def test_no_room_for_a_short_sequence_is_a_capacity_error() -> None:
     with pytest.raises(CapacityError, match="one sequence of 16 tokens needs 16 MiB"):
-        pool_that_fits((Kind(1 << 20),), rows=1, context_tokens=4096, free_bytes=10 << 20)
+        pool_that_fits((ArenaKind(1 << 20),), rows=1, context_tokens=4096, free_bytes=10 << 20)
 
 
 def test_a_window_leaves_room_for_a_step_and_for_seldom_moves() -> None:

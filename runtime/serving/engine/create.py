@@ -8,7 +8,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from runtime import hardware, models
-from runtime.memory.pool import Kind, PoolSize, pool_that_fits, window_span
+from runtime.memory.pool import ArenaKind, PoolSize, pool_that_fits, window_span
 from runtime.memory.serving import HOST_SHARE
 from runtime.serving import fit
 from runtime.serving.settings import ServeConfig
@@ -94,14 +94,14 @@ def _graph_backend(config: ServeConfig, model: "PreTrainedModel") -> "GraphBacke
     return CudaGraphs() if model.device.type == "cuda" and config.cuda_graphs and not waits else None
 
 
-def pool_kinds(model: "PreTrainedModel") -> tuple[Kind, ...]:
+def pool_kinds(model: "PreTrainedModel") -> tuple[ArenaKind, ...]:
     """Return what a position takes in each kind of the model's layers."""
     from runtime.serving.engine.kv_pool import LayerKinds
 
     found = LayerKinds.of(model.config)
     width = 2 * int(model.dtype.itemsize)
     return tuple(
-        Kind(
+        ArenaKind(
             found.of_layer.count(index) * kind.heads * kind.dim * width,
             kind.window,
             None if kind.window is None else window_span(kind.window),
@@ -110,7 +110,7 @@ def pool_kinds(model: "PreTrainedModel") -> tuple[Kind, ...]:
     )
 
 
-def _say_size(size: PoolSize, kinds: tuple[Kind, ...]) -> None:
+def _say_size(size: PoolSize, kinds: tuple[ArenaKind, ...]) -> None:
     parts = [
         f"{count} tokens"
         + (
