@@ -5,6 +5,7 @@ Knows the settings, the model and the memory that is free beside it. Does not kn
 """
 
 import logging
+import sys
 from typing import TYPE_CHECKING
 
 from runtime import hardware, models
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from runtime.serving.engine.protocol import Engine
 
 log = logging.getLogger(__name__)
+
+FUSED_TOKENS = 4
+"""bitsandbytes multiplies 4-bit weights with so many tokens without dequantising them, on every GPU and in
+every shape; with more only where its table says so (docs/decisions/)."""
 
 
 def create(config: ServeConfig, model: "PreTrainedModel", *, rank: "Rank | None" = None) -> "Engine":
@@ -79,11 +84,20 @@ def _batching(
         context_tokens=size.context_tokens,
         positions=size.positions,
         max_waiting=config.limits.queue,
-        # a product of 4-bit weights with more than one token dequantises them first
-        draft_tokens=0 if config.quantization else config.speculative_tokens,
+        draft_tokens=draft_tokens(config, model.device.type),
     )
     graph_backend = _graph_backend(config, model) if rank is None else None
     return BatchingEngine(model, limits, rank=rank, graph_backend=graph_backend)
+
+
+def draft_tokens(config: ServeConfig, device: str) -> int:
+    """Return the most drafts of a step on a `device` of this type: so many that a pass costs little more."""
+    if config.quantization is None:
+        return config.speculative_tokens
+    if config.quantization.bits != 4:
+        return 0
+    # on a CPU bitsandbytes does the same for one token as for many
+    return min(config.speculative_tokens, FUSED_TOKENS - 1 if device == "cuda" else sys.maxsize)
 
 
 def _graph_backend(config: ServeConfig, model: "PreTrainedModel") -> "GraphBackend | None":

@@ -255,10 +255,10 @@ class GraphCache:
         """Return inputs of zeros for `size` tokens."""
         windows = self._pool.kinds.windows
         kinds, device = len(windows), self._adapters.device
-        wide = (4 + kinds) * size
-        buffer = torch.zeros(wide + kinds * (size + 1), dtype=torch.int64, device=device)
+        wide, narrow_count = (4 + kinds) * size, kinds * (2 * size + 1)
+        buffer = torch.zeros(wide + (narrow_count + 1) // 2, dtype=torch.int64, device=device)
         ids, positions, slots, long, *stores = torch.split(buffer[:wide], size)
-        narrow = torch.split(buffer[wide:].view(torch.int32)[: kinds * (2 * size + 1)], 2 * size + 1)
+        narrow = torch.split(buffer[wide:].view(torch.int32)[:narrow_count], 2 * size + 1)
         ranges = [
             KeyRanges(
                 starts=bounds[: size + 1],

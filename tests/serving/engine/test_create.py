@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from runtime import families
 from runtime.memory import pool
-from runtime.model_source import ModelSource
+from runtime.model_source import ModelSource, Quantization
 from runtime.serving.engine.backends.simple import SimpleEngine
-from runtime.serving.engine.create import create, within_share
+from runtime.serving.engine.create import create, draft_tokens, within_share
 from runtime.serving.engine.engine import BatchingEngine
 from runtime.serving.engine.patch import refusal
 from runtime.serving.settings import Limits, ServeConfig
@@ -126,3 +126,16 @@ def test_a_share_of_the_devices_memory_leaves_the_rest_free() -> None:
     assert within_share(70, 80, share=1) == 70
     assert within_share(70, 80, share=0.9) == 62
     assert within_share(5, 80, share=0.9) == 0
+
+
+@pytest.mark.parametrize(
+    ("bits", "device", "tokens"),
+    [(None, "cuda", 16), (4, "cuda", 3), (8, "cuda", 0), (None, "cpu", 16), (4, "cpu", 16), (8, "cpu", 0)],
+)
+def test_drafts_are_as_many_as_quantised_weights_take_at_little_cost(
+    bits: int | None, device: str, tokens: int
+) -> None:
+    quantization = Quantization(bits=bits) if bits else None
+    settings = config().model_copy(update={"quantization": quantization})
+    assert draft_tokens(settings, device) == tokens
+    assert draft_tokens(settings.model_copy(update={"speculative_tokens": 0}), device) == 0

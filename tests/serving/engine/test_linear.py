@@ -1,11 +1,19 @@
 """Weight layouts: whatever the layout, the product is that of nn.Linear."""
 
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.serving.engine import linear
+from runtime.serving.engine.batch import StepContext
+from runtime.serving.engine.create import FUSED_TOKENS
 from runtime.serving.engine.kernels import MAX_TOKENS, Kernels
+from runtime.serving.engine.layers import LayerFactory
 from runtime.serving.engine.linear import (
     LinearBySize,
     LinearLayouts,
@@ -126,3 +134,38 @@ def test_merged_layers_give_their_outputs_side_by_side() -> None:
     expected = torch.cat([layer(x) for layer in layers], dim=-1)
     torch.testing.assert_close(merge(layers)(x), expected)
     assert all(layer.weight.numel() == 0 for layer in layers), "one copy of the weights"
+
+
+class QuantisedProducts(TorchDispatchMode):
+    """Notes bitsandbytes' operations, and how many tokens each has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "bitsandbytes":
+            x: Tensor = args[0]
+            assert x.is_contiguous()
+            self.found.append((func.overloadpacket.__name__, x.numel() // x.shape[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 32])
+@pytest.mark.parametrize("nested", [False, True])
+def test_4_bit_weights_are_multiplied_in_one_call_that_may_be_fused(tokens: int, nested: bool) -> None:
+    """On a GPU that operation chooses between its fused kernel and dequantising, by its number of tokens."""
+    layer = bitsandbytes.nn.Linear4bit(
+        64, 48, bias=False, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=nested
+    )
+    layer = layer.to("cpu").eval()
+    served = LayerFactory(StepContext(), LinearLayouts(twice=False)).linear("x", layer)
+    with torch.inference_mode(), QuantisedProducts() as products:
+        served(torch.randn(1, tokens, 64))
+    name = "gemv_4bit" if layer.support_avx512bf16_for_cpu else "gemm_4bit"
+    assert products.found == [(name, tokens)]
+
+
+def test_so_many_tokens_are_always_fused_by_the_installed_bitsandbytes() -> None:
+    rules = Path(bitsandbytes.__file__).parent / "backends" / "cuda" / "ops.py"
+    assert f"_GEMM_4BIT_CUSTOM_FLOOR_M = {FUSED_TOKENS}\n" in rules.read_text()
