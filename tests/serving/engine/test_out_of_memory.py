@@ -30,7 +30,8 @@ from tests.serving.engine.models import some_prompts
 
 SCORES = 4 * 4
 """Bytes of the attention scores of one token and position in the model below: 4 heads of float32."""
-GATE_UP = 2 * 96 * 4
+INNER = 384
+GATE_UP = 2 * INNER * 4
 """Bytes of a token in the middle of its MLP."""
 LIMITS = EngineLimits(max_sequences=12, context_tokens=512, max_waiting=32)
 
@@ -38,7 +39,7 @@ LIMITS = EngineLimits(max_sequences=12, context_tokens=512, max_waiting=32)
 @pytest.fixture(scope="module")
 def model() -> Any:
     """Gemma 2: its soft cap is no part of any attention kernel, so scores are (heads, chunk, positions)."""
-    return model_of("gemma2")
+    return model_of("gemma2", intermediate_size=INNER)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ def test_a_drafted_step_that_does_not_fit_runs_without_its_draft(model: Any, ora
     oracle.known = [(*prompt, *expected)]
     limits = EngineLimits(max_sequences=2, context_tokens=128, max_waiting=4, draft_tokens=15)
     engine = BatchingEngine(copy.deepcopy(model), limits)
-    with capped(engine, 10 * GATE_UP, "step") as allocator:
+    with capped(engine, 7 * GATE_UP, "step") as allocator:
         assert run(engine, make_request(prompt, max_new_tokens=24)) == [(expected, "length")]
     assert allocator.refused == 1
     engine.close()
