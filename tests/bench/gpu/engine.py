@@ -27,7 +27,7 @@ LENGTHS = {"phi-3-mini": range(37, 37 + 50 * 29, 29), "tiny": range(5, 105, 2)}
 """50 lengths that no other prompt of a run has in this order."""
 DRAWN = {"temperature": 0.7, "top_p": 0.95}
 ADAPTERS = (4, 26)
-"""Below and above the number up to which steps are captured."""
+"""A few and many: both are captured, and a step costs by those that it uses."""
 RANK = 16
 
 
