@@ -111,6 +111,8 @@ class Graph:
 
     inputs: GraphInputs
     replay: Callable[[], object]
+    logits: Tensor
+    """(T, V): where a replay leaves its result, to be read before the next of any graph."""
 
 
 _STEPS = ((8, 0), (64, 8), (128, 16), (256, 64), (MOST_TOKENS, 128))
@@ -150,7 +152,7 @@ class GraphCache:
         self._layout = adapters.layout
         """Of the weights that `_adapted` reads."""
         self._logits: Tensor | None = None
-        """(tokens, V): where replays leave their result, to be read before the next."""
+        """(tokens, V): what graphs of up to so many tokens share for their results."""
 
     def capture(self) -> None:
         """Capture what decodes without adapters; with them `follow_adapters` does."""
@@ -182,8 +184,7 @@ class GraphCache:
             del graphs[size]
             log.warning("No memory to replay the CUDA graph of %d sequences: others take its steps", size)
             return None
-        assert self._logits is not None, "captured without logits"  # noqa: S101
-        return self._logits[:tokens]
+        return graph.logits[:tokens]
 
     def _capture_set(self, *, adapted: bool) -> dict[int, Graph]:
         """Return the graphs of all sizes, the largest first; fewer where memory or time runs out."""
@@ -244,7 +245,7 @@ class GraphCache:
         error = float((result - expected).abs().max() / expected.abs().max())
         if not error <= TOLERANCE:
             raise RuntimeError(f"a replay differs by {error:.2g} of the largest logit")
-        return Graph(inputs, replay)
+        return Graph(inputs, replay, result)
 
     def _step(self, inputs: GraphInputs) -> Tensor:
         """Run the tokens of `inputs`; nothing in here may need a number on the host."""
