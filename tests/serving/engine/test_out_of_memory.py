@@ -230,7 +230,8 @@ def test_an_adapter_that_does_not_fit_is_in_no_layer_and_the_others_answer_on(
         engine.add_adapter(name, adapter_dirs["my.first-one"])
     requests = [make_request(adapter=name, id=str(name)) for name in ("a", "b", None)]
     expected = run(engine, *requests)
-    largest = max(layer.down.numel() for layer in engine._runner.adapters._layers if layer.down is not None)
+    stacks = [layer.stacks for layer in engine._runner.adapters._layers if layer.stacks is not None]
+    largest = max(each.rows.numel() for each in stacks)
     for most_bytes in (64, largest * 4):  # at its first tensor, at the first layer that would have to grow
         with capped(engine, most_bytes, "_add") as allocator:
             with pytest.raises(CapacityError, match="adapter c: no memory is left for it; unload another"):
