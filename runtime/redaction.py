@@ -33,7 +33,8 @@ _SECRET_NAME = re.compile(
 _SHORT_NAME = re.compile(r"(?:token|secret|pwd)$", re.IGNORECASE)
 """Names of much else too: of a secret as they stand in JSON and queries, with something long behind them."""
 _TOKEN = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*|gh[opsru]_[A-Za-z0-9]{20,}"
+    r"\b(?:hf_(?=[a-z]*[A-Z0-9]|[a-z]{12})[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]*"
+    r"|gh[opsru]_[A-Za-z0-9]{20,}"
     r"|github_pat_\w{12,}|glpat-[\w-]{16,}|AKIA[A-Z0-9]{16}\b|xox[abeoprs]-[\w-]{8,}|dckr_(?:pat|oat)_[\w-]{8,}"
     r"|AIza[\w-]{30,}|ya29\.[\w-]{16,}|npm_[A-Za-z0-9]{20,}|nvapi-[\w-]{16,}"
     r"|SharedAccess(?:Key|Signature)=[^;\s]+)"

@@ -155,9 +155,9 @@ def write_rows(folder: Path, rows: Iterable[EncodedRow]) -> None:
 def write_facts(folder: Path, facts: EncodingFacts) -> None:
     """Write what belongs to the rows, which are complete in `folder`."""
     stored = _Stored.of(facts, sha256(folder / ROWS))
-    text = json.dumps(stored.model_dump(), default=_as_json, ensure_ascii=True)
-    with os.fdopen(_new(folder / FACTS), "w", encoding="ascii") as stream:
-        stream.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n")
+    text = _utf8(json.dumps(stored.model_dump(), default=_as_json, ensure_ascii=False))
+    with os.fdopen(_new(folder / FACTS), "wb") as stream:
+        stream.write(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
 
 
 def read_facts(folder: Path) -> EncodingFacts:
@@ -183,9 +183,8 @@ def read(folder: Path, *, verified: bool = False) -> EncodedData:
 
 def _stored(folder: Path) -> _Stored:
     try:
-        digest, _, text = (folder / FACTS).read_text(encoding="ascii").partition("\n")
-        text = text.removesuffix("\n")
-        if hashlib.sha256(text.encode()).hexdigest() != digest:
+        digest, _, text = (folder / FACTS).read_bytes().partition(b"\n")
+        if hashlib.sha256(text).hexdigest().encode() != digest:
             raise ValueError(f"{FACTS} is not what was written")
         return _Stored.model_validate_json(text)
     except (OSError, ValueError) as error:
@@ -194,6 +193,11 @@ def _stored(folder: Path) -> _Stored:
 
 def _new(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+
+def _utf8(text: str) -> bytes:
+    """Return `text` to be stored: names of files and of columns may hold what is no character."""
+    return text.encode("utf-8", "replace")
 
 
 def _as_json(value: Any) -> Any:
@@ -234,7 +238,7 @@ def _as_arrow(rows: list[EncodedRow]) -> "pa.RecordBatch":
     ids = [np.zeros(0, dtype=np.int32), *(sequence.ids for sequence in sequences)]
     labelled = [np.zeros(0, dtype=np.uint8), *(sequence.loss_mask.view(np.uint8) for sequence in sequences)]
     columns = [
-        pa.array([row.origin for row in rows]),
+        pa.array([_utf8(row.origin).decode() for row in rows]),
         pa.array([row.held_out for row in rows]),
         pa.array([row.encoded.outcome for row in rows]),
         pa.array([row.encoded.full_tokens for row in rows]),

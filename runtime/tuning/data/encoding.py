@@ -7,7 +7,7 @@ an earlier run has made. Does not know training. Start at `DataEncoder.on_this_n
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,15 +84,24 @@ class DataEncoder:
         if facts := _of_earlier_run(path, key):
             return _repeat(facts, "as an earlier run of this job encoded them")
         with disk_errors(path.parent):
-            if cache and (found := cache.read(key)):
-                with row_cache.replacing(path) as made:
-                    row_cache.link_files(cache.folder / key, made)
-                return _repeat(found.facts, f"as an earlier job encoded them, from {cache.folder}")
+            if cache and (kept := cache.take(key, path)):
+                return _repeat(kept, f"as an earlier job encoded them, from {cache.folder}")
             with row_cache.replacing(path) as made:
-                encoded.write_facts(made, self._make(made, key))
+                facts = self._make(made, key)
+                if not self._is_still(key):
+                    log.warning("the data changed while it was encoded: its rows are not kept for later runs")
+                    facts, cache = replace(facts, key=""), None
+                encoded.write_facts(made, facts)
         if cache:
             cache.keep(key, path)
         return None
+
+    def _is_still(self, key: str) -> bool:
+        """Return whether the data that lies here is what it was."""
+        try:
+            return self.key() == key
+        except (OSError, DataError):
+            return False
 
     def _make(self, made: Path, key: str) -> EncodingFacts:
         """Read the data and write its encoded rows into the new folder `made`."""

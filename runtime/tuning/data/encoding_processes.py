@@ -48,7 +48,7 @@ def results(examples: Sequence[Example], encoder: Encoder) -> Iterator[Result]:
 
 def _can_be_sent(encoder: Encoder) -> bool:
     """Return whether another process can read an encoder: not one whose code is the model's own."""
-    return not type(encoder.tokenizer).__module__.startswith("transformers_modules")
+    return not tokenize.is_models_own(type(encoder.tokenizer))
 
 
 def _in_processes(examples: Sequence[Example], encoder: Encoder, processes: int) -> Iterator[Result]:

@@ -7,6 +7,7 @@ those used longest ago go first. Does not know rows. Start at `key_of`, then `Ro
 
 import contextlib
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -22,12 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import runtime
-from runtime.errors import DataError
-from runtime.files import disk_failure
+from runtime.errors import CapacityError, DataError
+from runtime.files import disk_failure, sha256
 from runtime.logs import counted
 from runtime.quantities import show_bytes
 from runtime.tuning.data import dataset, encoded
-from runtime.tuning.data.encoded import EncodedData
+from runtime.tuning.data.encoded import FACTS, ROWS, EncodedData, EncodingFacts
+from runtime.tuning.data.tokenize import is_models_own
 from runtime.tuning.settings import TuningJob
 
 if TYPE_CHECKING:
@@ -79,12 +81,21 @@ def _tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     options = {name: value for name, value in tokenizer.init_kwargs.items() if name not in _PATHS}
     parts = [
         type(tokenizer).__name__,
+        _own_code(type(tokenizer)),
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template,
         tokenizer.special_tokens_map,
         options,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _own_code(kind: type) -> dict[str, str]:
+    """Return the digests of the files beside a class that the model brings; {} for one of a library."""
+    if not is_models_own(kind):
+        return {}
+    folder = Path(inspect.getfile(kind)).parent
+    return {path.name: sha256(path) for path in sorted(folder.glob("*.py"))}
 
 
 @lru_cache(maxsize=1)
@@ -107,17 +118,39 @@ class RowCache:
     def read(self, key: str) -> EncodedData | None:
         """Return the entry of `key`; None where there is none, or a damaged one, which is removed."""
         path = self.folder / key
-        if not path.is_dir() or not self._is_private():
-            return None
         try:
+            if not path.is_dir() or not self._is_private():
+                return None
             found = encoded.read(path)
+        except OSError as error:
+            reason = disk_failure(error, self.folder) or error
+            log.info("no encoded rows of earlier jobs are read: %s", reason)
+            return None
         except DataError as error:
-            log.warning("the encoded rows of an earlier run are damaged and are made anew (%s)", error)
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():  # another job may have removed it
+                log.warning("the encoded rows of an earlier run are damaged and are made anew (%s)", error)
+                shutil.rmtree(path, ignore_errors=True)
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # the entry that was used last is the last to go
         return found
+
+    def take(self, key: str, target: Path) -> EncodingFacts | None:
+        """Make the entry of `key` the new folder `target`; None where there is none, or no more.
+
+        Another job may remove an entry at any time. OSError for a full disk.
+        """
+        path = self.folder / key
+        if (found := self.read(key)) is None:
+            return None
+        try:
+            with replacing(target) as made:
+                link_files(path, made)
+        except OSError as error:
+            if isinstance(disk_failure(error), CapacityError):
+                raise
+            return None
+        return found.facts
 
     def keep(self, key: str, made: Path) -> None:
         """Keep the rows in the folder `made` for later jobs, where there is room; nothing fails if not."""
@@ -208,9 +241,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def link_files(source: Path, target: Path) -> None:
     """Make the files of `source` those of `target` too: the same ones where one file system holds both."""
-    for file in source.iterdir():
+    for name in (ROWS, FACTS):
         try:
-            os.link(file, target / file.name)
+            os.link(source / name, target / name)
         except OSError:
-            shutil.copyfile(file, target / file.name)
-            (target / file.name).chmod(0o600)
+            shutil.copyfile(source / name, target / name)
+            (target / name).chmod(0o600)

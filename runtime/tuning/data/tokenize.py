@@ -130,6 +130,11 @@ def encoder(job: TuningJob, tokenizer: "PreTrainedTokenizerBase") -> "Encoder":
     return Encoder(tokenizer, job.encoding, max_tokens=longest_row(job), end_ids=end_ids)
 
 
+def is_models_own(kind: type) -> bool:
+    """Return whether a tokenizer's class is code that the model brings (trust_remote_code)."""
+    return kind.__module__.startswith("transformers_modules")
+
+
 def results(examples: Iterable[Example], encoder: "Encoder") -> Iterator[EncodedExample | DataError]:
     """Yield what each of `examples` becomes, or why the template refuses it or leaves labels undecided."""
     for example in examples:

@@ -15,23 +15,25 @@ from runtime.errors import ConfigError
 
 _DIGEST = re.compile(r"sha-?256[=:]([0-9a-f]*)", re.IGNORECASE)
 _HEX_DIGITS = 64
-_SIGNATURES: Mapping[str, frozenset[str]] = {
+_SIGNATURES: Mapping[frozenset[str], frozenset[str]] = {
     # Azure's shared access signatures
-    "sig": frozenset({
+    frozenset({"sig", "sv"}): frozenset({
         "sig", "sv", "ss", "srt", "sr", "sp", "st", "se", "spr", "sip", "si", "sdd", "ses", "scid", "saoid",
         "suoid", "skoid", "sktid", "skt", "ske", "sks", "skv", "rscc", "rscd", "rsce", "rscl", "rsct",
     }),
     # S3 and Google Cloud Storage of version 2, OSS, CloudFront
-    "signature": frozenset({
-        "signature", "expires", "awsaccesskeyid", "googleaccessid", "ossaccesskeyid", "security-token",
-        "key-pair-id", "policy",
+    frozenset({"signature", "awsaccesskeyid"}): frozenset({"signature", "expires", "awsaccesskeyid"}),
+    frozenset({"signature", "googleaccessid"}): frozenset({"signature", "expires", "googleaccessid"}),
+    frozenset({"signature", "ossaccesskeyid"}): frozenset({
+        "signature", "expires", "ossaccesskeyid", "security-token",
     }),
-    "x-oss-signature": frozenset({
+    frozenset({"signature", "key-pair-id"}): frozenset({"signature", "expires", "key-pair-id", "policy"}),
+    frozenset({"x-oss-signature"}): frozenset({
         "x-oss-signature", "x-oss-signature-version", "x-oss-credential", "x-oss-date", "x-oss-expires",
         "x-oss-security-token", "x-oss-additional-headers",
     }),
 }  # fmt: skip
-"""Fields of a query that a signature adds, by the one that holds it."""
+"""Fields of a query that a signature adds, by those that it always has: others have such names too."""
 _SIGNED_PREFIXES = ("x-amz-", "x-goog-")
 """What S3 and Google Cloud Storage of version 4 add."""
 _NOT_IN_A_HOST = re.compile(r"[\s\\%<>{}|^`\x00-\x1f]")
@@ -53,10 +55,10 @@ class DataUrl:
 
 
 def unsigned(url: str) -> str:
-    """Return `url` without login and signature, which are renewed while what it leads to stays the same.
+    """Return `url` without password, token and signature, which are renewed while what it leads to stays.
 
     Those of Azure, S3, Google Cloud Storage, OSS and CloudFront. Every other part of a query stays: it may
-    say which file, or which version of it, is meant.
+    say which file, or which version of it, is meant. So does a user's name: some servers give each their own.
     """
     try:
         parts = urlsplit(url)
@@ -64,13 +66,16 @@ def unsigned(url: str) -> str:
         return url
     pairs = [pair for pair in parts.query.split("&") if pair]
     names = [unquote_plus(pair.partition("=")[0]).lower() for pair in pairs]
-    added = {name for sign, fields in _SIGNATURES.items() if sign in names for name in fields}
+    added = {name for signs, fields in _SIGNATURES.items() if signs.issubset(names) for name in fields}
     kept = [
         pair
         for name, pair in zip(names, pairs, strict=True)
         if name not in added and not name.startswith(_SIGNED_PREFIXES)
     ]
-    host = parts.netloc.rpartition("@")[2]
+    login, _, host = parts.netloc.rpartition("@")
+    user, has_password, _ = login.partition(":")
+    if user and has_password:
+        host = f"{user}@{host}"
     return parts._replace(netloc=host, query="&".join(kept)).geturl()
 
 

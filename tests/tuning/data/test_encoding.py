@@ -1,7 +1,11 @@
 """Rows are encoded once on each node, and read instead while nothing about them changes."""
 
+import copy
+import importlib.util
 import json
 import logging
+import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from runtime.tuning.data.encoded import ROWS, EncodedData
 from runtime.tuning.data.encoding import QUESTIONS, DataEncoder, sample_questions
 from runtime.tuning.data.example import Example
 from runtime.tuning.data.preview import preview
+from runtime.tuning.data.row_cache import RowCache
 from runtime.tuning.identity import rows_digest
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.settings import DataSource, Encoding, TuningJob
@@ -169,6 +174,73 @@ def test_damaged_rows_are_made_anew_and_that_is_said(
     assert same(first, run(job, tokenizer, tmp_path / "another"))
     assert "damaged and are made anew (" in caplog.text
     assert same(first, run(job, tokenizer, tmp_path / "third"))
+
+
+def test_an_entry_that_another_job_removes_is_made_anew(
+    make: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, read = make(), RowCache.read
+    first = run(job, tokenizer, tmp_path / "work")
+
+    def removed(self: RowCache, key: str) -> EncodedData | None:
+        found = read(self, key)
+        (self.folder / key / ROWS).unlink()
+        return found
+
+    monkeypatch.setattr(RowCache, "read", removed)
+    assert same(first, run(job, tokenizer, tmp_path / "other"))
+
+
+def test_a_cache_that_cannot_be_looked_into_ends_no_job(make: Any, tokenizer: Any, tmp_path: Path) -> None:
+    job = make(data={"cache": tmp_path / ("n" * 300)})
+    assert run(job, tokenizer, tmp_path / "work").rows
+
+
+def test_data_that_changes_while_it_is_encoded_is_not_taken_for_what_it_was(
+    make: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, load, file = make(), dataset.load, tmp_path / "data" / "rows.jsonl"
+    content = file.read_bytes()
+
+    def appended(*args: Any) -> Any:
+        file.write_bytes(content + json.dumps(answered("later")).encode())
+        return load(*args)
+
+    monkeypatch.setattr(dataset, "load", appended)
+    changed = run(job, tokenizer, tmp_path / "work")
+    monkeypatch.undo()
+    file.write_bytes(content)
+    for work in ("work", "other"):
+        assert run(job, tokenizer, tmp_path / work).facts.summary.rows == changed.facts.summary.rows - 1
+
+
+def test_names_that_are_no_characters_are_kept_and_read(make: Any, tokenizer: Any, tmp_path: Path) -> None:
+    job, file = make(), tmp_path / "data" / "rows.jsonl"
+    rows = [
+        {"messages": [{**Q, "\ud800": 1}, answered(f"a {n}")["messages"][1]], "\udfff": 1} for n in range(20)
+    ]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    file.rename(os.fsdecode(os.fsencode(file.parent) + b"/r\xe9.jsonl"))
+    first = run(job, tokenizer, tmp_path / "work")
+    assert first.facts.summary.files[0].name == "r?.jsonl"
+    assert same(first, run(job, tokenizer, tmp_path / "other"))
+
+
+def test_other_code_of_a_models_tokenizer_is_another_tokenizer(
+    make: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, keys = tmp_path / "tokenization_own.py", set()
+    for text in ("class Own:\n    pass\n", "class Own:\n    lower = True\n"):
+        code.write_text(text)
+        own = importlib.util.spec_from_file_location("transformers_modules.own", code)
+        module = importlib.util.module_from_spec(own)
+        monkeypatch.setitem(sys.modules, own.name, module)
+        own.loader.exec_module(module)
+        kind = type("Own", (module.Own, type(tokenizer)), {"__module__": own.name})
+        mine = copy.copy(tokenizer)
+        mine.__class__ = kind
+        keys.add(DataEncoder(make(), mine).key())
+    assert len(keys) == 2
 
 
 def test_one_process_of_a_node_encodes_for_all(

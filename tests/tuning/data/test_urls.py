@@ -97,7 +97,8 @@ def test_address_is_the_same_when_its_signature_is_renewed(signature: str) -> No
         f"https://u:{key}@host.test/c/rows.parquet?versionId=7&{signature.format(key)}"
         for key in ("11", "22")
     )
-    assert unsigned(first) == unsigned(renewed) == "https://host.test/c/rows.parquet?versionId=7"
+    assert unsigned(first) == unsigned(renewed) == "https://u@host.test/c/rows.parquet?versionId=7"
+    assert unsigned("https://token@host.test/a") == "https://host.test/a"
     assert parse(first).identity == parse(renewed).identity
     assert parse(first).url == first  # what is fetched keeps it
 
@@ -108,7 +109,14 @@ def test_address_is_the_same_when_its_signature_is_renewed(signature: str) -> No
         "https://host.test/rows.csv?se=north&sp=2",  # without a signature these are the server's own
         "https://host.test/export?format=csv&expires=never&policy=old",
         "https://host.test/a%20b?x-oss-process=image&id=7",
+        "https://host.test/export?st=train&sp=2&sig=7",  # nor with a field that is called like one
+        "https://host.test/export?policy=old&expires=never&signature=7",
     ],
 )
 def test_other_queries_tell_addresses_apart(url: str) -> None:
     assert unsigned(url) == url
+
+
+def test_users_of_a_server_have_data_of_their_own() -> None:
+    mine, others = (f"https://{user}:pw@host.test/export.jsonl" for user in ("ann", "ben"))
+    assert parse(mine).identity != parse(others).identity
