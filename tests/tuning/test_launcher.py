@@ -143,19 +143,19 @@ def test_fault_5_stop_does_not_wait_for_a_stalled_server(tmp_path: Path, tiny_ll
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sign", "split"),
-    [("rows from 1 file:", "0.95"), ("evaluating: ", "0.1")],
+    ("sign", "rows", "split"),
+    [("rows from 1 file:", 20_000, "0.95"), ("evaluating: ", 12_000, "0.1")],
     ids=["encoding", "evaluation"],
 )
 def test_fault_5_stop_ends_encoding_and_evaluation_at_once(
-    tmp_path: Path, tiny_llama_dir: Path, sign: str, split: str
+    tmp_path: Path, tiny_llama_dir: Path, sign: str, rows: int, split: str
 ) -> None:
-    write_rows(tmp_path / "data/rows.parquet", 20_000)
+    write_rows(tmp_path / "data/rows.parquet", rows)
     folder = tmp_path / "out"
     held_out = ("--set", f"data.train_share={split}")
     process = tune(folder, str(tiny_llama_dir), "--data", str(tmp_path / "data"), *held_out)
     log = folder.with_suffix(".log")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while sign not in log.read_text():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline
@@ -164,7 +164,7 @@ def test_fault_5_stop_ends_encoding_and_evaluation_at_once(
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert process.wait(25) == 143, log.read_text()
-    assert time.monotonic() - began < 20  # 1; the rows take minutes
+    assert time.monotonic() - began < 20  # 1; the rows take more than half a minute
     last = json.loads(log.read_text().splitlines()[-1])
     assert last["msg"] == "stopped by SIGTERM; run the same command again to resume"
     assert {path.name for path in folder.iterdir()} == {".work"}
