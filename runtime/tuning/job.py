@@ -100,8 +100,9 @@ def _tune(requested: TuningJob, job: TuningJob, rank: RankSetup, access: oci.Acc
     ranks, progress = rank.ranks, rank.progress
     with ranks.said_once():  # the template's warnings are the same on all ranks
         progress.enter("data")
-        if ranks.is_local_main:
-            download.fetch(job.data, token=job.hub_token, access=access)
+        with ranks.together():
+            if ranks.is_local_main:
+                download.fetch(job.data, token=job.hub_token, access=access)
         with garbage_collection.paused():
             tokenizer = models.load_tokenizer(job.model)
         with closing(_reporter(ranks)) as reporter:

@@ -60,9 +60,9 @@ class DataEncoder:
         Raises DataError for data that cannot be used, CapacityError where `work` has no room.
         """
         path = work / f"{_FOLDER}-{ranks.node}"
-        if ranks.is_local_main:
-            self._provide(path)
-        ranks.barrier()
+        with ranks.together():
+            if ranks.is_local_main:
+                self._provide(path)
         self.enter("encode")
         return encoded.read(path, verified=True)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, Failure, StoppedError
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +95,32 @@ class Ranks:
 
         if self.world_size > 1:
             distributed.barrier()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Do what some ranks do for the others: all go on, or all end with the failure that one of them has.
+
+        One that is stopped ends at once; the others may be on machines that are not.
+        """
+        failure: Failure | None = None
+        try:
+            yield
+        except StoppedError:
+            raise
+        except Failure as error:
+            failure = error
+        failed = [found for found in (failure, *self._gather_everywhere(failure)) if found is not None]
+        if failed:
+            raise failed[0]
+
+    def _gather_everywhere(self, value: T) -> list[T]:
+        """Return every rank's `value` on every rank."""
+        from torch import distributed
+
+        objects = [value] * self.world_size
+        if self.world_size > 1:
+            distributed.all_gather_object(objects, value)
+        return objects
 
     def all_reduce_sum(self, values: "torch.Tensor") -> "torch.Tensor":
         """Return `values` summed over all ranks, in place."""

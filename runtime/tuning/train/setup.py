@@ -255,12 +255,12 @@ def run_training(setup: TrainingSetup, *, folder: Path, owner: JobIdentity) -> N
 def _find_checkpoint(setup: TrainingSetup, folder: Path, owner: JobIdentity) -> Path | None:
     """Return the checkpoint to resume from, once every node has it; other jobs' are moved out of the way."""
     ranks, registry = setup.rank.ranks, setup.callbacks.checkpoint.registry
-    if ranks.is_main:
-        history = setup.callbacks.reporter.history
-        checkpoints.claim(folder, owner, history=history.path if history else None)
-        if registry is not None:
-            registry.restore(folder, owner)
-    ranks.barrier()
+    with ranks.together():
+        if ranks.is_main:
+            history = setup.callbacks.reporter.history
+            checkpoints.claim(folder, owner, history=history.path if history else None)
+            if registry is not None:
+                registry.restore(folder, owner)
     if ranks.is_local_main and not ranks.is_main:  # a disk of its own; a shared one is rank 0's already
         checkpoints.claim(folder, owner)
     checkpoint = checkpoint_sync.sync_newest(folder, ranks)

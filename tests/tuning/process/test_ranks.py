@@ -1,10 +1,13 @@
 """Ranks from torchrun's variables, and collectives of a single process."""
 
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, DataError
 from runtime.tuning.process.ranks import Ranks
 
 
@@ -35,6 +38,38 @@ def test_collectives_of_a_single_process_return_its_own_values() -> None:
     assert ranks.all_reduce_max(3, "cpu") == 3
     assert ranks.all_reduce_sum(torch.tensor([1, 2])).tolist() == [1, 2]
     ranks.destroy_process_group()
+
+
+FAILING = """
+import os, sys
+from torch import distributed
+from runtime.errors import DataError, exit_code
+from runtime.tuning.process.ranks import Ranks
+
+ranks = Ranks(rank=int(sys.argv[1]), local_rank=int(sys.argv[1]), world_size=2, local_world_size=2)
+distributed.init_process_group("gloo", init_method=sys.argv[2], rank=ranks.rank, world_size=2)
+with ranks.together():
+    pass
+try:
+    with ranks.together():
+        if ranks.is_local_main:
+            raise DataError("row 7")
+except Exception as error:
+    print(error)
+    sys.stdout.flush()
+    os._exit(exit_code(error))
+"""
+
+
+def test_all_ranks_end_with_the_failure_of_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FAILING]
+    ends = [
+        subprocess.Popen([*command, str(rank), f"file://{tmp_path}/store"], stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    assert [(end.communicate(timeout=120)[0], end.returncode) for end in ends] == [("row 7\n", 3)] * 2
+    with pytest.raises(DataError, match="alone"), Ranks().together():
+        raise DataError("alone")
 
 
 @pytest.mark.parametrize(("rank", "local", "expected"), [(0, 0, 3), (1, 1, 2), (8, 0, 3), (9, 1, 2)])
