@@ -14,6 +14,9 @@ from runtime.serving.engine.extents import Arena, Extent, Move
 
 GROWTH = 2
 """A sequence that outgrows its extent gets one that is larger by a GROWTH-th."""
+CROWDED_GROWTH = 8
+"""Where others must be moved for that, by a CROWDED_GROWTH-th: to move them for each position would cost a
+copy of the pool in every step."""
 LEAST_GROWTH = 32
 """Positions that an extent grows by at least."""
 
@@ -145,14 +148,17 @@ class PoolMap(Generic[H]):
         )
 
     def copy(self, source: H, target: H, prefix: int) -> None:
-        """Have the first `prefix` positions of `source` in `target` too, in place of what that has."""
+        """Have the first `prefix` positions of `source` in `target` too, which has the same first ones."""
         for kind, window in enumerate(self.windows):
             old, new = source.extents[kind], target.extents[kind]
-            first = old.base
+            first = target.filled if window is None else old.base
             if window is not None and prefix - first > new.capacity:
                 first = max(0, prefix - window + 1)
-            new.base = first
-            self.moves.append(Move(kind, old.start + first - old.base, new.start, prefix - first))
+            if window is not None:
+                new.base = first
+            self.moves.append(
+                Move(kind, old.start + first - old.base, new.start + first - new.base, prefix - first)
+            )
 
     def _capacity(self, tokens: int, kind: int) -> int:
         """Return the capacity of an extent for a sequence of `tokens` positions."""
@@ -202,7 +208,7 @@ class PoolMap(Generic[H]):
         return self._grow(holder, kind, *sizes) and self._reserve(holder, kind, end, most)
 
     def _grow(self, holder: H, kind: int, least: int, wanted: int) -> bool:
-        """Give a sequence an extent of `wanted` positions, or else of `least`: in place, or by moving it."""
+        """Give a sequence an extent of `wanted` positions, or of `least` or more: in place, or by moves."""
         arena, old = self.arenas[kind], holder.extents[kind]
         if (room := old.capacity + arena.room_behind(old)) >= least:
             arena.resize(old, min(wanted, room))
@@ -217,10 +223,13 @@ class PoolMap(Generic[H]):
             self.moves.append(Move(kind, old.start, new.start, held))
             arena.release(old)
             return True
-        needs[kind] = least - old.capacity
-        if self._evict(needs):
+        # in place, by moving others
+        free = arena.free + self._idle[kind]
+        share = max(least - old.capacity, LEAST_GROWTH, old.capacity // CROWDED_GROWTH)
+        needs[kind] = min(share, wanted - old.capacity, free)
+        if needs[kind] >= least - old.capacity and self._evict(needs):
             self._note(kind, arena.gather_behind(old, needs[kind]))
-            arena.resize(old, least)
+            arena.resize(old, old.capacity + needs[kind])
             return True
         return False
 

@@ -291,7 +291,8 @@ class Scheduler:
             return None
         if source is not None:
             self._pool.copy(source, sequence, start)
-            sequence.filled = sequence.reused = start
+            sequence.reused += start - sequence.filled
+            sequence.filled = start
             if source not in self.sequences:
                 self._pool.touch(source)
         return PromptChunk(sequence, start, count) if self._secure(sequence, count) else None

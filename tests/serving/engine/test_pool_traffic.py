@@ -136,7 +136,7 @@ def test_every_step_finds_what_it_reads_under_random_traffic(
             traffic.step()
         while traffic.live:
             traffic.step()
-        assert traffic.ended > 10
+        assert traffic.ended > 5
         preemptions += traffic.scheduler.preemptions
         traffic.scheduler.invalidate(everything=True)
         assert [arena.used for arena in traffic.pool.arenas] == [0] * len(windows)

@@ -144,6 +144,17 @@ def test_prompts_with_a_common_prefix_cost_one_pass_over_it() -> None:
     assert [sequence.reused for sequence in sequences] == [0] + [200] * 7
 
 
+def test_what_two_prompts_compute_for_each_other_is_copied_and_counted_once() -> None:
+    """They take turns: each chunk is computed for one of them and copied for the other."""
+    scheduler = make(2)
+    pair = [admit(scheduler, prompt(400)) for _ in range(2)]
+    computed = copied = 0
+    while any(sequence.in_prompt for sequence in pair):
+        computed += sum(chunk.count for chunk in step(scheduler).chunks)
+        copied += sum(move.count for move in scheduler.take_moves())
+    assert sum(sequence.reused for sequence in pair) == 800 - computed == copied
+
+
 def test_a_conversation_in_the_cache_outlives_another_with_the_same_system_prompt() -> None:
     scheduler = make(2)
     talk = (*prompt(30), *prompt(50, 500))
@@ -230,3 +241,18 @@ def test_a_window_passes_and_what_it_has_passed_is_not_reused(windows: tuple[int
     scheduler.release(sequence)
     assert admit(scheduler, prompt(90)).filled == 89, "the last window is there"
     assert admit(scheduler, prompt(30)).filled == 0
+
+
+def test_a_full_pool_is_not_copied_for_each_token() -> None:
+    """Where no gap holds a larger extent, others are moved for one."""
+    scheduler = make(32, positions=20_000)
+    moved = tokens = number = 0
+    for _ in range(400):
+        while scheduler.admit(prompt(300, 1000 * number), adapter=None, most=1300):
+            number += 1
+        plan = step(scheduler)
+        moved += sum(move.count for move in scheduler.take_moves())
+        tokens += len(plan.decode)
+    assert scheduler.preemptions > 0
+    assert tokens > 5_000
+    assert moved < 100 * tokens
