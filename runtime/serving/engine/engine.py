@@ -321,21 +321,28 @@ class BatchingEngine:
         )
         for sequence, draft in due:
             running = self._running[sequence]
-            if len(sequence.ids) == sequence.prompt_tokens:
-                self._prompt_tokens += sequence.prompt_tokens
-                self._cached_tokens += sequence.reused
-                running.handle.note_cached(sequence.reused)
             following = list(itertools.islice(outputs, 1 + len(draft)))
             if draft:
                 self._verify(running, draft, following)
+            elif sequence.reused and not following[0].is_finite:
+                self._restart(sequence)
             else:
+                self._count_prompt(running)
                 self._advance(running, following[0])
+
+    def _count_prompt(self, running: RunningRequest) -> None:
+        """Count the prompt of a sequence that gets its first token."""
+        sequence = running.sequence
+        if len(sequence.ids) == sequence.prompt_tokens:
+            self._prompt_tokens += sequence.prompt_tokens
+            self._cached_tokens += sequence.reused
+            running.handle.note_cached(sequence.reused)
 
     def _verify(self, running: RunningRequest, draft: tuple[int, ...], outputs: list["RowOutput"]) -> None:
         """Give one sequence its next token, and one more for each draft token that was chosen before it."""
         sequence, accepted = running.sequence, 0
         self._drafted_tokens += len(draft)
-        if not all(output.choice is None or output.choice.finite for output in outputs):
+        if not all(output.is_finite for output in outputs):
             self._retry_without_draft(sequence)
             return
         self._advance(running, outputs[0])
@@ -371,6 +378,14 @@ class BatchingEngine:
         sequence.draft_until = 0
         sequence.filled -= 1
         self._runner.clear(sequence, sequence.filled)
+
+    def _restart(self, sequence: Sequence) -> None:
+        """Compute a sequence alone whose output has NaN or Inf and which has reused keys and values.
+
+        They may be another's fault: in a chunk, a token with NaN spoils those before it, masked out as it is.
+        """
+        self._runner.clear(sequence)
+        self._scheduler.restart(sequence)
 
     def _advance(self, running: RunningRequest, output: "RowOutput") -> None:
         """Give one sequence its next token, or end it; what fails here ends that one alone."""
@@ -460,3 +475,8 @@ class RowOutput:
     """None where there was no memory for it."""
     logits: Tensor | None = None
     """(V,), of a row that waits."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether its logits are, as far as is known."""
+        return self.choice is None or self.choice.finite

@@ -48,6 +48,8 @@ class Sequence:
     """How many of `ids` have their keys and values in the pool."""
     reused: int = 0
     """How many of these were in the pool before and were not computed."""
+    shares: bool = True
+    """Whether it may reuse what others computed."""
     long: bool = False
     """Whether its positions are rotated by the factors for long contexts, which give other keys."""
     in_prompt: bool = True
@@ -237,6 +239,14 @@ class Scheduler:
             if everything or ended.adapter == adapter:
                 self._pool.drop(ended)
 
+    def restart(self, sequence: Sequence) -> None:
+        """Compute all of a sequence again, by itself, and offer no other what it may have reused."""
+        for ended in self._ended():
+            if ended.beginning == sequence.beginning:
+                self._pool.drop(ended)
+        sequence.shares = False
+        self._put_off(sequence)
+
     def _place(self, sequence: Sequence) -> bool:
         """Give a sequence its extents, also those of an ended one that it continues; False without room."""
         tokens = len(sequence.ids)
@@ -262,17 +272,20 @@ class Scheduler:
         if sequence.in_prompt:
             self._prompts.remove(sequence)
 
+    def _put_off(self, sequence: Sequence) -> None:
+        """Take its room from a sequence, which is computed again once there is room."""
+        self._leave(sequence)
+        self._pool.drop(sequence)
+        sequence.filled = sequence.reused = 0
+        self.put_off.appendleft(sequence)
+
     def _secure(self, sequence: Sequence, count: int) -> bool:
         """Have room for `count` further tokens of a sequence, or put off the youngest until there is.
 
         False where that was the sequence itself.
         """
         while sequence.extents and not self._pool.reserve(sequence, count, most=sequence.most):
-            youngest = self.sequences[-1]
-            self._leave(youngest)
-            self._pool.drop(youngest)
-            youngest.filled = youngest.reused = 0
-            self.put_off.appendleft(youngest)
+            self._put_off(self.sequences[-1])
             self.preemptions += 1
         return bool(sequence.extents)
 
@@ -283,7 +296,7 @@ class Scheduler:
         source, start = self._best(sequence, (*self.sequences, *self._ended()))
         if source is None or start < sequence.filled + MIN_PREFIX_TOKENS:
             source, start = None, sequence.filled
-        if _prefix_after(others, sequence) >= start + DEFER_TOKENS:
+        if sequence.shares and _prefix_after(others, sequence) >= start + DEFER_TOKENS:
             return None
         count = min(budget, len(sequence.ids) - start)
         count = min(count, most_tokens(start + count) - sum(chunk.count for chunk in others))
@@ -308,7 +321,7 @@ class Scheduler:
     def _best(self, sequence: Sequence, among: Iterable[Sequence]) -> tuple[Sequence | None, int]:
         """Return the one that has most of the prefix of `sequence`, and how much; never all of it."""
         best, most = None, MIN_PREFIX_TOKENS - 1
-        for other in among:
+        for other in among if sequence.shares else ():
             if other is not sequence and other.beginning == sequence.beginning:
                 held = min(other.filled, len(sequence.ids) - 1)
                 if held > most and other.ids[most] == sequence.ids[most]:  # else it has no more than the best

@@ -17,8 +17,17 @@ from runtime.serving.engine.extents import Move
 from runtime.serving.engine.kernels import Kernels
 from runtime.serving.engine.kv_pool import LayerKinds
 from runtime.serving.engine.protocol import Start
+from runtime.serving.engine.scheduler import StepPlan
 from tests.families import SERVED, model_of
-from tests.serving.engine.calls import collect, generate, load, make_request, run, run_at_once
+from tests.serving.engine.calls import (
+    WRONG_TOKEN,
+    collect,
+    generate,
+    load,
+    make_request,
+    run,
+    run_at_once,
+)
 from tests.serving.engine.models import longrope_model, some_prompts
 
 
@@ -314,6 +323,37 @@ def test_a_sequence_with_nan_ends_alone_and_its_slot_is_cleared(
     assert isinstance(failed, UnavailableError)
     assert answered == good[0]
     assert run(engine, *(make_request(id=str(n)) for n in range(32))) == good * 32
+
+
+@pytest.mark.parametrize("passes", [1, 2], ids=["continued", "copied"])
+def test_a_token_that_makes_nan_costs_no_other_request_with_the_same_beginning(
+    passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It spoils the tokens before it in its chunk, which stay as prefix cache where it is cancelled."""
+    model = model_of("llama")
+    beginning, (rest,) = tuple(range(30, 50)), some_prompts(60)
+    good = (*beginning, 60, 61)
+    expected = generate(model, good)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[WRONG_TOKEN] = torch.nan
+    monkeypatch.setattr("runtime.serving.engine.engine.PREFILL_ONLY_TOKENS", 32)
+    engine = BatchingEngine(model, EngineLimits(max_sequences=4, context_tokens=200, max_waiting=8))
+    run_plan, plans = engine._runner.run, []
+
+    def cancelled(plan: StepPlan) -> torch.Tensor:
+        plans.append(plan)
+        if len(plans) == passes:
+            engine.cancel("1")
+        return run_plan(plan)
+
+    engine._runner.run = cancelled  # type: ignore[method-assign]
+    spoilt = run(engine, make_request((*beginning, WRONG_TOKEN, *rest)))
+    again = [run(engine, make_request(good, id=id_))[0][0] for id_ in "23"]
+    stats = engine.stats()
+    engine.close()
+    assert spoilt == [([], "cancelled")]
+    assert again == [expected, expected]
+    assert (stats.prompt_tokens, stats.cached_tokens) == (2 * len(good), len(good) - 1)
 
 
 def test_the_first_token_carries_the_waiting_time_and_the_cached_tokens(engine: BatchingEngine) -> None:
