@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing.connection import Connection
 
@@ -31,17 +32,22 @@ _encoders: list[Encoder] = []
 
 
 def serve(connection: Connection) -> None:
-    """Answer each list of examples with a `Part`, in order, until None comes; or with what ends the job."""
+    """Answer each list of examples with a `Part`, in order, until None comes; or with what ends the job.
+
+    Ends early where a process of its own was killed.
+    """
     encoder, processes = connection.recv()
     _encoders.append(encoder)
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, context, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(processes, context, end_with_parent, (os.getpid(),)) as pool:
         given = iter(connection.recv, None)
         running: deque[Future[Part]] = deque()
         _submit(pool, running, islice(given, _WAITING * processes))
         while running:
             try:
                 answer: Part | Failure = running.popleft().result()
+            except BrokenProcessPool:  # one was killed; who waits for answers says so
+                return
             except Failure as failure:  # without a template no row can be encoded
                 answer = failure
             connection.send(answer)

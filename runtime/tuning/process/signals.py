@@ -62,9 +62,14 @@ class StopSignal:
             )
 
 
-def end_with_parent() -> None:
-    """Have Linux send SIGTERM when the parent dies: an orphan must not train beside its successor."""
+def end_with_parent(parent: int | None = None) -> None:
+    """Have Linux send SIGTERM when the parent dies: an orphan must not train beside its successor.
+
+    Where `parent`, the id of the process that started this one, has died before that was said, end at once.
+    """
     with suppress(OSError, AttributeError):
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)

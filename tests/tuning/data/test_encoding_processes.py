@@ -1,7 +1,9 @@
 """Several processes give the results of one, in its order, with its errors and warnings."""
 
 import logging
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -93,6 +95,28 @@ def test_processes_that_are_killed_leave_the_rest_to_one(
     found, _ = encoded(iter([first, *results]))
     assert found == encoded(tokenize.results(EXAMPLES, encoder))[0]
     assert "ended early" in caplog.text
+
+
+class Deadly(Example):
+    """A row that kills the process which a pool gives it to."""
+
+    def __reduce__(self) -> Any:
+        return _deadly, (self.origin,)
+
+
+def _deadly(origin: str) -> Example:
+    if multiprocessing.parent_process() is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Deadly(EXAMPLES[0].messages, origin=origin)
+
+
+def test_a_process_that_is_killed_is_said_in_one_line(
+    encoder: Encoder, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [*EXAMPLES[:5], _deadly("a.jsonl: row 5")]
+    assert len(list(encoding_processes.results(rows, encoder))) == len(rows)
+    assert "ended early" in caplog.text
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_what_ends_the_job_ends_it_from_another_process_too(encoder: Encoder) -> None:

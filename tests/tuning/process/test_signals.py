@@ -23,6 +23,13 @@ def test_signal_within_deferred_is_only_recorded() -> None:
         assert stop.requested
 
 
+def test_a_process_whose_parent_is_gone_already_ends_too() -> None:
+    code = "from runtime.tuning.process.signals import end_with_parent as end; end({}); print('alive')"
+    for parent, status in ((os.getpid(), 0), (1, -signal.SIGTERM)):
+        ended = subprocess.run([sys.executable, "-c", code.format(parent)], capture_output=True, check=False)
+        assert ended.returncode == status
+
+
 def test_previous_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal().installed():
