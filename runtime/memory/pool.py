@@ -48,7 +48,7 @@ class PoolSize:
     @property
     def tokens(self) -> int:
         """Tokens of all sequences together that fit, as long as no window is full."""
-        return min(self.positions)
+        return min(self.positions, default=self.rows * self.context_tokens)
 
 
 def window_span(window: int, most_run: int = STEP_TOKENS) -> int:

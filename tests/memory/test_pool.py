@@ -51,3 +51,8 @@ def test_no_room_for_a_short_sequence_is_a_capacity_error() -> None:
 def test_a_window_leaves_room_for_a_step_and_for_seldom_moves() -> None:
     assert window_span(16) == 16 + 512
     assert window_span(4096) == 5120
+
+
+def test_a_model_without_keys_and_values_has_room_for_every_token() -> None:
+    size = pool_that_fits([], rows=2, context_tokens=100, free_bytes=1 << 20, sequence_bytes=1000)
+    assert (size.positions, size.tokens) == ((), 200)
