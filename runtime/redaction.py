@@ -8,7 +8,7 @@ import re
 
 _ADDRESS = re.compile(r"(?:=\"[^\s\"]*\"|='[^\s']*'|[^\s<>\"'])*")
 """What follows `://`, up to white space or the quote that ends it."""
-_USERINFO = re.compile(r"[^/?#]*@|[^/?#:]*:(?!\d+(?:[/?#]|$))[^?#]*@")
+_USERINFO = re.compile(r"[^/?#]*@(?!sha256:)|[^/?#:]*:(?!\d+(?:[/?#]|$))[^?#]*@(?!sha256:)")
 """With a slash in a password that nobody percent-encoded; after a port a slash begins the path."""
 _QUERY = re.compile(r"\?[^#]*")
 _HEADER = re.compile(
@@ -20,12 +20,12 @@ _CREDENTIALS = re.compile(
     r"\b(?P<scheme>(?i:Bearer|Basic))\s+(?!\w+=|KEY\b)(?=[a-z._~+/=-]*[A-Z0-9]|\S{20})[A-Za-z0-9._~+/=-]+"
 )
 _FIELD = re.compile(
-    r"(?<![\w-])(?P<name>[\w-]{2,60})(?P<mark>\\?[\"']?(?:\s?[:=]\s?|%3D))(?!\s|//|\\?[\"']?\[redacted)"
+    r"(?<![\w/-])(?P<name>[\w-]{2,60})(?P<mark>\\?[\"']?(?:\s?[:=]\s?|%3D))(?!\s|//|\\?[\"']?\[redacted)"
     r"(?P<value>\\?\"[^\"]*\"|'[^']*'|[^\s,;&\"'`<>}\])]+)"
 )
 _SECRET_NAME = re.compile(
     r"(?:pass(?:word|wd|phrase)|api[-_]?key|(?:secret|private|account|access)[-_]?key|client[-_]?secret"
-    r"|(?:access|refresh|id|identity|auth|bearer|session|security|hub|hf|registry|sas)[-_]?token"
+    r"|(?:access|refresh|(?<![a-z])id|identity|auth|bearer|session|security|hub|hf|registry|sas)[-_]?token"
     r"|(?:amz|goog)-credential|sig|signature)$",
     re.IGNORECASE,
 )
@@ -80,8 +80,9 @@ def _field(found: re.Match[str]) -> str:
     """Return a field with its value, or without one that is a secret."""
     name, mark, value = found["name"], found["mark"], found["value"]
     is_message = found.string.endswith("--set ", 0, found.start())  # `--set api_key: a key must not …`
+    is_prose = mark[:1] in "\"'" and value[:1] not in "\"'"  # `column 'password': cells are no text`
     is_assigned = '"' in mark or "=" in mark
     is_secret = _SECRET_NAME.search(name) or (
         is_assigned and len(value) >= 10 and _SHORT_NAME.fullmatch(name)
     )
-    return name + mark + "[redacted]" if is_secret and not is_message else found[0]
+    return name + mark + "[redacted]" if is_secret and not is_message and not is_prose else found[0]

@@ -72,6 +72,8 @@ def test_secrets_are_cut_out(text: str) -> None:
         "a Bearer challenge without a realm; bearer first",
         "pad_token: <|endoftext|>, eos_token=</s>, max_tokens=400, token: 15, secret: push-secret",
         "docker run -v $PWD:/job",
+        "/etc/passwd: leads out of the folder; column 'password': cells are no text; valid_token=300000000",
+        "oci://name@sha256:0123",
         "/data/hf_checkpoint/model.safetensors is damaged; hf_quantizer is None",
         "step 120/400, loss 1.234, lr=1e-4, signal=15, passed: 3, design=2",
     ],
