@@ -33,8 +33,8 @@ def check_files(folder: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     for name in _indexed(folder):
-        if Path(name).name != name:
-            raise ConfigError(f"model directory {folder}: {INDEX} names '{name}', which is no file beside it")
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ConfigError(f"model directory {folder}: {INDEX} names {name!r}, which is no file beside it")
         if not (folder / name).is_file():
             raise ConfigError(f"model directory {folder}: {name}, which {INDEX} names, is missing")
     for path in sorted(folder.glob(WEIGHTS)):
@@ -45,14 +45,13 @@ def check_files(folder: Path) -> None:
             raise ConfigError(f"{path} is damaged or half-written: {one_line(error, 200)}") from None
 
 
-def _indexed(folder: Path) -> Sequence[str]:
-    """Return the weight files that the index of a model directory names; () without an index."""
+def _indexed(folder: Path) -> Sequence[Any]:
+    """Return what the index of a model directory names as weight files; () without an index."""
     path = folder / INDEX
     if not path.is_file():
         return ()
     try:
-        names = json.loads(path.read_text("utf-8"))["weight_map"].values()
-        return sorted({name for name in names if isinstance(name, str)})
+        return list(dict.fromkeys(json.loads(path.read_text("utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise ConfigError(f"{path} is no index of weights: {one_line(error, 200)}") from None
 
