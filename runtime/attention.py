@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 VarlenKernel = Literal["flash", "efficient"]
 """torch's kernels for sequences end to end: FlashAttention 2 and the memory-efficient one."""
 
+FLASH_CAPABILITY = (8, 0)
+FLASH_DIM = 256
+"""The largest head dim of FlashAttention 2."""
+HEAD_BYTES = 16
+"""Both kernels load a head in pieces of this size."""
+
 
 def disable_cudnn() -> None:
     """Keep cuDNN's attention out of this process; each one that attends calls this as it begins.
@@ -43,20 +49,20 @@ def match_heads(
     return key.repeat_interleave(heads, dim=1), value.repeat_interleave(heads, dim=1)
 
 
-def varlen_kernel(query: "torch.Tensor") -> VarlenKernel | None:
-    """Return the kernel that attends in sequences of any lengths by one call; query (…, D), on their device.
+def varlen_kernel(
+    dtype: "torch.dtype", head_dim: int, *, capability: tuple[int, int] | None
+) -> VarlenKernel | None:
+    """Return the kernel that attends in sequences of any lengths by one call, on a GPU of this `capability`.
 
-    None on a CPU, and where neither takes such heads or numbers: flash attention needs compute capability
-    8.0, two bytes a number and D <= 256; the other one computes bfloat16 from 8.0 on only; both read 16 bytes
-    at a time.
+    None on a CPU (without one), and where neither takes such heads or numbers: flash attention needs
+    FLASH_CAPABILITY, two bytes a number and heads up to FLASH_DIM; the other one computes bfloat16 from there
+    on only; both read HEAD_BYTES at a time.
     """
     import torch
 
-    if query.device.type == "cpu":
+    if capability is None or head_dim * dtype.itemsize % HEAD_BYTES:
         return None
-    recent, head_dim = torch.cuda.get_device_capability(query.device) >= (8, 0), query.shape[-1]
-    if head_dim * query.element_size() % 16:
-        return None
-    if recent and query.element_size() == 2 and head_dim <= 256:
+    recent = capability >= FLASH_CAPABILITY
+    if recent and dtype.itemsize == 2 and head_dim <= FLASH_DIM:
         return "flash"
-    return "efficient" if recent or query.dtype != torch.bfloat16 else None
+    return "efficient" if recent or dtype != torch.bfloat16 else None

@@ -25,6 +25,7 @@ LAYERS = [
         "ports",
         "quantities",
         "redaction",
+        "transfers",
     },
     {"config"},
     {

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from runtime.tuning.data.batching import IGNORE, Layout, MicroBatch, collate, group, pack, to_device
+from runtime.transfers import to_device
+from runtime.tuning.data.batching import IGNORE, Layout, MicroBatch, collate, group, pack
 from runtime.tuning.data.tokenize import TokenizedSequence
 from runtime.tuning.model.fsdp import is_sharded
 from runtime.tuning.model.lora import evaluating
@@ -49,23 +50,23 @@ def batch_loss(
     from runtime.tuning.model.fused_loss import LabelledTokens, loss_head
     from runtime.tuning.model.packed_attention import Documents, borders
 
-    inputs: dict[str, Any] = {name: to_device(device, tensor) for name, tensor in batch.inputs.items()}
+    inputs: dict[str, Any] = {name: to_device(tensor, device) for name, tensor in batch.inputs.items()}
     if lengths := batch.document_lengths:
-        inputs["documents"] = Documents(lengths, to_device(device, borders(lengths)))
+        inputs["documents"] = Documents(lengths, to_device(borders(lengths), device))
     idle = not len(batch.logits_to_keep)  # takes part in every collective, adds nothing
-    columns = to_device(device, batch.logits_to_keep.new_zeros(1) if idle else batch.logits_to_keep)
+    columns = to_device(batch.logits_to_keep.new_zeros(1) if idle else batch.logits_to_keep, device)
     head = None if idle else loss_head(model)
     if head is not None:
         indices = batch.labelled
-        targets = to_device(device, batch.labels.flatten()[indices])
-        labelled = LabelledTokens(to_device(device, indices), targets, smoothing)
+        targets = to_device(batch.labels.flatten()[indices], device)
+        labelled = LabelledTokens(to_device(indices, device), targets, smoothing)
         with head.expecting(labelled):
             loss: torch.Tensor = model(**inputs, logits_to_keep=columns, use_cache=False).logits
         return loss
     logits: torch.Tensor = model(**inputs, logits_to_keep=columns, use_cache=False).logits  # (B, N, V)
     if idle:
         return 0.0 * logits.float().sum()
-    return token_loss(logits, to_device(device, batch.labels), smoothing=smoothing)
+    return token_loss(logits, to_device(batch.labels, device), smoothing=smoothing)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,16 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from runtime.attention import FLASH_CAPABILITY, FLASH_DIM, HEAD_BYTES, varlen_kernel
 from runtime.serving.engine.batch import Batch, Chunk, Form
 from runtime.serving.engine.kernels import AttentionKernel, Kernels
 
 log = logging.getLogger(__name__)
 
-FLASH_CAPABILITY = (8, 0)
-FLASH_DIM = 256
-"""The largest head dim of FlashAttention 2."""
-ROW_BYTES = 16
-"""Both GPU kernels load a head in pieces of this size."""
 FULL = -1
 """FlashAttention's window without a bound on that side."""
 CAUSAL_FROM_BOTTOM_RIGHT = 2
@@ -90,18 +86,19 @@ def _choose(
         return "plain", ": no kernel squeezes scores as this model does"
     if capability is None:
         return ("compiled", "") if kernels is not None else ("plain", "")
-    if unaligned := [dim for dim in dims if dim * dtype.itemsize % ROW_BYTES]:
-        return "plain", f": a head of {unaligned[0]} numbers is not a multiple of {ROW_BYTES} bytes"
+    number = str(dtype).removeprefix("torch.")
+    kernels_of = {dim: varlen_kernel(dtype, dim, capability=capability) for dim in dims}
+    if refused := [dim for dim, kernel in kernels_of.items() if kernel is None]:
+        if refused[0] * dtype.itemsize % HEAD_BYTES:
+            return "plain", f": a head of {refused[0]} numbers is not a multiple of {HEAD_BYTES} bytes"
+        return "plain", f": no kernel of this GPU computes {number}"
+    if "efficient" not in kernels_of.values():
+        return "varlen", ""
     if capability < FLASH_CAPABILITY:
         return "efficient", ""
     if max(dims) > FLASH_DIM:
         return "efficient", f": FlashAttention takes heads up to {FLASH_DIM}, not {max(dims)}"
-    if dtype.itemsize != 2:
-        return (
-            "efficient",
-            f": FlashAttention takes two-byte numbers, not {str(dtype).removeprefix('torch.')}",
-        )
-    return "varlen", ""
+    return "efficient", f": FlashAttention takes two-byte numbers, not {number}"
 
 
 def of_layer(form: Form, *, softcap: float | None, sinks: Tensor | None) -> Form:

@@ -16,6 +16,7 @@ from runtime.serving.engine.penalties import Penalties
 from runtime.serving.engine.random_streams import uniform
 from runtime.serving.engine.sampler import Row, Sampler
 from runtime.serving.engine.truncation import SHORTLIST, Cut
+from runtime.transfers import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +59,6 @@ class RowSettings:
     def are_of(self, rows: Sequence[Row]) -> bool:
         """Whether these are the settings of `rows`."""
         return not self._has_drafts and self._made_for == _identity(rows)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return `tensor` of the host on `device`, without waiting for what the device does."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def flat_indices(rows: Sequence[tuple[int, Tensor]], vocabulary: int, device: torch.device) -> Tensor | None:

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from runtime.serving.engine.row_settings import DrawSettings, RowSettings, flat_indices, to_device
+from runtime.serving.engine.row_settings import DrawSettings, RowSettings, flat_indices
 from runtime.serving.engine.sampler import Choice, Row
 from runtime.serving.engine.truncation import SHORTLIST, UNDECIDED, draw, rank
+from runtime.transfers import to_device
 
 NOT_FINITE, NONE_LEFT = -1, -2
 """Stand for a token where the logits are not finite, and where the request allows none."""

@@ -155,12 +155,6 @@ class MicroBatch:
         return (self.labels.flatten() != IGNORE).nonzero().flatten()
 
 
-def to_device(device: str, tensor: "torch.Tensor") -> "torch.Tensor":
-    """Return `tensor` on `device`, whose earlier work the copy does not wait for: from page-locked memory."""
-    source = tensor.pin_memory() if device.startswith("cuda") else tensor
-    return source.to(device, non_blocking=True)
-
-
 def collate(
     sequences: Sequence[TokenizedSequence], layout: Layout, *, pad_id: int, with_labels: bool = True
 ) -> MicroBatch:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.tuning.data.batching import MicroBatch, to_device
+from runtime.transfers import to_device
+from runtime.tuning.data.batching import MicroBatch
 
 
 class EmbeddingNoise:
@@ -37,7 +38,7 @@ class EmbeddingNoise:
         """embeddings (B, T, E); each number of a document changes by up to alpha / sqrt(its tokens · E)."""
         if self._lengths is None:
             return None
-        most = self.alpha * (to_device(str(embeddings.device), self._lengths) * embeddings.shape[-1]).rsqrt()
+        most = self.alpha * (to_device(self._lengths, embeddings.device) * embeddings.shape[-1]).rsqrt()
         noise = torch.rand_like(embeddings).mul_(2).sub_(1)
         return embeddings + noise * most[..., None].to(embeddings.dtype)
 

@@ -93,7 +93,8 @@ def attention(  # noqa: PLR0913 (transformers' signature)
     if kind != "cpu" and torch.is_autocast_enabled(kind):  # as SDPA does by itself
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = (states.to(dtype) for states in (query, key, value))
-    kernel = varlen_kernel(query)
+    capability = None if kind == "cpu" else torch.cuda.get_device_capability(query.device)
+    kernel = varlen_kernel(query.dtype, query.shape[-1], capability=capability)
     if kernel is None:
         if kind != "cpu":
             _say_once(query.shape[-1], query.dtype)
