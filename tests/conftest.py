@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,9 @@ hypothesis.settings.load_profile("house")
 # Hundreds of processes import this package: compiled once.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+"""Signals that the package takes."""
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -33,21 +37,30 @@ CHAT_TEMPLATE = (
 
 
 @pytest.fixture(autouse=True)
-def fresh_logging() -> None:
-    """Forget what was logged once and which level a test before configured, as in a process of its own."""
+def fresh_logging() -> Iterator[None]:
+    """Log as in a process of its own: nothing was said once, and what a test configures ends with it."""
     logs.once.cache_clear()
-    logging.getLogger().setLevel(logging.WARNING)
-
-
-@pytest.fixture
-def restored_logging() -> Iterator[None]:
-    """Leave the root logger as it was, for tests that configure it."""
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    root.setLevel(logging.WARNING)
+    handlers = root.handlers[:]
     yield
     root.handlers[:] = handlers
-    root.setLevel(level)
     logging.captureWarnings(False)
+
+
+@pytest.fixture(autouse=True)
+def same_process() -> Iterator[None]:
+    """Leave the process as it was: environment, working directory, signal handlers."""
+    environment, folder = dict(os.environ), Path.cwd()
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
+    yield
+    if dict(os.environ) != environment:
+        os.environ.clear()
+        os.environ.update(environment)
+    os.chdir(folder)
+    for number, handler in handlers.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

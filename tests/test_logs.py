@@ -4,11 +4,7 @@ import io
 import json
 import logging
 
-import pytest
-
 from runtime import logs
-
-pytestmark = pytest.mark.usefixtures("restored_logging")
 
 
 def test_each_record_is_one_json_line_with_its_fields() -> None:

@@ -105,7 +105,6 @@ def test_a_jobs_own_files_are_not_pushed_by_name_either(job_folder: Path, name: 
         packing.files(job_folder, [name])
 
 
-@pytest.mark.usefixtures("restored_logging")
 def test_push_takes_no_secret_and_no_state(
     job_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,7 +162,6 @@ def test_a_strange_report_says_nothing(tmp_path: Path, text: str) -> None:
     assert packing.annotations(tmp_path) == {}
 
 
-@pytest.mark.usefixtures("restored_logging")
 def test_a_users_annotation_wins_and_a_base_image_keeps_the_models(
     job_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

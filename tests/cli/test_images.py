@@ -14,8 +14,6 @@ from runtime.oci.decompression import zstd
 from runtime.oci.image import CONFIG, LAYER_TAR, assemble
 from tests.oci.conftest import archive, special
 
-pytestmark = pytest.mark.usefixtures("restored_logging")
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

@@ -20,8 +20,6 @@ ROOT = Path(__file__).parents[2]
 SEED = str(ROOT / "examples/fine-tuning/kaito_workspace_tuning_phi_3.yaml")
 SERVE = str(ROOT / "examples/inference/kaito_workspace_phi_3_with_adapter.yaml")
 
-pytestmark = pytest.mark.usefixtures("restored_logging")
-
 
 @pytest.mark.parametrize(
     "arguments",

@@ -32,7 +32,6 @@ inference: {preset: {name: PRESET}}
 """
 
 
-@pytest.mark.usefixtures("restored_logging")
 @pytest.mark.parametrize(
     ("preset", "flags", "status"),
     [

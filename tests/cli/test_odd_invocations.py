@@ -15,8 +15,6 @@ from runtime.oci.blobs import from_bytes
 from runtime.oci.image import CONFIG, LAYER_TAR, Image
 from tests.oci.conftest import archive
 
-pytestmark = pytest.mark.usefixtures("restored_logging")
-
 LONG = "x" * 300
 BYTES = os.fsdecode(b"\xff")
 """An argument that is no UTF-8."""

@@ -6,8 +6,6 @@ import pytest
 
 from runtime.cli import main
 
-pytestmark = pytest.mark.usefixtures("restored_logging")
-
 
 def test_presets_are_listed_shown_and_machine_readable(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["presets"], {}) == 0

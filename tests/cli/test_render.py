@@ -12,8 +12,6 @@ ROOT = Path(__file__).parents[2]
 SEED = str(ROOT / "examples/fine-tuning/kaito_workspace_tuning_phi_3.yaml")
 QLORA = str(ROOT / "examples/fine-tuning/qlora-params-template.yaml")
 
-pytestmark = pytest.mark.usefixtures("restored_logging")
-
 
 def test_commands_that_only_show_name_placeholders_in_the_same_words(
     capsys: pytest.CaptureFixture[str],

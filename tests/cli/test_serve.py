@@ -8,8 +8,6 @@ import pytest
 from runtime.cli import main
 from tests.cli.conftest import failure_line
 
-pytestmark = pytest.mark.usefixtures("restored_logging")
-
 
 def test_wrong_port_variable_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["serve", "phi-4"], {"PORT": "eighty"}) == 2

@@ -8,8 +8,6 @@ import pytest
 from runtime.cli import main
 from tests.cli.conftest import failure_line
 
-pytestmark = pytest.mark.usefixtures("restored_logging")
-
 
 @pytest.mark.parametrize(
     ("flags", "message"),

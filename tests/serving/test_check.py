@@ -20,8 +20,6 @@ from runtime.serving.engine.protocol import Request, Sampling
 from runtime.serving.lifecycle import ServedModel
 from runtime.serving.settings import AdapterSource, ServeConfig
 
-pytestmark = pytest.mark.usefixtures("restored_logging")
-
 
 @pytest.fixture(scope="module")
 def folders(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

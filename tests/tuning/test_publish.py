@@ -50,7 +50,6 @@ def test_finished_job_is_published_again_by_rank_0_alone(
     assert sorted(path.name for path in out.iterdir()) == ["ended-0", "ended-1", "published-0"]
 
 
-@pytest.mark.usefixtures("restored_logging")
 def test_tune_and_push_make_the_same_image_of_a_job_and_no_secret_is_in_it(
     make_job: Callable[..., TuningJob], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,7 +92,6 @@ def test_other_kind_of_workspace_is_refused_with_the_right_command(tmp_path: Pat
         load_server(SEED, environ={}, root=tmp_path)
 
 
-@pytest.mark.usefixtures("restored_logging")
 @pytest.mark.parametrize("written", [*DOCUMENTS, *ODD_DOCUMENTS], ids=lambda written: written.name)
 def test_documents_are_taken_or_refused_for_a_reason(
     written: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -283,7 +283,6 @@ def test_every_setting_of_a_table_is_reached_by_its_name() -> None:
         assert "TrainingArguments" in found.sources[setting], setting
 
 
-@pytest.mark.usefixtures("restored_logging")
 def test_the_examples_above_the_tables_are_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,7 +50,7 @@ def draw(scores: Tensor, cut: Cut, uniform: Tensor, *, most: int) -> Tensor:
     weights = _integers(shares.gather(1, ids))  # (n, K), likeliest first
     reached = weights.cumsum(-1)
     kept, decided = _kept(values, weights, reached, cut)
-    last = kept.sum(-1, keepdim=True).clamp_(min=1) - 1  # what is kept comes first; the likeliest always is
+    last = kept.sum(-1, keepdim=True) - 1  # what is kept comes first
     tokens = ids.gather(1, _drawn(reached, uniform, last=last))
     if values.shape[1] < scores.shape[1]:
         tokens = tokens.masked_fill(~decided, UNDECIDED)
@@ -88,6 +88,7 @@ def _kept(values: Tensor, weights: Tensor, reached: Tensor, cut: Cut) -> tuple[T
         kept = kept & (reached - weights < cut.top_p * total)  # the mass before a token is not enough yet
     if cut.min_p is not None:
         kept = kept & (weights >= cut.min_p * weights[:, :1])
+    kept[:, 0] = True  # the likeliest always is, by a top_p of 0 too
     needed = kept if counted is None else kept | counted
     at_end = (values <= values[:, -1:]) & (weights > 0)  # others that equal these may be missing
     return kept, ~(needed & at_end).any(-1, keepdim=True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -42,6 +42,7 @@ def drawn(scores: Tensor, sampling: Sampling, *, most: int, count: int = 2000) -
     st.sampled_from([0.1, 1.0, 8.0]),
     st.booleans(),
 )
+@example(seed=0, top_p=0.0, min_p=0.0, top_k=0, spread=0.1, ties=True)
 def test_what_is_kept_is_what_plain_torch_keeps_or_is_undecided(
     seed: int, top_p: float, min_p: float, top_k: int, spread: float, ties: bool
 ) -> None:

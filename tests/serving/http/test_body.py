@@ -1,10 +1,9 @@
 """Every route's body: one parse, limits before work, leniency, and errors in the user's words."""
 
-import asyncio
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -480,47 +479,36 @@ KINDS = (
 TAKEN = frozenset({"arguments", "cut calls", "cut numbers", "numbers", "empty calls", "thoughts"})
 
 
-async def worst_probe(site: Any, done: asyncio.Event) -> float:
-    """Return the most seconds of processor time that lay between two answers of /livez until `done`.
-
-    On a machine with nothing else to do that is the time it took; on another one it is still the same.
-    """
-    worst = 0.0
-    while not done.is_set():
-        started = time.process_time()
-        assert (await site.client.get("/livez")).status_code == 200
-        await asyncio.sleep(0.005)
-        worst = max(worst, time.process_time() - started)
-    return worst
+MEASURE = b"[" + b",".join([b"0"] * 2_000_000) + b"]"
+"""4 MB that Python's own parser reads: what the bodies are compared with."""
 
 
 @pytest.mark.parametrize("kind", KINDS.split(","))
 async def test_four_megabytes_of_anything_cost_little_and_stop_nobody(open_site: Any, kind: str) -> None:
+    """At most six plain parses (seen: 2.0), of which the event loop's thread does not do one (seen: 0.3)."""
     sent, route = large(kind)
     async with open_site() as site:
         for _ in range(4):  # a busy neighbour's cache misses only ever add to the processor's time
-            used, delay, reply = await cost_of(site, sent, route)
-            if used < 0.5 and delay < 0.3:
+            plain = thread_time_of(lambda: json.loads(MEASURE))
+            used, held = -time.process_time(), -time.thread_time()
+            reply = await site.client.post(route, content=sent)
+            used, held = used + time.process_time(), held + time.thread_time()
+            if used < 6 * plain and held < plain:
                 break
     assert reply.status_code == (200 if kind in TAKEN else 400), reply.text[:200]
     assert len(reply.text) < 1000
-    assert used < 0.5
-    assert delay < 0.3
+    assert used < 6 * plain
+    assert held < plain
 
 
-async def cost_of(site: Any, sent: bytes, route: str) -> tuple[float, float, Any]:
-    """Return the seconds of processor time of one request, the longest that /livez waited, and the reply."""
-    done = asyncio.Event()
-    probing = asyncio.create_task(worst_probe(site, done))
-    await asyncio.sleep(0.02)
-    used = time.process_time()
-    reply = await site.client.post(route, content=sent)
-    used = time.process_time() - used
-    done.set()
-    return used, await probing, reply
+def thread_time_of(work: Callable[[], object]) -> float:
+    """Return the seconds of processor time that this thread takes for `work`."""
+    started = time.thread_time()
+    work()
+    return time.thread_time() - started
 
 
-def test_an_ordinary_body_is_read_in_microseconds() -> None:
+def test_an_ordinary_body_costs_little_more_than_its_parse() -> None:
     """The good case: 10 turns and 6 parameters."""
     turns = [USER, {"role": "assistant", "content": "hello, what can I do?"}] * 5
     sent = json.dumps(
@@ -533,9 +521,8 @@ def test_an_ordinary_body_is_read_in_microseconds() -> None:
             "top_p": 0.9,
         }
     ).encode()
-    times = []
+    read, plain = [], []
     for _ in range(300):
-        started = time.perf_counter()
-        read_now(sent, schema.ChatCompletionBody, UnknownFields())
-        times.append(time.perf_counter() - started)
-    assert sorted(times)[20] < 300e-6
+        read.append(thread_time_of(lambda: read_now(sent, schema.ChatCompletionBody, UnknownFields())))
+        plain.append(thread_time_of(lambda: [json.loads(sent) for _ in range(5)]))
+    assert sorted(read)[20] < 5 * sorted(plain)[20]

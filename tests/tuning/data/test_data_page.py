@@ -62,7 +62,6 @@ def model(tiny_llama_dir: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("restored_logging")
 @pytest.mark.parametrize("example", examples(), ids=str)
 def test_every_example_works_as_it_is_printed(
     example: PageExample, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -111,7 +111,6 @@ def write_manifest(folder: Path, data: Path) -> Path:
     return file
 
 
-@pytest.mark.usefixtures("restored_logging")
 def test_command_previews_a_manifest_that_still_has_placeholders_for_its_output(
     without_weights: ModelSource,
     tmp_path: Path,
