@@ -6,7 +6,8 @@ Start at images.py.
 
 from runtime.oci import checkpoints
 from runtime.oci.access import Access, AzureIdentity, from_environment
-from runtime.oci.images import ImageInfo, check_push, inspect, pull, push, push_image
+from runtime.oci.images import ImageInfo, check_push, inspect, pull, push, push_image, read_keys, sign, verify
+from runtime.oci.keys import SigningKey, VerificationKey, read_private, read_public
 from runtime.oci.reference import Reference, is_image, is_path, parse
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "AzureIdentity",
     "ImageInfo",
     "Reference",
+    "SigningKey",
+    "VerificationKey",
     "check_push",
     "checkpoints",
     "from_environment",
@@ -24,4 +27,9 @@ __all__ = [
     "pull",
     "push",
     "push_image",
+    "read_keys",
+    "read_private",
+    "read_public",
+    "sign",
+    "verify",
 ]

@@ -4,8 +4,9 @@ Plain values; reads no file (credentials.py does) and not the environment, which
 `from_environment`.
 """
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runtime.files import cache_folder
@@ -20,6 +21,8 @@ MOUNTED = (
 """Where the controller's versions mount `imagePushSecret` and the adapters' `imagePullSecrets`."""
 HOST_CERTIFICATES = (Path("/etc/docker/certs.d"), Path("/etc/containers/certs.d"))
 """Folders with a folder of certificates per registry, `HOST[:PORT]/*.crt`, as Docker and podman read them."""
+REQUIRE_SIGNATURE = "RUNTIME_REQUIRE_SIGNATURE"
+"""Variable with the keys of `Access.required_keys`: paths with a colon between them, or PEM text."""
 _USER_CERTIFICATES = (".docker/certs.d", ".config/containers/certs.d")
 
 
@@ -66,6 +69,8 @@ class Access:
     """More of them, files and folders: what the environment names."""
     host_certificates: tuple[Path, ...] = HOST_CERTIFICATES
     """Folders with certificates for one registry each, trusted in addition."""
+    required_keys: tuple[str, ...] = ()
+    """Public keys, files or PEM text, one of which must have signed what is pulled; () asks for none."""
     cache: Path | None = None
     """Folder that keeps pulled blobs by digest; None keeps only what an interrupted pull needs."""
     sessions: Path | None = None
@@ -78,6 +83,10 @@ class Access:
     """Tries of one request, or of one chunk without progress, before giving up."""
     backoff_s: float = 0.5
     """First wait between tries; it doubles each time (runtime/net.py)."""
+
+    def requiring(self, keys: Sequence[str]) -> "Access":
+        """Return this access with `keys` required instead of the environment's, where there are any."""
+        return replace(self, required_keys=tuple(keys)) if keys else self
 
 
 DEFAULT = Access()
@@ -104,6 +113,7 @@ def from_environment(
         host_certificates=(*HOST_CERTIFICATES, *(Path(home, name) for name in _USER_CERTIFICATES))
         if (home := environment.get("HOME"))
         else HOST_CERTIFICATES,
+        required_keys=tuple(filter(None, environment.get(REQUIRE_SIGNATURE, "").split(os.pathsep))),
         cache=cache,
         sessions=cache_folder(environment) / "uploads" if private else None,
     )

@@ -20,10 +20,11 @@ from typing import Any
 
 from runtime.errors import CapacityError, ConfigError, Failure, RegistryError, TransientError
 from runtime.files import atomic_folder, check_folder, disk_errors, locked
-from runtime.oci import contents, manifests
+from runtime.oci import contents, manifests, signatures
 from runtime.oci.access import DEFAULT, Access
 from runtime.oci.blobs import Descriptor, file_digest, from_file
 from runtime.oci.image import BaseImage, Image, build
+from runtime.oci.keys import SigningKey, VerificationKey, read_public
 from runtime.oci.layout import Layout
 from runtime.oci.listing import MARKER
 from runtime.oci.manifests import ImageManifest
@@ -49,6 +50,8 @@ class ImageInfo:
     digest: str
     media_type: str
     manifest: ImageManifest
+    named_digest: str
+    """Of what the reference names itself: the image, or an index that holds it."""
 
 
 def push(
@@ -120,6 +123,7 @@ def pull(
 
     check_size: called with the bytes that the image says it has, before any is fetched; raises a Failure.
     A folder that an earlier pull of the same image made is kept; one with other files in it is refused.
+    Signatures that `access` requires are checked before anything of the image is fetched.
     Interrupted downloads resume; a pull that fails for good leaves nothing.
     """
     with disk_errors(folder):
@@ -127,7 +131,7 @@ def pull(
         if access.cache is not None:
             check_folder(access.cache, "a folder for the cache")
     with closing(open_store(reference, access)) as store:
-        info = _inspect(store, reference)
+        info = _trusted(store, reference, access)
         if _pulled_digest(folder) == info.digest:
             return folder
         if check_size is not None:
@@ -188,7 +192,7 @@ def _locked(parent: Path, cache: Path | None) -> Iterator[None]:
 def download(reference: Reference, folder: Path, access: Access = DEFAULT) -> tuple[ImageInfo, list[Path]]:
     """Download an image's blobs as they are stored; return the files of the layers and, last, the config."""
     with closing(open_store(reference, access)) as store:
-        info = _inspect(store, reference)
+        info = _trusted(store, reference, access)
         return info, _download(store, info, folder)
 
 
@@ -233,6 +237,30 @@ def inspect(reference: Reference, access: Access = DEFAULT) -> ImageInfo:
         return _inspect(store, reference)
 
 
+def verify(
+    reference: Reference, digest: str, keys: Sequence[str], *, access: Access = DEFAULT
+) -> VerificationKey:
+    """Return the one of `keys` that has signed the image `digest` of the reference's repository.
+
+    keys: files or PEM text. RegistryError when it is not signed, or by another key, or when the signature is
+    for another image or repository; ConfigError for a key that is none.
+    """
+    known = read_keys(keys)
+    with closing(open_store(reference, access)) as store:
+        return signatures.require(store, reference, [digest], known)
+
+
+def read_keys(keys: Sequence[str]) -> tuple[VerificationKey, ...]:
+    """Return the public keys, files or PEM text; ConfigError for one that is none."""
+    return tuple(map(read_public, keys))
+
+
+def sign(reference: Reference, digest: str, key: SigningKey, *, access: Access = DEFAULT) -> None:
+    """Sign the image `digest` of the reference's repository, beside the signatures that it has."""
+    with closing(open_store(reference, access)) as store:
+        signatures.sign(store, reference, digest, key)
+
+
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
     """Yield a temporary folder for compressed layers; ConfigError when none can be made."""
@@ -260,17 +288,25 @@ def _close_unused(opened: Future[Store]) -> None:
         opened.result().close()
 
 
+def _trusted(store: Store, reference: Reference, access: Access) -> ImageInfo:
+    """Return what `reference` names, signed as `access` requires."""
+    keys = read_keys(access.required_keys)
+    info = _inspect(store, reference)
+    if keys:
+        signatures.require(store, reference, [info.named_digest, info.digest], keys)
+    return info
+
+
 def _inspect(store: Store, reference: Reference) -> ImageInfo:
-    manifest = _find(store, reference, reference.selector)
+    manifest = named = _find(store, reference, reference.selector)
     depth = 0
     while manifests.is_index(manifest):
         depth += 1
         if depth > _MOST_INDEXES:
             raise RegistryError(f"{reference}: more than {_MOST_INDEXES} indexes inside each other; refused")
         manifest = _find(store, reference, manifests.choose_platform(manifest, _machine(), str(reference)))
-    return ImageInfo(
-        reference, manifest.digest, manifest.media_type, manifests.read(manifest, str(reference))
-    )
+    found = manifests.read(manifest, str(reference))
+    return ImageInfo(reference, manifest.digest, manifest.media_type, found, named.digest)
 
 
 def _find(store: Store, reference: Reference, selector: str) -> StoredManifest:

@@ -8,6 +8,7 @@ without a tag, and with their full name. Start at `Layout`.
 import contextlib
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -18,10 +19,11 @@ from runtime.errors import ConfigError, RegistryError
 from runtime.files import atomic_file, check_folder, disk_errors, locked
 from runtime.oci.blobs import Blob, Descriptor, Reader, is_digest, read_all
 from runtime.oci.image import INDEX, MANIFEST
-from runtime.oci.store import Report, StoredManifest, check_manifest
+from runtime.oci.store import Report, StoredManifest, check_manifest, check_small
 
 _TAG = "org.opencontainers.image.ref.name"
 _FULL_NAME = "io.containerd.image.name"
+_ABOUT = re.compile(r"sha256-[0-9a-f]{64}(\.sig)?")
 _MOST_JSON_BYTES = 4 << 20
 _MOST_INDEXES = 4
 """Indexes inside each other."""
@@ -72,7 +74,7 @@ class Layout:
 
     def find_only(self) -> StoredManifest | None:
         """Return the only image of the layout, whatever its tag; RegistryError where there are several."""
-        entries = {entry["digest"]: entry for entry in self._entries()}
+        entries = {entry["digest"]: entry for entry in self._entries() if not _is_about_another(entry)}
         if len(entries) > 1:
             named = ", ".join(sorted(map(_name, entries.values()))[:10])
             raise RegistryError(
@@ -129,6 +131,13 @@ class Layout:
                 raise RegistryError(
                     f"{self}: blob {descriptor.digest} is damaged on disk; push the image again"
                 )
+
+    def read(self, descriptor: Descriptor) -> bytes:
+        """Return a small blob."""
+        path = self._path(descriptor.digest)
+        if not path.is_file():
+            raise RegistryError(f"{self}: blob {descriptor.digest} is missing; push the image again")
+        return check_small(_read_json(path), descriptor, str(self))
 
     def delete(self, tag: str) -> bool:
         """Remove the tag and the blobs that no other image of the layout uses."""
@@ -205,6 +214,11 @@ class Layout:
 
 def _annotations(entry: dict[str, Any]) -> dict[str, str]:
     return entry.get("annotations") or {}
+
+
+def _is_about_another(entry: dict[str, Any]) -> bool:
+    """Whether an entry holds the signatures or the referrers of another image, by its tag."""
+    return _ABOUT.fullmatch(_annotations(entry).get(_TAG) or "") is not None
 
 
 def _name(entry: dict[str, Any]) -> str:

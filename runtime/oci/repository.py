@@ -20,7 +20,7 @@ from runtime.oci.download import BlobDownload
 from runtime.oci.image import INDEX, MANIFEST
 from runtime.oci.reference import Reference
 from runtime.oci.responses import succeeded, unexpected
-from runtime.oci.store import Report, StoredManifest, check_manifest
+from runtime.oci.store import Report, StoredManifest, check_manifest, check_small
 from runtime.oci.transport import Outgoing, Transport
 from runtime.oci.upload import BlobUrls, rehearse, upload
 
@@ -111,6 +111,13 @@ class Repository:
         """Download a blob to `path`, which a later try continues."""
         url = self._blob_url(descriptor.digest)
         BlobDownload(self._transport, url, descriptor, str(self)).to(path, report)
+
+    def read(self, descriptor: Descriptor) -> bytes:
+        """Return a small blob; the answer is read up to 4 MiB, whatever it states."""
+        response = self._transport.do_request(self._blob_url(descriptor.digest))
+        if response.status_code != 200:
+            raise unexpected(response, f"{self}: reading blob {descriptor.digest}")
+        return check_small(response.content, descriptor, str(self))
 
     def delete(self, tag: str) -> bool:
         """Delete the manifest under `tag`, where the registry allows it."""

@@ -78,6 +78,10 @@ class Store(Protocol):
         """Write the verified bytes of a blob to `path`, resuming an earlier try."""
         ...
 
+    def read(self, descriptor: Descriptor) -> bytes:
+        """Return the verified bytes of a small blob; RegistryError above 4 MiB."""
+        ...
+
     def delete(self, tag: str) -> bool:
         """Remove the manifest under `tag`; False when the store does not allow that or has none."""
         ...
@@ -90,3 +94,13 @@ def check_manifest(manifest: StoredManifest, selector: str, where: str) -> Store
             f"{where}: requested {selector} and got {manifest.digest}; the stored image is damaged"
         )
     return manifest
+
+
+def check_small(data: bytes, descriptor: Descriptor, where: str) -> bytes:
+    """Return the bytes of a blob; RegistryError when they are others than `descriptor` says."""
+    found = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    if found != descriptor.digest or len(data) != descriptor.size:
+        raise RegistryError(
+            f"{where}: blob {descriptor.digest} is damaged in the store; push the image again"
+        )
+    return data
