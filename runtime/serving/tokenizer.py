@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from runtime.chat_template import TemplateOptions, Turn
+from runtime import chat_template
+from runtime.chat_template import TemplateFeatures, TemplateOptions, Turn
 from runtime.errors import ClientGoneError, ContextLengthError, RequestError
 from runtime.serving import template_requests
 from runtime.serving.engine.protocol import Constraint, Sampling
@@ -74,6 +75,10 @@ class PromptTokenizer:
         """The chat template, "" when the model has none."""
         template = self._tokenizer.chat_template
         return template if isinstance(template, str) else ""
+
+    def features(self, *, with_tools: bool = False, with_documents: bool = False) -> TemplateFeatures:
+        """Return what the chat template renders that a conversation of this kind gets."""
+        return chat_template.features(self._tokenizer, with_tools=with_tools, with_documents=with_documents)
 
     def with_template(self, template: str | dict[str, str]) -> "PromptTokenizer":
         """Return this tokenizer with another chat template; all else, threads too, is shared."""

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from runtime import chat_template
 from runtime.chat_template import Rendering, TemplateOptions, Turn
+from runtime.chat_template.thoughts import OpenThought, find_thought, separators_behind
 from runtime.errors import ConfigError, DataError, TemplateRefusedError
-from runtime.tuning.data.thoughts import OpenThought, find_thought, separators_behind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from runtime import chat_template
 from runtime.chat_template import TemplateOptions
+from runtime.chat_template.thoughts import THOUGHT, find_thought, marked_contents
 from runtime.errors import DataError, TemplateRefusedError
 from runtime.logs import counted
 from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.example import Example, Message
-from runtime.tuning.data.thoughts import THOUGHT, find_thought, marked_contents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

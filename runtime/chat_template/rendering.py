@@ -11,13 +11,11 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from runtime.chat_template.features import TemplateFeatures, Turn, probe
 from runtime.errors import ConfigError, Failure, TemplateRefusedError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Turn = dict[str, Any]
-"""One message of a conversation as chat templates know it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +43,14 @@ class Rendering:
     """(start, end) of each `{% generation %}` block, in characters."""
 
 
-def source(tokenizer: "PreTrainedTokenizerBase", *, with_tools: bool = False) -> str:
+def source(
+    tokenizer: "PreTrainedTokenizerBase", *, with_tools: bool = False, with_documents: bool = False
+) -> str:
     """Return the template that a conversation, with tools or without, is rendered with; "" for none."""
     template: Any = tokenizer.chat_template
     if isinstance(template, dict):
-        named = template.get("tool_use") if with_tools else None
-        template = named or template.get("default")
+        wanted = ["tool_use"] * with_tools + ["rag"] * with_documents + ["default"]
+        template = next((template[name] for name in wanted if template.get(name)), None)
     return template or ""
 
 
@@ -168,29 +168,45 @@ def _with_text(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": text}}
 
 
-@lru_cache(maxsize=64)
 def takes_text_arguments(template: str) -> bool:
-    """Return whether a template writes the arguments of a call as they are, so that they must be JSON text.
-
-    Given an object, such a template fails or writes it as Python does, in single quotes.
-    """
-    key = "k8067142935"
-    as_object = _call_text(template, {key: "v"})
-    if as_object is not None and (key not in as_object or f"'{key}'" not in as_object):
-        return False
-    text = json.dumps({key: "v"})
-    return text in (_call_text(template, text) or "")
+    """Return whether a template writes the arguments of a call as they are: they must be JSON text."""
+    return _features(template, ()).text_arguments
 
 
-def _call_text(template: str, arguments: Any) -> str | None:
-    """Return what the template writes of a conversation with one call, None where it refuses it."""
-    call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "f", "arguments": arguments}}
-    turns: list[Turn] = [
-        {"role": "user", "content": "q"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-    ]
-    try:
-        texts, _ = _jinja(template, turns, bos_token="", eos_token="")
-    except Exception:
-        return None
-    return str(texts[0])
+def features(
+    tokenizer: "PreTrainedTokenizerBase", *, with_tools: bool = False, with_documents: bool = False
+) -> TemplateFeatures:
+    """Return what the template renders that a conversation, with tools or documents or without, gets."""
+    special = {name: str(text) for name, text in tokenizer.special_tokens_map.items()}
+    template = source(tokenizer, with_tools=with_tools, with_documents=with_documents)
+    return _features(template, tuple(sorted(special.items())))
+
+
+@lru_cache(maxsize=64)
+def _features(template: str, special: tuple[tuple[str, str], ...]) -> TemplateFeatures:
+    if not template:
+        return TemplateFeatures()
+    tokens = {"bos_token": "", "eos_token": "", **dict(special)}
+
+    def attempt(turns: list[Turn], *, begins_answer: bool = True, **variables: Any) -> str | None:
+        try:
+            texts, _ = _jinja(template, turns, add_generation_prompt=begins_answer, **tokens, **variables)
+        except Exception:  # templates refuse by raising anything
+            return None
+        return str(texts[0])
+
+    words, variables = _names(template)
+    return probe(attempt, words=words, variables=variables, marks_answers=marks_answers(template))
+
+
+def _names(template: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the texts in a template that may be names of roles, and the variables that it reads."""
+    import jinja2
+    import jinja2.meta
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    tree = _compile_jinja_template(template).environment.parse(template)
+    texts = (node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str))
+    return frozenset(text for text in texts if text.isidentifier()), frozenset(
+        jinja2.meta.find_undeclared_variables(tree)
+    )
