@@ -155,6 +155,9 @@ class ServingMetrics:
         self._new_tokens = self._counter("vllm:generation_tokens", "Tokens generated")
         self._success = self._counter("vllm:request_success", "Answers finished", "finished_reason")
         self._refused = self._counter("runtime:requests_refused", "Requests answered with an error", "status")
+        self._adapter_failures = self._counter(
+            "runtime:adapter_failures", "Adapters that were not loaded", "reason"
+        )
         self._queued = self._histogram(
             "vllm:request_queue_time_seconds", "Time a request waited in the queue"
         )
@@ -198,6 +201,10 @@ class ServingMetrics:
     def refused(self, status: int) -> None:
         """Count a request that was answered with an error."""
         self._refused.labels(self._model, str(status)).inc()
+
+    def adapter_failed(self, reason: str) -> None:
+        """Count an adapter that was not loaded."""
+        self._adapter_failures.labels(self._model, reason).inc()
 
     @contextmanager
     def adapter(self, name: str | None) -> Iterator[Callable[[], None]]:

@@ -19,7 +19,7 @@ from runtime.adapters import lora_config
 from runtime.adapters.lora_config import PREFIX, LoraFields
 from runtime.adapters.own_template import MOST_BYTES
 from runtime.config import parse
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,13 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 MAX_CONFIG_BYTES = 4 << 20
 """An adapter_config.json is a few KiB."""
+MAX_WEIGHTS_BYTES = 16 << 30
+"""Of one adapter: rank 256 on every layer of a model of 70 billion parameters has 14 GiB in float32."""
+MAX_HEADER_BYTES = 32 << 20
+"""Of its weights: the names and shapes of 200,000 matrices."""
+
+KEY_SHOWN, SHOWN = 60, 8
+"""Characters of a key that a message repeats, and how many keys it names."""
 
 _PAIR = (".lora_A.weight", ".lora_B.weight")
 
@@ -150,15 +157,16 @@ def check_served(
 ) -> Adapter:
     """Return what the adapter in `folder` is; ConfigError when serving would not do what it was trained for.
 
-    Refused beside what `check` refuses: keys of lora_config.NOT_SERVED, tensors that are no LoRA pair of a
-    linear layer, weights of modules that target_modules leaves out, which peft would not load, and a larger
-    rank than `most_rank`. Keys that nobody here knows are logged.
+    Refused beside what `check` refuses: keys of lora_config.NOT_SERVED, keys that nobody here knows unless
+    they ask for nothing (those are logged), tensors that are no LoRA pair of a linear layer, weights of
+    modules that target_modules leaves out, which peft would not load, and a larger rank than `most_rank`.
     """
     adapter = check(folder, name=name, base=base)
     name, reasons = adapter.name, lora_config.not_served(adapter.config)
     if reasons:
         hint = "" if lora_config.not_merged(adapter.config) else "; runtime merge can add it to its base"
         raise ConfigError(f"adapter {name}: cannot be served as an adapter: {'; '.join(reasons)}{hint}")
+    _check_unknown(adapter)
     _check_pairs(adapter)
     _check_described(adapter)
     if most_rank is not None and adapter.rank > most_rank:
@@ -166,10 +174,24 @@ def check_served(
             f"adapter {name}: has rank {adapter.rank}, and max_lora_rank is {most_rank}: raise that, or take "
             "an adapter of a smaller rank"
         )
-    unknown = [key for key, value in adapter.config.items() if value and key not in lora_config.KNOWN]
-    if unknown:
-        log.warning("adapter %s: keys that are not known here have no effect: %s", name, ", ".join(unknown))
     return adapter
+
+
+def _check_unknown(adapter: Adapter) -> None:
+    """Raise ConfigError for a key that is not known here and asks for something; name those that do not.
+
+    A newer peft that adds a way to compute adds a key for it, and "off" is what is false.
+    """
+    unknown = [key for key in adapter.config if key not in lora_config.KNOWN]
+    asking = [one_line(key, KEY_SHOWN) for key in unknown if adapter.config[key]]
+    if asking:
+        raise ConfigError(
+            f"adapter {adapter.name}: {CONFIG_FILE} has keys that are not known here and may change what it "
+            f"computes: {', '.join(asking[:SHOWN])}; take out those that only say how it was trained"
+        )
+    if unknown:
+        names = ", ".join(one_line(key, KEY_SHOWN) for key in unknown[:SHOWN])
+        log.info("adapter %s: keys that are not known here and ask for nothing: %s", adapter.name, names)
 
 
 def _check_pairs(adapter: Adapter) -> None:
@@ -255,12 +277,28 @@ def _shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
             else "is it half-written?"
         )
         raise ConfigError(f"adapter {name}: no {WEIGHTS_FILE} in {folder}; {found}")
+    _check_size(path, name)
     try:
         with safe_open(str(path), framework="np") as weights:
             names = list(weights.keys())
             return {key.removeprefix(PREFIX): tuple(weights.get_slice(key).get_shape()) for key in names}
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"adapter {name}: {path} is damaged or half-written: {error}") from None
+
+
+def _check_size(path: Path, name: str) -> None:
+    """Raise ConfigError for weights, or a header of theirs, beyond what any adapter has; reads 8 bytes."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise ConfigError(f"adapter {name}: {path} cannot be read: {error.strerror}") from None
+    for what, found, most in (("", size, MAX_WEIGHTS_BYTES), ("a header of ", header, MAX_HEADER_BYTES)):
+        if most < found <= size:  # a header longer than its file is damaged, which its reader says
+            raise ConfigError(
+                f"adapter {name}: {path} has {what}{found:,} bytes; an adapter has {most:,} at most"
+            )
 
 
 def _is_repository(name: str | None) -> bool:

@@ -51,7 +51,7 @@ def check(config: ServeConfig, *, access: oci.Access) -> CheckResult:
             context_tokens=served.tokenizer.context_tokens,
             rows=served.engine.max_sequences,
             adapters=names,
-            refused=tuple(source.name for source in config.adapters if source.name not in names),
+            refused=tuple(served.refused_adapters),
             load_s=round(loaded - started, 2),
             first_token_s=round(answered - loaded, 2),
             peak_memory_bytes=hardware.peak_resident_bytes(),

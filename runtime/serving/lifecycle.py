@@ -44,6 +44,8 @@ class ServedModel:
     """Unix time of loading, for /v1/models."""
     adapter_tokenizers: dict[str, PromptTokenizer] = field(default_factory=dict)
     """By name of the adapters that have a chat template of their own."""
+    refused_adapters: list[str] = field(default_factory=list)
+    """Configured adapters that are not served; the log says why."""
     default_adapter: str | None = None
     """The adapter that answers requests for the base model; None is the base model itself."""
     aliases: tuple[str, ...] = ()

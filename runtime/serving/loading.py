@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime import adapters, attention, hardware, models, oci, support, torch_build
-from runtime.errors import ConfigError, Failure
+from runtime.errors import ConfigError, Failure, one_line
 from runtime.hardware import Hardware
 from runtime.serving.engine.create import create
 from runtime.serving.engine.replicas import engine as replicas
@@ -64,8 +64,8 @@ def load(config: ServeConfig, access: oci.Access) -> ServedModel:
         for source in config.adapters:
             try:
                 add_adapter(served, source, config, access=access)
-            except Failure as failure:
-                log.warning("Adapter refused: %s: %s", source.name, failure)
+            except Exception as error:
+                _refuse(served, source, error)
     log.info("Loaded %s on %s in %.1f s", config.model.name, devices.name, time.monotonic() - started)
     return served
 
@@ -201,6 +201,15 @@ def add_adapter(
     log.info("Adapter added: %s", source.name)
 
 
+def _refuse(served: ServedModel, source: AdapterSource, error: Exception) -> None:
+    """Note that an adapter is not served, in one line: whatever is wrong with it, the others are."""
+    reason = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {one_line(error)}"
+    log.warning("Adapter refused: %s: %s", source.name, reason)
+    if not isinstance(error, Failure):
+        log.debug("Adapter %s: unexpected", source.name, exc_info=error)
+    served.refused_adapters.append(source.name)
+
+
 def _combined(served: ServedModel, config: ServeConfig, access: oci.Access) -> ServedModel:
     """Load all adapters, and their combination, which then answers for the base; log those refused."""
     with contextlib.ExitStack() as stack:
@@ -210,8 +219,8 @@ def _combined(served: ServedModel, config: ServeConfig, access: oci.Access) -> S
                 copy = adapters.local_copy(source.reference, access=access, name=source.name)
                 folder = stack.enter_context(copy)
                 _attach(served, source, folder, config)
-            except Failure as failure:
-                log.warning("Adapter refused: %s: %s", source.name, failure)
+            except Exception as error:
+                _refuse(served, source, error)
                 continue
             parts.append((folder, source.strength))
             log.info("Adapter added: %s", source.name)

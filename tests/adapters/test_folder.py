@@ -237,13 +237,36 @@ def test_a_rank_above_the_limit_is_refused_with_both_numbers(tiny_llama_dir: Pat
         adapters.check_served(folder, most_rank=rank - 1)
 
 
-def test_a_key_that_nobody_knows_is_logged(
+def test_an_unknown_key_that_asks_for_something_is_refused_and_another_one_named(
     tiny_llama_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = make(tiny_llama_dir, tmp_path / "a")
-    _edit(folder, use_next_year=True, next_config=None)
+    _edit(folder, next_config=None, next_way=False)
+    caplog.set_level("INFO")
     adapters.check_served(folder)
-    assert "adapter a: keys that are not known here have no effect: use_next_year" in caplog.text
+    assert "adapter a: keys that are not known here and ask for nothing: next_config, next_way" in caplog.text
+    _edit(folder, use_next_year=True)
+    with pytest.raises(ConfigError, match="not known here and may change what it computes: use_next_year;"):
+        adapters.check_served(folder)
+
+
+@pytest.mark.parametrize(
+    ("size", "header", "reason"),
+    [
+        (17 << 30, 100, "has 18,253,611,008 bytes; an adapter has 17,179,869,184 at most"),
+        (80 << 20, 40 << 20, "has a header of 41,943,040 bytes; an adapter has 33,554,432 at most"),
+        (200, 40 << 20, "is damaged or half-written"),
+    ],
+)
+def test_weights_larger_than_any_adapters_are_refused_unread(
+    size: int, header: int, reason: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    weights = make(tiny_llama_dir, tmp_path / "a") / "adapter_model.safetensors"
+    with weights.open("wb") as file:  # sparse: takes no room
+        file.write(header.to_bytes(8, "little"))
+        file.truncate(size)
+    with pytest.raises(ConfigError, match=f"adapter a: .* {reason}"):
+        adapters.check(weights.parent)
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"])

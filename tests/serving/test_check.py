@@ -112,6 +112,26 @@ def combined(tiny_llama_dir: Path, folders: Path, tmp_path: Path, caplog: Any) -
     served.tokenizer.close()
 
 
+def test_an_adapter_that_nobody_foresaw_does_not_end_the_start(
+    tiny_llama_dir: Path, folders: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(folder: Path, name: str) -> None:
+        if name == "red":
+            raise KeyError("what")
+
+    monkeypatch.setattr(loading.adapters, "own_template", broken)
+    config = ServeConfig(
+        model=ModelSource(name="tiny", path=tiny_llama_dir),
+        served_name="tiny",
+        adapters=tuple(AdapterSource(name=n, reference=str(folders / n)) for n in ("red", "blue")),
+    )
+    served = loading.load(config, oci.Access())
+    served.engine.close()
+    served.tokenizer.close()
+    assert (served.refused_adapters, served.engine.stats().adapters) == (["red"], ("blue",))
+    assert "Adapter refused: red: KeyError: 'what'" in caplog.text
+
+
 def test_combined_adapters_answer_for_the_base_as_merged_weights_would(
     combined: ServedModel, tiny_llama_dir: Path, folders: Path, caplog: Any
 ) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from runtime import gpus
 from runtime.errors import ConfigError
@@ -103,6 +104,14 @@ def test_bad_adapters_are_refused_by_name_and_the_rest_is_served(tiny: Process) 
     assert "Adapter added: good" in text
     for name in ("half", "pickled", "foreign"):
         assert f"Adapter refused: {name}: " in text
+    ready = tiny.get("/readyz")
+    assert ready.status_code == 200
+    assert ready.json() == {"status": "Healthy", "refused_adapters": ["half", "pickled", "foreign"]}
+    metrics = text_string_to_metric_families(tiny.get("/metrics").text)
+    (failures,) = [family for family in metrics if family.name == "runtime:adapter_failures"]
+    assert [(each.labels["reason"], each.value) for each in failures.samples if "total" in each.name] == [
+        ("refused", 3.0)
+    ]
 
 
 def test_greedy_answer_is_repeatable_and_differs_by_adapter(tiny: Process) -> None:

@@ -94,6 +94,12 @@ class Stacks:
             down[adapter_slot, module, : own_down.shape[0]] = own_down
             ups[module][adapter_slot, : own_up.shape[1]] = own_up.T
 
+    def vacate(self, adapter_slot: int, target: int) -> None:
+        """Move the adapter in `adapter_slot` to `target`, over the one there, and leave zeros behind."""
+        if adapter_slot != target:
+            self.rows[target] = self.rows[adapter_slot]
+        self.rows[adapter_slot] = 0
+
 
 class LoraLinear(HooklessModule):
     """A linear layer with any number of adapters; the step under way says which token has which.
@@ -336,15 +342,19 @@ class AdapterStore:
         self._versions[name] = version
 
     def remove(self, name: str) -> int:
-        """Drop an adapter that no sequence uses, and return its version; memory it alone needed is freed."""
+        """Drop an adapter that no sequence uses, and return its version.
+
+        Memory that it alone needed is freed, and its weights become zeros where their memory stays.
+        """
         version = self._versions.pop(name)
-        freed = self._residents.pop(version).adapter_slot
+        freed = vacated = self._residents.pop(version).adapter_slot
         last = max(self._residents.values(), key=lambda each: each.adapter_slot, default=None)
         if last is not None and last.adapter_slot > freed:  # slots are those from 1 on, without a gap
-            for layer in self._layers:
-                if layer.stacks is not None:
-                    layer.stacks.rows[freed] = layer.stacks.rows[last.adapter_slot]
+            vacated = last.adapter_slot
             last.adapter_slot = freed
+        for layer in self._layers:
+            if layer.stacks is not None:
+                layer.stacks.vacate(vacated, freed)
         slots, moved = _padded_slots(len(self._residents)), False
         for layer in self._layers:
             rank = max((resident.ranks[layer] for resident in self._residents.values()), default=0)

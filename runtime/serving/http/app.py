@@ -5,6 +5,7 @@ a module with a function `router`, included by one line below: that line and the
 takes. Does not know how a model is loaded or when the process ends. Start at `create_app`.
 """
 
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -68,9 +69,10 @@ def create_app(
 
 
 def _add_health(app: FastAPI, lifecycle: Lifecycle) -> None:
-    def answer(unhealthy: str | None) -> JSONResponse:
+    def answer(unhealthy: str | None, refused: Sequence[str] = ()) -> JSONResponse:
         if unhealthy is None:
-            return JSONResponse({"status": "Healthy"})
+            named = {"refused_adapters": list(refused)} if refused else {}
+            return JSONResponse({"status": "Healthy", **named})
         error = error_object(unhealthy, 503, code="not_ready")
         body = {"status": "Unhealthy", "detail": unhealthy, "error": error}
         return JSONResponse(body, 503, {"Retry-After": "1"})
@@ -88,7 +90,8 @@ def _add_health(app: FastAPI, lifecycle: Lifecycle) -> None:
     @app.get("/ping", include_in_schema=False)
     @app.get("/v2/health/ready", include_in_schema=False)
     async def readyz() -> JSONResponse:
-        return answer(lifecycle.readiness())
+        served = lifecycle.loaded
+        return answer(lifecycle.readiness(), served.refused_adapters if served is not None else ())
 
 
 def _add_pages(app: FastAPI, metrics: ServingMetrics) -> None:

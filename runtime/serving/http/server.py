@@ -178,7 +178,7 @@ class Serving:
 
     def _http_server(self, listener: socket.socket) -> uvicorn.Server:
         config = self._config
-        metrics = ServingMetrics(config.served_name, self._engine_stats)
+        metrics = self._metrics = ServingMetrics(config.served_name, self._engine_stats)
         app = create_app(
             lifecycle=self._lifecycle,
             metrics=metrics,
@@ -217,6 +217,8 @@ class Serving:
         await served.first_token()
         gc.collect()
         gc.freeze()  # the loaded model stays: collecting over its objects would stop every answer for 60 ms
+        for _ in served.refused_adapters:
+            self._metrics.adapter_failed("refused")
         self._lifecycle.ready(served)
         log.info("Model loaded successfully")
         log.info("Serving %s", ", ".join(served.models()))

@@ -201,6 +201,20 @@ def test_an_unloaded_adapter_gives_back_slots_ranks_and_layers(monkeypatch: pyte
     assert first.stacks is None
 
 
+def test_the_rows_of_an_unloaded_adapter_are_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model()
+    for name in "abc":
+        model.add(name, monkeypatch, m0=4, m1=4)
+    stacks = model.layers[0].stacks
+    assert stacks is not None
+    last = stacks.rows[3].clone()
+    model.store.remove("a")
+    assert torch.equal(stacks.rows[1], last)
+    assert not stacks.rows[3].any()
+    model.store.remove("b")
+    assert [bool(row.any()) for row in stacks.rows] == [False, True, False, False]
+
+
 def test_adapters_that_come_and_go_within_the_slots_leave_the_weights_where_they_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
