@@ -109,7 +109,7 @@ class StopScanner:
             start, length, self.found = min(matches)
             self._held, self.after = "", text[start + length :]
             return text[:start], True
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        keep = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         self._ignored = max(0, ignored - (len(text) - keep))
         return text[: len(text) - keep], False
@@ -120,7 +120,7 @@ class StopScanner:
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Return the length of the longest suffix of `text` that is a prefix of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
@@ -137,7 +137,7 @@ class TextStream:
         marks = {text: chr(FIRST_MARK + n) for n, text in enumerate(rules.special)}
         self._marks = {rules.special[text]: mark for text, mark in marks.items()}
         self._unmarked = str.maketrans(dict.fromkeys(marks.values(), ""))
-        self._strings = {_marked(stop, marks): stop for stop in rules.strings}
+        self._strings = {marked(stop, marks): stop for stop in rules.strings}
         self._scanner = StopScanner(tuple(self._strings))
         self._tokens = 0
         self.decoded = ""
@@ -164,8 +164,8 @@ class TextStream:
         return text.translate(self._unmarked) if self._marks else text
 
 
-def _marked(stop: str, marks: Mapping[str, str]) -> str:
-    """Return a stop string with its special tokens, the longest first, replaced by their marks."""
+def marked(delimiter: str, marks: Mapping[str, str]) -> str:
+    """Return a text with the special tokens in it, the longest first, replaced by their marks."""
     for text in sorted(marks, key=len, reverse=True):
-        stop = stop.replace(text, marks[text])
-    return stop
+        delimiter = delimiter.replace(text, marks[text])
+    return delimiter

@@ -1,0 +1,210 @@
+"""The parser of one answer: text in, as it arrives, and typed parts out.
+
+    parser = AnswerParser(form)
+    parts = parser.feed(text) ... parser.finish()
+
+The same whether the text comes at once or in pieces. White space between a thought and what follows, and
+around calls, belongs to neither; all other text is kept. Does not know tokens or HTTP. Start at
+`AnswerParser`.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from runtime.serving.answer_parsers import harmony
+from runtime.serving.answer_parsers.forms import AnswerForm, CallFormat, FoundCall, ThoughtFormat, parts_of
+from runtime.serving.answer_parsers.parts import ContentDelta, Part, ReasoningDelta, joined
+from runtime.serving.answer_parsers.source import WAIT, AnswerSource, Cursor, Steps
+
+
+class AnswerParser:
+    """Reads one answer: `feed` its text as it arrives, then `finish`."""
+
+    def __init__(self, form: AnswerForm, *, marks: Mapping[str, str] | None = None, prompt: str = "") -> None:
+        """Read an answer in `form`.
+
+        Args:
+            marks: special tokens with the characters that stand for them in the text that is fed.
+            prompt: the end of the prompt, special tokens as their names: it may have opened a thought.
+        """
+        self._source = AnswerSource(marks)
+        self._unmarked = str.maketrans(dict.fromkeys((marks or {}).values(), ""))
+        if form.harmony:
+            self._steps: Steps[None] = harmony.read(self._source, form, prompt)
+        else:
+            self._steps = _read(self._source, form, prompt)
+
+    def feed(self, text: str) -> list[Part]:
+        """Return the parts that `text` completes."""
+        self._source.rest += text
+        return joined(self._parts())
+
+    def finish(self) -> list[Part]:
+        """Return the parts that the end of the answer completes."""
+        self._source.ended = True
+        return joined(self._parts())
+
+    @property
+    def taken(self) -> int:
+        """Characters of the text, marks included, that are known to be in some part or none."""
+        return self._source.taken
+
+    @property
+    def held(self) -> int:
+        """Characters that wait, marks left out."""
+        return len(self._source.rest.translate(self._unmarked))
+
+    @property
+    def thoughts(self) -> list[tuple[int, int]]:
+        """(start, end) of those characters that are reasoning."""
+        return self._source.thoughts
+
+    def _parts(self) -> Iterator[Part]:
+        for part in self._steps:
+            if isinstance(part, str):
+                return
+            yield part
+
+
+def _read(source: AnswerSource, form: AnswerForm, prompt: str) -> Steps[None]:
+    thought = False
+    if form.thoughts is not None:
+        thought = yield from _thought(source, form.thoughts, prompt)
+    calls = form.calls if form.tools else None
+    text = _Text(drops=thought, holds=calls is not None)
+    count = 0
+    if calls is not None and calls.bare:
+        count = yield from _bare(source, form, calls, text)
+    yield from _content(source, form, text, count=count)
+    yield from text.end()
+
+
+def _thought(source: AnswerSource, form: ThoughtFormat, prompt: str) -> Steps[bool]:
+    """Read a thought, where there is one, and return whether there was."""
+    said = prompt.rstrip()
+    opened = said.endswith(form.starts)
+    begins = Cursor(source, 0)
+    yield from begins.space()
+    starts = source.mark(form.starts)
+    if (yield from begins.literal(starts)):
+        source.take(begins.at)
+    elif not opened and (said.endswith(form.ends) or not form.implied):
+        return False
+    yield from thinking(source, source.mark(form.ends))
+    return True
+
+
+def thinking(source: AnswerSource, ends: tuple[str, ...]) -> Steps[str]:
+    """Read reasoning up to one of `ends`, without white space around it; return which, "" for none."""
+    held, begun = "", False
+    while True:
+        place, end = source.find(ends)
+        text = source.take(place if end else len(source.rest) - source.undecided(ends), thought=True)
+        text = held + text if begun else (held + text).lstrip()
+        said = text.rstrip()
+        held = text[len(said) :]
+        if said:
+            begun = True
+            yield ReasoningDelta(said)
+        if end:
+            source.take(len(end))
+            return end
+        if source.ended:
+            return ""
+        yield WAIT
+
+
+class _Text:
+    """Content, with the white space that may turn out to stand before a call or behind it."""
+
+    def __init__(self, *, drops: bool, holds: bool) -> None:
+        """`drops` leaves out white space at the beginning; `holds` waits for what follows white space."""
+        self._drops, self._holds = drops, holds
+        self._held = ""
+        self._said = self._called = False
+
+    def add(self, text: str) -> Iterator[Part]:
+        """Yield what of `text` can be said now."""
+        text = self._held + text
+        text = text.lstrip() if self._drops else text
+        said = text.rstrip() if self._holds else text
+        self._held = text[len(said) :]
+        if said:
+            self._said, self._drops, self._called = True, False, False
+            yield ContentDelta(said)
+
+    def called(self) -> None:
+        """Note that a call stands here."""
+        self._called = True
+        if not self._said:
+            self._drops, self._held = True, ""
+
+    def end(self) -> Iterator[Part]:
+        """Yield what is left at the end of the answer."""
+        if self._held and not self._called:
+            yield ContentDelta(self._held)
+
+
+def _bare(source: AnswerSource, form: AnswerForm, calls: CallFormat, text: _Text) -> Steps[int]:
+    """Read calls with which the answer begins, without an opening; return how many there are."""
+    cursor = Cursor(source, 0)
+    yield from cursor.space()
+    if (yield from cursor.peek()) not in tuple(calls.bare):
+        return 0
+    found = yield from calls.read(cursor, form.tools)
+    if not found or not _declared(found, form):
+        yield from text.add(source.take(1))  # or the same place may be tried again
+        return 0
+    text.called()
+    source.take(cursor.at)
+    return (yield from _said(found, 0, form))
+
+
+def _content(source: AnswerSource, form: AnswerForm, text: _Text, *, count: int) -> Steps[None]:
+    """Read content, with calls in it; what looks like a call and is none is content."""
+    calls = form.calls if form.tools else None
+    openings = source.mark(calls.openings) if calls else ()
+    inline = source.mark(calls.inline) if calls else ()
+    thoughts, ends = _further_thoughts(source, form)
+    while True:
+        delimiters = (*openings, *inline, *thoughts)
+        place, opening = source.find(delimiters)
+        if not opening:
+            yield from text.add(source.take(len(source.rest) - source.undecided(delimiters)))
+            if source.ended:
+                return
+            yield WAIT
+            continue
+        yield from text.add(source.take(place))
+        if opening in thoughts or calls is None:
+            source.take(len(opening))
+            yield from thinking(source, ends)
+            continue
+        cursor = Cursor(source, 0 if opening in inline else len(opening))
+        found = yield from calls.read(cursor, form.tools)
+        if found and (opening in openings or _declared(found, form)):
+            text.called()
+            source.take(cursor.at)
+            count = yield from _said(found, count, form)
+        else:
+            yield from text.add(source.take(len(opening)))
+
+
+def _further_thoughts(source: AnswerSource, form: AnswerForm) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what begins and ends thoughts within the answer: only tokens that no text spells by chance."""
+    if form.thoughts is None:
+        return (), ()
+    starts = [start for start in form.thoughts.starts if source.is_marked(start)]
+    return source.mark(starts), source.mark(form.thoughts.ends)
+
+
+def _declared(found: list[FoundCall], form: AnswerForm) -> bool:
+    return all(call.name in form.tools for call in found)
+
+
+def _said(found: list[FoundCall], count: int, form: AnswerForm) -> Steps[int]:
+    """Yield the parts of calls, the first of which is number `count`; return the number of the next."""
+    for call in found:
+        if not (form.one_call and count):
+            yield from parts_of(call, count)
+        count += 1
+    return count

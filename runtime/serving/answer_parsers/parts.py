@@ -1,0 +1,100 @@
+"""The parts of an answer, as they arrive and put together: what every route writes in its own JSON.
+
+A call has its start (id, name, index), its arguments in one or more pieces, and its end, in this order. Start
+at `Part`, then `ParsedAnswer`.
+"""
+
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """Text that the model thinks."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ContentDelta:
+    """Text of the answer itself."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallStart:
+    """The beginning of a call; `index` counts the calls of one answer from 0."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallArguments:
+    """A piece of the JSON text of the arguments of call `index`."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnd:
+    """Call `index` is complete: its arguments are the text of a JSON object."""
+
+    index: int
+
+
+Part = ReasoningDelta | ContentDelta | CallStart | CallArguments | CallEnd
+
+
+@dataclass(slots=True)
+class ParsedCall:
+    """One call; `arguments` is the text of a JSON object."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+
+@dataclass(slots=True)
+class ParsedAnswer:
+    """The parts of an answer put together."""
+
+    reasoning: str = ""
+    content: str = ""
+    calls: list[ParsedCall] = field(default_factory=list)
+
+    def add(self, parts: Iterable[Part]) -> None:
+        """Append parts in the order of their arrival."""
+        for part in parts:
+            match part:
+                case ReasoningDelta(text):
+                    self.reasoning += text
+                case ContentDelta(text):
+                    self.content += text
+                case CallStart(_, call_id, name):
+                    self.calls.append(ParsedCall(call_id, name))
+                case CallArguments(index, text):
+                    self.calls[index].arguments += text
+
+
+def joined(parts: Iterable[Part]) -> list[Part]:
+    """Return parts with those texts joined that follow each other and are of one kind."""
+    found: list[Part] = []
+    for part in parts:
+        last = found[-1] if found else None
+        if isinstance(part, ContentDelta) and isinstance(last, ContentDelta):
+            found[-1] = ContentDelta(last.text + part.text)
+        elif isinstance(part, ReasoningDelta) and isinstance(last, ReasoningDelta):
+            found[-1] = ReasoningDelta(last.text + part.text)
+        else:
+            found.append(part)
+    return found
+
+
+def new_call_id() -> str:
+    """Return an id for a call as OpenAI's look."""
+    return f"call_{secrets.token_hex(12)}"

@@ -1,0 +1,222 @@
+"""Answers in every spelling: their parts, and that no division of the text changes them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.serving.answer_parsers.formats import CALLS, REASONING
+from runtime.serving.answer_parsers.forms import AnswerForm
+from runtime.serving.answer_parsers.parser import AnswerParser
+from runtime.serving.answer_parsers.parts import CallArguments, CallEnd, CallStart, ParsedAnswer
+from runtime.serving.detokenize import marked
+from tests.serving.answer_parsers.spelled import SPELLINGS, TEXT, TOOLS, Spelling, dumped
+
+NAMES = sorted(SPELLINGS)
+
+
+def form_of(spelling: Spelling, **changed: Any) -> AnswerForm:
+    thoughts = REASONING[spelling.reasoning] if spelling.reasoning else None
+    harmony = spelling.reasoning == "openai_gptoss"
+    form = AnswerForm(thoughts=thoughts, calls=CALLS[spelling.calls], harmony=harmony, tools=TOOLS)
+    return replace(form, **changed)
+
+
+def marks_of(spelling: Spelling) -> dict[str, str]:
+    return {text: chr(0xD800 + n) for n, text in enumerate(spelling.specials)}
+
+
+def read(pieces: Sequence[str], form: AnswerForm, spelling: Spelling) -> ParsedAnswer:
+    """Read an answer that arrives in `pieces`, whose special tokens are marked."""
+    parser, answer = AnswerParser(form, marks=marks_of(spelling), prompt=spelling.prompt), ParsedAnswer()
+    for piece in pieces:
+        answer.add(parser.feed(piece))
+    answer.add(parser.finish())
+    return answer
+
+
+def shown(answer: ParsedAnswer) -> tuple[str, str, list[tuple[str, Any]]]:
+    return (
+        answer.reasoning,
+        answer.content,
+        [(call.name, json.loads(call.arguments)) for call in answer.calls],
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_family_is_read(name: str) -> None:
+    spelling = SPELLINGS[name]
+    found = shown(read([marked(spelling.text, marks_of(spelling))], form_of(spelling), spelling))
+    assert found == (spelling.thought, spelling.content, list(spelling.called))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(data=st.data())
+def test_no_division_of_the_text_changes_the_answer(name: str, data: st.DataObject) -> None:
+    spelling = SPELLINGS[name]
+    text = marked(spelling.text, marks_of(spelling))
+    text = text[: data.draw(st.integers(0, len(text)))]
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=30)))
+    starts, ends = [0, *cuts], [*cuts, len(text)]
+    pieces = [text[start:end] for start, end in zip(starts, ends, strict=True)]
+    form = form_of(spelling)
+    assert shown(read(pieces, form, spelling)) == shown(read([text], form, spelling))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_without_calls_or_thoughts_is_kept_to_the_last_space(name: str) -> None:
+    spelling = replace(SPELLINGS[name], prompt="")
+    text = " {braces} [brackets], <tags>\n and 'quotes' \n"
+    form = form_of(spelling)
+    expected = text.lstrip() if form.harmony else text
+    assert shown(read(list(text), form, spelling)) == ("", expected, [])
+
+
+def test_a_calls_parts_come_in_order() -> None:
+    spelling = SPELLINGS["hermes"]
+    parts = AnswerParser(form_of(spelling)).feed(spelling.text)
+    kinds = [(type(part), getattr(part, "index", None)) for part in parts][1:]
+    assert kinds == [(kind, n) for n in (0, 1) for kind in (CallStart, CallArguments, CallEnd)]
+    assert len({part.id for part in parts if isinstance(part, CallStart)}) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>{broken</tool_call>",
+        '<tool_call>{"name": "weather", "arguments": [1]}</tool_call>',
+        '<tool_call>{"name": "weather", "arguments": {"x": NaN}}</tool_call>',
+        '<tool_call>{"name": "weather", "arguments": {"city": "O',
+        '{"name": "nobody", "parameters": {}}',
+        "[1, 2]",
+        "the tag <tool_call> opens a call",
+    ],
+)
+def test_what_is_no_call_stays_text(text: str) -> None:
+    spelling = SPELLINGS["hermes"]
+    assert shown(read(list(text), form_of(spelling), spelling)) == ("", text, [])
+
+
+def test_a_call_between_tags_may_name_any_function() -> None:
+    spelling = replace(SPELLINGS["hermes"], text='<tool_call>{"name": "nobody"}</tool_call>')
+    assert shown(read([spelling.text], form_of(spelling), spelling))[2] == [("nobody", {})]
+
+
+def test_text_around_calls_is_kept() -> None:
+    call = '<tool_call>{"name": "weather"}</tool_call>'
+    spelling = replace(SPELLINGS["hermes"], text=f"one\n{call}\n{call} two\n")
+    assert shown(read(list(spelling.text), form_of(spelling), spelling))[1] == "one\n\n two\n"
+
+
+def test_without_tools_calls_are_text() -> None:
+    spelling = SPELLINGS["hermes"]
+    assert shown(read([spelling.text], form_of(spelling, tools={}), spelling)) == ("", spelling.text, [])
+
+
+def test_of_several_calls_the_first_where_one_is_asked_for() -> None:
+    for name in ("hermes", "gpt-oss", "llama 3"):
+        spelling = SPELLINGS[name]
+        text = marked(spelling.text, marks_of(spelling))
+        answer = read([text], form_of(spelling, one_call=True), spelling)
+        assert [call.name for call in answer.calls] == ["weather"]
+
+
+def test_a_thought_without_an_end_is_all_there_is() -> None:
+    spelling = replace(SPELLINGS["qwen3"], text="<think>\nHm, ")
+    assert shown(read(list(spelling.text), form_of(spelling), spelling)) == ("Hm,", "", [])
+
+
+def test_a_thought_that_the_prompt_closed_is_not_begun() -> None:
+    spelling = replace(SPELLINGS["qwen3"], prompt="<think>\n\n</think>\n\n", text="Hello")
+    assert (
+        shown(read(["Hello"], form_of(spelling, thoughts=REASONING["deepseek_r1"]), spelling))[1] == "Hello"
+    )
+
+
+def test_deepseek_r1_thinks_from_the_beginning() -> None:
+    form = AnswerForm(thoughts=REASONING["deepseek_r1"])
+    spelling = replace(SPELLINGS["qwen3"], prompt="assistant")
+    assert shown(read(["a thought</think>", "\n\nHello"], form, spelling)) == ("a thought", "Hello", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "thought", "content", "calls"),
+    [
+        ("Hello, world", "", "Hello, world", []),
+        ("<|channel|>final<|message|>Hello<|return|>", "", "Hello", []),
+        (" to=functions.weather<|channel|>commentary<|message|>{}<|call|>", "", "", [("weather", {})]),
+        ("<|channel|>analysis to=functions.weather<|message|>{}", "", "", [("weather", {})]),
+        ("<|channel|>commentary to=functions.weather<|message|>{\"ci", "", '{"ci', []),
+        ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis<|message|>b",
+         "a\n\nb", "", []),
+        ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>fin", "a", "", []),
+    ],
+)  # fmt: skip
+def test_harmonys_messages(text: str, thought: str, content: str, calls: list[Any]) -> None:
+    spelling = SPELLINGS["gpt-oss"]
+    found = read([marked(text, marks_of(spelling))], form_of(spelling), spelling)
+    assert shown(found) == (thought, content, calls)
+
+
+def test_harmonys_delimiters_spelled_as_text_are_text() -> None:
+    spelling = SPELLINGS["gpt-oss"]
+    marks = marks_of(spelling)
+    parser = AnswerParser(form_of(spelling), marks=marks)
+    answer = ParsedAnswer()
+    answer.add(parser.feed(marked("<|channel|>final<|message|>", marks) + "write <|end|> there"))
+    answer.add(parser.finish())
+    assert answer.content == "write <|end|> there"
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"type": "string"}, "5", "5"),
+        ({"type": "integer"}, "5", 5),
+        ({"type": "integer"}, "five", "five"),
+        ({"type": ["boolean", "null"]}, "True", True),
+        ({"type": "array"}, "[1]", [1]),
+        ({}, '{"a": 1}', {"a": 1}),
+        ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, "x", "x"),
+    ],
+)
+def test_plain_arguments_get_their_schemas_types(schema: Any, text: str, value: Any) -> None:
+    spelling = SPELLINGS["qwen3-coder"]
+    tools = {"f": {"properties": {"x": schema}}}
+    answer = f"<tool_call>\n<function=f>\n<parameter=x>\n{text}\n</parameter>\n</function>\n</tool_call>"
+    assert shown(read([answer], form_of(spelling, tools=tools), spelling))[2] == [("f", {"x": value})]
+
+
+def test_python_that_is_no_list_of_calls_is_text() -> None:
+    spelling = SPELLINGS["llama 3.2"]
+    for text in (
+        "[weather(open('x'))]",
+        "[weather('Oslo')]",
+        "[1, 2]",
+        "[x for x in y]",
+        "[" * 500,
+        "[weather(**x)]",
+    ):
+        assert shown(read([text], form_of(spelling), spelling))[1:] == (text, [])
+
+
+def test_reasoning_is_counted_by_position() -> None:
+    text = "<think>\nab</think>\n\ncd"
+    parser = AnswerParser(AnswerForm(thoughts=REASONING["qwen3"]))
+    parser.feed(text)
+    parser.finish()
+    assert [text[start:end] for start, end in parser.thoughts] == ["\nab"]
+    assert parser.taken == len(text)
+
+
+def test_text_is_not_held_back_without_need() -> None:
+    spelling = SPELLINGS["hermes"]
+    parser, answer = AnswerParser(form_of(spelling)), ParsedAnswer()
+    answer.add(parser.feed(f"{TEXT} And <tool"))
+    assert answer.content == f"{TEXT} And"
+    assert parser.held == len(" <tool") or parser.held == len("<tool")
+    assert dumped(answer.calls) == "[]"
