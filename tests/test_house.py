@@ -20,6 +20,8 @@ LAYERS = [
         "files",
         "net",
         "addresses",
+        "child",
+        "forks",
         "content_codings",
         "garbage_collection",
         "ports",

@@ -1,6 +1,6 @@
 """The process of one replica: it loads the model and answers what the server sends it.
 
-It ignores signals, which the server handles, and ends when that is gone (engine/child.py). torch is imported
+It ignores signals, which the server handles, and ends when that is gone (runtime/child.py). torch is imported
 only after that is set up. Does not know HTTP. Start at `main`.
 """
 
@@ -14,10 +14,9 @@ from functools import cache
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from runtime import garbage_collection, hardware, logs, models
+from runtime import child, garbage_collection, hardware, logs, models
 from runtime.errors import CapacityError, Failure, exit_code, is_out_of_memory, one_line
 from runtime.model_source import ModelSource
-from runtime.serving.engine import child
 from runtime.serving.engine.protocol import Constraint, Grammar
 from runtime.serving.engine.replicas.messages import ReplicaReady, ReplicaTask
 from runtime.serving.engine.replicas.worker import ReplicaWorker

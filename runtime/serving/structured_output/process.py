@@ -11,14 +11,13 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from runtime.errors import RequestError, UnavailableError
-from runtime.serving.engine import child
+from runtime import forks
+from runtime.errors import RequestError
 from runtime.serving.engine.protocol import Constraint
 from runtime.serving.structured_output import forms, host, limits
 
@@ -31,9 +30,8 @@ class FormHost:
 
     def __init__(self, vocabulary: Callable[[], str], end_ids: list[int]) -> None:
         """`vocabulary` returns the tokenizer as JSON text; it is called for every start."""
-        self._vocabulary, self._end_ids = vocabulary, end_ids
-        self._process: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None
+        head = json.dumps({"end_ids": end_ids}).encode()
+        self._host = forks.ForkHost(MODULE, "compiles schemas", lambda: (head, vocabulary().encode()))
         self._spare: FormProcess | None = None
         self._lock = threading.Lock()
         self._closed = False
@@ -43,56 +41,22 @@ class FormHost:
         with self._lock:
             ready, self._spare = self._spare, None
         if ready is None or ready.has_ended():
-            ready = self._fork()
-        spare = self._fork()  # the next form need not wait for the fork
+            ready = FormProcess(self._host.fork())
+        spare = FormProcess(self._host.fork())  # the next form need not wait for the fork
         with self._lock:
             if self._spare is None and not self._closed:
                 self._spare = spare
         return ready
 
-    def _fork(self) -> "FormProcess":
-        here, there = socket.socketpair()
-        with there:
-            for _ in range(2):  # a host that has ended since it was last asked shows only here
-                control = self.start()
-                try:
-                    socket.send_fds(control, [b"f"], [there.fileno()])
-                    return FormProcess(here)
-                except OSError:
-                    self._stop()
-        here.close()
-        raise UnavailableError("the process that compiles schemas does not start; the log says why")
-
-    def start(self) -> socket.socket:
-        """Start the host unless it runs, and return the socket that asks it for forks."""
-        with self._lock:
-            if self._closed:
-                raise UnavailableError("the server is shutting down")
-            if self._control is None or self._process is None or self._process.poll() is not None:
-                self._control, self._process = self._spawn()
-            return self._control
-
-    def _spawn(self) -> "tuple[socket.socket, subprocess.Popen[bytes]]":
-        process, here = child.start(MODULE)
-        with contextlib.suppress(OSError):
-            host.send(here, json.dumps({"end_ids": self._end_ids}).encode())
-            host.send(here, self._vocabulary().encode())
-        return here, process
-
-    def _stop(self) -> None:
-        with self._lock:
-            control, process, self._control, self._process = self._control, self._process, None, None
-        if control is not None:
-            control.close()
-        if process is not None:
-            process.kill()
-            process.wait()
+    def start(self) -> None:
+        """Start the host unless it runs."""
+        self._host.start()
 
     def close(self) -> None:
         """End the host; processes of forms end by themselves, or with their limits."""
         self._closed = True
         self._spare = None
-        self._stop()
+        self._host.close()
 
 
 class FormProcess:
@@ -124,7 +88,7 @@ class FormProcess:
         self._channel.setblocking(False)
         self._pid = json.loads(await self._next(loop))["pid"]
         job = json.dumps(asdict(constraint)).encode()
-        await loop.sock_sendall(self._channel, host.LENGTH.pack(len(job)) + job)
+        await loop.sock_sendall(self._channel, forks.LENGTH.pack(len(job)) + job)
         reply = json.loads(await self._next(loop))
         self._channel.settimeout(limits.MASK_WALL_S)
         return dict(reply)
@@ -139,7 +103,7 @@ class FormProcess:
                 data += part
             return bytes(data)
 
-        (length,) = host.LENGTH.unpack(await exactly(host.LENGTH.size))
+        (length,) = forks.LENGTH.unpack(await exactly(forks.LENGTH.size))
         return await exactly(length)
 
     def begin(self, param: str) -> "AnswerMask":
@@ -162,7 +126,7 @@ class FormProcess:
         with self._lock:
             while answer not in self._replies:
                 try:
-                    message = host.read(self._channel)
+                    message = forks.read(self._channel)
                 except (EOFError, OSError):
                     self.kill()
                     raise

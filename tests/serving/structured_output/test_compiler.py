@@ -151,9 +151,9 @@ async def test_client_that_leaves_ends_its_compilation(compiler: GrammarCompiler
 
 async def test_host_that_was_killed_is_started_again(compiler: GrammarCompiler, tokenizer: Any) -> None:
     first = await compiler.compile(form({"const": 1}))
-    assert compiler._host._process is not None
-    compiler._host._process.send_signal(signal.SIGKILL)
-    compiler._host._process.wait()
+    assert compiler._host._host._process is not None
+    compiler._host._host._process.send_signal(signal.SIGKILL)
+    compiler._host._host._process.wait()
     for value in (2, 3, 4):
         grammar = await compiler.compile(form({"const": value}))
         assert written(grammar, tokenizer, str(value))[END]
@@ -193,7 +193,7 @@ async def test_size_is_refused_before_anything_is_done(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         await compiler.compile(form(value))
-    assert compiler._host._process is None
+    assert compiler._host._host._process is None
 
 
 @pytest.mark.parametrize("pattern", ["a{1,1000000000}", "a{20000}", "x" * 5000])

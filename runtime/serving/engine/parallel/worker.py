@@ -11,11 +11,11 @@ import socket
 import threading
 from pathlib import Path
 
-from runtime import garbage_collection, logs
+from runtime import child, garbage_collection, logs
 from runtime.config import Strict
 from runtime.errors import Failure, exit_code, is_out_of_memory, one_line
 from runtime.model_source import ModelSource
-from runtime.serving.engine import child, failures
+from runtime.serving.engine import failures
 
 log = logging.getLogger("runtime.serving.engine.parallel.worker")
 

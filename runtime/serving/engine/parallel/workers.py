@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from runtime import hardware
+from runtime import child, hardware
 from runtime.errors import kind_of_exit
 from runtime.hardware import Hardware
 from runtime.model_source import ModelSource
-from runtime.serving.engine import child, failures
+from runtime.serving.engine import failures
 from runtime.serving.engine.parallel.group import Group, rendezvous
 from runtime.serving.engine.parallel.worker import WorkerTask, loaded_key
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
+from runtime import child
 from runtime.errors import Failure, kind_of_exit
-from runtime.serving.engine import child, failures
+from runtime.serving.engine import failures
 
 MODULE = "runtime.serving.replica"
 """What the process runs."""

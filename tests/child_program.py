@@ -3,7 +3,7 @@
 import json
 import os
 
-from runtime.serving.engine import child
+from runtime import child
 
 if __name__ == "__main__":
     channel = child.begin()

@@ -6,11 +6,11 @@ import signal
 
 import pytest
 
-from runtime.serving.engine import child
+from runtime import child
 
 
 def test_a_child_ends_with_its_server_and_with_nothing_else() -> None:
-    process, channel = child.start("tests.serving.engine.child_program", {"WORD": "a=b c"})
+    process, channel = child.start("tests.child_program", {"WORD": "a=b c"})
     channel.settimeout(30)
     try:
         with channel.makefile("rwb") as lines:
@@ -31,4 +31,4 @@ def test_a_child_ends_with_its_server_and_with_nothing_else() -> None:
 def test_a_child_that_cannot_be_started_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child.sys, "executable", "/nowhere/python")
     with pytest.raises(FileNotFoundError):
-        child.start("tests.serving.engine.child_program")
+        child.start("tests.child_program")
