@@ -17,6 +17,7 @@
         ├── TooLargeError             413   its body, or the memory that it takes
         ├── ContentCodingError        415   its body is compressed in a way that is not read here
         ├── OverloadedError           429   the waiting queue is full
+        ├── RateLimitError            429   the key's requests or tokens of this minute are used up
         ├── ClientGoneError           499   the client has disconnected
         └── UnavailableError          503   loading, draining or broken
 
@@ -129,6 +130,14 @@ class OverloadedError(RequestError):
     """The waiting queue is full; the client should try again shortly."""
 
 
+class RateLimitError(RequestError):
+    """The requests or tokens that the key may use in a minute are used up."""
+
+    def __init__(self, message: str, *, retry_after_s: float):
+        super().__init__(message, code="rate_limit_exceeded")
+        self.retry_after_s = retry_after_s
+
+
 class UnavailableError(RequestError):
     """The server is loading, draining or broken."""
 
@@ -158,6 +167,7 @@ HTTP_STATUSES: dict[type[Failure], int] = {
     TooLargeError: 413,
     ContentCodingError: 415,
     OverloadedError: 429,
+    RateLimitError: 429,
     ClientGoneError: 499,
     UnavailableError: 503,
 }

@@ -8,7 +8,7 @@ import time
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -51,6 +51,41 @@ class EngineFigures(Protocol):
     def prompt_tokens_limit(self) -> int: ...
     @property
     def replicas(self) -> int: ...
+
+
+class KeyFigures(Protocol):
+    """What a key of several has used."""
+
+    @property
+    def used(self) -> Mapping[str, int]: ...
+    @property
+    def refused(self) -> Mapping[Any, int]: ...
+
+
+class _Keys(Collector):
+    """Reads what each key has used at each scrape: only keys that are valid then."""
+
+    def __init__(self, figures: Callable[[], Mapping[str, KeyFigures]]) -> None:
+        self._figures = figures
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily("runtime:key_requests", "Requests of each API key", labels=["key"])
+        tokens = CounterMetricFamily(
+            "runtime:key_tokens", "Tokens of each API key, in prompts and answers", labels=["key", "kind"]
+        )
+        refused = CounterMetricFamily(
+            "runtime:key_refused", "Requests beyond the limit of their API key", labels=["key", "limit"]
+        )
+        for name, figures in self._figures().items():
+            requests.add_metric([name], figures.used["requests"])
+            for kind in ("prompt", "generation"):
+                tokens.add_metric([name, kind], figures.used[kind])
+            for limit in ("requests", "tokens"):
+                refused.add_metric([name, limit], figures.refused[limit])
+        yield from (requests, tokens, refused)
 
 
 class _Gauges(Collector):
@@ -144,8 +179,14 @@ def _names(tally: Tally[str]) -> str:
 class ServingMetrics:
     """Counts and times requests; `text` is what GET /metrics answers."""
 
-    def __init__(self, model: str, figures: Callable[[], EngineFigures | None]) -> None:
+    def __init__(
+        self,
+        model: str,
+        figures: Callable[[], EngineFigures | None],
+        keys: Callable[[], Mapping[str, KeyFigures]] = dict,
+    ) -> None:
         self._registry = CollectorRegistry()
+        self._registry.register(_Keys(keys))
         self._gauges = _Gauges(model, figures)
         self._registry.register(self._gauges)
         self._model = model

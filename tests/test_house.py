@@ -66,8 +66,9 @@ LAYERS = [
 
 ROOMS = {
     "serving": [
-        {"settings", "engine"},
+        {"settings", "engine", "rate_limits"},
         {
+            "keys",
             "generation",
             "generation_config",
             "tokenizer",

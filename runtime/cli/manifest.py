@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 API_KEY = "api-key"
 """Key of the Secret that `--api-key-secret NAME` names."""
+API_KEYS = "api-keys"
+"""Key of the Secret that `--api-key-file-secret NAME` names."""
 
 File = Annotated[
     Path, typer.Argument(metavar="FILE", help="A manifest with Workspaces, for tuning or inference.")
@@ -60,6 +62,14 @@ ApiKeySecret = Annotated[
     ),
 ]
 
+ApiKeyFileSecret = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[:KEY]",
+        help=f"Secret with a file of several API keys (docs/keys.md), under '{API_KEYS}' or KEY.",
+    ),
+]
+
 
 def manifest(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as flags
     file: File,
@@ -73,6 +83,7 @@ def manifest(  # noqa: PLR0913, PLR0917 - a command line has as many parameters 
     memory: Memory = None,
     cache_claim: CacheClaim = None,
     api_key_secret: ApiKeySecret = None,
+    api_key_file_secret: ApiKeyFileSecret = None,
     debug: Debug = False,
 ) -> None:
     """Print Workspaces as Jobs, or Deployments and Services, for clusters without the controller."""
@@ -91,7 +102,8 @@ def manifest(  # noqa: PLR0913, PLR0917 - a command line has as many parameters 
         cpu=cpu,
         memory=memory,
         cache_claim=cache_claim,
-        api_key=_secret(api_key_secret) if api_key_secret is not None else None,
+        api_key=_secret(api_key_secret, "--api-key-secret", API_KEY),
+        api_key_file=_secret(api_key_file_secret, "--api-key-file-secret", API_KEYS),
     )
     objects, warnings = kubernetes.objects(file, options)
     for warning in (*([named.assumed] if named and named.assumed else []), *warnings):
@@ -99,9 +111,11 @@ def manifest(  # noqa: PLR0913, PLR0917 - a command line has as many parameters 
     typer.echo(text.dump(objects), nl=False)
 
 
-def _secret(written: str) -> tuple[str, str]:
-    """Return the name and the key of `NAME` or `NAME:KEY`."""
+def _secret(written: str | None, flag: str, usual: str) -> tuple[str, str] | None:
+    """Return the name and the key of `NAME` or `NAME:KEY`; None where nothing is written."""
+    if written is None:
+        return None
     name, colon, key = written.partition(":")
     if not name or (colon and not key) or ":" in key:
-        raise ConfigError(f"--api-key-secret {written}: expected NAME, or NAME:KEY")
-    return name, key or API_KEY
+        raise ConfigError(f"{flag} {written}: expected NAME, or NAME:KEY")
+    return name, key or usual

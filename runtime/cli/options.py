@@ -12,7 +12,7 @@ from pydantic import SecretStr
 
 from runtime.config import yaml_documents
 from runtime.errors import ConfigError
-from runtime.serving.settings import API_KEY_VARIABLE
+from runtime.serving.settings import API_KEY_FILE_VARIABLE, API_KEY_VARIABLE
 
 DryRun = Annotated[
     bool,
@@ -54,6 +54,15 @@ KeyFrom = Annotated[
         help=f"Environment variable that holds the API key; {API_KEY_VARIABLE} by default.",
     ),
 ]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--api-key-file",
+        metavar="PATH",
+        help="File with several API keys, each with a name and limits of its own (docs/keys.md); read again "
+        f"when it changes. The variable {API_KEY_FILE_VARIABLE} by default.",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Log everything; show tracebacks.")]
 """Read by main.run, before a command runs."""
 
@@ -80,8 +89,9 @@ def set_flags(words: list[str] | None) -> dict[str, Any]:
 
 
 def without_defaults(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags that the user gave: all but None and False."""
-    return {name: value for name, value in flags.items() if value is not None and value is not False}
+    """Return the flags that the user gave: all but None, False and lists of nothing."""
+    given = {name: value for name, value in flags.items() if value is not None and value is not False}
+    return {name: value for name, value in given.items() if value != []}
 
 
 def port_variable(environ: Mapping[str, str]) -> int | None:
@@ -92,6 +102,13 @@ def port_variable(environ: Mapping[str, str]) -> int | None:
     if not text.isdecimal() or int(text) > 65535:
         raise ConfigError(f"environment PORT is {text!r}, expected a number from 0 to 65535")
     return int(text)
+
+
+def api_keys(environ: Mapping[str, str], variable: str | None, file: Path | None) -> dict[str, Any]:
+    """Return the settings of one API key and of a file of them, by flags and variables."""
+    if file is None and environ.get(API_KEY_FILE_VARIABLE):
+        file = Path(environ[API_KEY_FILE_VARIABLE])
+    return {"api_key": api_key(environ, variable), "api_key_file": file}
 
 
 def api_key(environ: Mapping[str, str], variable: str | None) -> SecretStr | None:

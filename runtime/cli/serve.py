@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,10 +17,11 @@ from runtime.cli.options import (
     QUANTIZE,
     Debug,
     DryRun,
+    KeyFile,
     KeyFrom,
     Quantize,
     Set,
-    api_key,
+    api_keys,
     port_variable,
     set_flags,
     without_defaults,
@@ -142,6 +143,7 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     speculative_tokens: SpeculativeTokens = None,
     served_name: ServedName = None,
     api_key_env: KeyFrom = None,
+    key_file: KeyFile = None,
     settings: Set = None,
     check: Check = False,
     dry_run: DryRun = False,
@@ -149,18 +151,27 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     debug: Debug = False,
 ) -> None:
     """Serve a model and its adapters: POST /chat and the OpenAI routes."""
-    environ = context.obj or {}
-    flags = {
-        "host": host, "port": port if port is not None else port_variable(environ), "engine": engine,
-        "api_key": api_key(environ, api_key_env), "parallel": parallel, "processes": processes,
-        "replicas": replicas, "limits.rows": rows, "limits.context_tokens": context_tokens,
-        "speculative_tokens": speculative_tokens, "allowed_hosts": allow_host or None, "--adapter": adapter,
-        "served_name": served_name, "combine_adapters": combine_adapters, "adapter_root": adapter_root,
-        "allowed_origins": allow_origin or None,
-    }  # fmt: skip
-    overrides = without_defaults(flags) | QUANTIZE.get(quantize, {}) | set_flags(settings)
-    resolved = load_server(target, environ=environ, config=config, overrides=overrides)
+    given, environ = dict(locals()), context.obj or {}
+    resolved = load_server(target, environ=environ, config=config, overrides=_overrides(given, environ))
     _run(resolved, environ, dry_run=dry_run, check=check, as_json=as_json)
+
+
+SETTING_OF = {
+    "host": "host", "engine": "engine", "parallel": "parallel", "processes": "processes",
+    "replicas": "replicas", "rows": "limits.rows", "context_tokens": "limits.context_tokens",
+    "speculative_tokens": "speculative_tokens", "allow_host": "allowed_hosts",
+    "allow_origin": "allowed_origins", "adapter": "--adapter", "adapter_root": "adapter_root",
+    "combine_adapters": "combine_adapters", "served_name": "served_name",
+}  # fmt: skip
+"""The setting that each parameter of `serve` stands for, of those whose value is taken as it is."""
+
+
+def _overrides(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings that the arguments of `serve` stand for."""
+    flags = {setting: given[name] for name, setting in SETTING_OF.items()}
+    flags |= api_keys(environ, given["api_key_env"], given["key_file"])
+    flags["port"] = given["port"] if given["port"] is not None else port_variable(environ)
+    return without_defaults(flags) | QUANTIZE.get(given["quantize"], {}) | set_flags(given["settings"])
 
 
 def _run(
@@ -176,6 +187,7 @@ def _run(
     references.check_adapters(config)
     if check:
         server.check_hardware(config)
+        server.key_file(config)
         _check(config, access, as_json=as_json)
     else:
         server.run(config, access=access)

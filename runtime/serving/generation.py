@@ -9,9 +9,10 @@ know any route's JSON. Start at `Generator.start`.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from types import TracebackType
 from typing import Literal
 
 from runtime.errors import DeadlineError, UnavailableError, UnknownModelError
@@ -19,8 +20,10 @@ from runtime.metrics import ServingMetrics
 from runtime.serving.detokenize import TAIL_TOKENS, StopRules, TextStream
 from runtime.serving.engine.protocol import Request, Sampling, Token
 from runtime.serving.lifecycle import Lifecycle, ServedModel
+from runtime.serving.rate_limits import Reservation
 from runtime.serving.token_bytes import AnswerToken, AnswerTokens
 from runtime.serving.tokenizer import PromptTokenizer
+from runtime.serving.tokenizing import CALLER
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +90,13 @@ class Generation:
         self._engine = served.engine
         self._stack = ExitStack()
         self._tokens = served.engine.submit(
-            Request(request.prompt_ids, request.sampling, adapter=request.adapter, id=request.request_id)
+            Request(
+                request.prompt_ids,
+                request.sampling,
+                adapter=request.adapter,
+                id=request.request_id,
+                client=CALLER.get().name,
+            )
         )
         self._mark_running = self._stack.enter_context(metrics.adapter(request.adapter))
         self._text, self._answer_tokens = _texts(served.tokenizer, request)
@@ -294,19 +303,38 @@ class Generator:
     def start(self, requests: Sequence[GenerationRequest], *, n: int = 1) -> GenerationGroup:
         """Queue `n` answers to each of `requests`: all of them, or none and OverloadedError.
 
-        The caller closes the group when it is answered or given up.
+        RateLimitError where the key has not the tokens that they may use. The caller closes the group when it
+        is answered or given up.
         """
         served = self.served()
         deadline = asyncio.get_running_loop().time() + self._timeout_s
+        expanded = _one_per_answer(requests, n)
+        prompt_tokens = sum(len(request.prompt_ids) for request in requests)
+        new_tokens = sum(request.sampling.max_new_tokens for request in expanded)
         with ExitStack() as stack:
-            generations = []
-            for request in _one_per_answer(requests, n):
+            generations: list[Generation] = []
+            if (budget := CALLER.get().budget) is not None:
+                stack.push(_settling(budget.reserve(prompt_tokens, new_tokens), generations))
+            for request in expanded:
                 generation = Generation(served, request, metrics=self._metrics, deadline=deadline)
                 stack.callback(generation.close)
                 generations.append(generation)
-            prompt_tokens = sum(len(request.prompt_ids) for request in requests)
             return GenerationGroup(generations, prompt_tokens, stack.pop_all())
         raise AssertionError("an exit stack swallows nothing")
+
+
+def _settling(
+    reservation: Reservation, generations: Sequence[Generation]
+) -> Callable[[type[BaseException] | None, BaseException | None, TracebackType | None], None]:
+    """Return what an exit stack calls at the end: counts what was used, or nothing if it was not begun."""
+
+    def settle(kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            reservation.settle(sum(generation.new_tokens for generation in generations))
+        else:  # while the answers were queued
+            reservation.cancel()
+
+    return settle
 
 
 def _one_per_answer(requests: Sequence[GenerationRequest], n: int) -> list[GenerationRequest]:

@@ -127,7 +127,9 @@ def _with_replicas(config: ServeConfig, devices: Hardware) -> ServedModel:
     tokenizer = models.load_tokenizer(source)
     # requests wait here; what a process is sent beyond its rows waits for those that were cancelled
     limits = config.limits.model_copy(update={"queue": config.limits.rows})
-    task = config.model_copy(update={"model": source, "limits": limits, "api_key": None, "adapters": ()})
+    task = config.model_copy(
+        update={"model": source, "limits": limits, "api_key": None, "api_key_file": None, "adapters": ()}
+    )
     running, first = replicas.start(task, devices, max_waiting=config.replicas * config.limits.queue)
     return ServedModel(
         name=config.served_name,

@@ -17,6 +17,8 @@ from runtime.model_source import ModelSource, Quantization
 
 API_KEY_VARIABLE = "RUNTIME_API_KEY"
 """Environment variable with the API key, where no other one is named."""
+API_KEY_FILE_VARIABLE = "RUNTIME_API_KEY_FILE"
+"""Environment variable with the path of the file of keys, where no flag has it."""
 ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$"
 
 
@@ -147,8 +149,10 @@ class ServeConfig(Strict):
     limits: Limits = Limits()
     api_key: SecretStr | None = None
     """Bearer token that every route except health and metrics then requires."""
+    api_key_file: Path | None = None
+    """File of several keys, each with its name and limits, read again when it changes; docs/keys.md."""
     adapter_root: Path | None = None
-    """Directory from which adapters may be loaded while serving; needs `api_key`. None allows none."""
+    """Directory from which adapters may be loaded while serving; needs an API key. None allows none."""
     drain_delay_s: float = Field(0.0, ge=0)
     """Time after SIGTERM in which requests are still accepted while /readyz already answers 503."""
     drain_timeout_s: float = Field(25.0, ge=0)
@@ -167,7 +171,7 @@ def check(config: ServeConfig) -> None:
             f"limits.bodies_bytes is {limits.bodies_bytes}, which one body of limits.body_bytes "
             f"({limits.body_bytes}) exceeds: raise it, or lower limits.body_bytes"
         )
-    if config.adapter_root is not None and config.api_key is None:
+    if config.adapter_root is not None and config.api_key is None and config.api_key_file is None:
         raise ConfigError("adapter_root needs an API key: only known clients may load adapters")
     if quantization is not None and config.engine == "vllm" and quantization.bits != 4:
         raise ConfigError("--engine vllm quantises to nf4 only: use --quantize nf4, or --engine own")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from runtime.errors import ClientGoneError, UnavailableError
+from runtime.serving.rate_limits import Budget
 
 T = TypeVar("T")
 
@@ -30,6 +31,8 @@ class Caller:
     name: str = ""
     left: Callable[[], "asyncio.Future[None]"] = asyncio.Future
     """Returns what is done once the client has left."""
+    budget: Budget | None = None
+    """What it may use, where it has a key with limits."""
 
 
 CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039 - never changed

@@ -38,6 +38,8 @@ inference: {preset: {name: PRESET}}
         ("phi-4", [], 0),
         ("phi-4", ["--api-key-secret", "keys:token", "--cpu", "4", "--memory", "20Gi"], 0),
         ("phi-4", ["--api-key-secret", "keys:"], 2),
+        ("phi-4", ["--api-key-file-secret", "keys"], 0),
+        ("phi-4", ["--api-key-file-secret", "keys:a b"], 2),
         ("phi-4", ["--api-key-secret", "a:b:c"], 2),
         ("phi-4", ["--memory", "20GB"], 2),
         ("phi-4", ["--gpu", "T4-16GB"], 6),

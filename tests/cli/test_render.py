@@ -67,3 +67,16 @@ def test_dry_run_shows_no_secret(capsys: pytest.CaptureFixture[str], away: Path)
     captured = capsys.readouterr()
     assert "SECRET" not in captured.out + captured.err
     assert "user:pw" not in captured.out
+
+
+def test_file_of_api_keys_is_named_by_flag_or_variable(
+    capsys: pytest.CaptureFixture[str], away: Path
+) -> None:
+    for words, environ, shown in (
+        (["--api-key-file", "a"], {"RUNTIME_API_KEY_FILE": "b"}, "a"),
+        ([], {"RUNTIME_API_KEY_FILE": "b"}, "b"),
+        ([], {"RUNTIME_API_KEY_FILE": ""}, None),
+    ):
+        assert main.run(["serve", "phi-4", "--dry-run", "--json", *words], environ) == 0
+        settings = json.loads(capsys.readouterr().out)["settings"]
+        assert settings["api_key_file"]["value"] == shown

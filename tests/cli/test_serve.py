@@ -1,11 +1,12 @@
 """`runtime serve`: how its flags and variables reach the server."""
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 
-from runtime.cli import main
+from runtime.cli import main, serve
 from tests.cli.conftest import failure_line
 
 
@@ -140,3 +141,11 @@ def test_adapter_folder_of_a_manifest_is_looked_for_at_start_not_where_it_is_onl
     assert "adapter a: no directory /nonexistent" in failure_line(capsys)
     assert main.run(["serve", str(file), "--dry-run", "--adapter", "a=r.io/a:1"], {}) == 2
     assert "two adapters of one name, from /nonexistent and r.io/a:1" in failure_line(capsys)
+
+
+def test_every_flag_is_carried_out() -> None:
+    """One that `_overrides` leaves out would be dropped without a word."""
+    of_the_command = {"context", "target", "config", "check", "dry_run", "as_json", "debug"}
+    read_by_name = {"api_key_env", "key_file", "port", "quantize", "settings"}
+    flags = set(inspect.signature(serve.serve).parameters) - of_the_command
+    assert flags == set(serve.SETTING_OF) | read_by_name

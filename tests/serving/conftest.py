@@ -22,6 +22,7 @@ from runtime.metrics import ServingMetrics
 from runtime.serving.generation_config import SamplingDefaults
 from runtime.serving.http.app import create_app
 from runtime.serving.http.origins import Callers
+from runtime.serving.keys import KeyEntry, KeyRing
 from runtime.serving.lifecycle import Lifecycle, ServedModel
 from runtime.serving.settings import Limits
 from runtime.serving.tokenizer import PromptTokenizer
@@ -225,6 +226,7 @@ def open_site(tokenizer: Any) -> OpenSite:
         *,
         limits: Limits | None = None,
         api_key: str | None = None,
+        keys: tuple[KeyEntry, ...] | None = None,
         origins: frozenset[str] = frozenset(),
         hosts: frozenset[str] | None = None,
         defaults: SamplingDefaults | None = None,
@@ -245,12 +247,13 @@ def open_site(tokenizer: Any) -> OpenSite:
             defaults=defaults or SamplingDefaults(),
         )
         lifecycle = Lifecycle(stall_s=0.3, capacity=limits.rows + limits.queue)
-        metrics = ServingMetrics("base", running.stats)
+        ring = KeyRing(api_key, keys) if api_key or keys else None
+        metrics = ServingMetrics("base", running.stats, ring.figures if ring else dict)
         app = create_app(
             lifecycle=lifecycle,
             metrics=metrics,
             limits=limits,
-            callers=Callers(api_key, origins, hosts),
+            callers=Callers(ring, origins, hosts),
             adapter_loader=adapter_loader,
         )
         if ready:

@@ -109,6 +109,8 @@ class Request:
     adapter: str | None = None
     id: str = ""
     """For logs and `cancel`; unique among requests in flight."""
+    client: str = ""
+    """For whom; clients take turns in the queue."""
 
 
 @dataclass(frozen=True, slots=True)

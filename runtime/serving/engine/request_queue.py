@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from runtime.serving.engine import failures
+from runtime.serving.engine.fair_queue import FairQueue
 from runtime.serving.engine.protocol import FinishReason, Request, Start, Stats, Token
 
 LAST_STEP_S = 10.0
@@ -66,7 +67,7 @@ class RequestHandle:
 
 
 class RequestQueue:
-    """Takes requests in order of arrival; at most `max_waiting` wait while `max_running` are answered."""
+    """Takes requests, clients in turn; at most `max_waiting` wait while `max_running` are answered."""
 
     def __init__(
         self, *, max_running: int, max_waiting: int, adapters: Callable[[], tuple[str, ...]]
@@ -75,7 +76,7 @@ class RequestQueue:
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._adapters = adapters
-        self._waiting: deque[RequestHandle] = deque()
+        self._waiting: FairQueue[RequestHandle] = FairQueue()
         self._running: list[RequestHandle] = []
         self._in_flight: Counter[str | None] = Counter()
         self._draining: set[str] = set()
@@ -95,7 +96,7 @@ class RequestQueue:
                 raise failures.queue_full(self._max_waiting)
             handle = RequestHandle(request)
             self._in_flight[request.adapter] += 1
-            self._waiting.append(handle)
+            self._waiting.append(request.client, handle)
             self._changed.notify_all()
         return handle.read(on_exit=lambda: self._drop(handle))
 
@@ -123,14 +124,14 @@ class RequestQueue:
         """Return the request that is next to start; None while none may."""
         with self._changed:
             may_start = self._open and self._waiting and len(self._running) < self._max_running
-            return self._waiting[0] if may_start else None
+            return self._waiting.first() if may_start else None
 
     def begin(self, handle: RequestHandle) -> bool:
         """Count the request that `first` returned as running; False where it ended meanwhile."""
         with self._changed:
-            if not self._waiting or self._waiting[0] is not handle:
+            if self._waiting.first() is not handle:
                 return False
-            self._running.append(self._waiting.popleft())
+            self._running.append(self._waiting.pop())
             handle.start()
             return True
 
@@ -205,7 +206,7 @@ class RequestQueue:
         with self._changed:
             self._open = False
             while self._waiting:
-                self._end(self._waiting.popleft(), end)
+                self._end(self._waiting.pop(), end)
             for handle in self._running:
                 self._mark(handle)
             while self._calls:
@@ -254,8 +255,7 @@ class RequestQueue:
         """Cancel a request: a waiting one ends here, a running one at the next step."""
         with self._changed:
             self._mark(handle)
-            if handle in self._waiting:
-                self._waiting.remove(handle)
+            if self._waiting.remove(handle.request.client, handle):
                 self._end(handle, "cancelled")
 
     def _mark(self, handle: RequestHandle) -> None:

@@ -19,6 +19,7 @@ from runtime.serving.http.origins import FORGEABLE, Callers, OriginMiddleware, m
 from runtime.serving.http.refusals import Refusals, ends
 from runtime.serving.http.sse import error_object, failure_reply, reply
 from runtime.serving.http.uploads import CODINGS, Uploads
+from runtime.serving.keys import KeyHolder
 from runtime.serving.lifecycle import Lifecycle
 from runtime.serving.settings import Limits
 from runtime.serving.tokenizing import CALLER, Caller
@@ -27,6 +28,9 @@ OPEN_PATHS = frozenset(
     {"/livez", "/readyz", "/health", "/healthz", "/ping", "/v2/health/live", "/v2/health/ready", "/metrics"}
 )
 """Answered without the key: probes and scrapers have none."""
+
+ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+"""Answered with the key of an administrator only: what they do, all others see."""
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}$")
 _JSON = re.compile(
@@ -50,7 +54,7 @@ class RequestMiddleware:
         self._known_origin = OriginMiddleware(self._guarded, callers)
         self._lifecycle = lifecycle
         self._uploads = Uploads(limits)
-        self._api_key = callers.api_key
+        self._keys = callers.keys
         self._refusals = refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,7 +87,7 @@ class RequestMiddleware:
                 status = scope["state"]["status"] = message["status"]
                 message = {
                     **message,
-                    "headers": [*message["headers"], (b"x-request-id", request_id.encode())],
+                    "headers": [*message["headers"], (b"x-request-id", request_id.encode()), *_left(scope)],
                 }
                 if status >= 400 and scope["path"] not in OPEN_PATHS:
                     self._refusals.note(scope, status)
@@ -93,9 +97,19 @@ class RequestMiddleware:
 
     async def _of_known_origin(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, headers = scope["path"], Headers(scope=scope)
-        if self._api_key is not None and path not in OPEN_PATHS and not authorized(headers, self._api_key):
-            await _unauthorized(path, headers)(scope, receive, send)
-        elif scope["method"] in {"GET", "HEAD", "OPTIONS"}:
+        if self._keys is not None and path not in OPEN_PATHS:
+            holder = self._keys.holder(presented_key(headers) or "")
+            if holder is None:
+                await _unauthorized(path, headers)(scope, receive, send)
+                return
+            scope["state"]["holder"] = holder
+            if path in ADMIN_PATHS and not holder.admin:
+                message = f"the key '{holder.name}' may not do that: it has not 'admin: true'"
+                await reply(path, 403, error_object(message, 403, code="admin_key_required"))(
+                    scope, receive, send
+                )
+                return
+        if scope["method"] in {"GET", "HEAD", "OPTIONS"}:
             # The server sends no body to HEAD, whatever a route answers.
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
             await self._app({**scope, "method": method}, receive, send)
@@ -115,6 +129,8 @@ class RequestMiddleware:
         headers = Headers(scope=scope)
         try:
             self._uploads.check(headers)
+            if (budget := _holder(scope).budget) is not None:
+                budget.take_request()
             self._lifecycle.admit()
             body = await self._uploads.read(headers, receive)
             scope["state"]["body_ends"] = ends(body)
@@ -129,8 +145,8 @@ class RequestMiddleware:
             await response(scope, receive, send)
 
     async def _answer(self, scope: Scope, departure: Departure, send: Send) -> None:
-        client = scope.get("client") or ("",)
-        caller = CALLER.set(Caller(client[0], departure.left))
+        client, holder = scope.get("client") or ("",), _holder(scope)
+        caller = CALLER.set(Caller(holder.name or client[0], departure.left, holder.budget))
         try:
             await self._app(scope, departure.receive, send)
         finally:
@@ -148,22 +164,33 @@ def plain_path(path: str) -> str:
     return re.sub("/{2,}", "/", path).rstrip("/") or "/"
 
 
-def authorized(headers: Mapping[str, str], api_key: str) -> bool:
-    """Return whether the request carries the key: as a bearer token, or as a browser's password.
+def _holder(scope: Scope) -> KeyHolder:
+    holder = scope["state"].get("holder")
+    return holder if isinstance(holder, KeyHolder) else KeyHolder()
+
+
+def _left(scope: Scope) -> list[tuple[bytes, bytes]]:
+    """Return the headers that say what is left of the limits of the request's key."""
+    budget = _holder(scope).budget
+    return [] if budget is None else budget.headers()
+
+
+def presented_key(headers: Mapping[str, str]) -> str | None:
+    """Return the key that a request carries: as a bearer token, `x-api-key`, or a browser's password.
 
     A browser adds a password by itself, also to requests of other sites' pages: those are refused.
     """
     scheme, _, credentials = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "basic":
         if not may_use_password(headers):
-            return False
+            return None
         try:
             credentials = base64.b64decode(credentials, validate=True).decode().partition(":")[2]
         except (binascii.Error, UnicodeDecodeError):
-            return False
+            return None
     elif scheme.lower() != "bearer":
-        return False
-    return secrets.compare_digest(credentials.strip().encode(), api_key.encode())
+        credentials = headers.get("x-api-key", "")  # as Anthropic's clients send it
+    return credentials.strip() or None
 
 
 def _unauthorized(path: str, headers: Mapping[str, str]) -> ASGIApp:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from runtime.serving.http.body import IGNORED
 from runtime.serving.http.constraint_fields import RELAXED
 from runtime.serving.http.sse import error_object, reply
+from runtime.serving.keys import KeyRing
 
 EVERY = "*"
 """As an allowed origin or host: all of them."""
@@ -29,6 +30,12 @@ FORGEABLE = (
     "one; send Content-Type: application/json, or the key as Authorization: Bearer KEY"
 )
 """What a client is told whose request `may_be_forged`."""
+RATE_HEADERS = tuple(
+    f"x-ratelimit-{name}-{unit}"
+    for unit in ("requests", "tokens")
+    for name in ("limit", "remaining", "reset")
+)
+"""What a key with limits has left; see `Budget.headers`."""
 PREFLIGHT_S = 600
 """How long browsers remember an answer to a preflight request."""
 
@@ -37,8 +44,8 @@ PREFLIGHT_S = 600
 class Callers:
     """Who may call, as the server was started."""
 
-    api_key: str | None = None
-    """What they must send; None is nothing."""
+    keys: KeyRing | None = None
+    """The keys of which they must send one; None is nothing."""
     origins: frozenset[str] = frozenset()
     """Those of other sites' pages that may call; `*` is all."""
     hosts: frozenset[str] | None = None
@@ -139,7 +146,14 @@ class OriginMiddleware:
                 allow_methods=["*"],
                 allow_headers=["*"],  # SDKs send many of their own
                 allow_private_network=True,
-                expose_headers=["x-request-id", "retry-after", IGNORED, RELAXED],
+                expose_headers=[
+                    "x-request-id",
+                    "retry-after",
+                    "retry-after-ms",
+                    IGNORED,
+                    RELAXED,
+                    *RATE_HEADERS,
+                ],
                 max_age=PREFLIGHT_S,
             )
 

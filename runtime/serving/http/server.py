@@ -31,6 +31,7 @@ from runtime.serving.http.app import create_app
 from runtime.serving.http.connections import Connection, Shared
 from runtime.serving.http.origins import EVERY, Callers, known_hosts
 from runtime.serving.http.write_watch import limit_unsent
+from runtime.serving.keys import KeyFile, KeyRing
 from runtime.serving.lifecycle import Lifecycle, ServedModel
 from runtime.serving.settings import Limits, ServeConfig
 from runtime.serving.settings import check as check_settings
@@ -67,10 +68,22 @@ def run(config: ServeConfig, *, access: Access | None = None, load: Load | None 
     if config.adapter_root is not None:
         add = partial(loading.add_adapter, config=config, access=access)
         adapter_loader = AdapterLoader(config.adapter_root, add)
+    keys = key_file(config)
     with bind(config.host, config.port) as listener:
         load = load or partial(loading.load, access=access)
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
-            runner.run(Serving(config, load, adapter_loader).run(listener))
+            runner.run(Serving(config, load, adapter_loader, keys=keys).run(listener))
+
+
+def key_file(config: ServeConfig) -> KeyFile | None:
+    """Return the file of keys, read; ConfigError where it is wrong."""
+    if config.api_key_file is None:
+        return None
+    return KeyFile(config.api_key_file, single=_api_key(config))
+
+
+def _api_key(config: ServeConfig) -> str | None:
+    return config.api_key.get_secret_value() if config.api_key is not None else None
 
 
 def check_hardware(config: ServeConfig) -> None:
@@ -123,8 +136,18 @@ def _why_unbound(error: OSError, host: str, port: int) -> str:
 class Serving:
     """One run of the server, from the open port to the last answer."""
 
-    def __init__(self, config: ServeConfig, load: Load, adapter_loader: AdapterLoader | None = None) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        load: Load,
+        adapter_loader: AdapterLoader | None = None,
+        *,
+        keys: KeyFile | None = None,
+    ) -> None:
         self._config = config
+        self._key_file = keys
+        single = _api_key(config)
+        self._keys = keys.ring if keys is not None else KeyRing(single) if single is not None else None
         self._adapter_loader = adapter_loader
         self._load = load
         self._lifecycle = Lifecycle(capacity=config.replicas * (config.limits.rows + config.limits.queue))
@@ -145,6 +168,7 @@ class Serving:
         # A daemon: a process that has to stop while it loads need not wait for the weights.
         threading.Thread(target=self._load_into, args=(loop, loading), name="load", daemon=True).start()
         stop = asyncio.create_task(self._stop.wait())
+        watching = self._watch_keys(loop)
         try:
             await asyncio.wait((loading, stop), return_when=asyncio.FIRST_COMPLETED)
             if not self._stop.is_set():
@@ -159,11 +183,20 @@ class Serving:
                 self._closing = "the tokenizer"
                 served.tokenizer.close()
             stop.cancel()
+            if watching is not None:
+                watching.cancel()
             self._closing = "connections"
             server.should_exit = True
             await serving
             self._closing = "threads"
         log.info("Stopped")
+
+    def _watch_keys(self, loop: asyncio.AbstractEventLoop) -> "asyncio.Task[None] | None":
+        """Have the file of keys read again on SIGHUP, and when it has changed."""
+        if self._key_file is None:
+            return None
+        loop.add_signal_handler(signal.SIGHUP, self._key_file.asked.set)
+        return asyncio.create_task(self._key_file.watch())
 
     def _callers(self, address: str) -> Callers:
         """Return who may call the server that listens on `address`."""
@@ -171,14 +204,15 @@ class Serving:
         if EVERY in config.allowed_origins:
             log.warning("Pages of every site may call this server: an allowed origin is *")
         return Callers(
-            config.api_key.get_secret_value() if config.api_key else None,
+            self._keys,
             frozenset(config.allowed_origins),
             known_hosts(config.host, address, config.allowed_hosts),
         )
 
     def _http_server(self, listener: socket.socket) -> uvicorn.Server:
         config = self._config
-        metrics = self._metrics = ServingMetrics(config.served_name, self._engine_stats)
+        key_figures = self._keys.figures if self._keys is not None else dict
+        metrics = self._metrics = ServingMetrics(config.served_name, self._engine_stats, key_figures)
         app = create_app(
             lifecycle=self._lifecycle,
             metrics=metrics,
@@ -222,7 +256,7 @@ class Serving:
         self._lifecycle.ready(served)
         log.info("Model loaded successfully")
         log.info("Serving %s", ", ".join(served.models()))
-        password = " (any user name, the API key as the password)" if self._config.api_key else ""
+        password = " (any user name, the API key as the password)" if self._keys is not None else ""
         log.info("Chat page: %s/%s", self._url, password)
         log.info("Routes: %s/docs", self._url)
         log.info("OpenAI API: %s/v1", self._url)

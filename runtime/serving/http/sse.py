@@ -6,6 +6,7 @@ Knows HTTP and the error tree; does not know any route. Start at `failure_reply`
 import asyncio
 import json
 import logging
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -87,7 +88,11 @@ def reply(path: str, status: int, error: dict[str, Any]) -> ErrorReply:
 def failure_reply(path: str, failure: BaseException, request_id: str) -> ErrorReply:
     """Return the response to a request that failed with `failure`."""
     status, error = failure_object(failure, request_id)
-    return reply(path, status, error)
+    response = reply(path, status, error)
+    if isinstance(failure, errors.RateLimitError):  # openai's clients read milliseconds, others whole seconds
+        response.headers["Retry-After"] = str(math.ceil(failure.retry_after_s))
+        response.headers["retry-after-ms"] = str(math.ceil(failure.retry_after_s * 1000))
+    return response
 
 
 def event(data: dict[str, Any], *, named: bool = False) -> bytes:

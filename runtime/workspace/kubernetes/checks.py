@@ -137,9 +137,13 @@ def _options(options: PodOptions) -> None:
             names.quantity(amount, flag)
     if options.cache_claim is not None:
         names.subdomain(options.cache_claim, "--cache-claim")
-    if options.api_key is not None:
-        names.subdomain(options.api_key[0], "--api-key-secret")
-        names.secret_key(options.api_key[1], "--api-key-secret")
+    for flag, secret in (
+        ("--api-key-secret", options.api_key),
+        ("--api-key-file-secret", options.api_key_file),
+    ):
+        if secret is not None:
+            names.subdomain(secret[0], flag)
+            names.secret_key(secret[1], flag)
 
 
 def _secrets(manifest: WorkspaceDocuments) -> Iterator[tuple[str, str, str]]:

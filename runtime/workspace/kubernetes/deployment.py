@@ -17,6 +17,8 @@ from runtime.workspace.schema import LOAD_BALANCER, InferenceSpec
 
 POD_PORT = 8080
 """Where the server listens in its pod: not every node lets this user have port 80, which is the Service's."""
+KEYS, API_KEY_FILE = Path("/etc/workspace-runtime"), "api-keys"
+"""Where the file of API keys is mounted."""
 PRE_STOP_S = 5
 """Time for the nodes' proxies to remove a pod that ends; requests that still arrive are served."""
 
@@ -38,6 +40,7 @@ def objects_of_server(
     inference = manifest.workspace.inference
     assert inference is not None, "load_server refuses other Workspaces"  # noqa: S101
     volumes, secrets = _adapters(inference, made, options)
+    volumes += _keys(made, options)
     template = pod.pod(manifest, made, volumes, options, gpus=placement.gpus > 0)
     if options.image_volumes and secrets:
         others = template.get("imagePullSecrets", [])
@@ -69,6 +72,20 @@ def _container(manifest: WorkspaceDocuments, placement: Placement, options: PodO
     made["ports"] = [{"name": "http", "containerPort": POD_PORT}]
     made["lifecycle"] = {"preStop": {"exec": {"command": ["sleep", str(PRE_STOP_S)]}}}
     return made | _probes()
+
+
+def _keys(made: Object, options: PodOptions) -> list[Object]:
+    """Return the volume with the file of API keys, if there is one, and have the server read it.
+
+    The whole Secret, not a `subPath` of it: that would never change in a pod that runs.
+    """
+    if options.api_key_file is None:
+        return []
+    name, key = options.api_key_file
+    made["args"] += ["--api-key-file", str(KEYS / API_KEY_FILE)]
+    items = [{"key": key, "path": API_KEY_FILE}]
+    source = {"secret": {"secretName": name, "items": items, "defaultMode": 0o440}}
+    return [pod.volume("api-keys", source, KEYS, made)]
 
 
 def _adapters(inference: InferenceSpec, made: Object, options: PodOptions) -> tuple[list[Object], list[str]]:

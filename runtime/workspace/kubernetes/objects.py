@@ -68,7 +68,7 @@ def _workspace(
 ) -> tuple[list[Object], list[str]]:
     environ = _environ(manifest)
     resolved: Resolved[TuningJob] | Resolved[ServeConfig]
-    keyed = options.api_key is not None
+    keyed = options.api_key is not None or options.api_key_file is not None
     if manifest.work == "tuning":
         resolved = job = load_job(manifest, environ=environ, config=options.config)
         checks.refuse(manifest, found.others, options)
@@ -79,7 +79,7 @@ def _workspace(
         settings = options.settings
         resolved = server = load_server(manifest, environ=environ, config=options.config, overrides=settings)
         checks.refuse(manifest, found.others, options)
-        keyed = keyed or server.config.api_key is not None
+        keyed = keyed or server.config.api_key is not None or server.config.api_key_file is not None
         placed = placement.of_server(manifest, server.config, options)
         size = _weights_bytes(server.config.model)
         made = objects_of_server(manifest, server.config, placed, options, weights_bytes=size)

@@ -33,3 +33,5 @@ class PodOptions:
     """PersistentVolumeClaim for downloaded weights; None downloads them again in each pod."""
     api_key: tuple[str, str] | None = None
     """Name and key of the Secret with the API key; None serves everybody."""
+    api_key_file: tuple[str, str] | None = None
+    """Name and key of the Secret with a file of several API keys."""

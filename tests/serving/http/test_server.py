@@ -18,7 +18,9 @@ import httpx
 import pytest
 
 from runtime.errors import ConfigError
-from runtime.serving.http.server import bind, url
+from runtime.model_source import ModelSource
+from runtime.serving.http.server import bind, key_file, url
+from runtime.serving.settings import ServeConfig
 from tests.bench.soak import soak
 from tests.serving.conftest import until
 from tests.serving.test_loading import served
@@ -405,3 +407,30 @@ def test_memory_and_descriptors_stay_flat_under_mixed_traffic(tiny_llama_dir: Pa
     assert report.files[1] <= report.files[0], report.files
     # 1,024 kernels kept, as is the libraries' default, were 400,000 kB by now; a leak of 1 kB a token 50,000.
     assert report.memory_kb[-1] - report.memory_kb[0] < 16_000, report.memory_kb
+
+
+def test_the_file_of_keys_is_read_again_on_sighup(start_server: Any, tmp_path: Path) -> None:
+    file, new = tmp_path / "keys", tmp_path / "new"
+    file.write_text("a: sk-one-0123456789abcdef\n")
+    server = start_server(config={"api_key_file": str(file)})
+
+    def status(key: str) -> int:
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.get(server.url + "/v1/models", headers=headers, timeout=60).status_code
+
+    assert (status("sk-one-0123456789abcdef"), status("sk-two-0123456789abcdef")) == (200, 401)
+    new.write_text("b: sk-two-0123456789abcdef\n")
+    new.replace(file)
+    server.process.send_signal(signal.SIGHUP)
+    until(lambda: status("sk-two-0123456789abcdef") == 200, timeout_s=60)
+    assert status("sk-one-0123456789abcdef") == 401
+    until(lambda: "added b; removed a" in "".join(server.log), timeout_s=60)
+    assert "sk-" not in "".join(server.log)
+    assert server.stop(timeout_s=60) == 0
+
+
+def test_a_wrong_file_of_keys_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("a: short\n")
+    with pytest.raises(ConfigError, match="a: the key has 5 characters"):
+        key_file(ServeConfig(model=ModelSource(name="m"), served_name="m", api_key_file=file))

@@ -290,6 +290,16 @@ def test_api_key_and_token_come_from_secrets(tmp_path: Path) -> None:
     assert pod_of(objects)["automountServiceAccountToken"] is False
 
 
+def test_a_file_of_api_keys_is_mounted_from_a_secret_and_read(tmp_path: Path) -> None:
+    objects, _ = made(INFERENCE, tmp_path, api_key_file=("keys", "team.yaml"))
+    serve = container_of(objects)
+    assert serve["args"][-2:] == ["--api-key-file", "/etc/workspace-runtime/api-keys"]
+    assert {"name": "api-keys", "mountPath": "/etc/workspace-runtime"} in serve["volumeMounts"]
+    volume = next(v for v in pod_of(objects)["volumes"] if v["name"] == "api-keys")
+    items = [{"key": "team.yaml", "path": "api-keys"}]
+    assert volume["secret"] == {"secretName": "keys", "items": items, "defaultMode": 0o440}
+
+
 def test_gated_model_is_warned_of_only_without_its_secret(tmp_path: Path) -> None:
     gated = SERVING.replace("{name: phi-4}", "{name: llama-3.1-8b-instruct}")
     assert any("is gated" in warning for warning in made(gated, tmp_path)[1])
