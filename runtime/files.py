@@ -1,6 +1,8 @@
 """Atomic writes of files and folders, locks, and the cache folder.
 
-New files are written under a temporary name in the same directory and renamed. Does not know what is in them.
+What is new is written aside, under a scratch name whose lock its writer holds, and renamed when it is whole;
+what killed writers left is removed by the next one at that place. It is synced to the disk before it is
+renamed, unless whoever reads it verifies its digest. Does not know what is in it.
 Start at `atomic_file` and `locked`.
 """
 
@@ -10,6 +12,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
 import time
@@ -17,18 +20,27 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from runtime.errors import CapacityError, ConfigError, Failure
+from runtime.errors import CapacityError, ConfigError, Failure, TransientError
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.1
 """How often a lock that another holds is tried again."""
 
+_SUFFIX = ".part"
+_SCRATCH = re.compile(r"\.[0-9a-f]{8}\.part$")
+_MOST_NAME = 60
+"""Characters of a name that its scratch name repeats: at most 240 of the 255 bytes that a name may have."""
+_ABANDONED_S = 24 * 3600
+
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _NO_SUCH_PLACE = frozenset(
     {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
 )
+_BROKEN = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO})
+"""Of a disk, or of a server of files."""
+_TOO_MANY_OPEN = frozenset({errno.EMFILE, errno.ENFILE})
 _WITHOUT_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
 
 
@@ -49,20 +61,14 @@ def atomic_file(path: Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
 
     `mode` is its permissions whatever the user's umask, from its first byte on.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # process ids repeat in containers
-    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
+    with _aside(path, 0o666 if mode is None else mode, folder=False) as (scratch, descriptor):
+        with open(descriptor, "wb", closefd=False) as stream:
             if mode is not None:
                 os.fchmod(descriptor, mode)
             yield stream
             stream.flush()
             os.fsync(descriptor)
         scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
 
 
 def write_atomic(path: Path, text: str, *, mode: int | None = None) -> None:
@@ -72,24 +78,18 @@ def write_atomic(path: Path, text: str, *, mode: int | None = None) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, *, written_here: bool = True) -> Iterator[Path]:
+def atomic_folder(path: Path, *, synced: bool = True, mode: int = 0o777) -> Iterator[Path]:
     """Yield a new folder that becomes `path` when the block ends well and is removed otherwise.
 
-    With `written_here` its files are synced to disk and get the permissions of the user's umask: safetensors
-    makes files that only their owner can read. An existing folder at `path` is replaced.
+    Its files may be read by all whom the umask lets: safetensors makes files that only their owner can read.
+    An existing folder at `path` is replaced.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
+    with _aside(path, mode, folder=True) as (scratch, _):
         yield scratch
-        if written_here:
-            _sync_files(scratch)
-        replace_folder(scratch, path)
-        sync_directory(path.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _finish(scratch, synced=synced)
+        _replace_folder(scratch, path)
+        if synced:
+            sync_directory(path.parent)
 
 
 @contextlib.contextmanager
@@ -98,25 +98,86 @@ def atomic_files(folder: Path, *, last: str) -> Iterator[Path]:
 
     Each is moved atomically, with the permissions of the user's umask; the other files of `folder` stay.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{last}.{os.getpid()}.part"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
+    with _aside(folder / last, 0o777, folder=True) as (scratch, _):
         yield scratch
-        found = _sync_files(scratch)
+        found = _finish(scratch, synced=True)
         for path in sorted(found, key=lambda path: (path.name == last, str(path))):
             target = folder / path.relative_to(scratch)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
         sync_directory(folder)
+
+
+@contextlib.contextmanager
+def _aside(path: Path, mode: int, *, folder: bool) -> Iterator[tuple[Path, int]]:
+    """Yield a new file or folder beside `path` and its descriptor; it is removed if it is still there.
+
+    What processes that were killed have left beside `path` goes first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path.parent, path.name)
+    make = _make_folder if folder else _make_file
+    while True:
+        scratch = _scratch_name(path)
+        descriptor = make(scratch, mode)
+        if _acquire(descriptor) is not False and _is_still(descriptor, scratch):
+            break
+        os.close(descriptor)  # another process took it for one that a dead process left
+    try:
+        yield scratch, descriptor
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(descriptor)
+        remove(scratch)
 
 
-def replace_folder(new: Path, folder: Path) -> None:
+def _make_file(path: Path, mode: int) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+
+
+def _make_folder(path: Path, mode: int) -> int:
+    path.mkdir(mode=mode)
+    return os.open(path, os.O_RDONLY)
+
+
+def _scratch_name(path: Path) -> Path:
+    return path.with_name(f".{path.name[:_MOST_NAME]}.{secrets.token_hex(4)}{_SUFFIX}")
+
+
+def remove_abandoned(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left in `folder` of files and folders (called `name`) that they wrote.
+
+    Whoever writes at one holds its lock; where there are no locks, it is abandoned after a day.
+    """
+    prefix = "." if name is None else f".{name[:_MOST_NAME]}."
+    with contextlib.suppress(OSError):
+        for path in list(folder.iterdir()):
+            if path.name.startswith(prefix) and _SCRATCH.search(path.name) and _is_abandoned(path):
+                remove(path)
+
+
+def _is_abandoned(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        held = _acquire(descriptor)
+        age_s = time.time() - os.fstat(descriptor).st_mtime
+        return age_s > _ABANDONED_S if held is None else held
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder as far as that is possible; nothing fails."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _replace_folder(new: Path, folder: Path) -> None:
     """Rename `new` to `folder`; ConfigError when an existing `folder` cannot be moved (a mount)."""
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    old = _scratch_name(folder)
     if folder.exists():
         try:
             folder.rmdir()  # an empty folder, as Kubernetes mounts them
@@ -131,14 +192,17 @@ def replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync_files(folder: Path) -> list[Path]:
-    """Sync the files below a new `folder` to disk and give them the permissions of the user's umask."""
+def _finish(folder: Path, *, synced: bool) -> list[Path]:
+    """Let the files below a new `folder` be read by all whom the umask lets, and sync them to the disk."""
     mode = folder.stat().st_mode & 0o666
-    found = [path for path in folder.rglob("*") if path.is_file()]
+    found = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     for path in found:
-        with path.open("rb") as written:
-            os.fsync(written.fileno())
-        path.chmod(mode)
+        before = path.stat().st_mode
+        if before | mode != before:
+            path.chmod(before | mode)
+        if synced:
+            with path.open("rb") as written:
+                os.fsync(written.fileno())
     return found
 
 
@@ -174,15 +238,25 @@ def disk_failure(
 ) -> Failure | None:
     """Return what a user can do about `error`, met under `path`; None where it is not about a path.
 
-    CapacityError for a full disk, ConfigError for a path that does not exist, may not be used or is none.
+    CapacityError for a full disk or a file beyond a limit, TransientError for a broken one, ConfigError for a
+    path that does not exist, may not be used or is none, and for too many open files.
     """
     reason = error.strerror
     named = error.filename2 or error.filename or path
     if error.errno in _FULL:
         need = f"; {needed_bytes} bytes are needed" if needed_bytes else ""
         return CapacityError(f"{path or named}: the disk is full{need}; free space or use another directory")
+    if error.errno == errno.EFBIG:
+        return CapacityError(
+            f"{path or named}: the file is larger than this process may write, or its file system; "
+            "raise `ulimit -f`, or use another directory"
+        )
+    if error.errno in _TOO_MANY_OPEN:
+        return ConfigError(f"too many open files ({reason}); raise `ulimit -n`")
     if named is None:
         return None
+    if error.errno in _BROKEN:
+        return TransientError(f"{path or named}: the file system failed ({reason}); check it and try again")
     if error.errno in _REFUSED:
         return ConfigError(f"{named}: not allowed ({reason})")
     if error.errno in _NO_SUCH_PLACE:
@@ -216,23 +290,37 @@ def locked(path: Path, *, wait_s: float = math.inf, waiting: str = "") -> Iterat
     system without locks nothing is held.
     """
     until = time.monotonic() + wait_s
-    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_APPEND | os.O_CREAT
-    descriptor = os.open(path, flags, 0o666)
+    descriptor = _open_lock(path)
     try:
-        while not _acquire(descriptor):
+        while _acquire(descriptor) is False or not _is_still(descriptor, path):
             if time.monotonic() >= until:
                 raise BlockingIOError(errno.EWOULDBLOCK, "locked by another process", str(path))
             if waiting:
                 log.info(waiting)
                 waiting = ""
             time.sleep(POLL_S)
+            if not _is_still(descriptor, path):  # its holder has removed it
+                os.close(descriptor)
+                descriptor = _open_lock(path)
         yield descriptor
     finally:
         os.close(descriptor)  # not unlocked: a child may go on holding it
 
 
-def _acquire(descriptor: int) -> bool:
-    """Whether the lock was acquired, or the file system has none."""
+def _open_lock(path: Path) -> int:
+    return os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+
+
+def _is_still(descriptor: int, path: Path) -> bool:
+    """Whether `path` names the file or folder that is open."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except OSError:
+        return False
+
+
+def _acquire(descriptor: int) -> bool | None:
+    """Whether the lock was acquired; None where the file system has none."""
     from filelock import lock_descriptor  # as long as all imports of `runtime --help` otherwise take
 
     try:
@@ -240,7 +328,7 @@ def _acquire(descriptor: int) -> bool:
     except OSError as error:
         if error.errno not in _WITHOUT_LOCKS:
             raise
-        return True
+        return None
 
 
 def kind_of(text: str) -> Literal["file", "folder"] | None:

@@ -1,5 +1,6 @@
 """Files that are whole or absent."""
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from runtime import files
+from runtime.errors import CapacityError, ConfigError, Failure, TransientError
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,6 +57,82 @@ def test_nothing_is_left_of_a_file_that_is_not_finished(tmp_path: Path) -> None:
         stream.write(b"half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "files"])
+def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path: Path, kind: str) -> None:
+    dead, alive = tmp_path / ".x.01234567.part", tmp_path / ".x.89abcdef.part"
+    for path in (dead, alive):
+        path.mkdir()
+        (path / "half").touch()
+    (tmp_path / ".x.part").touch()  # somebody's: not named as files here are
+    with files.locked(alive):
+        if kind == "file":
+            files.write_atomic(tmp_path / "x", "whole")
+        elif kind == "folder":
+            with files.atomic_folder(tmp_path / "x") as new:
+                (new / "whole").touch()
+        else:
+            with files.atomic_files(tmp_path, last="x") as new:
+                (new / "x").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"x", ".x.part", alive.name}
+
+
+def test_a_writer_is_not_taken_for_a_dead_one(tmp_path: Path) -> None:
+    with files.atomic_folder(tmp_path / "x") as first, files.atomic_file(tmp_path / "y") as second:
+        (first / "a").touch()
+        second.write(b"whole")
+        with files.atomic_folder(tmp_path / "x") as other:
+            (other / "b").touch()
+        files.write_atomic(tmp_path / "y", "early")
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["a"]
+    assert (tmp_path / "y").read_bytes() == b"whole"
+
+
+def test_a_folder_of_its_owner_alone_is_one_from_the_start(tmp_path: Path) -> None:
+    with files.atomic_folder(tmp_path / "x", synced=False, mode=0o700) as new:
+        (new / "secret").touch(mode=0o600)
+        assert new.stat().st_mode & 0o077 == 0
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "x/secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_names_as_long_as_a_file_system_takes_are_written(tmp_path: Path) -> None:
+    for name in ("n" * 255, "é" * 127):
+        files.write_atomic(tmp_path / name, "x")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_who_waits_for_a_lock_whose_file_is_removed_holds_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+
+    def holds_what_is_there() -> bool:
+        with files.locked(path) as descriptor:
+            return os.path.samestat(os.fstat(descriptor), path.stat())
+
+    with ThreadPoolExecutor(1) as pool:
+        with files.locked(path):
+            waiter = pool.submit(holds_what_is_there)
+            path.unlink()
+        assert waiter.result(60)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.ENOSPC, CapacityError),
+        (errno.EFBIG, CapacityError),
+        (errno.EROFS, ConfigError),
+        (errno.EMFILE, ConfigError),
+        (errno.EIO, TransientError),
+        (errno.ESTALE, TransientError),
+    ],
+)
+def test_what_a_disk_refuses_is_told_from_what_may_pass(number: int, kind: type[Failure]) -> None:
+    failure = files.disk_failure(OSError(number, os.strerror(number), "/a/b"))
+    assert type(failure) is kind
+    assert failure is not None
+    assert number == errno.EMFILE or str(failure).startswith("/a/b: ")
 
 
 def test_permissions_are_those_requested_or_the_umasks(tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ CROSS_CUTTING = {
     "tests/clients": None,
     "tests/cli": {"test_odd_invocations"},
     "tests/contract": None,
+    "tests/faults": None,
     "tests/oci": {"test_engines", "test_eviction", "test_faults"},
     "tests/pod": {"test_scripts"},
     "tests/serving/engine": {"test_pool_traffic"},

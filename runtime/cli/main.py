@@ -10,13 +10,14 @@ import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from runtime import __version__, garbage_collection, logs
 from runtime.cli import chat, images, manifest, merge, plan, presets, serve, tune
-from runtime.errors import ConfigError, Failure, exit_code
+from runtime.errors import ConfigError, Failure, StoppedError, exit_code
 from runtime.files import disk_failure
 from runtime.redaction import redact
 
@@ -68,7 +69,14 @@ def version() -> None:
 
 def main() -> None:
     """Run the command line of this process and exit with its status."""
+    signal.signal(signal.SIGTERM, _stop)  # tune and serve have handlers of their own
     garbage_collection.exit_without(run(sys.argv[1:], os.environ))
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    """Leave as after any failure, so that nothing half-written stays; a second signal ends the process."""
+    signal.signal(number, signal.SIG_DFL)
+    raise StoppedError(f"stopped by {signal.Signals(number).name}; the same command starts again")
 
 
 def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:

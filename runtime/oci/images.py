@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import CapacityError, ConfigError, Failure, RegistryError, TransientError
+from runtime.errors import RETRIABLE, CapacityError, ConfigError, Failure, RegistryError
 from runtime.files import atomic_folder, check_folder, disk_errors, locked
 from runtime.oci import contents, manifests, signatures
 from runtime.oci.access import DEFAULT, Access
@@ -132,34 +132,39 @@ def pull(
             check_folder(access.cache, "a folder for the cache")
     with closing(open_store(reference, access)) as store:
         info = _trusted(store, reference, access)
-        if _pulled_digest(folder) == info.digest:
+        folder = folder.absolute()
+        if _pulled_digest(folder) == info.digest and not _parts(folder).exists():
             return folder
         if check_size is not None:
             check_size(info.manifest.size)
-        folder = folder.absolute()
         with disk_errors(folder.parent), _new_folder(folder.parent), _locked(folder.parent, access.cache):
             if _pulled_digest(folder) != info.digest:  # else another process was quicker
                 _pull(store, info, folder, access.cache)
+            shutil.rmtree(_parts(folder), ignore_errors=True)  # also of a pull that was killed just here
         return folder
 
 
 def _pull(store: Store, info: ImageInfo, folder: Path, cache: Path | None) -> None:
-    parts = folder.parent / f".{folder.name}.blobs"
-    blobs_dir = cache or parts
+    blobs_dir = cache or _parts(folder)
     where = str(info.reference)
     try:
-        blobs_dir.mkdir(parents=True, exist_ok=True)
-        _check_space(info.manifest, blobs_dir, folder.parent)
-        blobs = _download(store, info, blobs_dir)
-        with atomic_folder(folder, written_here=False) as new:
-            contents.unpack(info.manifest, blobs, new, where)
-            marker = {"reference": where, "digest": info.digest}
-            (new / MARKER).write_text(json.dumps(marker), encoding="utf-8")
+        with disk_errors(folder.parent):
+            blobs_dir.mkdir(parents=True, exist_ok=True)
+            _check_space(info.manifest, blobs_dir, folder.parent)
+            blobs = _download(store, info, blobs_dir)
+            with atomic_folder(folder) as new:
+                contents.unpack(info.manifest, blobs, new, where)
+                marker = {"reference": where, "digest": info.digest}
+                (new / MARKER).write_text(json.dumps(marker), encoding="utf-8")
     except Failure as error:
-        if not isinstance(error, TransientError):  # after that, as after a signal, the next try continues
-            shutil.rmtree(parts, ignore_errors=True)
+        if type(error) not in RETRIABLE:  # after those the next try continues
+            shutil.rmtree(_parts(folder), ignore_errors=True)
         raise
-    shutil.rmtree(parts, ignore_errors=True)
+
+
+def _parts(folder: Path) -> Path:
+    """Return where blobs lie until `folder` is made of them, where there is no cache."""
+    return folder.parent / f".{folder.name}.blobs"
 
 
 @contextlib.contextmanager

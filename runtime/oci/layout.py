@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from runtime.errors import ConfigError, RegistryError
-from runtime.files import atomic_file, check_folder, disk_errors, locked
+from runtime.files import atomic_file, check_folder, disk_errors, locked, remove_abandoned
 from runtime.oci.blobs import Blob, Descriptor, Reader, is_digest, read_all
 from runtime.oci.image import INDEX, MANIFEST
 from runtime.oci.store import Report, StoredManifest, check_manifest, check_small
@@ -24,6 +24,7 @@ from runtime.oci.store import Report, StoredManifest, check_manifest, check_smal
 _TAG = "org.opencontainers.image.ref.name"
 _FULL_NAME = "io.containerd.image.name"
 _ABOUT = re.compile(r"sha256-[0-9a-f]{64}(\.sig)?")
+_VERSION = b'{"imageLayoutVersion":"1.0.0"}'
 _MOST_JSON_BYTES = 4 << 20
 _MOST_INDEXES = 4
 """Indexes inside each other."""
@@ -43,11 +44,13 @@ class Layout:
         """Create the layout when missing and hold its lock while the block runs."""
         self.check_writable()
         with disk_errors(self._root):
-            self._blobs.mkdir(parents=True, exist_ok=True)
+            self._root.mkdir(parents=True, exist_ok=True)
             version = self._root / "oci-layout"
             with locked(version, waiting=f"{self}: another process writes to the layout, waiting for it"):
-                if not version.stat().st_size:
-                    version.write_bytes(b'{"imageLayoutVersion":"1.0.0"}')
+                if version.stat().st_size != len(_VERSION):
+                    version.write_bytes(_VERSION)  # in place: its lock is held
+                self._blobs.mkdir(parents=True, exist_ok=True)
+                remove_abandoned(self._blobs)
                 yield
 
     def close(self) -> None:
@@ -62,8 +65,8 @@ class Layout:
                     f"{self._root}: holds files but no OCI layout; name an empty or new directory"
                 )
             existing = next(p for p in (self._root.absolute(), *self._root.absolute().parents) if p.exists())
-            with tempfile.NamedTemporaryFile(dir=existing):
-                pass
+            with tempfile.TemporaryFile(dir=existing):
+                pass  # without a name, which a killed process would leave
 
     def find(self, selector: str) -> StoredManifest | None:
         """Return the manifest under a tag or digest."""

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,9 +100,8 @@ def _preflight(job: TuningJob, access: oci.Access | None) -> None:
     folder = job.output.folder
     try:
         OutputPaths(folder).work.mkdir(parents=True, exist_ok=True)
-        probe = OutputPaths(folder).work / f"probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=OutputPaths(folder).work):
+            pass  # without a name, which a killed process would leave
     except OSError as error:
         raise ConfigError(
             f"output folder {folder} cannot be written ({error.strerror}); make it writable for "

@@ -86,7 +86,7 @@ class DataEncoder:
         with disk_errors(path.parent):
             if cache and (kept := cache.take(key, path)):
                 return _repeat(kept, f"as an earlier job encoded them, from {cache.folder}")
-            with row_cache.replacing(path) as made:
+            with row_cache.new_folder(path) as made:
                 facts = self._make(made, key)
                 if not self._is_still(key):
                     log.warning("the data changed while it was encoded: its rows are not kept for later runs")

@@ -12,9 +12,7 @@ import json
 import logging
 import os
 import platform
-import secrets
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import runtime
 from runtime.errors import CapacityError, DataError
-from runtime.files import disk_failure, sha256
+from runtime.files import atomic_folder, disk_failure, remove_abandoned, sha256
 from runtime.logs import counted
 from runtime.quantities import show_bytes
 from runtime.tuning.data import dataset, encoded
@@ -41,8 +39,6 @@ MOST_BYTES = 8 << 30
 """Of all entries together."""
 FREE_SHARE = 0.1
 """Part of the file system's free space that all entries may take, where that is less."""
-ABANDONED_S = 24 * 3600
-"""Age from which on an entry that was never finished is removed."""
 
 _WITHOUT_EFFECT = frozenset({"urls", "image", "folder", "file", "allow_private_addresses", "cache"})
 """Settings of a data source that the files which were found stand for, or that change no row."""
@@ -144,7 +140,7 @@ class RowCache:
         if (found := self.read(key)) is None:
             return None
         try:
-            with replacing(target) as made:
+            with new_folder(target) as made:
                 link_files(path, made)
         except OSError as error:
             if isinstance(disk_failure(error), CapacityError):
@@ -162,9 +158,8 @@ class RowCache:
             size = sum(file.stat().st_size for file in made.iterdir())
             if not self._make_room(size):
                 return
-            with _scratch(path) as scratch:
+            with new_folder(path) as scratch:
                 link_files(made, scratch)
-                scratch.rename(path)
         except OSError as error:
             reason = disk_failure(error, self.folder) or error
             log.info("the encoded rows are not kept for later jobs: %s", reason)
@@ -203,40 +198,21 @@ class RowCache:
 
     def _entries(self) -> Iterator[tuple[float, int, Path]]:
         """Yield when each entry was used, its bytes and its folder; remove those that were abandoned."""
+        remove_abandoned(self.folder)
         for path in self.folder.iterdir():
             with contextlib.suppress(OSError):
                 used = path.stat().st_mtime
-                if path.name.endswith(".part"):
-                    if time.time() - used > ABANDONED_S:
-                        shutil.rmtree(path, ignore_errors=True)
+                if path.name.endswith(".part"):  # another job is writing it
                     continue
                 yield used, sum(file.stat().st_size for file in path.iterdir()), path
 
 
-@contextlib.contextmanager
-def _scratch(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path`, removed afterwards if it is still there."""
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    scratch.mkdir(mode=0o700)
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def new_folder(path: Path) -> contextlib.AbstractContextManager[Path]:
+    """Yield a new folder for encoded rows, of its owner alone, that replaces `path` when the block ends well.
 
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a new folder, of its owner alone, that replaces `path` when the block ends well.
-
-    What an earlier run left unfinished there is removed: one process at a time writes to `path`.
+    Not synced: whoever reads the rows checks their digests.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.part"):
-        shutil.rmtree(left, ignore_errors=True)
-    with _scratch(path) as scratch:
-        yield scratch
-        shutil.rmtree(path, ignore_errors=True)
-        scratch.rename(path)
+    return atomic_folder(path, synced=False, mode=0o700)
 
 
 def link_files(source: Path, target: Path) -> None:

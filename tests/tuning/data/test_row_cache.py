@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime import files
 from runtime.tuning.data import row_cache
 from runtime.tuning.data.row_cache import RowCache
 
@@ -57,14 +58,14 @@ def test_a_folder_that_cannot_be_made_is_said_and_fails_nothing(
 def test_what_a_killed_job_left_unfinished_is_removed(tmp_path: Path) -> None:
     cache = RowCache(tmp_path / "cache")
     keep(cache, "a", tmp_path, 10, used=1)
-    for name, used in ((".b.1234.part", 1.0), (".c.1234.part", 2.0**40)):
-        (cache.folder / name).mkdir()
-        os.utime(cache.folder / name, (used, used))
-    keep(cache, "d", tmp_path, 10, used=1)
-    assert {path.name for path in cache.folder.iterdir()} == {"a", "d", ".c.1234.part"}
+    for name in ("b", "c"):
+        (cache.folder / f".{name}.01234567.part").mkdir()
+    with files.locked(cache.folder / ".c.01234567.part"):  # as the job does that writes it
+        keep(cache, "d", tmp_path, 10, used=1)
+    assert {path.name for path in cache.folder.iterdir()} == {"a", "d", ".c.01234567.part"}
     work = tmp_path / "work"
     work.mkdir()
-    made(work / ".encoded-0.1234.part", 10)
-    with row_cache.replacing(work / "encoded-0") as scratch:
+    made(work / ".encoded-0.01234567.part", 10)
+    with row_cache.new_folder(work / "encoded-0") as scratch:
         (scratch / "rows.arrow").touch()
     assert {path.name for path in work.iterdir()} == {"encoded-0"}
