@@ -92,8 +92,8 @@ def annotations(folder: Path) -> dict[str, str]:
     From the report of the job that made it, else from the adapter's configuration; {} without either. No time
     of creation: the same adapter pushed twice is the same image.
     """
-    report, config = _read(folder / REPORT), _read(folder / CONFIG_FILE)
-    model = _object(report.get("model"))
+    report, config = read_object(folder / REPORT), read_object(folder / CONFIG_FILE)
+    model = as_object(report.get("model"))
     repository = model.get("repository") or config.get("base_model_name_or_path")
     if not isinstance(repository, str) or not _REPOSITORY.fullmatch(repository):
         repository = None  # a directory of some machine
@@ -101,8 +101,8 @@ def annotations(folder: Path) -> dict[str, str]:
     if not isinstance(name, str) or is_path(name):
         preset = presets.matching(ModelSource(name=repository)) if repository else None
         name = preset.name if preset else repository
-    data = _object(report.get("data")).get("files")
-    digests = [_object(file).get("sha256") for file in data] if isinstance(data, list) else []
+    data = as_object(report.get("data")).get("files")
+    digests = [as_object(file).get("sha256") for file in data] if isinstance(data, list) else []
     given = {
         "org.opencontainers.image.title": report.get("job"),
         "sh.kaito.model.name": name,
@@ -113,15 +113,16 @@ def annotations(folder: Path) -> dict[str, str]:
     return {key: printable(value) for key, value in given.items() if isinstance(value, str) and value}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Return a JSON object, {} where there is none: other readers of the file say what is wrong with it."""
     try:
         if path.stat().st_size > _MOST_JSON_BYTES:
             return {}
-        return _object(json.loads(path.read_bytes()))
+        return as_object(json.loads(path.read_bytes()))
     except (OSError, ValueError, RecursionError):
         return {}
 
 
-def _object(value: object) -> dict[str, Any]:
+def as_object(value: object) -> dict[str, Any]:
+    """Return a JSON object, {} for any other value."""
     return value if isinstance(value, dict) else {}

@@ -56,6 +56,7 @@ LAYERS = [
         "merge",
         "metrics",
         "packing",
+        "provenance",
     },
     {"serving", "tuning"},
     {"workspace"},

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from runtime.cli import render
 from runtime.cli.options import AsJson, Debug, path
 from runtime.errors import ConfigError
 from runtime.oci import Access, Reference
+
+if TYPE_CHECKING:
+    from runtime.provenance import Attached
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +53,26 @@ BaseImage = Annotated[
 AsModelPack = Annotated[
     bool, typer.Option("--modelpack", help="Make a CNCF ModelPack artifact instead of an image.")
 ]
+Sign = Annotated[
+    Path | None,
+    typer.Option("--sign", metavar="KEY", parser=path, help="Sign the image as cosign does, with this private"
+                 " key (ECDSA P-256, PEM); its passphrase is read from COSIGN_PASSWORD."),
+]  # fmt: skip
+Stated = Annotated[
+    bool,
+    typer.Option("--provenance/--no-provenance", help="Attach a statement of where the files come from"
+                 " (in-toto) and a bill of materials (CycloneDX)."),
+]  # fmt: skip
+RequireSignature = Annotated[
+    list[str] | None,
+    typer.Option("--require-signature", metavar="PUBKEY", help="Take no image that this public key (PEM) has"
+                 " not signed, or one of several such keys."),
+]  # fmt: skip
+CheckSignature = Annotated[
+    list[str] | None,
+    typer.Option("--require-signature", metavar="PUBKEY", help="A public key (PEM) to check signatures with;"
+                 " an image without one by it is shown, and ends with exit status 5."),
+]  # fmt: skip
 Cache = Annotated[
     Path | None,
     typer.Option("--cache", metavar="DIR", parser=path, help="Keep downloaded blobs here, by digest."),
@@ -71,6 +94,8 @@ def push(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     annotation: Notes = None,
     base: BaseImage = None,
     modelpack: AsModelPack = False,
+    sign: Sign = None,
+    provenance: Stated = True,
     auth: Auth = None,
     insecure: Insecure = False,
     ca_file: Ca = None,
@@ -82,18 +107,21 @@ def push(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     training.
     """
     from runtime import packing
-    from runtime.oci import image
+    from runtime.oci import image, keys
     from runtime.oci.images import load_base, scratch_folder
     from runtime.oci.modelpack import build as build_modelpack
+    from runtime.provenance import attaching
 
     target, source = oci.parse(reference), None if base is None else oci.parse(base)
     if source and modelpack:
         raise ConfigError("--base and --modelpack exclude each other: an artifact has no base image")
     access = _access(context, [target, source], auth, insecure, ca_file)
+    key = keys.read_private(sign, (context.obj or {}).get(keys.PASSWORD)) if sign else None
     mount = source.repository if source and source.registry == target.registry else None
     chosen = packing.files(folder, file)
     notes = packing.annotations(folder) | _annotations(annotation or [])
-    with scratch_folder() as scratch:
+    attached = attaching(folder, chosen, target, key=key, stated=provenance)
+    with scratch_folder() as scratch, attached as beside:
 
         def build() -> image.Image:
             if modelpack:
@@ -101,7 +129,7 @@ def push(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
             under = load_base(source, scratch, access) if source else None
             return image.build(folder, scratch, files=chosen, annotations=notes, base=under)
 
-        digest = oci.push_image(build, target, access=access, mount_from=mount or None)
+        digest = oci.push_image(build, target, access=access, mount_from=mount or None, beside=beside)
     typer.echo(digest)
 
 
@@ -110,6 +138,7 @@ def pull(  # noqa: PLR0913, PLR0917
     reference: Image,
     folder: Folder,
     cache: Cache = None,
+    require_signature: RequireSignature = None,
     auth: Auth = None,
     insecure: Insecure = False,
     ca_file: Ca = None,
@@ -118,6 +147,7 @@ def pull(  # noqa: PLR0913, PLR0917
     """Pull an image's /data, or an artifact's files, into a new or empty folder."""
     source = oci.parse(reference)
     access = _access(context, [source], auth, insecure, ca_file, cache=cache)
+    access = access.requiring(require_signature or ())
     typer.echo(str(oci.pull(source, folder, access=access)))
 
 
@@ -125,26 +155,60 @@ def inspect(  # noqa: PLR0913, PLR0917
     context: typer.Context,
     reference: Image,
     as_json: AsJson = False,
+    require_signature: CheckSignature = None,
     auth: Auth = None,
     insecure: Insecure = False,
     ca_file: Ca = None,
     debug: Debug = False,
 ) -> None:
-    """Show digest, kind, layers and annotations of an image."""
+    """Show an image's digest, layers, annotations and signatures, and where it says it comes from."""
+    from runtime.provenance import attached
+
     image = oci.parse(reference)
-    access = _access(context, [image], auth, insecure, ca_file)
+    access = _access(context, [image], auth, insecure, ca_file).requiring(require_signature or ())
+    keys = oci.read_keys(access.required_keys)
     info = oci.inspect(image, access)
-    manifest = info.manifest
+    beside = attached(image, info, keys, access=access)
     if as_json:
-        layers = [layer.as_json() for layer in manifest.layers]
-        facts = {"reference": str(info.reference), "digest": info.digest, "kind": manifest.kind}
-        typer.echo(json.dumps({**facts, "layers": layers, "annotations": manifest.annotations}, indent=2))
-        return
-    rows = [("digest", info.digest), ("kind", manifest.kind), ("bytes", str(manifest.size))]
-    rows += [(f"layer {number}", f"{layer.media_type} {layer.digest} {layer.size}") for number, layer in
-             enumerate(manifest.layers, 1)]  # fmt: skip
-    rows += sorted(manifest.annotations.items())
-    render.table(("fact", "value"), rows)
+        typer.echo(json.dumps(_facts(info, beside), indent=2))
+    else:
+        manifest = info.manifest
+        rows = [("digest", info.digest), ("kind", manifest.kind), ("bytes", str(manifest.size))]
+        rows += [(f"layer {number}", f"{layer.media_type} {layer.digest} {layer.size}") for number, layer in
+                 enumerate(manifest.layers, 1)]  # fmt: skip
+        rows += sorted(manifest.annotations.items())
+        render.table(("fact", "value"), rows + _attached(beside))
+    if keys:
+        oci.verify(image, info.digest, access.required_keys, index=info.named_digest, access=access)
+
+
+def _attached(beside: "Attached") -> list[tuple[str, str]]:
+    """Return the rows on signatures, statements and bills of materials."""
+    rows = [(f"signature {number}", state) for number, state in enumerate(beside.signatures, 1)]
+    rows = rows or [("signature", "none")]
+    for number, found in enumerate(beside.statements, 1):
+        rows.append((f"statement {number}", found.state))
+        rows += [(f"  {name}", render.cell(value, whole=True)) for name, value in found.facts.items()]
+    for number, bom in enumerate(beside.boms, 1):
+        components = bom.get("components")
+        count = len(components) if isinstance(components, list) else 0
+        rows.append(
+            (f"bill of materials {number}", f"CycloneDX {bom.get('specVersion')}, {count} components")
+        )
+    return rows + [("attached", other) for other in beside.others]
+
+
+def _facts(info: oci.ImageInfo, beside: "Attached") -> dict[str, Any]:
+    manifest = info.manifest
+    layers = [layer.as_json() for layer in manifest.layers]
+    facts = {"reference": str(info.reference), "digest": info.digest, "kind": manifest.kind}
+    attached = {
+        "signatures": list(beside.signatures),
+        "statements": [{"state": each.state, "statement": each.document} for each in beside.statements],
+        "bills_of_materials": list(beside.boms),
+        "other_referrers": list(beside.others),
+    }
+    return {**facts, "layers": layers, "annotations": manifest.annotations, **attached}
 
 
 def _access(  # noqa: PLR0913 - the flags that all three commands share

@@ -4,7 +4,7 @@
 Start at images.py.
 """
 
-from runtime.oci import checkpoints
+from runtime.oci import checkpoints, referrers, signatures
 from runtime.oci.access import Access, AzureIdentity, from_environment
 from runtime.oci.images import ImageInfo, check_push, inspect, pull, push, push_image, read_keys, sign, verify
 from runtime.oci.keys import SigningKey, VerificationKey, read_private, read_public
@@ -30,6 +30,8 @@ __all__ = [
     "read_keys",
     "read_private",
     "read_public",
+    "referrers",
     "sign",
+    "signatures",
     "verify",
 ]

@@ -78,10 +78,12 @@ def push_image(
     *,
     access: Access = DEFAULT,
     mount_from: str | None = None,
+    beside: Callable[[Store, Image], object] | None = None,
 ) -> str:
     """Push the image that `build_image` makes; return its digest. Nothing is sent when it is there.
 
     mount_from: a repository of the same registry that may hold some of the blobs already.
+    beside: writes what belongs to the image into the same repository, before the tag names the image.
     """
     # Connecting to a registry takes about as long as hashing half a gigabyte.
     with ThreadPoolExecutor(1, thread_name_prefix="open") as pool:
@@ -94,22 +96,33 @@ def push_image(
     with closing(opened.result()) as store:
         if reference.digest and reference.digest != image.digest:
             raise ConfigError(f"{reference}: the image to push has digest {image.digest}; name it by a tag")
-        return _send(image, reference, store, mount_from)
+        _send(image, reference, store, mount_from=mount_from, beside=beside)
+        return image.digest
 
 
-def _send(image: Image, reference: Reference, store: Store, mount_from: str | None) -> str:
+def _send(
+    image: Image,
+    reference: Reference,
+    store: Store,
+    *,
+    mount_from: str | None,
+    beside: Callable[[Store, Image], object] | None,
+) -> None:
     with store.writing():
         found = store.find(reference.selector)
         progress = Progress(f"push {reference}", image.size)
         if found is not None and found.digest == image.digest:
             progress.done("is there already, nothing to send")
-            return image.digest
+            if beside is not None:
+                beside(store, image)
+            return
         with progress, ThreadPoolExecutor(_PARALLEL, thread_name_prefix="push") as pool:
             jobs = [pool.submit(store.put_blob, blob, progress.add, mount_from) for blob in image.blobs]
             _wait(jobs, pool, progress)
+        if beside is not None:  # before the tag: who pulls by it finds a signed image
+            beside(store, image)
         store.put_manifest(StoredManifest(image.manifest, image.media_type), reference.selector)
         progress.done(image.digest)
-    return image.digest
 
 
 def pull(
@@ -243,16 +256,22 @@ def inspect(reference: Reference, access: Access = DEFAULT) -> ImageInfo:
 
 
 def verify(
-    reference: Reference, digest: str, keys: Sequence[str], *, access: Access = DEFAULT
+    reference: Reference,
+    digest: str,
+    keys: Sequence[str],
+    *,
+    index: str | None = None,
+    access: Access = DEFAULT,
 ) -> VerificationKey:
     """Return the one of `keys` that has signed the image `digest` of the reference's repository.
 
-    keys: files or PEM text. RegistryError when it is not signed, or by another key, or when the signature is
+    keys: files or PEM text. index: digest of an index that holds the image, and may be signed instead.
+    RegistryError when it is not signed, or by another key, or when the signature is
     for another image or repository; ConfigError for a key that is none.
     """
     known = read_keys(keys)
     with closing(open_store(reference, access)) as store:
-        return signatures.require(store, reference, [digest], known)
+        return signatures.require(store, reference, [*filter(None, (index,)), digest], known)
 
 
 def read_keys(keys: Sequence[str]) -> tuple[VerificationKey, ...]:
@@ -262,7 +281,7 @@ def read_keys(keys: Sequence[str]) -> tuple[VerificationKey, ...]:
 
 def sign(reference: Reference, digest: str, key: SigningKey, *, access: Access = DEFAULT) -> None:
     """Sign the image `digest` of the reference's repository, beside the signatures that it has."""
-    with closing(open_store(reference, access)) as store:
+    with closing(open_store(reference, access)) as store, store.writing():
         signatures.sign(store, reference, digest, key)
 
 

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from runtime.errors import ConfigError, RegistryError
 from runtime.files import atomic_file, check_folder, disk_errors, locked, remove_abandoned
+from runtime.oci import referrers
 from runtime.oci.blobs import Blob, Descriptor, Reader, is_digest, read_all
 from runtime.oci.image import INDEX, MANIFEST
 from runtime.oci.store import Report, StoredManifest, check_manifest, check_small
@@ -123,6 +124,22 @@ class Layout:
                 entry["annotations"] = {_TAG: selector}
             others = [e for e in self._entries() if _annotations(e).get(_TAG) != selector]
             self._write_index([*others, entry])
+
+    def attach(self, manifest: StoredManifest, subject: str) -> None:
+        """Write an artifact's manifest, and its place in the index of the referrers of `subject`."""
+        tag = referrers.fallback_tag(subject)
+        with disk_errors(self._root), _new_file(self._path(manifest.digest)) as file:
+            file.write(manifest.data)
+        index = referrers.with_one_more(self.find(tag), referrers.of(manifest), f"{self}:{tag}")
+        if index is not None:
+            self.put_manifest(index, tag)
+
+    def referrers(self, subject: str) -> list[StoredManifest]:
+        """Return the artifacts about `subject`."""
+        tag = referrers.fallback_tag(subject)
+        listed = referrers.read(self.find(tag), f"{self}:{tag}")
+        found = (self.find(each.manifest.digest) for each in listed)
+        return [each for each in found if each is not None]
 
     def fetch(self, descriptor: Descriptor, path: Path, report: Report) -> None:
         """Copy a blob to `path`, checking its digest."""

@@ -10,9 +10,11 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+import requests
+
 from runtime.errors import RegistryError, TransientError
 from runtime.net import RetriableError
-from runtime.oci import manifests
+from runtime.oci import manifests, referrers
 from runtime.oci.access import Access
 from runtime.oci.auth import Login
 from runtime.oci.blobs import Blob, Descriptor
@@ -97,6 +99,35 @@ class Repository:
 
     def put_manifest(self, manifest: StoredManifest, selector: str) -> None:
         """Upload a manifest; RegistryError when the registry stored another one."""
+        self._put(manifest, selector)
+
+    def attach(self, manifest: StoredManifest, subject: str) -> None:
+        """Upload an artifact; a registry that does not list it by itself gets an index under a tag."""
+        if self._put(manifest, manifest.digest).headers.get("OCI-Subject") == subject:
+            return
+        tag = referrers.fallback_tag(subject)
+        index = referrers.with_one_more(self.find(tag), referrers.of(manifest), f"{self}:{tag}")
+        if index is not None:
+            self._put(index, tag)
+
+    def referrers(self, subject: str) -> list[StoredManifest]:
+        """Return the artifacts about `subject`: by the API, else by the index under a tag."""
+        tag = referrers.fallback_tag(subject)
+        response = self._transport.do_request(f"{self._base}/referrers/{subject}", headers={"Accept": INDEX})
+        kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
+        if response.status_code == 200 and kind == INDEX:
+            listed = StoredManifest(response.content, INDEX)
+            if "next" in response.links:
+                log.warning("%s: lists the referrers of %s in parts; only the first are read", self, subject)
+        else:  # 404 is the specification's; older registries answer what they like to an unknown route
+            found = self.find(tag)
+            if found is None:
+                return []
+            listed = found
+        found_each = (self.find(each.manifest.digest) for each in referrers.read(listed, f"{self}:{tag}"))
+        return [each for each in found_each if each is not None]
+
+    def _put(self, manifest: StoredManifest, selector: str) -> requests.Response:
         headers = {"Content-Type": manifest.media_type}
         response = self._transport.do_request(
             self._manifest_url(selector), "PUT", headers=headers, data=manifest.data
@@ -106,6 +137,7 @@ class Repository:
         stored = response.headers.get("Docker-Content-Digest") or manifest.digest
         if stored != manifest.digest:
             raise RegistryError(f"{self}: stored manifest {stored} instead of {manifest.digest}; push again")
+        return response
 
     def fetch(self, descriptor: Descriptor, path: Path, report: Report) -> None:
         """Download a blob to `path`, which a later try continues."""

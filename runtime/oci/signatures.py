@@ -21,7 +21,7 @@ from runtime.oci.blobs import Descriptor, from_bytes
 from runtime.oci.image import CONFIG, MANIFEST
 from runtime.oci.keys import SigningKey, VerificationKey
 from runtime.oci.reference import Reference, parse
-from runtime.oci.store import Store, StoredManifest
+from runtime.oci.store import Store, StoredManifest, unreported
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,10 @@ def tag(digest: str) -> str:
 
 
 def sign(store: Store, reference: Reference, digest: str, key: SigningKey) -> None:
-    """Add `key`'s signature of the image to those that it has; nothing is written where it is there."""
+    """Add `key`'s signature of the image to those that it has; nothing is written where it is there.
+
+    Inside `store.writing()`. The image itself need not be there yet.
+    """
     payload = _payload(reference, digest)
     found = read(store, reference, digest)
     if any(each.payload == payload and each.signer([key.public]) for each in found):
@@ -88,10 +91,9 @@ def sign(store: Store, reference: Reference, digest: str, key: SigningKey) -> No
         "config": config.descriptor.as_json(),
         "layers": [each.as_json() for each in layers],
     }
-    with store.writing():
-        for each in (blob, config):
-            store.put_blob(each, _unreported)
-        store.put_manifest(StoredManifest(_encode(manifest), MANIFEST), tag(digest))
+    for each in (blob, config):
+        store.put_blob(each, unreported)
+    store.put_manifest(StoredManifest(_encode(manifest), MANIFEST), tag(digest))
     log.info("signed %s@%s with the key %s", reference, digest, key.public.id[:12])
 
 
@@ -173,10 +175,6 @@ def _is_repository(identity: object, reference: Reference) -> bool:
     except ConfigError:
         return False
     return (named.registry, named.repository) == (reference.registry, reference.repository)
-
-
-def _unreported(size: int) -> None:
-    """Show no progress: it is a few hundred bytes."""
 
 
 def _encode(document: object) -> bytes:

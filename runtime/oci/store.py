@@ -21,6 +21,10 @@ Raises TransferCancelledError when the transfer is to end at once.
 """
 
 
+def unreported(size: int) -> None:
+    """Show no progress (a `Report`): what is sent is a few hundred bytes."""
+
+
 class TransferCancelledError(Exception):
     """Another part of the same transfer failed, or the process has to stop."""
 
@@ -80,6 +84,14 @@ class Store(Protocol):
 
     def read(self, descriptor: Descriptor) -> bytes:
         """Return the verified bytes of a small blob; RegistryError above 4 MiB."""
+        ...
+
+    def attach(self, manifest: StoredManifest, subject: str) -> None:
+        """Store the manifest of an artifact about the image `subject`, a digest, and list it with that."""
+        ...
+
+    def referrers(self, subject: str) -> list[StoredManifest]:
+        """Return the manifests of the artifacts about the image `subject`, a digest."""
         ...
 
     def delete(self, tag: str) -> bool:

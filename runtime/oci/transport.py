@@ -63,8 +63,9 @@ class Transport(oras.provider.Registry):  # type: ignore[misc]  # oras is untype
         self.host, self.access = host, access
         self.session.trust_env = False  # netrc and CA variables; the proxies are looked up in `plain`
         self.session.headers["User-Agent"] = "workspace-runtime"
+        context = tls.context(access, host)  # a tenth of a second: the system's certificates are read
         for scheme in ("https://", "http://"):
-            self.session.mount(scheme, _Adapter(tls.context(access, host), host))
+            self.session.mount(scheme, _Adapter(context, host))
         self.authorize: Callable[[], str | None] = lambda: None
         """Returns the Authorization header for a request to the registry."""
         self.answered: Callable[[requests.Response, str | None], bool] = lambda response, header: False

@@ -12,7 +12,9 @@ from runtime.cli import main
 from runtime.oci.blobs import from_bytes
 from runtime.oci.decompression import zstd
 from runtime.oci.image import CONFIG, LAYER_TAR, assemble
+from tests.cli.conftest import failure_line
 from tests.oci.conftest import archive, special
+from tests.oci.keypairs import make_pair
 
 
 @pytest.fixture
@@ -52,6 +54,35 @@ def test_push_takes_chosen_files_bases_and_modelpack(
     capsys.readouterr()
     assert main.run(["inspect", pack, "--json"], {}) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "modelpack"
+
+
+def test_signed_push_is_required_by_pull_and_shown_by_inspect(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, pair = f"oci:{tmp_path}/out:v1", make_pair(tmp_path, password="pass", form="SIGSTORE")
+    required = ["--require-signature", str(pair.public)]
+    assert main.run(["push", str(folder), image, "--sign", str(pair.private)], {}) == 2
+    assert "COSIGN_PASSWORD" in failure_line(capsys)
+    assert main.run(["push", str(folder), image, "--no-provenance"], {}) == 0
+    assert main.run(["pull", image, str(tmp_path / "back"), *required], {}) == 5
+    assert "is not signed" in failure_line(capsys)
+    secret = {"COSIGN_PASSWORD": "pass"}
+    assert main.run(["push", str(folder), image, "--sign", str(pair.private)], secret) == 0
+    assert main.run(["pull", image, str(tmp_path / "back"), *required], {}) == 0
+    capsys.readouterr()
+    assert main.run(["inspect", image, *required, "--json"], {}) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["signatures"] == [f"by {pair.public}: valid"]
+    assert shown["statements"][0]["state"] == f"signed by {pair.public}"
+    assert shown["bills_of_materials"][0]["bomFormat"] == "CycloneDX"
+    other = make_pair(tmp_path / "out")
+    assert main.run(["inspect", image, "--require-signature", str(other.public)], {}) == 5
+    shown_all, error = capsys.readouterr()
+    assert "by another key than those given" in shown_all
+    assert "none by the required key" in error
+    environment = {"RUNTIME_REQUIRE_SIGNATURE": str(other.public)}
+    assert main.run(["pull", image, str(tmp_path / "new")], environment) == 5
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

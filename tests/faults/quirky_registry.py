@@ -68,6 +68,10 @@ class Quirks:
     """basic, bearer, or both (Basic first, in one header; a token is needed)."""
     anonymous: int = 401
     """What a request without credentials gets, below /v2/."""
+    referrers: bool = False
+    """Serve the referrers API of OCI 1.1, and say so with OCI-Subject."""
+    unknown_route: int = 404
+    """What a request for referrers gets without that."""
     strict_azure: bool = False
     """Refuse chunked transfer encoding, and a Content-Range with a unit."""
 
@@ -220,6 +224,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self.answer_upload(path, query, body)
         if "/blobs/" in path:
             return self.answer_blob(path)
+        if "/referrers/" in path:
+            return self.answer_referrers(path)
         return self.answer_manifest(path, body)
 
     def check_login(self, path: str) -> Answer | None:
@@ -341,11 +347,31 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             digest = f"sha256:{hashlib.sha256(body).hexdigest()}"
             for name in (selector, digest):
                 self.content.manifests[f"{repository} {name}"] = self.headers["Content-Type"], body
-            return self.server.quirks.put_status, [("Docker-Content-Digest", digest)], b""
+            subject = json.loads(body).get("subject") if self.server.quirks.referrers else None
+            said = [("OCI-Subject", subject["digest"])] if subject else []
+            return self.server.quirks.put_status, [("Docker-Content-Digest", digest), *said], b""
         found = self.content.manifests.get(f"{repository} {selector}")
         if found is None:
             return _error(404, "MANIFEST_UNKNOWN", "manifest unknown")
         return 200, [("Content-Type", found[0])], found[1]
+
+    def answer_referrers(self, path: str) -> Answer:
+        """List the manifests of the repository whose subject is asked for, each once."""
+        repository, _, subject = path.rpartition("/referrers/")
+        if not self.server.quirks.referrers:
+            return _error(self.server.quirks.unknown_route, "NOT_FOUND", "no such route")
+        entries = []
+        for name, (kind, body) in self.content.manifests.items():
+            where, _, selector = name.partition(" ")
+            document = json.loads(body)
+            about = (document.get("subject") or {}).get("digest")
+            if where == repository and selector.startswith("sha256:") and about == subject:
+                entry = {"mediaType": kind, "digest": selector, "size": len(body)}
+                stated = {key: document[key] for key in ("artifactType", "annotations") if key in document}
+                entries.append(entry | stated)
+        kind = "application/vnd.oci.image.index.v1+json"
+        listed = {"schemaVersion": 2, "mediaType": kind, "manifests": entries}
+        return 200, [("Content-Type", kind)], json.dumps(listed).encode()
 
     def log_message(self, *args: object) -> None:
         """The tests read `seen` instead."""

@@ -220,7 +220,7 @@ def test_signed_index_vouches_for_its_images(small: Path, pair: KeyPair, tmp_pat
     index = StoredManifest(json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode(), INDEX)
     with store.writing():
         store.put_manifest(index, "both")
-    signatures.sign(store, reference, index.digest, oci.read_private(pair.private))
+        signatures.sign(store, reference, index.digest, oci.read_private(pair.private))
     assert files(pull(reference.tagged("both"), tmp_path / "back", pair.public)) == files(small)
     with pytest.raises(RegistryError, match="is not signed"):
         pull(reference, tmp_path / "other", pair.public)
