@@ -6,19 +6,17 @@ Knows flags. The work lies in runtime/oci. Start at `add_to`.
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from runtime import oci
-from runtime.cli import render
+from runtime.cli import image_facts, render
 from runtime.cli.options import AsJson, Debug, path
 from runtime.errors import ConfigError
 from runtime.oci import Access, Reference
-
-if TYPE_CHECKING:
-    from runtime.provenance import Attached
 
 log = logging.getLogger(__name__)
 
@@ -106,31 +104,50 @@ def push(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     Of a job's output folder the adapter, tokenizer and report; of others all but hidden files and states of
     training.
     """
-    from runtime import packing
-    from runtime.oci import image, keys
-    from runtime.oci.images import load_base, scratch_folder
-    from runtime.oci.modelpack import build as build_modelpack
-    from runtime.provenance import attaching
-
     target, source = oci.parse(reference), None if base is None else oci.parse(base)
     if source and modelpack:
         raise ConfigError("--base and --modelpack exclude each other: an artifact has no base image")
-    access = _access(context, [target, source], auth, insecure, ca_file)
-    key = keys.read_private(sign, (context.obj or {}).get(keys.PASSWORD)) if sign else None
-    mount = source.repository if source and source.registry == target.registry else None
-    chosen = packing.files(folder, file)
-    notes = packing.annotations(folder) | _annotations(annotation or [])
-    attached = attaching(folder, chosen, target, key=key, stated=provenance)
-    with scratch_folder() as scratch, attached as beside:
-
-        def build() -> image.Image:
-            if modelpack:
-                return build_modelpack(folder, files=chosen, annotations=notes)
-            under = load_base(source, scratch, access) if source else None
-            return image.build(folder, scratch, files=chosen, annotations=notes, base=under)
-
-        digest = oci.push_image(build, target, access=access, mount_from=mount or None, beside=beside)
+    secret = (context.obj or {}).get(oci.PASSWORD)
+    given = _Push(
+        folder, target, source, _access(context, [target, source], auth, insecure, ca_file),
+        oci.read_private(sign, secret) if sign else None, provenance,
+    )  # fmt: skip
+    digest = given.run(file, _annotations(annotation or []), modelpack=modelpack)
     typer.echo(digest)
+
+
+@dataclass(frozen=True, slots=True)
+class _Push:
+    """What `push` was asked for."""
+
+    folder: Path
+    target: Reference
+    base: Reference | None
+    access: Access
+    key: oci.SigningKey | None
+    stated: bool
+
+    def run(self, files: list[str] | None, notes: dict[str, str], *, modelpack: bool) -> str:
+        from runtime import packing
+        from runtime.oci import image
+        from runtime.oci.images import load_base, scratch_folder
+        from runtime.oci.modelpack import build as build_modelpack
+        from runtime.provenance import attaching
+
+        target, base = self.target, self.base
+        mount = base.repository if base and base.registry == target.registry else None
+        chosen = packing.files(self.folder, files)
+        notes = packing.annotations(self.folder) | notes
+        attached = attaching(self.folder, chosen, target, key=self.key, stated=self.stated)
+        with scratch_folder() as scratch, attached as beside:
+
+            def build() -> image.Image:
+                if modelpack:
+                    return build_modelpack(self.folder, files=chosen, annotations=notes)
+                under = load_base(base, scratch, self.access) if base else None
+                return image.build(self.folder, scratch, files=chosen, annotations=notes, base=under)
+
+            return oci.push_image(build, target, access=self.access, mount_from=mount or None, beside=beside)
 
 
 def pull(  # noqa: PLR0913, PLR0917
@@ -170,45 +187,11 @@ def inspect(  # noqa: PLR0913, PLR0917
     info = oci.inspect(image, access)
     beside = attached(image, info, keys, access=access)
     if as_json:
-        typer.echo(json.dumps(_facts(info, beside), indent=2))
+        typer.echo(json.dumps(image_facts.as_json(info, beside), indent=2))
     else:
-        manifest = info.manifest
-        rows = [("digest", info.digest), ("kind", manifest.kind), ("bytes", str(manifest.size))]
-        rows += [(f"layer {number}", f"{layer.media_type} {layer.digest} {layer.size}") for number, layer in
-                 enumerate(manifest.layers, 1)]  # fmt: skip
-        rows += sorted(manifest.annotations.items())
-        render.table(("fact", "value"), rows + _attached(beside))
+        render.table(("fact", "value"), image_facts.rows(info, beside))
     if keys:
         oci.verify(image, info.digest, access.required_keys, index=info.named_digest, access=access)
-
-
-def _attached(beside: "Attached") -> list[tuple[str, str]]:
-    """Return the rows on signatures, statements and bills of materials."""
-    rows = [(f"signature {number}", state) for number, state in enumerate(beside.signatures, 1)]
-    rows = rows or [("signature", "none")]
-    for number, found in enumerate(beside.statements, 1):
-        rows.append((f"statement {number}", found.state))
-        rows += [(f"  {name}", render.cell(value, whole=True)) for name, value in found.facts.items()]
-    for number, bom in enumerate(beside.boms, 1):
-        components = bom.get("components")
-        count = len(components) if isinstance(components, list) else 0
-        rows.append(
-            (f"bill of materials {number}", f"CycloneDX {bom.get('specVersion')}, {count} components")
-        )
-    return rows + [("attached", other) for other in beside.others]
-
-
-def _facts(info: oci.ImageInfo, beside: "Attached") -> dict[str, Any]:
-    manifest = info.manifest
-    layers = [layer.as_json() for layer in manifest.layers]
-    facts = {"reference": str(info.reference), "digest": info.digest, "kind": manifest.kind}
-    attached = {
-        "signatures": list(beside.signatures),
-        "statements": [{"state": each.state, "statement": each.document} for each in beside.statements],
-        "bills_of_materials": list(beside.boms),
-        "other_referrers": list(beside.others),
-    }
-    return {**facts, "layers": layers, "annotations": manifest.annotations, **attached}
 
 
 def _access(  # noqa: PLR0913 - the flags that all three commands share

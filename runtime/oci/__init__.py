@@ -7,10 +7,11 @@ Start at images.py.
 from runtime.oci import checkpoints, referrers, signatures
 from runtime.oci.access import Access, AzureIdentity, from_environment
 from runtime.oci.images import ImageInfo, check_push, inspect, pull, push, push_image, read_keys, sign, verify
-from runtime.oci.keys import SigningKey, VerificationKey, read_private, read_public
+from runtime.oci.keys import PASSWORD, SigningKey, VerificationKey, read_private, read_public
 from runtime.oci.reference import Reference, is_image, is_path, parse
 
 __all__ = [
+    "PASSWORD",
     "Access",
     "AzureIdentity",
     "ImageInfo",
