@@ -1,5 +1,5 @@
 # make demo   from a manifest to a tuned model that answers /chat (see README)
-# make test   every test but the long ones; make test-long: fuzzing, soaks, bursts, the demo
+# make test   every test but the long ones; make test-long: soaks, bursts, the demo; make fuzz: new random examples
 # make check  format, lint, types
 # make image  the container image for ACCELERATOR=cu130 (Turing to Blackwell), cu126 (V100 to H200) or cpu
 # TORCH_INDEX=URL takes torch from that wheel index (PyTorch's own for a CPU or a CUDA release).
@@ -12,7 +12,7 @@ TORCH_INDEX ?=
 SYSTEM_PACKAGES := gcc libc6-dev curl docker-registry skopeo umoci apache2-utils openssl chromium chromium-driver \
   podman runc catatonit containerd docker.io buildah mmdebstrap containernetworking-plugins iptables iproute2
 
-.PHONY: demo test test-long clients check format image bench gpu system clean
+.PHONY: demo test test-long fuzz clients check format image bench gpu system clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo/demo.py
@@ -22,6 +22,10 @@ test: system $(VENV)/.installed-dev clients
 
 test-long: system $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m long
+
+# The property tests draw the same examples in every run; here they draw others.
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=fuzz
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -95,7 +95,7 @@ def browser(*flags: str) -> Iterator[Browser]:
             base = f"http://127.0.0.1:{port}/session"
             session = httpx.post(base, json={"capabilities": wanted}, timeout=60).json()["value"]
             url = f"{base}/{session['sessionId']}"
-            with httpx.Client(base_url=url, timeout=30) as client:
+            with httpx.Client(base_url=url, timeout=60) as client:
                 try:
                     yield Browser(client)
                 finally:

@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import random
 import signal
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,10 +21,11 @@ from tests.nvml_standin import NvmlProcess, RuntimeOn
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-# What an example costs says nothing on a machine that does other work.
-hypothesis.settings.register_profile(
-    "house", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
+# What an example costs says nothing on a machine that does other work. The examples of a test are the same in
+# every run; `make fuzz` draws new ones.
+SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("house", derandomize=True, **SLOW_IS_FINE)
+hypothesis.settings.register_profile("fuzz", **SLOW_IS_FINE)
 hypothesis.settings.load_profile("house")
 # Hundreds of processes import this package: compiled once.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -50,7 +53,10 @@ def fresh_logging() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def same_process() -> Iterator[None]:
-    """Leave the process as it was: environment, working directory, signal handlers."""
+    """Begin with the same random numbers, and leave environment, working directory and signal handlers."""
+    random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
     environment, folder = dict(os.environ), Path.cwd()
     handlers = {number: signal.getsignal(number) for number in HANDLED}
     yield

@@ -11,7 +11,7 @@ from runtime import child
 
 def test_a_child_ends_with_its_server_and_with_nothing_else() -> None:
     process, channel = child.start("tests.child_program", {"WORD": "a=b c"})
-    channel.settimeout(30)
+    channel.settimeout(60)
     try:
         with channel.makefile("rwb") as lines:
             about = {"group": process.pid, "session": os.getsid(0), "word": "a=b c", "input": ""}
@@ -22,7 +22,7 @@ def test_a_child_ends_with_its_server_and_with_nothing_else() -> None:
             lines.flush()
             assert lines.readline() == b"still there\n"
         channel.close()  # as the kernel does for a server that ends
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()

@@ -107,7 +107,7 @@ def attacked(server: Process) -> dict[str, Any]:
         "answers": during.answers,
         "typical_s": [before.typical_s, during.typical_s],
         "slower": during.typical_s / before.typical_s,
-        "status": server.stop(timeout_s=30),
+        "status": server.stop(timeout_s=60),
     }
 
 

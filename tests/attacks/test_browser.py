@@ -120,7 +120,7 @@ def attack(window: Browser, server: Process, *, page: str, victim: str) -> None:
     """Have a page do its worst; AssertionError where the server did anything for it."""
     window.open(page)
     window.run(ATTACK, victim, QUESTION)
-    until(lambda: refused(server, 403) >= POSTS and refused(server, 405) + refused(server, 401) >= 4, 10)
+    until(lambda: refused(server, 403) >= POSTS and refused(server, 405) + refused(server, 401) >= 4, 60)
     assert counted(server, "vllm:prompt_tokens_total") == 0
     assert models(server) == ["base", "shop"]
 

@@ -4,7 +4,6 @@ import contextlib
 import gzip
 import json
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.costs import plain_pass_s
 from tests.serving.conftest import Process, start_fake_server, until
 from tests.serving.http.test_acceptor import cpu_s
 from tests.serving.http.test_body import large
@@ -25,8 +25,8 @@ def post(path: bytes, **body: Any) -> bytes:
     return HEAD.replace(b"/chat", path) + b"Content-Length: %d\r\n\r\n%b" % (len(sent), sent)
 
 
-MOST_CPU_S = 0.5
-MOST_PROBE_S = 0.3
+MOST_PASSES = 8
+"""Plain parses of 4 MB of JSON that a request may cost the server, and so anybody who waits meanwhile."""
 
 FOUR_MB = {
     "fields": b"GET / HTTP/1.1\r\n" + b"a:b\r\n" * 800_000,
@@ -67,23 +67,20 @@ def server() -> Iterator[Process]:
 
 
 @contextlib.contextmanager
-def probed(server: Process) -> Iterator[list[float]]:
-    """Ask /livez every 20 ms in a thread, and give how long each answer took."""
-    took: list[float] = []
+def probed(server: Process) -> Iterator[None]:
+    """Ask /livez every 20 ms in a thread: it is always answered."""
     ended = threading.Event()
 
     def probe() -> None:
         with connect(server) as client:
             while not ended.wait(0.02):
-                asked = time.monotonic()
                 client.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 assert read(client).status == 200
-                took.append(time.monotonic() - asked)
 
     with ThreadPoolExecutor(1) as pool:
         probing = pool.submit(probe)
         try:
-            yield took
+            yield
         finally:
             ended.set()
         probing.result()
@@ -93,27 +90,25 @@ def probed(server: Process) -> Iterator[list[float]]:
 def test_four_megabytes_of_anything_cost_little(server: Process, kind: str) -> None:
     host = b"Host: localhost\r\n"
     sent = FOUR_MB[kind].replace(host, host + b"Authorization: Bearer sesame\r\n", 1)
-    with probed(server) as took:
+    with probed(server):
         before_s = cpu_s(server)
         reply = answer(server, sent)
-        time.sleep(0.1)
-        assert cpu_s(server) - before_s < MOST_CPU_S
+        used_s = cpu_s(server) - before_s
+    assert used_s < MOST_PASSES * plain_pass_s()
     assert reply.status in {200, 400, 413, 431}
-    assert max(took) < MOST_PROBE_S, took
 
 
 @pytest.mark.parametrize("kind", ["messages", "wrong parts", "ids", "wrong stops", "biases", "keys", "depth"])
 def test_four_megabytes_of_json_cost_little(server: Process, kind: str) -> None:
     """Every kind, in the test's process: tests/serving/http/test_body.py."""
     sent, route = large(kind)
-    with probed(server) as took:
+    with probed(server):
         before_s = cpu_s(server)
         key = {"Authorization": "Bearer sesame"}
-        reply = httpx.post(server.url + route, content=sent, headers=key, timeout=30)
-        time.sleep(0.1)
-        assert cpu_s(server) - before_s < MOST_CPU_S
+        reply = httpx.post(server.url + route, content=sent, headers=key, timeout=60)
+        used_s = cpu_s(server) - before_s
+    assert used_s < MOST_PASSES * plain_pass_s()
     assert reply.status_code == 400
-    assert max(took) < MOST_PROBE_S, took
 
 
 def refused(server: Process, status: int) -> float:

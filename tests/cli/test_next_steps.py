@@ -91,7 +91,7 @@ def wait_until_ready(seconds: float = 90) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{next_steps.PORT}/readyz", timeout=2).close()
+            urllib.request.urlopen(f"http://127.0.0.1:{next_steps.PORT}/readyz", timeout=60).close()
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
         else:

@@ -159,7 +159,7 @@ class Registry:
         self._wait(address, port)
 
     def _wait(self, address: str, port: int) -> None:
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError), socket.create_connection((address, port), 1):
                 return
@@ -175,7 +175,7 @@ def registry(gateway: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     started = Registry(program, gateway, tmp_path_factory.mktemp("registry"))
     yield started
     started.process.terminate()
-    started.process.wait(10)
+    started.process.wait(60)
 
 
 @pytest.fixture(scope="session")

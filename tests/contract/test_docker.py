@@ -62,7 +62,7 @@ class Docker:
         if running:
             self("rm", "-f", *running, check=False)
         self.process.send_signal(signal.SIGTERM)
-        self.process.wait(30)
+        self.process.wait(60)
 
 
 @pytest.fixture(scope="module")

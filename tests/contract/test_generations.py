@@ -117,8 +117,8 @@ def test_an_evicted_pod_leaves_a_checkpoint_and_says_why(cluster: Cluster) -> No
             assert pod.state(MAIN)[0] == "running" and time.monotonic() < deadline, pod.logs(MAIN)
             time.sleep(0.2)
         metrics = f"http://{pod.ip}:5000/metrics"
-        assert "tuning_steps_planned 100000.0" in httpx.get(metrics, timeout=10).text
-        gpus = httpx.get(metrics, headers={"Accept": "application/json"}, timeout=10).json()
+        assert "tuning_steps_planned 100000.0" in httpx.get(metrics, timeout=60).text
+        gpus = httpx.get(metrics, headers={"Accept": "application/json"}, timeout=60).json()
         assert gpus.keys() == {"gpu_info", "cpu_info"}
         code = pod.stop(MAIN)[MAIN]
         assert code not in (0, 137), pod.logs(MAIN)

@@ -214,7 +214,7 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
         return answer
 
     def ask_upstream(self, method: str, path: str, body: bytes) -> Answer:
-        upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=30)
+        upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
         headers = {
             k: ", ".join(self.headers.get_all(k, [])) for k in self.headers if k.lower() != "connection"
         }

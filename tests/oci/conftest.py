@@ -67,7 +67,7 @@ class Started:
         self.folder = folder
         with (folder / "log").open("wb") as log:
             self.process = subprocess.Popen([program, "serve", folder / "config.yml"], stdout=log, stderr=log)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             try:
                 socket.create_connection(("127.0.0.1", self.port), 1).close()
@@ -82,7 +82,7 @@ class Started:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(10)
+        self.process.wait(60)
 
 
 @pytest.fixture(scope="session")

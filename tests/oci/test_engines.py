@@ -62,7 +62,7 @@ address = "{short}/sock"
     (short / "config.toml").write_text(config)
     with (short / "log").open("wb") as log:
         process = subprocess.Popen(["containerd", "-c", short / "config.toml"], stdout=log, stderr=log)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while True:
         with socket.socket(socket.AF_UNIX) as probe:
             if probe.connect_ex(f"{short}/sock") == 0:
@@ -72,7 +72,7 @@ address = "{short}/sock"
         time.sleep(0.05)
     yield f"{short}/sock"
     process.terminate()
-    process.wait(20)
+    process.wait(60)
     shutil.rmtree(short, ignore_errors=True)
 
 

@@ -429,7 +429,7 @@ def test_05_interrupt_ends_a_transfer_at_once(faulty: FaultyRegistry, tmp_path: 
     if way == "pull":
         oci.push(folder, reference, access=quick())
         folder = tmp_path / "back"
-    faulty.slow_bytes_s = 4e6
+    faulty.slow_bytes_s = 5e5
     program = (
         "import signal, sys; from runtime.cli.main import run\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it\n"
@@ -444,8 +444,8 @@ def test_05_interrupt_ends_a_transfer_at_once(faulty: FaultyRegistry, tmp_path: 
     time.sleep(0.5)
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
-    assert time.monotonic() - began < 12  # 0.5; the blob takes another 15
+    assert process.wait(60) == 130
+    assert time.monotonic() - began < 60  # 0.5; the blob takes another 100
     assert way == "push" or not folder.exists()
 
 
@@ -454,9 +454,9 @@ def test_failure_of_one_blob_calls_the_others_off(faulty: FaultyRegistry, tmp_pa
     folder.mkdir()
     (folder / "adapter_model.safetensors").write_bytes(random.Random(2).randbytes(60_000_000))
     (folder / "adapter_config.json").write_text("{}")
-    faulty.slow_bytes_s = 2e6
+    faulty.slow_bytes_s = 5e5
     faulty.fault("PUT", "/blobs/uploads/", "status", status=418)
     started = time.monotonic()
     with pytest.raises(RegistryError, match="418"):
         oci.push(folder, fresh(faulty.host, "a"), access=quick())
-    assert time.monotonic() - started < 20  # 1; the other blob takes 30
+    assert time.monotonic() - started < 60  # 1; the other blob takes 120

@@ -41,7 +41,7 @@ def answer(url: str, process: subprocess.Popen[bytes], log: Path, within_s: floa
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
         try:
-            found = httpx.get(url, timeout=5)
+            found = httpx.get(url, timeout=60)
         except httpx.TransportError:
             found = None
         if found is not None and found.is_success:

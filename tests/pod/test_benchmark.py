@@ -128,15 +128,15 @@ def test_a_slow_server_is_loaded_until_it_has_generated_something(tmp_path: Path
 
 
 def test_a_server_too_slow_for_all_prompts_at_once_is_measured_in_the_time_given(tmp_path: Path) -> None:
-    """Its 16 prompts take 16 s, and those that begin together end together."""
+    """Its 64 prompts take 64 s, and those that begin together end together."""
     output = tmp_path / "log"
-    with server(tmp_path, {}, {"rows": 16, "queue": 0, "prompt_s": 1, "context_tokens": 4096}) as base:
+    with server(tmp_path, {}, {"rows": 64, "queue": 0, "prompt_s": 1, "context_tokens": 4096}) as base:
         began = time.monotonic()
         assert run(base, output, BENCHMARK_DURATION_SEC="3") == 0
-        assert time.monotonic() - began < 12
+        assert time.monotonic() - began < 40
     config, result = controller_reads(output.read_text())
     assert config is not None
-    assert config["max_concurrency"] == 16
+    assert config["max_concurrency"] == 64
     assert result["vllm_total_tpm"] > 0.9 * 20 * 2048, "the prompts that were answered by then, at least one"
 
 

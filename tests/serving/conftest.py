@@ -157,9 +157,9 @@ class Process:
 
     def get(self, path: str) -> httpx.Response:
         """GET one path on a connection of its own."""
-        return httpx.get(self.url + path, timeout=20)
+        return httpx.get(self.url + path, timeout=60)
 
-    def wait_ready(self, timeout_s: float = 20) -> None:
+    def wait_ready(self, timeout_s: float = 60) -> None:
         """Wait until /readyz says yes."""
         until(lambda: self.get("/readyz").status_code == 200, timeout_s)
 
@@ -169,13 +169,13 @@ class Process:
             re.findall(r"^vllm:num_requests_running\S* (\S+)", self.get("/metrics").text, re.MULTILINE)[0]
         )
 
-    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 10) -> int:
+    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 60) -> int:
         """Send a signal and return the exit status."""
         self.process.send_signal(number)
         return self.process.wait(timeout_s)
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 20) -> float:
+def until(condition: Callable[[], bool], timeout_s: float = 60) -> float:
     """Wait for `condition` and return how long it took; AssertionError when it does not come."""
     started = time.monotonic()
     while not condition():
@@ -233,6 +233,7 @@ def open_site(tokenizer: Any) -> OpenSite:
         ready: bool = True,
         template: str | None = TEMPLATE,
         adapter_loader: Any = None,
+        stall_s: float = 60,
         **engine: Any,
     ) -> AsyncIterator[Site]:
         running = EchoEngine(**engine)
@@ -246,7 +247,7 @@ def open_site(tokenizer: Any) -> OpenSite:
             stop_ids=frozenset({tokenizer.eos_token_id}),
             defaults=defaults or SamplingDefaults(),
         )
-        lifecycle = Lifecycle(stall_s=0.3, capacity=limits.rows + limits.queue)
+        lifecycle = Lifecycle(stall_s=stall_s, capacity=limits.rows + limits.queue)
         ring = KeyRing(api_key, keys) if api_key or keys else None
         metrics = ServingMetrics("base", running.stats, ring.figures if ring else dict)
         app = create_app(
@@ -259,7 +260,7 @@ def open_site(tokenizer: Any) -> OpenSite:
         if ready:
             lifecycle.ready(ServedModel(name="base", engine=running, tokenizer=prompts, created=1))
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
             yield Site(app, client, running, prompts, lifecycle, metrics)
         prompts.close()
 

@@ -238,7 +238,7 @@ def test_client_that_disconnects_frees_the_real_engine(tiny: Process) -> None:
     before = generated(tiny)
     headers = {"Authorization": "Bearer sesame"}
     body = {"prompt": "hello", "stream": True, "max_new_tokens": 1900, "ignore_eos": True}
-    with httpx.stream("POST", tiny.url + "/chat", json=body, headers=headers, timeout=20) as stream:
+    with httpx.stream("POST", tiny.url + "/chat", json=body, headers=headers, timeout=60) as stream:
         chunks = stream.iter_text()
         next(chunks)
         assert tiny.running() == 1

@@ -18,7 +18,7 @@ from runtime.serving.terminal import Conversation, connect, talk
 def client(start_server: Any) -> Iterator[httpx.Client]:
     """A client of a server with an adapter."""
     server = start_server(engine={"adapters": ["shop"], "context_tokens": 4096})
-    with httpx.Client(base_url=server.url, timeout=10) as opened:
+    with httpx.Client(base_url=server.url, timeout=60) as opened:
         yield opened
 
 

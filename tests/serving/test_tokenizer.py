@@ -10,6 +10,7 @@ import pytest
 from runtime.errors import RequestError
 from runtime.serving.generation_config import SamplingDefaults
 from runtime.serving.tokenizer import COUNTED_TOKENS, PromptTokenizer
+from tests.costs import plain_pass_s
 
 pytestmark = pytest.mark.anyio
 
@@ -63,7 +64,8 @@ def prompts(request: pytest.FixtureRequest, tokenizer: Any) -> Iterator[PromptTo
 
 @pytest.mark.parametrize("name", FOUR_MB)
 async def test_four_megabytes_are_refused_for_little(prompts: PromptTokenizer, name: str) -> None:
-    """0.5 s of a quiet core; each is refused after the part that is too long already."""
+    """Each is refused after the part that is too long already: 4 times a plain pass at most."""
+    plain = plain_pass_s()
     for tokenize, message, code in (
         (prompts.prompt_from_text, BEYOND_CONTEXT, "context_length_exceeded"),
         (prompts.tokenize_text, r"'prompt' has \d+ tokens or more; at most 65536", None),
@@ -71,7 +73,7 @@ async def test_four_megabytes_are_refused_for_little(prompts: PromptTokenizer, n
         started = time.process_time()
         with pytest.raises(RequestError, match=message) as refused:
             await tokenize(FOUR_MB[name])
-        assert time.process_time() - started < 2
+        assert time.process_time() - started < 25 * plain
         assert refused.value.code == code
 
 
@@ -107,10 +109,10 @@ async def test_a_long_conversation_is_refused_for_little(tokenizer: Any) -> None
         tokenizer, context_tokens=32_768, new_tokens=16, stop_ids=frozenset(), defaults=SamplingDefaults()
     )
     try:
-        started = time.process_time()
+        plain, started = plain_pass_s(), time.process_time()
         with pytest.raises(RequestError, match=BEYOND_CONTEXT) as refused:
             await prompts.prompt_from_chat([{"role": "user", "content": "ab" * 2_000_000}])
-        assert time.process_time() - started < 2
+        assert time.process_time() - started < 25 * plain
         assert refused.value.param == "messages"
     finally:
         prompts.close()
@@ -120,7 +122,7 @@ async def test_ids_to_text_and_texts_of_ids_have_the_same_bound(prompts: PromptT
     ids = await prompts.tokenize_text("abab ba")
     assert await prompts.token_texts(ids) == [prompts.token_text(token) for token in ids]
     assert await prompts.detokenize(ids) == prompts.decode_verbatim(ids)
-    started = time.process_time()
+    plain, started = plain_pass_s(), time.process_time()
     with pytest.raises(RequestError, match=f"at most {COUNTED_TOKENS}"):
         await prompts.detokenize([1] * 1_900_000)
-    assert time.process_time() - started < 0.5
+    assert time.process_time() - started < plain

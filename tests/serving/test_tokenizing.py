@@ -46,8 +46,8 @@ def run_as(client: str, pool: TokenizingPool, work: Any, **more: Any) -> "asynci
 async def test_a_short_text_does_not_wait_for_long_ones(pool: TokenizingPool) -> None:
     blocked = Blocked()
     long = [run_as("a", pool, blocked) for _ in range(5)]
-    await asyncio.to_thread(blocked.begun.wait, 5)
-    async with asyncio.timeout(5):
+    await asyncio.to_thread(blocked.begun.wait, 60)
+    async with asyncio.timeout(60):
         assert await pool.run(lambda stopped: "hi", characters=2) == "hi"
         assert not any(task.done() for task in long)
         blocked.released.set()
@@ -57,7 +57,7 @@ async def test_a_short_text_does_not_wait_for_long_ones(pool: TokenizingPool) ->
 async def test_clients_with_long_texts_take_turns(pool: TokenizingPool) -> None:
     blocked, order = Blocked(), list[str]()
     waiting = [run_as("first", pool, blocked)]
-    await asyncio.to_thread(blocked.begun.wait, 5)
+    await asyncio.to_thread(blocked.begun.wait, 60)
     waiting += [
         run_as(client, pool, lambda stopped, client=client: order.append(client)) for client in "aaaabcb"
     ]
@@ -71,7 +71,7 @@ async def test_work_of_a_client_that_left_is_not_begun_or_stops(pool: Tokenizing
     blocked, left = Blocked(), asyncio.get_running_loop().create_future()
     running = run_as("a", pool, blocked, left=lambda: left)
     waiting = run_as("a", pool, lambda stopped: pytest.fail("begun"), left=lambda: left)
-    await asyncio.to_thread(blocked.begun.wait, 5)
+    await asyncio.to_thread(blocked.begun.wait, 60)
     left.set_result(None)
     for task in (running, waiting):
         with pytest.raises(ClientGoneError):
@@ -93,7 +93,7 @@ async def test_failures_of_the_work_are_raised(pool: TokenizingPool) -> None:
 async def test_a_closed_pool_takes_nothing_and_waits_for_nothing() -> None:
     pool, blocked = TokenizingPool(), Blocked()
     running = run_as("a", pool, blocked)
-    await asyncio.to_thread(blocked.begun.wait, 5)
+    await asyncio.to_thread(blocked.begun.wait, 60)
     pool.close()
     with pytest.raises(UnavailableError):
         await pool.run(lambda stopped: 1, characters=1)

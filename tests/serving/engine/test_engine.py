@@ -380,7 +380,7 @@ def test_fault_48_an_engine_whose_steps_all_fail_stops(
     for _ in range(3):
         with pytest.raises(UnavailableError):
             run(engine, make_request())
-    engine._thread.join(5)
+    engine._thread.join(60)
     assert not engine.stats().alive
     with pytest.raises(UnavailableError, match="has stopped"):
         run(engine, make_request())
@@ -407,7 +407,7 @@ def test_a_model_that_cannot_be_prepared_leaves_no_thread(
         BatchingEngine(load(tiny_llama_dir), EngineLimits(max_sequences=1, context_tokens=32, max_waiting=1))
     for thread in threading.enumerate():
         if thread.name == "engine":
-            thread.join(5)
+            thread.join(60)
             assert not thread.is_alive()
 
 

@@ -186,7 +186,7 @@ def test_an_engine_that_can_run_nothing_any_more_stops(model: Any) -> None:
         for _ in range(3):
             (failed,) = answers(engine, make_request((5, 17, 41)))
             assert isinstance(failed, UnavailableError)
-        engine._thread.join(5)
+        engine._thread.join(60)
         assert not engine.stats().alive
 
 

@@ -32,13 +32,14 @@ async def test_only_liveness_is_200_while_loading(open_site: Any) -> None:
 
 async def test_engine_without_progress_is_not_alive(open_site: Any) -> None:
     """Fault 48, second part: a hang is found by progress, and a slow but working engine is left alone."""
-    async with open_site(pace_s=0.01) as site:
+    async with open_site(pace_s=0.01, stall_s=1) as site:
         site.engine.hanging = True
         chat = asyncio.create_task(site.chat())
         await asyncio.sleep(0.05)
         assert (await site.client.get("/livez")).status_code == 200
-        await asyncio.sleep(0.4)
-        stalled = await site.client.get("/livez")
+        async with asyncio.timeout(60):
+            while (stalled := await site.client.get("/livez")).status_code == 200:
+                await asyncio.sleep(0.01)
         assert stalled.status_code == 503
         assert "no token for" in stalled.json()["detail"]
         assert (await site.client.get("/readyz")).status_code == 503
@@ -73,8 +74,12 @@ async def test_metrics_carry_the_names_that_scalers_read_and_move(open_site: Any
     async with open_site(rows=1, queue=4, pace_s=0.02, adapters=["shop"]) as site:
         first = asyncio.create_task(site.chat(adapter="shop"))
         second = asyncio.create_task(site.chat(adapter="shop"))
-        await asyncio.sleep(0.15)
+        async with asyncio.timeout(60):
+            while not site.engine.produced or site.engine.stats().waiting != 1:
+                await asyncio.sleep(0.001)
+        site.engine.hanging = True
         busy = (await site.client.get("/metrics")).text
+        site.engine.hanging = False
         await asyncio.gather(first, second)
         await asyncio.sleep(0.01)
         idle = (await site.client.get("/metrics")).text

@@ -31,7 +31,7 @@ SLOW = {"rows": 4, "queue": 8, "pace_s": 0.05, "context_tokens": 4096}
 def endless(url: str, **more: Any) -> Any:
     """Open a stream of 2,000 tokens."""
     body = {"prompt": "hi", "stream": True, "max_new_tokens": 2000, **more}
-    return httpx.stream("POST", url + "/chat", json=body, timeout=20)
+    return httpx.stream("POST", url + "/chat", json=body, timeout=60)
 
 
 def test_port_in_use_is_one_clear_line() -> None:
@@ -65,46 +65,43 @@ def test_alive_but_not_ready_while_loading(start_server: Any) -> None:
 
 def test_failed_loading_ends_the_process_with_its_exit_code(start_server: Any) -> None:
     server = start_server(fail="the model does not fit", load_s=0.2, ready=False)
-    assert server.process.wait(10) == 6
+    assert server.process.wait(60) == 6
     until(lambda: "Error: the model does not fit\n" in server.log)
     assert not any("Traceback" in line for line in server.log)
 
 
 def test_sigterm_while_loading_exits_at_once(start_server: Any) -> None:
     """Fault 47."""
-    server = start_server(load_s=60, ready=False)
-    started = time.monotonic()
-    assert server.stop(timeout_s=30) == 0
-    assert time.monotonic() - started < 30  # 0.1
+    server = start_server(load_s=600, ready=False)
+    assert server.stop() == 0
 
 
 def test_sigterm_lets_streams_finish(start_server: Any) -> None:
     """Fault 46: not ready at once, new requests during the delay, then refused; streams end complete."""
-    server = start_server(engine=SLOW, config={"drain_delay_s": 0.6, "drain_timeout_s": 10})
+    server = start_server(engine=SLOW, config={"drain_delay_s": 2, "drain_timeout_s": 60})
 
     def stream() -> str:
-        with endless(server.url, max_new_tokens=30) as reply:
+        with endless(server.url, max_new_tokens=80) as reply:
             return reply.read().decode()
 
     with ThreadPoolExecutor(4) as pool:
         streams = [pool.submit(stream) for _ in range(3)]
         until(lambda: server.running() == 3)
         server.process.send_signal(signal.SIGTERM)
-        until(lambda: server.get("/readyz").status_code == 503, 0.5)
+        until(lambda: server.get("/readyz").status_code == 503)
         late = pool.submit(stream)
         until(lambda: server.running() == 4)
-        time.sleep(0.6)
-        refused = httpx.post(server.url + "/chat", json={"prompt": "hi"})
-        assert refused.status_code == 503
+        body = {"prompt": "hi", "max_new_tokens": 1}
+        until(lambda: httpx.post(server.url + "/chat", json=body, timeout=60).status_code == 503)
         assert all(one.result().endswith("data: [DONE]\n\n") for one in [*streams, late])
-    assert server.process.wait(20) == 0
+    assert server.process.wait(60) == 0
 
 
 def test_sigterm_cancels_what_does_not_finish(start_server: Any) -> None:
     server = start_server(engine=SLOW, config={"drain_timeout_s": 0.3})
     with ThreadPoolExecutor(2) as pool, endless(server.url) as stream:
         body = {"prompt": "hi", "max_new_tokens": 2000}
-        complete = pool.submit(httpx.post, server.url + "/chat", json=body, timeout=20)
+        complete = pool.submit(httpx.post, server.url + "/chat", json=body, timeout=60)
         until(lambda: server.running() == 2)
         server.process.send_signal(signal.SIGTERM)
         text = stream.read().decode()
@@ -113,13 +110,13 @@ def test_sigterm_cancels_what_does_not_finish(start_server: Any) -> None:
     assert "shutting down" in last["error"]["message"]
     assert "[DONE]" not in text
     assert answer.status_code == 503
-    assert server.process.wait(20) == 0
+    assert server.process.wait(60) == 0
 
 
 def test_a_step_that_does_not_end_cannot_hold_the_exit(start_server: Any) -> None:
     server = start_server(engine=SLOW, config={"drain_timeout_s": 0}, close_s=60)
     started = time.monotonic()
-    assert server.stop(timeout_s=30) == 1
+    assert server.stop(timeout_s=60) == 1
     assert time.monotonic() - started > 4.5
     until(
         lambda: any("Not closed 5 s after SIGTERM: still waiting for a step" in line for line in server.log)
@@ -143,24 +140,24 @@ def test_an_unread_stream_cannot_hold_the_exit(start_server: Any, answers: int) 
 @pytest.mark.parametrize("framing", ["Content-Length: 100", "Transfer-Encoding: chunked"])
 def test_a_body_that_still_arrives_is_refused_at_sigterm(start_server: Any, framing: str) -> None:
     server = start_server(engine=SLOW)
-    with sent(server, b"1\r\n{\r\n", framing) as client:
-        time.sleep(0.2)
+    with sent(server, b"1\r\n{\r\n", f"{framing}\r\nExpect: 100-continue") as client:
+        client.settimeout(60)
+        assert client.recv(4096).startswith(b"HTTP/1.1 100 ")  # it waits for the body
         server.process.send_signal(signal.SIGTERM)
-        client.settimeout(1)
         assert closed(client).startswith(b"HTTP/1.1 503 ")
-    assert server.process.wait(10) == 0
+    assert server.process.wait(60) == 0
     until(lambda: any("Stopped" in line for line in server.log))
     assert not any("Traceback" in line or "Cancel" in line for line in server.log)
 
 
 def test_second_sigterm_exits_at_once(start_server: Any) -> None:
-    server = start_server(engine=SLOW, config={"drain_timeout_s": 60})
+    server = start_server(engine=SLOW, config={"drain_timeout_s": 600})
     with endless(server.url) as stream:
         chunks = stream.iter_text()
         next(chunks)
         server.process.send_signal(signal.SIGTERM)
         until(lambda: server.get("/readyz").status_code == 503)
-        assert server.stop(timeout_s=30) == 128 + signal.SIGTERM  # not 60
+        assert server.stop() == 128 + signal.SIGTERM  # without draining
 
 
 def test_client_that_disconnects_frees_its_sequence(start_server: Any) -> None:
@@ -170,7 +167,7 @@ def test_client_that_disconnects_frees_its_sequence(start_server: Any) -> None:
         chunks = stream.iter_text()
         next(chunks)
         assert server.running() == 1
-    assert until(lambda: server.running() == 0) < 1
+    until(lambda: server.running() == 0)  # the answer takes 100 s
 
 
 def test_client_that_disconnects_without_streaming_frees_its_sequence(start_server: Any) -> None:
@@ -184,7 +181,7 @@ def test_client_that_disconnects_without_streaming_frees_its_sequence(start_serv
         )
         client.sendall(head + body)
         until(lambda: server.running() == 1)
-    assert until(lambda: server.running() == 0) < 1
+    until(lambda: server.running() == 0)  # the answer takes 100 s
 
 
 def test_waiting_client_that_disconnects_never_runs(start_server: Any) -> None:
@@ -194,7 +191,7 @@ def test_waiting_client_that_disconnects_never_runs(start_server: Any) -> None:
         next(chunks)
         with endless(server.url) as second:
             assert second.status_code == 200
-        until(lambda: 'num_requests_waiting{model_name="base"} 0.0' in server.get("/metrics").text, 1)
+        until(lambda: 'num_requests_waiting{model_name="base"} 0.0' in server.get("/metrics").text)
         assert server.running() == 1
 
 
@@ -221,7 +218,7 @@ def test_huge_body_is_413_and_never_held(start_server: Any, chunked: bool) -> No
     before = resident_kb(server)
     part = b" " * (1 << 20)
     content = (part for _ in range(50)) if chunked else part * 50
-    reply = httpx.post(server.url + "/v1/chat/completions", content=content, timeout=20)
+    reply = httpx.post(server.url + "/v1/chat/completions", content=content, timeout=60)
     assert reply.status_code == 413
     assert reply.json()["error"]["code"] == "body_too_large"
     assert resident_kb(server) - before < 20_000
@@ -250,12 +247,12 @@ def test_slow_clients_are_cut_and_others_served(start_server: Any) -> None:
     thread = threading.Thread(target=drip)
     thread.start()
     try:
-        assert httpx.post(server.url + "/chat", json={"prompt": "hi"}, timeout=5).status_code == 200
+        assert httpx.post(server.url + "/chat", json={"prompt": "hi"}, timeout=60).status_code == 200
         for client in heads:
-            client.settimeout(5)
+            client.settimeout(60)
             assert closed(client) == b""
         for client in bodies:
-            client.settimeout(5)
+            client.settimeout(60)
             assert b" 408 " in closed(client)
     finally:
         stop.set()
@@ -300,8 +297,8 @@ def test_small_writes_are_sent_at_once(start_server: Any) -> None:
 
 def test_engine_that_dies_ends_the_process(start_server: Any) -> None:
     server = start_server(engine={"dies_after": 3})
-    httpx.post(server.url + "/chat", json={"prompt": "hi"}, timeout=5)
-    assert server.process.wait(10) == 1
+    httpx.post(server.url + "/chat", json={"prompt": "hi"}, timeout=60)
+    assert server.process.wait(60) == 1
     until(lambda: any("engine has died" in line for line in server.log))
 
 

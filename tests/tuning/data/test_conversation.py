@@ -1,7 +1,6 @@
 """Messages in every form become what chat templates know, and what is not done is refused by name."""
 
 import json
-import time
 from typing import Any
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from runtime.errors import DataError
 from runtime.tuning.data import conversation
 from runtime.tuning.data.conversation import RowConversation
+from tests.costs import assert_linear
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"city": "Oslo"}}}
@@ -183,18 +183,15 @@ def test_harmony_messages_that_would_be_lost_are_refused(messages: list[Any], wo
 
 
 def test_time_of_calls_and_their_results_grows_with_their_number() -> None:
-    def seconds(count: int) -> float:
+    def read_calls(count: int) -> None:
         calls = [{"id": f"c{at}", "name": f"f{at}", "arguments": {}} for at in range(count)]
         results = [{"role": "tool", "name": f"f{at}", "content": "5"} for at in reversed(range(count))]
-        begun = time.process_time()
         found = read(Q, {"role": "assistant", "tool_calls": calls}, *results)
         assert [turn["tool_call_id"] for turn in found.messages[2:]] == [
             f"c{at}" for at in reversed(range(count))
         ]
-        return time.process_time() - begun
 
-    few = min(seconds(1_000) for _ in range(3))
-    assert min(seconds(8_000) for _ in range(3)) < 32 * max(few, 0.002)
+    assert_linear(read_calls, 500, 8_000)
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
+from email.utils import format_datetime, parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ from tests.faults.dataset_server import DatasetServer, Reply
 from tests.faults.quirky_registry import QuirkyRegistry
 from tests.faults.registry_tokens import make_certificate
 
-QUICK = DownloadLimits(attempts=3, backoff_s=0.02, stall_s=0.3, deadline_s=5)
+QUICK = DownloadLimits(attempts=3, backoff_s=0.02, stall_s=20, deadline_s=60)
+HASTY = replace(QUICK, stall_s=0.3)
 
 
 def parquet(rows: int = 400) -> bytes:
@@ -72,22 +73,20 @@ def test_file_is_fetched_once_and_kept(tmp_path: Path) -> None:
 
 
 def test_fault_12_stalled_server_is_tried_again_then_given_up(tmp_path: Path) -> None:
-    with DatasetServer({"/a.parquet": [Reply(BODY, silent_s=9), Reply(BODY)]}) as server:
-        assert get(tmp_path, server.url("/a.parquet")).read_bytes() == BODY
-    with DatasetServer({"/b.parquet": [Reply(BODY, silent_s=9)]}) as server:
+    with DatasetServer({"/a.parquet": [Reply(BODY, silent_s=60), Reply(BODY)]}) as server:
+        assert get(tmp_path, server.url("/a.parquet"), limits=HASTY).read_bytes() == BODY
+    with DatasetServer({"/b.parquet": [Reply(BODY, silent_s=60)]}) as server:
         with pytest.raises(TransientError, match="gave up after 3 tries"):
-            get(tmp_path, server.url("/b.parquet"))
+            get(tmp_path, server.url("/b.parquet"), limits=HASTY)
         assert len(server.requests["/b.parquet"]) == 3
 
 
 def test_fault_13_dripping_server_is_left(tmp_path: Path) -> None:
-    began = time.monotonic()
     with (
         DatasetServer({"/a.parquet": [Reply(BODY, drip_s=0.05)]}) as server,
         pytest.raises(TransientError, match=r"bytes/s, less than 1024"),
     ):
-        get(tmp_path, server.url("/a.parquet"))
-    assert time.monotonic() - began < 3
+        get(tmp_path, server.url("/a.parquet"), limits=HASTY)
 
 
 def test_deadline_ends_a_slow_download(tmp_path: Path) -> None:
@@ -145,12 +144,15 @@ def test_fault_16_server_errors_are_tried_again_and_retry_after_is_kept(tmp_path
 def test_fault_16_retry_after_may_be_a_date(tmp_path: Path) -> None:
     later = format_datetime(datetime.now(UTC) + timedelta(seconds=2.9), usegmt=True)
     past = {"Retry-After": "Mon, 01 Jan 2024 00:00:00 GMT"}
-    slow = DownloadLimits(attempts=3, backoff_s=30, stall_s=1, deadline_s=60)  # what is kept to is the date
+    slow = DownloadLimits(
+        attempts=3, backoff_s=600, stall_s=20, deadline_s=900
+    )  # what is kept to is the date
     replies = [Reply(status=429, headers={"Retry-After": later}), Reply(status=503, headers=past)]
     began = time.monotonic()
     with DatasetServer({"/a.parquet": [*replies, Reply(BODY)]}) as server:
         assert get(tmp_path, server.url("/a.parquet"), limits=slow).read_bytes() == BODY
-    assert 1 <= time.monotonic() - began < 15  # 3; the backoff alone would be 15 to 30
+    assert datetime.now(UTC) >= parsedate_to_datetime(later)
+    assert time.monotonic() - began < 200  # 3; the backoff alone would be 300 to 600
     with DatasetServer(
         {"/b.parquet": [Reply(status=429, headers={"Retry-After": "soon"}), Reply(BODY)]}
     ) as server:
@@ -340,12 +342,12 @@ def test_fault_10_file_larger_than_the_disk_is_refused_before_it_is_fetched(tmp_
 def test_one_failure_ends_the_other_downloads(tmp_path: Path) -> None:
     began = time.monotonic()
     with DatasetServer(
-        {"/slow.parquet": [Reply(BODY, drip_s=0.01)], "/gone.parquet": [Reply(status=404)]}
+        {"/slow.parquet": [Reply(BODY, drip_s=0.1)], "/gone.parquet": [Reply(status=404)]}
     ) as server:
         patient = DownloadLimits(attempts=3, stall_s=30, rate_bytes_s=0)
         with pytest.raises(DataError, match="answered 404"):
             get(tmp_path, server.url("/slow.parquet"), server.url("/gone.parquet"), limits=patient)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 60  # the slow one takes 300
 
 
 def test_fault_56_no_signature_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

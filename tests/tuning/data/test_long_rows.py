@@ -1,6 +1,5 @@
 """What is left of a row that is too long: it begins with the system's message and a question."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from runtime.tuning.data.bad_rows import BadRows
 from runtime.tuning.data.example import Example
 from runtime.tuning.data.tokenize import EncodedExample, Encoder, encode
 from runtime.tuning.settings import Encoding
+from tests.costs import assert_linear
 from tests.tuning.data.test_tokenize import CHATML, FORGETFUL, labelled_texts
 from tests.tuning.data.test_turns import TOOLS
 
@@ -141,12 +141,8 @@ def test_a_split_row_of_one_long_answer_loses_nothing(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("too_long", ["drop", "truncate", "split"])
 def test_rewritten_rows_that_are_too_long_take_linear_time(tokenizer: Any, too_long: str) -> None:
-    def seconds(exchanges: int) -> float:
+    def cut_row(exchanges: int) -> None:
         messages = [QUESTION, answer("<think>hm</think>answer")] * exchanges
-        start = time.thread_time()
         cut(tokenizer, FORGETFUL, *messages, limit=64, too_long=too_long)
-        return time.thread_time() - start
 
-    seconds(20)
-    few = min(seconds(60) for _ in range(2))
-    assert min(seconds(240) for _ in range(2)) < 8 * few + 0.1
+    assert_linear(cut_row, 30, 240)

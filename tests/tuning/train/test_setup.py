@@ -126,7 +126,7 @@ def test_fault_4_sigterm_takes_a_checkpoint_exits_143_and_resumes_bit_exactly(
     worker = Worker(job)
     worker.wait_for_step(9)
     worker.process.send_signal(signal.SIGTERM)
-    assert worker.wait(25) == 143, worker.output()
+    assert worker.wait(60) == 143, worker.output()
     reason = worker.failure()
     assert (reason["code"], reason["phase"], reason["retriable"]) == (143, "train", True)
     assert reason["step"] >= 9

@@ -267,10 +267,10 @@ def test_a_replica_that_hangs_shows_as_no_progress(two: ReplicaEngine) -> None:
         answers = [two.submit(make_request(id=str(n), **LONG)) for n in range(2)]
         await asyncio.gather(*map(anext, answers))
         process.suspend()
-        began = time.monotonic()
         try:
-            await asyncio.sleep(0.8)
-            assert two.stats().last_progress_s < began + 0.3, "though the other one goes on"
+            async with asyncio.timeout(60):  # though the other one goes on
+                while two.stats().last_progress_s > time.monotonic() - 0.8:
+                    await asyncio.sleep(0.01)
         finally:
             process.resume()
             for number in range(2):
@@ -279,7 +279,7 @@ def test_a_replica_that_hangs_shows_as_no_progress(two: ReplicaEngine) -> None:
 
     asyncio.run(hang())
     until(lambda: idle(two))
-    assert two.stats().last_progress_s > time.monotonic() - 1
+    until(lambda: two.stats().last_progress_s > time.monotonic() - 1)
 
 
 def test_closing_ends_the_processes_and_answers_in_flight(tiny_llama_dir: Path) -> None:

@@ -50,7 +50,7 @@ def stream(site: Process, lines: list[str]) -> threading.Thread:
 
     reader = threading.Thread(target=read)
     reader.start()
-    until(lambda: site.running() == 1, 10)
+    until(lambda: site.running() == 1, 60)
     return reader
 
 
@@ -70,8 +70,8 @@ def test_a_server_answers_from_both_and_ends_with_them(serve: Serve, tiny_llama_
     assert metric(site, "vllm:generation_tokens_total") == 240
     lines: list[str] = []
     reader = stream(site, lines)
-    assert site.stop(timeout_s=30) == 0
-    reader.join(10)
+    assert site.stop(timeout_s=60) == 0
+    reader.join(60)
     assert '"finish_reason":"length"' in "".join(lines), "an answer in flight is completed"
     assert all(map(ended, both))
 
@@ -81,7 +81,7 @@ def test_no_replica_outlives_a_server_that_is_killed(serve: Serve, tiny_llama_di
     until(lambda: len(replicas(site)) == 2, 60)  # while they load
     both = replicas(site)
     site.process.kill()
-    until(lambda: all(map(ended, both)), 20)
+    until(lambda: all(map(ended, both)), 60)
 
 
 def test_the_server_ends_with_a_replica_that_is_killed(serve: Serve, tiny_llama_dir: Path) -> None:
@@ -91,8 +91,8 @@ def test_the_server_ends_with_a_replica_that_is_killed(serve: Serve, tiny_llama_
     lines: list[str] = []
     reader = stream(site, lines)
     both[1].kill()
-    assert site.process.wait(20) == 1
-    reader.join(10)
+    assert site.process.wait(60) == 1
+    reader.join(60)
     assert "the engine has died" in "".join(lines), "whichever replica answered it"
-    until(lambda: all(map(ended, both)), 20)
+    until(lambda: all(map(ended, both)), 60)
     assert any("was ended by SIGKILL" in line for line in site.log)
