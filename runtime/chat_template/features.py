@@ -33,6 +33,8 @@ STANDS_FOR = {"developer": "system", "function": "tool"}
 USUAL_ROLES = frozenset({"system", "user", "assistant", "tool"})
 TOOL_VARIABLES = ("tools", "custom_tools", "functions", "available_tools")
 """Under which templates look for tools, the usual one first."""
+PROBED_CALL = (_TOOL, {"a": _SAID})
+"""Function and arguments of the call in `written_call`."""
 THINKING = ("enable_thinking", "thinking")
 """Variables with which templates have the model think, or not."""
 EFFORT = "reasoning_effort"
@@ -79,6 +81,10 @@ class TemplateFeatures:
     """Tool calls of earlier turns."""
     parallel_calls: bool = False
     """All of several calls in one turn."""
+    written_call: str = ""
+    """An answer that is `PROBED_CALL`, as the template writes it after the question."""
+    written_thought: str = ""
+    """An answer with a thought in a field of its own, as the template writes it after the question."""
     text_arguments: bool = False
     """Arguments of calls are given as JSON text, not as an object."""
     results: bool = False
@@ -148,6 +154,8 @@ class _Probe:
             alternates=self._try([asked, asked]) is None and self._try([*later, asked]) is not None,
             calls=self._shows(self._called(1, result_role), _TOOL),
             parallel_calls=self._shows(self._called(2, result_role), _TOOL, _SECOND),
+            written_call=self._written(self._called(1, "tool")[1]),
+            written_thought=self._written(_answer()),
             text_arguments=self._text_arguments,
             results=self._shows(self._called(1, result_role), _RESULT),
             parallel_results=self._shows(self._called(2, result_role), _RESULT + "0", _RESULT + "1"),
@@ -160,6 +168,14 @@ class _Probe:
     def _shows(self, turns: list[Turn], *marks: str, **options: Any) -> bool:
         text = self._try(turns, **options)
         return text is not None and all(mark in text for mark in marks)
+
+    def _written(self, answer: Turn) -> str:
+        """Return what the template writes of an answer, its end included."""
+        asked = _message("user", _ASKED)
+        whole = self._try([asked, answer], begins_answer=False) or ""
+        prompt = self._try([asked]) or ""
+        pairs = zip(whole, prompt, strict=False)
+        return whole[next((at for at, (one, other) in enumerate(pairs) if one != other), len(prompt)) :]
 
     def _changes(self, variable: str, *values: Any) -> bool:
         """Return whether the prompt depends on a variable: without it, or with one of `values`."""

@@ -2,11 +2,11 @@
 
 Two things are held back: bytes of an unfinished character (an emoji spans several tokens), and text that
 may become a stop string (which may span tokens too, and is never sent). Knows ids and strings, not
-engines or HTTP. Start at `TextStream.push`.
+engines or HTTP. Start at `Detokenizer.push`; answer_text.py puts the two together.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -82,8 +82,6 @@ class StopRules:
     """Whether the stop string is part of the answer."""
     min_tokens: int = 0
     """A stop string that ends within so many tokens does not end the answer."""
-    special: Mapping[str, int] = field(default_factory=dict)
-    """Special tokens in `strings` that the text leaves out, with their ids: they are met as tokens."""
 
 
 class StopScanner:
@@ -95,6 +93,11 @@ class StopScanner:
         self._ignored = 0  # characters of what is held in which no stop string may end
         self.found = self.after = ""
         """The stop string that was met, and what followed it in the chunk that completed it."""
+
+    @property
+    def held(self) -> str:
+        """The text that is held back."""
+        return self._held
 
     def push(self, text: str, *, counts: bool = True) -> tuple[str, bool]:
         """Return the text that is safe to send, and whether a stop string ends the answer there.
@@ -126,42 +129,6 @@ def overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:length]):
             return length
     return 0
-
-
-class TextStream:
-    """Turns one answer's tokens into text: `push` each, then `finish`."""
-
-    def __init__(self, decode: Decode, *, stops: StopRules | None = None, tail: Sequence[int] = ()) -> None:
-        self._detokenizer = Detokenizer(decode, tail)
-        self._rules = rules = stops or StopRules()
-        marks = {text: chr(FIRST_MARK + n) for n, text in enumerate(rules.special)}
-        self._marks = {rules.special[text]: mark for text, mark in marks.items()}
-        self._unmarked = str.maketrans(dict.fromkeys(marks.values(), ""))
-        self._strings = {marked(stop, marks): stop for stop in rules.strings}
-        self._scanner = StopScanner(tuple(self._strings))
-        self._tokens = 0
-        self.decoded = ""
-        """The text that the last token completed, stop strings among it."""
-
-    def push(self, token: int) -> tuple[str, bool]:
-        """Return the text to send after `token`, and whether a stop string was met."""
-        self._tokens += 1
-        self.decoded = self._detokenizer.push(token)
-        return self._scan(self.decoded + self._marks.get(token, "") if self._marks else self.decoded)
-
-    def finish(self) -> tuple[str, bool]:
-        """Return the text still to send, and whether a stop string was met in it."""
-        self.decoded = self._detokenizer.flush()
-        text, met = self._scan(self.decoded)
-        return (text, True) if met else (text + self._sent(self._scanner.flush()), False)
-
-    def _scan(self, text: str) -> tuple[str, bool]:
-        text, met = self._scanner.push(text, counts=self._tokens > self._rules.min_tokens)
-        text = self._sent(text)
-        return text + self._strings[self._scanner.found] if met and self._rules.included else text, met
-
-    def _sent(self, text: str) -> str:
-        return text.translate(self._unmarked) if self._marks else text
 
 
 def marked(delimiter: str, marks: Mapping[str, str]) -> str:

@@ -1,8 +1,8 @@
 """One request's way through the engine, and its answer's way back as text.
 
 The path of POST /chat: body (http/chat.py, http/schema.py) -> token ids (tokenizer.py) and `Sampling`
-(http/parameters.py) -> `GenerationRequest` -> engine `Request` -> `Token`s -> `TextChunk`s (detokenize.py)
--> JSON (http/chat.py) or events (http/sse.py). Here: admission, deadline, stop strings, metrics. Does not
+(http/parameters.py) -> `GenerationRequest` -> engine `Request` -> `Token`s -> parts in `AnswerChunk`s
+(answer_text.py) -> JSON (http/chat.py) or events (http/sse.py). Here: admission, deadline, metrics. Does not
 know any route's JSON. Start at `Generator.start`.
 """
 
@@ -17,7 +17,10 @@ from typing import Literal
 
 from runtime.errors import DeadlineError, UnavailableError, UnknownModelError
 from runtime.metrics import ServingMetrics
-from runtime.serving.detokenize import TAIL_TOKENS, StopRules, TextStream
+from runtime.serving.answer_parsers.forms import AnswerForm
+from runtime.serving.answer_parsers.parts import CallStart, ContentDelta, ParsedAnswer, Part
+from runtime.serving.answer_text import AnswerText, PromptEnd
+from runtime.serving.detokenize import TAIL_TOKENS, StopRules
 from runtime.serving.engine.protocol import Request, Sampling, Token
 from runtime.serving.lifecycle import Lifecycle, ServedModel
 from runtime.serving.rate_limits import Reservation
@@ -27,7 +30,10 @@ from runtime.serving.tokenizing import CALLER
 
 log = logging.getLogger(__name__)
 
-TextFinish = Literal["stop", "length"]
+AnswerFinish = Literal["stop", "length", "tool_calls"]
+"""Why an answer ended: by itself, at its longest, or by itself with calls in it."""
+PROMPT_END_TOKENS = 16
+"""Tokens at the end of a prompt that may open a thought or a message of the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,25 +59,37 @@ class GenerationRequest:
     request_id: str = ""
     continues_prompt: bool = False
     """The answer continues the prompt's text (no chat template): its first space counts."""
+    form: AnswerForm = field(default_factory=AnswerForm)
+    """How the answer's text is read; without a format, all of it is content."""
 
 
 @dataclass(frozen=True, slots=True)
-class TextChunk:
-    """Text to send; the last chunk says how the answer ended."""
+class AnswerChunk:
+    """Parts to send; the last chunk says how the answer ended."""
 
-    text: str
+    parts: tuple[Part, ...] = ()
     tokens: tuple[AnswerToken, ...] = ()
-    """The tokens whose text ends in this chunk, where the request wants their log probabilities."""
-    finish: TextFinish | None = None
+    """The tokens whose text is settled with this chunk, where the request wants their log probabilities."""
+    finish: AnswerFinish | None = None
+
+    @property
+    def text(self) -> str:
+        """The content among the parts."""
+        return "".join(part.text for part in self.parts if isinstance(part, ContentDelta))
 
 
 @dataclass(slots=True)
-class GeneratedText:
+class GeneratedAnswer:
     """A complete answer."""
 
-    text: str = ""
+    parsed: ParsedAnswer = field(default_factory=ParsedAnswer)
     tokens: list[AnswerToken] = field(default_factory=list)
-    finish: TextFinish = "stop"
+    finish: AnswerFinish = "stop"
+
+    @property
+    def text(self) -> str:
+        """The content."""
+        return self.parsed.content
 
 
 class Generation:
@@ -99,10 +117,11 @@ class Generation:
             )
         )
         self._mark_running = self._stack.enter_context(metrics.adapter(request.adapter))
+        self._called = False
         self._text, self._answer_tokens = _texts(served.tokenizer, request)
         metrics.admitted(len(request.prompt_ids))
 
-    async def chunks(self) -> AsyncIterator[TextChunk]:
+    async def chunks(self) -> AsyncIterator[AnswerChunk]:
         """Yield the answer chunk by chunk; the last has `finish` set.
 
         Raises DeadlineError, UnavailableError when the server shuts down, or the engine's own failure.
@@ -116,33 +135,40 @@ class Generation:
             if token.id is None:
                 if token.finish_reason == "cancelled":
                     raise UnavailableError("the server is shutting down and cancelled this answer")
-                text, stopped = self._text.finish()
-                tokens = self._sent(None, text, stopped=stopped)
-                stopped = stopped or token.finish_reason == "stop"
-                yield self._last_chunk(text, tokens, "stop" if stopped else "length")
+                parts, stopped = self._text.finish()
+                chunk = self._chunk(None, parts, stopped=stopped)
+                yield self._last_chunk(
+                    chunk, "stop" if stopped or token.finish_reason == "stop" else "length"
+                )
                 return
             last_at = self._record_token(last_at)
-            text, stopped = self._text.push(token.id)
-            tokens = self._sent(token, text, stopped=stopped)
+            parts, stopped = self._text.push(token.id)
+            chunk = self._chunk(token, parts, stopped=stopped)
             if stopped:
-                yield self._last_chunk(text, tokens, "stop")
+                yield self._last_chunk(chunk, "stop")
                 return
-            if text:
-                yield TextChunk(text, tokens)
+            if chunk.parts or chunk.tokens:
+                yield chunk
         raise UnavailableError("the engine ended this answer without a reason")
 
-    def _sent(self, token: Token | None, text: str, *, stopped: bool) -> tuple[AnswerToken, ...]:
-        """Return the tokens that `text` completes, where they are wanted."""
-        if self._answer_tokens is None:
-            return ()
-        tokens = self._answer_tokens.push(token, self._text.decoded, sent=len(text))
-        return tokens + self._answer_tokens.cut() if stopped else tokens
+    @property
+    def reasoning_tokens(self) -> int:
+        """Tokens of thoughts so far."""
+        return self._text.reasoning_tokens
 
-    async def complete(self) -> GeneratedText:
+    def _chunk(self, token: Token | None, parts: list[Part], *, stopped: bool) -> AnswerChunk:
+        """Return parts with the tokens that they complete, where those are wanted."""
+        self._called = self._called or any(isinstance(part, CallStart) for part in parts)
+        if self._answer_tokens is None:
+            return AnswerChunk(tuple(parts))
+        tokens = self._answer_tokens.push(token, self._text.decoded, sent=self._text.settled)
+        return AnswerChunk(tuple(parts), tokens + self._answer_tokens.cut() if stopped else tokens)
+
+    async def complete(self) -> GeneratedAnswer:
         """Return the answer once it is complete."""
-        answer = GeneratedText()
+        answer = GeneratedAnswer()
         async for chunk in self.chunks():
-            answer.text += chunk.text
+            answer.parsed.add(chunk.parts)
             answer.tokens += chunk.tokens
             answer.finish = chunk.finish or "stop"
         return answer
@@ -176,7 +202,7 @@ class Generation:
         self.new_tokens += 1
         return now
 
-    def _last_chunk(self, text: str, tokens: tuple[AnswerToken, ...], finish: TextFinish) -> TextChunk:
+    def _last_chunk(self, chunk: AnswerChunk, finish: AnswerFinish) -> AnswerChunk:
         seconds = time.monotonic() - self._arrived
         self._metrics.finished(finish, seconds=seconds, tokens=self.new_tokens)
         log.info(
@@ -197,25 +223,29 @@ class Generation:
                 }
             },
         )
-        return TextChunk(text, tokens, finish)
+        return replace(chunk, finish="tool_calls" if finish == "stop" and self._called else finish)
 
 
-def _texts(tokenizer: PromptTokenizer, request: GenerationRequest) -> tuple[TextStream, AnswerTokens | None]:
-    """Return what makes text of an answer's tokens, and what says which token is which part of it."""
-    wanted = request.text
-    rules = StopRules(
-        wanted.stops,
-        included=wanted.includes_stop,
-        min_tokens=request.sampling.min_new_tokens,
-        special={} if wanted.shows_special else tokenizer.special_within(wanted.stops),
+def _texts(tokenizer: PromptTokenizer, request: GenerationRequest) -> tuple[AnswerText, AnswerTokens | None]:
+    """Return what makes parts of an answer's tokens, and what says which token is which part of its text."""
+    wanted, ids = request.text, request.prompt_ids
+    text = AnswerText(
+        tokenizer.decode_verbatim if wanted.shows_special else tokenizer.decode,
+        request.form,
+        stops=StopRules(
+            wanted.stops, included=wanted.includes_stop, min_tokens=request.sampling.min_new_tokens
+        ),
+        special={} if wanted.shows_special else tokenizer.special,
+        prompt=PromptEnd(
+            tokens=ids[-TAIL_TOKENS:] if request.continues_prompt else (),
+            text="" if request.form.plain else tokenizer.decode_verbatim(ids[-PROMPT_END_TOKENS:]),
+        ),
     )
-    tail = request.prompt_ids[-TAIL_TOKENS:] if request.continues_prompt else ()
-    decode = tokenizer.decode_verbatim if wanted.shows_special else tokenizer.decode
     tokens = None
     if request.sampling.top_logprobs is not None:
         left_out = () if wanted.shows_special else tokenizer.special.values()
         tokens = AnswerTokens(tokenizer.token_bytes, frozenset(left_out))
-    return TextStream(decode, stops=rules, tail=tail), tokens
+    return text, tokens
 
 
 class GenerationGroup:
@@ -232,11 +262,16 @@ class GenerationGroup:
         return sum(generation.new_tokens for generation in self.generations)
 
     @property
+    def reasoning_tokens(self) -> int:
+        """Those of them that are thoughts."""
+        return sum(generation.reasoning_tokens for generation in self.generations)
+
+    @property
     def cached_tokens(self) -> int:
         """Prompt tokens that were in the engine's cache, of the answer that had fewest."""
         return min(generation.cached_tokens for generation in self.generations)
 
-    async def complete(self) -> list[GeneratedText]:
+    async def complete(self) -> list[GeneratedAnswer]:
         """Return all answers once they are complete; the first failure cancels the rest."""
         try:
             async with asyncio.TaskGroup() as running:
@@ -245,7 +280,7 @@ class GenerationGroup:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def chunks(self) -> AsyncIterator[tuple[int, TextChunk]]:
+    async def chunks(self) -> AsyncIterator[tuple[int, AnswerChunk]]:
         """Yield (index of the answer, chunk) in the order in which they come."""
         if len(self.generations) == 1:
             async for chunk in self.generations[0].chunks():
@@ -271,7 +306,7 @@ class GenerationGroup:
         self._stack.close()
 
 
-async def _next(chunks: AsyncIterator[TextChunk]) -> TextChunk:
+async def _next(chunks: AsyncIterator[AnswerChunk]) -> AnswerChunk:
     return await anext(chunks)
 
 

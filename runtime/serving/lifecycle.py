@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from runtime.errors import OverloadedError, UnavailableError
+from runtime.serving.answer_parsers.forms import AnswerForm
 from runtime.serving.engine.protocol import Engine, Request, Sampling
 from runtime.serving.tokenizer import PromptTokenizer
 
@@ -51,15 +52,20 @@ class ServedModel:
     aliases: tuple[str, ...] = ()
     """Further names of the base model."""
     tool_call_parser: str | None = None
-    """The form of function calls that the server was told to expect; None finds every known one."""
+    """vLLM's name of the format of function calls; None is the one that the chat template writes."""
     reasoning_parser: str | None = None
-    """The form of reasoning that the server was told to separate; none is known."""
+    """vLLM's name of the format of reasoning; None is the one that the chat template opens or writes."""
     weights: str = ""
     """Type, size and device of the base weights, as text."""
 
     def tokenizer_for(self, adapter: str | None) -> PromptTokenizer:
         """Return what makes prompts for `adapter`: with its own chat template, where it has one."""
         return self.adapter_tokenizers.get(adapter or "", self.tokenizer)
+
+    def form_for(self, adapter: str | None) -> AnswerForm:
+        """Return how the answers of `adapter` are read: its own chat template says it, where it has one."""
+        tokenizer = self.tokenizer_for(adapter)
+        return tokenizer.answer_form(reasoning=self.reasoning_parser, calls=self.tool_call_parser)
 
     async def first_token(self) -> None:
         """Generate one token, which proves that the engine works; UnavailableError when it does not."""

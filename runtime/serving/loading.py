@@ -58,6 +58,7 @@ def load(config: ServeConfig, access: oci.Access) -> ServedModel:
         tool_call_parser=config.tool_call_parser,
         reasoning_parser=config.reasoning_parser,
     )
+    served.form_for(None)  # tries the template out, which takes a moment that no request shall wait for
     if config.combine_adapters and config.adapters:
         served = _combined(served, config, access)
     else:
@@ -256,6 +257,7 @@ def _attach(served: ServedModel, source: AdapterSource, folder: Path, config: Se
     own = template is not None and not served.tokenizer.has_template(template)
     if template is not None and own:
         served.adapter_tokenizers[source.name] = served.tokenizer.with_template(template)
+        served.form_for(source.name)
     served.engine.add_adapter(source.name, folder, strength=source.strength)
     if not own:
         return

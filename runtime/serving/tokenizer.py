@@ -13,6 +13,8 @@ from runtime import chat_template
 from runtime.chat_template import TemplateFeatures, TemplateOptions, Turn
 from runtime.errors import ClientGoneError, ContextLengthError, RequestError
 from runtime.serving import template_requests
+from runtime.serving.answer_parsers.choosing import chosen
+from runtime.serving.answer_parsers.forms import AnswerForm
 from runtime.serving.engine.protocol import Constraint, Sampling
 from runtime.serving.generation_config import SamplingDefaults
 from runtime.serving.structured_output.compiler import GrammarCompiler
@@ -55,6 +57,7 @@ class PromptTokenizer:
         self._grammars = GrammarCompiler(tokenizer, stop_ids)
         self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
         self._texts: dict[int, str] = {}
+        self._forms: dict[tuple[str | None, str | None], AnswerForm] = {}
         self._pool = TokenizingPool()
 
     def start(self) -> None:
@@ -80,11 +83,21 @@ class PromptTokenizer:
         """Return what the chat template renders that a conversation of this kind gets."""
         return chat_template.features(self._tokenizer, with_tools=with_tools, with_documents=with_documents)
 
+    def answer_form(self, *, reasoning: str | None = None, calls: str | None = None) -> AnswerForm:
+        """Return how this model's answers are read: as it is told by names, else as its template writes."""
+        names = (reasoning, calls)
+        if names not in self._forms:
+            tokens = {str(token) for token in self._tokenizer.added_tokens_decoder.values()}
+            features = self.features(with_tools=True)
+            self._forms[names] = chosen(features, tokens, reasoning=reasoning, calls=calls)
+        return self._forms[names]
+
     def with_template(self, template: str | dict[str, str]) -> "PromptTokenizer":
         """Return this tokenizer with another chat template; all else, threads too, is shared."""
         other = copy.copy(self)
         other._tokenizer = copy.copy(self._tokenizer)
         other._tokenizer.chat_template = template
+        other._forms = {}
         return other
 
     def has_template(self, template: str | dict[str, str]) -> bool:
@@ -199,12 +212,6 @@ class PromptTokenizer:
             return []
         # a space that is a token of its own leaves the word as it is spelled without one
         return [first] if spaced[-len(first) :] == first else [first, spaced]
-
-    def special_within(self, texts: Sequence[str]) -> dict[str, int]:
-        """Return the special tokens that occur in `texts`, with their ids."""
-        if not texts:
-            return {}
-        return {text: number for text, number in self.special.items() if any(text in each for each in texts)}
 
     def special_ids(self, texts: Sequence[str]) -> list[int]:
         """Return the ids of those `texts` that are special tokens."""

@@ -18,7 +18,7 @@ from pydantic import SecretStr
 
 from runtime.config import nearest
 from runtime.errors import ConfigError
-from runtime.serving.tool_calls import PARSERS
+from runtime.serving.answer_parsers.formats import CALLS, REASONING
 from runtime.workspace.base_model import read_dtype
 from runtime.workspace.layers import LayeredSettings
 
@@ -221,19 +221,20 @@ def _data_parallel(settings: LayeredSettings, text: str, where: str) -> None:
 
 def _tool_parser(settings: LayeredSettings, text: str, where: str) -> None:
     settings.put("tool_call_parser", text, where)
-    if text not in PARSERS:
+    if text not in CALLS:
         settings.warn(
             f"{where} {text}: this format of function calls is not known here, requests with tools are "
-            f"refused; known: {', '.join(sorted(PARSERS))}"
+            f"refused; known: {', '.join(sorted(CALLS))}"
         )
 
 
 def _reasoning_parser(settings: LayeredSettings, text: str, where: str) -> None:
     settings.put("reasoning_parser", text, where)
-    settings.warn(
-        f"{where} {text}: reasoning is not separated from answers here; requests that set include_reasoning "
-        "are refused"
-    )
+    if text not in REASONING:
+        settings.warn(
+            f"{where} {text}: this format of reasoning is not known here, what the chat template shows "
+            f"decides; known: {', '.join(sorted(REASONING))}"
+        )
 
 
 def _allowed_origins(settings: LayeredSettings, text: str, where: str) -> None:

@@ -1,13 +1,18 @@
 """Text is complete: no half characters, no stop strings, nothing lost."""
 
 import re
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.serving.detokenize import Detokenizer, StopRules, StopScanner, TextStream
+from runtime.serving.answer_parsers.forms import AnswerForm
+from runtime.serving.answer_parsers.parts import ParsedAnswer
+from runtime.serving.answer_text import AnswerText, PromptEnd
+from runtime.serving.detokenize import Detokenizer, StopRules, StopScanner
 from tests.serving.conftest import make_sentencepiece, make_tokenizer
 
 KINDS = {
@@ -116,9 +121,7 @@ def test_stop_string_is_found_however_the_text_is_cut(text: str, stop: str, size
 
 
 def test_stop_string_in_the_last_unfinished_text_is_met(tokenizer: Any) -> None:
-    stream = TextStream(tokenizer.decode, stops=StopRules(["\ufffd"]))
-    stream.push(tokenizer.encode("🦜")[0])
-    assert stream.finish() == ("", True)
+    assert content(tokenizer.decode, tokenizer.encode("🦜")[:1], StopRules(["\ufffd"])) == ("", True)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -127,15 +130,27 @@ def kind(request: pytest.FixtureRequest) -> Any:
     return KINDS[request.param]()
 
 
-def shown(tokenizer: Any, ids: list[int], **options: Any) -> str:
-    stream = TextStream(lambda each: str(tokenizer.decode(list(each), skip_special_tokens=True)), **options)
-    text = ""
+NO_STOPS = StopRules()
+SPECIAL = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
+
+
+def content(decode: Any, ids: Sequence[int], stops: StopRules, **options: Any) -> tuple[str, bool]:
+    """Return the content of an answer, and whether a stop string ended it."""
+    text = AnswerText(decode, AnswerForm(), **{"stops": stops, "special": SPECIAL, **options})
+    answer = ParsedAnswer()
     for token in ids:
-        more, met = stream.push(token)
-        text += more
+        parts, met = text.push(token)
+        answer.add(parts)
         if met:
-            return text
-    return text + stream.finish()[0]
+            return answer.content, True
+    parts, met = text.finish()
+    answer.add(parts)
+    return answer.content, met
+
+
+def shown(tokenizer: Any, ids: list[int], stops: StopRules = NO_STOPS, **options: Any) -> str:
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    return content(decode, ids, stops, **options)[0]
 
 
 @settings(max_examples=100)
@@ -182,18 +197,8 @@ def test_many_special_tokens_are_not_kept(tokenizer: Any) -> None:
     least=st.integers(0, 6),
 )
 def test_a_stop_string_that_ends_too_early_ends_nothing(pieces: list[str], stop: str, least: int) -> None:
-    stream = TextStream(
-        lambda ids: "".join(pieces[n] for n in ids), stops=StopRules([stop], min_tokens=least)
-    )
-    text, met = "", False
-    for n in range(len(pieces)):
-        more, met = stream.push(n)
-        text += more
-        if met:
-            break
-    if not met:
-        more, met = stream.finish()
-        text += more
+    rules = StopRules([stop], min_tokens=least)
+    text, met = content(lambda ids: "".join(pieces[n] for n in ids), range(len(pieces)), rules)
     whole, early = "".join(pieces), len("".join(pieces[:least]))
     ends = [at for at in range(len(whole)) if whole.startswith(stop, at) and at + len(stop) > early]
     assert met == bool(ends)
@@ -212,20 +217,18 @@ def test_a_stop_string_that_ends_too_early_ends_nothing(pieces: list[str], stop:
     ],
 )
 def test_a_stop_string_may_hold_special_tokens(tokenizer: Any, stop: str, text: str, expected: str) -> None:
-    known = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
-    rules = StopRules([stop, ""], special={name: id_ for name, id_ in known.items() if name in stop})
-    assert shown(tokenizer, tokenizer.encode(text), stops=rules) == expected
+    assert shown(tokenizer, tokenizer.encode(text), StopRules([stop, ""])) == expected
 
 
 def test_an_included_stop_string_is_shown_to_its_end(tokenizer: Any) -> None:
     ids = tokenizer.encode("one\n<|im_start|>user two")
-    rules = StopRules(["\n<|im_start|>us"], included=True, special={"<|im_start|>": 1})
-    assert shown(tokenizer, ids, stops=rules) == "one\n<|im_start|>us"
-    assert shown(tokenizer, tokenizer.encode("abcd"), stops=StopRules(["bc"], included=True)) == "abc"
+    rules = StopRules(["\n<|im_start|>us"], included=True)
+    assert shown(tokenizer, ids, rules) == "one\n<|im_start|>us"
+    assert shown(tokenizer, tokenizer.encode("abcd"), StopRules(["bc"], included=True)) == "abc"
 
 
 def test_a_stop_string_sees_the_first_space_where_the_text_has_it() -> None:
     tokenizer = make_sentencepiece(strips=True)
     ids, rules = tokenizer.encode("word is", add_special_tokens=False), StopRules([" word"])
-    assert shown(tokenizer, ids, stops=rules) == "word is", "the answer of a conversation begins without it"
-    assert shown(tokenizer, ids, stops=rules, tail=ids[-1:]) == ""
+    assert shown(tokenizer, ids, rules) == "word is", "the answer of a conversation begins without it"
+    assert shown(tokenizer, ids, rules, prompt=PromptEnd(ids[-1:])) == ""

@@ -1,12 +1,16 @@
 """Every token has its bytes of the text, whatever the text is cut into."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.serving.detokenize import StopRules, TextStream
+from runtime.serving.answer_parsers.forms import AnswerForm
+from runtime.serving.answer_parsers.parts import ParsedAnswer, Part
+from runtime.serving.answer_text import AnswerText
+from runtime.serving.detokenize import StopRules
 from runtime.serving.engine.protocol import Token
 from runtime.serving.token_bytes import AnswerToken, AnswerTokens, TokenBytes
 from tests.serving.conftest import make_sentencepiece, make_tokenizer
@@ -27,20 +31,25 @@ def kind(request: pytest.FixtureRequest) -> Any:
 
 def sent(kind: Any, ids: list[int], stops: tuple[str, ...] = ()) -> list[tuple[str, tuple[AnswerToken, ...]]]:
     """Return an answer chunk by chunk: its text and the tokens sent with it."""
-    stream = TextStream(
-        lambda each: str(kind.decode(list(each), skip_special_tokens=True)), stops=StopRules(stops)
-    )
+    decode = partial(kind.decode, skip_special_tokens=True)
+    stream = AnswerText(decode, AnswerForm(), stops=StopRules(stops), special={})
     special = frozenset(number for number, token in kind.added_tokens_decoder.items() if token.special)
     tokens = AnswerTokens(TokenBytes(kind), special)
     chunks = []
     for id_ in ids:
-        text, met = stream.push(id_)
-        chunks.append((text, tokens.push(Token(id_), stream.decoded, sent=len(text))))
+        parts, met = stream.push(id_)
+        chunks.append((content(parts), tokens.push(Token(id_), stream.decoded, sent=stream.settled)))
         if met:
             return [*chunks, ("", tokens.cut())]
-    text, met = stream.finish()
-    chunks.append((text, tokens.push(None, stream.decoded, sent=len(text))))
+    parts, met = stream.finish()
+    chunks.append((content(parts), tokens.push(None, stream.decoded, sent=stream.settled)))
     return [*chunks, ("", tokens.cut())] if met else chunks
+
+
+def content(parts: list[Part]) -> str:
+    answer = ParsedAnswer()
+    answer.add(parts)
+    return answer.content
 
 
 @settings(max_examples=150)

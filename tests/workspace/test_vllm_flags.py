@@ -125,10 +125,11 @@ def test_adapters_that_are_switched_off_are_a_warning() -> None:
 
 @pytest.mark.parametrize("flag", ["tool_call_parser", "reasoning_parser"])
 def test_a_parser_that_is_not_known_is_a_warning(flag: str) -> None:
-    _, settings = applied({flag: "qwen3_coder"})
+    _, settings = applied({flag: "somebodys"})
     (warning,) = settings.warnings
-    assert "qwen3_coder" in warning
-    assert "refused" in warning
+    assert "somebodys: this format" in warning
+    assert "mistral" in warning
+    assert not applied({flag: "mistral"})[1].warnings
 
 
 def test_every_honoured_setting_exists() -> None:

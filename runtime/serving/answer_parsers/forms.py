@@ -26,6 +26,8 @@ class ThoughtFormat:
     ends: tuple[str, ...]
     implied: bool = False
     """An answer begins within a thought where neither the prompt nor the answer says so."""
+    answer: tuple[str, str] | None = None
+    """What may stand around the answer that follows a thought."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,8 @@ class CallFormat:
     read: Read
     openings: tuple[str, ...] = ()
     """What stands before calls, wherever these are."""
+    inside: tuple[str, ...] = ()
+    """Delimiters within and behind calls."""
     bare: str = ""
     """Characters with which calls may begin an answer without an opening, where they name declared tools."""
     inline: tuple[str, ...] = ()

@@ -8,18 +8,17 @@ from runtime.serving.answer_parsers.json_calls import values
 from runtime.serving.answer_parsers.source import Cursor, Steps
 
 MISTRAL = "[TOOL_CALLS]"
-MISTRAL_ID, MISTRAL_ARGS = "[CALL_ID]", "[ARGS]"
+IN_MISTRAL = MISTRAL_ID, MISTRAL_ARGS = "[CALL_ID]", "[ARGS]"
 DEEPSEEK = "<｜tool▁calls▁begin｜>"
-DEEPSEEK_ENDS = ("<｜tool▁calls▁end｜>",)
-DEEPSEEK_CALL, DEEPSEEK_SEPARATOR = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>"
-DEEPSEEK_CALL_END = "<｜tool▁call▁end｜>"
+IN_DEEPSEEK = (
+    DEEPSEEK_CALL, DEEPSEEK_SEPARATOR, DEEPSEEK_CALL_END, DEEPSEEK_END,
+) = ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>")  # fmt: skip
 KIMI = "<|tool_calls_section_begin|>"
-KIMI_END = "<|tool_calls_section_end|>"
-KIMI_CALL, KIMI_ARGUMENTS, KIMI_CALL_END = (
-    "<|tool_call_begin|>",
-    "<|tool_call_argument_begin|>",
-    "<|tool_call_end|>",
-)
+IN_KIMI = (
+    KIMI_CALL, KIMI_ARGUMENTS, KIMI_CALL_END, KIMI_END,
+) = (
+    "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>", "<|tool_calls_section_end|>",
+)  # fmt: skip
 
 
 def mistral(cursor: Cursor, tools: Tools) -> Steps[list[FoundCall] | None]:
@@ -63,7 +62,7 @@ def deepseek(cursor: Cursor, tools: Tools) -> Steps[list[FoundCall] | None]:
     """Read DeepSeek's calls: `function` and the name, then JSON in a fence (V3), or both bare (V3.1)."""
     mark = cursor.source.mark
     begin, separator, end = mark((DEEPSEEK_CALL, DEEPSEEK_SEPARATOR, DEEPSEEK_CALL_END))
-    ends = mark(DEEPSEEK_ENDS)
+    ends = mark((DEEPSEEK_END,))
     found: list[FoundCall] = []
     while True:
         yield from cursor.space()

@@ -27,7 +27,6 @@ class AnswerParser:
             prompt: the end of the prompt, special tokens as their names: it may have opened a thought.
         """
         self._source = AnswerSource(marks)
-        self._unmarked = str.maketrans(dict.fromkeys((marks or {}).values(), ""))
         if form.harmony:
             self._steps: Steps[None] = harmony.read(self._source, form, prompt)
         else:
@@ -51,7 +50,7 @@ class AnswerParser:
     @property
     def held(self) -> int:
         """Characters that wait, marks left out."""
-        return len(self._source.rest.translate(self._unmarked))
+        return len(self._source.unmarked(self._source.rest))
 
     @property
     def thoughts(self) -> list[tuple[int, int]]:
@@ -90,6 +89,11 @@ def _thought(source: AnswerSource, form: ThoughtFormat, prompt: str) -> Steps[bo
     elif not opened and (said.endswith(form.ends) or not form.implied):
         return False
     yield from thinking(source, source.mark(form.ends))
+    if form.answer is not None:
+        answer = Cursor(source, 0)
+        yield from answer.space()
+        if (yield from answer.literal(source.mark(form.answer[:1]))):
+            source.take(answer.at)
     return True
 
 

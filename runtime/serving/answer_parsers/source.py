@@ -28,6 +28,7 @@ class AnswerSource:
     def __init__(self, marks: Mapping[str, str] | None = None) -> None:
         """`marks` are special tokens with the characters that stand for them in the text."""
         self._marks = marks or {}
+        self._unmarked = str.maketrans(dict.fromkeys(self._marks.values(), ""))
         self.rest = ""
         """What is not taken."""
         self.ended = False
@@ -39,6 +40,10 @@ class AnswerSource:
     def mark(self, delimiters: Sequence[str]) -> tuple[str, ...]:
         """Return delimiters as they stand in this text."""
         return tuple(marked(each, self._marks) for each in delimiters)
+
+    def unmarked(self, text: str) -> str:
+        """Return a text without special tokens."""
+        return text.translate(self._unmarked) if self._marks else text
 
     def is_marked(self, delimiter: str) -> bool:
         """Whether a delimiter is one special token, which no text spells by chance."""
@@ -117,11 +122,11 @@ class Cursor:
             if found and (
                 place + longest <= len(self.source.rest) or self.source.ended or _alone(delimiters)
             ):
-                text = self.source.rest[self.at : place]
+                text = self.source.unmarked(self.source.rest[self.at : place])
                 self.at = place + len(found)
                 return text, found
             if self.source.ended:
-                text = self.source.rest[self.at :]
+                text = self.source.unmarked(self.source.rest[self.at :])
                 if or_end:
                     self.at = len(self.source.rest)
                 return (text if or_end else None), ""
@@ -151,7 +156,7 @@ class Cursor:
                 quote = character if character in quotes else ""
                 if depth <= 0:
                     self.at = at if depth == 0 and at > start + 1 else start
-                    return rest[start : self.at]
+                    return self.source.unmarked(rest[start : self.at])
             if self.source.ended:
                 return ""
             yield WAIT

@@ -12,6 +12,7 @@ from runtime.serving.answer_parsers.forms import NAME, FoundCall, Read, Schema, 
 from runtime.serving.answer_parsers.source import Cursor, Steps
 
 FUNCTION = "<function="
+GLM = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "</tool_call>")
 
 
 def _argument_schema(schema: Schema, name: str) -> Any:

@@ -11,6 +11,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
+from runtime.serving.answer_parsers.forms import AnswerForm
+from runtime.serving.answer_parsers.parts import ReasoningDelta
 from runtime.serving.generation import GenerationGroup, GenerationRequest, Generator
 from runtime.serving.http import parameters
 from runtime.serving.http.body import BodyRoute
@@ -40,7 +42,10 @@ def router(generator: Generator) -> APIRouter:
             (answer,) = await unless_gone(request, group.complete(), request_id=request_id)
         finally:
             group.close()
-        return JSONResponse({"Result": prefix + answer.text, **_summary(group, model, answer.finish)})
+        thought = {"reasoning": answer.parsed.reasoning} if answer.parsed.reasoning else {}
+        return JSONResponse(
+            {"Result": prefix + answer.text, **thought, **_summary(group, model, answer.finish)}
+        )
 
     return routes
 
@@ -74,6 +79,7 @@ async def _generation_request(generator: Generator, body: ChatBody, request: Req
         adapter=adapter,
         request_id=request.state.request_id,
         continues_prompt=continues_prompt,
+        form=AnswerForm() if continues_prompt else generator.served().form_for(adapter),
     )
 
 
@@ -145,11 +151,13 @@ def _summary(group: GenerationGroup, model: str, finish: str) -> dict[str, Any]:
 
 
 async def _events(group: GenerationGroup, model: str, prefix: str) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield `{"text": …}` events; the last one also says how the answer ended."""
+    """Yield `{"text": …}` events, with `reasoning` those of a thought; the last says how the answer ended."""
     if prefix:
         yield {"text": prefix}
     async for _, chunk in group.chunks():
-        if chunk.finish is None:
-            yield {"text": chunk.text}
-        else:
-            yield {"text": chunk.text, **_summary(group, model, chunk.finish)}
+        thought = "".join(part.text for part in chunk.parts if isinstance(part, ReasoningDelta))
+        event = {"text": chunk.text, **({"reasoning": thought} if thought else {})}
+        if chunk.finish is not None:
+            yield {**event, **_summary(group, model, chunk.finish)}
+        elif chunk.parts:
+            yield event

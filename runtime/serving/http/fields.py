@@ -215,9 +215,9 @@ _TEMPLATE = {
     **_refused("the model decides how long it thinks", "thinking_token_budget", "thinking_budget_tokens"),
     **_refused("the model decides how long it thinks", "reasoning_budget_tokens", "thinking_forced_open"),
     **_ignored("the model decides how long it thinks", "reasoning_effort", "reasoning"),
-    **_ignored("reasoning stays in the text", "include_reasoning"),
-    **_refused("reasoning stays in the text", "reasoning_in_content", neutral=(True, False)),
-    **_refused("reasoning stays in the text", "reasoning_format", neutral=("none", "auto")),
+    **_ignored("reasoning has a field of its own, or is not separated", "include_reasoning"),
+    **_refused("reasoning has a field of its own", "reasoning_in_content"),
+    **_refused("reasoning has a field of its own", "reasoning_format", neutral=("auto", "deepseek", "parsed")),
     **_refused("the model decides how long it answers", "verbosity", neutral=("medium",)),
     **_refused("text is all that is taken in", "image_data", "input_extra", "input_prefix", "input_suffix"),
 }

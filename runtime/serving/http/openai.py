@@ -6,15 +6,31 @@ Knows OpenAI's JSON, nothing of how text is generated (runtime/serving/generatio
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
+from runtime.serving.answer_parsers.forms import AnswerForm
+from runtime.serving.answer_parsers.parts import (
+    CallArguments,
+    CallEnd,
+    CallStart,
+    ContentDelta,
+    ParsedCall,
+    Part,
+    ReasoningDelta,
+)
 from runtime.serving.engine.protocol import Constraint
-from runtime.serving.generation import GeneratedText, GenerationGroup, GenerationRequest, Generator, TextChunk
+from runtime.serving.generation import (
+    AnswerChunk,
+    GeneratedAnswer,
+    GenerationGroup,
+    GenerationRequest,
+    Generator,
+)
 from runtime.serving.http import parameters
 from runtime.serving.http.body import BodyRoute
 from runtime.serving.http.constraint_fields import constrained, constraint
@@ -28,10 +44,9 @@ from runtime.serving.http.schema import (
 )
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
 from runtime.serving.http.template_fields import template_options
-from runtime.serving.http.tool_fields import forced_call, shown_tools, tool_names
+from runtime.serving.http.tool_fields import callable_tools, forced_call, shown_tools
 from runtime.serving.token_bytes import AnswerToken
 from runtime.serving.tokenizer import PromptTokenizer
-from runtime.serving.tool_calls import Call, ToolStream, split
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,68 +55,86 @@ class ChatFormat:
 
     tokenizer: PromptTokenizer
     logprobs: bool
-    tools: frozenset[str] = frozenset()
-    one_call: bool = False
-    """Of several calls in an answer only the first is passed on."""
-    tool_streams: dict[int, ToolStream] = field(default_factory=dict)
-    """Of a streamed answer, by its index."""
+    shows_reasoning: bool = True
     one_function: bool = False
     """Answer in the older form, which has room for one call: the request had `functions`."""
     id_prefix = "chatcmpl"
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def choice(self, index: int, answer: GeneratedText) -> dict[str, Any]:
+    def choice(self, index: int, answer: GeneratedAnswer) -> dict[str, Any]:
         """Return one complete answer."""
-        text, calls = split(answer.text, self.tools) if self.tools else (answer.text, [])
-        calls = calls[:1] if self.one_call else calls
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if calls:
-            message |= {"content": text or None, **self._called([call.as_json() for call in calls])}
+        parsed = answer.parsed
+        message: dict[str, Any] = {"role": "assistant", "content": parsed.content, "refusal": None}
+        if parsed.reasoning and self.shows_reasoning:
+            message |= _reasoning(parsed.reasoning)
+        if parsed.calls:
+            message |= {"content": parsed.content or None, **self._called(parsed.calls)}
         return {
             "index": index,
             "message": message,
             "logprobs": self._logprobs(answer.tokens),
-            "finish_reason": self._calls_reason if calls else answer.finish,
+            "finish_reason": self._reason(answer.finish),
         }
 
-    @property
-    def _calls_reason(self) -> str:
-        return "function_call" if self.one_function else "tool_calls"
+    def _reason(self, finish: str) -> str:
+        return "function_call" if self.one_function and finish == "tool_calls" else finish
 
-    def _called(self, calls: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"function_call": calls[0]["function"]} if self.one_function else {"tool_calls": calls}
+    def _called(self, calls: Sequence[ParsedCall]) -> dict[str, Any]:
+        if self.one_function:
+            return {"function_call": {"name": calls[0].name, "arguments": calls[0].arguments}}
+        return {"tool_calls": [_call(call.name, call.arguments, id=call.id) for call in calls]}
 
     def opening_events(self, index: int) -> list[dict[str, Any]]:
         """Return the events that open an answer: the role."""
         delta = {"role": "assistant", "content": ""}
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
-    def events(self, index: int, chunk: TextChunk) -> list[dict[str, Any]]:
-        """Return the events of one chunk: its text, tool calls, and how the answer ended, each on its own."""
-        text, finish, calls = chunk.text, str(chunk.finish or ""), list[Call]()
-        if self.tools:
-            stream = self.tool_streams.setdefault(index, ToolStream(self.tools))
-            text = stream.push(text)
-            if finish:
-                rest, calls = stream.finish()
-                calls = calls[:1] if self.one_call else calls
-                text, finish = text + rest, self._calls_reason if calls else finish
+    def events(self, index: int, chunk: AnswerChunk) -> list[dict[str, Any]]:
+        """Return the events of one chunk: its parts, and how the answer ended, each on its own."""
         logprobs = self._logprobs(chunk.tokens) if chunk.tokens else None
-        deltas: list[tuple[dict[str, Any], Any, str | None]] = []
-        if text or logprobs:
-            deltas.append(({"content": text}, logprobs, None))
-        if calls:
-            deltas.append((self._called([call.as_json(i) for i, call in enumerate(calls)]), None, None))
-        if finish:
-            deltas.append(({}, None, finish))
-        return [
-            {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-            for delta, logprobs, reason in deltas
+        deltas = [delta for part in chunk.parts if (delta := self._delta(part)) is not None]
+        if logprobs and not deltas:
+            deltas = [{"content": ""}]
+        events: list[dict[str, Any]] = [
+            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas
         ]
+        if events:
+            events[0]["logprobs"] = logprobs
+        if chunk.finish is not None:
+            reason = self._reason(chunk.finish)
+            events.append({"index": index, "delta": {}, "logprobs": None, "finish_reason": reason})
+        return events
+
+    def _delta(self, part: Part) -> dict[str, Any] | None:
+        """Return what a part adds to the message, None for what adds nothing to it."""
+        match part:
+            case ContentDelta(text):
+                return {"content": text}
+            case ReasoningDelta(text):
+                return _reasoning(text) if self.shows_reasoning else None
+            case CallStart(index, call_id, name):
+                if self.one_function:
+                    return {"function_call": {"name": name, "arguments": ""}}
+                return {"tool_calls": [{"index": index, **_call(name, "", id=call_id)}]}
+            case CallArguments(index, text):
+                if self.one_function:
+                    return {"function_call": {"arguments": text}}
+                return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+            case CallEnd():
+                return None
 
     def _logprobs(self, tokens: Sequence[AnswerToken]) -> dict[str, Any] | None:
         return {"content": Logprobs(self.tokenizer).chat(tokens), "refusal": None} if self.logprobs else None
+
+
+def _reasoning(text: str) -> dict[str, Any]:
+    """Return a thought by the two names that clients know."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
+def _call(name: str, arguments: str, *, id: str) -> dict[str, Any]:  # noqa: A002 - OpenAI's name
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +148,7 @@ class CompletionFormat:
     object = "text_completion"
     chunk_object = "text_completion"
 
-    def choice(self, index: int, answer: GeneratedText) -> dict[str, Any]:
+    def choice(self, index: int, answer: GeneratedAnswer) -> dict[str, Any]:
         """Return one complete answer."""
         text = self.echoes[index] + answer.text
         logprobs = self._logprobs(answer.tokens)
@@ -126,7 +159,7 @@ class CompletionFormat:
         text = self.echoes[index]
         return [{"index": index, "text": text, "logprobs": None, "finish_reason": None}] if text else []
 
-    def events(self, index: int, chunk: TextChunk) -> list[dict[str, Any]]:
+    def events(self, index: int, chunk: AnswerChunk) -> list[dict[str, Any]]:
         """Return the event of one chunk, none for an empty one."""
         if not chunk.text and not chunk.finish and not chunk.tokens:
             return []
@@ -158,8 +191,7 @@ def router(generator: Generator) -> APIRouter:
         json_format = ChatFormat(
             generator.served().tokenizer,
             body.logprobs,
-            tool_names(body),
-            one_call=not body.parallel_tool_calls,
+            shows_reasoning=body.include_reasoning is not False,
             one_function=bool(body.functions),
         )
         return await _respond(generator, requests, body, request, json_format)
@@ -196,11 +228,6 @@ async def _chat_request(
     adapter = generator.adapter_for(body.model)
     tokenizer = generator.served().tokenizer_for(adapter)
     asked, tools = _constraint(body), shown_tools(body, generator.served(), adapter)
-    if body.include_reasoning is not None and (parser := generator.served().reasoning_parser):
-        raise RequestError(
-            f"'include_reasoning' is not supported here: reasoning of the form '{parser}' stays in the text",
-            param="include_reasoning",
-        )
     options = template_options(body, tokenizer, tools)
     ids = await tokenizer.prompt_from_chat(turns_of(body.messages, tokenizer.template), options=options)
     if body.max_completion_tokens is not None:
@@ -216,8 +243,28 @@ async def _chat_request(
     )
     sampling = await constrained(request, tokenizer, sampling, asked)
     request_id = request.state.request_id
-    text_rules, continues = parameters.text_rules(body), options.continues_last
-    return GenerationRequest(ids, sampling, text_rules, adapter, request_id, continues_prompt=continues)
+    return GenerationRequest(
+        ids,
+        sampling,
+        parameters.text_rules(body),
+        adapter,
+        request_id,
+        continues_prompt=options.continues_last,
+        form=_form(generator, body, adapter),
+    )
+
+
+def _form(generator: Generator, body: ChatCompletionBody, adapter: str | None) -> AnswerForm:
+    """Return how the answer is read: in the model's format, with calls to the tools of the request."""
+    served, one_call = generator.served(), not body.parallel_tool_calls or bool(body.functions)
+    form = served.form_for(adapter)
+    if body.include_reasoning is False and served.reasoning_parser and not (form.thoughts or form.harmony):
+        raise RequestError(
+            f"'include_reasoning' is not supported here: reasoning in the form of "
+            f"'{served.reasoning_parser}' is not known, and stays in the text",
+            param="include_reasoning",
+        )
+    return replace(form, tools=callable_tools(body), one_call=one_call)
 
 
 def _constraint(body: ChatCompletionBody) -> Constraint | None:
@@ -343,4 +390,5 @@ def usage(group: GenerationGroup) -> dict[str, Any]:
         "completion_tokens": group.new_tokens,
         "total_tokens": group.prompt_tokens + group.new_tokens,
         "prompt_tokens_details": {"cached_tokens": group.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": group.reasoning_tokens},
     }

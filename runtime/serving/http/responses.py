@@ -133,8 +133,9 @@ async def _generation_request(
         top_logprobs=_top_logprobs(body),
     )
     sampling = await constrained(request, tokenizer, sampling, _constraint(body))
+    form = generator.served().form_for(adapter)
     request_id = request.state.request_id
-    return GenerationRequest(ids, sampling, parameters.text_rules(body), adapter, request_id)
+    return GenerationRequest(ids, sampling, parameters.text_rules(body), adapter, request_id, form=form)
 
 
 def _top_logprobs(body: ResponsesBody) -> int | None:
@@ -260,7 +261,7 @@ class _ResponseFormat:
                 "input_tokens": group.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": group.cached_tokens},
                 "output_tokens": group.new_tokens,
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": group.reasoning_tokens},
                 "total_tokens": group.prompt_tokens + group.new_tokens,
             },
         }

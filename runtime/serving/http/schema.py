@@ -220,7 +220,7 @@ class ChatCompletionBody(OpenAIFields, TemplateFields, ToolFields):
     parallel_tool_calls: Flag = True
     """Whether one answer may hold several calls; false: the first of them."""
     include_reasoning: Flag | None = None
-    """Whether the answer shows the model's reasoning; refused where the server was started to separate it."""
+    """False leaves the model's reasoning out of the answer."""
 
 
 def _prompt_kind(value: Any) -> str | None:

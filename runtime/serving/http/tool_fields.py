@@ -1,7 +1,7 @@
 """The fields of a request that say which functions the model may or must call, and what they mean.
 
 OpenAI's `tools` and `tool_choice`, and their older form. Does not know routes, or how a call is written and
-found in a text (serving/tool_calls.py). Start at `ToolFields`, then `shown_tools` and `forced_call`.
+found in a text (serving/answer_parsers). Start at `ToolFields`, then `shown_tools` and `forced_call`.
 """
 
 from typing import Annotated, Any, Literal
@@ -10,12 +10,13 @@ from pydantic import Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from runtime.errors import RequestError
+from runtime.serving.answer_parsers.formats import CALLS
+from runtime.serving.answer_parsers.forms import Tools
 from runtime.serving.engine.protocol import Constraint
 from runtime.serving.http import fields
 from runtime.serving.http.body_types import Body, Flag, Name, Text, by_kind
 from runtime.serving.lifecycle import ServedModel
 from runtime.serving.structured_output.constraints import function_call
-from runtime.serving.tool_calls import PARSERS
 
 MAX_TOOLS = 128
 
@@ -98,11 +99,11 @@ class ToolFields(Body):
         return newer
 
 
-def tool_names(body: ToolFields) -> frozenset[str]:
-    """Return the functions the model may call; none for `tool_choice` "none"."""
+def callable_tools(body: ToolFields) -> Tools:
+    """Return the functions the model may call, with their schemas; none for `tool_choice` "none"."""
     if not body.tools or body.tool_choice == "none":
-        return frozenset()
-    return frozenset(tool.function.name for tool in body.tools)
+        return {}
+    return {tool.function.name: tool.function.parameters or {} for tool in body.tools}
 
 
 def shown_tools(body: ToolFields, served: ServedModel, adapter: str | None) -> list[dict[str, Any]] | None:
@@ -112,12 +113,12 @@ def shown_tools(body: ToolFields, served: ServedModel, adapter: str | None) -> l
 
     Raises RequestError where the model cannot be given tools, or its calls cannot be found.
     """
-    if not tool_names(body):
+    if not callable_tools(body):
         return None
     if "tools" not in served.tokenizer_for(adapter).template:
         raise RequestError("this model's chat template knows no tools", param="tools")
     parser = served.tool_call_parser
-    if parser is not None and parser not in PARSERS:
+    if parser is not None and parser not in CALLS:
         raise RequestError(
             f"'tools' are not supported here: function calls in the form of '{parser}' are not known",
             param="tools",

@@ -285,11 +285,12 @@ TOOLS_TEMPLATE = "{{ tools }}{% for m in messages %}{{ m.content }}{% endfor %}"
 @pytest.mark.parametrize(
     ("started_with", "body", "param"),
     [
-        ({"tool_call_parser": "qwen3_coder"}, {"tools": WEATHER}, "tools"),
-        ({"reasoning_parser": "qwen3"}, {"include_reasoning": True}, "include_reasoning"),
+        ({"tool_call_parser": "somebodys"}, {"tools": WEATHER}, "tools"),
+        ({"reasoning_parser": "somebodys"}, {"include_reasoning": False}, "include_reasoning"),
+        ({"reasoning_parser": "qwen3"}, {"include_reasoning": False}, None),
         ({"tool_call_parser": "hermes"}, {"tools": WEATHER}, None),
-        ({"tool_call_parser": "qwen3_coder"}, {"tools": WEATHER, "tool_choice": "none"}, None),
-        ({"reasoning_parser": "qwen3"}, {}, None),
+        ({"tool_call_parser": "somebodys"}, {"tools": WEATHER, "tool_choice": "none"}, None),
+        ({"reasoning_parser": "somebodys"}, {}, None),
     ],
 )
 async def test_requests_that_need_a_parser_which_is_not_known_are_refused(
