@@ -217,7 +217,9 @@ _TEMPLATE = {
     **_ignored("the model decides how long it thinks", "reasoning_effort", "reasoning"),
     **_ignored("reasoning has a field of its own, or is not separated", "include_reasoning"),
     **_refused("reasoning has a field of its own", "reasoning_in_content"),
-    **_refused("reasoning has a field of its own", "reasoning_format", neutral=("auto", "deepseek", "parsed")),
+    **_refused(
+        "reasoning has a field of its own", "reasoning_format", neutral=("auto", "deepseek", "parsed")
+    ),
     **_refused("the model decides how long it answers", "verbosity", neutral=("medium",)),
     **_refused("text is all that is taken in", "image_data", "input_extra", "input_prefix", "input_suffix"),
 }
