@@ -1,4 +1,4 @@
-"""Function calls: what the model wrote becomes calls, and nothing it wrote is lost."""
+"""The fields of tools through the official client: calls come back, streamed and not, and go in again."""
 
 import json
 from typing import Any
