@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from runtime import adapters, logs, models, presets
+from runtime import adapters, logs, model_files, models, presets
 from runtime.adapters import Adapter, lora_config
 from runtime.config import read_text
 from runtime.errors import CapacityError, ConfigError, one_line
@@ -159,7 +159,7 @@ def _untie(adapted: Any) -> None:
 
 def _stored_dtype(base: ModelSource, weights: Path) -> Dtype:
     """Return the type the base's files are in; ConfigError when they are quantised."""
-    config = json.loads(read_text(weights / "config.json"))
+    config = model_files.read_config(weights / "config.json")
     text = config.get("text_config") or {}
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")

@@ -5,12 +5,12 @@ name, before anything is trained or answered with it. Does not know where models
 Start at `check_files` and `check_loaded`.
 """
 
-import json
 import logging
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime import model_files
 from runtime.errors import ConfigError, one_line
 from runtime.logs import counted
 
@@ -51,8 +51,8 @@ def _indexed(folder: Path) -> Sequence[Any]:
     if not path.is_file():
         return ()
     try:
-        return list(dict.fromkeys(json.loads(path.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        return list(dict.fromkeys(model_files.read_object(path)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is no index of weights: {one_line(error, 200)}") from None
 
 

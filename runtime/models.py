@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from runtime import logs, model_weights, oci, packaged
-from runtime.errors import CapacityError, ConfigError, TransientError, is_out_of_memory, one_line
+from runtime import logs, model_files, model_weights, oci, packaged
+from runtime.errors import CapacityError, ConfigError, Failure, TransientError, is_out_of_memory, one_line
 from runtime.files import cache_folder
 from runtime.hardware import Hardware, compute_dtype
 from runtime.model_source import ModelSource, Quantization
@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 NEEDED_FILES = ("*.json", WEIGHTS, "*.model", "*.jinja", "*.txt", "*.py")
 """Files fetched from a repository. Pickled weights (.bin, .pt) are left out: loading them runs code."""
 
+_OF_A_FILE = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError,
+)  # fmt: skip
+"""What transformers raises while it builds a model whose configuration does not hold together."""
 _LEFT_BY_CALLS = (
     "is_local", "local_files_only", "max_length", "pad_to_multiple_of", "pad_token_type_id", "stride",
     "truncation_strategy",
@@ -48,11 +52,18 @@ def architectures() -> tuple[str, ...]:
 def locate(source: ModelSource, *, weights: bool = True) -> Path:
     """Return a local directory with the config, tokenizer and safetensors of `source`.
 
-    Without `weights` a directory may lack them, and they are not fetched from the hub.
+    Its JSON files are checked (model_files.py). Without `weights` a directory may lack them, and they are
+    not fetched from the hub.
     In this order: its own `path` or `image`, the hub's cache, the hub, the package that ships it.
     Raises ConfigError when the model is gated, unknown or incomplete, TransientError when the hub cannot
     be reached and there is no local copy.
     """
+    folder = _locate(source, weights=weights)
+    model_files.check(folder)
+    return folder
+
+
+def _locate(source: ModelSource, *, weights: bool) -> Path:
     if source.path is not None:
         return _checked(source.path, weights=weights)
     if source.image is not None:
@@ -116,6 +127,7 @@ def load(
 
     folder = locate(source)
     model_weights.check_files(folder)
+    load_config(source)
     options = _load_options(source, hardware, device)
     if quantization is not None:
         options["quantization_config"] = _bitsandbytes(quantization, hardware)
@@ -123,13 +135,13 @@ def load(
     try:
         with logs.quiet_progress(), _quiet_report():
             model, info = read(str(folder), **options)
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+    except (*_OF_A_FILE, RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise CapacityError(
                 f"model {source.name} does not fit into the memory of {hardware.name} "
                 f"({hardware.memory_bytes / 2**30:.0f} GiB); quantise it (nf4) or use a larger GPU"
             ) from None
-        if not isinstance(error, OSError | ValueError) and "conversion of the weights" not in str(error):
+        if not isinstance(error, _OF_A_FILE) and "conversion of the weights" not in str(error):
             raise
         raise ConfigError(f"model {source.name} in {folder}: {one_line(error, 400)}") from error
     model_weights.check_loaded(model, info, name=source.name, folder=folder)
@@ -177,10 +189,29 @@ def load_config(source: ModelSource) -> "PreTrainedConfig":
     """Return the configuration of `source`, without its weights."""
     from transformers import AutoConfig
 
-    config: PreTrainedConfig = AutoConfig.from_pretrained(
-        str(locate(source, weights=False)), local_files_only=True, trust_remote_code=source.trust_remote_code
-    )
+    folder = locate(source, weights=False)
+    with _failures_of(f"{folder / model_files.CONFIG}"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=source.trust_remote_code
+        )
     return config
+
+
+@contextlib.contextmanager
+def _failures_of(what: str) -> Iterator[None]:
+    """Turn what a library raises while it reads a file that anybody may have written into ConfigError.
+
+    It may be anything: of what a file holds, a library's own code is the only complete description.
+    """
+    try:
+        yield
+    except Failure:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise ConfigError(f"{what}: {kind}{one_line(error, 400)}") from error
 
 
 def load_generation(folder: Path) -> dict[str, Any]:
@@ -189,7 +220,8 @@ def load_generation(folder: Path) -> dict[str, Any]:
 
     if not (folder / "generation_config.json").is_file():
         return {}
-    settings: dict[str, Any] = GenerationConfig.from_pretrained(str(folder)).to_diff_dict()
+    with _failures_of(str(folder / model_files.GENERATION)):
+        settings: dict[str, Any] = GenerationConfig.from_pretrained(str(folder)).to_diff_dict()
     return settings
 
 
@@ -229,12 +261,12 @@ def load_tokenizer(source: ModelSource, *, files: Path | None = None) -> "PreTra
 
     folder = files or locate(source, weights=False)
     options: dict[str, Any] = {} if files is None else {"config": load_config(source)}
-    try:
+    if files is not None:
+        model_files.check(files)
+    with _failures_of(f"tokenizer of {source.name} in {folder}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=source.trust_remote_code, **options
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"tokenizer of {source.name} in {folder}: {one_line(error, 400)}") from error
     template = source.chat_template
     if files is not None:
         template = tokenizer.chat_template or load_tokenizer(source).chat_template

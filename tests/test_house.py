@@ -33,6 +33,7 @@ LAYERS = [
     {
         "families",
         "model_source",
+        "model_files",
         "model_weights",
         "presets",
         "nvml",

@@ -103,7 +103,7 @@ def test_a_cut_file_is_named(model: Path, end: int) -> None:
         ('{"weight_map": {"a": ""}}', r": , which .* names, is missing"),
         ('{"weight_map": {"a": []}}', r"index\.json is no index of weights"),
         ('{"weight_map": 5}', r"index\.json is no index of weights"),
-        ("[" * 100_000, r"index\.json is no index of weights"),
+        ("[" * 100_000, r"index\.json: not valid JSON: nested too deeply"),
     ],
 )
 def test_an_index_that_names_no_file_of_the_folder_is_refused(model: Path, index: str, message: str) -> None:

@@ -5,15 +5,13 @@ architectures whose layers differ are counted (counting.py). Does not know bytes
 `of`.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from runtime import families, models, presets
-from runtime.config import read_text
+from runtime import families, model_files, models, presets
 from runtime.errors import ConfigError
 from runtime.families import Family
 from runtime.memory import counting
@@ -183,7 +181,7 @@ def read(file: Path, *, name: str) -> Shape:
     without storage and counted, in a process of its own.
     """
     try:
-        config = json.loads(read_text(file))
+        config = model_files.read_config(file)
         kind = config["model_type"]
         plain = isinstance(kind, str) and families.find(kind).alike and "text_config" not in config
         text = config.get("text_config") or config
@@ -191,7 +189,7 @@ def read(file: Path, *, name: str) -> Shape:
         context = int(text.get("max_position_embeddings") or text.get("n_positions") or 2048)
         dtype = str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or "float32")
         quantized = (config.get("quantization_config") or {}).get("quant_method")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ConfigError(f"{file}: no shape of a decoder-only model in it ({error!r})") from None
     try:
         counts = None if size else counting.count(config)

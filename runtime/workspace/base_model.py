@@ -3,11 +3,10 @@
 Knows presets and mounted weights. Does not read weights. Start at `put_model`.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from runtime import families, presets
+from runtime import families, model_files, presets
 from runtime.config import describe, read_text
 from runtime.errors import ConfigError
 from runtime.model_source import ModelSource
@@ -186,10 +185,7 @@ def _fused_targets(settings: LayeredSettings) -> dict[str, str]:
     folder = settings.get("model.path")
     if folder is None:
         return {}
-    try:
-        kind = json.loads(read_text(Path(folder) / "config.json")).get("model_type")
-    except json.JSONDecodeError:
-        raise ConfigError(f"{folder}/config.json: not valid JSON") from None
+    kind = model_files.read_config(Path(folder) / "config.json").get("model_type")
     return families.find(str(kind)).renames
 
 

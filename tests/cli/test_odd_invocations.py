@@ -5,6 +5,7 @@ Paths of the wrong kind, names that are empty or cannot be shown, flags that hav
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from runtime import oci
 from runtime.cli import main
 from runtime.oci.blobs import from_bytes
 from runtime.oci.image import CONFIG, LAYER_TAR, Image
+from tests.cli.conftest import failure_line
 from tests.oci.conftest import archive
 
 LONG = "x" * 300
@@ -182,3 +184,31 @@ def test_inspect_shows_what_it_was_sent_in_printable_characters(
     assert lines[-2] == "key␊2"
     assert main.run(["inspect", f"oci:{tmp_path}/lay:v1", "--json"], {}) == 0
     assert json.loads(capfd.readouterr().out)["annotations"]["note"] == value
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "key"),
+    [
+        (["plan", "--gpu", "V100-16GB", "MODEL"], "config.json", "vocab_size"),
+        (
+            ["tune", "--dry-run", "MODEL", "--data", "https://x.example/a.parquet", "--output", "o"],
+            "config.json",
+            "vocab_size",
+        ),
+        (["serve", "--check", "MODEL"], "generation_config.json", "top_k"),
+    ],
+)
+def test_a_model_with_an_odd_value_ends_each_command_in_one_line(
+    tiny_llama_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    name: str,
+    key: str,
+) -> None:
+    model = Path(shutil.copytree(tiny_llama_dir, tmp_path / "model"))
+    values = json.loads((model / name).read_text())
+    (model / name).write_text(json.dumps({**values, key: {}}))
+    assert main.run([str(model) if word == "MODEL" else word for word in words], {}) == 2
+    said = failure_line(capsys)
+    assert f"{model / name}: '{key}' is a mapping, expected a whole number" in said
