@@ -31,14 +31,14 @@ Check = Callable[[Any], bool]
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ValueKind:
     """What a key may hold beside null."""
 
     expected: str
     holds: Check
 
 
-def _whole(least: int, most: int, *, several: bool = False) -> Kind:
+def _whole(least: int, most: int, *, several: bool = False) -> ValueKind:
     """Return a whole number of that range; `several` allows a list of them, one for each layer."""
 
     def one(value: Any) -> bool:
@@ -48,19 +48,21 @@ def _whole(least: int, most: int, *, several: bool = False) -> Kind:
     def holds(value: Any) -> bool:
         return one(value) or (several and isinstance(value, list) and bool(value) and all(map(one, value)))
 
-    return Kind(f"a whole number from {least} to {most}" + (", or a list of them" if several else ""), holds)
+    return ValueKind(
+        f"a whole number from {least} to {most}" + (", or a list of them" if several else ""), holds
+    )
 
 
-def _number(least: float, most: float, expected: str) -> Kind:
+def _number(least: float, most: float, expected: str) -> ValueKind:
     def holds(value: Any) -> bool:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         return is_number and math.isfinite(value) and least <= value <= most
 
-    return Kind(expected, holds)
+    return ValueKind(expected, holds)
 
 
-def _instance(expected: str, *kinds: type) -> Kind:
-    return Kind(expected, lambda value: isinstance(value, kinds))
+def _instance(expected: str, *kinds: type) -> ValueKind:
+    return ValueKind(expected, lambda value: isinstance(value, kinds))
 
 
 def _texts(value: Any) -> bool:
@@ -75,23 +77,23 @@ TEXT, OBJECT = _instance("text", str), _instance("an object", dict)
 BOOLEAN = _instance("true or false", bool)
 POSITIVE = _number(1e-30, 1e30, "a number above 0")
 SHARE = _number(0.0, 1.0, "a number from 0 to 1")
-DTYPE = Kind(
+DTYPE = ValueKind(
     "a type of numbers, such as bfloat16",
     lambda value: isinstance(value, str) and bool(re.fullmatch(r"(torch\.)?[a-z0-9_]{3,20}", value)),
 )
-IDS = Kind(
+IDS = ValueKind(
     "an id of a token, or a list of them",
     lambda v: ID.holds(v) or (isinstance(v, list) and all(map(ID.holds, v))),
 )
-NAME = Kind(
+NAME = ValueKind(
     "a name of letters, digits, '_', '-' and '.'",
     lambda value: isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", value)),
 )
 TOKEN = _instance("text, or an object that holds it", str, dict)
 
-CONFIG_KEYS: Mapping[str, Kind] = {
+CONFIG_KEYS: Mapping[str, ValueKind] = {
     "model_type": NAME,
-    "architectures": Kind("a list of names", _texts),
+    "architectures": ValueKind("a list of names", _texts),
     "auto_map": OBJECT,
     "dtype": DTYPE,
     "torch_dtype": DTYPE,
@@ -120,14 +122,14 @@ CONFIG_KEYS: Mapping[str, Kind] = {
     "max_position_embeddings": _whole(1, MOST),
     "n_positions": _whole(1, MOST),
     "sliding_window": _whole(0, MOST),
-    "layer_types": Kind("a list of names", _texts),
+    "layer_types": ValueKind("a list of names", _texts),
     "tie_word_embeddings": BOOLEAN,
     "multi_query": BOOLEAN,
     "bos_token_id": IDS,
     "eos_token_id": IDS,
     "pad_token_id": ID,
 }
-GENERATION_KEYS: Mapping[str, Kind] = {
+GENERATION_KEYS: Mapping[str, ValueKind] = {
     "temperature": _number(0.0, 100.0, "a number from 0 to 100"),
     "top_p": SHARE,
     "min_p": SHARE,
@@ -140,17 +142,17 @@ GENERATION_KEYS: Mapping[str, Kind] = {
     "eos_token_id": IDS,
     "pad_token_id": IDS,
 }
-TOKENIZER_KEYS: Mapping[str, Kind] = {
+TOKENIZER_KEYS: Mapping[str, ValueKind] = {
     "tokenizer_class": TEXT,
     "auto_map": OBJECT,
     "model_max_length": _number(1, math.inf, "a number from 1"),
-    "chat_template": Kind(
+    "chat_template": ValueKind(
         "a template, or a list of objects with name and template",
         lambda value: (
             isinstance(value, str | dict) or (isinstance(value, list) and all(map(_is_named_template, value)))
         ),
     ),
-    "added_tokens_decoder": Kind(
+    "added_tokens_decoder": ValueKind(
         "an object of objects, by token id",
         lambda value: (
             isinstance(value, dict)
@@ -159,13 +161,13 @@ TOKENIZER_KEYS: Mapping[str, Kind] = {
     ),
     "extra_special_tokens": _instance("an object or a list", dict, list),
     "additional_special_tokens": _instance("a list of tokens", list),
-    "padding_side": Kind("left or right", lambda value: value in ("left", "right")),
-    "truncation_side": Kind("left or right", lambda value: value in ("left", "right")),
+    "padding_side": ValueKind("left or right", lambda value: value in ("left", "right")),
+    "truncation_side": ValueKind("left or right", lambda value: value in ("left", "right")),
     **{f"{name}_token": TOKEN for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")},
     "add_bos_token": BOOLEAN,
     "add_eos_token": BOOLEAN,
 }
-SPECIAL_KEYS: Mapping[str, Kind] = {
+SPECIAL_KEYS: Mapping[str, ValueKind] = {
     name: kind for name, kind in TOKENIZER_KEYS.items() if name.endswith(("_token", "_tokens"))
 } | {"extra_special_tokens": _instance("an object or a list", dict, list)}
 
@@ -259,12 +261,14 @@ def _check_size(path: Path) -> None:
         raise ConfigError(f"{path}: has {size} bytes, expected at most {most}")
 
 
-def _check_keys(values: Mapping[str, Any], kinds: Mapping[str, Kind], path: Path, prefix: str = "") -> None:
+def _check_keys(
+    values: Mapping[str, Any], kinds: Mapping[str, ValueKind], path: Path, prefix: str = ""
+) -> None:
     for key, kind in kinds.items():
         _check_key(values, key, kind, path, prefix)
 
 
-def _check_key(values: Mapping[str, Any], key: str, kind: Kind, path: Path, prefix: str = "") -> None:
+def _check_key(values: Mapping[str, Any], key: str, kind: ValueKind, path: Path, prefix: str = "") -> None:
     value = values.get(key)
     if value is not None and not kind.holds(value):
         raise ConfigError(f"{path}: '{prefix}{key}' is {describe(value)}, expected {kind.expected}")
