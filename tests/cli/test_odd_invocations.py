@@ -190,11 +190,6 @@ def test_inspect_shows_what_it_was_sent_in_printable_characters(
     ("words", "name", "key"),
     [
         (["plan", "--gpu", "V100-16GB", "MODEL"], "config.json", "vocab_size"),
-        (
-            ["tune", "--dry-run", "MODEL", "--data", "https://x.example/a.parquet", "--output", "o"],
-            "config.json",
-            "vocab_size",
-        ),
         (["serve", "--check", "MODEL"], "generation_config.json", "top_k"),
     ],
 )
