@@ -78,7 +78,7 @@ async def test_metrics_carry_the_names_that_scalers_read_and_move(open_site: Any
             while not site.engine.produced or site.engine.stats().waiting != 1:
                 await asyncio.sleep(0.001)
             site.engine.hanging = True
-            while "vllm:prompt_tokens_total" not in (busy := (await site.client.get("/metrics")).text):
+            while "\nvllm:prompt_tokens_total{" not in (busy := (await site.client.get("/metrics")).text):
                 await asyncio.sleep(0.01)
         site.engine.hanging = False
         await asyncio.gather(first, second)
