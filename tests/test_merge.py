@@ -59,6 +59,10 @@ def test_merged_logits_equal_base_and_adapter(
     (weights,) = target.glob("*.safetensors")
     assert weights.stat().st_mode == (target / "config.json").stat().st_mode, "others may read them too"
     assert not [path for path in target.parent.iterdir() if path != target]
+    made = {path: path.stat().st_mtime_ns for path in target.iterdir()}
+    assert run(["merge", str(adapter_dir), str(target)], {}) == 0, "the same again has its result"
+    assert {path: path.stat().st_mtime_ns for path in target.iterdir()} == made
+    assert run(["merge", str(adapter_dir), str(target), "--dtype", "bfloat16"], {}) == 2, "another has not"
     tokenizer = AutoTokenizer.from_pretrained(str(target))
     assert "assistant" in tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True

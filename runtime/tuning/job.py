@@ -108,7 +108,7 @@ def _tune(requested: TuningJob, job: TuningJob, rank: RankSetup, access: oci.Acc
         with closing(_reporter(ranks)) as reporter:
             show = partial(reporter.show_activity, "encoding row", with_speed=True)
             encoder = DataEncoder(job, tokenizer, progress.enter, show)
-            data = encoder.on_this_node(ranks, OutputPaths(job.output.folder).work)
+            data = encoder.on_this_node(ranks, OutputPaths(job.output.folder).make_work())
     tokenized, questions = data.tokenized(), data.facts.questions
     settled = job.encoding.model_copy(update={"max_tokens": data.facts.max_tokens})
     job = job.model_copy(update={"encoding": settled})

@@ -21,7 +21,7 @@ import psutil
 
 from runtime import hardware, oci, torch_build
 from runtime.errors import CapacityError, ConfigError, Failure, StoppedError
-from runtime.files import locked, write_atomic
+from runtime.files import locked
 from runtime.logs import counted
 from runtime.oci.access import DEFAULT
 from runtime.tuning import fit, loggers, output, publish
@@ -99,8 +99,7 @@ def _preflight(job: TuningJob, access: oci.Access | None) -> None:
     loggers.check(job.training)
     folder = job.output.folder
     try:
-        OutputPaths(folder).work.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=OutputPaths(folder).work):
+        with tempfile.TemporaryFile(dir=OutputPaths(folder).make_work()):
             pass  # without a name, which a killed process would leave
     except OSError as error:
         raise ConfigError(
@@ -144,7 +143,7 @@ def _train(job: TuningJob, processes: int, nodes: Nodes, lock: int) -> dict[str,
     """Run torchrun, which inherits `lock`, to its end; return the failure record, None after success."""
     paths, ranks = OutputPaths(job.output.folder), nodes.ranks(processes)
     resolved = paths.job if nodes.count == 1 else paths.job.with_name(f"job-{nodes.rank}.json")
-    write_atomic(resolved, job.model_dump_json(indent=1))
+    output.write_job(resolved, job)
     for rank in ranks:  # the folder may be shared by all nodes
         paths.failure(rank).unlink(missing_ok=True)
     log.info("training with %s", _world(processes, nodes))
@@ -154,6 +153,7 @@ def _train(job: TuningJob, processes: int, nodes: Nodes, lock: int) -> dict[str,
     )
     with started as torchrun, _forwarding_signals(torchrun) as signals:
         status = torchrun.wait()
+    output.forget(resolved, job)
     if status == 0:
         return None
     records = failure.read_records([paths.failure(rank) for rank in ranks])

@@ -15,6 +15,7 @@ from runtime import packing
 from runtime.adapters import CONFIG_FILE, WEIGHTS_FILE
 from runtime.errors import ConfigError
 from runtime.files import atomic_files, write_atomic
+from runtime.redaction import redact
 from runtime.tuning import identity
 from runtime.tuning.identity import JobIdentity
 from runtime.tuning.settings import TuningJob
@@ -44,7 +45,15 @@ class OutputPaths:
 
     @property
     def work(self) -> Path:
+        """What only this user may see: addresses of data hold credentials."""
         return self.folder / packing.WORK
+
+    def make_work(self) -> Path:
+        """Have the folder `work`, whoever made it."""
+        self.work.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with contextlib.suppress(PermissionError):  # another user's: what cannot be written is said elsewhere
+            self.work.chmod(0o700)
+        return self.work
 
     @property
     def job(self) -> Path:
@@ -115,6 +124,18 @@ def check_replaceable(job: TuningJob) -> None:
 def mark_finished(job: TuningJob, owner: JobIdentity) -> None:
     """Record that the job `owner` is finished: on a node without an adapter, all there is to see of it."""
     write_atomic(OutputPaths(job.output.folder).finished, owner.to_json())
+
+
+def write_job(path: Path, job: TuningJob) -> None:
+    """Write a resolved job for the workers, for this user alone."""
+    write_atomic(path, job.model_dump_json(indent=1), mode=0o600)
+
+
+def forget(path: Path, job: TuningJob) -> None:
+    """Leave the job in `path` without what its addresses hold of credentials: its processes have ended."""
+    urls = tuple(map(redact, job.data.urls))
+    with contextlib.suppress(OSError):  # the reason why the job ended is said, not this
+        write_job(path, job.model_copy(update={"data": job.data.model_copy(update={"urls": urls})}))
 
 
 @contextlib.contextmanager

@@ -31,6 +31,9 @@ class Fault:
     errno: int = 0
 
 
+UNDISTURBED = Fault()
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a run ended: its exit status (minus the signal that ended it) and all that it wrote."""
@@ -72,7 +75,7 @@ class Victim:
         self._process.communicate(timeout=60)
         assert self._process.returncode == 0
 
-    def run(self, function: str, *arguments: object, below: Path, fault: Fault = Fault()) -> Ended:
+    def run(self, function: str, *arguments: object, below: Path, fault: Fault = UNDISTURBED) -> Ended:
         """Call `function` (module:name) with JSON-able arguments; operations below a folder count."""
         output, trace = self._folder / "output", self._folder / "operations"
         request = {

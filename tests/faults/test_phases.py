@@ -13,9 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.crash_points import FAIL, KILL, TERM, Ended, Fault, Victim, digests
+from runtime.tuning.output import SENTINEL, is_done
+from runtime.tuning.settings import Lora, Output, TuningJob
+from tests.adapters.made import make
+from tests.faults.crash_points import FAIL, KILL, TERM, UNDISTURBED, Ended, Fault, Victim, digests
+from tests.faults.saving import rank_in
+from tests.tuning.conftest import tiny_job
 
 COMMAND = "tests.faults.crash_points:command_line"
+LLAMA = "transformers.models.llama.modeling_llama"
+SAVE = "tests.faults.saving:save_adapter"
 FAULTS = {
     "killed": (KILL, 0, -9, None),
     "stopped": (TERM, 0, 143, "error: stopped by SIGTERM"),
@@ -114,11 +121,94 @@ def test_some_operations_at_which_images_end(
     check(victim, commands[name], fault, slice(4, None, 12))
 
 
+@pytest.fixture(scope="module")
+def torch_victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
+    modules = ["runtime.cli.main", "runtime.merge", "tests.faults.saving", "peft", LLAMA]
+    with Victim(tmp_path_factory.mktemp("victim"), modules) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def merge(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
+    root = tmp_path_factory.mktemp("merge")
+    adapter = make(tiny_llama_dir, root / "adapter")
+    words = ("merge", str(adapter), f"{root}/merged/new/out", "--model", str(tiny_llama_dir))
+    return Command(words, root / "merged", "new/out")
+
+
+@pytest.mark.parametrize(("fault", "some"), [("killed", slice(12, None, 10)), ("full", slice(12, 13))])
+def test_some_operations_at_which_a_merge_ends(
+    torch_victim: Victim, merge: Command, fault: str, some: slice
+) -> None:
+    check(torch_victim, merge, fault, some)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("fault", "step"), [("killed", 3), ("stopped", 6), ("full", 4), ("too_large", 9), ("broken", 9)]
+)
+def test_many_operations_at_which_a_merge_ends(
+    torch_victim: Victim, merge: Command, fault: str, step: int
+) -> None:
+    check(torch_victim, merge, fault, slice(None, None, step))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", ["push", "pull"])
-def test_every_operation_at_which_images_end(
+def test_many_operations_at_which_images_end(
     victim: Victim, commands: dict[str, Command], name: str, fault: str
 ) -> None:
-    often = fault in {"killed", "stopped", "full"}  # the others differ from "full" in their errno alone
-    check(victim, commands[name], fault, slice(None, None, 1 if often else 4))
+    step = {"killed": 1, "stopped": 2, "full": 2}.get(fault, 5)  # the others differ from "full" in errno
+    check(victim, commands[name], fault, slice(None, None, step))
+
+
+def jobs(model: Path, folder: Path) -> list[TuningJob]:
+    """Two jobs for one output folder; the second may replace the first one's adapter."""
+    first = tiny_job(model, folder / "rows", folder / "out", lora=Lora(r=2))
+    replacing = Output(folder=folder / "out", overwrite=True)
+    return [first, tiny_job(model, folder / "rows", folder / "out", lora=Lora(r=4), output=replacing)]
+
+
+def check_saving(victim: Victim, model: Path, folder: Path, fault: str, some: slice) -> None:
+    """Have `fault` while a job's adapter replaces an earlier one's, at `some` operations."""
+    what, number, _, _ = FAULTS[fault]
+    earlier, job = jobs(model, folder)
+    out = job.output.folder
+
+    def save(which: TuningJob, fault: Fault = UNDISTURBED) -> Ended:
+        return victim.run(SAVE, which.model_dump_json(), below=out, fault=fault)
+
+    assert [save(each).status for each in (earlier, job)] == [0, 0]
+    whole = {name: digest for name, digest in digests(out).items() if name != SENTINEL}
+    shutil.rmtree(out)
+    assert save(earlier).status == 0
+    shutil.copytree(out, folder / "earlier")
+    operations = save(job).operations
+    for at in range(1, len(operations) + 1)[some]:
+        shutil.rmtree(out)
+        shutil.copytree(folder / "earlier", out)
+        ended = save(job, Fault(what, at, number))
+        where = (fault, at, operations[at - 1], ended.text)
+        if (out / SENTINEL).is_file():  # what a pusher waits for
+            assert rank_in(out) == (4 if is_done(job) else 2), where
+        else:
+            assert not is_done(job), where
+            assert not is_done(earlier), where
+        assert save(job).status == 0, where
+        assert is_done(job), where
+        assert {name: digest for name, digest in digests(out).items() if name != SENTINEL} == whole, where
+
+
+def test_some_operations_at_which_an_adapter_is_saved(
+    torch_victim: Victim, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    check_saving(torch_victim, tiny_llama_dir, tmp_path, "killed", slice(22, None, 20))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("fault", "step"), [("killed", 3), ("full", 7)])
+def test_many_operations_at_which_an_adapter_is_saved(
+    torch_victim: Victim, tiny_llama_dir: Path, tmp_path: Path, fault: str, step: int
+) -> None:
+    check_saving(torch_victim, tiny_llama_dir, tmp_path, fault, slice(None, None, step))

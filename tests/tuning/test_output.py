@@ -89,3 +89,19 @@ def test_adapter_that_a_kill_left_half_moved_may_be_replaced(make_job: Maker) ->
     paths.sentinel.unlink()
     output.check_replaceable(job)
     assert not output.is_done(job)
+
+
+def test_the_working_folder_is_its_owners_alone_and_forgets_credentials(make_job: Maker) -> None:
+    job = make_job()
+    url = "https://user:SECRET@store.example/rows.parquet?sig=SECRET#sha256=" + "0" * 64
+    job = job.model_copy(update={"data": job.data.model_copy(update={"urls": (url,)})})
+    paths = OutputPaths(job.output.folder)
+    paths.work.mkdir(parents=True, mode=0o755)
+    assert paths.make_work().stat().st_mode & 0o777 == 0o700
+    output.write_job(paths.job, job)
+    assert paths.job.stat().st_mode & 0o777 == 0o600
+    assert "SECRET" in paths.job.read_text(), "the workers fetch with it"
+    output.forget(paths.job, job)
+    left = TuningJob.model_validate_json(paths.job.read_text())
+    assert left.data.urls == ("https://store.example/rows.parquet#sha256=" + "0" * 64,)
+    assert not identity.requested(left).differences(identity.requested(job))

@@ -219,7 +219,7 @@ def _callbacks(job: TuningJob, rank: RankSetup, model: "PeftModel") -> Callbacks
     callbacks: list[TrainerCallback] = [LossScaleCallback(), *([best] if best else []), checkpoint]
     if ranks.is_main:
         paths = OutputPaths(job.output.folder)
-        paths.work.mkdir(parents=True, exist_ok=True)
+        paths.make_work()
         reporter.history = MetricsHistory(paths.history)
         reporter.display = TerminalBar() if sys.stderr.isatty() else None
         callbacks.append(ProgressCallback(throughput, reporter))
