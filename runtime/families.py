@@ -93,6 +93,11 @@ class Family:
     """Attention goes through transformers' interface, and packed rows were compared with separate ones."""
     alike: bool = True
     """Its layers are alike and have Llama's parts: what they hold follows from a few numbers."""
+    full_attention_every: int | None = None
+    """Where tokens see a window, they see everything in each so many-th layer, unless the configuration says
+    which; None: in none."""
+    windows_asked_for: bool = False
+    """Only layers from `max_window_layers` on have a window, and only with `use_sliding_window`."""
     causal: bool = True
     """transformers' AutoModelForCausalLM loads it."""
     float16: Float16 = "works"
@@ -151,8 +156,8 @@ _UNTESTED = Family(model_type="", projections=LLAMA, alike=False)
 _RECORDS = (
     _LLAMA,
     replace(_LLAMA, model_type="mistral"),
-    replace(_LLAMA, model_type="qwen2"),
-    replace(_LLAMA, model_type="qwen3"),
+    replace(_LLAMA, model_type="qwen2", windows_asked_for=True),
+    replace(_LLAMA, model_type="qwen3", windows_asked_for=True),
     replace(_LLAMA, model_type="phi3", projections=PHI3, rope="partial"),
     replace(_LLAMA, model_type="olmo2", engine=None),  # norms stand after attention and MLP
     replace(_LLAMA, model_type="smollm3", engine=None, tied_by_default=True),  # some layers do not rotate
@@ -180,9 +185,16 @@ _RECORDS = (
     ),
     replace(_GEMMA, plain_logits=True, packed=True, engine="layers"),  # its embedding is scaled
     # scores and logits are capped; float16: vllm-project/vllm, config/model.py, refuses it for Gemma 2 and 3
-    replace(_GEMMA, model_type="gemma2", engine="attention", float16="overflows"),
+    replace(_GEMMA, model_type="gemma2", engine="attention", float16="overflows", full_attention_every=2),
     # activations reach 8e5: unslothai/unsloth#4014, vllm-project/vllm#18733, huggingface/transformers#36822
-    replace(_GEMMA, model_type="gemma3_text", packed=True, engine="attention", float16="overflows"),
+    replace(
+        _GEMMA,
+        model_type="gemma3_text",
+        packed=True,
+        engine="attention",
+        float16="overflows",
+        full_attention_every=6,
+    ),
     *(
         replace(_GEMMA, model_type=name, float16="overflows", alike=False)
         for name in ("gemma3", "gemma3n", "gemma3n_text")  # 3n: unslothai/unsloth, models/loader.py

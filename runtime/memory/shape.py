@@ -210,9 +210,10 @@ def dimensions(text: Mapping[str, Any]) -> Dimensions:
     """Return what the configuration of a text model states; KeyError or TypeError for what it lacks."""
     family = families.find(str(text.get("model_type")))
     hidden, heads = int(text["hidden_size"]), int(_first(text, "num_attention_heads", "n_head"))
-    window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
+    windows = layer_windows(text)
+    window = next(filter(None, windows), None)
     return Dimensions(
-        layers=int(_first(text, "num_hidden_layers", "n_layer")),
+        layers=len(windows),
         hidden=hidden,
         heads=heads,
         kv_heads=_kv_heads(text, heads, family),
@@ -221,15 +222,30 @@ def dimensions(text: Mapping[str, Any]) -> Dimensions:
         vocabulary=int(text["vocab_size"]),
         tied_embeddings=bool(text.get("tie_word_embeddings", family.tied_by_default)),
         gated_mlp=family.gated,
-        sliding_window=int(window) if window else None,
-        full_attention_layers=_full_attention_layers(text) if window else None,
+        sliding_window=window,
+        full_attention_layers=windows.count(None) if window else None,
     )
 
 
-def _full_attention_layers(text: Mapping[str, Any]) -> int | None:
-    """Return how many layers see everything although there is a sliding window; None where it is not said."""
-    kinds = text.get("layer_types")
-    return sum(kind != "sliding_attention" for kind in kinds) if kinds else None
+def layer_windows(text: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Return how many positions a token of each layer sees, itself included; None for all.
+
+    What the configuration of a text model does not say is what transformers' class of it would.
+    """
+    family, layers = (
+        families.find(str(text.get("model_type"))),
+        int(_first(text, "num_hidden_layers", "n_layer")),
+    )
+    window = text.get("sliding_window")
+    if not window or not text.get("use_sliding_window", not family.windows_asked_for):
+        return (None,) * layers
+    every = text.get("sliding_window_pattern") or family.full_attention_every
+    first = int(text.get("max_window_layers", 28)) if family.windows_asked_for else 0
+    kinds = text.get("layer_types") or [
+        "sliding_attention" if layer >= first and (not every or (layer + 1) % every) else "full_attention"
+        for layer in range(layers)
+    ]
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _kv_heads(text: Mapping[str, Any], heads: int, family: Family) -> int:

@@ -62,6 +62,41 @@ def test_targets_reach_what_peft_would_adapt() -> None:
     assert [it.name for it in phi.adapted(r".*\.mlp\.\w+")] == ["gate_up_proj", "down_proj"]
 
 
+@pytest.mark.parametrize("kinds_stated", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        ("mistral", {}),
+        ("phi3", {"sliding_window": 16}),
+        ("gemma2", {}),
+        ("gemma3_text", {"num_hidden_layers": 12}),
+        ("gemma3_text", {"num_hidden_layers": 12, "sliding_window_pattern": 4}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 16}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 16}),
+    ],
+)
+def test_windows_are_those_of_the_model_whether_or_not_each_layer_is_stated(
+    kind: str, changed: dict[str, Any], kinds_stated: bool, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig
+
+    from runtime.serving.engine.kv_pool import LayerKinds
+
+    stated = json.loads(config_of(kind).to_json_string()) | changed
+    stated.pop("layer_types", None)
+    made = AutoConfig.for_model(**stated)
+    file = tmp_path / "config.json"
+    file.write_text(made.to_json_string() if kinds_stated else json.dumps(stated))
+    found, kinds = shape.read(file, name=kind), LayerKinds.of(made)
+    windows = [kinds.kinds[index].window for index in kinds.of_layer]
+    if "layer_types" in made:
+        assert [kind == "full_attention" for kind in made.layer_types] == [each is None for each in windows]
+    each = 2 * found.dimensions.kv_heads * found.dimensions.head_dim
+    assert found.cache.token == each * windows.count(None)
+    assert found.cache.window_token == each * (len(windows) - windows.count(None))
+
+
 def test_a_config_without_a_shape_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ConfigError, match=r"config\.json: no shape of a decoder-only model"):

@@ -17,6 +17,7 @@ from runtime.serving.engine.adapter_groups import AdapterGroups
 from runtime.serving.engine.extents import Extent
 from runtime.serving.engine.kernels import Kernels
 from runtime.serving.engine.scheduler import StepPlan
+from runtime.transfers import to_device
 
 Form = Literal["varlen", "efficient", "compiled", "plain"]
 """How attention is computed (attention_forms.py)."""
@@ -112,6 +113,7 @@ class HostBatch:
     """One step as plain numbers, which rank 0 can broadcast."""
 
     ids: list[int]
+    """Below 0, -1 - n is the n-th of the tokens chosen last, which the host has not read."""
     positions: list[int]
     decode_tokens: int
     counts: list[int]
@@ -166,8 +168,19 @@ def _range(extent: Extent, window: int | None, start: int, count: int) -> tuple[
     return extent.start + first - extent.base, start + count - first
 
 
-def assemble(host: HostBatch, adapter_groups: AdapterGroups | None, *, device: torch.device) -> Batch:
-    """Return the tensors of `host` on `device`."""
+def with_chosen(ids: Tensor, chosen: Tensor) -> Tensor:
+    """Return `ids` with those below 0 replaced by what they stand for: -1 - n by `chosen`[n]."""
+    return torch.where(ids < 0, chosen.take((-1 - ids).clamp_(min=0)), ids)
+
+
+def assemble(
+    host: HostBatch,
+    adapter_groups: AdapterGroups | None,
+    *,
+    device: torch.device,
+    chosen: Tensor | None = None,
+) -> Batch:
+    """Return the tensors of `host` on `device`; `chosen` (C,) are there for the ids below 0."""
     decodes, counts = host.decode_tokens, host.counts
     offsets = list(itertools.accumulate(counts[decodes:], initial=0))
     stores = [_stores(each, counts) for each in host.ranges]
@@ -183,7 +196,7 @@ def assemble(host: HostBatch, adapter_groups: AdapterGroups | None, *, device: t
         longest = max(decode, default=0), max(chunk, default=0)
         ranges.append(KeyRanges(starts, lengths, stored[kind], *longest, decode_reads=sum(decode)))
     return Batch(
-        ids=ids[None],
+        ids=(ids if chosen is None else with_chosen(ids, chosen))[None],
         positions=positions[None],
         decode_tokens=decodes,
         ranges=tuple(ranges),
@@ -192,7 +205,7 @@ def assemble(host: HostBatch, adapter_groups: AdapterGroups | None, *, device: t
         chunks=_chunks(host, offsets),
         logit_indices=logit_indices,
         adapter_groups=adapter_groups,
-        long=torch.tensor(host.long).to(device, non_blocking=True) if any(host.long) else None,
+        long=to_device(torch.tensor(host.long), device) if any(host.long) else None,
     )
 
 
@@ -217,4 +230,4 @@ def _chunks(host: HostBatch, offsets: list[int]) -> tuple[Chunk, ...]:
 def _tensors(parts: list[list[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Return a tensor on `device` for each list of numbers."""
     flat = torch.tensor([number for part in parts for number in part], dtype=dtype)
-    return list(torch.split(flat.to(device, non_blocking=True), [len(part) for part in parts]))
+    return list(torch.split(to_device(flat, device), [len(part) for part in parts]))

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from runtime.errors import is_out_of_memory
 from runtime.serving.engine.adapter_groups import NO_ADAPTER, AdapterGroups
-from runtime.serving.engine.batch import Batch, HostBatch, HostRanges, KeyRanges
+from runtime.serving.engine.batch import Batch, HostBatch, HostRanges, KeyRanges, with_chosen
 from runtime.serving.engine.kv_pool import KvPool
 from runtime.serving.engine.lora import AdapterStore
+from runtime.transfers import fill
 
 log = logging.getLogger(__name__)
 
@@ -167,15 +168,21 @@ class GraphCache:
         if self._adapters.names:
             self._adapted = self._capture_set(adapted=True)
 
-    def run(self, host: HostBatch) -> Tensor | None:
-        """Return the logits of the tokens of `host`, or None where it has to run without a graph."""
+    def run(self, host: HostBatch, chosen: Tensor | None = None) -> Tensor | None:
+        """Return the logits of the tokens of `host`, or None where it has to run without a graph.
+
+        `chosen` as in `assemble`. The next run writes its logits where these are.
+        """
         graphs = self._adapted if any(version is not None for version in host.adapters) else self._plain
         tokens = len(host.ids)
         size = min((size for size in graphs if size >= tokens), default=0)
         if not size or not tokens or not _is_decoding(host):
             return None
         graph = graphs[size]
-        graph.inputs.buffer.copy_(self._filled(host, size), non_blocking=True)
+        fill(graph.inputs.buffer, self._filled(host, size))
+        if chosen is not None:
+            ids = graph.inputs.batch.ids
+            ids.copy_(with_chosen(ids, chosen))
         try:
             graph.replay()
         except Exception as failure:
@@ -231,7 +238,7 @@ class GraphCache:
     def _capture(self, backend: GraphBackend, size: int, *, adapted: bool) -> Graph:
         """Return the graph of a step; RuntimeError where it computes something else than the step."""
         inputs = self._inputs(size, adapted=adapted)
-        inputs.buffer.copy_(self._filled(_NOTHING, size), non_blocking=True)
+        fill(inputs.buffer, self._filled(_NOTHING, size))
         expected = backend.warm_up(lambda: self._step(inputs))
         if not bool(expected.isfinite().all()):  # and others read past their end into the same position
             for kind, position in enumerate(self._pool.scratch):

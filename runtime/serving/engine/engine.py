@@ -1,7 +1,8 @@
 """The continuous-batching engine: one model, one thread, many sequences, an adapter per sequence.
 
-Knows token ids and sequences. Does not know HTTP, chat templates or files (lora.py reads adapters). Read
-`BatchingEngine.step` first: admit, run, choose, answer.
+Where the device works beside the host, a step is launched before the tokens of the one before it are read:
+they are checked and posted while it runs. Knows token ids and sequences. Does not know HTTP, chat templates
+or files (lora.py reads adapters). Read `BatchingEngine.step` first: admit, run, answer, choose.
 """
 
 import itertools
@@ -23,11 +24,11 @@ from runtime.serving.engine.kv_pool import LayerKinds
 from runtime.serving.engine.model_runner import ModelRunner, Rank
 from runtime.serving.engine.out_of_memory import MemoryLimits, Reason, divide, is_explained
 from runtime.serving.engine.parallel.group import Stop
+from runtime.serving.engine.pending import Choosing, PendingTokens, RowOutput, due_of, keep
 from runtime.serving.engine.pool_map import ArenaSize
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
 from runtime.serving.engine.request_queue import LAST_STEP_S, RequestHandle, RequestQueue
-from runtime.serving.engine.sampler import Choice, Row, Sampler
-from runtime.serving.engine.sampling import TokenChooser
+from runtime.serving.engine.sampler import Sampler
 from runtime.serving.engine.scheduler import Scheduler, Sequence, StepPlan
 
 if TYPE_CHECKING:
@@ -79,31 +80,30 @@ class BatchingEngine:
         *,
         rank: Rank | None = None,
         graph_backend: GraphBackend | None = None,
+        overlap: bool | None = None,
     ) -> None:
         """`rank` where `model` is rank 0's shard of one that several processes serve.
 
-        Steps are captured with `graph_backend` where there is one.
+        Steps are captured with `graph_backend` where there is one. `overlap` launches a step before the host
+        has read the tokens of the one before: None where that is faster, so not on a CPU.
         """
         self.context_tokens = limits.context_tokens
         self.max_sequences = limits.max_sequences
         self._rank = rank
         self._aborted = False
+        # the other ranks do not have the tokens that rank 0 chooses
+        self._overlaps = rank is None and (model.device.type == "cuda" if overlap is None else overlap)
         self._size = _pool_size(model, limits)
-        windows = LayerKinds.of(model.config).windows
-        self._scheduler = Scheduler(
-            [ArenaSize(*each) for each in zip(self._size.positions, windows, strict=True)],
-            max_sequences=limits.max_sequences,
-            chunk_tokens=CHUNK_TOKENS,
-            prefill_only_tokens=PREFILL_ONLY_TOKENS,
-            draft_tokens=limits.draft_tokens,
-        )
+        self._scheduler = _scheduler(self._size, LayerKinds.of(model.config).windows, limits)
         self._queue = RequestQueue(
             max_running=limits.max_sequences,
             max_waiting=limits.max_waiting,
             adapters=lambda: self._runner.adapters.names,
         )
         self._running: dict[Sequence, RunningRequest] = {}
-        self._memory, self._chooser = MemoryLimits(), TokenChooser()
+        self._memory = MemoryLimits()
+        self._pending: PendingTokens | None = None
+        """The tokens of the last step, while the host has not read them."""
         self._failures = self._unexplained = 0
         self._prompt_tokens = self._cached_tokens = self._drafted_tokens = self._accepted_tokens = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -116,6 +116,7 @@ class BatchingEngine:
     def _prepare(self, model: "PreTrainedModel", graph_backend: GraphBackend | None) -> None:
         try:
             self._runner = ModelRunner(model, self._size, rank=self._rank, graph_backend=graph_backend)
+            self._choosing = Choosing(self._runner.free_memory)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -209,41 +210,59 @@ class BatchingEngine:
             self._rank.group.broadcast(Stop())
 
     def step(self) -> None:
-        """Admit waiting requests, run one step, and give each sequence its next token; waits when idle."""
+        """Admit waiting requests, launch a step, and answer with the tokens of the one before, or its own.
+
+        Waits when idle.
+        """
         self._queue.wait(idle=not self._running)
         self._admit()
         self._end_cancelled()
         if not self._running:
+            self._pending = None
             return
         unexplained = self._unexplained
         plan = self._scheduler.plan(self._memory.most_tokens)
         self._runner.move(self._scheduler.take_moves())
         for part in self._memory.within(plan):
             self._run_plan(part)
+        if plan.is_empty:  # each sequence has its last token
+            self._settle()
         if self._unexplained > unexplained:
             self._count_failure()
 
     def _run_plan(self, plan: StepPlan) -> bool:
         """Run `plan`, in smaller passes where memory runs out; return whether one pass was enough."""
+        plan = plan.keep(self._goes_on)
+        if plan.is_empty:
+            return True
         logits = self._attempt(plan)
+        again = self._settle()
         if logits is not None:
+            # what it wrote for others is behind what they have filled, and nobody's before a later step
+            plan, logits = keep(plan, logits, lambda each: each not in again and self._goes_on(each))
             self._scheduler.commit(plan)
             self._queue.note_progress()
             self._failures = 0
             self._choose(plan, logits)
             return True
+        plan = plan.keep(self._goes_on)
         parts = divide(plan)
         if parts:
             first, *others = [self._run_plan(part) for part in parts]
             self._memory.lower(plan, decode_fits=first and bool(others))
-        else:
+        elif not plan.is_empty:
             self._refuse(plan)
         return False
+
+    def _goes_on(self, sequence: Sequence) -> bool:
+        """Whether a sequence of a plan has neither ended since, nor begins anew."""
+        return sequence in self._running and bool(sequence.extents)
 
     def _attempt(self, plan: StepPlan) -> Tensor | None:
         """Return the logits (C, V) of `plan`, or None where memory ran out; the pass holds none any more."""
         try:
-            return self._runner.run(plan)
+            chosen = self._pending.chosen if self._pending is not None else None
+            return self._runner.run(plan) if chosen is None else self._runner.run(plan, chosen.tokens)
         except Exception as error:
             # other ranks are within the same pass, which can neither be ended nor repeated
             if self._rank is not None or not is_out_of_memory(error):
@@ -303,10 +322,8 @@ class BatchingEngine:
             self._end(running, "cancelled")
 
     def _choose(self, plan: StepPlan, logits: Tensor) -> None:
-        """Give the sequences of `plan` their next tokens; logits (C, V) in the plan's order."""
-        due: list[tuple[Sequence, tuple[int, ...]]] = [(sequence, ()) for sequence in plan.decode]
-        due += [(draft.sequence, draft.tokens) for draft in plan.drafts]
-        due += [(chunk.sequence, ()) for chunk in plan.chunks if chunk.completes]
+        """Have the tokens of the sequences of `plan` chosen; logits (C, V) in the plan's order."""
+        due = due_of(plan)
         if not due:
             return
         samplers = [self._running[sequence].sampler for sequence, _ in due]
@@ -315,13 +332,31 @@ class BatchingEngine:
             for sampler, (_, draft) in zip(samplers, due, strict=True)
             for count in range(1 + len(draft))
         ]
-        outputs = (
-            RowOutput(row, choice, logits[n] if row.waits else None)
-            for n, (row, choice) in enumerate(zip(rows, self._read(logits, rows), strict=True))
-        )
-        for sequence, draft in due:
-            running = self._running[sequence]
+        pending = self._pending = self._choosing.begin(due, rows, logits)
+        drafts = plan.drafts or self._scheduler.may_draft  # from tokens that are known
+        if self._overlaps and not drafts and pending.chosen is not None:
+            pending.leave(pending.chosen)
+        else:
+            self._settle()
+
+    def _settle(self) -> set[Sequence]:
+        """Wait for the tokens that were chosen last, and give them to their sequences.
+
+        Returns those of which the device had another token.
+        """
+        again: set[Sequence] = set()
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return again
+        outputs = self._choosing.finish(pending)
+        for sequence, draft in pending.due:
             following = list(itertools.islice(outputs, 1 + len(draft)))
+            running = self._running.get(sequence)
+            if running is None:  # cancelled meanwhile
+                continue
+            pending.take_back(sequence)
+            if any(output.choice is None or output.choice.again for output in following):
+                again.add(sequence)
             if draft:
                 self._verify(running, draft, following)
             elif sequence.reused and not following[0].is_finite:
@@ -329,6 +364,7 @@ class BatchingEngine:
             else:
                 self._count_prompt(running)
                 self._advance(running, following[0])
+        return again
 
     def _count_prompt(self, running: RunningRequest) -> None:
         """Count the prompt of a sequence that gets its first token."""
@@ -338,7 +374,7 @@ class BatchingEngine:
             self._cached_tokens += sequence.reused
             running.handle.note_cached(sequence.reused)
 
-    def _verify(self, running: RunningRequest, draft: tuple[int, ...], outputs: list["RowOutput"]) -> None:
+    def _verify(self, running: RunningRequest, draft: tuple[int, ...], outputs: list[RowOutput]) -> None:
         """Give one sequence its next token, and one more for each draft token that was chosen before it."""
         sequence, accepted = running.sequence, 0
         self._drafted_tokens += len(draft)
@@ -352,23 +388,11 @@ class BatchingEngine:
             output = outputs[accepted]
             if output.logits is not None:
                 row = running.sampler.row()
-                (choice,) = self._read(output.logits.unsqueeze(0), [row])
+                (choice,) = self._choosing.choose(output.logits.unsqueeze(0), [row])
                 output = RowOutput(row, choice)
             self._advance(running, output)
         sequence.lookup.record(drafted=len(draft), accepted=accepted, length=len(sequence.ids))
         self._accepted_tokens += accepted
-
-    def _read(self, logits: Tensor, rows: list[Row]) -> list[Choice | None]:
-        """Return what is chosen for `rows` by their logits (C, V); None where there is no memory for it."""
-        try:
-            return [*self._chooser.choose(logits, rows)]
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        self._runner.free_memory()
-        if len(rows) == 1:
-            return [None]
-        return [choice for n, row in enumerate(rows) for choice in self._read(logits[n : n + 1], [row])]
 
     def _retry_without_draft(self, sequence: Sequence) -> None:
         """Undo a drafted step whose output has NaN or Inf: without a draft it shows where that comes from.
@@ -387,7 +411,7 @@ class BatchingEngine:
         self._runner.clear(sequence)
         self._scheduler.restart(sequence)
 
-    def _advance(self, running: RunningRequest, output: "RowOutput") -> None:
+    def _advance(self, running: RunningRequest, output: RowOutput) -> None:
         """Give one sequence its next token, or end it; what fails here ends that one alone."""
         if output.choice is None:
             self._end_for_memory(running.sequence, "sampling", len(running.sequence.ids))
@@ -431,7 +455,7 @@ class BatchingEngine:
 
     def _fail(self, error: Exception) -> None:
         """Answer the requests that a failed step cost: all of them, as nothing says which one it was."""
-        lost = list(self._running.values())
+        lost, self._pending = list(self._running.values()), None
         failure: Failure = failures.failed()
         if self._rank is not None and is_out_of_memory(error):
             failure = failures.out_of_memory()
@@ -466,17 +490,11 @@ def _pool_size(model: "PreTrainedModel", limits: EngineLimits) -> PoolSize:
     return PoolSize(rows, context, positions)
 
 
-@dataclass(frozen=True, slots=True)
-class RowOutput:
-    """One token to choose, and what came of it."""
-
-    row: Row
-    choice: Choice | None
-    """None where there was no memory for it."""
-    logits: Tensor | None = None
-    """(V,), of a row that waits."""
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether its logits are, as far as is known."""
-        return self.choice is None or self.choice.finite
+def _scheduler(size: PoolSize, windows: tuple[int | None, ...], limits: EngineLimits) -> Scheduler:
+    return Scheduler(
+        [ArenaSize(*each) for each in zip(size.positions, windows, strict=True)],
+        max_sequences=limits.max_sequences,
+        chunk_tokens=CHUNK_TOKENS,
+        prefill_only_tokens=PREFILL_ONLY_TOKENS,
+        draft_tokens=limits.draft_tokens,
+    )

@@ -5,6 +5,7 @@ Pure Python over numbers: does not know tensors, tokens or requests. Start at `A
 """
 
 import bisect
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -72,41 +73,51 @@ class Arena:
         index = self._index(extent) + 1
         return (self._extents[index].start if index < len(self._extents) else self.positions) - extent.end
 
-    def gather(self, capacity: int) -> list[tuple[Extent, int]]:
-        """Make a gap of `capacity` by moving extents down; return them and their former starts, in order.
+    def gather(self, capacity: int, *, most: int | None = None) -> list[tuple[Extent, int]] | None:
+        """Make a gap of `capacity` by moving few extents down; return them and their former starts, in order.
 
-        There must be as much room in all gaps together.
+        There must be as much room in all gaps together. None where more than `most` positions would be moved.
         """
-        moved, cursor = [], 0
-        for extent in self._extents:
-            if extent.start - cursor >= capacity:
-                break
+        ends = [0, *(extent.end for extent in self._extents)]
+        starts = [*(extent.start for extent in self._extents), self.positions]
+        gaps = [start - end for end, start in zip(ends, starts, strict=True)]
+        first = room = cost = 0
+        cheapest: tuple[int, int, int] | None = None
+        for last, gap in enumerate(gaps):  # the gaps from the first to the last one become one
+            room += gap
+            cost += self._extents[last - 1].capacity if last else 0
+            while first < last and room - gaps[first] >= capacity:
+                room, cost, first = room - gaps[first], cost - self._extents[first].capacity, first + 1
+            if room >= capacity and (cheapest is None or cost < cheapest[0]):
+                cheapest = cost, first, last
+        assert cheapest is not None, "less room than was counted"  # noqa: S101
+        cost, first, last = cheapest
+        if most is not None and cost > most:
+            return None
+        moved, cursor = [], ends[first]
+        for extent in self._extents[first:last]:
             if extent.start > cursor:
                 moved.append((extent, extent.start))
                 extent.start = cursor
             cursor = extent.end
         return moved
 
-    def gather_behind(self, extent: Extent, room: int) -> list[tuple[Extent, int]]:
-        """Have `room` free positions behind `extent`, as `gather` does: others are moved down, then up."""
-        index, moved, cursor = self._index(extent), [], 0
-        for each in self._extents[: index + 1]:
-            if each.start > cursor:
-                moved.append((each, each.start))
-                each.start = cursor
-            cursor = each.end
-        behind, shifts = self._extents[index + 1 :], []
-        ceilings = [*(each.start for each in behind[1:]), self.positions]
-        missing = room - self.room_behind(extent)
-        for each, ceiling in zip(behind, ceilings, strict=False):
-            if missing <= 0:
-                break
-            shifts.append((each, missing))
-            missing -= ceiling - each.end  # the gap behind it takes so much of the shift
-        for each, shift in reversed(shifts):
-            moved.append((each, each.start))
-            each.start += shift
-        return moved
+    def rearrange(self, growth: Mapping[Extent, int]) -> list[tuple[Extent, int]]:
+        """Make extents larger by `growth`, moving each at most once; return as `gather` does.
+
+        There must be as much room in all gaps together.
+        """
+        for extent, more in growth.items():
+            self.resize(extent, extent.capacity + more)
+        highest, sources = self.positions - self.used, [extent.start for extent in self._extents]
+        cursor = 0
+        for extent in self._extents:
+            # where it is, unless the one before reaches so far or those behind need the room
+            extent.start = min(max(cursor, extent.start), highest)
+            cursor, highest = extent.end, highest + extent.capacity
+        moved = [it for it in zip(self._extents, sources, strict=True) if it[0].start != it[1]]
+        down = [(extent, source) for extent, source in moved if extent.start < source]
+        return down + [(extent, source) for extent, source in reversed(moved) if extent.start > source]
 
     def _gaps(self) -> list[tuple[int, int]]:
         starts = [*(extent.start for extent in self._extents), self.positions]

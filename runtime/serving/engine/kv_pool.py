@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.memory.shape import dimensions
+from runtime.memory.shape import dimensions, layer_windows
 from runtime.models import context_tokens
 from runtime.serving.engine.batch import Batch, StepContext
 from runtime.serving.engine.extents import Move
@@ -46,15 +46,11 @@ class LayerKinds:
     @classmethod
     def of(cls, config: Any) -> "LayerKinds":
         """Return those of a model; a window that holds its whole context is none."""
-        text = config.get_text_config()
-        window = getattr(text, "sliding_window", None)
-        if window is not None and window >= context_tokens(config):
-            window = None
-        types = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
-        size = dimensions(text.to_dict())
+        text, longest = config.get_text_config().to_dict(), context_tokens(config)
+        size = dimensions(text)
         layers = [
-            LayerKind(window if name == "sliding_attention" else None, size.kv_heads, size.head_dim)
-            for name in types
+            LayerKind(window if window is None or window < longest else None, size.kv_heads, size.head_dim)
+            for window in layer_windows(text)
         ]
         kinds = tuple(dict.fromkeys(layers))
         return cls(kinds, tuple(map(kinds.index, layers)))
@@ -89,6 +85,9 @@ class KvPool:
         shapes = [of_kind[kind] for kind in kinds.of_layer]
         self.keys = [_zeros(shape, dtype, device) for shape in shapes]
         self.values = [_zeros(shape, dtype, device) for shape in shapes]
+        width = max(kind.heads * kind.dim for kind in kinds.kinds)
+        self._piece = torch.empty(PIECE * width, dtype=dtype, device=device)
+        """Where positions pass that are moved to overlapping ones: a move never runs out of memory."""
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: object) -> tuple[Tensor, Tensor]:
         """Store the step's keys and values (1, K, N, D) in their extents and return them unchanged."""
@@ -101,7 +100,7 @@ class KvPool:
         """Copy positions within the arenas, one move after another; source and target may overlap."""
         for move in moves:
             for layer in self._of(move.kind):
-                _copy(layer, move)
+                _copy(layer, move, self._piece)
 
     def clear(self, kind: int, start: int, count: int) -> None:
         """Zero `count` positions of arena `kind` from `start` on, after numbers that were not finite."""
@@ -123,7 +122,7 @@ def store(layer: Tensor, new: Tensor, batch: Batch, *, kind: int) -> None:
     layer.index_copy_(0, batch.ranges[kind].stores, new)
 
 
-def _copy(layer: Tensor, move: Move) -> None:
+def _copy(layer: Tensor, move: Move, piece: Tensor) -> None:
     shift = abs(move.source - move.target)
     if shift >= move.count:
         layer[move.target : move.target + move.count] = layer[move.source : move.source + move.count]
@@ -131,8 +130,9 @@ def _copy(layer: Tensor, move: Move) -> None:
     begins = range(0, move.count, PIECE)
     for begin in begins if move.target < move.source else reversed(begins):
         count = min(PIECE, move.count - begin)
-        piece = layer[move.source + begin : move.source + begin + count].clone()
-        layer[move.target + begin : move.target + begin + count] = piece
+        source = layer[move.source + begin : move.source + begin + count]
+        held = piece[: source.numel()].view(source.shape).copy_(source)
+        layer[move.target + begin : move.target + begin + count] = held
 
 
 def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -153,11 +153,15 @@ class ModelRunner:
         """Whether a sequence that will fill so many `positions` needs rotary factors for long contexts."""
         return self._short_tokens is not None and positions > self._short_tokens
 
-    def run(self, plan: StepPlan) -> Tensor:
-        """Run `plan` and return logits (C, V): decoding sequences, drafts, then chunks that end a prompt."""
+    def run(self, plan: StepPlan, chosen: Tensor | None = None) -> Tensor:
+        """Run `plan` and return logits (C, V): decoding sequences, drafts, then chunks that end a prompt.
+
+        Ids below 0 are those of `chosen`, on the device (`HostBatch.ids`). Only a GPU's work is still to do
+        when this returns; the next run may write its logits where these are.
+        """
         host = describe(plan, self.cache.kinds.windows)
         self._broadcast(host)
-        return self._execute(host)
+        return self._execute(host, chosen)
 
     def add_adapter(self, name: str, folder: Path, strength: float) -> None:
         """Read an adapter on every rank, or on none.
@@ -245,12 +249,12 @@ class ModelRunner:
         self.cache.move(moves)
 
     @torch.inference_mode()
-    def _execute(self, host: HostBatch) -> Tensor:
-        logits = self._graphs.run(host) if self._graphs is not None else None
+    def _execute(self, host: HostBatch, chosen: Tensor | None = None) -> Tensor:
+        logits = self._graphs.run(host, chosen) if self._graphs is not None else None
         if logits is not None:
             return logits
         groups = self.adapters.group(host.adapters)
-        return self._forward(assemble(host, groups, device=self.adapters.device))
+        return self._forward(assemble(host, groups, device=self.adapters.device, chosen=chosen))
 
     def _forward(self, batch: Batch) -> Tensor:
         self._step.batch = batch

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from runtime.serving.engine.sampler import Row, SeenTokens
+from runtime.transfers import to_device
 
 ROOM = 1024
 """Entries that tokens not seen before may add, before the tensors are made anew."""
@@ -28,7 +29,7 @@ class Penalties:
         factors = [
             (each.repetition_penalty, each.presence_penalty, each.frequency_penalty) for each in samplings
         ]
-        self._factors = torch.tensor(factors).T.contiguous().to(device)
+        self._factors = to_device(torch.tensor(factors).T.contiguous(), device)
         """(3, P) float32: for repetition, presence and frequency."""
         self._used = 0
         self._fill([_seen_by(rows[n], vocabulary) for n in self._members])
@@ -57,7 +58,7 @@ class Penalties:
         if self._used > self._table.shape[1]:
             self._fill(self._seen)
         elif new:
-            changed = torch.tensor(new).T.contiguous().to(self._device, non_blocking=True)
+            changed = to_device(torch.tensor(new).T.contiguous(), self._device)
             self._table.index_copy_(1, changed[0], changed[1:])
         flat, places, counts = self._table[:, : self._used]
         return flat, counts, self._factors.index_select(1, places)
@@ -81,7 +82,7 @@ class Penalties:
             entries = table[:, self._begins[place] : self._begins[place + 1]]
             entries[0] = np.frombuffer(each.ids, np.int64) + member * self._vocabulary
             entries[1], entries[2] = place, np.frombuffer(each.counts, np.int64)
-        self._table = torch.from_numpy(table).to(self._device)
+        self._table = to_device(torch.from_numpy(table), self._device)
         """(3, T and room for more) int64: flat indices, rows, counts."""
 
 

@@ -15,8 +15,10 @@ from runtime.serving.engine.extents import Arena, Extent, Move
 GROWTH = 2
 """A sequence that outgrows its extent gets one that is larger by a GROWTH-th."""
 CROWDED_GROWTH = 8
-"""Where others must be moved for that, by a CROWDED_GROWTH-th: to move them for each position would cost a
-copy of the pool in every step."""
+"""Where others must be moved for that, all that are about to outgrow theirs get a CROWDED_GROWTH-th more in
+one go: one after another they would copy the pool many times in a step."""
+LEAST_SHARE = 8
+"""Room that a full sequence gets in such a go, at least: so many steps pass before the next."""
 LEAST_GROWTH = 32
 """Positions that an extent grows by at least."""
 
@@ -37,6 +39,8 @@ class Holder(Protocol):
     extents: list[Extent]
     filled: int
     """Positions that are held, but for those that a window has passed."""
+    most: int
+    """Positions that it has at its end, at most."""
 
 
 H = TypeVar("H", bound=Holder)
@@ -81,7 +85,7 @@ class PoolMap(Generic[H]):
         needs = [self._capacity(tokens, kind) for kind in range(len(self.arenas))]
         if not self._evict(needs, keep=keep):
             return False
-        holder.extents = [self._allocate(kind, capacity) for kind, capacity in enumerate(needs)]
+        holder.extents = [self._allocate(kind, capacity, keep) for kind, capacity in enumerate(needs)]
         self._live.append(holder)
         return True
 
@@ -107,14 +111,12 @@ class PoolMap(Generic[H]):
                 return False
         return True
 
-    def reserve(self, holder: H, count: int, *, most: int) -> bool:
+    def reserve(self, holder: H, count: int) -> bool:
         """Have room for `count` positions after those that `holder` has filled; False where there is none.
 
-        An extent grows beyond that, for fewer moves, but to no more than `most` positions.
+        An extent grows beyond that, for fewer moves, as far as `holder` may need it.
         """
-        return all(
-            self._reserve(holder, kind, holder.filled + count, most) for kind in range(len(self.arenas))
-        )
+        return all(self._reserve(holder, kind, holder.filled + count) for kind in range(len(self.arenas)))
 
     def end(self, holder: H) -> None:
         """Keep what `holder` has filled, at least one position, as prefix cache until the room is needed."""
@@ -182,16 +184,22 @@ class PoolMap(Generic[H]):
             self.drop(holder)
         return True
 
-    def _allocate(self, kind: int, capacity: int) -> Extent:
-        """Return a new extent; there must be as much room in all gaps together."""
-        extent = self.arenas[kind].allocate(capacity)
-        if extent is None:
-            self._note(kind, self.arenas[kind].gather(capacity))
-            extent = self.arenas[kind].allocate(capacity)
-        assert extent is not None, "less room than was counted"  # noqa: S101
+    def _allocate(self, kind: int, capacity: int, keep: H | None) -> Extent:
+        """Return a new extent; there must be as much room in all gaps together.
+
+        An ended sequence, but for `keep`, is rather lost than more moved than the new one may hold.
+        """
+        arena = self.arenas[kind]
+        while (extent := arena.allocate(capacity)) is None:
+            spare = next((each for each in self.ended if each is not keep), None)
+            moved = arena.gather(capacity, most=None if spare is None else capacity)
+            if moved is not None:
+                self._note(kind, moved)
+            elif spare is not None:
+                self.drop(spare)
         return extent
 
-    def _reserve(self, holder: H, kind: int, end: int, most: int) -> bool:
+    def _reserve(self, holder: H, kind: int, end: int) -> bool:
         extent, window = holder.extents[kind], self.windows[kind]
         if end - extent.base <= extent.capacity:
             return True
@@ -202,10 +210,10 @@ class PoolMap(Generic[H]):
             extent.base = first
             return True
         grown = extent.base + extent.capacity + max(LEAST_GROWTH, extent.capacity // GROWTH)
-        wanted = max(end, min(grown, most))
+        wanted = max(end, min(grown, holder.most))
         sizes = [self._capacity(tokens - extent.base, kind) for tokens in (end, wanted)]
         # a window that does not reach so far is moved then
-        return self._grow(holder, kind, *sizes) and self._reserve(holder, kind, end, most)
+        return self._grow(holder, kind, *sizes) and self._reserve(holder, kind, end)
 
     def _grow(self, holder: H, kind: int, least: int, wanted: int) -> bool:
         """Give a sequence an extent of `wanted` positions, or of `least` or more: in place, or by moves."""
@@ -213,25 +221,47 @@ class PoolMap(Generic[H]):
         if (room := old.capacity + arena.room_behind(old)) >= least:
             arena.resize(old, min(wanted, room))
             return True
-        needs = [0] * len(self.arenas)
-        needs[kind] = wanted
-        if self._evict(needs):
-            held, holder.extents[kind] = holder.filled - old.base, self._allocate(kind, wanted)
-            new = holder.extents[kind]
-            # the old one may have been moved to make room
-            new.base = old.base
-            self.moves.append(Move(kind, old.start, new.start, held))
-            arena.release(old)
-            return True
-        # in place, by moving others
-        free = arena.free + self._idle[kind]
-        share = max(least - old.capacity, LEAST_GROWTH, old.capacity // CROWDED_GROWTH)
-        needs[kind] = min(share, wanted - old.capacity, free)
-        if needs[kind] >= least - old.capacity and self._evict(needs):
-            self._note(kind, arena.gather_behind(old, needs[kind]))
-            arena.resize(old, old.capacity + needs[kind])
-            return True
-        return False
+        new = arena.allocate(wanted) if self._free(kind, wanted) else None
+        if new is None:
+            return self._grow_all(holder, kind, least)
+        holder.extents[kind], new.base = new, old.base
+        self.moves.append(Move(kind, old.start, new.start, holder.filled - old.base))
+        arena.release(old)
+        return True
+
+    def _grow_all(self, holder: H, kind: int, least: int) -> bool:
+        """Give a sequence an extent of `least` positions, and others more room too, by moving each once.
+
+        False where there is not enough for all those that have no room left.
+        """
+        arena = self.arenas[kind]
+        needs = {
+            each: self._further(each, kind, share=LEAST_SHARE) if self._further(each, kind, share=1) else 0
+            for each in self._live
+        }
+        needs[holder] = least - holder.extents[kind].capacity
+        wanted = {each: max(need, self._further(each, kind)) for each, need in needs.items()}
+        if not self._free(kind, sum(needs.values())):
+            return False
+        self._free(kind, min(sum(wanted.values()), arena.free + self._idle[kind]))
+        spare = arena.free - sum(needs.values())
+        for left, each in zip(range(len(needs), 0, -1), sorted(needs, key=wanted.__getitem__), strict=True):
+            further = min(wanted[each] - needs[each], spare // left)
+            needs[each], spare = needs[each] + further, spare - further
+        self._note(kind, arena.rearrange({each.extents[kind]: more for each, more in needs.items() if more}))
+        return True
+
+    def _further(self, holder: H, kind: int, *, share: int | None = None) -> int:
+        """Return how many positions more would leave a sequence `share` unused, if it may need them."""
+        extent = holder.extents[kind]
+        share = share or max(LEAST_GROWTH, extent.capacity // CROWDED_GROWTH)
+        unused = extent.capacity - (holder.filled - extent.base)
+        most = self._capacity(holder.most - extent.base, kind)
+        return max(0, min(share - unused, most - extent.capacity))
+
+    def _free(self, kind: int, positions: int) -> bool:
+        """Drop ended sequences until `positions` of an arena are free; False where they would not be."""
+        return self._evict([positions if each == kind else 0 for each in range(len(self.arenas))])
 
     def _count_idle(self, holder: H, sign: int) -> None:
         for kind, extent in enumerate(holder.extents):

@@ -29,7 +29,7 @@ class PromptLookup:
 
     def draft(self, ids: list[int], *, most: int) -> tuple[int, ...]:
         """Return up to `most` tokens that may follow `ids`, which only grows from call to call."""
-        if most <= 0 or len(ids) < self._pause_until:
+        if most <= 0 or self.pauses(len(ids)):
             return ()
         self._held += array(_CODE, ids[len(self._held) // _BYTES :]).tobytes()
         for size in NGRAM_SIZES:
@@ -37,6 +37,10 @@ class PromptLookup:
             if after is not None:
                 return tuple(ids[after : after + min(self._width, most)])
         return ()
+
+    def pauses(self, length: int) -> bool:
+        """Whether a sequence of `length` ids gets no draft, as those before were rejected."""
+        return length < self._pause_until
 
     def record(self, *, drafted: int, accepted: int, length: int) -> None:
         """Note how much of a draft was accepted, for a sequence that has `length` ids by now."""

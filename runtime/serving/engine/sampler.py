@@ -28,6 +28,8 @@ class Choice:
     """Whether all of the logits are."""
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    again: bool = False
+    """Whether the device had another token for it at first."""
 
 
 @dataclass(frozen=True, slots=True)

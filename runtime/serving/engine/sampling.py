@@ -3,11 +3,12 @@
 The order is that of transformers' generate: penalties and bias, bans, then temperature, then truncation.
 What is worked out on the host, constraints and bans by what came before (sampler.py), comes as a mask or as
 ids. One copy to the host a step has the tokens; a second one where a row needs more than truncation's
-shortlist. A row is the same alone and among others. `C` rows, `V` the vocabulary. Does not know models. Start
-at `TokenChooser.choose`.
+shortlist. The host need not wait for it: `Chosen`. A row is the same alone and among others. `C` rows, `V`
+the vocabulary. Does not know models. Start at `TokenChooser.choose`.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from runtime.serving.engine.row_settings import DrawSettings, RowSettings, flat_indices
 from runtime.serving.engine.sampler import Choice, Row
 from runtime.serving.engine.truncation import SHORTLIST, UNDECIDED, draw, rank
-from runtime.transfers import to_device
+from runtime.transfers import HostCopy, to_device
 
 NOT_FINITE, NONE_LEFT = -1, -2
 """Stand for a token where the logits are not finite, and where the request allows none."""
@@ -25,34 +26,68 @@ SMALLEST_PENALTY = 1e-30
 """Repetition penalties below this would be 0 in float32, or make infinities of logits."""
 
 
+class Chosen:
+    """The tokens of a step, chosen on the device; on their way to the host, which reads them when it must."""
+
+    def __init__(self, packed: Tensor, logits: Tensor, rows: Sequence[Row], *, decided: bool) -> None:
+        """`packed` (C,) int64 has a token for each row, or what stands for one.
+
+        With log probabilities it is (C, columns) float64. Where it is not `decided` that the shortlist was
+        enough, `logits` (C, V) are needed once more.
+        """
+        self.logits, self.rows = logits, rows
+        self._packed, self._decided = packed, decided
+        self._copy = HostCopy(packed)
+
+    @property
+    def tokens(self) -> Tensor:
+        """The tokens (C,) int64 on the device; 0 for a row without one."""
+        tokens = self._packed if self._packed.dim() == 1 else self._packed[:, 0].long()
+        return tokens.clamp(min=0)
+
+    def keep(self, logits: Tensor) -> None:
+        """Stay right while the memory of `logits`, which the model returned, takes those of other steps."""
+        if self._decided:
+            self.logits = logits.new_empty(0)
+        elif self.logits.data_ptr() == logits.data_ptr():
+            self.logits = logits.clone()
+
+    def read(self) -> list[Choice]:
+        """Return the choices, as the one copy to the host has them: some may be UNDECIDED."""
+        return _read(self._copy.read(), self.rows)
+
+
 class TokenChooser:
     """Chooses the tokens of a step, and keeps its rows' settings for the next one with the same rows."""
 
     def __init__(self) -> None:
         self._settings: RowSettings | None = None
 
-    @torch.inference_mode()
     def choose(self, logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
         """Return what is chosen for each of `rows` by its logits (C, V)."""
-        choices = _read(self.enqueue(logits, rows), rows)
+        return self.finish(self.enqueue(logits, rows))
+
+    @torch.inference_mode()
+    def finish(self, chosen: Chosen) -> list[Choice]:
+        """Wait for what was chosen, and rank all of the vocabulary where a row needs it."""
+        choices, rows = chosen.read(), chosen.rows
         again = [n for n, choice in enumerate(choices) if choice.token == UNDECIDED]
         if again:
             for n in again:
                 rows[n].sampler.full_rankings = FULL_RANKINGS
-            index = to_device(torch.tensor(again), logits.device)
-            found = self.choose(logits.index_select(0, index), [rows[n] for n in again])
+            index = to_device(torch.tensor(again), chosen.logits.device)
+            found = self.choose(chosen.logits.index_select(0, index), [rows[n] for n in again])
             for n, choice in zip(again, found, strict=True):
-                choices[n] = choice
+                choices[n] = replace(choice, again=True)
         return choices
 
-    def enqueue(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
-        """Have the device of logits (C, V) choose, without waiting for it; what it returns `_read` reads.
-
-        (C,) int64, a token or what stands for one; with log probabilities (C, columns) float64.
-        """
+    @torch.inference_mode()
+    def enqueue(self, logits: Tensor, rows: Sequence[Row]) -> Chosen:
+        """Have the device of logits (C, V) choose, without waiting for it."""
         highest, likeliest = logits.max(dim=-1)  # NaN or Inf anywhere in a row shows here
         if all(row.is_plain for row in rows):
-            return torch.where(highest.isfinite(), likeliest, NOT_FINITE)
+            plain = torch.where(highest.isfinite(), likeliest, NOT_FINITE)
+            return Chosen(plain, logits, rows, decided=True)
         settings = self._settings
         if settings is None or not settings.are_of(rows):
             settings = self._settings = RowSettings(rows, logits.shape[1], logits.device)
@@ -64,14 +99,15 @@ class TokenChooser:
             chosen = _put(chosen, how.index, _draw(scores, best, how, rows))
         chosen = torch.where(left, chosen, NONE_LEFT)
         chosen = torch.where(highest.isfinite(), chosen, NOT_FINITE)
-        if settings.alternatives is None:
-            return chosen
-        return _with_logprobs(chosen, logits, settings.alternatives)
+        if settings.alternatives is not None:
+            chosen = _with_logprobs(chosen, logits, settings.alternatives)
+        decided = all(how.most in (0, logits.shape[1]) for how in settings.draws)
+        return Chosen(chosen, logits, rows, decided=decided)
 
 
 def _read(packed: Tensor, rows: Sequence[Row]) -> list[Choice]:
-    """Return what `TokenChooser.enqueue` chose: the one copy to the host."""
-    values = packed.cpu().tolist()
+    """Return the choices that `packed`, on the host, stands for."""
+    values = packed.tolist()
     if packed.dim() == 1:
         return [_choice(code) for code in values]
     choices = []

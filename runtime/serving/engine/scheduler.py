@@ -11,7 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from runtime.serving.engine.extents import Extent, Move
 from runtime.serving.engine.pool_map import ArenaSize, PoolMap
@@ -34,7 +34,8 @@ class Sequence:
     adapter: int | None
     """Version of the adapter, never used twice: equal tokens have equal keys and values only under one."""
     ids: list[int]
-    """Prompt and what was generated so far."""
+    """Prompt and what was generated so far; the newest may be one that only the device has, which is below 0
+    (`HostBatch.ids`)."""
     prompt_tokens: int
     most: int
     """Tokens that it has at its end, at most."""
@@ -63,8 +64,8 @@ class Sequence:
 
     @property
     def decodes(self) -> bool:
-        """Whether exactly the newest token is left to run."""
-        return not self.in_prompt
+        """Whether exactly the newest token is left to run, and another is to follow it."""
+        return not self.in_prompt and len(self.ids) < self.most
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,16 @@ class StepPlan:
     decode: tuple[Sequence, ...]
     chunks: tuple[PromptChunk, ...]
     drafts: tuple[Draft, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it runs nothing."""
+        return not (self.decode or self.drafts or self.chunks)
+
+    def keep(self, stays: Callable[[Sequence], bool]) -> "StepPlan":
+        """Return this plan with those of its decoding sequences that `stays` says."""
+        decode = tuple(filter(stays, self.decode))
+        return self if len(decode) == len(self.decode) else replace(self, decode=decode)
 
 
 class Scheduler:
@@ -198,6 +209,16 @@ class Scheduler:
                 budget -= chunk.count
         return StepPlan(decode, tuple(chunks))
 
+    @property
+    def may_draft(self) -> bool:
+        """Whether the next step may run drafts, for which all tokens must be known."""
+        if not self._draft_tokens or self._prompts:
+            return False
+        decoding = [each for each in self.sequences if each.decodes]
+        return len(decoding) <= MAX_DRAFTING_SEQUENCES and any(
+            self._most_drafts(each) > 0 and not each.lookup.pauses(len(each.ids)) for each in decoding
+        )
+
     def take_moves(self) -> tuple[Move, ...]:
         """Return what is to be copied within the pool before the next step, in this order."""
         moves, self._pool.moves = tuple(self._pool.moves), []
@@ -245,7 +266,8 @@ class Scheduler:
             if ended.beginning == sequence.beginning:
                 self._pool.drop(ended)
         sequence.shares = False
-        self._put_off(sequence)
+        if sequence not in self.put_off:
+            self._put_off(sequence)
 
     def _place(self, sequence: Sequence) -> bool:
         """Give a sequence its extents, also those of an ended one that it continues; False without room."""
@@ -284,7 +306,7 @@ class Scheduler:
 
         False where that was the sequence itself.
         """
-        while sequence.extents and not self._pool.reserve(sequence, count, most=sequence.most):
+        while sequence.extents and not self._pool.reserve(sequence, count):
             self._put_off(self.sequences[-1])
             self.preemptions += 1
         return bool(sequence.extents)
@@ -311,12 +333,16 @@ class Scheduler:
         return PromptChunk(sequence, start, count) if self._secure(sequence, count) else None
 
     def _draft(self, sequence: Sequence) -> Draft | None:
-        # the last token is chosen and never run
-        most = min(self._draft_tokens, sequence.draft_until - len(sequence.ids) - 1)
-        tokens = sequence.lookup.draft(sequence.ids, most=most)
-        if not tokens or not self._pool.reserve(sequence, 1 + len(tokens), most=sequence.most):
+        if sequence.ids[-1] < 0:  # nothing is known to follow it
+            return None
+        tokens = sequence.lookup.draft(sequence.ids, most=self._most_drafts(sequence))
+        if not tokens or not self._pool.reserve(sequence, 1 + len(tokens)):
             return None
         return Draft(sequence, tokens)
+
+    def _most_drafts(self, sequence: Sequence) -> int:
+        # the last token is chosen and never run
+        return min(self._draft_tokens, sequence.draft_until - len(sequence.ids) - 1)
 
     def _best(self, sequence: Sequence, among: Iterable[Sequence]) -> tuple[Sequence | None, int]:
         """Return the one that has most of the prefix of `sequence`, and how much; never all of it."""

@@ -388,8 +388,8 @@ def test_steps_that_only_decode_replay_under_random_arrivals(tiny_llama_dir: Pat
     steps: list[tuple[bool, bool]] = []
     replay = graphs.run
 
-    def counted(host: HostBatch) -> Tensor | None:
-        logits: Tensor | None = replay(host)
+    def counted(host: HostBatch, *chosen: Tensor | None) -> Tensor | None:
+        logits: Tensor | None = replay(host, *chosen)
         steps.append((host.decode_tokens == len(host.ids), logits is not None))
         return logits
 

@@ -1,9 +1,11 @@
 """The pool's tensors: one arena for each kind of layer, copies within them, zeros."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.serving.engine import kv_pool
 from runtime.serving.engine.batch import StepContext
@@ -41,6 +43,26 @@ def test_what_is_moved_arrives_whole_also_where_it_overlaps(
     for layer in (pool.keys[0], pool.values[2]):
         assert layer[:, 1, 3].tolist() == expected
     assert pool.keys[1][:, 0, 0].tolist() == list(range(11)), "another kind"
+
+
+class Allocations(TorchDispatchMode):
+    """Counts tensors that have memory of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {each.untyped_storage().data_ptr() for each in args if isinstance(each, torch.Tensor)}
+        self.made += isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in known
+        return out
+
+
+def test_a_move_takes_no_memory_that_could_run_out(pool: KvPool) -> None:
+    with Allocations() as allocations:
+        pool.move((Move(0, 5, 3, 8), Move(0, 3, 5, 8), Move(1, 0, 5, 4)))
+    assert allocations.made == 0
 
 
 def test_what_is_cleared_is_zero_in_all_layers_of_its_kind(pool: KvPool) -> None:

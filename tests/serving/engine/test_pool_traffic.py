@@ -178,3 +178,33 @@ def test_attention_is_given_the_keys_that_are_needed_under_poisson_arrivals(rows
                 scheduler.release(sequence)
     assert decoding > 600 * rows / 4, "many decode at a time"
     assert given <= 1.1 * needed
+
+
+@pytest.mark.parametrize(
+    ("rows", "each", "answer", "spread", "a_step"),
+    [(32, 600, 300, 0, 0.03), (32, 500, 300, 60, 0.04), (64, 600, 900, 0, 0.07)],
+)
+def test_sequences_that_outgrow_their_extents_together_cost_no_more_than_a_copy_of_the_pool(
+    rows: int, each: int, answer: int, spread: int, a_step: float
+) -> None:
+    """One after another they moved each other: up to 15 copies of the pool in one step."""
+    draw, positions, number = random.Random(0), rows * each, 0
+    scheduler = Scheduler([ArenaSize(positions)], max_sequences=rows, chunk_tokens=512 * rows)
+    moved = []
+    for _ in range(350):
+        while True:
+            length = 300 + draw.randint(-spread, spread)
+            ids = range(1000 * number, 1000 * number + length)
+            if scheduler.admit(ids, adapter=None, most=length + answer) is None:
+                break
+            number += 1
+        plan = scheduler.plan()
+        moved.append(sum(move.count for move in scheduler.take_moves()) / positions)
+        scheduler.commit(plan)
+        for sequence in (*plan.decode, *(it.sequence for it in plan.chunks if it.completes)):
+            sequence.ids.append(0)
+            if len(sequence.ids) >= sequence.most:
+                scheduler.release(sequence)
+    assert number >= rows, "the pool is full"
+    assert max(moved) <= 1
+    assert 0 < sum(moved) <= a_step * len(moved)
