@@ -24,13 +24,21 @@ FIGURES = {
     2: {"loss", "worst_error", "tokens"},
     3: {"ms_per_pass", "first_ms", "launches"},
     4: {"tokens_per_s", "ms_per_step", "launches", "peak_gib", "planned_gib", "roofline_share"},
-    5: {"tokens_per_s", "step_p50_ms", "step_p99_ms", "ttft_p50_ms", "new_p50_ms", "s_per_adapter"},
+    5: {
+        "tokens_per_s",
+        "step_p50_ms",
+        "step_p99_ms",
+        "ttft_p50_ms",
+        "new_p50_ms",
+        "s_per_adapter",
+        "waited_share",
+    },
     6: {"gb_per_s", "roofline_share"},
     7: {"tokens_per_s", "others_answered", "answered_afterwards"},
     8: {"tune_s", "adapter_bytes", "ready_s", "first_chat_s", "openai_s"},
 }
 """What each step has to have measured, all of it above 0."""
-CASES = {1: 7, 2: 8, 3: 8, 4: 3, 5: 8, 6: 1, 7: 5, 8: 2}
+CASES = {1: 7, 2: 8, 3: 8, 4: 3, 5: 14, 6: 3, 7: 5, 8: 2}
 """Cases with figures; what needs a GPU or TRL says so instead."""
 
 RAISES = """

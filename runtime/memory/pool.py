@@ -12,6 +12,9 @@ from runtime.errors import CapacityError
 
 CACHE_SHARE = 0.8
 """Part of the memory left beside the weights that keys and values may take; the rest is for a step's work."""
+SAMPLING_BYTES = 28
+"""For each row that is drawn and token of the vocabulary: logits, scores, shares, products and sums, and
+the logits of the step before, which a step ahead of its tokens keeps."""
 LEAST_TOKENS = 16
 """No sequence is served with less."""
 STEP_TOKENS = 512
@@ -57,6 +60,20 @@ def window_span(window: int, most_run: int = STEP_TOKENS) -> int:
     A step of `most_run` tokens reads the window before its first one; what is beyond that spares copies.
     """
     return window + max(most_run, window // 4)
+
+
+def sampling_bytes(rows: int, vocabulary: int) -> int:
+    """Return what choosing the tokens of `rows` takes at the most, with a vocabulary of so many tokens."""
+    return rows * vocabulary * SAMPLING_BYTES
+
+
+def beside(work_bytes: int, free_bytes: int) -> int:
+    """Return how much of `free_bytes` a pool is fitted into, so that `work_bytes` are left for a step's work.
+
+    At most half: where all rows together find no memory they are chosen one by one.
+    """
+    left = free_bytes - min(work_bytes, free_bytes // 2)
+    return min(free_bytes, int(left / CACHE_SHARE))
 
 
 def pool_that_fits(

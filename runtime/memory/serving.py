@@ -10,7 +10,16 @@ from typing import Literal
 from runtime import gpus, support
 from runtime.errors import CapacityError
 from runtime.hardware import Hardware, has_bfloat16
-from runtime.memory.pool import CACHE_SHARE, ArenaKind, PoolSize, pool_that_fits, window_span
+from runtime.memory.pool import (
+    CACHE_SHARE,
+    SAMPLING_BYTES,
+    ArenaKind,
+    PoolSize,
+    beside,
+    pool_that_fits,
+    sampling_bytes,
+    window_span,
+)
 from runtime.memory.shape import BYTES, Shape
 from runtime.memory.tuning import CONSTANTS_4BIT, CONTEXT_BYTES, Basis, MemoryItem
 
@@ -91,12 +100,14 @@ def forecast(shape: Shape, server: ServingRun, machine: Hardware) -> Capacity:
     free = available - sum(part.size_bytes for part in fixed)
     kinds, sequence_bytes = _kinds(shape, server)
     token_bytes = sum(kind.token_bytes for kind in kinds)
+    rows = server.sequences if batched(shape, server) else 1
+    chosen = _chosen(shape, server, rows)
     try:
         pool = pool_that_fits(
             kinds,
-            rows=server.sequences if batched(shape, server) else 1,
+            rows=rows,
             context_tokens=min(server.context_tokens, shape.context_tokens),
-            free_bytes=free,
+            free_bytes=beside(chosen.size_bytes, free),
             sequence_bytes=sequence_bytes,
         )
     except CapacityError:
@@ -105,10 +116,20 @@ def forecast(shape: Shape, server: ServingRun, machine: Hardware) -> Capacity:
     work = MemoryItem(
         "room for a step's work",
         free - cache.size_bytes,
-        f"at least {1 - CACHE_SHARE:.0%} of the rest",
+        f"at least {1 - CACHE_SHARE:.0%} of the rest{chosen.how}",
         "estimated",
     )
     return Capacity((*fixed, cache, work), available, token_bytes, pool)
+
+
+def _chosen(shape: Shape, server: ServingRun, rows: int) -> MemoryItem:
+    """What choosing tokens takes of a step's work, by this project's engines."""
+    if server.engine == "vllm":
+        return MemoryItem("sampling", 0, "")
+    vocabulary = shape.dimensions.vocabulary
+    size = sampling_bytes(rows, vocabulary)
+    how = f", {size / 2**30:.1f} GiB of it to choose tokens: {rows} x {vocabulary} x {SAMPLING_BYTES} bytes"
+    return MemoryItem("sampling", size, how)
 
 
 def _available(server: ServingRun, machine: Hardware) -> int:

@@ -3,7 +3,15 @@
 import pytest
 
 from runtime.errors import CapacityError
-from runtime.memory.pool import CACHE_SHARE, ArenaKind, PoolSize, pool_that_fits, window_span
+from runtime.memory.pool import (
+    CACHE_SHARE,
+    ArenaKind,
+    PoolSize,
+    beside,
+    pool_that_fits,
+    sampling_bytes,
+    window_span,
+)
 
 FULL, WINDOW = ArenaKind(1000), ArenaKind(500, 64, 128)
 
@@ -56,3 +64,12 @@ def test_a_window_leaves_room_for_a_step_and_for_seldom_moves() -> None:
 def test_a_model_without_keys_and_values_has_room_for_every_token() -> None:
     size = pool_that_fits([], rows=2, context_tokens=100, free_bytes=1 << 20, sequence_bytes=1000)
     assert (size.positions, size.tokens) == ((), 200)
+
+
+def test_choosing_tokens_has_its_memory_beside_the_pool_where_the_rest_is_too_little() -> None:
+    gemma = sampling_bytes(256, 262_144)  # 1.9 GB
+    assert gemma == 256 * 262_144 * 28
+    assert beside(gemma, 100 << 30) == 100 << 30, "a fifth of it is more"
+    small = 6 << 30
+    assert int(beside(gemma, small) * CACHE_SHARE) == pytest.approx(small - gemma, abs=2)
+    assert int(beside(gemma, 1 << 30) * CACHE_SHARE) == pytest.approx(1 << 29, abs=2), "row by row"

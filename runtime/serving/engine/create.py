@@ -9,7 +9,14 @@ import sys
 from typing import TYPE_CHECKING
 
 from runtime import hardware, models
-from runtime.memory.pool import ArenaKind, PoolSize, pool_that_fits, window_span
+from runtime.memory.pool import (
+    ArenaKind,
+    PoolSize,
+    beside,
+    pool_that_fits,
+    sampling_bytes,
+    window_span,
+)
 from runtime.memory.serving import HOST_SHARE
 from runtime.serving import fit
 from runtime.serving.settings import ServeConfig
@@ -71,6 +78,7 @@ def _batching(
         free = rank.group.all_reduce_min(free)
     kinds = pool_kinds(model)
     rows = config.limits.rows_on(model.device.type)
+    free = beside(sampling_bytes(rows, model.config.get_text_config().vocab_size), free)
     size = pool_that_fits(kinds, rows=rows, context_tokens=context_tokens, free_bytes=free)
     _say_size(size, kinds)
     if size.context_tokens < context_tokens:

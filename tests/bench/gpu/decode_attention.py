@@ -5,8 +5,9 @@ reach. "ours" is the form that the engine takes here; the others are beside it w
 is compared with float32, one sequence after another. Start at `run`.
 """
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -27,6 +28,11 @@ HEADS = {"phi-3-mini": ((32, 32, 96), (32, 8, 128)), "tiny": ((4, 2, 32),)}
 """Query heads, key-value heads and head dim."""
 LENGTHS = {"phi-3-mini": (500, 2048), "tiny": (30, 96)}
 """Median and maximum of the positions of a sequence, lognormal."""
+SPLITS = {
+    "phi-3-mini": ((32, 8, 128), (1, 8), (600, 8192), (4096, 32_768, 131_072)),
+    "tiny": ((4, 2, 32), (1,), (60,), (256,)),
+}
+"""Heads, rows of equal length, their positions, and what a graph's longest sequence may be captured as."""
 MOST_ERROR = 0.02
 
 
@@ -75,6 +81,26 @@ def run(context: Context) -> None:
                 context.case(f"{label}, {name}", partial(_measured, context, made, work, expected, copy=copy))
             del made, expected
             context.release()
+    _splits(context, copy)
+
+
+def _splits(context: Context, copy: float) -> None:
+    """Measure a few equal rows under several bounds: FlashAttention splits a context by the bound, not by it.
+
+    A graph is captured for the longest sequence that there may be, so a short one of few rows is not split.
+    """
+    heads, counts, positions, bounds = SPLITS[context.shape]
+    for rows, length in itertools.product(counts, positions):
+        made = _filled([length] * rows, heads, context)
+        ours, expected = _chosen(made), _reference(made)
+        for bound in (length, *(each for each in bounds if each > length)):
+            ranges = tuple(replace(each, longest_decode=bound) for each in made.batch.ranges)
+            bounded = replace(made, batch=replace(made.batch, ranges=ranges))
+            work = partial(_attend, context, bounded, ours)
+            name = f"{rows} x {length}, captured for {bound}"
+            context.case(name, partial(_measured, context, bounded, work, expected, copy=copy))
+        del made, expected
+        context.release()
 
 
 def _chunks(context: Context, form: Form, window: int | None) -> Figures:
@@ -145,11 +171,15 @@ REPEATS = 10
 
 
 def _ragged(context: Context, rows: int, heads: tuple[int, int, int]) -> Ragged:
-    queries, grouped, dim = heads
     median, longest = LENGTHS[context.shape]
+    drawn = np.exp(np.log(median) + 0.6 * np.random.default_rng(rows).standard_normal(rows))
+    return _filled([int(length) for length in np.clip(drawn, 8, longest - 1)], heads, context)
+
+
+def _filled(lengths: list[int], heads: tuple[int, int, int], context: Context) -> Ragged:
+    """Return an arena with sequences of these `lengths`, in a random order."""
+    (queries, grouped, dim), rows = heads, len(lengths)
     draw = np.random.default_rng(rows)
-    drawn = np.exp(np.log(median) + 0.6 * draw.standard_normal(rows))
-    lengths = [int(length) for length in np.clip(drawn, 8, longest - 1)]
     capacities = [int(length * SPARE) for length in lengths]
     starts, end = [0] * rows, 0
     for row in draw.permutation(rows):  # as sequences come and go

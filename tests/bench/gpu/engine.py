@@ -21,7 +21,7 @@ EQUAL = {"phi-3-mini": Load((552, 552), (96, 96)), "tiny": Load((40, 40), (12, 1
 """Prompt and new tokens: 600 positions in the middle."""
 PROMPTS = {"phi-3-mini": (50, 1000), "tiny": (5, 60)}
 ANSWERS = {"phi-3-mini": (32, 160), "tiny": (2, 10)}
-SECONDS = {"phi-3-mini": 8.0, "tiny": 1.0}
+SECONDS = {"phi-3-mini": 6.0, "tiny": 1.0}
 CONTEXT_TOKENS = {"phi-3-mini": 2048, "tiny": 256}
 LENGTHS = {"phi-3-mini": range(37, 37 + 50 * 29, 29), "tiny": range(5, 105, 2)}
 """50 lengths that no other prompt of a run has in this order."""
@@ -61,6 +61,15 @@ def _others(context: Context, running: Running, rows: int) -> None:
             context.case(name, measured, needs_s=2 * seconds)
     load = replace(EQUAL[shape], sampling=DRAWN)
     context.case(f"{rows} equal rows, drawn", lambda: _equal(context, running, rows, load), needs_s=3)
+    for on in (False, True):
+        with running.overlap(on=on):
+            name = f"overlap {'on' if on else 'off'}"
+            for load in (EQUAL[shape], replace(EQUAL[shape], sampling=DRAWN)):
+                what = f"{rows} equal rows{', drawn' * bool(load.sampling)}, {name}"
+                context.case(what, partial(_equal, context, running, rows, load), needs_s=3)
+            if rate:
+                measured = partial(running.poisson, rate["requests_per_s"], drawn, seconds=seconds / 2)
+                context.case(f"Poisson at {rows} rows, drawn, {name}", measured, needs_s=seconds)
     context.case("first token", lambda: running.first_token(LENGTHS[shape]), needs_s=3)
     names: list[str] = []
     for count in ADAPTERS:

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.model_source import ModelSource, Quantization
-from runtime.serving.engine import cuda_graphs
+from runtime.serving.engine import cuda_graphs, sampling
 from runtime.serving.engine.create import create
 from runtime.serving.engine.protocol import Request, Sampling
 from runtime.serving.settings import Limits, ServeConfig
+from runtime.transfers import HostCopy
 from tests.bench.gpu.step import Context, Figures, NotHereError, percentile
 
 VOCABULARY = 500
@@ -80,6 +81,8 @@ class EngineStep:
     prompt_tokens: int
     """Prompt tokens of all requests that had their first token before it."""
     replayed: bool
+    waited: float
+    """How long the host waited for tokens in it: the rest is its own work, for which a GPU may wait."""
 
 
 @dataclass(slots=True)
@@ -88,6 +91,7 @@ class Counts:
 
     steps: list[EngineStep] = field(default_factory=list)
     replays: int = 0
+    waited: float = 0.0
 
 
 @dataclass(slots=True)
@@ -116,6 +120,16 @@ class Running:
             raise RuntimeError(f"in none of {len(self.counts.steps)} steps did all of {rows} rows decode")
         taken = steps[-1].ended - steps[0].began
         return {"tokens_per_s": rows * len(steps) / taken} | _times(steps)
+
+    @contextlib.contextmanager
+    def overlap(self, *, on: bool) -> Iterator[None]:
+        """Within: steps are launched before the tokens of the one before are read, or not."""
+        engine, before = self.engine, self.engine._overlaps
+        engine._queue.call(lambda: setattr(engine, "_overlaps", on))
+        try:
+            yield
+        finally:
+            engine._queue.call(lambda: setattr(engine, "_overlaps", before))
 
     def rate(self, rows: int, load: Load) -> float:
         """Return how many requests a second keep BUSY_SHARE of `rows` busy, by the second of two loads."""
@@ -183,6 +197,7 @@ def _times(steps: Sequence[EngineStep]) -> Figures:
         "step_p50_ms": percentile(times, 0.5),
         "step_p99_ms": percentile(times, 0.99),
         "replay_share": sum(step.replayed for step in steps) / max(len(steps), 1),
+        "waited_share": 1000 * sum(step.waited for step in steps) / max(sum(times), 1e-9),
         "steps": len(steps),
     }
 
@@ -204,13 +219,32 @@ def serving(
         speculative_tokens=0,
         limits=Limits(rows=rows, context_tokens=context_tokens, queue=MOST_REQUESTS),
     )
-    with _counted_replays(counts):
+    with _counted_replays(counts), _timed_reads(counts):
         engine = create(config, model)
-    _time_steps(engine, counts)
+        _time_steps(engine, counts)
+        try:
+            yield Running(engine, counts, position_bytes, weight_bytes)
+        finally:
+            engine.close()
+
+
+@contextlib.contextmanager
+def _timed_reads(counts: Counts) -> Iterator[None]:
+    """Within: what the host waits for tokens is timed."""
+
+    class TimedCopy(HostCopy):
+        def read(self) -> Any:
+            began = time.monotonic()
+            try:
+                return super().read()
+            finally:
+                counts.waited += time.monotonic() - began
+
+    sampling.HostCopy = TimedCopy  # type: ignore[misc]
     try:
-        yield Running(engine, counts, position_bytes, weight_bytes)
+        yield
     finally:
-        engine.close()
+        sampling.HostCopy = HostCopy  # type: ignore[misc]
 
 
 @contextlib.contextmanager
@@ -240,12 +274,13 @@ def _time_steps(engine: Any, counts: Counts) -> None:
     step = engine.step
 
     def timed() -> None:
-        stats, replays, began = engine.stats(), counts.replays, time.monotonic()
+        stats, replays, waited = engine.stats(), counts.replays, counts.waited
+        began = time.monotonic()
         step()
         if stats.running:
-            replayed = counts.replays > replays
+            ended, replayed = time.monotonic(), counts.replays > replays
             counts.steps.append(
-                EngineStep(began, time.monotonic(), stats.running, stats.prompt_tokens, replayed)
+                EngineStep(began, ended, stats.running, stats.prompt_tokens, replayed, counts.waited - waited)
             )
 
     engine.step = timed
