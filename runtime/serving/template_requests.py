@@ -1,4 +1,4 @@
-"""What a request may say about the rendering of its conversation (runtime/chat_template.py).
+"""What a request may say about the rendering of its conversation (runtime/chat_template/).
 
 A request's variables cannot stand for what the template gets from elsewhere. Does not know HTTP or token ids.
 Start at `render`.

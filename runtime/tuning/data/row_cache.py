@@ -99,7 +99,8 @@ def _code_digest() -> str:
     """Return a digest of the code that makes rows: a checkout changes under one version."""
     package = Path(runtime.__file__).parent
     digest = hashlib.sha256(runtime.__version__.encode())
-    for path in sorted([*(package / "tuning" / "data").rglob("*.py"), package / "chat_template.py"]):
+    rooms = (package / "tuning" / "data", package / "chat_template")
+    for path in sorted(path for room in rooms for path in room.rglob("*.py")):
         digest.update(path.relative_to(package).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
