@@ -67,6 +67,11 @@ class AnswerText:
         self.reasoning_tokens = 0
         """Tokens that begin within a thought, so far."""
 
+    @property
+    def stop(self) -> str:
+        """The stop string that was met, "" before one was."""
+        return self._strings.get(self._scanner.found, "")
+
     def push(self, token: int) -> tuple[list[Part], bool]:
         """Return the parts that `token` completes, and whether a stop string was met."""
         self._tokens += 1

@@ -71,6 +71,8 @@ class AnswerChunk:
     tokens: tuple[AnswerToken, ...] = ()
     """The tokens whose text is settled with this chunk, where the request wants their log probabilities."""
     finish: AnswerFinish | None = None
+    stop: str = ""
+    """The stop string that ended the answer."""
 
     @property
     def text(self) -> str:
@@ -85,6 +87,8 @@ class GeneratedAnswer:
     parsed: ParsedAnswer = field(default_factory=ParsedAnswer)
     tokens: list[AnswerToken] = field(default_factory=list)
     finish: AnswerFinish = "stop"
+    stop: str = ""
+    """The stop string that ended it."""
 
     @property
     def text(self) -> str:
@@ -170,7 +174,7 @@ class Generation:
         async for chunk in self.chunks():
             answer.parsed.add(chunk.parts)
             answer.tokens += chunk.tokens
-            answer.finish = chunk.finish or "stop"
+            answer.finish, answer.stop = chunk.finish or "stop", chunk.stop
         return answer
 
     def close(self) -> None:
@@ -223,7 +227,8 @@ class Generation:
                 }
             },
         )
-        return replace(chunk, finish="tool_calls" if finish == "stop" and self._called else finish)
+        finish = "tool_calls" if finish == "stop" and self._called else finish
+        return replace(chunk, finish=finish, stop=self._text.stop)
 
 
 def _texts(tokenizer: PromptTokenizer, request: GenerationRequest) -> tuple[AnswerText, AnswerTokens | None]:

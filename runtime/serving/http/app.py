@@ -18,7 +18,7 @@ from runtime import __version__, utilisation
 from runtime.errors import Failure
 from runtime.metrics import ServingMetrics
 from runtime.serving.generation import Generator
-from runtime.serving.http import admin, chat, openai, responses
+from runtime.serving.http import admin, anthropic, chat, openai, responses
 from runtime.serving.http.middleware import RequestMiddleware
 from runtime.serving.http.origins import Callers
 from runtime.serving.http.refusals import Refusals
@@ -54,6 +54,7 @@ def create_app(
     app.include_router(chat.router(generator))
     app.include_router(openai.router(generator))
     app.include_router(responses.router(generator))
+    app.include_router(anthropic.router(generator))
     app.include_router(admin.router(generator, adapter_loader))
     _add_health(app, lifecycle)
     _add_pages(app, metrics)

@@ -364,6 +364,21 @@ RESPONSES: Treatments = {
     **_ignored("there are no tools on this route", "parallel_tool_calls", "max_tool_calls"),
 }
 
+ANTHROPIC: Treatments = {
+    **GENERATION,
+    **_TEMPLATED,
+    **_CALLS,
+    **_refused("send 'messages'", *_INPUTS, "prompt", "text"),
+    **_refused("no tool is run here", "container", "mcp_servers"),
+    **_ignored("a prompt that does not fit is refused, never cut", "context_management"),
+    **_ignored("the prefix cache is one, and always used", "cache_control"),
+    **_ignored("there is one place and one speed", "inference_geo", "speed"),
+    **_ignored("it is sent to Anthropic's own servers", "anthropic_version", "anthropic_beta", "betas"),
+    **_ignored("it says who asks, and the answer does not depend on it", "user_profile_id", "workspace_id"),
+    **_ignored("nothing is stored", "diagnostics"),
+}
+"""For /v1/messages."""
+
 STRUCTURED: Treatments = {
     **_ignored("one library compiles all schemas", "backend", "_backend", "_backend_was_auto"),
     **_ignored("JSON is written in one style", "disable_any_whitespace"),
@@ -401,6 +416,23 @@ TOOL: Treatments = {
     **_ignored("arguments follow the schema where a call is forced", "strict"),
     **_ignored("it is not shown to models", "cache_control"),
 }
+
+BLOCK: Treatments = {
+    **_ignored("the prefix cache is one, and always used", "cache_control"),
+    **_ignored("it is not shown to models", "citations", "signature", "data", "caller", "toolset_name"),
+    **_ignored("the block's type says that it is refused", "source", "title", "context", "file_id"),
+    **_ignored("a result says itself that it is an error", "is_error"),
+}
+"""Within the messages of /v1/messages."""
+
+ANTHROPIC_TOOL: Treatments = {
+    **TOOL,
+    **_ignored("all tools are shown to the model, as JSON schemas", "defer_loading", "input_examples"),
+    **_ignored("it is for tools that Anthropic runs", "allowed_callers"),
+    **_ignored("arguments are streamed as they come", "eager_input_streaming"),
+}
+
+THINKING: Treatments = {**_ignored("the model decides how long it thinks", "budget_tokens")}
 
 STREAM: Treatments = {
     **_ignored("texts have their own length", "include_obfuscation"),

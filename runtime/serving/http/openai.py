@@ -1,7 +1,7 @@
 """The OpenAI routes: /v1/chat/completions, /v1/completions and /v1/models.
 
 Knows OpenAI's JSON, nothing of how text is generated (runtime/serving/generation.py). Start at
-`_chat_request` for what a request means and at `ChatFormat` for what an answer looks like.
+`chat_request` for what a request means and at `ChatFormat` for what an answer looks like.
 """
 
 import time
@@ -187,7 +187,7 @@ def router(generator: Generator) -> APIRouter:
         "/chat/completions", responses=STREAMED, summary="Answer a conversation", response_model=None
     )
     async def chat_completions(body: ChatCompletionBody, request: Request) -> Response:
-        requests = [await _chat_request(generator, body, request)]
+        requests = [await chat_request(generator, body, request)]
         json_format = ChatFormat(
             generator.served().tokenizer,
             body.logprobs,
@@ -219,17 +219,34 @@ def model_list(generator: Generator) -> list[dict[str, Any]]:
     ]
 
 
-async def _chat_request(
-    generator: Generator, body: ChatCompletionBody, request: Request
-) -> GenerationRequest:
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """What a conversation is for one model."""
+
+    ids: tuple[int, ...]
+    adapter: str | None
+    tokenizer: PromptTokenizer
+    continues_last: bool
+    """The answer goes on where the last message ends."""
+
+
+async def chat_prompt(generator: Generator, body: ChatCompletionBody) -> ChatPrompt:
+    """Return the prompt of a conversation for the model that it names."""
+    adapter = generator.adapter_for(body.model)
+    tokenizer = generator.served().tokenizer_for(adapter)
+    options = template_options(body, tokenizer, shown_tools(body, generator.served(), adapter))
+    ids = await tokenizer.prompt_from_chat(turns_of(body.messages, tokenizer.template), options=options)
+    return ChatPrompt(ids, adapter, tokenizer, options.continues_last)
+
+
+async def chat_request(generator: Generator, body: ChatCompletionBody, request: Request) -> GenerationRequest:
+    """Return what to generate for a conversation, which other routes put in OpenAI's words too."""
     _check_common(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("'top_logprobs' needs 'logprobs': true", param="top_logprobs")
-    adapter = generator.adapter_for(body.model)
-    tokenizer = generator.served().tokenizer_for(adapter)
-    asked, tools = _constraint(body), shown_tools(body, generator.served(), adapter)
-    options = template_options(body, tokenizer, tools)
-    ids = await tokenizer.prompt_from_chat(turns_of(body.messages, tokenizer.template), options=options)
+    asked = _constraint(body)
+    prompt = await chat_prompt(generator, body)
+    tokenizer, ids = prompt.tokenizer, prompt.ids
     if body.max_completion_tokens is not None:
         length = parameters.AnswerLength(body.max_completion_tokens, param="max_completion_tokens")
     else:
@@ -247,10 +264,10 @@ async def _chat_request(
         ids,
         sampling,
         parameters.text_rules(body),
-        adapter,
+        prompt.adapter,
         request_id,
-        continues_prompt=options.continues_last,
-        form=_form(generator, body, adapter),
+        continues_prompt=prompt.continues_last,
+        form=_form(generator, body, prompt.adapter),
     )
 
 

@@ -43,6 +43,7 @@ _TYPES = {
     503: "server_error",
     507: "server_error",
 }
+_ANTHROPIC_TYPES = {408: "timeout_error", 413: "request_too_large", 503: "overloaded_error"}
 _CODES = {
     401: "invalid_api_key",
     413: "body_too_large",
@@ -62,6 +63,12 @@ def error_object(
     return {"message": message, "type": kind, "param": param, "code": code or _CODES.get(status)}
 
 
+def anthropic_error(error: dict[str, Any], status: int = 500) -> dict[str, Any]:
+    """Return the error of Anthropic's routes, a body as well as an event; what OpenAI's has stays in it."""
+    kind = _ANTHROPIC_TYPES.get(status) or error["type"].replace("server_error", "api_error")
+    return {"type": "error", "error": {**error, "type": kind}}
+
+
 def failure_object(failure: BaseException, request_id: str) -> tuple[int, dict[str, Any]]:
     """Return status and error object for `failure`; the text of an unexpected one is not shown."""
     if isinstance(failure, errors.Failure):
@@ -73,7 +80,7 @@ def failure_object(failure: BaseException, request_id: str) -> tuple[int, dict[s
 
 
 def reply(path: str, status: int, error: dict[str, Any]) -> ErrorReply:
-    """Return an error response: OpenAI's body, and outside /v1 also `detail`, which older clients read."""
+    """Return an error in the form of the route: OpenAI's, outside /v1 with `detail` too, or Anthropic's."""
     headers = {}
     if status in {429, 503}:
         headers["Retry-After"] = str(RETRY_AFTER_S)
@@ -81,7 +88,12 @@ def reply(path: str, status: int, error: dict[str, Any]) -> ErrorReply:
         headers["WWW-Authenticate"] = "Bearer"
     if status in {408, 413}:
         headers["Connection"] = "close"
-    body = {"error": error} if path.startswith("/v1/") else {"detail": error["message"], "error": error}
+    if path.startswith("/v1/messages"):
+        body = anthropic_error(error, status)
+    elif path.startswith("/v1/"):
+        body = {"error": error}
+    else:
+        body = {"detail": error["message"], "error": error}
     return ErrorReply(body, status, headers)
 
 

@@ -1,0 +1,308 @@
+"""The body of Anthropic's POST /v1/messages, and the same request as a chat completion.
+
+The system's text, blocks of content, tools, thinking and formats become OpenAI's messages and fields, so
+that one path renders, limits and generates for both routes. Does not know what answers look like
+(anthropic.py). Start at `MessagesBody`, then `as_chat`.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, Tag
+
+from runtime.chat_template import TemplateFeatures
+from runtime.errors import RequestError
+from runtime.serving.http import fields
+from runtime.serving.http.body_types import Body, Flag, Name, ShortText, Text, TokenCount, by_kind
+from runtime.serving.http.constraint_fields import JsonSchema, ResponseFormat
+from runtime.serving.http.messages import MOST_MESSAGES, MOST_PARTS, FunctionCall, Message, ToolCall
+from runtime.serving.http.schema import MAX_STOPS, ChatCompletionBody, SamplingFields
+from runtime.serving.http.tool_fields import (
+    MAX_TOOLS,
+    FunctionTool,
+    NamedFunction,
+    Tool,
+    ToolChoice,
+    ToolChoices,
+)
+
+_SHOWN = 40
+"""Characters of a type that a refusal repeats."""
+
+
+class TextBlock(Body):
+    """A block of text."""
+
+    treatments = fields.BLOCK
+
+    type: Literal["text"] = "text"
+    text: Text
+
+
+def _content(block: type[Body]) -> Any:
+    """Return the type of content that is a text or a list of blocks."""
+    return Annotated[
+        Annotated[Text, Tag("<text>")]
+        | Annotated[list[block], Field(max_length=MOST_PARTS, fail_fast=True), Tag("<blocks>")],  # type: ignore[valid-type]
+        by_kind("a string or a list of blocks", {str: "<text>", list: "<blocks>"}),
+    ]
+
+
+class ResultBlock(Body):
+    """A block of what a tool returned: text."""
+
+    treatments = fields.BLOCK
+
+    type: Name = "text"
+    text: Text | None = None
+
+
+class Block(Body):
+    """One block of a message: text, thinking, the use of a tool, or its result."""
+
+    treatments = fields.BLOCK
+
+    type: Name = "text"
+    text: Text | None = None
+    thinking: Text | None = None
+    id: Name | None = None
+    name: Name | None = None
+    input: dict[str, Any] | None = None
+    tool_use_id: Name | None = None
+    content: _content(ResultBlock) | None = None  # type: ignore[valid-type]
+
+
+class AnthropicMessage(Body):
+    """One turn of the conversation."""
+
+    role: Literal["user", "assistant", "system"]
+    content: _content(Block)  # type: ignore[valid-type]
+
+
+class AnthropicTool(Body):
+    """A function that the model may call."""
+
+    treatments = fields.ANTHROPIC_TOOL
+
+    type: Name = "custom"
+    """Only `custom`: no tool is run here."""
+    name: Name
+    description: Text | None = None
+    input_schema: dict[str, Any] | None = None
+    strict: Flag | None = None
+
+
+class AnthropicToolChoice(Body):
+    """Whether the model may or must call a tool, and how many."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: Name | None = None
+    """The tool that must be called, with type `tool`."""
+    disable_parallel_tool_use: Flag = False
+    """At most one call."""
+
+
+class Thinking(Body):
+    """Whether the model thinks before it answers, where its template has a switch for that."""
+
+    treatments = fields.THINKING
+
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    display: Literal["summarized", "omitted"] | None = None
+    """`omitted` leaves the text of thoughts out of the answer."""
+
+
+class OutputFormat(Body):
+    """What the answer must be."""
+
+    type: Literal["json_schema"] = "json_schema"
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Body):
+    """The answer's form, and how hard the model thinks."""
+
+    effort: Name | None = None
+    """The variable `reasoning_effort` of the model's chat template, where that reads it."""
+    format: OutputFormat | None = None
+
+
+class MessagesBody(SamplingFields):
+    """POST /v1/messages, and /v1/messages/count_tokens, for which what the prompt is made of matters."""
+
+    treatments = fields.ANTHROPIC
+
+    model: Name | None = None
+    """The base model or an adapter; None is the base model."""
+    messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
+    system: _content(TextBlock) | None = None  # type: ignore[valid-type]
+    """A turn of the system before the conversation."""
+    tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: AnthropicToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None
+    """The earlier place of `output_config.format`."""
+    max_tokens: TokenCount | None = None
+    """Longest answer, in tokens."""
+    stop_sequences: Annotated[list[ShortText], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    """Strings that end the answer; they are not part of it."""
+    stream: Flag = False
+
+    @property
+    def shows_thoughts(self) -> bool:
+        """Whether the answer has blocks of thinking with their text."""
+        thinking = self.thinking
+        return thinking is None or (thinking.type != "disabled" and thinking.display != "omitted")
+
+    def as_chat(self, features: TemplateFeatures) -> ChatCompletionBody:
+        """Return the same request as OpenAI's, for a model whose template has `features`.
+
+        Raises RequestError for a block, a tool or a choice of tools that is not served here.
+        """
+        messages = [message for sent in self._turns() for message in sent]
+        asked = {
+            name: getattr(self, name) for name in SamplingFields.model_fields if name in self.model_fields_set
+        }
+        if (required := self._required_format()) is not None:
+            asked["response_format"] = required
+        if self.stop and self.stop_sequences:
+            raise RequestError("'stop' and 'stop_sequences' exclude each other", param="stop")
+        asked |= {"stop": self.stop_sequences} if self.stop_sequences else {}
+        choice = self.tool_choice
+        return ChatCompletionBody.model_construct(
+            messages=messages,
+            model=self.model,
+            max_tokens=self.max_tokens,
+            stream=self.stream,
+            tools=self._tools() or None,
+            tool_choice=self._tool_choice(),
+            parallel_tool_calls=not (choice is not None and choice.disable_parallel_tool_use),
+            continue_final_message=_is_text_of_assistant(messages[-1]),
+            chat_template_kwargs=self._template_variables(features),
+            reasoning_effort=self.output_config.effort if self.output_config else None,
+            **asked,
+        )
+
+    def _turns(self) -> Iterator[Sequence[Message]]:
+        if self.system:
+            yield [Message(role="system", content=_joined(self.system))]
+        for index, message in enumerate(self.messages):
+            yield list(_turns(message, f"messages[{index}]"))
+
+    def _tools(self) -> list[Tool]:
+        for index, tool in enumerate(self.tools or ()):
+            if tool.type != "custom":
+                raise RequestError(
+                    f"'tools[{index}].type' is '{tool.type[:_SHOWN]}'; no tool is run here, send "
+                    "tools of type 'custom' and run them yourself",
+                    param=f"tools[{index}].type",
+                )
+        return [
+            Tool(
+                function=FunctionTool(
+                    name=tool.name,
+                    description=tool.description,
+                    parameters=tool.input_schema,
+                    strict=tool.strict,
+                )
+            )
+            for tool in self.tools or ()
+        ]
+
+    def _tool_choice(self) -> "ToolChoices | None":
+        choice = self.tool_choice
+        if choice is None:
+            return None
+        if choice.type == "tool":
+            if choice.name is None:
+                raise RequestError("'tool_choice.name' is missing", param="tool_choice.name")
+            return ToolChoice(function=NamedFunction(name=choice.name))
+        words: dict[str, Literal["auto", "none", "required"]] = {
+            "auto": "auto",
+            "any": "required",
+            "none": "none",
+        }
+        return words[choice.type]
+
+    def _template_variables(self, features: TemplateFeatures) -> dict[str, Any] | None:
+        """Return the variable that turns thinking on or off, where it is wanted and the template has one."""
+        if (
+            self.thinking is None
+            or not features.thinking
+            or self.thinking.type not in {"enabled", "disabled"}
+        ):
+            return None
+        return {features.thinking: self.thinking.type == "enabled"}
+
+    def _required_format(self) -> ResponseFormat | None:
+        wanted = (self.output_config.format if self.output_config else None) or self.output_format
+        if wanted is None:
+            return None
+        return ResponseFormat(type="json_schema", json_schema=JsonSchema(schema_=wanted.schema_))
+
+
+def _turns(message: AnthropicMessage, at: str) -> Iterator[Message]:
+    """Yield a message as OpenAI's: results of tools, which answer the calls before, and then the rest."""
+    if isinstance(message.content, str):
+        yield Message(role=message.role, content=message.content)
+        return
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[ToolCall] = []
+    for index, block in enumerate(message.content):
+        place = f"{at}.content[{index}]"
+        match block.type, message.role:
+            case "text", _:
+                texts.append(_given(block.text, f"{place}.text"))
+            case "thinking", "assistant":
+                thoughts.append(_given(block.thinking, f"{place}.thinking"))
+            case "redacted_thinking", "assistant":
+                pass  # nobody but its author can read it
+            case "tool_use", "assistant":
+                function = FunctionCall(
+                    name=_given(block.name, f"{place}.name"), arguments=_given(block.input, f"{place}.input")
+                )
+                calls.append(ToolCall(id=_given(block.id, f"{place}.id"), function=function))
+            case "tool_result", "user":
+                call_id = _given(block.tool_use_id, f"{place}.tool_use_id")
+                yield Message(role="tool", tool_call_id=call_id, content=_result(block, place))
+            case kind, role:
+                raise RequestError(
+                    f"'{place}.type' is '{kind[:_SHOWN]}', which is not served here in a message of the "
+                    f"{role}; send text, thinking, tool_use and tool_result blocks",
+                    param=f"{place}.type",
+                )
+    if texts or thoughts or calls or not any(block.type == "tool_result" for block in message.content):
+        thought = "".join(thoughts) or None
+        yield Message(
+            role=message.role, content="".join(texts), tool_calls=calls or None, reasoning_content=thought
+        )
+
+
+def _result(block: Block, place: str) -> str:
+    """Return what a tool returned as text."""
+    if block.content is None or isinstance(block.content, str):
+        return block.content or ""
+    for index, part in enumerate(block.content):
+        if part.type != "text" or part.text is None:
+            raise RequestError(
+                f"'{place}.content[{index}].type' is '{part.type[:_SHOWN]}'; results are text here",
+                param=f"{place}.content[{index}].type",
+            )
+    return _joined(block.content)
+
+
+def _joined(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(block.text or "" for block in content)
+
+
+def _given(value: Any, param: str) -> Any:
+    if value is None:
+        raise RequestError(f"'{param}' is missing", param=param)
+    return value
+
+
+def _is_text_of_assistant(message: Message) -> bool:
+    """Whether the answer goes on where a last message of the assistant ends."""
+    return message.role == "assistant" and bool(message.content) and not message.tool_calls
