@@ -101,6 +101,24 @@ def test_openai_for_node(read: Callable[..., Any]) -> None:
 
 
 @needs_clients
+def test_anthropic(read: Callable[..., Any]) -> None:
+    assert read("python", "anthropic_python.py") == {
+        "message": "ok",
+        "stream": [ODD_TEXT, "end_turn", True],
+        "count": True,
+        "tools": {
+            "called": [["weather", {"city": city}, "tool_use"] for city in ("Oslo", "Rome")],
+            "answer": "wet",
+        },
+        "errors": {
+            "model": ["NotFoundError", "not_found_error"],
+            "context": ["BadRequestError", "invalid_request_error"],
+            "field": ["BadRequestError", "invalid_request_error"],
+        },
+    }
+
+
+@needs_clients
 def test_langchain(read: Callable[..., Any]) -> None:
     city = {"name": "Oslo", "people": 700000}
     assert read("python", "langchain_python.py") == {

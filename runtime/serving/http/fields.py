@@ -192,6 +192,7 @@ _FORM = {
         "use 'response_format' or 'structured_outputs'", "structural_tag", "grammar_lazy", "grammar_triggers"
     ),
     **_refused("use 'response_format'", "schema", "response_schema", "response_json_schema", "output_schema"),
+    **_refused("use 'response_format'", "output_format", "output_config"),
     **_refused("use 'response_format'", "json", "json_object", "json_mode", "format", "response_mime_type"),
     **_refused("use 'guided_choice'", "choice", "choices"),
     **_refused("use 'structured_outputs'", "guided_decoding", "guided_options_request"),
@@ -367,9 +368,13 @@ RESPONSES: Treatments = {
 ANTHROPIC: Treatments = {
     **GENERATION,
     **_TEMPLATED,
-    **_CALLS,
     **_refused("send 'messages'", *_INPUTS, "prompt", "text"),
+    **_refused("use 'tools' and 'tool_choice'", "functions", "function_call", neutral=("auto", "none")),
+    **_refused("use 'tool_choice.disable_parallel_tool_use'", "parallel_tool_calls", neutral=(True,)),
+    **_refused("use 'thinking'", "enable_thinking"),
+    **_refused("use 'system'", "system_prompt", "instructions"),
     **_refused("no tool is run here", "container", "mcp_servers"),
+    **_refused("it is not offered", "include"),
     **_ignored("a prompt that does not fit is refused, never cut", "context_management"),
     **_ignored("the prefix cache is one, and always used", "cache_control"),
     **_ignored("there is one place and one speed", "inference_geo", "speed"),

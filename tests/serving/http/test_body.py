@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from runtime.serving.http import admin, constraint_fields, messages, responses, schema, tool_fields
+from runtime.serving.http import (
+    admin,
+    anthropic_body,
+    constraint_fields,
+    messages,
+    responses,
+    schema,
+    tool_fields,
+)
 from runtime.serving.http.body import IGNORED, read_now
 from runtime.serving.http.body_types import Body
 from runtime.serving.http.fields import UnknownFields
@@ -44,6 +52,16 @@ LEAST: dict[type[Body], dict[str, Any]] = {
     responses.Format: {},
     responses.TextFormat: {},
     responses.ResponsesBody: {"input": "x"},
+    anthropic_body.TextBlock: {"text": "x"},
+    anthropic_body.ResultBlock: {},
+    anthropic_body.Block: {},
+    anthropic_body.AnthropicMessage: USER,
+    anthropic_body.AnthropicTool: {"name": "f"},
+    anthropic_body.AnthropicToolChoice: {"type": "auto"},
+    anthropic_body.Thinking: {"type": "adaptive"},
+    anthropic_body.OutputFormat: {"schema": {}},
+    anthropic_body.OutputConfig: {},
+    anthropic_body.MessagesBody: {"messages": [USER]},
     admin.TokenizeBody: {},
     admin.DetokenizeBody: {"tokens": []},
     admin.LoadBody: {"lora_name": "a", "lora_path": "a"},

@@ -16,6 +16,7 @@ from openai.types.chat import completion_create_params as chat
 from openai.types.responses import response_create_params as response
 
 from runtime.serving.http import fields, messages
+from runtime.serving.http.anthropic_body import MessagesBody
 from runtime.serving.http.body_types import Body
 from runtime.serving.http.fields import Treatment, near_miss
 from runtime.serving.http.responses import ResponsesBody
@@ -28,6 +29,7 @@ ROUTES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatCompletionBody,
     "/v1/completions": CompletionBody,
     "/v1/responses": ResponsesBody,
+    "/v1/messages": MessagesBody,
 }
 VLLM = """
 add_generation_prompt add_special_tokens allowed_token_ids bad_words best_of cache_salt chat_template
