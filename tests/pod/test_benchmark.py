@@ -64,15 +64,19 @@ def test_result_has_the_form_that_the_controller_parses(tmp_path: Path) -> None:
     output = tmp_path / "log"
     engine = {"rows": 3, "queue": 0, "pace_s": 0.002, "context_tokens": 4096}
     with server(tmp_path, {}, engine) as base:
+        began = time.monotonic()
         assert run(base, output) == 0
+        minutes = (time.monotonic() - began) / 60
         config, result = controller_reads(output.read_text())
         counted = metric(base, "vllm:prompt_tokens_total") + metric(base, "vllm:generation_tokens_total")
         assert metric(base, "vllm:num_requests_running") == 0, "it drains before it reports"
     assert config == {"duration_sec": 1, "input_tokens": 2048, "output_tokens": 256, "max_concurrency": 3}
     assert all(isinstance(value, int) for value in config.values())
-    assert result["vllm_total_tpm"] == pytest.approx(60 * counted, rel=0.5)
-    assert 0.1 < result["ttft_avg_ms"] < 5000
-    assert 1 < result["tpot_avg_ms"] < 500  # 2.5
+    assert (
+        0.5 * counted / minutes < result["vllm_total_tpm"] < 1.5 * counted * 60
+    )  # it took a second at least
+    assert 0.1 < result["ttft_avg_ms"] < 60_000 * minutes
+    assert 2 < result["tpot_avg_ms"] < 60_000 * minutes / 255
     for line in output.read_text().splitlines():
         assert re.fullmatch(r"KAITO_BENCHMARK_(CONFIG|RESULT) \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ {\S+}", line)
 

@@ -218,11 +218,10 @@ def test_the_plan_is_the_measured_peak_of_a_small_model(
 
 @pytest.mark.slow
 @pytest.mark.model
-@pytest.mark.parametrize("how", ["default", "compact"])
 def test_the_plan_is_the_measured_peak_of_the_demo_model(
-    how: str, demo_model_dir: Path, make_long_job: Callable[..., TuningJob]
+    demo_model_dir: Path, make_long_job: Callable[..., TuningJob]
 ) -> None:
-    _hold(make_long_job(ModelSource(name="demo", path=demo_model_dir), 512, {}), how)
+    _hold(make_long_job(ModelSource(name="demo", path=demo_model_dir), 512, {}), "default")
 
 
 def _hold(made: TuningJob, how: str) -> None:
