@@ -48,10 +48,18 @@ class Command:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
 
+    def _is_tagged(self) -> bool:
+        """Whether a layout that is the result has its tag, which comes after what is attached."""
+        index = self.work / self.result
+        return index.name != "index.json" or "v1" in [
+            each["annotations"]["org.opencontainers.image.ref.name"]
+            for each in json.loads(index.read_text())["manifests"]
+        ]
+
     def has_result(self, found: dict[str, str], whole: dict[str, str]) -> bool:
         """Whether the result in `found` is that in `whole`; False where there is none."""
         below = {name: digest for name, digest in found.items() if name.startswith(self.result)}
-        if not below:
+        if not below or not self._is_tagged():
             return False
         assert below == {name: digest for name, digest in whole.items() if name.startswith(self.result)}
         return True
