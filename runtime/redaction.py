@@ -20,7 +20,7 @@ _CREDENTIALS = re.compile(
     r"\b(?P<scheme>(?i:Bearer|Basic))\s+(?!\w+=|KEY\b)(?=[a-z._~+/=-]*[A-Z0-9]|\S{20})[A-Za-z0-9._~+/=-]+"
 )
 _FIELD = re.compile(
-    r"(?<![\w/-])(?P<name>[\w-]{2,60})(?P<mark>\\?[\"']?(?:\s?[:=]\s?|%3D))(?!\s|//|\\?[\"']?\[redacted)"
+    r"(?<![\w/-])(?P<name>[\w-]{2,60})(?P<mark>\\?[\"']?(?:\s?[:=]\s?|%3D))(?!\s|//|KEY\b|\\?[\"']?\[redacted)"
     r"(?P<value>\\?\"[^\"]*\"|'[^']*'|[^\s,;&\"'`<>}\])]+)"
 )
 _SECRET_NAME = re.compile(
@@ -41,6 +41,10 @@ _TOKEN = re.compile(
 )
 
 
+_RANDOM = re.compile(r"[A-Za-z0-9]{16}|[a-z0-9][A-Z]")
+"""In an API key, as in no name of words: 16 characters without a hyphen, or a capital within one."""
+
+
 def redact(text: str) -> str:
     """Return `text` without URLs' queries and user info, headers' credentials, secret fields, known tokens.
 
@@ -51,7 +55,7 @@ def redact(text: str) -> str:
     text = _HEADER.sub(_kept, text)
     text = _CREDENTIALS.sub(r"\g<scheme> [redacted]", text)
     text = _FIELD.sub(_field, text)
-    return _TOKEN.sub("[redacted]", text)
+    return _TOKEN.sub(_token, text)
 
 
 def _without_secrets_of_urls(text: str) -> str:
@@ -69,6 +73,12 @@ def _address(text: str) -> str:
     address = found[0] if found else ""
     user = _USERINFO.match(address)
     return _QUERY.sub("", address[user.end() if user else 0 :], count=1) + text[len(address) :]
+
+
+def _token(found: re.Match[str]) -> str:
+    """Return what stands for a token; a name of words behind `sk-` is none."""
+    is_name = found[0].startswith("sk-") and not _RANDOM.search(found[0])
+    return found[0] if is_name else "[redacted]"
 
 
 def _kept(found: re.Match[str]) -> str:

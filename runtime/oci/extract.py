@@ -19,7 +19,7 @@ from runtime.oci.blobs import READ_BYTES
 from runtime.oci.decompression import PlainStream, opened, unpacked_limit
 from runtime.oci.selection import Selection
 from runtime.oci.tar import entries
-from runtime.oci.tree import ImageTree, TreeFile
+from runtime.oci.tree import ImageTree, TreeFile, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def _names_refused(target: Path) -> Iterator[None]:
         if error.errno not in {errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG, errno.EEXIST}:
             raise
         raise ConfigError(
-            f"{error.filename}: not possible on the file system of {target} ({error.strerror});"
+            f"{shown(str(error.filename))}: not possible on the file system of {target} ({error.strerror});"
             " pull into another one"
         ) from None
 

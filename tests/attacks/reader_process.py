@@ -1,7 +1,8 @@
 """Reads data files, each in a process of its own, and prints what became of it and of its memory.
 
 Run as `python -m tests.attacks.reader_process MAX_BYTES POLICY FILE …`; prints a line of JSON a file. The
-processes are forked, so that modules are imported once.
+processes are forked, so that modules are imported once. With `-` for the files their names come by standard
+input, and this process reads them all.
 """
 
 import json
@@ -35,6 +36,10 @@ def read(file: Path, max_bytes: int, policy: str) -> dict[str, object]:
 
 def main() -> None:
     max_bytes, policy, *files = sys.argv[1:]
+    if files == ["-"]:
+        for line in sys.stdin:
+            print(json.dumps(read(Path(line[:-1]), int(max_bytes), policy)), flush=True)
+        return
     for file in map(Path, files):
         reading, writing = os.pipe()
         child = os.fork()

@@ -145,3 +145,15 @@ def test_layers_that_a_tool_recompressed_are_read(adapter: Path, tmp_path: Path,
     packed = oci.parse(f"oci:{tmp_path}/packed:v1")
     assert {layer.media_type.rpartition("+")[2] for layer in oci.inspect(packed).manifest.layers} == {form}
     assert files(oci.pull(packed, tmp_path / "pulled")) == files(adapter)
+
+
+def test_a_name_that_the_file_system_refuses_is_one_line(tmp_path: Path) -> None:
+    data = archive(("data/a\nb", b"1"))
+    (tmp_path / "layer").write_bytes(data)
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target/a\nb").touch()  # as on a file system that knows no second case
+    tree, blob = ImageTree(), LayerBlob(tmp_path / "layer", f"sha256:{hashlib.sha256(data).hexdigest()}")
+    read_layer(tree, blob, 0)
+    with pytest.raises(Failure, match="not possible on the file system") as refused:
+        write(select(tree, "data", "IMAGE"), [blob], tmp_path / "target")
+    assert "\n" not in str(refused.value)
