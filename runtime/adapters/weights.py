@@ -1,7 +1,15 @@
-"""The matrices of an adapter with its scaling: what serving adds to a layer's output. Needs torch."""
+"""The matrices of an adapter with its scaling: what serving adds to a layer's output. Needs torch.
 
+Computes a small piece at a time, which torch does in the thread that asks: an adapter is read beside an
+engine, which the pool of threads of every further one that computes in parallel slows down (see
+RequestQueue.call).
+Start at `scaled_pairs`.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -9,6 +17,9 @@ from runtime.adapters import lora_config
 from runtime.adapters.folder import WEIGHTS_FILE, check_served
 from runtime.adapters.lora_config import PREFIX
 from runtime.errors import ConfigError
+
+PIECE = 1 << 14
+"""Elements; torch divides an operation among threads from 32,768 on."""
 
 
 def scaled_pairs(
@@ -29,14 +40,30 @@ def scaled_pairs(
     pairs = {}
     for path in adapter.paths:
         down, up = (_finite(weights, f"{path}.lora_{side}.weight", adapter.name) for side in "AB")
-        pairs[path] = (down, up * (strength * scalings[path]))
+        factor = strength * scalings[path]
+        pairs[path] = (down, in_pieces(up, lambda piece, factor=factor: piece * factor, torch.float32))
     return pairs
+
+
+def in_pieces(values: Tensor, work: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+    """Return `work` of `values`, element by element, as `dtype`, computed in this thread alone."""
+    result = torch.empty(values.shape, dtype=dtype)
+    pieces, targets = values.reshape(-1).split(PIECE), result.view(-1).split(PIECE)
+    for piece, target in zip(pieces, targets, strict=True):
+        target.copy_(work(piece))
+    return result
+
+
+def not_finite(values: Tensor) -> int:
+    """Return how many of `values` are NaN or Inf."""
+    pieces = values.reshape(-1).split(PIECE)
+    return sum(piece.numel() - int(piece.isfinite().sum()) for piece in pieces)
 
 
 def _finite(weights: dict[str, Tensor], tensor: str, adapter: str) -> Tensor:
     """Return a tensor in float32; ConfigError for one that no answer can be computed with."""
-    values = weights[f"{PREFIX}{tensor}"].float()
-    wrong = values.numel() - int(values.isfinite().sum())
+    values = in_pieces(weights[f"{PREFIX}{tensor}"], lambda piece: piece, torch.float32)
+    wrong = not_finite(values)
     if wrong:
         raise ConfigError(
             f"adapter {adapter}: {tensor} holds NaN or Inf in {wrong} of {values.numel()} places: its "

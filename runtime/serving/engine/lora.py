@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from runtime.adapters.weights import scaled_pairs
+from runtime.adapters.weights import in_pieces, not_finite, scaled_pairs
 from runtime.errors import is_out_of_memory
 from runtime.serving.engine import failures
 from runtime.serving.engine.adapter_groups import NO_ADAPTER, AdapterGroups, group
@@ -23,13 +23,17 @@ from runtime.serving.engine.linear import HooklessModule
 
 GATHERED_BYTES = 64 << 20
 """Weights gathered at a time: what a GPU's second cache holds, and the most memory that gathering takes."""
-SLOTS_STEP = 4
-"""Adapter slots are made and freed by so many: weights that stay where they are keep their CUDA graphs."""
+SLOTS_STEP, LARGE_SLOTS_STEP = 4, 16
+"""Adapter slots are made by so many, above LARGE_SLOTS_STEP of them by that many: weights that stay where
+they are keep their CUDA graphs. One step more than needed stays: adapters that take turns move nothing."""
 RANK_STEP = 8
 """On a GPU ranks are padded to multiples of this: 16 bytes of a row, which its matrix units ask for."""
 
 LoraWeights = dict[int, tuple[Tensor, Tensor]]
 """LoRA weights (r, in) and scaled (out, r) by merged module of one layer."""
+
+AdapterWeights = dict["LoraLinear", LoraWeights]
+"""What was read of an adapter, in the host's memory."""
 
 SliceAdapter = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 """From a layer's path and its LoRA weights (r, in) and (out, r) to this rank's slices of them."""
@@ -184,6 +188,9 @@ class LoraLinear(HooklessModule):
         if old is None or rank == 0:
             return self.use(None)
         rank = _padded_rank(rank, old.rows.device)
+        if old.slots - adapter_slots <= _slots_step(old.slots):
+            adapter_slots = old.slots
+            rank = old.rank if 2 * rank > old.rank else rank
         if (old.slots, old.rank) == (adapter_slots, rank):
             return False
         try:
@@ -217,7 +224,7 @@ class LoraLinear(HooklessModule):
 
 @dataclass(frozen=True, slots=True)
 class StagedAdapter:
-    """An adapter that has been read, and the memory that it goes to."""
+    """An adapter on the device, and the memory that it goes to."""
 
     adapter_slot: int
     layers: list[tuple[LoraLinear, LoraWeights, Stacks | None]]
@@ -288,15 +295,19 @@ class AdapterStore:
             NO_ADAPTER if version is None else self._residents[version].adapter_slot for version in versions
         ]
 
-    def _read(self, name: str, folder: Path, *, strength: float) -> dict[LoraLinear, LoraWeights]:
-        """Return the adapter's weights by layer; ConfigError if they do not fit this model."""
-        weights: dict[LoraLinear, LoraWeights] = {}
+    def read(self, name: str, folder: Path, *, strength: float) -> AdapterWeights:
+        """Return the adapter's weights by layer; ConfigError if they do not fit this model.
+
+        Touches nothing that a step reads: any thread may call it.
+        """
+        weights: AdapterWeights = {}
         for path, pair in scaled_pairs(folder, name=name, strength=strength).items():
             target = self._targets.get(path)
             if target is None:
                 raise failures.does_not_fit(name, f"no layer '{path}' to adapt here")
-            self._check(name, path, pair)
-            down, up = pair if self._slice_adapter is None else self._slice_adapter(path, *pair)
+            down, up = self._converted(name, path, pair)
+            if self._slice_adapter is not None:
+                down, up = self._slice_adapter(path, down, up)
             expected = (target.layer.in_features, target.layer.out_features[target.index])
             if (down.shape[1], up.shape[0]) != expected:
                 raise failures.does_not_fit(
@@ -304,27 +315,28 @@ class AdapterStore:
                     f"{path} maps {down.shape[1]} to {up.shape[0]} features, expected {expected[0]} to "
                     f"{expected[1]}",
                 )
-            weights.setdefault(target.layer, {})[target.index] = (
-                down.to(self.device, self._dtype),
-                up.to(self.device, self._dtype),
-            )
+            weights.setdefault(target.layer, {})[target.index] = (down, up)
         return weights
 
-    def _check(self, name: str, path: str, pair: tuple[Tensor, Tensor]) -> None:
-        """Raise ConfigError for weights that overflow in the model's type."""
-        for weights, side in zip(pair, "AB", strict=True):
-            if not bool(weights.to(self._dtype).isfinite().all()):
+    def _converted(self, name: str, path: str, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the weights in the model's type; ConfigError where they overflow in it."""
+        down, up = (in_pieces(weights, lambda piece: piece, self._dtype) for weights in pair)
+        for weights, side in ((down, "A"), (up, "B")):
+            if not_finite(weights):
                 raise failures.does_not_fit(
                     name, f"{path}.lora_{side} times its scaling is not finite in {self._dtype}"
                 )
+        return down, up
 
-    def stage(self, name: str, folder: Path, *, strength: float) -> StagedAdapter:
-        """Read an adapter and take the memory for it in every layer; ConfigError if it does not fit."""
-        weights = self._read(name, folder, strength=strength)
+    def stage(self, weights: AdapterWeights) -> StagedAdapter:
+        """Copy what `read` returned to the device, and take the memory for it in every layer."""
         adapter_slot = 1 + len(self._residents)
         layers = []
         for layer in self._layers:
-            own = weights.get(layer, {})
+            own = {
+                index: (down.to(self.device), up.to(self.device))
+                for index, (down, up) in weights.get(layer, {}).items()
+            }
             layers.append((layer, own, layer.room(own, adapter_slots=_padded_slots(adapter_slot))))
         return StagedAdapter(adapter_slot, layers)
 
@@ -374,4 +386,9 @@ def _padded_rank(rank: int, device: torch.device) -> int:
 
 def _padded_slots(adapters: int) -> int:
     """Return the slots for so many adapters, and for none."""
-    return -(-(1 + adapters) // SLOTS_STEP) * SLOTS_STEP
+    step = _slots_step(1 + adapters)
+    return -(-(1 + adapters) // step) * step
+
+
+def _slots_step(slots: int) -> int:
+    return SLOTS_STEP if slots <= LARGE_SLOTS_STEP else LARGE_SLOTS_STEP

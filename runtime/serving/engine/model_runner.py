@@ -26,7 +26,7 @@ from runtime.serving.engine.kernels import WIDTH, Kernels
 from runtime.serving.engine.kv_pool import KvPool, LayerKinds
 from runtime.serving.engine.layers import LayerFactory
 from runtime.serving.engine.linear import LinearLayouts
-from runtime.serving.engine.lora import AdapterStore, StagedAdapter
+from runtime.serving.engine.lora import AdapterStore, AdapterWeights, StagedAdapter
 from runtime.serving.engine.out_of_memory import free_memory
 from runtime.serving.engine.parallel.group import (
     AddAdapter,
@@ -163,13 +163,22 @@ class ModelRunner:
         self._broadcast(host)
         return self._execute(host, chosen)
 
-    def add_adapter(self, name: str, folder: Path, strength: float) -> None:
-        """Read an adapter on every rank, or on none.
+    def read_adapter(self, name: str, folder: Path, strength: float) -> AdapterWeights | None:
+        """Return what `add_adapter` takes, in any thread; None where there are ranks, which read it there.
+
+        ConfigError when it does not fit this model, CapacityError when the host has no memory for it.
+        """
+        return self._read(name, folder, strength) if self._group is None else None
+
+    def add_adapter(
+        self, name: str, folder: Path, strength: float, *, weights: AdapterWeights | None = None
+    ) -> None:
+        """Take an adapter on every rank, or on none; `weights` are those that were read, if they were.
 
         ConfigError when it does not fit this model, CapacityError when a rank has no memory for it.
         """
         self._broadcast(AddAdapter(name, str(folder), strength))
-        self._add(name, folder, strength)
+        self._add(name, folder, strength, weights)
 
     def remove_adapter(self, name: str) -> int:
         """Drop an adapter, and return the version it had."""
@@ -214,10 +223,11 @@ class ModelRunner:
         if self._group is not None and self._group.rank == 0:
             self._group.broadcast(command)
 
-    def _add(self, name: str, folder: Path, strength: float) -> None:
+    def _add(self, name: str, folder: Path, strength: float, weights: AdapterWeights | None = None) -> None:
         staged = None
         try:
-            staged = self._stage(name, folder, strength)
+            weights = self._read(name, folder, strength) if weights is None else weights
+            staged = self._stage(name, weights)
         finally:
             # a failed rank raises its own failure; the others must not wait for it in a step
             ready = staged is not None
@@ -228,10 +238,18 @@ class ModelRunner:
         if self._graphs is not None:
             self._graphs.follow_adapters()
 
-    def _stage(self, name: str, folder: Path, strength: float) -> StagedAdapter:
+    def _read(self, name: str, folder: Path, strength: float) -> AdapterWeights:
+        try:
+            return self.adapters.read(name, folder, strength=strength)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        raise failures.no_memory_for_adapter(name)
+
+    def _stage(self, name: str, weights: AdapterWeights) -> StagedAdapter:
         """Return the adapter, for which all memory is taken; CapacityError where there is too little."""
         try:
-            return self.adapters.stage(name, folder, strength=strength)
+            return self.adapters.stage(weights)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

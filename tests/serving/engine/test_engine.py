@@ -4,6 +4,7 @@ import asyncio
 import copy
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from peft import PeftModel
 
 from runtime.errors import ConfigError, RequestError, UnavailableError
+from runtime.serving.engine import lora
 from runtime.serving.engine.engine import CHUNK_TOKENS, PREFILL_ONLY_TOKENS, BatchingEngine, EngineLimits
 from runtime.serving.engine.extents import Move
 from runtime.serving.engine.kernels import Kernels
@@ -394,6 +396,27 @@ def test_an_adapter_name_in_use_is_refused_and_the_first_adapter_stays(
     with pytest.raises(ConfigError, match="adapter x: is already loaded"):
         engine.add_adapter("x", adapter_dirs["my.first-one"])
     assert run(engine, make_request(adapter="x")) == before
+
+
+def test_requests_are_answered_while_an_adapter_is_read(
+    engine: BatchingEngine, adapter_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, answered = threading.Event(), threading.Event()
+    scaled_pairs = lora.scaled_pairs
+
+    def slow(*args: Any, **options: Any) -> Any:
+        reading.set()
+        assert answered.wait(60)
+        return scaled_pairs(*args, **options)
+
+    monkeypatch.setattr(lora, "scaled_pairs", slow)
+    with ThreadPoolExecutor(1) as pool:
+        adding = pool.submit(engine.add_adapter, "x", adapter_dirs["second"])
+        assert reading.wait(60)
+        before = run(engine, make_request())
+        answered.set()
+        adding.result(60)
+    assert run(engine, make_request(adapter="x")) != before
 
 
 def test_a_model_that_cannot_be_prepared_leaves_no_thread(
