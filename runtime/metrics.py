@@ -8,7 +8,7 @@ import time
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -199,6 +199,15 @@ class ServingMetrics:
         self._adapter_failures = self._counter(
             "runtime:adapter_failures", "Adapters that were not loaded", "reason"
         )
+        self._adapter_hits = self._counter(
+            "runtime:adapter_hits", "Requests whose adapter from a registry was in memory"
+        )
+        self._adapter_loads = self._histogram(
+            "runtime:adapter_load_seconds", "From the first request for an adapter to its being in memory"
+        )
+        self._adapter_evictions = self._counter(
+            "runtime:adapter_evictions", "Adapters from a registry that made room for others", "place"
+        )
         self._queued = self._histogram(
             "vllm:request_queue_time_seconds", "Time a request waited in the queue"
         )
@@ -246,6 +255,18 @@ class ServingMetrics:
     def adapter_failed(self, reason: str) -> None:
         """Count an adapter that was not loaded."""
         self._adapter_failures.labels(self._model, reason).inc()
+
+    def adapter_hit(self) -> None:
+        """Count a request whose adapter was in memory."""
+        self._adapter_hits.labels(self._model).inc()
+
+    def adapter_loaded(self, seconds: float) -> None:
+        """Record that an adapter was pulled, where it was not on disk, and read."""
+        self._adapter_loads.labels(self._model).observe(seconds)
+
+    def adapter_evicted(self, place: Literal["memory", "disk"]) -> None:
+        """Count an adapter that made room for another."""
+        self._adapter_evictions.labels(self._model, place).inc()
 
     @contextmanager
     def adapter(self, name: str | None) -> Iterator[Callable[[], None]]:

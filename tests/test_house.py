@@ -79,6 +79,7 @@ ROOMS = {
             "loading",
             "replica",
             "check",
+            "adapter_sources",
         },
         {"http"},
     ],

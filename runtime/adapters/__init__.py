@@ -16,6 +16,7 @@ from runtime.adapters.folder import (
     local_copy,
     no_directory,
     read_config,
+    within,
 )
 from runtime.adapters.lora_config import LoraFields
 from runtime.adapters.own_template import check_tokens, own_template
@@ -36,4 +37,5 @@ __all__ = [
     "own_template",
     "read_config",
     "save",
+    "within",
 ]

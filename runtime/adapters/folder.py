@@ -106,7 +106,7 @@ def local_copy(reference: str, *, access: oci.Access, name: str | None = None) -
         raise no_directory(reference, what)
     with tempfile.TemporaryDirectory(prefix="adapter-") as scratch:
         image = oci.pull(oci.parse(reference), Path(scratch) / "image", access=access)
-        yield _only_adapter(image, what, reference)
+        yield within(image, what, reference)
 
 
 def no_directory(reference: str, what: str) -> ConfigError:
@@ -115,8 +115,11 @@ def no_directory(reference: str, what: str) -> ConfigError:
     return ConfigError(f"{what}: no directory {reference}{hint}")
 
 
-def _only_adapter(image: Path, what: str, reference: str) -> Path:
-    """Return the folder of an image with the adapter: the uppermost, and the only one there."""
+def within(image: Path, what: str, reference: str) -> Path:
+    """Return the folder of an image with the adapter: the uppermost, and the only one there.
+
+    Raises ConfigError, which calls the adapter `what` and the image `reference`.
+    """
     found = sorted(path.parent.relative_to(image) for path in image.rglob(CONFIG_FILE))
     if not found:
         raise ConfigError(f"{what}: {reference} holds no {CONFIG_FILE}")

@@ -6,7 +6,6 @@ RequestQueue.call).
 Start at `scaled_pairs`.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,29 +39,31 @@ def scaled_pairs(
     pairs = {}
     for path in adapter.paths:
         down, up = (_finite(weights, f"{path}.lora_{side}.weight", adapter.name) for side in "AB")
-        factor = strength * scalings[path]
-        pairs[path] = (down, in_pieces(up, lambda piece, factor=factor: piece * factor, torch.float32))
+        pairs[path] = (down, in_pieces(up, torch.float32, factor=strength * scalings[path]))
     return pairs
 
 
-def in_pieces(values: Tensor, work: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
-    """Return `work` of `values`, element by element, as `dtype`, computed in this thread alone."""
+def in_pieces(values: Tensor, dtype: torch.dtype, *, factor: float = 1.0) -> Tensor:
+    """Return `values` times `factor` as `dtype`, computed in this thread alone."""
     result = torch.empty(values.shape, dtype=dtype)
-    pieces, targets = values.reshape(-1).split(PIECE), result.view(-1).split(PIECE)
-    for piece, target in zip(pieces, targets, strict=True):
-        target.copy_(work(piece))
+    for piece, target in zip(_pieces(values), _pieces(result), strict=True):
+        target.copy_(piece if factor == 1 else piece * factor)
     return result
 
 
 def not_finite(values: Tensor) -> int:
     """Return how many of `values` are NaN or Inf."""
-    pieces = values.reshape(-1).split(PIECE)
-    return sum(piece.numel() - int(piece.isfinite().sum()) for piece in pieces)
+    return sum(piece.numel() - int(piece.isfinite().sum()) for piece in _pieces(values))
+
+
+def _pieces(values: Tensor) -> tuple[Tensor, ...]:
+    """Return views of a whole tensor's elements, in order."""
+    return torch.split(values.view(-1), PIECE)
 
 
 def _finite(weights: dict[str, Tensor], tensor: str, adapter: str) -> Tensor:
     """Return a tensor in float32; ConfigError for one that no answer can be computed with."""
-    values = in_pieces(weights[f"{PREFIX}{tensor}"], lambda piece: piece, torch.float32)
+    values = in_pieces(weights[f"{PREFIX}{tensor}"], torch.float32)
     wrong = not_finite(values)
     if wrong:
         raise ConfigError(

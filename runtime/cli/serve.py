@@ -85,6 +85,22 @@ AdapterRoot = Annotated[
         metavar="DIR", help="Allow loading adapters from this directory while serving; needs an API key."
     ),
 ]
+AdapterSource = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter-source",
+        metavar="REGISTRY/REPOSITORY",
+        help="Load adapters below this folder of a registry as requests name them: model support:3 is "
+        "REGISTRY/REPOSITORY/support:3. May be repeated.",
+    ),
+]
+AdapterCache = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Keep the files of such adapters here; a temporary directory else."),
+]
+MaxAdapters = Annotated[
+    int | None, typer.Option(min=1, help="Such adapters in memory at the same time; 32 by default.")
+]
 Check = Annotated[
     bool,
     typer.Option("--check", help="Load the model, generate one token, report what would serve it, and exit."),
@@ -129,6 +145,9 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     adapter: Adapters = None,
     combine_adapters: Combine = None,
     adapter_root: AdapterRoot = None,
+    adapter_source: AdapterSource = None,
+    adapter_cache: AdapterCache = None,
+    max_adapters: MaxAdapters = None,
     port: Port = None,
     host: Host = None,
     allow_origin: AllowOrigin = None,
@@ -161,6 +180,8 @@ SETTING_OF = {
     "replicas": "replicas", "rows": "limits.rows", "context_tokens": "limits.context_tokens",
     "speculative_tokens": "speculative_tokens", "allow_host": "allowed_hosts",
     "allow_origin": "allowed_origins", "adapter": "--adapter", "adapter_root": "adapter_root",
+    "adapter_source": "adapter_sources", "adapter_cache": "adapter_cache",
+    "max_adapters": "adapter_limits.resident",
     "combine_adapters": "combine_adapters", "served_name": "served_name",
 }  # fmt: skip
 """The setting that each parameter of `serve` stands for, of those whose value is taken as it is."""

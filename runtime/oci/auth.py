@@ -20,6 +20,7 @@ from runtime.oci.challenges import Challenge
 from runtime.oci.credentials import Credential, find
 from runtime.oci.reference import Reference
 from runtime.oci.responses import explain
+from runtime.oci.store import AccessDeniedError
 from runtime.oci.tokens import AccessToken, LoginRefusedError, TokenRequest, fetch
 from runtime.oci.transport import Outgoing, Transport
 
@@ -91,7 +92,7 @@ class Login:
         if self._challenges:
             raise self._denied()
         if response.status_code == 403:
-            raise RegistryError(f"{self._reference}: forbidden (403{explain(response)}); {_ADVICE}")
+            raise AccessDeniedError(f"{self._reference}: forbidden (403{explain(response)}); {_ADVICE}")
         raise RegistryError(
             f"{self._reference}: answers 401 without a usable WWW-Authenticate ({offered[:100]!r})"
         )
@@ -203,7 +204,7 @@ class Login:
                 " realm, the address that gives tokens; no login helps: mend the registry's configuration"
             )
         tried = "; ".join([*self._skipped, *self._refusals]) or "no credentials found"
-        return RegistryError(
+        return AccessDeniedError(
             f"{self._reference}: the registry {self._reference.registry} refused to let us"
             f" {self._actions} ({tried}); {_ADVICE}"
         )

@@ -4,7 +4,7 @@ Of an image its /data, of an artifact its titled files and packed folders. Knows
 where the blobs come from. Start at `unpack`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from runtime.errors import RegistryError
@@ -25,10 +25,18 @@ _ROOT = "data"
 """Folder of an image that holds the files, as the controller has it."""
 
 
-def unpack(manifest: ImageManifest, blobs: Sequence[Path], target: Path, where: str) -> None:
+def unpack(
+    manifest: ImageManifest,
+    blobs: Sequence[Path],
+    target: Path,
+    where: str,
+    *,
+    check_size: Callable[[int], object] = lambda size: None,
+) -> None:
     """Write the files of an image or artifact into the empty folder `target`.
 
     blobs: the verified blobs of the layers and, last, of the configuration.
+    check_size: called with the bytes of the files before any is written.
     Raises RegistryError for content that is unsafe, damaged or empty.
     """
     *paths, config = blobs
@@ -37,6 +45,7 @@ def unpack(manifest: ImageManifest, blobs: Sequence[Path], target: Path, where: 
         selection = _read_image(layers, where)
     else:
         layers, selection = _read_artifact(manifest, paths, where)
+    check_size(selection.size)
     extract.write(selection, layers, target)
 
 

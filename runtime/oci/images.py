@@ -30,13 +30,15 @@ from runtime.oci.listing import MARKER
 from runtime.oci.manifests import ImageManifest
 from runtime.oci.progress import Progress
 from runtime.oci.reference import Reference
-from runtime.oci.store import Report, Store, StoredManifest
+from runtime.oci.store import Report, Store, StoredManifest, Watch
 
 log = logging.getLogger(__name__)
 
 _PARALLEL = 4
 """Blobs transferred at once; more only adds memory (one chunk buffer each) on one link."""
 
+
+NOT_WATCHED = Watch()
 
 _MOST_INDEXES = 4
 """Indexes inside each other."""
@@ -130,11 +132,11 @@ def pull(
     folder: Path,
     *,
     access: Access = DEFAULT,
-    check_size: Callable[[int], object] | None = None,
+    watch: Watch = NOT_WATCHED,
 ) -> Path:
     """Make `folder` the verified content of the image; it appears complete or stays as it was.
 
-    check_size: called with the bytes that the image says it has, before any is fetched; raises a Failure.
+    watch: asked on the way; what it raises ends the pull.
     A folder that an earlier pull of the same image made is kept; one with other files in it is refused.
     Signatures that `access` requires are checked before anything of the image is fetched.
     Interrupted downloads resume; a pull that fails for good leaves nothing.
@@ -148,25 +150,24 @@ def pull(
         folder = folder.absolute()
         if _pulled_digest(folder) == info.digest and not _parts(folder).exists():
             return folder
-        if check_size is not None:
-            check_size(info.manifest.size)
+        watch.image(info.manifest.size)
         with disk_errors(folder.parent), _new_folder(folder.parent), _locked(folder.parent, access.cache):
             if _pulled_digest(folder) != info.digest:  # else another process was quicker
-                _pull(store, info, folder, access.cache)
+                _pull(store, info, folder, access.cache, watch)
             shutil.rmtree(_parts(folder), ignore_errors=True)  # also of a pull that was killed just here
         return folder
 
 
-def _pull(store: Store, info: ImageInfo, folder: Path, cache: Path | None) -> None:
+def _pull(store: Store, info: ImageInfo, folder: Path, cache: Path | None, watch: Watch) -> None:
     blobs_dir = cache or _parts(folder)
     where = str(info.reference)
     try:
         with disk_errors(folder.parent):
             blobs_dir.mkdir(parents=True, exist_ok=True)
             _check_space(info.manifest, blobs_dir, folder.parent)
-            blobs = _download(store, info, blobs_dir)
+            blobs = _download(store, info, blobs_dir, watch)
             with atomic_folder(folder) as new:
-                contents.unpack(info.manifest, blobs, new, where)
+                contents.unpack(info.manifest, blobs, new, where, check_size=watch.files)
                 marker = {"reference": where, "digest": info.digest}
                 (new / MARKER).write_text(json.dumps(marker), encoding="utf-8")
     except Failure as error:
@@ -285,6 +286,17 @@ def sign(reference: Reference, digest: str, key: SigningKey, *, access: Access =
         signatures.sign(store, reference, digest, key)
 
 
+def find_digest(reference: Reference, access: Access = DEFAULT) -> str | None:
+    """Return the digest that a tag names in its registry now, None when there is no such tag or repository.
+
+    Asks for no manifest. RegistryError where access is denied, TransientError where nothing answers.
+    """
+    from runtime.oci.repository import Repository  # imports requests and oras: a fifth of a second
+
+    with closing(Repository(reference, access)) as repository:
+        return repository.digest_of(reference.selector)
+
+
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
     """Yield a temporary folder for compressed layers; ConfigError when none can be made."""
@@ -347,13 +359,18 @@ def _machine() -> str:
     return {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
 
 
-def _download(store: Store, info: ImageInfo, folder: Path) -> list[Path]:
+def _download(store: Store, info: ImageInfo, folder: Path, watch: Watch = NOT_WATCHED) -> list[Path]:
     """Return the verified files of all layers and, last, of the config."""
     wanted = [*info.manifest.layers, info.manifest.config]
     progress = Progress(f"pull {info.reference}", sum(each.size for each in wanted))
+
+    def report(count: int) -> None:
+        watch.chunk()
+        progress.add(count)
+
     distinct = {each.digest: each for each in wanted}
     with progress, ThreadPoolExecutor(_PARALLEL, thread_name_prefix="pull") as pool:
-        jobs = [pool.submit(_fetch, store, each, folder, progress.add) for each in distinct.values()]
+        jobs = [pool.submit(_fetch, store, each, folder, report) for each in distinct.values()]
         _wait(jobs, pool, progress)
     progress.done(info.digest)
     return [folder / each.digest.removeprefix("sha256:") for each in wanted]

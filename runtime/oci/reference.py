@@ -125,6 +125,40 @@ def parse(text: str) -> Reference:
     return Reference(registry, repository, tag or (None if digest else DEFAULT_TAG), digest)
 
 
+def parse_repository(text: str) -> Reference:
+    """Return the repository, or the folder of repositories, that `text` names; ConfigError otherwise.
+
+    With its registry's host, without tag and digest: `below` puts names under it.
+    """
+    expected = (
+        f"source {text!r}: expected registry/repository without a tag, as in myregistry.azurecr.io/adapters"
+    )
+    name = text.removeprefix(_REGISTRY_SCHEME)
+    first, _, rest = name.partition("/")
+    if (
+        name.startswith("oci:")
+        or not (set(".:") & set(first) or first == "localhost")
+        or set("@:") & set(rest)
+    ):
+        raise ConfigError(expected)
+    return replace(parse(text), tag=None)
+
+
+def below(source: Reference, name: str) -> Reference | None:
+    """Return the image that `NAME[:TAG]` or `:TAG` means under `source`; None where `name` is no such name.
+
+    NAME is a path below the source, without a tag its latest; `:TAG` is a tag of the source itself. The name
+    comes from outside: host and path of the source stay what they are, whatever it holds.
+    """
+    path, colon, tag = name.partition(":")
+    if (colon and not _TAG.fullmatch(tag)) or not (path or colon):
+        return None
+    if path and not all(_PART.fullmatch(part) for part in path.split("/")):
+        return None
+    repository = f"{source.repository}/{path}" if path else source.repository
+    return replace(source, repository=repository, tag=tag or DEFAULT_TAG) if len(repository) <= 255 else None
+
+
 def _parse_layout(text: str) -> Reference:
     path, digest = text.removeprefix("oci:"), None
     if "@sha256:" in path:

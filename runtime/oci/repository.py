@@ -17,7 +17,7 @@ from runtime.net import RetriableError
 from runtime.oci import manifests, referrers
 from runtime.oci.access import Access
 from runtime.oci.auth import Login
-from runtime.oci.blobs import Blob, Descriptor
+from runtime.oci.blobs import Blob, Descriptor, is_digest
 from runtime.oci.download import BlobDownload
 from runtime.oci.image import INDEX, MANIFEST
 from runtime.oci.reference import Reference
@@ -82,6 +82,20 @@ class Repository:
         if stated.startswith("sha256:"):
             check_manifest(manifest, stated, str(self))
         return check_manifest(manifest, selector, str(self))
+
+    def digest_of(self, selector: str) -> str | None:
+        """Return the digest of the manifest under a tag, which is not read; None when there is none."""
+        url = self._manifest_url(selector)
+        response = self._transport.do_request(url, "HEAD", headers={"Accept": _ACCEPTED})
+        stated = response.headers.get("Docker-Content-Digest", "")
+        if response.status_code == 200 and is_digest(stated):
+            return stated
+        if response.status_code in {200, 405}:  # this registry does not say
+            manifest = self.find(selector)
+            return manifest.digest if manifest is not None else None
+        if response.status_code == 404:
+            return None
+        raise unexpected(response, f"{self}: looking up {selector}")
 
     def put_blob(self, blob: Blob, report: Report, mount_from: str | None = None) -> None:
         """Upload `blob` unless the registry has it."""

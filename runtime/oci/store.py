@@ -25,8 +25,28 @@ def unreported(size: int) -> None:
     """Show no progress (a `Report`): what is sent is a few hundred bytes."""
 
 
+class AccessDeniedError(RegistryError):
+    """A registry does not let us read or write this repository; some say so of those that are not there."""
+
+
 class TransferCancelledError(Exception):
     """Another part of the same transfer failed, or the process has to stop."""
+
+
+def _nothing(*_: int) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What is asked while an image is pulled: each raises a Failure to end the pull."""
+
+    image: Callable[[int], object] = _nothing
+    """Called with the bytes that the image says it has, before any is fetched."""
+    files: Callable[[int], object] = _nothing
+    """Called with the bytes of its files, before any is written."""
+    chunk: Callable[[], object] = _nothing
+    """Called with each chunk that arrives."""
 
 
 @dataclass(frozen=True, slots=True)

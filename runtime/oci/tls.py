@@ -4,8 +4,11 @@ A file that is named and cannot be used is a mistake in the configuration, found
 Start at `context`.
 """
 
+import contextlib
 import re
 import ssl
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import requests
@@ -18,7 +21,28 @@ _HASHED = re.compile(r"[0-9a-f]{8}\.[0-9]+")
 
 
 def context(access: Access, host: str) -> ssl.SSLContext:
-    """Return the TLS settings for `host`; ConfigError names a file of certificates that cannot be used."""
+    """Return the TLS settings for `host`; ConfigError names a file of certificates that cannot be used.
+
+    Reading the system's certificates takes a tenth of a second, so they are read again only where a file
+    that is named has changed.
+    """
+    named = [path for path in (access.ca_file, *access.ca_paths) if path is not None]
+    folders = [folder / host for folder in access.host_certificates]
+    return _made(access, host, tuple(_states([*named, *folders])))
+
+
+def _states(paths: Sequence[Path]) -> Iterator[tuple[Path, int]]:
+    """Yield when each of `paths`, and what lies in it, has last changed."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            yield path, path.stat().st_mtime_ns
+            if path.is_dir():
+                yield from ((entry, entry.stat().st_mtime_ns) for entry in sorted(path.iterdir()))
+
+
+@lru_cache(maxsize=32)
+def _made(access: Access, host: str, states: tuple[tuple[Path, int], ...]) -> ssl.SSLContext:
+    """Return the settings; `states` are those of the files that are named, to tell old ones by."""
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     made.minimum_version = ssl.TLSVersion.TLSv1_2
     if access.insecure:

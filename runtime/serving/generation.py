@@ -17,12 +17,13 @@ from typing import Literal
 
 from runtime.errors import DeadlineError, UnavailableError, UnknownModelError
 from runtime.metrics import ServingMetrics
+from runtime.serving.adapter_sources.sources import AdapterSources
 from runtime.serving.answer_parsers.forms import AnswerForm
 from runtime.serving.answer_parsers.parts import CallStart, ContentDelta, ParsedAnswer, Part
 from runtime.serving.answer_text import AnswerText, PromptEnd
 from runtime.serving.detokenize import TAIL_TOKENS, StopRules
 from runtime.serving.engine.protocol import Request, Sampling, Token
-from runtime.serving.lifecycle import Lifecycle, ServedModel
+from runtime.serving.lifecycle import Lifecycle, ServedModel, adapter_name
 from runtime.serving.rate_limits import Reservation
 from runtime.serving.token_bytes import AnswerToken, AnswerTokens
 from runtime.serving.tokenizer import PromptTokenizer
@@ -120,7 +121,9 @@ class Generation:
                 client=CALLER.get().name,
             )
         )
-        self._mark_running = self._stack.enter_context(metrics.adapter(request.adapter))
+        self._mark_running = self._stack.enter_context(
+            metrics.adapter(request.adapter and adapter_name(request.adapter))
+        )
         self._called = False
         self._text, self._answer_tokens = _texts(served.tokenizer, request)
         metrics.admitted(len(request.prompt_ids))
@@ -318,7 +321,16 @@ async def _next(chunks: AsyncIterator[AnswerChunk]) -> AnswerChunk:
 class Generator:
     """Starts answers: what all routes share."""
 
-    def __init__(self, lifecycle: Lifecycle, metrics: ServingMetrics, *, timeout_s: float) -> None:
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        metrics: ServingMetrics,
+        *,
+        timeout_s: float,
+        sources: AdapterSources | None = None,
+    ) -> None:
+        """`sources` are where adapters are looked for that are not in memory."""
+        self.sources = sources
         self._lifecycle = lifecycle
         self._metrics = metrics
         self._timeout_s = timeout_s
@@ -327,18 +339,29 @@ class Generator:
         """Return what is served; UnavailableError while loading."""
         return self._lifecycle.served()
 
-    def adapter_for(self, model: str | None, *, param: str = "model") -> str | None:
-        """Return the adapter that `model` names, None for the base model; UnknownModelError otherwise."""
+    async def adapter_for(self, model: str | None, *, param: str = "model") -> str | None:
+        """Return the adapter that `model` names, as the engine calls it; None for the base model.
+
+        One that is not in memory is loaded from a source, and stays until the request is answered.
+        UnknownModelError for any other name; what else is raised says `AdapterSources.lease`.
+        """
         served = self.served()
         if model is None or model == served.name or model in served.aliases:
             return served.default_adapter
-        if model not in served.engine.stats().adapters:
-            raise UnknownModelError(
-                f"model '{model}' is not served here; GET /v1/models lists {', '.join(served.models())}",
-                param=param,
-                code="model_not_found",
-            )
-        return model
+        if model in served.engine.stats().adapters and adapter_name(model) == model:
+            return model
+        if self.sources is not None and self.sources.references(model):
+            return await self.sources.lease(served, model, param=param)
+        raise self.unknown(model, param=param)
+
+    def unknown(self, model: str, *, param: str = "model") -> UnknownModelError:
+        """Return the failure of a request for a model that is not served."""
+        listed = ", ".join(self.served().models())
+        return UnknownModelError(
+            f"model '{model}' is not served here; GET /v1/models lists {listed}",
+            param=param,
+            code="model_not_found",
+        )
 
     def start(self, requests: Sequence[GenerationRequest], *, n: int = 1) -> GenerationGroup:
         """Queue `n` answers to each of `requests`: all of them, or none and OverloadedError.

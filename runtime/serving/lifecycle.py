@@ -22,6 +22,9 @@ from runtime.serving.tokenizer import PromptTokenizer
 STALL_S = 60.0
 """Requests running and no token for this long: the engine hangs and must be restarted."""
 
+DIGEST_MARK = "@"
+"""Between the name and the digest of an adapter from a registry, as the engine calls it; no name has one."""
+
 STOPPING = "the server is shutting down; send the request to another replica"
 
 
@@ -78,7 +81,17 @@ class ServedModel:
 
     def models(self) -> tuple[str, ...]:
         """Return the names a request may ask for: the base, then the adapters."""
-        return (self.name, *self.aliases, *self.engine.stats().adapters)
+        adapters = map(adapter_name, self.engine.stats().adapters)
+        return tuple(dict.fromkeys((self.name, *self.aliases, *adapters)))
+
+    def model_name(self, adapter: str | None) -> str:
+        """Return what clients call `adapter`, or the base model."""
+        return self.name if adapter is None else adapter_name(adapter)
+
+
+def adapter_name(adapter: str) -> str:
+    """Return what clients call an adapter of the engine's."""
+    return adapter.partition(DIGEST_MARK)[0]
 
 
 class Lifecycle:

@@ -19,7 +19,7 @@ from runtime.serving.engine.create import create
 from runtime.serving.engine.replicas import engine as replicas
 from runtime.serving.generation_config import sampling_defaults
 from runtime.serving.lifecycle import ServedModel
-from runtime.serving.settings import AdapterSource, ServeConfig
+from runtime.serving.settings import SOURCED_RANK, AdapterSource, ServeConfig
 from runtime.serving.settings import check as check_settings
 from runtime.serving.tokenizer import PromptTokenizer
 
@@ -200,7 +200,7 @@ def add_adapter(
     if source.name in served.models():
         raise ConfigError(f"the name '{source.name}' is taken; served are {', '.join(served.models())}")
     with adapters.local_copy(source.reference, access=access, name=source.name) as folder:
-        _attach(served, source, folder, config)
+        attach(served, source.name, folder, config, strength=source.strength)
     log.info("Adapter added: %s", source.name)
 
 
@@ -221,7 +221,7 @@ def _combined(served: ServedModel, config: ServeConfig, access: oci.Access) -> S
             try:
                 copy = adapters.local_copy(source.reference, access=access, name=source.name)
                 folder = stack.enter_context(copy)
-                _attach(served, source, folder, config)
+                attach(served, source.name, folder, config, strength=source.strength)
             except Exception as error:
                 _refuse(served, source, error)
                 continue
@@ -247,24 +247,31 @@ def _combine_templates(served: ServedModel) -> None:
         log.warning("The combined adapters have different chat templates: that of %s is used", served.name)
 
 
-def _attach(served: ServedModel, source: AdapterSource, folder: Path, config: ServeConfig) -> None:
-    """Have the engine read an adapter, and make prompts for it with its own chat template if it has one."""
-    base, most_rank = config.model.repository, config.max_lora_rank
-    adapters.check_served(folder, name=source.name, base=base, most_rank=most_rank)
-    adapters.check_tokens(folder, source.name, served.tokenizer.vocabulary)
-    template = adapters.own_template(folder, source.name)
-    served.adapter_tokenizers.pop(source.name, None)
+def attach(
+    served: ServedModel, name: str, folder: Path, config: ServeConfig, *, strength: float = 1.0
+) -> None:
+    """Check an adapter and have the engine read it as `name`; it has its own chat template, if one is there.
+
+    Raises ConfigError when it must not be served, CapacityError when there is no memory for it.
+    """
+    most_rank = config.max_lora_rank or (SOURCED_RANK if config.adapter_sources else None)
+    adapters.check_served(folder, name=name, base=config.model.repository, most_rank=most_rank)
+    adapters.check_tokens(folder, name, served.tokenizer.vocabulary)
+    template = adapters.own_template(folder, name)
+    served.adapter_tokenizers.pop(name, None)
     own = template is not None and not served.tokenizer.has_template(template)
     if template is not None and own:
-        served.adapter_tokenizers[source.name] = served.tokenizer.with_template(template)
-        served.form_for(source.name)
-    served.engine.add_adapter(source.name, folder, strength=source.strength)
+        served.adapter_tokenizers[name] = served.tokenizer.with_template(template)
+        served.form_for(name)
+    try:
+        served.engine.add_adapter(name, folder, strength=strength)
+    except BaseException:
+        served.adapter_tokenizers.pop(name, None)
+        raise
     if not own:
         return
     base_has = "which differs from that of" if served.tokenizer.template else "and there is none of"
-    log.info(
-        "Adapter %s: requests for it use its own chat template, %s %s", source.name, base_has, served.name
-    )
+    log.info("Adapter %s: requests for it use its own chat template, %s %s", name, base_has, served.name)
 
 
 def _format(config: ServeConfig, model: "PreTrainedModel") -> str:

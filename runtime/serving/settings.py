@@ -8,17 +8,22 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 from runtime import ports
 from runtime.config import Strict
 from runtime.errors import ConfigError
 from runtime.model_source import ModelSource, Quantization
+from runtime.quantities import read_bytes
 
 API_KEY_VARIABLE = "RUNTIME_API_KEY"
 """Environment variable with the API key, where no other one is named."""
 API_KEY_FILE_VARIABLE = "RUNTIME_API_KEY_FILE"
 """Environment variable with the path of the file of keys, where no flag has it."""
+ADAPTER_SOURCES_VARIABLE = "RUNTIME_ADAPTER_SOURCES"
+"""Environment variable with `adapter_sources`, separated by commas, where no flag states them."""
+SOURCED_RANK = 64
+"""Largest rank of an adapter from `adapter_sources` where `max_lora_rank` is not stated."""
 ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,252}$"
 
 
@@ -95,6 +100,31 @@ class Limits(Strict):
         )
 
 
+Bytes = Annotated[int, BeforeValidator(read_bytes)]
+"""A number, or a quantity such as 20Gi."""
+
+
+class AdapterLimits(Strict):
+    """Limits of adapters that requests name and a registry holds."""
+
+    resident: int = Field(32, ge=1)
+    """Adapters in memory at one time, beside those that are configured; one in use never leaves."""
+    cache_bytes: Bytes = 20 << 30
+    """Files of adapters that are kept on disk; those that nobody asked for the longest leave."""
+    image_bytes: Bytes = 4 << 30
+    """Largest adapter, as the registry holds it and unpacked."""
+    pulls: int = Field(4, ge=1)
+    """Adapters pulled at one time."""
+    waiting: int = Field(64, ge=0)
+    """Requests that wait for adapters; one more is answered 429."""
+    wait_s: float = Field(60.0, gt=0)
+    """Longest time a request waits for its adapter, which is pulled all the same."""
+    pull_s: float = Field(600.0, gt=0)
+    """Longest time a pull takes."""
+    refresh_s: float = Field(60.0, gt=0)
+    """Age from which a tag is looked up again with the next request for it."""
+
+
 class Vllm(Strict):
     """How vLLM is run where it is the engine."""
 
@@ -113,11 +143,16 @@ class ServeConfig(Strict):
     served_aliases: tuple[str, ...] = ()
     """Further names that requests may call the base model by."""
     adapters: tuple[AdapterSource, ...] = ()
+    adapter_sources: tuple[str, ...] = ()
+    """Registries' folders, `registry/repository`, below which requests may name adapters: NAME[:TAG]."""
+    adapter_cache: Path | None = None
+    """Directory that keeps their files; None is a temporary one."""
+    adapter_limits: AdapterLimits = AdapterLimits()
     combine_adapters: bool = False
     """Answer requests that name no adapter with all of them, weighted by strength, as KAITO does."""
     max_lora_rank: int | None = Field(None, ge=1)
     """Largest rank of an adapter; one of a larger rank is not loaded. None is any, and 64 with vLLM, which
-    reserves memory for it."""
+    reserves memory for it, and for those of `adapter_sources`."""
     quantization: Quantization | None = None
     """bitsandbytes quantisation of the base weights; None serves them as they are."""
     tool_call_parser: str | None = None
@@ -173,6 +208,10 @@ def check(config: ServeConfig) -> None:
         )
     if config.adapter_root is not None and config.api_key is None and config.api_key_file is None:
         raise ConfigError("adapter_root needs an API key: only known clients may load adapters")
+    if config.adapter_sources and config.combine_adapters:
+        raise ConfigError(
+            "combine_adapters makes one adapter of those at the start: leave adapter_sources out"
+        )
     if quantization is not None and config.engine == "vllm" and quantization.bits != 4:
         raise ConfigError("--engine vllm quantises to nf4 only: use --quantize nf4, or --engine own")
     divided = config.engine == "own" and config.parallel == "tp" and (config.processes or 1) > 1

@@ -11,6 +11,7 @@ import contextlib
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -33,6 +34,8 @@ class Caller:
     """Returns what is done once the client has left."""
     budget: Budget | None = None
     """What it may use, where it has a key with limits."""
+    held: ExitStack = field(default_factory=ExitStack)
+    """Closed once its request is answered."""
 
 
 CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039 - never changed

@@ -59,6 +59,8 @@ def check_server(config: ServeConfig, sources: Mapping[str, str]) -> None:
     if config.model.image is not None:
         _check(config.model.image, sources.get("model.image", "model.image"), read=True)
     _check_paths({"model.path": config.model.path}, sources)
+    for adapter_source in config.adapter_sources:
+        _check_source(adapter_source, sources.get("adapter_sources", "adapter_sources"))
     for adapter in config.adapters:
         if not oci.is_path(adapter.reference) and kind_of(adapter.reference) is None:
             _check(adapter.reference, f"{sources.get('adapters', 'adapters')} {adapter.name}", read=True)
@@ -101,6 +103,16 @@ def _check_url(url: str, source: str) -> None:
         return
     try:
         urls.parse(url)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _check_source(text: str, source: str) -> None:
+    """Refuse what is no folder of a registry."""
+    if find_placeholders(text):
+        return
+    try:
+        oci.parse_repository(text)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 

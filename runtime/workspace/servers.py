@@ -14,7 +14,7 @@ from runtime import presets
 from runtime.config import describe, nearest, parse
 from runtime.errors import ConfigError
 from runtime.serving import fit
-from runtime.serving.settings import AdapterSource, ServeConfig, check
+from runtime.serving.settings import ADAPTER_SOURCES_VARIABLE, AdapterSource, ServeConfig, check
 from runtime.workspace import config_maps, outside, references, vllm_flags
 from runtime.workspace.base_model import (
     chat_template,
@@ -31,7 +31,10 @@ from runtime.workspace.schema import RUNTIME, AdapterSpec, host_path
 
 INFERENCE_KEY = "inference_config.yaml"
 
-SERVER_KEYS = frozenset({"max_model_len", "max_num_seqs", "gpu_memory_utilization", "allowed_origins"})
+SERVER_KEYS = frozenset({
+    "max_model_len", "max_num_seqs", "gpu_memory_utilization", "allowed_origins", "adapter_source",
+    "adapter_cache", "max_adapters",
+})  # fmt: skip
 """Keys of the `vllm` section that are settings of this server, whatever its engine; the rest are vLLM's where
 it serves."""
 
@@ -180,7 +183,10 @@ def _choose_model(settings: LayeredSettings, name: str, where: str) -> None:
 def _put_adapters(
     settings: LayeredSettings, adapters: dict[str, AdapterSource], words: Iterable[str], mounts: Mounts
 ) -> None:
-    """Set the adapters of the manifest, with those of mounts and flags, at their strengths."""
+    """Set the adapters of the manifest, with those of mounts and flags, at their strengths, and sources."""
+    if named := mounts.environ.get(ADAPTER_SOURCES_VARIABLE):
+        sources = tuple(filter(None, (each.strip() for each in named.split(","))))
+        settings.put("adapter_sources", sources, f"environment {ADAPTER_SOURCES_VARIABLE}")
     _add_mounted(settings, adapters, mounts)
     _add_flags(settings, adapters, words)
     _apply_strengths(settings, adapters, mounts.environ)

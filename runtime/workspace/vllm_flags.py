@@ -28,7 +28,7 @@ SHORT = {
     "q": "quantization", "O": "optimization_level", "cc": "compilation_config", "sc": "speculative_config",
     "n": "nnodes", "r": "node_rank",
 }  # fmt: skip
-LISTS = frozenset({"served_model_name", "lora_modules"})
+LISTS = frozenset({"served_model_name", "lora_modules", "adapter_source"})
 """Flags that take several words."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([kKmMgG]?)")
@@ -251,6 +251,10 @@ def _allowed_origins(settings: LayeredSettings, text: str, where: str) -> None:
         settings.put("allowed_origins", tuple(origins), where)
 
 
+def _adapter_sources(settings: LayeredSettings, text: str, where: str) -> None:
+    settings.put("adapter_sources", tuple(text.splitlines()), where)
+
+
 def _enable_lora(settings: LayeredSettings, text: str, where: str) -> None:
     if text.lower() not in ("true", "false"):
         raise ConfigError(f"{where} is {text!r}, expected true or false")
@@ -284,6 +288,9 @@ _HONOURED: dict[str, Put] = {
     "reasoning_parser": _reasoning_parser,
     "enable_lora": _enable_lora,
     "max_lora_rank": _number("max_lora_rank"),
+    "adapter_source": _adapter_sources,
+    "adapter_cache": _text("adapter_cache"),
+    "max_adapters": _number("adapter_limits.resident"),
 }
 """Those that are settings; the others name models, files and folders."""
 _SWITCHES = frozenset({"enable_lora"})

@@ -65,6 +65,12 @@ def test_quantize_and_limits_reach_the_server(capsys: pytest.CaptureFixture[str]
             ["--adapter=a=r.io/a:1", "--adapter=a=r.io/b:1"],
             "two adapters of one name, from r.io/a:1 and r.io",
         ),
+        (
+            ["--adapter-source", "r.io/a:1"],
+            "source 'r.io/a:1': expected registry/repository",
+        ),
+        (["--adapter-source", "adapters"], "expected registry/repository without a tag"),
+        (["--adapter-source", "r.io/a", "--combine-adapters"], "leave adapter_sources out"),
         (["--adapter", "phi-4=r.io/a:1"], "two models are served as 'phi-4'"),
         (
             ["--set", "model.path=/nonexistent"],
@@ -82,6 +88,28 @@ def test_dry_run_refuses_what_the_server_would(
         return
     assert main.run(["serve", "phi-4", *flags], {}) == 2
     assert message in failure_line(capsys)
+
+
+def test_adapter_sources_come_from_flags_files_and_the_environment(
+    capsys: pytest.CaptureFixture[str], away: Path
+) -> None:
+    def sources(*flags: str, environ: dict[str, str] | None = None) -> object:
+        assert main.run(["serve", "phi-4", "--dry-run", "--json", *flags], environ or {}) == 0
+        return json.loads(capsys.readouterr().out)["settings"]["adapter_sources"]["value"]
+
+    (away / "mine.yaml").write_text("adapter_source: [r.io/file]\nmax_adapters: 8\n")
+    environ = {"RUNTIME_ADAPTER_SOURCES": "r.io/one, r.io/two"}
+    assert sources("--config", "mine.yaml") == ["r.io/file"]
+    assert sources("--config", "mine.yaml", environ=environ) == ["r.io/one", "r.io/two"]
+    flags = (
+        "--adapter-source",
+        "r.io/x",
+        "--adapter-source",
+        "r.io/y",
+        "--set",
+        "adapter_limits.cache_bytes=2Gi",
+    )
+    assert sources(*flags, environ=environ) == ["r.io/x", "r.io/y"]
 
 
 def test_configuration_flag_wins_over_the_manifest(capsys: pytest.CaptureFixture[str], away: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from runtime.errors import ConfigError
 from runtime.oci import Reference, checkpoints, is_image, parse
-from runtime.oci.reference import with_suffix
+from runtime.oci.reference import below, parse_repository, with_suffix
 
 DIGEST = "sha256:" + "ab" * 32
 
@@ -133,3 +133,38 @@ def test_registries_of_private_and_overlay_networks_are_taken(host: str) -> None
 def test_registries_at_metadata_addresses_are_refused(host: str) -> None:
     with pytest.raises(ConfigError, match="a link-local or metadata address; nothing is sent there"):
         parse(f"{host}/x/y")
+
+
+def test_names_below_a_source_keep_its_host_and_path() -> None:
+    source = parse_repository("r.io:5000/team/adapters")
+    assert str(below(source, "support:3")) == "r.io:5000/team/adapters/support:3"
+    assert str(below(source, "support")) == "r.io:5000/team/adapters/support:latest"
+    assert str(below(source, "a/b_c.d:V1.0")) == "r.io:5000/team/adapters/a/b_c.d:V1.0"
+    assert str(below(source, ":3")) == "r.io:5000/team/adapters:3"
+    for name in (
+        "",
+        ":",
+        "a:",
+        "A",
+        "a//b",
+        "/a",
+        "a/",
+        "..",
+        "a/../b",
+        "a@b",
+        "a:1:2",
+        "a:1@x",
+        "a\n",
+        "a:1\n",
+    ):
+        assert below(source, name) is None, name
+    assert below(source, "a" * 255) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["r.io/a:1", "r.io/a@sha256:" + "0" * 64, "team/a", "a", "oci:/x", "https://r.io/a", "r.io/", ""],
+)  # fmt: skip
+def test_what_is_no_folder_of_a_registry_is_no_source(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_repository(text)

@@ -1,5 +1,6 @@
 """Certificates to trust: by file, folder, environment and host; mistakes in them are the configuration's."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ import pytest
 
 from runtime import oci
 from runtime.errors import ConfigError, RegistryError
-from runtime.oci import from_environment
+from runtime.oci import from_environment, tls
 from tests.faults.quirky_registry import QuirkyRegistry
 from tests.faults.registry_tokens import make_certificate
 from tests.oci.conftest import fresh, quick
@@ -90,3 +91,19 @@ def test_client_certificate_of_a_host_needs_its_key(certificate: Certificate, tm
     shutil.copy(certificate[0], folder / "client.cert")
     with pytest.raises(ConfigError, match=r"client\.cert.*client\.key"):
         oci.check_push(oci.parse("registry.invalid:5000/x"), access=quick(host_certificates=(tmp_path,)))
+
+
+def test_certificates_are_read_again_only_where_they_have_changed(
+    certificate: Certificate, tmp_path: Path
+) -> None:
+    ca_file = tmp_path / "ca.crt"
+    shutil.copy(certificate[0], ca_file)
+    access = oci.Access(ca_file=ca_file)
+    first = tls.context(access, "r.example")
+    assert tls.context(access, "r.example") is first
+    assert tls.context(access, "other.example") is not first
+    os.utime(ca_file, ns=(1, 1))
+    assert tls.context(access, "r.example") is not first
+    ca_file.write_text("none")
+    with pytest.raises(ConfigError, match="no certificate in PEM form"):
+        tls.context(access, "r.example")

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 
 from runtime.metrics import ServingMetrics
 from runtime.serving.generation_config import SamplingDefaults
-from runtime.serving.http.app import create_app
+from runtime.serving.http.app import LaterAdapters, create_app
 from runtime.serving.http.origins import Callers
 from runtime.serving.keys import KeyEntry, KeyRing
 from runtime.serving.lifecycle import Lifecycle, ServedModel
@@ -255,7 +255,7 @@ def open_site(tokenizer: Any) -> OpenSite:
             metrics=metrics,
             limits=limits,
             callers=Callers(ring, origins, hosts),
-            adapter_loader=adapter_loader,
+            adapters=LaterAdapters(adapter_loader),
         )
         if ready:
             lifecycle.ready(ServedModel(name="base", engine=running, tokenizer=prompts, created=1))

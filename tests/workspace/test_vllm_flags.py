@@ -32,6 +32,8 @@ def applied(flags: dict[str, Any]) -> tuple[dict[str, Any], LayeredSettings]:
         ({"max_model_len": "1.5K"}, {"limits.context_tokens": 1536}),
         ({"max_num_seqs": 8}, {"limits.rows": 8}),
         ({"max_lora_rank": "32"}, {"max_lora_rank": 32}),
+        ({"adapter_source": ["r.io/a", "r.io/b"]}, {"adapter_sources": ("r.io/a", "r.io/b")}),
+        ({"adapter-cache": "/c", "max-adapters": 8}, {"adapter_cache": "/c", "adapter_limits.resident": 8}),
         ({"gpu_memory_utilization": "0.84"}, {"limits.gpu_memory_share": 0.84}),
         ({"tensor_parallel_size": "1"}, {}),
         ({"tensor_parallel_size": "4"}, {"processes": 4, "parallel": "tp"}),

@@ -320,7 +320,7 @@ class AdapterStore:
 
     def _converted(self, name: str, path: str, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the weights in the model's type; ConfigError where they overflow in it."""
-        down, up = (in_pieces(weights, lambda piece: piece, self._dtype) for weights in pair)
+        down, up = (in_pieces(weights, self._dtype) for weights in pair)
         for weights, side in ((down, "A"), (up, "B")):
             if not_finite(weights):
                 raise failures.does_not_fit(

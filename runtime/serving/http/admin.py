@@ -99,7 +99,8 @@ def _add_tokenizer_routes(routes: APIRouter, generator: Generator) -> None:
     @routes.post("/tokenize", summary="Token ids of a text or a conversation", response_model=None)
     async def tokenize(body: TokenizeBody) -> Response:
         tokenizer = generator.served().tokenizer
-        ids = await _token_ids(body, generator.served(), generator.adapter_for(body.model))
+        adapter = await generator.adapter_for(body.model)
+        ids = await _token_ids(body, generator.served(), adapter)
         strings = await tokenizer.token_texts(ids) if body.return_token_strs else None
         counted = {"count": len(ids), "max_model_len": tokenizer.context_tokens, "tokens": ids}
         return JSONResponse({**counted, "token_strs": strings})
@@ -148,6 +149,8 @@ def _add_adapter_routes(routes: APIRouter, generator: Generator, loader: Adapter
     async def unload(body: UnloadBody) -> Response:
         served = generator.served()
         allowed()
+        if generator.sources is not None and await generator.sources.drop(served, body.lora_name):
+            return JSONResponse({"message": f"adapter '{body.lora_name}' leaves memory"})
         async with one_change_at_a_time:
             if body.lora_name not in served.engine.stats().adapters:
                 raise UnknownModelError(

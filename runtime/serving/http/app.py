@@ -6,6 +6,7 @@ takes. Does not know how a model is loaded or when the process ends. Start at `c
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -17,6 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from runtime import __version__, utilisation
 from runtime.errors import Failure
 from runtime.metrics import ServingMetrics
+from runtime.serving.adapter_sources.sources import AdapterSources
 from runtime.serving.generation import Generator
 from runtime.serving.http import admin, anthropic, chat, openai, responses
 from runtime.serving.http.middleware import RequestMiddleware
@@ -33,15 +35,28 @@ TEXT_OR_JSON: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain":
 HTML_OR_JSON: dict[int | str, dict[str, Any]] = {200: {"content": {"text/html": {}, "application/json": {}}}}
 
 
+@dataclass(frozen=True, slots=True)
+class LaterAdapters:
+    """How adapters come while serving."""
+
+    loader: admin.AdapterLoader | None = None
+    """Loads from a directory those that a client asks to load; None loads none."""
+    sources: AdapterSources | None = None
+    """Loads from registries those that requests name."""
+
+
+NO_LATER_ADAPTERS = LaterAdapters()
+
+
 def create_app(
     *,
     lifecycle: Lifecycle,
     metrics: ServingMetrics,
     limits: Limits,
     callers: Callers = Callers(),  # noqa: B008 - a constant
-    adapter_loader: admin.AdapterLoader | None = None,
+    adapters: LaterAdapters = NO_LATER_ADAPTERS,
 ) -> FastAPI:
-    """Return the server's routes behind its middleware; `adapter_loader` loads adapters at run time."""
+    """Return the server's routes behind its middleware."""
     app = FastAPI(
         title="Workspace runtime",
         version=__version__,
@@ -50,12 +65,13 @@ def create_app(
         redirect_slashes=False,  # the middleware takes them off
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
-    generator = Generator(lifecycle, metrics, timeout_s=limits.request_timeout_s)
+    timeout_s = limits.request_timeout_s
+    generator = Generator(lifecycle, metrics, timeout_s=timeout_s, sources=adapters.sources)
     app.include_router(chat.router(generator))
     app.include_router(openai.router(generator))
     app.include_router(responses.router(generator))
     app.include_router(anthropic.router(generator))
-    app.include_router(admin.router(generator, adapter_loader))
+    app.include_router(admin.router(generator, adapters.loader))
     _add_health(app, lifecycle)
     _add_pages(app, metrics)
     _add_failures(app)

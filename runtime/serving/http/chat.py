@@ -34,7 +34,7 @@ def router(generator: Generator) -> APIRouter:
         request_id = request.state.request_id
         generation_request = await _generation_request(generator, body, request)
         group = generator.start([generation_request])
-        model = generation_request.adapter or generator.served().name
+        model = generator.served().model_name(generation_request.adapter)
         prefix = _prompt_text(body) if body.return_full_text else ""
         if body.stream:
             return EventStream(_events(group, model, prefix), close=group.close, request_id=request_id)
@@ -57,7 +57,9 @@ async def _generation_request(generator: Generator, body: ChatBody, request: Req
             param="input_data",
         )
     param = "adapter" if body.adapter is not None else "model"
-    adapter = generator.adapter_for(body.adapter if body.adapter is not None else body.model, param=param)
+    adapter = await generator.adapter_for(
+        body.adapter if body.adapter is not None else body.model, param=param
+    )
     tokenizer = generator.served().tokenizer_for(adapter)
     continues_prompt = not body.messages and (body.raw or not tokenizer.template)
     ids = await _prompt_ids(body, tokenizer, continues_prompt=continues_prompt)

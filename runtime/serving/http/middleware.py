@@ -9,6 +9,7 @@ import binascii
 import re
 import secrets
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -146,12 +147,13 @@ class RequestMiddleware:
 
     async def _answer(self, scope: Scope, departure: Departure, send: Send) -> None:
         client, holder = scope.get("client") or ("",), _holder(scope)
-        caller = CALLER.set(Caller(holder.name or client[0], departure.left, holder.budget))
-        try:
-            await self._app(scope, departure.receive, send)
-        finally:
-            CALLER.reset(caller)
-            departure.close()
+        with ExitStack() as held:
+            caller = CALLER.set(Caller(holder.name or client[0], departure.left, holder.budget, held))
+            try:
+                await self._app(scope, departure.receive, send)
+            finally:
+                CALLER.reset(caller)
+                departure.close()
 
 
 def plain_path(path: str) -> str:

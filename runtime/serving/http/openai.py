@@ -178,10 +178,12 @@ def router(generator: Generator) -> APIRouter:
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": model_list(generator)})
 
-    @routes.get("/models/{name}", summary="One model", response_model=None)
+    @routes.get("/models/{name:path}", summary="One model", response_model=None)
     async def model(name: str) -> Response:
-        generator.adapter_for(name)
-        return JSONResponse(next(entry for entry in model_list(generator) if entry["id"] == name))
+        found = next((entry for entry in model_list(generator) if entry["id"] == name), None)
+        if found is None:
+            raise generator.unknown(name)
+        return JSONResponse(found)
 
     @routes.post(
         "/chat/completions", responses=STREAMED, summary="Answer a conversation", response_model=None
@@ -303,7 +305,7 @@ async def _completion_requests(
         raise RequestError("'best_of' other than 'n' is not supported here", param="best_of")
     if body.echo and body.logprobs is not None:
         raise RequestError("'logprobs' of the prompt ('echo') are not supported here", param="logprobs")
-    adapter = generator.adapter_for(body.model)
+    adapter = await generator.adapter_for(body.model)
     asked, text_rules = constraint(body), parameters.text_rules(body)
     length = parameters.AnswerLength(body.max_tokens)
     tokenizer = generator.served().tokenizer
@@ -367,7 +369,7 @@ async def _respond(
         "id": f"{json_format.id_prefix}-{request_id}",
         "object": json_format.object,
         "created": int(time.time()),
-        "model": requests[0].adapter or generator.served().name,
+        "model": generator.served().model_name(requests[0].adapter),
         "system_fingerprint": None,
     }
     if body.stream:

@@ -101,7 +101,7 @@ def router(generator: Generator) -> APIRouter:
         request_id = request.state.request_id
         generation_request = await _generation_request(generator, body, request)
         group = generator.start([generation_request])
-        model = generation_request.adapter or generator.served().name
+        model = generator.served().model_name(generation_request.adapter)
         logprobs = Logprobs(generator.served().tokenizer)
         json_format = _ResponseFormat(body, generation_request, model, group=group, logprobs=logprobs)
         if body.stream:
@@ -122,7 +122,7 @@ def router(generator: Generator) -> APIRouter:
 async def _generation_request(
     generator: Generator, body: ResponsesBody, request: Request
 ) -> GenerationRequest:
-    adapter = generator.adapter_for(body.model)
+    adapter = await generator.adapter_for(body.model)
     tokenizer = generator.served().tokenizer_for(adapter)
     ids = await tokenizer.prompt_from_chat(_turns(body, tokenizer.template), param="input")
     length = parameters.AnswerLength(body.max_output_tokens, param="max_output_tokens")

@@ -24,10 +24,11 @@ from runtime import garbage_collection, hardware, torch_build
 from runtime.errors import ConfigError, Failure
 from runtime.metrics import ServingMetrics
 from runtime.oci import Access
+from runtime.serving.adapter_sources.sources import AdapterSources
 from runtime.serving.engine.protocol import Stats
 from runtime.serving.http.acceptor import Acceptor, OpenConnections, connection_limit
 from runtime.serving.http.admin import AdapterLoader
-from runtime.serving.http.app import create_app
+from runtime.serving.http.app import LaterAdapters, create_app
 from runtime.serving.http.connections import Connection, Shared
 from runtime.serving.http.origins import EVERY, Callers, known_hosts
 from runtime.serving.http.write_watch import limit_unsent
@@ -68,11 +69,16 @@ def run(config: ServeConfig, *, access: Access | None = None, load: Load | None 
     if config.adapter_root is not None:
         add = partial(loading.add_adapter, config=config, access=access)
         adapter_loader = AdapterLoader(config.adapter_root, add)
+    sources = None
+    if config.adapter_sources:
+        attach = partial(loading.attach, config=config)
+        sources = partial(AdapterSources, config, attach=attach, access=access)
     keys = key_file(config)
     with bind(config.host, config.port) as listener:
         load = load or partial(loading.load, access=access)
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
-            runner.run(Serving(config, load, adapter_loader, keys=keys).run(listener))
+            serving = Serving(config, load, adapter_loader, keys=keys, sources=sources)
+            runner.run(serving.run(listener))
 
 
 def key_file(config: ServeConfig) -> KeyFile | None:
@@ -143,8 +149,12 @@ class Serving:
         adapter_loader: AdapterLoader | None = None,
         *,
         keys: KeyFile | None = None,
+        sources: Callable[..., AdapterSources] | None = None,
     ) -> None:
+        """`sources` makes, given `metrics`, what loads the adapters that requests name."""
         self._config = config
+        self._make_sources = sources
+        self._sources: AdapterSources | None = None
         self._key_file = keys
         single = _api_key(config)
         self._keys = keys.ring if keys is not None else KeyRing(single) if single is not None else None
@@ -177,6 +187,8 @@ class Serving:
             await self._drain()
         finally:
             self._lifecycle.refuse()
+            if self._sources is not None:
+                self._sources.close()
             if (served := self._lifecycle.loaded) is not None:
                 self._closing = "a step of the engine"
                 served.engine.close()
@@ -213,12 +225,14 @@ class Serving:
         config = self._config
         key_figures = self._keys.figures if self._keys is not None else dict
         metrics = self._metrics = ServingMetrics(config.served_name, self._engine_stats, key_figures)
+        if self._make_sources is not None:
+            self._sources = self._make_sources(metrics=metrics)
         app = create_app(
             lifecycle=self._lifecycle,
             metrics=metrics,
             limits=config.limits,
             callers=self._callers(listener.getsockname()[0]),
-            adapter_loader=self._adapter_loader,
+            adapters=LaterAdapters(self._adapter_loader, self._sources),
         )
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         uvicorn_config = uvicorn.Config(

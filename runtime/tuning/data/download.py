@@ -55,7 +55,12 @@ def fetch(
     if source.image is not None:
         image = source.image
         folder = source.folder / "image"
-        oci.pull(oci.parse(image), folder, access=access, check_size=lambda size: sent.expect(size, image))
+        oci.pull(
+            oci.parse(image),
+            folder,
+            access=access,
+            watch=oci.Watch(image=lambda size: sent.expect(size, image)),
+        )
         return
     if not source.urls:
         return

@@ -37,6 +37,8 @@ ADAPTER_S = 600.0
 """For vLLM to read one adapter."""
 LORA_RANK = 64
 """Largest rank of an adapter where the settings name none; vLLM reserves memory for it."""
+LATER_ADAPTERS = 4
+"""Adapters that a step of vLLM's may use where they are loaded while serving; it reserves their memory."""
 HOST_ADAPTERS = 64
 """Adapters that vLLM keeps in host memory; a further one is read from the disk for each request."""
 TOKEN = "token_id:"  # noqa: S105 - how vLLM writes a token's id where its text would stand
@@ -97,11 +99,13 @@ def flags(config: ServeConfig, devices: Hardware) -> list[str]:
         chosen["data-parallel-size"] = config.replicas
     if config.model.trust_remote_code:
         chosen["trust-remote-code"] = True
-    if config.adapters or config.adapter_root is not None:
-        at_once = max(len(config.adapters), 1 if config.adapter_root is None else 4)
+    later = bool(config.adapter_sources) or config.adapter_root is not None
+    if config.adapters or later:
+        at_once = max(len(config.adapters), LATER_ADAPTERS if later else 1)
         rank = config.max_lora_rank or LORA_RANK
         chosen |= {"enable-lora": True, "max-loras": at_once, "max-lora-rank": rank}
-        chosen["max-cpu-loras"] = max(at_once, HOST_ADAPTERS)
+        sourced = config.adapter_limits.resident if config.adapter_sources else 0
+        chosen["max-cpu-loras"] = max(at_once, HOST_ADAPTERS, len(config.adapters) + sourced)
     if config.quantization is not None:
         chosen["quantization"] = "bitsandbytes"  # 4 bits: settings.check refuses others
     if config.limits.gpu_memory_share is not None:
@@ -159,7 +163,7 @@ class VllmEngine:
         shutil.rmtree(copy, ignore_errors=True)
         fields = adapters.check(folder, name=name).fields
         if strength == 1 and not fields.rank_pattern and not fields.alpha_pattern:
-            copy.mkdir()
+            copy.mkdir(parents=True)
             for file in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE):
                 shutil.copyfile(folder / file, copy / file)
         else:  # vLLM knows no strength, and one rank and alpha for all modules
