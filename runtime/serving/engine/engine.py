@@ -21,7 +21,6 @@ from runtime.memory.pool import STEP_TOKENS, PoolSize, window_span
 from runtime.serving.engine import failures
 from runtime.serving.engine.cuda_graphs import GraphBackend
 from runtime.serving.engine.kv_pool import LayerKinds
-from runtime.serving.engine.lora import AdapterWeights
 from runtime.serving.engine.model_runner import ModelRunner, Rank
 from runtime.serving.engine.out_of_memory import MemoryLimits, Reason, divide, is_explained
 from runtime.serving.engine.parallel.group import Stop
@@ -147,19 +146,12 @@ class BatchingEngine:
 
     def add_adapter(self, name: str, folder: Path, *, strength: float = 1.0) -> None:
         """Read an adapter, in this thread, and take it between two steps; see `Engine.add_adapter`."""
-        if name in self._runner.adapters.names:
-            raise failures.already_loaded(name)
         try:
             weights = self._runner.read_adapter(name, folder, strength)
-            self._queue.call(lambda: self._add(name, folder, strength, weights))
+            self._queue.call(lambda: self._runner.add_adapter(name, folder, strength, weights=weights))
         except CapacityError:
             self._memory.counts["adapter"] += 1
             raise
-
-    def _add(self, name: str, folder: Path, strength: float, weights: AdapterWeights | None) -> None:
-        if name in self._runner.adapters.names:
-            raise failures.already_loaded(name)
-        self._runner.add_adapter(name, folder, strength, weights=weights)
 
     def remove_adapter(self, name: str) -> None:
         """Remove an adapter once no request uses it; see `Engine.remove_adapter`."""

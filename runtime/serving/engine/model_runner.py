@@ -175,8 +175,11 @@ class ModelRunner:
     ) -> None:
         """Take an adapter on every rank, or on none; `weights` are those that were read, if they were.
 
-        ConfigError when it does not fit this model, CapacityError when a rank has no memory for it.
+        ConfigError when it does not fit this model or the name is in use, CapacityError when a rank has no
+        memory for it.
         """
+        if name in self.adapters.names:
+            raise failures.already_loaded(name)
         self._broadcast(AddAdapter(name, str(folder), strength))
         self._add(name, folder, strength, weights)
 
