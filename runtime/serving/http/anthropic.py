@@ -38,9 +38,9 @@ def router(generator: Generator) -> APIRouter:
     @routes.post("/messages", responses=STREAMED, summary="Answer a conversation", response_model=None)
     async def messages(body: MessagesBody, request: Request) -> Response:
         request_id = request.state.request_id
-        generation_request = await chat_request(generator, _as_chat(generator, body), request)
+        generation_request = await chat_request(generator, await _as_chat(generator, body), request)
         group = generator.start([generation_request])
-        model = generation_request.adapter or generator.served().name
+        model = generator.served().model_name(generation_request.adapter)
         json_format = MessageFormat(f"msg_{request_id}", model, shows_thoughts=body.shows_thoughts)
         if body.stream:
             return EventStream(
@@ -58,14 +58,15 @@ def router(generator: Generator) -> APIRouter:
 
     @routes.post("/messages/count_tokens", summary="Count the tokens of a conversation", response_model=None)
     async def count_tokens(body: MessagesBody, request: Request) -> Response:
-        prompt = await chat_prompt(generator, _as_chat(generator, body))
+        prompt = await chat_prompt(generator, await _as_chat(generator, body))
         return JSONResponse({"input_tokens": len(prompt.ids)})
 
     return routes
 
 
-def _as_chat(generator: Generator, body: MessagesBody) -> ChatCompletionBody:
-    tokenizer = generator.served().tokenizer_for(generator.adapter_for(body.model))
+async def _as_chat(generator: Generator, body: MessagesBody) -> ChatCompletionBody:
+    adapter = await generator.adapter_for(body.model)
+    tokenizer = generator.served().tokenizer_for(adapter)
     return body.as_chat(tokenizer.features(with_tools=bool(body.tools)))
 
 

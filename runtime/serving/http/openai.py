@@ -234,7 +234,7 @@ class ChatPrompt:
 
 async def chat_prompt(generator: Generator, body: ChatCompletionBody) -> ChatPrompt:
     """Return the prompt of a conversation for the model that it names."""
-    adapter = generator.adapter_for(body.model)
+    adapter = await generator.adapter_for(body.model)
     tokenizer = generator.served().tokenizer_for(adapter)
     options = template_options(body, tokenizer, shown_tools(body, generator.served(), adapter))
     ids = await tokenizer.prompt_from_chat(turns_of(body.messages, tokenizer.template), options=options)
