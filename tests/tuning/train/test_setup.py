@@ -22,7 +22,7 @@ Maker = Callable[..., TuningJob]
 ONE = JobIdentity({"training.learning_rate": 1e-4})
 OTHER = JobIdentity({"training.learning_rate": 1e-3})
 
-OFTEN = {"save_strategy": "steps", "save_steps": 4, "max_steps": 60}
+OFTEN = {"save_strategy": "steps", "save_steps": 4, "max_steps": 40}
 EVERY_STEP = {**OFTEN, "save_steps": 1}
 
 
@@ -33,7 +33,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path, rows_dir: Path) -> bytes:
-    """The adapter of a run of 60 steps that nothing interrupts."""
+    """The adapter of a run of 40 steps that nothing interrupts."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     worker = Worker(tiny_job(tiny_llama_dir, rows_dir, folder / "out", training=OFTEN))
     assert worker.wait() == 0, worker.output()
@@ -120,7 +120,7 @@ def test_fault_4_sigterm_takes_a_checkpoint_exits_143_and_resumes_bit_exactly(
     make_job: Maker, uninterrupted: bytes, tmp_path: Path
 ) -> None:
     job = make_job(
-        training={"save_strategy": "no", "max_steps": 60},
+        training={"save_strategy": "no", "max_steps": 40},
         output=Output(folder=tmp_path / "out", image=f"oci:{tmp_path}/layout:1"),
     )
     worker = Worker(job)
