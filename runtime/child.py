@@ -10,19 +10,29 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "VLLM_API_KEY", "RUNTIME_API_KEY", "AZURE_CLIENT_SECRET")
+"""Variables that a process which works on what clients wrote has no use for."""
+
 
 def start(
-    module: str, environment: Mapping[str, str] = MappingProxyType({})
+    module: str,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    *,
+    without: Sequence[str] = (),
 ) -> "tuple[subprocess.Popen[bytes], socket.socket]":
-    """Run `module` with more variables; return the process, and the server's end of its standard input."""
+    """Run `module` with more variables, and `without` some of this process's.
+
+    Returns the process, and the server's end of its standard input.
+    """
     here, there = socket.socketpair()
     command = [sys.executable, "-m", module]
-    if environment:
-        command = ["env", *(f"{name}={value}" for name, value in environment.items()), *command]
+    if environment or without:
+        unset = [f"--unset={name}" for name in without]
+        command = ["env", *unset, *(f"{name}={value}" for name, value in environment.items()), *command]
     with there:
         try:
             # A group of its own: Ctrl-C on a terminal is handled by the server. Not a session: the kernel may

@@ -60,7 +60,7 @@ class ForkHost:
             return self._control
 
     def _spawn(self) -> "tuple[socket.socket, subprocess.Popen[bytes]]":
-        process, here = child.start(self._module)
+        process, here = child.start(self._module, without=child.SECRETS)
         with contextlib.suppress(OSError):
             for message in self._greeting():
                 send(here, message)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import forks
+from runtime import child, forks
 from runtime.errors import UnavailableError
 
 
@@ -50,6 +50,22 @@ def test_host_that_was_killed_is_started_again(host: forks.ForkHost) -> None:
     os.kill(host._process.pid, signal.SIGKILL)
     host._process.wait()
     assert asked(host, b"a") == [b"greeting a"]
+
+
+def test_copies_have_no_secrets_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They work on what clients wrote: what takes one over shall find nothing."""
+    for name in child.SECRETS:
+        monkeypatch.setenv(name, "SECRETSECRET")
+    monkeypatch.setenv("KEPT", "yes")
+    made = forks.ForkHost("tests.fork_program", "tests", lambda: [b"greeting"])
+    try:
+        asked(made, b"pid")
+        assert made._process is not None
+        environment = Path(f"/proc/{made._process.pid}/environ").read_bytes()  # a copy has its host's
+    finally:
+        made.close()
+    assert b"KEPT=yes" in environment
+    assert b"SECRETSECRET" not in environment
 
 
 def test_message_longer_than_expected_is_not_read(host: forks.ForkHost) -> None:
