@@ -33,8 +33,6 @@ log = logging.getLogger(__name__)
 
 AnswerFinish = Literal["stop", "length", "tool_calls"]
 """Why an answer ended: by itself, at its longest, or by itself with calls in it."""
-PROMPT_END_TOKENS = 16
-"""Tokens at the end of a prompt that may open a thought or a message of the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +244,7 @@ def _texts(tokenizer: PromptTokenizer, request: GenerationRequest) -> tuple[Answ
         special={} if wanted.shows_special else tokenizer.special,
         prompt=PromptEnd(
             tokens=ids[-TAIL_TOKENS:] if request.continues_prompt else (),
-            text="" if request.form.plain else tokenizer.decode_verbatim(ids[-PROMPT_END_TOKENS:]),
+            text="" if request.form.plain else tokenizer.end_of(ids),
         ),
     )
     tokens = None

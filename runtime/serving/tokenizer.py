@@ -24,6 +24,8 @@ from runtime.serving.tokenizing import CALLER, SHORT_CHARACTERS, Stopped, Tokeni
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+END_TOKENS = 16
+"""Tokens at the end of a prompt that may open a thought or a message of the answer."""
 COUNTED_TOKENS = 65_536
 """Tokens of a text that /tokenize counts, where the context is no longer."""
 PIECE_CHARACTERS = 32_768
@@ -188,6 +190,10 @@ class PromptTokenizer:
     def decode_verbatim(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` with special tokens."""
         return str(self._tokenizer.decode(list(ids)))
+
+    def end_of(self, prompt: Sequence[int]) -> str:
+        """Return the text of a prompt's last tokens with special tokens: it may open a thought."""
+        return self.decode_verbatim(prompt[-END_TOKENS:])
 
     def token_text(self, token: int) -> str:
         """Return one token as text, special tokens too; U+FFFD where it is part of a character."""

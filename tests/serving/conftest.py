@@ -232,6 +232,7 @@ def open_site(tokenizer: Any) -> OpenSite:
         defaults: SamplingDefaults | None = None,
         ready: bool = True,
         template: str | None = TEMPLATE,
+        tokenizer: Any = tokenizer,
         adapter_loader: Any = None,
         stall_s: float = 60,
         **engine: Any,

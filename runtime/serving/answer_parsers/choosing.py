@@ -23,8 +23,8 @@ from runtime.serving.answer_parsers.parser import AnswerParser
 from runtime.serving.answer_parsers.parts import ParsedAnswer
 
 _ORDER = (
-    "mistral", "deepseek_v31", "kimi_k2", "seed_oss", "minimax_m2", "qwen3_coder", "glm45", "internlm",
-    "granite-20b-fc", "lfm2", "llama4_pythonic", "phi4_mini_json", "jamba", "hermes", "granite",
+    "mistral", "deepseek_v31", "deepseek_v3", "kimi_k2", "seed_oss", "minimax_m2", "qwen3_coder", "glm45",
+    "internlm", "granite-20b-fc", "lfm2", "llama4_pythonic", "phi4_mini_json", "jamba", "hermes", "granite",
     "llama3_json", "pythonic",
 )  # fmt: skip
 """Formats in the order in which they are tried: what one shares with another is the later one's."""

@@ -43,10 +43,31 @@ Read = Callable[[Cursor, Tools], Steps[list[FoundCall] | None]]
 
 
 @dataclass(frozen=True, slots=True)
+class CallSpelling:
+    """How calls are written where an answer must consist of them."""
+
+    call: str
+    """One call, with `{name}` and `{arguments}`: JSON, unless `argument` says how one is written."""
+    before: str = ""
+    between: str = ""
+    after: str = ""
+    argument: str = ""
+    """One argument, with `{key}` and `{value}`."""
+    separator: str = ""
+    """Between two arguments."""
+    plain_text: bool = False
+    """Arguments that are texts stand without quotes."""
+    token: str = ""
+    """A special token of models that write calls like this; others write them as `without` says."""
+    without: "CallSpelling | None" = None
+
+
+@dataclass(frozen=True, slots=True)
 class CallFormat:
     """Calls in the text of an answer."""
 
     read: Read
+    spelling: CallSpelling
     openings: tuple[str, ...] = ()
     """What stands before calls, wherever these are."""
     inside: tuple[str, ...] = ()

@@ -31,9 +31,10 @@ class Mask(Protocol):
 class Constraint:
     """What one answer must match, and the field of the request that asks for it."""
 
-    kind: Literal["schema", "regex", "grammar"]
+    kind: Literal["schema", "regex", "grammar", "answer"]
     value: Any
-    """A JSON schema as a mapping, a regular expression, or a grammar in Lark's or llama.cpp's notation."""
+    """A JSON schema as a mapping, a regular expression, or a grammar in Lark's or llama.cpp's notation; of an
+    answer a mapping with `top`, a grammar without its rules part0 and so on, and `parts`, which are these."""
     param: str
     strict: bool = False
     """Refuse what of a schema cannot be enforced, rather than relax it."""

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
 from runtime.serving.answer_parsers.forms import AnswerForm
+from runtime.serving.answer_parsers.grammars import spelled
 from runtime.serving.answer_parsers.parts import ReasoningDelta
 from runtime.serving.generation import GenerationGroup, GenerationRequest, Generator
 from runtime.serving.http import parameters
@@ -74,14 +75,16 @@ async def _generation_request(generator: Generator, body: ChatBody, request: Req
         max_new_tokens=longest,
         sample=fields.do_sample,
     )
+    form = AnswerForm() if continues_prompt else generator.served().form_for(adapter)
+    asked = spelled(form, constraint(fields), None, prompt=tokenizer.end_of(ids), special=tokenizer.special)
     return GenerationRequest(
         ids,
-        await constrained(request, tokenizer, sampling, constraint(fields)),
+        await constrained(request, tokenizer, sampling, asked),
         text=parameters.text_rules(fields),
         adapter=adapter,
         request_id=request.state.request_id,
         continues_prompt=continues_prompt,
-        form=AnswerForm() if continues_prompt else generator.served().form_for(adapter),
+        form=form,
     )
 
 

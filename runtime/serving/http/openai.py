@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
 from runtime.serving.answer_parsers.forms import AnswerForm
+from runtime.serving.answer_parsers.grammars import ForcedCalls, spelled
 from runtime.serving.answer_parsers.parts import (
     CallArguments,
     CallEnd,
@@ -246,9 +247,10 @@ async def chat_request(generator: Generator, body: ChatCompletionBody, request: 
     _check_common(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("'top_logprobs' needs 'logprobs': true", param="top_logprobs")
-    asked = _constraint(body)
+    asked, forced = _constraint(body)
     prompt = await chat_prompt(generator, body)
     tokenizer, ids = prompt.tokenizer, prompt.ids
+    form = _form(generator, body, prompt.adapter)
     if body.max_completion_tokens is not None:
         length = parameters.AnswerLength(body.max_completion_tokens, param="max_completion_tokens")
     else:
@@ -260,6 +262,7 @@ async def chat_request(generator: Generator, body: ChatCompletionBody, request: 
         sample=_sample(body),
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
+    asked = spelled(form, asked, forced, prompt=tokenizer.end_of(ids), special=tokenizer.special)
     sampling = await constrained(request, tokenizer, sampling, asked)
     request_id = request.state.request_id
     return GenerationRequest(
@@ -269,7 +272,7 @@ async def chat_request(generator: Generator, body: ChatCompletionBody, request: 
         prompt.adapter,
         request_id,
         continues_prompt=prompt.continues_last,
-        form=_form(generator, body, prompt.adapter),
+        form=form,
     )
 
 
@@ -286,12 +289,18 @@ def _form(generator: Generator, body: ChatCompletionBody, adapter: str | None) -
     return replace(form, tools=callable_tools(body), one_call=one_call)
 
 
-def _constraint(body: ChatCompletionBody) -> Constraint | None:
-    """Return what the answer must match; a call that is forced has no text that `response_format` is for."""
-    asked, forced = constraint(body), forced_call(body)
+def _constraint(body: ChatCompletionBody) -> tuple[Constraint | None, ForcedCalls | None]:
+    """Return what the answer must match, or the calls that it must consist of.
+
+    A call that is forced has no text that `response_format` is for.
+    """
+    asked = constraint(body)
+    forced = forced_call(
+        body, several=body.parallel_tool_calls and "parallel_tool_calls" in body.model_fields_set
+    )
     if asked is not None and forced is not None and asked.param != "response_format":
         raise RequestError(f"'{forced.param}' and '{asked.param}' exclude each other", param=asked.param)
-    return forced or asked
+    return (None if forced else asked), forced
 
 
 async def _completion_requests(

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, Tag
 from starlette.responses import JSONResponse, Response
 
 from runtime.errors import RequestError
+from runtime.serving.answer_parsers.grammars import spelled
 from runtime.serving.engine.protocol import Constraint
 from runtime.serving.generation import GenerationGroup, GenerationRequest, Generator
 from runtime.serving.http import fields, parameters
@@ -132,8 +133,9 @@ async def _generation_request(
         max_new_tokens=parameters.max_new_tokens(length, tokenizer, prompt_tokens=len(ids)),
         top_logprobs=_top_logprobs(body),
     )
-    sampling = await constrained(request, tokenizer, sampling, _constraint(body))
     form = generator.served().form_for(adapter)
+    asked = spelled(form, _constraint(body), None, prompt=tokenizer.end_of(ids), special=tokenizer.special)
+    sampling = await constrained(request, tokenizer, sampling, asked)
     request_id = request.state.request_id
     return GenerationRequest(ids, sampling, parameters.text_rules(body), adapter, request_id, form=form)
 

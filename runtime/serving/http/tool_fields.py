@@ -12,11 +12,10 @@ from pydantic_core import PydanticCustomError
 from runtime.errors import RequestError
 from runtime.serving.answer_parsers.formats import CALLS
 from runtime.serving.answer_parsers.forms import Tools
-from runtime.serving.engine.protocol import Constraint
+from runtime.serving.answer_parsers.grammars import ForcedCalls
 from runtime.serving.http import fields
 from runtime.serving.http.body_types import Body, Flag, Name, Text, by_kind
 from runtime.serving.lifecycle import ServedModel
-from runtime.serving.structured_output.constraints import function_call
 
 MAX_TOOLS = 128
 
@@ -126,8 +125,8 @@ def shown_tools(body: ToolFields, served: ServedModel, adapter: str | None) -> l
     return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in body.tools or ()]
 
 
-def forced_call(body: ToolFields) -> Constraint | None:
-    """Return the constraint of an answer that must be a call: `tool_choice` "required" or a function.
+def forced_call(body: ToolFields, *, several: bool = False) -> ForcedCalls | None:
+    """Return the calls that an answer must consist of: `tool_choice` "required" or a function.
 
     Raises RequestError where there is no such function.
     """
@@ -144,5 +143,6 @@ def forced_call(body: ToolFields) -> Constraint | None:
         tools = [tool for tool in tools if tool.name == name]
         if not tools:
             raise RequestError(f"'{param}' names '{name}', which is not one of '{among}'", param=param)
+    schemas = {tool.name: tool.parameters or {} for tool in tools}
     strict = any(tool.strict for tool in tools)
-    return function_call([(tool.name, tool.parameters) for tool in tools], param, strict=strict)
+    return ForcedCalls(schemas, param, strict=strict, several=several and not older)

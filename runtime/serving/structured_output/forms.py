@@ -5,7 +5,7 @@ Runs in the process that may be killed; a server only imports it. Start at `form
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import RequestError, one_line
@@ -55,6 +55,8 @@ def form_of(constraint: Constraint) -> Form:
     """Return the form of `constraint`; RequestError where it is not well-formed."""
     from llguidance import LLMatcher
 
+    if constraint.kind == "answer":
+        return _of_parts(constraint)
     if constraint.kind == "regex":
         limits.check_pattern(constraint.value, constraint)
         return Form(LLMatcher.grammar_from_regex(from_ecma(constraint.value)), constraint.value)
@@ -72,6 +74,32 @@ def form_of(constraint: Constraint) -> Form:
         style = {"whitespace_flexible": True, "whitespace_pattern": constraint.whitespace}
     grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=style)  # type: ignore[arg-type]
     return Form(grammar, schema, tuple(rewriter.relaxed))
+
+
+def _of_parts(constraint: Constraint) -> Form:
+    """Return the form of an answer: its grammar, with each part as a grammar of its own."""
+    top, grammars, parts, relaxed = constraint.value["top"], list[dict[str, Any]](), [], list[str]()
+    for number, each in enumerate(constraint.value["parts"]):
+        part = replace(constraint, **each)
+        form = form_of(part)
+        if part.kind == "schema" and (error := _error(form.grammar)):
+            raise _wrong(form, error, part)
+        known = part.kind == "grammar"
+        made = {"lark_grammar": form.grammar} if known else json.loads(form.grammar)["grammars"][0]
+        grammars.append({**made, "name": f"sub{number}"})
+        top += f"\npart{number}: @sub{number}"
+        parts.append({**each, "value": form.value})
+        relaxed += form.relaxed
+    value = {"top": constraint.value["top"], "parts": parts}
+    return Form(json.dumps({"grammars": [{"lark_grammar": top}, *grammars]}), value, tuple(relaxed))
+
+
+def _error(grammar: str) -> str:
+    """Return what is wrong with a grammar, "" for nothing."""
+    from llguidance import LLMatcher
+
+    wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+    return "\n".join(messages) if wrong else ""
 
 
 def _takes(schema: Schema) -> bool:

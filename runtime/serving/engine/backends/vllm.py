@@ -25,7 +25,7 @@ from runtime.errors import RequestError, UnavailableError, UnknownModelError, on
 from runtime.hardware import Hardware
 from runtime.serving.engine import failures
 from runtime.serving.engine.backends.vllm_process import VllmProcess
-from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
+from runtime.serving.engine.protocol import Constraint, FinishReason, Request, Stats, Token
 from runtime.serving.engine.request_queue import LAST_STEP_S, RequestHandle, RequestQueue
 from runtime.serving.settings import ServeConfig
 
@@ -52,6 +52,8 @@ SAME_NAME = (
     "frequency_penalty",
 )
 """Fields of `Sampling` that vLLM takes under the same name and in the same sense."""
+STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""Of JSON within a grammar, as structured_output/forms.py has it."""
 REFUSED = ("no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id")
 """Fields of `Sampling` for which vLLM has nothing."""
 
@@ -321,11 +323,33 @@ def _body(request: Request, *, model: str, context_tokens: int) -> dict[str, Any
         body |= {"logprobs": sampling.top_logprobs, "return_tokens_as_token_ids": True}
     if sampling.grammar is not None:
         constraint = sampling.grammar.constraint
-        name = "json" if constraint.kind == "schema" else constraint.kind
-        body["structured_outputs"] = {name: constraint.value}
+        if constraint.kind == "answer":
+            body["structured_outputs"] = {"grammar": _lark(constraint)}
+        else:
+            name = "json" if constraint.kind == "schema" else constraint.kind
+            body["structured_outputs"] = {name: constraint.value}
         if constraint.whitespace is not None:
             body["structured_outputs"]["whitespace_pattern"] = constraint.whitespace
     return body
+
+
+def _lark(constraint: Constraint) -> str:
+    """Return the grammar of an answer with its parts, for a vLLM that follows grammars by llguidance."""
+    rules = [constraint.value["top"]]
+    for number, part in enumerate(constraint.value["parts"]):
+        if part["kind"] == "schema":
+            schema = part["value"] if isinstance(part["value"], dict) else {}
+            rules.append(f"part{number}: %json {json.dumps({**schema, 'x-guidance': STYLE})}")
+        elif part["kind"] == "regex":
+            pattern = part["value"].replace("/", r"\/")
+            rules.append(f"part{number}: /{pattern}/")
+        else:
+            raise RequestError(
+                f"'{constraint.param}' is a grammar, which vLLM cannot follow behind a thought; "
+                "send a schema, or a pattern",
+                param=constraint.param,
+            )
+    return "\n".join(rules)
 
 
 def _tokens(choice: dict[str, Any], *, top: int | None) -> Iterator[Token]:

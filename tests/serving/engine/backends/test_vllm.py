@@ -83,6 +83,17 @@ def test_the_answer_is_vllms_tokens_without_the_stop_id(start: Start) -> None:
     assert engine.stats().cached_tokens == 4
 
 
+def test_a_grammar_of_parts_reaches_vllm_as_one(start: Start, folder: Path) -> None:
+    llguidance = pytest.importorskip("llguidance")
+    asked = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    parts = [{"kind": "schema", "value": asked}, {"kind": "regex", "value": "[a/]+"}]
+    constraint = Constraint("answer", {"top": 'start: "f" (part0 | part1)', "parts": parts}, "")
+    grammar = Grammar(constraint, begin=lambda: pytest.fail("vLLM compiles it itself"))
+    run(start(), make_request((ANSWER, 5), grammar=grammar))
+    sent = received(folder, "body")["structured_outputs"]["grammar"]
+    assert not llguidance.LLMatcher.validate_grammar(llguidance.LLMatcher.grammar_from_lark(sent))
+
+
 def test_every_sampling_setting_reaches_vllm(start: Start, folder: Path) -> None:
     grammar = Grammar(Constraint("regex", "[ab]+", ""), begin=lambda: pytest.fail("vLLM compiles it itself"))
     request = make_request(
