@@ -24,10 +24,13 @@ from runtime.serving.answer_parsers.parts import ParsedAnswer
 
 _ORDER = (
     "mistral", "deepseek_v31", "deepseek_v3", "kimi_k2", "seed_oss", "minimax_m2", "qwen3_coder", "glm45",
-    "internlm", "granite-20b-fc", "lfm2", "llama4_pythonic", "phi4_mini_json", "jamba", "hermes", "granite",
-    "llama3_json", "pythonic",
+    "internlm", "gemma4", "granite-20b-fc", "lfm2", "llama4_pythonic", "jamba", "hermes", "granite",
+    "phi4_mini_json", "llama3_json", "pythonic",
 )  # fmt: skip
 """Formats in the order in which they are tried: what one shares with another is the later one's."""
+
+_DELIMITERS = frozenset(each for form in CALLS.values() if form is not None for each in form.inside)
+"""None of which is left where a call was read in the right format."""
 
 
 def chosen(
@@ -102,7 +105,8 @@ def _reads(form: CallFormat, written: str) -> bool:
         answer = ParsedAnswer()
         parser = AnswerParser(AnswerForm(calls=form, tools=tools))
         answer.add(parser.feed(text) + parser.finish())
-        if [(call.name, json.loads(call.arguments)) for call in answer.calls] == [(name, arguments)]:
+        found = [(call.name, json.loads(call.arguments)) for call in answer.calls]
+        if found == [(name, arguments)] and not any(each in answer.content for each in _DELIMITERS):
             return True
     return False
 

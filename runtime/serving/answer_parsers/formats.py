@@ -6,7 +6,7 @@ Does not know models. Start at `REASONING` and `CALLS`.
 from collections.abc import Mapping
 from dataclasses import replace
 
-from runtime.serving.answer_parsers import json_calls, marked_calls, pythonic, tagged_calls
+from runtime.serving.answer_parsers import gemma_calls, json_calls, marked_calls, pythonic, tagged_calls
 from runtime.serving.answer_parsers.forms import CallFormat, CallSpelling, ThoughtFormat
 
 HARMONY_REASONING, HARMONY_CALLS = "openai_gptoss", "openai"
@@ -192,6 +192,18 @@ CALLS: Mapping[str, CallFormat | None] = {
         ),
         openings=("<minimax:tool_call>",),
         inside=("</minimax:tool_call>",),
+    ),
+    "gemma4": CallFormat(
+        gemma_calls.read,
+        CallSpelling(
+            f"{gemma_calls.OPENING}call:{{name}}{{{{arguments}}}}{gemma_calls.CLOSING}",
+            argument="{key}:{value}",
+            separator=",",
+            plain_text=True,
+            quote=gemma_calls.QUOTE,
+        ),
+        openings=(gemma_calls.OPENING,),
+        inside=(gemma_calls.CLOSING, gemma_calls.QUOTE),
     ),
     "internlm": _json("<|action_start|><|plugin|>", "<|action_end|>"),
     HARMONY_CALLS: None,

@@ -56,7 +56,9 @@ class CallSpelling:
     separator: str = ""
     """Between two arguments."""
     plain_text: bool = False
-    """Arguments that are texts stand without quotes."""
+    """Arguments that are texts are not JSON's."""
+    quote: str = ""
+    """What stands around those."""
     token: str = ""
     """A special token of models that write calls like this; others write them as `without` says."""
     without: "CallSpelling | None" = None
@@ -148,13 +150,14 @@ def typed(text: str, schema: Any) -> Any:
     try:
         value = json_value(text)
     except ValueError:
-        return _python_word(text)
+        return python_word(text)
     if isinstance(value, str) or (kinds and not any(_is(value, kind) for kind in kinds)):
         return text
     return value
 
 
-def _python_word(text: str) -> Any:
+def python_word(text: str) -> Any:
+    """Return what Python's words for true, false and null mean, and any other text as it is."""
     words = {"True": True, "False": False, "None": None}
     return words.get(text, text)
 

@@ -165,6 +165,7 @@ class _Lark:
         before, _, after = spelling.argument.replace("{key}", name).partition("{value}")
         value = schema if isinstance(schema, Mapping) else {}
         if spelling.plain_text and value.get("type") == "string":
+            before, after = before + spelling.quote, spelling.quote + after
             texts = [text for text in value.get("enum") or () if isinstance(text, str)]
             if texts:
                 choices = " | ".join(self.text(text) for text in texts)

@@ -154,6 +154,10 @@ def _bare(source: AnswerSource, form: AnswerForm, calls: CallFormat, text: _Text
     yield from cursor.space()
     if (yield from cursor.peek()) not in tuple(calls.bare):
         return 0
+    at = cursor.at
+    if (yield from cursor.literal(source.mark(calls.openings))):  # such as [TOOL_CALLS], spelled as text
+        return 0
+    cursor.at = at
     found = yield from calls.read(cursor, form.tools)
     if not found or not _declared(found, form):
         yield from text.add(source.take(1))  # or the same place may be tried again

@@ -170,5 +170,14 @@ SPELLINGS: dict[str, Spelling] = {
         )
         + "<|tool_calls_section_end|>", "kimi_k2",
     ),
+    "gemma 4": Spelling(
+        f"<|channel>thought\nThe user asks. <tool_call>{{}}\n<channel|>{TEXT}"
+        '<|tool_call>call:weather{city:<|"|>Köln }, "x"<|"|>,days:3,more:[<|"|>a<|"|>,{b:true}]}<tool_call|>'
+        "<|tool_call>call:clock.now{}<tool_call|>", "gemma4", "gemma4",
+        called=(
+            ("weather", {"city": 'Köln }, "x"', "days": 3, "more": ["a", {"b": True}]}), ("clock.now", {}),
+        ),
+        specials=("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>'),
+    ),
     "gpt-oss": Spelling(HARMONY, "openai", "openai_gptoss", specials=HARMONY_SPECIALS),
 }  # fmt: skip

@@ -40,11 +40,12 @@ WRITTEN = {
     "glm45": spellings.glm(*ASKED[0]),
     "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0"
     f"<|tool_call_argument_begin|>{ARGUMENTS}<|tool_call_end|><|tool_calls_section_end|>",
+    "gemma4": '<|tool_call>call:weather{city:<|"|>Oslo<|"|>,days:3}<tool_call|>',
     "openai": f"<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{ARGUMENTS}",
 }
 SPECIALS = (
     "[TOOL_CALLS]", "[ARGS]", "<|python_start|>", "<|python_end|>", "<|tool_calls_section_begin|>",
-    *spellings.HARMONY_SPECIALS,
+    "<|tool_call>", "<tool_call|>", '<|"|>', *spellings.HARMONY_SPECIALS,
 )  # fmt: skip
 
 

@@ -106,6 +106,13 @@ def test_a_call_between_tags_may_name_any_function() -> None:
     assert shown(read([spelling.text], form_of(spelling), spelling))[2] == [("nobody", {})]
 
 
+@pytest.mark.parametrize("name", ["mistral", "mistral, since 2025", "llama 4"])
+def test_an_opening_that_is_no_special_token_is_met_as_text(name: str) -> None:
+    spelling = replace(SPELLINGS[name], specials=())
+    text = spelling.text[spelling.text.find("[TOOL_CALLS]") if "mistral" in name else 0 :]
+    assert len(read(list(text), form_of(spelling), spelling).calls) == 2
+
+
 def test_text_around_calls_is_kept() -> None:
     call = '<tool_call>{"name": "weather"}</tool_call>'
     spelling = replace(SPELLINGS["hermes"], text=f"one\n{call}\n{call} two\n")
