@@ -175,7 +175,11 @@ class _Probe:
         whole = self._try([asked, answer], begins_answer=False) or ""
         prompt = self._try([asked]) or ""
         pairs = zip(whole, prompt, strict=False)
-        return whole[next((at for at, (one, other) in enumerate(pairs) if one != other), len(prompt)) :]
+        at = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(whole), len(prompt)))
+        for opening, closing in ("<>", "[]"):  # of a tag that begins as the prompt's does
+            start = whole.rfind(opening, 0, at)
+            at = start if start >= 0 and closing not in whole[start:at] else at
+        return whole[at:]
 
     def _changes(self, variable: str, *values: Any) -> bool:
         """Return whether the prompt depends on a variable: without it, or with one of `values`."""

@@ -49,6 +49,14 @@ def test_calls_are_read_as_the_template_writes_them(tokenizer: Any, name: str) -
 
 
 @pytest.mark.parametrize(
+    ("name", "prompt"), [("deepseek_v31", "<｜A｜>"), ("mistral", "[A]"), ("hermes", "<a>")]
+)
+def test_a_call_may_begin_as_the_prompt_of_an_answer_does(tokenizer: Any, name: str, prompt: str) -> None:
+    template = ANSWER.replace("[{{ m.role }}]", "").replace("[assistant]PROMPT", prompt)
+    assert form_of(tokenizer, template.replace("CALL", WRITTEN[name])).calls is CALLS[name]
+
+
+@pytest.mark.parametrize(
     ("token", "name"),
     [("[TOOL_CALLS]", "mistral"), ("<|tool_call|>", "phi4_mini_json"), ("<|python_tag|>", "llama3_json")],
 )
