@@ -38,3 +38,16 @@ def test_decisions_are_numbered_and_dated() -> None:
     for path in paths:
         text = path.read_text(encoding="utf-8")
         assert re.match(rf"# {int(path.name[:3])}\. .+\n\n\d{{4}}-\d\d-\d\d\n\n\S", text), path.name
+
+
+def test_every_statement_about_security_is_held_by_a_test() -> None:
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    defended = text[text.index("## Who") : text.index("## What is not")]
+    statements = [line for line in defended.splitlines() if line.startswith("- ")]
+    assert len(statements) > 20
+    for line in statements:
+        found = re.search(r"`(tests/[\w/]+\.py)::(test_\w+)`$", line)
+        assert found, line
+        assert re.search(
+            rf"^(?:async )?def {found[2]}\(", (ROOT / found[1]).read_text("utf-8"), re.MULTILINE
+        ), line

@@ -7,6 +7,7 @@ takes. Does not know how a model is loaded or when the process ends. Start at `c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -21,6 +22,7 @@ from runtime.metrics import ServingMetrics
 from runtime.serving.adapter_sources.sources import AdapterSources
 from runtime.serving.generation import Generator
 from runtime.serving.http import admin, anthropic, chat, openai, responses
+from runtime.serving.http.description import described
 from runtime.serving.http.middleware import RequestMiddleware
 from runtime.serving.http.origins import Callers
 from runtime.serving.http.refusals import Refusals
@@ -75,6 +77,7 @@ def create_app(
     _add_health(app, lifecycle)
     _add_pages(app, metrics)
     _add_failures(app)
+    app.openapi = partial(described_app, app)  # type: ignore[method-assign]
     app.add_middleware(
         RequestMiddleware,
         lifecycle=lifecycle,
@@ -83,6 +86,13 @@ def create_app(
         refusals=Refusals(metrics.refused),
     )
     return app
+
+
+def described_app(app: FastAPI) -> dict[str, Any]:
+    """Return what /openapi.json answers: FastAPI's description of an app, with ours put in; made once."""
+    if app.openapi_schema is None:
+        app.openapi_schema = described(FastAPI.openapi(app))
+    return app.openapi_schema
 
 
 def _add_health(app: FastAPI, lifecycle: Lifecycle) -> None:

@@ -10,7 +10,7 @@ import openai
 import pytest
 from starlette.routing import Route
 
-from runtime.serving.http.middleware import ADMIN_PATHS, OPEN_PATHS
+from runtime.serving.http.middleware import ADMIN_PATHS, DESCRIPTION_PATHS, OPEN_PATHS
 from runtime.serving.keys import KeyEntry, KeyLimits, digest
 from runtime.serving.settings import Limits
 from tests.serving.http.test_app import HEALTH
@@ -44,7 +44,7 @@ async def test_every_route_but_health_and_metrics_demands_the_key(open_site: Any
         assert {"/chat", "/v1/chat/completions", "/", "/openapi.json"} <= {path for _, path in listed}
         for method, path in [*listed, ("GET", "/nowhere")]:
             reply = await site.client.request(method, path, headers=headers)
-            if path in OPEN_PATHS:
+            if path in OPEN_PATHS | DESCRIPTION_PATHS:
                 assert reply.status_code == 200, path
             else:
                 assert reply.status_code == 401, path

@@ -195,3 +195,72 @@ def test_pages_opened_with_the_key_in_their_address_work(
     window.open(server.url.replace("://", "://user:KEY@") + path)
     until(lambda: window.texts(shown) != [])
     assert window.complaints() == []
+
+
+@pytest.fixture
+def docs(window: Browser, start_server: Any) -> Browser:
+    """The page of the routes of a server with a key, opened without it."""
+    server = start_server(config={"api_key": "KEY", "limits": {"new_tokens": 8}})
+    window.resize(1000, 900)
+    window.scheme("light")
+    window.open(server.url + "/docs")
+    until(lambda: "/chat" in window.texts("summary code"), timeout_s=60)
+    window.complaints()
+    return window
+
+
+def unfold(page: Browser, path: str) -> str:
+    """Open the box of a POST route and return a selector of it."""
+    page.run(
+        "const box = [...document.querySelectorAll('#routes > section > details')].find(e =>"
+        " e.querySelector('code').textContent === arguments[0]);"
+        "box.id = 'opened'; box.open = true; box.scrollIntoView()",
+        path,
+    )
+    until(lambda: page.texts("#opened h3") != [], timeout_s=60)
+    return "#opened"
+
+
+def test_docs_page_tells_fields_limits_errors_and_examples(docs: Browser) -> None:
+    box = unfold(docs, "/v1/chat/completions")
+    assert docs.texts(f"{box} h3")[:2] == ["Fields", "Example"]
+    rows = docs.texts(f"{box} > .fields tr")
+    assert rows[0].startswith("messagesrequired")
+    assert any("default 1" in row and "1 to 8" in row for row in rows if row.startswith("n"))
+    assert any(row.startswith("429") for row in rows)
+    assert "curl http" in docs.texts(f"{box} pre")[0]
+    docs.run("[...document.querySelectorAll('#opened button')].find(b => b.textContent === 'Python').click()")
+    assert "import httpx" in docs.texts(f"{box} pre")[0]
+    assert docs.complaints() == []
+    picture(docs, "docs-fields")
+
+
+def test_docs_page_tries_a_route_with_the_key_that_is_given(docs: Browser) -> None:
+    box = unfold(docs, "/chat")
+    go = "[...document.querySelectorAll('#opened button')].find(b => b.textContent === 'Send').click()"
+    docs.run(go)
+    until(lambda: docs.texts(f"{box} .status.bad") != [], timeout_s=60)
+    assert docs.texts(f"{box} .status.bad")[0].startswith("401 in")
+    docs.type("#key", "KEY")
+    docs.run(go)
+    until(lambda: any(text.startswith("200 in") for text in docs.texts(f"{box} .status")), timeout_s=60)
+    assert '"Result":' in docs.texts(f"{box} pre")[-1]
+    docs.run('document.querySelector(\'#opened textarea\').value = \'{"prompt": "hi", "stream": true}\'')
+    docs.run(go)
+    until(lambda: "[DONE]" in docs.texts(f"{box} pre")[-1], timeout_s=60)
+    docs.run("document.querySelector('#opened textarea').scrollIntoView()")
+    picture(docs, "docs-try")
+
+
+def test_docs_page_fits_a_phone_and_the_dark(docs: Browser) -> None:
+    docs.resize(360, 740)
+    docs.scheme("dark")
+    unfold(docs, "/v1/chat/completions")
+    assert docs.run("return document.documentElement.scrollWidth") <= 360
+    assert docs.run("return getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 28)"
+    unnamed = docs.run(
+        "return [...document.querySelectorAll('button, input, textarea')].filter(e =>"
+        " !(e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim())).map(e => e.outerHTML)"
+    )
+    assert unnamed == []
+    picture(docs, "docs-phone")
