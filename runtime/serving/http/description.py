@@ -193,10 +193,11 @@ def samples(method: str, path: str, body: Mapping[str, Any] | None) -> list[dict
     curl = f'curl {url} -H "Authorization: Bearer $API_KEY"'
     curl += f" \\\n  -H 'Content-Type: application/json' -d '{sent}'" if sent else ""
     python = [
-        "import os",
+        "from os import environ",
+        "",
         "import httpx",
         "",
-        'headers = {"Authorization": f"Bearer {os.environ[\'API_KEY\']}"}',
+        'headers = {"Authorization": f"Bearer {environ[\'API_KEY\']}"}',
         f'answer = httpx.{method}("{url}", headers=headers'
         + (f", json={_literal(body)}, timeout=600)" if body is not None else ")"),
         "print(answer.text)",
