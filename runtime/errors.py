@@ -4,6 +4,8 @@
     ├── ConfigError             2     400   a manifest, file, flag or variable is wrong
     ├── DataError               3           data is unreachable or invalid
     │   └── TemplateRefusedError    3           a chat template does not render a conversation
+    │       ├── TemplateLongError   3           its text is too long
+    │       └── TemplateLimitError  3           it takes too much time or memory
     ├── DivergedError           4           the loss or a weight became NaN or Inf
     ├── RegistryError           5     502   a registry refused us, or broke its protocol
     ├── CapacityError           6     507   does not fit: GPU memory, host memory, disk
@@ -42,6 +44,14 @@ class DataError(Failure):
 
 class TemplateRefusedError(DataError):
     """A chat template does not render a conversation; the text is the template's own."""
+
+
+class TemplateLongError(TemplateRefusedError):
+    """The text that a chat template makes of a conversation is longer than was asked for."""
+
+
+class TemplateLimitError(TemplateRefusedError):
+    """A chat template takes more processor time or memory than it may."""
 
 
 class DivergedError(Failure):
@@ -178,8 +188,12 @@ RETRIABLE = frozenset({TransientError, StoppedError})
 
 
 def one_line(said: object, most: int = 300) -> str:
-    """Return at most `most` characters of what an error or another program says, in one line."""
-    return " ".join(str(said).split())[:most]
+    """Return at most `most` characters of what an error or another program says, in one line.
+
+    Without what a terminal would obey: characters that are not printed are replaced.
+    """
+    text = " ".join(str(said)[: 8 * most].split())[:most]
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 _OUT_OF_MEMORY = (

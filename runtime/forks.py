@@ -22,6 +22,7 @@ from runtime.errors import UnavailableError
 
 LENGTH = struct.Struct("<I")
 """Before each message, in both directions."""
+_AT_ONCE = 1 << 16
 
 
 class ForkHost:
@@ -125,6 +126,23 @@ def limit_memory(most_bytes: int, niceness: int) -> None:
 def send(channel: socket.socket, message: bytes) -> None:
     """Send one message; OSError where the other end is gone."""
     channel.sendall(LENGTH.pack(len(message)) + message)
+
+
+def reply(channel: socket.socket, most: int | None = None) -> bytes:
+    """Return the message of an other end that sends none before it is asked again; raises as `read` does.
+
+    A short one takes one call of the kernel.
+    """
+    data = channel.recv(_AT_ONCE)
+    if len(data) < LENGTH.size:
+        data += exactly(channel, LENGTH.size - len(data)) if data else b""
+    if not data:
+        raise EOFError
+    (length,) = LENGTH.unpack_from(data)
+    if most is not None and length > most:
+        raise EOFError
+    missing = length - (len(data) - LENGTH.size)
+    return data[LENGTH.size :] + (exactly(channel, missing) if missing else b"")
 
 
 def read(channel: socket.socket, most: int | None = None) -> bytes:

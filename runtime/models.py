@@ -281,7 +281,8 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """Write the tokenizer's files to `folder`, without what loading and calling left in it.
 
     A call that cut or padded a batch leaves that in tokenizer.json, and servers that read this file without
-    transformers would cut every prompt alike.
+    transformers would cut every prompt alike. Several named chat templates are written into
+    tokenizer_config.json: folders of an adapter are not in every image that holds one.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -290,7 +291,8 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     for key in _LEFT_BY_CALLS:
         tokenizer.init_kwargs.pop(key, None)
     with logs.quiet_progress():
-        tokenizer.save_pretrained(str(folder))
+        one_template = not isinstance(tokenizer.chat_template, dict)
+        tokenizer.save_pretrained(str(folder), save_jinja_files=one_template)
 
 
 def _bitsandbytes(quantization: Quantization, hardware: Hardware) -> Any:

@@ -3,12 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from runtime import models
+from runtime import adapters, models
 from runtime.errors import ConfigError, TransientError
 from runtime.hardware import Hardware
 from runtime.model_source import ModelSource, Quantization
@@ -74,6 +75,16 @@ def test_a_padding_token_is_set_where_the_model_has_none(tiny_llama_dir: Path, t
     loaded = models.load_tokenizer(ModelSource(name=str(tmp_path), chat_template="{{ 'x' }}"))
     assert loaded.pad_token == loaded.eos_token
     assert loaded.chat_template == "{{ 'x' }}"
+
+
+def test_named_chat_templates_are_saved_in_a_file_that_every_image_holds(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    tokenizer: Any = models.load_tokenizer(ModelSource(name="tiny", path=tiny_llama_dir))
+    tokenizer.chat_template = {"default": "a", "tool_use": "b"}
+    models.save_tokenizer(tokenizer, tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir() or path.suffix == ".jinja"]
+    assert adapters.own_template(tmp_path, "it") == {"default": "a", "tool_use": "b"}
 
 
 def test_a_saved_tokenizer_holds_nothing_of_its_last_call(tiny_llama_dir: Path, tmp_path: Path) -> None:

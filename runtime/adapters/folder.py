@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from runtime import oci
 from runtime.adapters import lora_config
 from runtime.adapters.lora_config import PREFIX, LoraFields
-from runtime.adapters.own_template import MOST_BYTES
+from runtime.adapters.own_template import MOST_BYTES, TEMPLATE_FOLDER
 from runtime.config import parse
 from runtime.errors import ConfigError, one_line
 
@@ -261,7 +261,8 @@ def _check_links(folder: Path, name: str) -> None:
     """
     root = folder.resolve()
     blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
-    for path in (folder / file for file in (CONFIG_FILE, WEIGHTS_FILE, *MOST_BYTES)):
+    files = [folder / file for file in (CONFIG_FILE, WEIGHTS_FILE, *MOST_BYTES)]
+    for path in (*files, *(folder / TEMPLATE_FOLDER).glob("*.jinja")):
         target = path.resolve()
         if not any(target.is_relative_to(allowed) for allowed in (root, blobs)):
             raise ConfigError(f"adapter {name}: {path} is a link out of the adapter's folder")

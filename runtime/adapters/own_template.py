@@ -1,7 +1,7 @@
 """What an adapter says of conversations: the chat template beside it, and the tokens it was trained with.
 
 Both come from outside: files have limits, and a template that cannot be read is refused by name. Templates
-are rendered in transformers' immutable sandbox only. Start at `own_template` and `check_tokens`.
+are rendered by runtime/chat_template only. Start at `own_template` and `check_tokens`.
 """
 
 import json
@@ -9,9 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from runtime import chat_template
 from runtime.errors import ConfigError, one_line
 
 TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FOLDER = "additional_chat_templates"
+"""Further templates, a file each: tool_use.jinja, rag.jinja."""
+MOST_TEMPLATES = 16
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER = "tokenizer.json"
 
@@ -34,12 +38,28 @@ def own_template(folder: Path, name: str) -> Template | None:
         template = _document(folder / TOKENIZER_CONFIG, name).get("chat_template")
     if isinstance(template, list) and all(isinstance(each, dict) for each in template):
         template = {each.get("name"): each.get("template") for each in template}
-    texts = list(template.values()) if isinstance(template, dict) else [template or ""]
-    if not all(isinstance(text, str) for text in texts):
+    if further := _further(folder, name):
+        default = {chat_template.DEFAULT: template} if isinstance(template, str) else {}
+        template = {**(template if isinstance(template, dict) else default), **further}
+    named = template if isinstance(template, dict) else {chat_template.DEFAULT: template or ""}
+    if len(named) > MOST_TEMPLATES:
+        raise ConfigError(f"adapter {name}: {len(named)} chat templates, at most {MOST_TEMPLATES} are read")
+    if not all(isinstance(text, str) for pair in named.items() for text in pair):
         raise ConfigError(f"adapter {name}: chat_template in {TOKENIZER_CONFIG} is no text")
-    for text in filter(None, texts):
+    for text in filter(None, named.values()):
         _check(text, name)
     return template or None
+
+
+def _further(folder: Path, name: str) -> dict[str, str]:
+    """Return the templates beside the default one, by the names of their files."""
+    further = folder / TEMPLATE_FOLDER
+    files = sorted(further.glob("*.jinja")) if further.is_dir() else []
+    if len(files) >= MOST_TEMPLATES:
+        raise ConfigError(
+            f"adapter {name}: {len(files)} files in {TEMPLATE_FOLDER}, below {MOST_TEMPLATES} are read"
+        )
+    return {path.stem: _text(path, name) for path in files}
 
 
 def check_tokens(folder: Path, name: str, vocabulary: Mapping[str, int]) -> None:
@@ -68,18 +88,11 @@ def check_tokens(folder: Path, name: str, vocabulary: Mapping[str, int]) -> None
 
 
 def _check(template: str, name: str) -> None:
-    """Raise ConfigError for a template that is no Jinja, or that cannot render one question."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    question = [{"role": "user", "content": "Hello"}]
+    """Raise ConfigError for a template that is no Jinja, takes too much, or cannot render one question."""
     try:
-        render_jinja_template(
-            [question], chat_template=template, add_generation_prompt=True, bos_token="", eos_token=""
-        )
-    except Exception as error:  # templates raise anything
-        raise ConfigError(
-            f"adapter {name}: its chat template cannot render one question: {one_line(error, 200)}"
-        ) from None
+        chat_template.check(template)
+    except ConfigError as error:
+        raise ConfigError(f"adapter {name}: {error}") from None
 
 
 def _document(path: Path, name: str) -> dict[str, Any]:
@@ -96,7 +109,7 @@ def _document(path: Path, name: str) -> dict[str, Any]:
 
 
 def _text(path: Path, name: str) -> str:
-    limit = MOST_BYTES[path.name]
+    limit = MOST_BYTES.get(path.name, MOST_BYTES[TEMPLATE_FILE])
     try:
         if path.stat().st_size > limit:
             raise ConfigError(f"adapter {name}: {path.name} has over {limit >> 20} MiB")

@@ -99,11 +99,8 @@ class TemplateFeatures:
     """What the template reads that it does not set itself."""
 
     def role(self, sent: str) -> str:
-        """Return the role that the template is given for `sent`, or for one that it does not know."""
-        if sent in self.roles:
-            return sent if sent != "tool" else self.result_role
-        known = STANDS_FOR.get(sent, sent)
-        return self.result_role if known == "tool" else known
+        """Return `sent`, or the role that stands for it where the template does not know it."""
+        return sent if sent in self.roles else STANDS_FOR.get(sent, sent)
 
 
 def opened_thought(prompt: str) -> str:

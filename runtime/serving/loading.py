@@ -261,7 +261,10 @@ def attach(
     served.adapter_tokenizers.pop(name, None)
     own = template is not None and not served.tokenizer.has_template(template)
     if template is not None and own:
-        served.adapter_tokenizers[name] = served.tokenizer.with_template(template)
+        try:
+            served.adapter_tokenizers[name] = served.tokenizer.with_template(template)
+        except ConfigError as error:
+            raise ConfigError(f"adapter {name}: {error}") from None
         served.form_for(name)
     try:
         served.engine.add_adapter(name, folder, strength=strength)
@@ -270,7 +273,7 @@ def attach(
         raise
     if not own:
         return
-    base_has = "which differs from that of" if served.tokenizer.template else "and there is none of"
+    base_has = "which differs from that of" if served.tokenizer.has_chat_template else "and there is none of"
     log.info("Adapter %s: requests for it use its own chat template, %s %s", name, base_has, served.name)
 
 
@@ -287,12 +290,17 @@ def _prompt_tokenizer(
     tokenizer: "PreTrainedTokenizerBase",
     context_tokens: int,
 ) -> PromptTokenizer:
-    prompts = PromptTokenizer(
-        tokenizer,
-        context_tokens=context_tokens,
-        new_tokens=config.limits.new_tokens,
-        stop_ids=models.end_ids(generation_config.get("eos_token_id"), tokenizer.eos_token_id),
-        defaults=sampling_defaults(generation_config),
-    )
+    try:
+        prompts = PromptTokenizer(
+            tokenizer,
+            context_tokens=context_tokens,
+            new_tokens=config.limits.new_tokens,
+            stop_ids=models.end_ids(generation_config.get("eos_token_id"), tokenizer.eos_token_id),
+            defaults=sampling_defaults(generation_config),
+        )
+    except ConfigError as error:
+        raise ConfigError(
+            f"{config.model.name}: {error}; --chat-template gives the model another one"
+        ) from None
     prompts.start()
     return prompts

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime import chat_template
 from runtime.chat_template import TemplateOptions, Turn
-from runtime.errors import RequestError, TemplateRefusedError
+from runtime.errors import RequestError, TemplateLimitError, TemplateLongError, TemplateRefusedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,9 +42,18 @@ def check_variables(tokenizer: "PreTrainedTokenizerBase", variables: Mapping[str
 
 
 def render(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Turn], options: TemplateOptions) -> str:
-    """Return the text of a conversation; RequestError for what the template refuses."""
+    """Return the text of a conversation; RequestError for what the template refuses, or takes too much for.
+
+    TemplateLongError for a text of more than options.most_characters.
+    """
     try:
         return chat_template.render(tokenizer, turns, options)
+    except TemplateLongError:
+        raise
+    except TemplateLimitError as limit:
+        raise RequestError(
+            f"the model's chat template cannot render these messages: {limit}", param="messages"
+        ) from None
     except TemplateRefusedError as refusal:
         raise RequestError(
             f"the model's chat template refuses these messages: {refusal}", param="messages"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime import chat_template
 from runtime.chat_template import TemplateFeatures, TemplateOptions, Turn
-from runtime.errors import ClientGoneError, ContextLengthError, RequestError
+from runtime.errors import ClientGoneError, ContextLengthError, RequestError, TemplateLongError
 from runtime.serving import template_requests
 from runtime.serving.answer_parsers.choosing import chosen
 from runtime.serving.answer_parsers.forms import AnswerForm
@@ -51,6 +51,8 @@ class PromptTokenizer:
         self.stop_ids = stop_ids
         self.defaults = defaults
         self._tokenizer = tokenizer
+        self._features = _features_of(tokenizer)
+        """By whether there are tools and documents."""
         self._vocabulary = len(tokenizer)
         added = tokenizer.added_tokens_decoder
         self.special = {str(token): number for number, token in added.items() if token.special}
@@ -76,30 +78,39 @@ class PromptTokenizer:
         return self.prompt_from_ids(self._tokenizer.encode("Hello"))
 
     @property
-    def template(self) -> str:
-        """The chat template, "" when the model has none."""
-        template = self._tokenizer.chat_template
-        return template if isinstance(template, str) else ""
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        return bool(self._tokenizer.chat_template)
 
-    def features(self, *, with_tools: bool = False, with_documents: bool = False) -> TemplateFeatures:
-        """Return what the chat template renders that a conversation of this kind gets."""
-        return chat_template.features(self._tokenizer, with_tools=with_tools, with_documents=with_documents)
+    def features(self, options: TemplateOptions | None = None) -> TemplateFeatures:
+        """Return what the chat template renders that a conversation with these options gets."""
+        kind = (bool(options and options.tools), bool(options and options.documents))
+        return self._features[kind]
+
+    @property
+    def tools_features(self) -> TemplateFeatures:
+        """What the chat template renders that a conversation with tools gets."""
+        return self._features[True, False]
 
     def answer_form(self, *, reasoning: str | None = None, calls: str | None = None) -> AnswerForm:
         """Return how this model's answers are read: as it is told by names, else as its template writes."""
         names = (reasoning, calls)
         if names not in self._forms:
             tokens = {str(token) for token in self._tokenizer.added_tokens_decoder.values()}
-            features = self.features(with_tools=True)
+            features = self.tools_features
             self._forms[names] = chosen(features, tokens, reasoning=reasoning, calls=calls)
         return self._forms[names]
 
     def with_template(self, template: str | dict[str, str]) -> "PromptTokenizer":
-        """Return this tokenizer with another chat template; all else, threads too, is shared."""
+        """Return this tokenizer with another chat template; all else, threads too, is shared.
+
+        ConfigError for one that cannot be used.
+        """
         other = copy.copy(self)
         other._tokenizer = copy.copy(self._tokenizer)
         other._tokenizer.chat_template = template
         other._forms = {}
+        other._features = _features_of(other._tokenizer)
         return other
 
     def has_template(self, template: str | dict[str, str]) -> bool:
@@ -126,7 +137,7 @@ class PromptTokenizer:
 
         Raises RequestError: no template, a role or order it refuses, or too many tokens.
         """
-        if not self._tokenizer.chat_template:
+        if not self.has_chat_template:
             raise RequestError(
                 "this model has no chat template; use /v1/completions, or /chat with 'prompt'",
                 param=param,
@@ -253,12 +264,22 @@ class PromptTokenizer:
     async def _chat_ids(
         self, turns: Sequence[Turn], options: TemplateOptions, most: int, param: str
     ) -> list[int]:
+        options = replace(options, most_characters=most * self._longest_token)
+
         def ids(stopped: Stopped) -> list[int]:
-            text = template_requests.render(self._tokenizer, turns, options)
+            try:
+                text = template_requests.render(self._tokenizer, turns, options)
+            except TemplateLongError:
+                self._check_count(most + 1, most, param)
+                raise
             self._check_tokens(text, most, param, stopped)
             return list(self._tokenizer.encode(text, add_special_tokens=options.adds_special))
 
-        return await self._pool.run(ids, characters=_characters(turns, options.tools, options.documents))
+        return await self._pool.run(
+            ids,
+            characters=_characters(turns, options.tools, options.documents),
+            apart=chat_template.is_slow(self._tokenizer, options),
+        )
 
     async def _text_ids(self, text: str, most: int, *, special: bool) -> list[int]:
         def ids(stopped: Stopped) -> list[int]:
@@ -293,6 +314,15 @@ class PromptTokenizer:
         raise RequestError(
             f"'{param}' has {least} tokens or more; at most {most} are taken here", param=param
         )
+
+
+def _features_of(tokenizer: "PreTrainedTokenizerBase") -> dict[tuple[bool, bool], TemplateFeatures]:
+    """Return what the chat templates render, by whether there are tools and documents."""
+    kinds = ((tools, documents) for tools in (False, True) for documents in (False, True))
+    return {
+        (tools, documents): chat_template.features(tokenizer, with_tools=tools, with_documents=documents)
+        for tools, documents in kinds
+    }
 
 
 def _characters(*values: Any) -> int:

@@ -1,9 +1,10 @@
-"""Two threads that tokenize: one for short texts, one for long ones; clients take turns in each.
+"""Threads that tokenize: one for short texts, one for long ones; clients take turns in each.
 
 The work is pure computation that releases the GIL for most of its time. A short text waits for short texts
 only, each of which takes at most some 30 ms; of several clients with long texts each waits for one text of
-every other. Work of a client that has left is not begun, and asked to stop. The threads are daemons: nothing
-waits for them at the end. Does not know tokenizers or HTTP. Start at `TokenizingPool.run`.
+every other. A third thread is for chat templates that were ended by their limits. Work of a client that has
+left is not begun, and asked to stop. The threads are daemons: nothing waits for them at the end. Does not
+know tokenizers or HTTP. Start at `TokenizingPool.run`.
 """
 
 import asyncio
@@ -93,12 +94,14 @@ class TokenizingPool:
     """Runs work on texts outside the event loop."""
 
     def __init__(self) -> None:
-        self._short, self._long = _Lane(), _Lane()
-        for name, lane in (("short", self._short), ("long", self._long)):
+        self._short, self._long, self._apart = _Lane(), _Lane(), _Lane()
+        for name, lane in (("short", self._short), ("long", self._long), ("apart", self._apart)):
             threading.Thread(target=_work, args=(lane,), name=f"tokenize-{name}", daemon=True).start()
 
-    async def run(self, work: Callable[[Stopped], T], *, characters: int) -> T:
+    async def run(self, work: Callable[[Stopped], T], *, characters: int, apart: bool = False) -> T:
         """Return what `work` returns, in this client's turn; `characters` is the length of its text.
+
+        Work that may take a second whatever its length is done `apart`.
 
         Raises ClientGoneError as soon as the client has left; `work` may then ask, and end early.
         """
@@ -109,6 +112,7 @@ class TokenizingPool:
         result: asyncio.Future[T] = loop.create_future()
         job = _Job(work, loop, result)
         lane = self._short if characters <= SHORT_CHARACTERS else self._long
+        lane = self._apart if apart else lane
         lane.put(caller.name, job)
         try:
             await asyncio.wait((result, left), return_when=asyncio.FIRST_COMPLETED)
@@ -122,6 +126,7 @@ class TokenizingPool:
         """Drop what waits; the threads end after what they do now, and nothing waits for them."""
         self._short.close()
         self._long.close()
+        self._apart.close()
 
 
 def _work(lane: _Lane) -> None:

@@ -23,7 +23,8 @@ TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}"
 
 def main(options: dict[str, Any]) -> None:
     """Serve as `options` say: config, engine, load_s (how long loading takes), fail (what it ends with),
-    close_s (how long the engine takes to close), says (it answers with what follows "SAY:"), files_left (all
+    close_s (how long the engine takes to close), says (it answers with what follows "SAY:"), templates (of
+    adapters), files_left (all
     file descriptors but these are used up)."""
     logs.configure()
 
@@ -43,7 +44,11 @@ def main(options: dict[str, Any]) -> None:
             defaults=SamplingDefaults(),
         )
         use_up_files(options.get("files_left"))
-        return ServedModel(name=config.served_name, engine=engine, tokenizer=prompts, created=1)
+        templates = options.get("templates", {})
+        own = {name: prompts.with_template(template) for name, template in templates.items()}
+        return ServedModel(
+            name=config.served_name, engine=engine, tokenizer=prompts, created=1, adapter_tokenizers=own
+        )
 
     settings = {"model": ModelSource(name="echo"), "served_name": "base", "host": "127.0.0.1", "port": 0}
     config = ServeConfig.model_validate(settings | options.get("config", {}))

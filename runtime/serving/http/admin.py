@@ -117,7 +117,9 @@ async def _token_ids(body: TokenizeBody, served: ServedModel, adapter: str | Non
         if body.prompt:
             raise RequestError("send 'prompt' or 'messages', not both", param="prompt")
         options = template_options(body, tokenizer, shown_tools(body, served, adapter))
-        return await tokenizer.tokenize_chat(turns_of(body.messages, tokenizer.template), options=options)
+        return await tokenizer.tokenize_chat(
+            turns_of(body.messages, tokenizer.features(options)), options=options
+        )
     if body.prompt is None:
         raise RequestError("send 'prompt' or 'messages'", param="prompt")
     for name in ("tools", "documents", "chat_template_kwargs", "continue_final_message"):

@@ -62,7 +62,7 @@ async def _generation_request(generator: Generator, body: ChatBody, request: Req
         body.adapter if body.adapter is not None else body.model, param=param
     )
     tokenizer = generator.served().tokenizer_for(adapter)
-    continues_prompt = not body.messages and (body.raw or not tokenizer.template)
+    continues_prompt = not body.messages and (body.raw or not tokenizer.has_chat_template)
     ids = await _prompt_ids(body, tokenizer, continues_prompt=continues_prompt)
     fields = body.merged_parameters()
     longest = parameters.max_new_tokens(_length(fields), tokenizer, prompt_tokens=len(ids))
@@ -104,7 +104,7 @@ async def _prompt_ids(
             raise RequestError("send 'prompt' or 'messages', not both", param="prompt")
         if body.prefix:
             raise RequestError("'prefix' is put before a 'prompt', and there is none", param="prefix")
-        return await tokenizer.prompt_from_chat(turns_of(body.messages, tokenizer.template))
+        return await tokenizer.prompt_from_chat(turns_of(body.messages, tokenizer.features()))
     if not body.prompt:
         raise RequestError(
             "Text generation parameter prompt required: send 'prompt' or 'messages'", param="prompt"

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, Tag, ValidationInfo, WithJsonSchema
 
-from runtime.chat_template import call_arguments, known_role, names_role
+from runtime.chat_template import TemplateFeatures, call_arguments
 from runtime.errors import RequestError
 from runtime.serving.http import fields, history
 from runtime.serving.http.body_types import Body, Name, Text, by_kind
@@ -162,7 +162,9 @@ Messages = Annotated[
 ]
 
 
-def turns_of(messages: Sequence[Message], template: str, *, param: str = "messages") -> list[dict[str, Any]]:
+def turns_of(
+    messages: Sequence[Message], features: TemplateFeatures, *, param: str = "messages"
+) -> list[dict[str, Any]]:
     """Return a conversation as chat templates know it: one text a turn, absent keys absent.
 
     `developer` is `system` where the template has no developer. The older function calls become tool calls.
@@ -174,7 +176,7 @@ def turns_of(messages: Sequence[Message], template: str, *, param: str = "messag
     turns = []
     for index, message in enumerate(messages):
         at = f"{param}[{index}]"
-        role = _role(message.role, template, f"{at}.role")
+        role = _role(message.role, features, f"{at}.role")
         text, reasoning = _content(message, role, f"{at}.content")
         turn: dict[str, Any] = {"role": role, "content": text}
         if calls := list(_calls(message, f"call_{index}", arguments)):
@@ -192,14 +194,11 @@ def turns_of(messages: Sequence[Message], template: str, *, param: str = "messag
     return turns
 
 
-def _role(role: str, template: str, param: str) -> str:
+def _role(role: str, features: TemplateFeatures, param: str) -> str:
     """Return the role that the template is given."""
-    if role in {"system", "user", "assistant", "tool"} or names_role(template, role):
-        return role
-    if (known := known_role(template, role)) != role:
+    known = features.role(role)
+    if known in features.roles:
         return known
-    if not template:
-        return role
     meant = _MEANT.get(role.lower()) or fields.near_miss(role, ROLES)
     expected = f"did you mean '{meant}'?" if meant else f"expected one of {', '.join(ROLES)}"
     raise RequestError(

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request
 from pydantic import BeforeValidator, Field, Tag
 from starlette.responses import JSONResponse, Response
 
+from runtime.chat_template import TemplateFeatures
 from runtime.errors import RequestError
 from runtime.serving.answer_parsers.grammars import spelled
 from runtime.serving.engine.protocol import Constraint
@@ -125,7 +126,7 @@ async def _generation_request(
 ) -> GenerationRequest:
     adapter = await generator.adapter_for(body.model)
     tokenizer = generator.served().tokenizer_for(adapter)
-    ids = await tokenizer.prompt_from_chat(_turns(body, tokenizer.template), param="input")
+    ids = await tokenizer.prompt_from_chat(_turns(body, tokenizer.features()), param="input")
     length = parameters.AnswerLength(body.max_output_tokens, param="max_output_tokens")
     sampling = await parameters.sampling(
         body,
@@ -149,7 +150,7 @@ def _top_logprobs(body: ResponsesBody) -> int | None:
     return None
 
 
-def _turns(body: ResponsesBody, template: str) -> list[dict[str, Any]]:
+def _turns(body: ResponsesBody, features: TemplateFeatures) -> list[dict[str, Any]]:
     """Return the instructions and the input as chat templates know them."""
     turns = [{"role": "system", "content": body.instructions}] if body.instructions else []
     if isinstance(body.input, str):
@@ -163,7 +164,7 @@ def _turns(body: ResponsesBody, template: str) -> list[dict[str, Any]]:
         if item.type == "message" and not item.role:
             raise RequestError(f"'input[{index}].role' is missing", param=f"input[{index}].role")
     # What the model thought is not shown to it again: an item of its own is no turn.
-    return turns + turns_of([item for item in body.input if item.type == "message"], template, param="input")
+    return turns + turns_of([item for item in body.input if item.type == "message"], features, param="input")
 
 
 def _constraint(body: ResponsesBody) -> Constraint | None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from runtime.chat_template import TemplateOptions
+from runtime.chat_template import TemplateFeatures, TemplateOptions
 from runtime.errors import RequestError
 from runtime.serving.http.body_types import Body, Flag, Name
 from runtime.serving.tokenizer import PromptTokenizer
@@ -29,7 +29,7 @@ class TemplateFields(Body):
     documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS, fail_fast=True)] | None = None
     """Texts for a template that shows them to the model."""
     reasoning_effort: Name | None = None
-    """A variable for the model's chat template, where that reads it."""
+    """A variable for the model's chat template; one that turns thinking on or off takes "none" as off."""
 
 
 def template_options(
@@ -45,12 +45,13 @@ def template_options(
             "'continue_final_message' and 'add_generation_prompt' exclude each other",
             param="add_generation_prompt",
         )
-    if body.documents and "documents" not in tokenizer.template:
+    features = tokenizer.features(TemplateOptions(tools=tools, documents=body.documents))
+    if body.documents and not features.documents:
         raise RequestError("this model's chat template knows no documents", param="documents")
     variables = dict(body.chat_template_kwargs or {})
     tokenizer.check_template_variables(variables, "chat_template_kwargs")
-    if body.reasoning_effort is not None and "reasoning_effort" in tokenizer.template:
-        variables.setdefault("reasoning_effort", body.reasoning_effort)
+    if body.reasoning_effort is not None and tokenizer.has_chat_template:
+        variables = _effort(body.reasoning_effort, features) | variables
     return TemplateOptions(
         tools=tools,
         documents=body.documents or None,
@@ -59,3 +60,10 @@ def template_options(
         continues_last=body.continue_final_message,
         adds_special=bool(body.add_special_tokens),
     )
+
+
+def _effort(effort: str, features: TemplateFeatures) -> dict[str, Any]:
+    """Return the variables that stand for an effort of reasoning; {} where the template reads none."""
+    if features.effort:
+        return {"reasoning_effort": effort}
+    return {features.thinking: effort != "none"} if features.thinking else {}

@@ -202,8 +202,8 @@ class RenderedFields:
 
     def _in_known_roles(self, example: Example) -> Example:
         """Return `example` with the role system for developer where the template has none, as in serving."""
-        template = chat_template.source(self._tokenizer, with_tools=bool(example.tools))
-        known = {role: chat_template.known_role(template, role) for role in example.roles()}
+        features = chat_template.features(self._tokenizer, with_tools=bool(example.tools))
+        known = {role: features.role(role) for role in example.roles()}
         if all(role == shown for role, shown in known.items()):
             return example
         messages = tuple({**message, "role": known[message["role"]]} for message in example.messages)

@@ -199,11 +199,11 @@ async def test_loading_is_off_unless_a_directory_is_given(open_site: Any) -> Non
 
 OWN = "{% for m in messages %}### {{ m.role }}: {{ m.content }}{% endfor %}"
 REFUSED = [
-    ({"chat_template.jinja": "{% for m in messages %}"}, "its chat template cannot render one question: "),
-    ({"chat_template.jinja": "{{ 1 / 0 }}"}, "its chat template cannot render one question: division"),
+    ({"chat_template.jinja": "{% for m in messages %}"}, "the chat template is broken at line 1: "),
+    ({"chat_template.jinja": "{{ 1 / 0 }}"}, "the chat template cannot render one question: division"),
     (
         {"chat_template.jinja": "{{ ''.__class__.__mro__[1].__subclasses__() }}"},
-        "its chat template cannot render one question: .*unsafe",
+        "the chat template cannot render one question: .*unsafe",
     ),
     ({"chat_template.jinja": "x" * 1_100_000}, "chat_template.jinja has over 1 MiB"),
     ({"tokenizer_config.json": '{"chat_template": 5}'}, "chat_template in tokenizer_config.json is no text"),

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from runtime.chat_template import TemplateFeatures
 from runtime.errors import RequestError
 from runtime.serving.http import json_parser, messages
 from runtime.serving.http.messages import Messages, turns_of
@@ -13,7 +14,7 @@ from runtime.serving.http.messages import Messages, turns_of
 pytestmark = pytest.mark.anyio
 
 FUNCTION = {"name": "now", "parameters": {"type": "object"}}
-TEMPLATE = "{% if m.role == 'system' or m.role == 'ipython' %}"
+KNOWN = TemplateFeatures(roles=TemplateFeatures().roles | {"ipython"})
 TOOLS_TEMPLATE = (
     "{{ tools }}{% for m in messages %}[{{ m.role }}|{{ m.content }}|{{ m.reasoning_content }}|"
     "{% for c in m.tool_calls %}{{ c.function.name }}{% for k, v in c.function.arguments.items() %}"
@@ -24,8 +25,8 @@ TOOLS_TEMPLATE = (
 HISTORY: TypeAdapter[Any] = TypeAdapter(Messages)
 
 
-def turns(*messages: dict[str, Any], template: str = TEMPLATE) -> list[dict[str, Any]]:
-    return turns_of(HISTORY.validate_python(list(messages)), template)
+def turns(*messages: dict[str, Any], features: TemplateFeatures = KNOWN) -> list[dict[str, Any]]:
+    return turns_of(HISTORY.validate_python(list(messages)), features)
 
 
 def called(arguments: Any, **more: Any) -> dict[str, Any]:
@@ -236,12 +237,13 @@ def test_older_function_calls_are_tool_calls() -> None:
 def test_developer_is_system_unless_the_template_knows_it() -> None:
     message = {"role": "developer", "content": "be brief"}
     assert turns(message)[0]["role"] == "system"
-    assert turns(message, template="{% if m.role == 'developer' %}")[0]["role"] == "developer"
+    known = TemplateFeatures(roles=KNOWN.roles | {"developer"})
+    assert turns(message, features=known)[0]["role"] == "developer"
 
 
 def test_roles_that_the_template_names_are_taken() -> None:
     assert turns({"role": "ipython", "content": "x"})[0]["role"] == "ipython"
-    assert turns({"role": "anything", "content": "x"}, template="")[0]["role"] == "anything"
+    assert turns({"role": "tool", "content": "x"})[0]["role"] == "tool"
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ async def test_one_call_where_parallel_calls_are_not_wanted(
 ) -> None:
     call = '<tool_call>\n{"name": "f", "arguments": {"n": 1}}\n</tool_call>\n'
     tools = [{"type": "function", "function": {"name": "f"}}]
-    template = TEMPLATE + "{% if tools %}[tools]{% endif %}"
+    template = TEMPLATE + "{% if tools %}{{ tools | tojson }}{% endif %}"
     counts = []
     async with open_site(template=template, script=say(tokenizer, call + call), context_tokens=2000) as site:
         for parallel in (True, False):
@@ -131,3 +131,98 @@ async def test_one_call_where_parallel_calls_are_not_wanted(
             )
             counts.append(reply.text.count('"name":"f"'))
     assert counts == [2, 1]
+
+
+PHI_4_MINI = (
+    "{% for m in messages %}{{ '<|' ~ m.role ~ '|>' ~ m.content }}"
+    "{% if m.role == 'system' and m.tools is defined %}{{ '<|tool|>' ~ m.tools ~ '<|/tool|>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+NINES = (
+    "{% for m in messages %}{% for c in m.tool_calls or [] %}{% if c.id | length != 9 %}"
+    "{{ raise_exception('ids have 9 characters') }}{% endif %}[{{ c.function.name }}{{ c.id }}]{% endfor %}"
+    "{% if m.role == 'tool' %}({{ m.tool_call_id }}){% endif %}{{ m.content }}{% endfor %}"
+    "{{ tools | tojson if tools }}"
+)
+NAMED = {
+    "default": "plain {{ messages[0].content }}",
+    "tool_use": "tools {{ tools | tojson }}",
+    "rag": "{{ documents }}",
+}
+TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
+
+
+async def shown(open_site: Any, tokenizer: Any, template: Any, **body: Any) -> str:
+    async with open_site(template=template, context_tokens=4000) as site:
+        reply = await site.client.post(
+            "/tokenize", json={"messages": [{"role": "user", "content": "hi"}]} | body
+        )
+    assert reply.status_code == 200, reply.text
+    return str(tokenizer.decode(reply.json()["tokens"]))
+
+
+async def test_tools_reach_the_prompt_where_the_systems_message_has_them(
+    open_site: Any, tokenizer: Any
+) -> None:
+    text = await shown(open_site, tokenizer, PHI_4_MINI, tools=[TOOL])
+    assert text.startswith('<|system|><|tool|>[{"name": "get_weather"')
+    assert text.endswith("<|user|>hi<|assistant|>")
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({}, "plain hi"),
+        ({"tools": [TOOL]}, "tools [{"),
+        ({"documents": [{"title": "t"}]}, "[{'title': 't'}]"),
+    ],
+)
+async def test_named_template_is_chosen_by_what_a_request_has(
+    open_site: Any, tokenizer: Any, body: dict[str, Any], text: str
+) -> None:
+    assert (await shown(open_site, tokenizer, NAMED, **body)).startswith(text)
+
+
+async def test_prompt_of_chat_goes_through_the_default_of_named_templates(
+    open_site: Any, tokenizer: Any
+) -> None:
+    said: list[str] = []
+
+    def script(request: Any) -> list[int]:
+        said.append(tokenizer.decode(list(request.prompt_ids)))
+        return []
+
+    async with open_site(template=NAMED, script=script) as site:
+        await site.client.post("/chat", json={"prompt": "hi"})
+    assert said == ["plain hi"]
+
+
+async def test_ids_of_any_server_are_taken_by_a_template_of_nine_characters(
+    open_site: Any, tokenizer: Any
+) -> None:
+    called = {"id": "call_0123456789", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    history = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "tool_calls": [called]},
+        {"role": "tool", "tool_call_id": "call_0123456789", "content": "r"},
+    ]
+    text = await shown(open_site, tokenizer, NINES, messages=history, tools=[TOOL])
+    called_as, answered_as = text.partition("[f")[2][:9], text.partition("(")[2][:9]
+    assert called_as == answered_as
+    assert called_as.isalnum()
+
+
+async def test_tools_that_reach_no_prompt_are_refused(open_site: Any) -> None:
+    comment = TEMPLATE + "{# tools #}"
+    async with open_site(template=comment) as site:
+        reply = await site.complete(tools=[TOOL])
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"] == "this model's chat template knows no tools"
+
+
+@pytest.mark.parametrize(("effort", "text"), [("none", "off"), ("high", "on"), (None, "default")])
+async def test_effort_turns_thinking_on_and_off(
+    open_site: Any, tokenizer: Any, effort: str | None, text: str
+) -> None:
+    template = "{{ ('on' if enable_thinking else 'off') if enable_thinking is defined else 'default' }}"
+    assert await shown(open_site, tokenizer, template, reasoning_effort=effort) == text
