@@ -40,7 +40,7 @@ _WALL = struct.pack("ll", int(protocol.WALL_S), 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class JinjaFacts:
     """What Jinja knows of a template without rendering it."""
 
     words: frozenset[str] = frozenset()
@@ -55,7 +55,7 @@ class _Process:
     """A copy of the host with one template compiled."""
 
     channel: socket.socket
-    facts: Facts = field(default_factory=Facts)
+    facts: JinjaFacts = field(default_factory=JinjaFacts)
     asked_s: float = 0.0
     """time.monotonic() when it was last asked."""
 
@@ -78,7 +78,7 @@ class Renderer:
         """time.monotonic() when a template was ended by its limits."""
         self._lock = threading.Lock()
 
-    def facts(self, template: str) -> Facts:
+    def facts(self, template: str) -> JinjaFacts:
         """Return what Jinja knows of a template; raises as `render` does."""
         process = self._take(template)
         self._put(template, process)
@@ -169,7 +169,7 @@ class Renderer:
             said = one_line(payload.decode(*protocol.ENCODING), 200)
             raise ConfigError(f"the chat template is broken {said}")
         read = json.loads(payload)
-        process.facts = Facts(
+        process.facts = JinjaFacts(
             frozenset(read["words"]), frozenset(read["variables"]), bool(read["marks_answers"])
         )
         return process

@@ -47,7 +47,7 @@ THINKING = (
     "{{ m.reasoning_content }}</think>{% endif %}{{ m.content | trim | upper }}\n{% endfor %}"
 )
 NAMED = "{% for m in messages %}{{ m.name or m.role }}: {{ m.content }}\n{% endfor %}"
-DEVELOPER = CHATML + "{# 'developer' #}"
+DEVELOPER = CHATML.replace("{{ m.content", "{{ '# Instructions' if m.role == 'developer' }}{{ m.content", 1)
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
