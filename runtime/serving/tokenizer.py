@@ -82,22 +82,20 @@ class PromptTokenizer:
         """Whether conversations can be rendered."""
         return bool(self._tokenizer.chat_template)
 
-    def features(self, options: TemplateOptions | None = None) -> TemplateFeatures:
-        """Return what the chat template renders that a conversation with these options gets."""
-        kind = (bool(options and options.tools), bool(options and options.documents))
-        return self._features[kind]
+    def features(self, *, with_tools: bool = False, with_documents: bool = False) -> TemplateFeatures:
+        """Return what the chat template renders that a conversation of this kind gets."""
+        return self._features[with_tools, with_documents]
 
-    @property
-    def tools_features(self) -> TemplateFeatures:
-        """What the chat template renders that a conversation with tools gets."""
-        return self._features[True, False]
+    def features_for(self, options: TemplateOptions) -> TemplateFeatures:
+        """Return what the chat template renders that a conversation with these options gets."""
+        return self._features[bool(options.tools), bool(options.documents)]
 
     def answer_form(self, *, reasoning: str | None = None, calls: str | None = None) -> AnswerForm:
         """Return how this model's answers are read: as it is told by names, else as its template writes."""
         names = (reasoning, calls)
         if names not in self._forms:
             tokens = {str(token) for token in self._tokenizer.added_tokens_decoder.values()}
-            features = self.tools_features
+            features = self.features(with_tools=True)
             self._forms[names] = chosen(features, tokens, reasoning=reasoning, calls=calls)
         return self._forms[names]
 

@@ -118,7 +118,7 @@ async def _token_ids(body: TokenizeBody, served: ServedModel, adapter: str | Non
             raise RequestError("send 'prompt' or 'messages', not both", param="prompt")
         options = template_options(body, tokenizer, shown_tools(body, served, adapter))
         return await tokenizer.tokenize_chat(
-            turns_of(body.messages, tokenizer.features(options)), options=options
+            turns_of(body.messages, tokenizer.features_for(options)), options=options
         )
     if body.prompt is None:
         raise RequestError("send 'prompt' or 'messages'", param="prompt")

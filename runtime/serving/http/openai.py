@@ -238,7 +238,8 @@ async def chat_prompt(generator: Generator, body: ChatCompletionBody) -> ChatPro
     adapter = await generator.adapter_for(body.model)
     tokenizer = generator.served().tokenizer_for(adapter)
     options = template_options(body, tokenizer, shown_tools(body, generator.served(), adapter))
-    ids = await tokenizer.prompt_from_chat(turns_of(body.messages, tokenizer.template), options=options)
+    turns = turns_of(body.messages, tokenizer.features_for(options))
+    ids = await tokenizer.prompt_from_chat(turns, options=options)
     return ChatPrompt(ids, adapter, tokenizer, options.continues_last)
 
 

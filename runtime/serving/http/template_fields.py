@@ -45,7 +45,7 @@ def template_options(
             "'continue_final_message' and 'add_generation_prompt' exclude each other",
             param="add_generation_prompt",
         )
-    features = tokenizer.features(TemplateOptions(tools=tools, documents=body.documents))
+    features = tokenizer.features_for(TemplateOptions(tools=tools, documents=body.documents))
     if body.documents and not features.documents:
         raise RequestError("this model's chat template knows no documents", param="documents")
     variables = dict(body.chat_template_kwargs or {})

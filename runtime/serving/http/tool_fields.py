@@ -114,7 +114,7 @@ def shown_tools(body: ToolFields, served: ServedModel, adapter: str | None) -> l
     """
     if not callable_tools(body):
         return None
-    if not served.tokenizer_for(adapter).tools_features.tools:
+    if not served.tokenizer_for(adapter).features(with_tools=True).tools:
         raise RequestError("this model's chat template knows no tools", param="tools")
     parser = served.tool_call_parser
     if parser is not None and parser not in CALLS:
