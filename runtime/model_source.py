@@ -27,6 +27,9 @@ class ModelSource(Strict):
     """Local directory with the weights, used instead of the hub when given."""
     image: str | None = None
     """Image or artifact with the weights, `registry/repository:tag` or `oci:DIRECTORY[:tag]`."""
+    required_keys: tuple[str, ...] = ()
+    """Public keys, files or PEM text, one of which must have signed each image that is pulled: the model's,
+    adapters, data, checkpoints. () requires none, or what RUNTIME_REQUIRE_SIGNATURE names."""
     package: str | None = None
     """Python package that ships the weights as GGUF, used when the hub cannot be reached."""
     local_files_only: bool = False

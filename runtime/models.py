@@ -13,12 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from runtime import logs, model_files, model_weights, oci, packaged
+from runtime import logs, model_files, model_weights, oci, packaged, weights_digest
 from runtime.errors import CapacityError, ConfigError, Failure, TransientError, is_out_of_memory, one_line
 from runtime.files import cache_folder
 from runtime.hardware import Hardware, compute_dtype
 from runtime.model_source import ModelSource, Quantization
 from runtime.model_weights import WEIGHTS
+from runtime.weights_digest import PendingDigest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -67,7 +68,7 @@ def _locate(source: ModelSource, *, weights: bool) -> Path:
     if source.path is not None:
         return _checked(source.path, weights=weights)
     if source.image is not None:
-        return _checked(_from_image(source.image), weights=weights)
+        return _checked(_from_image(source.image, source.required_keys), weights=weights)
     if source.repository is None:
         return _checked(Path(source.name), weights=weights)
     cached = _from_hub(source, offline=True, weights=weights)
@@ -88,6 +89,21 @@ def _locate(source: ModelSource, *, weights: bool) -> Path:
         )
     package = f", and the package {source.package} that ships it is not installed" if source.package else ""
     raise TransientError(f"model {source.name}: the hub cannot be reached for {source.repository}{package}")
+
+
+def digest(source: ModelSource) -> PendingDigest:
+    """Return what computes the digest of the weights of `source`, as the environment asks for it."""
+    chosen = weights_digest.mode(os.environ.get(weights_digest.VARIABLE))
+    return PendingDigest(locate(source), name=source.name, mode=chosen)
+
+
+def adapter_digest(folder: Path, name: str) -> str | None:
+    """Return the digest of an adapter's weights; None where the environment turns digests off."""
+    chosen = weights_digest.mode(os.environ.get(weights_digest.VARIABLE))
+    found = None if chosen == "off" else weights_digest.of_folder(folder)
+    if found is not None:
+        log.info("weights of adapter %s: sha256 %s", name, found)
+    return found
 
 
 def config_file(source: ModelSource) -> Path:
@@ -325,9 +341,9 @@ def _checked(folder: Path, *, weights: bool) -> Path:
     return folder
 
 
-def _from_image(name: str) -> Path:
+def _from_image(name: str, required_keys: tuple[str, ...]) -> Path:
     """Return the weights of an image or artifact, pulled once by digest into the cache."""
-    access = oci.from_environment(os.environ)
+    access = oci.from_environment(os.environ).requiring(required_keys)
     reference = oci.parse(name)
     digest = oci.inspect(reference, access).digest
     folder = cache_folder(os.environ) / "images" / digest.removeprefix("sha256:")[:16]

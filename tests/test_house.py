@@ -46,6 +46,7 @@ LAYERS = [
         "utilisation",
         "oci",
         "packaged",
+        "weights_digest",
     },
     {
         "models",

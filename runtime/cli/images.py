@@ -14,7 +14,7 @@ import typer
 
 from runtime import oci
 from runtime.cli import image_facts, render
-from runtime.cli.options import AsJson, Debug, path
+from runtime.cli.options import AsJson, Debug, RequireSignature, path
 from runtime.errors import ConfigError
 from runtime.oci import Access, Reference
 
@@ -61,11 +61,6 @@ Stated = Annotated[
     typer.Option("--provenance/--no-provenance", help="Attach a statement of where the files come from"
                  " (in-toto) and a bill of materials (CycloneDX)."),
 ]  # fmt: skip
-RequireSignature = Annotated[
-    list[str] | None,
-    typer.Option("--require-signature", metavar="PUBKEY", help="Take no image that this public key (PEM) has"
-                 " not signed, or one of several such keys."),
-]  # fmt: skip
 CheckSignature = Annotated[
     list[str] | None,
     typer.Option("--require-signature", metavar="PUBKEY", help="A public key (PEM) to check signatures with;"
@@ -107,11 +102,9 @@ def push(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     target, source = oci.parse(reference), None if base is None else oci.parse(base)
     if source and modelpack:
         raise ConfigError("--base and --modelpack exclude each other: an artifact has no base image")
-    secret = (context.obj or {}).get(oci.PASSWORD)
-    given = _Push(
-        folder, target, source, _access(context, [target, source], auth, insecure, ca_file),
-        oci.read_private(sign, secret) if sign else None, provenance,
-    )  # fmt: skip
+    access = _access(context, [target, source], auth, insecure, ca_file)
+    key = oci.read_private(sign, access.key_password) if sign else None
+    given = _Push(folder, target, source, access, key, provenance)
     digest = given.run(file, _annotations(annotation or []), modelpack=modelpack)
     typer.echo(digest)
 

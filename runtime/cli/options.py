@@ -63,6 +63,11 @@ KeyFile = Annotated[
         f"when it changes. The variable {API_KEY_FILE_VARIABLE} by default.",
     ),
 ]
+RequireSignature = Annotated[
+    list[str] | None,
+    typer.Option("--require-signature", metavar="PUBKEY", help="Take no image that this public key (PEM) has"
+                 " not signed, or one of several such keys."),
+]  # fmt: skip
 Debug = Annotated[bool, typer.Option("--debug", help="Log everything; show tracebacks.")]
 """Read by main.run, before a command runs."""
 

@@ -20,6 +20,7 @@ from runtime.cli.options import (
     KeyFile,
     KeyFrom,
     Quantize,
+    RequireSignature,
     Set,
     api_keys,
     port_variable,
@@ -148,6 +149,7 @@ def serve(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as 
     adapter_source: AdapterSource = None,
     adapter_cache: AdapterCache = None,
     max_adapters: MaxAdapters = None,
+    require_signature: RequireSignature = None,
     port: Port = None,
     host: Host = None,
     allow_origin: AllowOrigin = None,
@@ -182,6 +184,7 @@ SETTING_OF = {
     "allow_origin": "allowed_origins", "adapter": "--adapter", "adapter_root": "adapter_root",
     "adapter_source": "adapter_sources", "adapter_cache": "adapter_cache",
     "max_adapters": "adapter_limits.resident",
+    "require_signature": "model.required_keys",
     "combine_adapters": "combine_adapters", "served_name": "served_name",
 }  # fmt: skip
 """The setting that each parameter of `serve` stands for, of those whose value is taken as it is."""
@@ -209,6 +212,7 @@ def _run(
     if check:
         server.check_hardware(config)
         server.key_file(config)
+        access = server.required_access(config, access)
         _check(config, access, as_json=as_json)
     else:
         server.run(config, access=access)

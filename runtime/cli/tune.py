@@ -19,6 +19,7 @@ from runtime.cli.options import (
     DryRun,
     DryRunAsJson,
     Processes,
+    RequireSignature,
     Set,
     set_flags,
     without_defaults,
@@ -76,6 +77,11 @@ MaxDataBytes = Annotated[
 ]
 Credentials = Annotated[Path | None, typer.Option(help="Docker config.json with the registry's credentials.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Use plain HTTP for the registry.")]
+Sign = Annotated[
+    Path | None,
+    typer.Option("--sign", metavar="KEY", help="Sign the image as cosign does, with this private key (ECDSA"
+                 " P-256, PEM); its passphrase is read from COSIGN_PASSWORD."),
+]  # fmt: skip
 CheckpointImage = Annotated[
     str | None,
     typer.Option(metavar="IMAGE", help="Push checkpoints to this image too, to resume on another node."),
@@ -128,6 +134,8 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     max_data_bytes: MaxDataBytes = None,
     credentials: Credentials = None,
     insecure: Insecure = False,
+    sign: Sign = None,
+    require_signature: RequireSignature = None,
     checkpoint_image: CheckpointImage = None,
     keep_checkpoint_image: KeepCheckpoints = False,
     processes: Processes = None,
@@ -142,6 +150,7 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     flags = {
         "--output": output, "--data": data, "data.on_bad_row": on_bad_row, "data.max_bytes": max_data_bytes,
         "output.credentials": credentials, "output.insecure": insecure, "parallel": parallel,
+        "output.sign_key": sign, "model.required_keys": require_signature,
         "output.overwrite": overwrite, "output.checkpoint_image": checkpoint_image, "fit": fit and "adapt",
         "output.keep_checkpoint_image": keep_checkpoint_image,
     }  # fmt: skip

@@ -18,12 +18,11 @@ from runtime.oci.images import (
     sign,
     verify,
 )
-from runtime.oci.keys import PASSWORD, SigningKey, VerificationKey, read_private, read_public
+from runtime.oci.keys import SigningKey, VerificationKey, read_private, read_public
 from runtime.oci.reference import Reference, below, is_image, is_path, parse, parse_repository
 from runtime.oci.store import AccessDeniedError, Watch
 
 __all__ = [
-    "PASSWORD",
     "Access",
     "AccessDeniedError",
     "AzureIdentity",

@@ -6,7 +6,7 @@ Plain values; reads no file (credentials.py does) and not the environment, which
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runtime.files import cache_folder
@@ -23,6 +23,8 @@ HOST_CERTIFICATES = (Path("/etc/docker/certs.d"), Path("/etc/containers/certs.d"
 """Folders with a folder of certificates per registry, `HOST[:PORT]/*.crt`, as Docker and podman read them."""
 REQUIRE_SIGNATURE = "RUNTIME_REQUIRE_SIGNATURE"
 """Variable with the keys of `Access.required_keys`: paths with a colon between them, or PEM text."""
+KEY_PASSWORD = "COSIGN_PASSWORD"  # noqa: S105 - its name
+"""Variable with `Access.key_password`, cosign's own."""
 _USER_CERTIFICATES = (".docker/certs.d", ".config/containers/certs.d")
 
 
@@ -71,6 +73,8 @@ class Access:
     """Folders with certificates for one registry each, trusted in addition."""
     required_keys: tuple[str, ...] = ()
     """Public keys, files or PEM text, one of which must have signed what is pulled; () asks for none."""
+    key_password: str | None = field(default=None, repr=False)
+    """Passphrase of the private key that signs what is pushed."""
     cache: Path | None = None
     """Folder that keeps pulled blobs by digest; None keeps only what an interrupted pull needs."""
     sessions: Path | None = None
@@ -114,6 +118,7 @@ def from_environment(
         if (home := environment.get("HOME"))
         else HOST_CERTIFICATES,
         required_keys=tuple(filter(None, environment.get(REQUIRE_SIGNATURE, "").split(os.pathsep))),
+        key_password=environment.get(KEY_PASSWORD) or None,
         cache=cache,
         sessions=cache_folder(environment) / "uploads" if private else None,
     )

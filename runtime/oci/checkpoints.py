@@ -10,11 +10,14 @@ import logging
 from collections.abc import Collection
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from runtime.errors import RegistryError
-from runtime.oci import images
+from runtime.oci import images, signatures
 from runtime.oci.access import DEFAULT, Access
+from runtime.oci.image import Image, build
+from runtime.oci.keys import SigningKey
 from runtime.oci.reference import Reference, parse, with_suffix
 from runtime.oci.store import Store, StoredManifest
 
@@ -38,6 +41,8 @@ class Run:
     """What the fingerprint is of, as a text that `Other` gives back."""
     replaces: Collection[str] = ()
     """Digests of others' images under the same tags that it may replace."""
+    key: SigningKey | None = None
+    """Signs them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,14 @@ def push(folder: Path, reference: Reference, *, step: int, run: Run, access: Acc
         if current is not None and stored_step is not None and stored_step != step:
             _keep_previous(store, current, reference, run)
     notes = {_STEP: str(step), _JOB: run.job, _NAME: run.name, _IDENTITY: run.identity}
-    return images.push(folder, reference, annotations=notes, access=access)
+
+    def sign(store: Store, image: Image) -> None:
+        if run.key is not None:
+            signatures.sign(store, reference, image.digest, run.key)
+
+    with images.scratch_folder() as scratch:
+        made = partial(build, folder, scratch, annotations=notes)
+        return images.push_image(made, reference, access=access, beside=sign)
 
 
 def others(reference: Reference, *, job: str, access: Access = DEFAULT) -> list[Other]:
@@ -113,7 +125,14 @@ def delete(reference: Reference, *, run: Run, access: Access = DEFAULT) -> None:
         for name in (reference, _previous(reference)):
             found = _manifest(store, name)
             if found is not None and (_step(found, run.job) is not None or found.digest in run.replaces):
-                store.delete(name.selector)
+                _delete(store, name.selector, found.digest)
+
+
+def _delete(store: Store, tag: str, digest: str) -> None:
+    """Delete a checkpoint, and its signatures first: nothing else names them."""
+    if store.find(signatures.tag(digest)) is not None:
+        store.delete(signatures.tag(digest))
+    store.delete(tag)
 
 
 def _keep_previous(store: Store, current: StoredManifest, reference: Reference, run: Run) -> None:
@@ -126,7 +145,7 @@ def _keep_previous(store: Store, current: StoredManifest, reference: Reference, 
         )
         return
     if older is not None and older.digest != current.digest:
-        store.delete(previous.selector)
+        _delete(store, previous.selector, older.digest)
     with store.writing():
         store.put_manifest(current, previous.selector)
 

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import ConfigError
+from runtime.oci.access import KEY_PASSWORD
 from runtime.oci.secretbox import open_box
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec
-
-PASSWORD = "COSIGN_PASSWORD"  # noqa: S105
-"""Variable with the passphrase of a private key, cosign's own."""
 
 _MOST_BYTES = 64 << 10
 _MOST_SCRYPT_BYTES = 512 << 20
@@ -107,10 +105,10 @@ def read_private(path: Path, password: str | None = None) -> SigningKey:
         else:
             encrypted = b"ENCRYPTED" in data  # a password that no key needs is no mistake
             if encrypted and secret is None:
-                raise ConfigError(f"{path}: is encrypted; put its passphrase into {PASSWORD}")
+                raise ConfigError(f"{path}: is encrypted; put its passphrase into {KEY_PASSWORD}")
             key = serialization.load_pem_private_key(data, secret if encrypted else None)
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError, UnsupportedAlgorithm):
-        wrong = f", or {PASSWORD} is not its passphrase" if secret else ""
+        wrong = f", or {KEY_PASSWORD} is not its passphrase" if secret else ""
         raise ConfigError(
             f"{path}: no private key in PEM form{wrong}; expected ECDSA P-256, {_MAKE}"
         ) from None
@@ -153,7 +151,7 @@ def _decrypted(text: str, path: Path, password: bytes) -> bytes:
         raise ValueError(nonce)
     opened = open_box(hidden, nonce=nonce, key=key)
     if opened is None:
-        raise ConfigError(f"{path}: {PASSWORD} is not its passphrase")
+        raise ConfigError(f"{path}: {KEY_PASSWORD} is not its passphrase")
     return opened
 
 

@@ -18,6 +18,7 @@ from runtime.errors import OverloadedError, UnavailableError
 from runtime.serving.answer_parsers.forms import AnswerForm
 from runtime.serving.engine.protocol import Engine, Request, Sampling
 from runtime.serving.tokenizer import PromptTokenizer
+from runtime.weights_digest import PendingDigest
 
 STALL_S = 60.0
 """Requests running and no token for this long: the engine hangs and must be restarted."""
@@ -60,6 +61,10 @@ class ServedModel:
     """vLLM's name of the format of reasoning; None is the one that the chat template opens or writes."""
     weights: str = ""
     """Type, size and device of the base weights, as text."""
+    digest: PendingDigest | None = None
+    """Of the base weights."""
+    adapter_digests: dict[str, str | None] = field(default_factory=dict)
+    """Of the adapters' weights, by name."""
 
     def tokenizer_for(self, adapter: str | None) -> PromptTokenizer:
         """Return what makes prompts for `adapter`: with its own chat template, where it has one."""
@@ -117,6 +122,8 @@ class Lifecycle:
     def ready(self, served: ServedModel) -> None:
         """Answer requests with `served` and report "ready", unless the server is draining already."""
         self._served = served
+        if served.digest is not None:  # reads all weights once more: not while they are loaded
+            served.digest.start()
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY
 

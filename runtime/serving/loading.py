@@ -46,6 +46,8 @@ def load(config: ServeConfig, access: oci.Access) -> ServedModel:
     support.check_server(config.model, config.quantization, devices, engine=config.engine)
     if config.engine == "own":
         support.check_architecture(config.model)
+    located = config.model.model_copy(update={"path": models.locate(config.model)})
+    config = config.model_copy(update={"model": located})  # once: a tag may be another model's by now
     if config.engine == "vllm":
         served = _with_vllm(config, devices)
     elif config.replicas > 1:
@@ -57,6 +59,7 @@ def load(config: ServeConfig, access: oci.Access) -> ServedModel:
         aliases=config.served_aliases,
         tool_call_parser=config.tool_call_parser,
         reasoning_parser=config.reasoning_parser,
+        digest=models.digest(config.model),
     )
     served.form_for(None)  # tries the template out, which takes a moment that no request shall wait for
     if config.combine_adapters and config.adapters:
@@ -271,6 +274,7 @@ def attach(
     except BaseException:
         served.adapter_tokenizers.pop(name, None)
         raise
+    served.adapter_digests[name] = models.adapter_digest(folder, name)
     if not own:
         return
     base_has = "which differs from that of" if served.tokenizer.has_chat_template else "and there is none of"

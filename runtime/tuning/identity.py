@@ -40,7 +40,7 @@ WITHOUT_EFFECT = frozenset(
     {
         "name", "run", "output", "sources", "metrics_host", "metrics_port", "checkpoint_minutes", "hub_token",
         # the base model and the rows count by their content, wherever they lie
-        "model.name", "model.path", "model.local_files_only",
+        "model.name", "model.path", "model.local_files_only", "model.required_keys",
         "data.urls", "data.image", "data.folder", "data.file", "data.allow_private_addresses",
         "data.cache",
         # what a run refuses, and another skips or has room for: they train on the same, or one does not train

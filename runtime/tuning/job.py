@@ -31,6 +31,7 @@ from runtime.tuning.train.evaluation import Evaluation, evaluate
 from runtime.tuning.train.progress import JobProgress, Reporter, Throughput, memory_bytes
 from runtime.tuning.train.setup import RankSetup, TrainingSetup
 from runtime.tuning.train.terminal_bar import TerminalBar
+from runtime.weights_digest import PendingDigest
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class JobResult:
     before: Evaluation
     after: Evaluation
     planned_memory_bytes: int | None
+    weights: PendingDigest | None
+    """Digest of the base model's weights; None on other ranks than the first."""
 
 
 def run(
@@ -114,6 +117,9 @@ def _tune(requested: TuningJob, job: TuningJob, rank: RankSetup, access: oci.Acc
     job = job.model_copy(update={"encoding": settled})
     job, planned = fit.resolve(job, rank.machine, processes=ranks.local_world_size, rows=tokenized.sequences)
     progress.enter("model")
+    weights = models.digest(requested.model) if ranks.is_main else None
+    if weights is not None:
+        weights.start()
     with garbage_collection.paused():
         training = setup.prepare(job, tokenizer, tokenized, rank=rank)
     if ranks.is_main:
@@ -125,7 +131,7 @@ def _tune(requested: TuningJob, job: TuningJob, rank: RankSetup, access: oci.Acc
     setup.run_training(training, folder=OutputPaths(job.output.folder).checkpoints, owner=owner)
     progress.enter("evaluate")
     after = evaluate(training, questions)
-    return JobResult(job, owner, data.facts, tokenized, training, before, after, planned)
+    return JobResult(job, owner, data.facts, tokenized, training, before, after, planned, weights)
 
 
 def _reporter(ranks: Ranks) -> Reporter:
@@ -165,6 +171,8 @@ def _save(requested: TuningJob, result: JobResult, *, seconds: float) -> None:
             first_weights=training.adapter.first_weights,
             beside=partial(models.save_tokenizer, training.tokenizer),
         )
+        if result.weights is not None:
+            summary["model"] |= report.weights_of(result.weights)
         summary["adapter_sha256"] = sha256(scratch / adapters.WEIGHTS_FILE)
         report.save(summary, scratch)
     shutil.rmtree(paths.checkpoints, ignore_errors=True)

@@ -32,6 +32,7 @@ from runtime.tuning.process.nodes import SINGLE_NODE, Nodes
 from runtime.tuning.process.signals import StopSignal
 from runtime.tuning.report import metrics_server, report, verdict
 from runtime.tuning.settings import CHECKPOINT_GRACE_S, TuningJob
+from runtime.tuning.signing import signing_key
 from runtime.tuning.train import checkpoint_sync
 from runtime.tuning.train.progress import JobProgress, JobState
 
@@ -113,6 +114,8 @@ def _preflight(job: TuningJob, access: oci.Access | None) -> None:
         raise CapacityError(
             f"output folder {folder} has {free >> 20} MiB free, expected {LEAST_FREE_BYTES >> 20} MiB or more"
         )
+    if access is not None:
+        signing_key(job, access)
     for image, replaces in ((job.output.image, False), (job.output.checkpoint_image, True)):
         if image is not None and access is not None:
             oci.check_push(oci.parse(image), access=access, replaces=replaces)

@@ -107,6 +107,11 @@ class Output(Strict):
     """Keep the checkpoint image in its registry after success."""
     credentials: Path | None = None
     """Docker config.json (or a directory of them) with the registry's credentials."""
+    sign_key: Path | None = None
+    """Private key (ECDSA P-256, PEM) that signs the image as cosign does, and checkpoints in a registry; its
+    passphrase is read from COSIGN_PASSWORD."""
+    provenance: bool = True
+    """Attach to the image a statement of where it comes from (in-toto), and a bill of materials."""
     insecure: bool = False
     """Speak plain HTTP to the registry (loopback registries may without this)."""
 

@@ -9,6 +9,7 @@ from runtime import oci
 from runtime.errors import RegistryError
 from runtime.oci import Access, Reference, checkpoints
 from tests.oci.conftest import Started, files, fresh, quick
+from tests.oci.keypairs import make_pair
 
 pytestmark = pytest.mark.system
 
@@ -47,6 +48,24 @@ def test_newest_checkpoint_of_the_run_comes_back(place: Reference, access: Acces
     assert [each.step for each in found] == [30, 20]
     back = oci.pull(found[0].image, tmp_path / "back", access=access)
     assert files(back) == files(state(tmp_path, 30))
+
+
+def test_checkpoints_are_signed_and_their_signatures_go_with_them(
+    place: Reference, access: Access, tmp_path: Path
+) -> None:
+    pair = make_pair(tmp_path)
+    signing = replace(run("a"), key=oci.read_private(pair.private))
+    digests = [
+        checkpoints.push(state(tmp_path, step), place, step=step, run=signing, access=access)
+        for step in (10, 20, 30)
+    ]
+    required = access.requiring([str(pair.public)])
+    for each in checkpoints.find(place, job="a", access=access):
+        assert oci.pull(each.image, tmp_path / f"back-{each.step}", access=required)
+    checkpoints.delete(place, run=signing, access=access)
+    for digest in filter(None, digests):
+        with pytest.raises(RegistryError, match="is not signed"):
+            oci.verify(place, digest, [str(pair.public)], access=access)
 
 
 def test_checkpoint_of_another_job_is_never_replaced(

@@ -18,12 +18,14 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from runtime import gpus
+from runtime import gpus, oci
 from runtime.errors import ConfigError
 from runtime.model_source import ModelSource
 from runtime.oci.access import DEFAULT
 from runtime.serving import loading
 from runtime.serving.settings import ServeConfig
+from runtime.weights_digest import of_folder
+from tests.oci.keypairs import make_pair
 from tests.serving.conftest import Process, until
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
@@ -53,18 +55,27 @@ def adapters(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_llama_dir: Path, adapters: Path) -> Iterator[Process]:
-    """A real server of the tiny model and the four adapters."""
+def tiny(tiny_llama_dir: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A real server of the tiny model and the four adapters, and a good one in an unsigned image."""
+    image = f"oci:{tmp_path_factory.mktemp('image')}/layout:v1"
+    oci.push(adapters / "good", oci.parse(image))
     config = {
-        "model": {"name": "tiny", "path": str(tiny_llama_dir)},
+        "model": {
+            "name": "tiny",
+            "path": str(tiny_llama_dir),
+            "required_keys": [str(make_pair(tmp_path_factory.mktemp("keys")).public)],
+        },
         "served_name": "tiny",
         "host": "127.0.0.1",
         "port": 0,
         "api_key": "sesame",
         "adapter_root": str(adapters),
         "adapters": [
-            {"name": name, "reference": str(adapters / name)}
-            for name in ("half", "good", "pickled", "foreign")
+            *(
+                {"name": name, "reference": str(adapters / name)}
+                for name in ("half", "good", "pickled", "foreign")
+            ),
+            {"name": "unsigned", "reference": image},
         ],
         "limits": {"new_tokens": 16},
     }
@@ -94,6 +105,17 @@ def client_of(site: Process) -> openai.OpenAI:
     return openai.OpenAI(base_url=site.url + "/v1", api_key="sesame", max_retries=0)
 
 
+def test_models_say_the_digests_of_their_weights(tiny: Process, tiny_llama_dir: Path, adapters: Path) -> None:
+    def digests() -> list[str | None]:
+        return [
+            (model.model_extra or {}).get("weights_sha256") for model in client_of(tiny).models.list().data
+        ]
+
+    until(lambda: digests()[0] is not None)
+    assert digests()[:2] == [of_folder(tiny_llama_dir), of_folder(adapters / "good")]
+    assert f"weights of tiny: sha256 {of_folder(tiny_llama_dir)}" in "".join(tiny.log)
+
+
 HI: Any = [{"role": "user", "content": "hello"}]
 
 
@@ -102,15 +124,19 @@ def test_bad_adapters_are_refused_by_name_and_the_rest_is_served(tiny: Process) 
     assert [model.id for model in client_of(tiny).models.list().data] == ["tiny", "good"]
     text = "".join(tiny.log)
     assert "Adapter added: good" in text
-    for name in ("half", "pickled", "foreign"):
+    for name in ("half", "pickled", "foreign", "unsigned"):
         assert f"Adapter refused: {name}: " in text
+    assert "is not signed; expected a signature by" in text
     ready = tiny.get("/readyz")
     assert ready.status_code == 200
-    assert ready.json() == {"status": "Healthy", "refused_adapters": ["half", "pickled", "foreign"]}
+    assert ready.json() == {
+        "status": "Healthy",
+        "refused_adapters": ["half", "pickled", "foreign", "unsigned"],
+    }
     metrics = text_string_to_metric_families(tiny.get("/metrics").text)
     (failures,) = [family for family in metrics if family.name == "runtime:adapter_failures"]
     assert [(each.labels["reason"], each.value) for each in failures.samples if "total" in each.name] == [
-        ("refused", 3.0)
+        ("refused", 4.0)
     ]
 
 

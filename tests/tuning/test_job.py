@@ -16,6 +16,7 @@ from runtime.tuning.output import SENTINEL, OutputPaths
 from runtime.tuning.settings import DataSource, Lora, Output, TuningJob
 from runtime.tuning.train.checkpoints import listed
 from runtime.tuning.train.progress import MetricsHistory
+from runtime.weights_digest import of_folder
 from tests.tuning.conftest import Worker, tiny_job, write_rows
 
 pytestmark = pytest.mark.slow
@@ -112,6 +113,8 @@ def test_job_leaves_adapter_report_and_sentinel(finished: FinishedJob) -> None:
     page = (folder / "report.html").read_text()
     assert f"{result['held_out_loss']['after']:,.3f}" in page
     assert report["adapter_sha256"] in page
+    assert report["model"]["weights_sha256"] == of_folder(finished.job.model.path)
+    assert report["packages"]["torch"] == report["versions"]["torch"]
     assert sorted({entry["step"] for entry in finished.history()}) == list(range(1, 13))
     assert not listed(OutputPaths(folder).checkpoints)
 

@@ -12,9 +12,12 @@ import pytest
 
 from runtime import oci
 from runtime.cli import main
+from runtime.errors import ConfigError
 from runtime.oci.access import DEFAULT
-from runtime.tuning import identity, output, publish
+from runtime.provenance import attached
+from runtime.tuning import identity, launcher, output, publish
 from runtime.tuning.settings import TuningJob
+from tests.oci.keypairs import make_pair
 
 RANK = """
 import os
@@ -77,3 +80,37 @@ def test_tune_and_push_make_the_same_image_of_a_job_and_no_secret_is_in_it(
     pulled = oci.pull(oci.parse(f"oci:{tmp_path}/pushed:v1"), tmp_path / "pulled")
     assert main.run(["push", str(pulled), f"oci:{tmp_path}/again:v1"], {}) == 0
     assert capsys.readouterr().out.strip() == digest
+
+
+def test_job_signs_its_image_and_states_where_it_comes_from(
+    make_job: Callable[..., TuningJob], tmp_path: Path
+) -> None:
+    pair, image = make_pair(tmp_path, password="pass", form="SIGSTORE"), f"oci:{tmp_path}/tuned:v1"
+    job = make_job()
+    signed = job.output.model_copy(update={"image": image, "sign_key": pair.private})
+    job = job.model_copy(update={"output": signed})
+    with output.replacing(job, identity.requested(job)) as folder:
+        report = {"job": job.name, "model": {"weights_sha256": "b" * 64}, "settings": {"method": "lora"}}
+        output.OutputPaths(folder).report.write_text(json.dumps(report))
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    with pytest.raises(ConfigError, match="COSIGN_PASSWORD"):
+        publish.publish(job, publish.access_of(job, {}))
+    digest = publish.publish(job, publish.access_of(job, {"COSIGN_PASSWORD": "pass"}))
+    assert digest is not None
+    reference, keys = oci.parse(image), oci.read_keys([str(pair.public)])
+    oci.verify(reference, digest, [str(pair.public)])
+    (stated,) = attached(reference, oci.inspect(reference), keys, access=DEFAULT).statements
+    assert stated.state == f"signed by {pair.public}"
+    assert stated.facts["build type"] == "urn:workspace-runtime:tune:v1"
+
+
+def test_checkpoints_that_could_not_be_pulled_again_are_refused_first(
+    make_job: Callable[..., TuningJob], tmp_path: Path
+) -> None:
+    pair, job = make_pair(tmp_path), make_job()
+    places = job.output.model_copy(update={"checkpoint_image": f"oci:{tmp_path}/layout:c"})
+    required = job.model.model_copy(update={"required_keys": (str(pair.public),)})
+    job = job.model_copy(update={"output": places, "model": required})
+    with pytest.raises(ConfigError, match="has no key to sign its checkpoints with; name one with --sign"):
+        launcher.run(job, access=publish.access_of(job, {}), processes=1)

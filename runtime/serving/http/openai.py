@@ -214,12 +214,16 @@ def model_list(generator: Generator) -> list[dict[str, Any]]:
     entry = {"object": "model", "created": served.created, "owned_by": "runtime"}
     context = served.tokenizer.context_tokens
     bases = (served.name, *served.aliases)
-    return [
-        {"id": name, **entry, "root": served.name, "parent": None, "max_model_len": context}
-        if name in bases
-        else {"id": name, **entry, "root": name, "parent": served.name, "max_model_len": context}
-        for name in served.models()
-    ]
+    base_digest = served.digest.value if served.digest else None
+    found = []
+    for name in served.models():
+        is_base = name in bases
+        digest = base_digest if is_base else served.adapter_digests.get(name)
+        lineage = {"root": served.name if is_base else name, "parent": None if is_base else served.name}
+        # of the weights, once it is known; no field of OpenAI's, which clients ignore
+        stated = {"weights_sha256": digest} if digest else {}
+        found.append({"id": name, **entry, **lineage, "max_model_len": context, **stated})
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ import uvicorn
 from runtime import garbage_collection, hardware, torch_build
 from runtime.errors import ConfigError, Failure
 from runtime.metrics import ServingMetrics
-from runtime.oci import Access
+from runtime.oci import Access, read_keys
 from runtime.serving.adapter_sources.sources import AdapterSources
 from runtime.serving.engine.protocol import Stats
 from runtime.serving.http.acceptor import Acceptor, OpenConnections, connection_limit
@@ -64,7 +64,7 @@ def run(config: ServeConfig, *, access: Access | None = None, load: Load | None 
     with garbage_collection.paused():
         from runtime.serving import loading  # imports torch: only when a model is served
 
-    access = access or Access()
+    access = required_access(config, access or Access())
     adapter_loader = None
     if config.adapter_root is not None:
         add = partial(loading.add_adapter, config=config, access=access)
@@ -79,6 +79,13 @@ def run(config: ServeConfig, *, access: Access | None = None, load: Load | None 
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
             serving = Serving(config, load, adapter_loader, keys=keys, sources=sources)
             runner.run(serving.run(listener))
+
+
+def required_access(config: ServeConfig, access: Access) -> Access:
+    """Return `access` with the signatures that `config` requires; ConfigError for a key that is none."""
+    access = access.requiring(config.model.required_keys)
+    read_keys(access.required_keys)
+    return access
 
 
 def key_file(config: ServeConfig) -> KeyFile | None:

@@ -23,6 +23,7 @@ from runtime.tuning.data.tokenize import TokenizedSplit
 from runtime.tuning.output import OutputPaths
 from runtime.tuning.report import chart, html, verdict
 from runtime.tuning.settings import DataSource, TuningJob
+from runtime.weights_digest import PendingDigest
 
 CURVE_POINTS = 500
 """Most points of the training curve that the report keeps."""
@@ -122,6 +123,7 @@ def build(job: TuningJob, data: DataSummary, tokenized: TokenizedSplit, outcome:
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in LIBRARIES},
         },
+        "packages": _packages(),
     }
 
 
@@ -136,6 +138,19 @@ def save(report: dict[str, Any], folder: Path) -> None:
     paths = OutputPaths(folder)
     write_atomic(paths.report, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     write_atomic(paths.page, html.render(report))
+
+
+def weights_of(pending: PendingDigest) -> dict[str, str | None]:
+    """Return what the report says of the base model's files: their digest, and the hub's commit."""
+    folder = pending.folder
+    commit = folder.name if folder.parent.name == "snapshots" else None
+    return {"commit": commit, "weights_sha256": pending.wait()}
+
+
+def _packages() -> dict[str, str]:
+    """Return the version of every Python package that is installed."""
+    found = {str(each.name): each.version for each in metadata.distributions() if each.name}
+    return dict(sorted(found.items(), key=lambda package: package[0].lower()))
 
 
 def _data(data: DataSummary, tokenized: TokenizedSplit) -> dict[str, Any]:

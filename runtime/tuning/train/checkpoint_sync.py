@@ -17,6 +17,7 @@ from runtime.tuning import identity
 from runtime.tuning.identity import JobIdentity
 from runtime.tuning.process.ranks import Ranks
 from runtime.tuning.settings import TuningJob
+from runtime.tuning.signing import signing_key
 from runtime.tuning.train.checkpoints import MANIFEST, fault, listed, newest, step_of
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class RegistryCheckpoints:
         self._reference, self._name = reference, job.name
         self._keep, self._overwrite = job.output.keep_checkpoint_image, job.output.overwrite
         self._access = replace(access, attempts=_ATTEMPTS)
+        self._key = signing_key(job, access)
         self._run = Run(job="", name=job.name)
 
     def restore(self, folder: Path, owner: JobIdentity) -> None:
@@ -102,7 +104,7 @@ class RegistryCheckpoints:
         for other in found:
             log.warning("checkpoint image %s holds %s: it will be replaced", other.image, other.what)
         replaces = frozenset(other.digest for other in found)
-        self._run = Run(owner.digest, self._name, owner.to_json(), replaces)
+        self._run = Run(owner.digest, self._name, owner.to_json(), replaces, self._key)
         local = newest(folder)
         for stored in oci.checkpoints.find(self._reference, job=owner.digest, access=self._access):
             if local is not None and stored.step <= step_of(local):
