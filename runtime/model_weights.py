@@ -37,6 +37,11 @@ def check_files(folder: Path) -> None:
             raise ConfigError(f"model directory {folder}: {INDEX} names {name!r}, which is no file beside it")
         if not (folder / name).is_file():
             raise ConfigError(f"model directory {folder}: {name}, which {INDEX} names, is missing")
+        if not name.endswith(WEIGHTS.removeprefix("*")):
+            raise ConfigError(
+                f"model directory {folder}: {INDEX} names {name}; weights are read from {WEIGHTS} alone,"
+                " since pickles can run code"
+            )
     for path in sorted(folder.glob(WEIGHTS)):
         try:
             with safe_open(str(path), framework="np"):

@@ -110,3 +110,16 @@ def test_an_index_that_names_no_file_of_the_folder_is_refused(model: Path, index
     (model / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ConfigError, match=message):
         load(model)
+
+
+def test_pickles_that_an_index_names_are_refused_unread(model: Path) -> None:
+    """transformers would unpickle them by their names, safetensors wanted or not."""
+    import torch
+    from safetensors.torch import load_file
+
+    torch.save(load_file(model / "model.safetensors"), model / "shard.bin")
+    (model / "model.safetensors").rename(model / "other.safetensors")
+    index = {"metadata": {}, "weight_map": {LAYER: "shard.bin"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"names shard.bin; weights are read from \*.safetensors alone"):
+        load(model)
