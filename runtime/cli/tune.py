@@ -147,21 +147,26 @@ def tune(  # noqa: PLR0913, PLR0917 - a command line has as many parameters as f
     debug: Debug = False,
 ) -> None:
     """Tune a model and push the adapter: QLoRA from a Workspace manifest, or from flags alone."""
-    flags = {
-        "--output": output, "--data": data, "data.on_bad_row": on_bad_row, "data.max_bytes": max_data_bytes,
-        "output.credentials": credentials, "output.insecure": insecure, "parallel": parallel,
-        "output.sign_key": sign, "model.required_keys": require_signature,
-        "output.overwrite": overwrite, "output.checkpoint_image": checkpoint_image, "fit": fit and "adapt",
-        "output.keep_checkpoint_image": keep_checkpoint_image,
-    }  # fmt: skip
+    given = locals()
+    flags = {setting: given[name] for name, setting in SETTING_OF.items()} | {"fit": fit and "adapt"}
     environ, overrides = context.obj or {}, set_flags(settings) | without_defaults(flags)
     nodes = Nodes.read(environ, count=nnodes, rank=node_rank, endpoint=rdzv_endpoint)
     resolved = place(load_job(target, environ=environ, config=config, overrides=overrides), nodes=nodes.count)
     if dry_run:
         return _dry_run(resolved, nodes, as_json=as_json)
-    if preview is not None:
-        return _preview(resolved.config, preview, environ=environ)
-    return _launch(resolved, nodes, processes=processes, environ=environ)
+    if preview is None:
+        return _launch(resolved, nodes, processes=processes, environ=environ)
+    return _preview(resolved.config, preview, environ=environ)
+
+
+SETTING_OF = {
+    "output": "--output", "data": "--data", "on_bad_row": "data.on_bad_row",
+    "max_data_bytes": "data.max_bytes",
+    "credentials": "output.credentials", "insecure": "output.insecure", "overwrite": "output.overwrite",
+    "sign": "output.sign_key", "require_signature": "model.required_keys", "parallel": "parallel",
+    "checkpoint_image": "output.checkpoint_image", "keep_checkpoint_image": "output.keep_checkpoint_image",
+}  # fmt: skip
+"""The setting that each parameter of `tune` stands for, of those whose value is taken as it is."""
 
 
 def _dry_run(resolved: Resolved[TuningJob], nodes: Nodes, *, as_json: bool) -> None:
