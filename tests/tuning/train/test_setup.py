@@ -53,6 +53,7 @@ def kill_when(worker: Worker, holds: Callable[[], bool]) -> None:
                 worker.wait()
                 return
             process.resume()
+        time.sleep(0.0005)  # a checkpoint is half written for longer
     pytest.fail(f"the condition was never true: {worker.output()}")
 
 
