@@ -33,6 +33,8 @@ MAX_WEIGHTS_BYTES = 16 << 30
 MAX_HEADER_BYTES = 32 << 20
 """Of its weights: the names and shapes of 200,000 matrices."""
 
+MESSAGE_SHOWN = 600
+"""Characters of a message: names of keys and tensors are an adapter's own, of any length and in any lines."""
 KEY_SHOWN, SHOWN = 60, 8
 """Characters of a key that a message repeats, and how many keys it names."""
 
@@ -67,6 +69,15 @@ class Adapter:
     def rank(self) -> int:
         """Largest rank of any of them."""
         return max((self.shapes[path + _PAIR[0]][0] for path in self.paths), default=0)
+
+
+@contextlib.contextmanager
+def in_one_line() -> Iterator[None]:
+    """Cut what a ConfigError of an adapter says to one line."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(one_line(error, MESSAGE_SHOWN)) from None
 
 
 def find(root: Path) -> list[Path]:
@@ -133,6 +144,7 @@ def within(image: Path, what: str, reference: str) -> Path:
     return image / uppermost[0]
 
 
+@in_one_line()
 def check(folder: Path, *, name: str | None = None, base: str | None = None) -> Adapter:
     """Return what the adapter in `folder` is; ConfigError, which calls it `name`, when it must not be read.
 
@@ -155,6 +167,7 @@ def check(folder: Path, *, name: str | None = None, base: str | None = None) -> 
     return adapter
 
 
+@in_one_line()
 def check_served(
     folder: Path, *, name: str | None = None, base: str | None = None, most_rank: int | None = None
 ) -> Adapter:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from runtime.adapters import lora_config
-from runtime.adapters.folder import WEIGHTS_FILE, check_served
+from runtime.adapters.folder import WEIGHTS_FILE, check_served, in_one_line
 from runtime.adapters.lora_config import PREFIX
 from runtime.errors import ConfigError
 
@@ -21,6 +21,7 @@ PIECE = 1 << 14
 """Elements; torch divides an operation among threads from 32,768 on."""
 
 
+@in_one_line()
 def scaled_pairs(
     folder: Path, *, name: str | None = None, strength: float = 1.0
 ) -> dict[str, tuple[Tensor, Tensor]]:
