@@ -439,6 +439,9 @@ def test_no_tensor_of_a_step_is_left_on_the_host_and_none_is_read_back(
             long=[False] * 6,
         )
         assert runner._execute(host).shape == (4, model.config.vocab_size)
+        chosen = torch.zeros(2, dtype=torch.int64, device="meta")
+        unread = replace(host, ids=[-2, 2, -1, 4, 5, 6])  # two that only the device has
+        assert runner._execute(unread, chosen).shape == (4, model.config.vocab_size)
         decoding = replace(
             host,
             ids=[1, 2, 3],
