@@ -59,7 +59,7 @@ LEAST: dict[type[Body], dict[str, Any]] = {
     anthropic_body.AnthropicTool: {"name": "f"},
     anthropic_body.AnthropicToolChoice: {"type": "auto"},
     anthropic_body.Thinking: {"type": "adaptive"},
-    anthropic_body.OutputFormat: {"schema": {}},
+    anthropic_body.OutputFormat: {"schema_": {}},
     anthropic_body.OutputConfig: {},
     anthropic_body.MessagesBody: {"messages": [USER]},
     admin.TokenizeBody: {},
