@@ -77,6 +77,7 @@ def test_openai_for_python(read: Callable[..., Any]) -> None:
         "stream": {"text": ODD_TEXT, "usage": True},
         "parsed": {"name": "Oslo", "people": 700000},
         "tools": {"finish": "tool_calls", **TOOLS},
+        "agent": {"called": [["weather", {"city": city}] for city in ("Oslo", "Rome")], "answer": "wet"},
     }
     assert errors["model"][:2] == ["NotFoundError", "model_not_found"]
     assert errors["context"][:2] == ["BadRequestError", "context_length_exceeded"]

@@ -24,7 +24,6 @@ from runtime.serving.generation import GeneratedAnswer, GenerationGroup, Generat
 from runtime.serving.http.anthropic_body import MessagesBody
 from runtime.serving.http.body import BodyRoute
 from runtime.serving.http.openai import chat_prompt, chat_request
-from runtime.serving.http.schema import ChatCompletionBody
 from runtime.serving.http.sse import STREAMED, EventStream, anthropic_error, unless_gone
 
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -38,7 +37,7 @@ def router(generator: Generator) -> APIRouter:
     @routes.post("/messages", responses=STREAMED, summary="Answer a conversation", response_model=None)
     async def messages(body: MessagesBody, request: Request) -> Response:
         request_id = request.state.request_id
-        generation_request = await chat_request(generator, await _as_chat(generator, body), request)
+        generation_request = await chat_request(generator, body.as_chat(), request)
         group = generator.start([generation_request])
         model = generator.served().model_name(generation_request.adapter)
         json_format = MessageFormat(f"msg_{request_id}", model, shows_thoughts=body.shows_thoughts)
@@ -58,16 +57,10 @@ def router(generator: Generator) -> APIRouter:
 
     @routes.post("/messages/count_tokens", summary="Count the tokens of a conversation", response_model=None)
     async def count_tokens(body: MessagesBody, request: Request) -> Response:
-        prompt = await chat_prompt(generator, await _as_chat(generator, body))
+        prompt = await chat_prompt(generator, body.as_chat())
         return JSONResponse({"input_tokens": len(prompt.ids)})
 
     return routes
-
-
-async def _as_chat(generator: Generator, body: MessagesBody) -> ChatCompletionBody:
-    adapter = await generator.adapter_for(body.model)
-    tokenizer = generator.served().tokenizer_for(adapter)
-    return body.as_chat(tokenizer.features(with_tools=bool(body.tools)))
 
 
 class MessageFormat:

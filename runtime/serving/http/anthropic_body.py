@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Tag
 
-from runtime.chat_template import TemplateFeatures
+from runtime.chat_template.features import THINKING
 from runtime.errors import RequestError
 from runtime.serving.http import fields
 from runtime.serving.http.body_types import Body, Flag, Name, ShortText, Text, TokenCount, by_kind
@@ -155,8 +155,8 @@ class MessagesBody(SamplingFields):
         thinking = self.thinking
         return thinking is None or (thinking.type != "disabled" and thinking.display != "omitted")
 
-    def as_chat(self, features: TemplateFeatures) -> ChatCompletionBody:
-        """Return the same request as OpenAI's, for a model whose template has `features`.
+    def as_chat(self) -> ChatCompletionBody:
+        """Return the same request as OpenAI's.
 
         Raises RequestError for a block, a tool or a choice of tools that is not served here.
         """
@@ -169,7 +169,8 @@ class MessagesBody(SamplingFields):
         if self.stop and self.stop_sequences:
             raise RequestError("'stop' and 'stop_sequences' exclude each other", param="stop")
         asked |= {"stop": self.stop_sequences} if self.stop_sequences else {}
-        choice = self.tool_choice
+        if self.tool_choice is not None and "disable_parallel_tool_use" in self.tool_choice.model_fields_set:
+            asked["parallel_tool_calls"] = not self.tool_choice.disable_parallel_tool_use
         return ChatCompletionBody.model_construct(
             messages=messages,
             model=self.model,
@@ -177,9 +178,8 @@ class MessagesBody(SamplingFields):
             stream=self.stream,
             tools=self._tools() or None,
             tool_choice=self._tool_choice(),
-            parallel_tool_calls=not (choice is not None and choice.disable_parallel_tool_use),
             continue_final_message=_is_text_of_assistant(messages[-1]),
-            chat_template_kwargs=self._template_variables(features),
+            chat_template_kwargs=self._template_variables(),
             reasoning_effort=self.output_config.effort if self.output_config else None,
             **asked,
         )
@@ -225,15 +225,11 @@ class MessagesBody(SamplingFields):
         }
         return words[choice.type]
 
-    def _template_variables(self, features: TemplateFeatures) -> dict[str, Any] | None:
-        """Return the variable that turns thinking on or off, where it is wanted and the template has one."""
-        if (
-            self.thinking is None
-            or not features.thinking
-            or self.thinking.type not in {"enabled", "disabled"}
-        ):
+    def _template_variables(self) -> dict[str, Any] | None:
+        """Return the variables that turn thinking on or off, where that is wanted; templates read one."""
+        if self.thinking is None or self.thinking.type not in {"enabled", "disabled"}:
             return None
-        return {features.thinking: self.thinking.type == "enabled"}
+        return dict.fromkeys(THINKING, self.thinking.type == "enabled")
 
     def _required_format(self) -> ResponseFormat | None:
         wanted = (self.output_config.format if self.output_config else None) or self.output_format

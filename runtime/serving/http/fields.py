@@ -361,8 +361,7 @@ RESPONSES: Treatments = {
     **_refused("nothing is stored", "previous_response_id", "conversation", "background", "prompt"),
     **_refused("nothing is stored", "background_options", "context_management", "previous_input_messages"),
     **_refused("it is not offered", "access_programs", "image", "enable_response_messages"),
-    **_refused("tools are taken by /v1/chat/completions", "tools", "tool_choice", neutral=("auto", "none")),
-    **_ignored("there are no tools on this route", "parallel_tool_calls", "max_tool_calls"),
+    **_ignored("it counts calls of tools that OpenAI runs", "max_tool_calls"),
 }
 
 ANTHROPIC: Treatments = {
@@ -398,6 +397,18 @@ MESSAGE: Treatments = {
     **_ignored("it is not shown to models", "thinking_blocks", "provider_specific_fields", "citations"),
     **_ignored("text is all that is taken in", "audio"),
     **_refused("the assistant always begins a new turn", "prefix"),
+}
+
+ITEM: Treatments = {
+    **MESSAGE,
+    **_ignored("it is not shown to models", "namespace", "caller", "internal"),
+    **_ignored("nobody but its author can read it", "encrypted_content"),
+}
+"""Within `input` of /v1/responses."""
+
+REASONING: Treatments = {
+    **_ignored("thoughts are shown whole", "summary", "generate_summary"),
+    **_ignored("thoughts go back to the model as items of the input", "context", "mode"),
 }
 
 PART: Treatments = {

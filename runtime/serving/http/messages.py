@@ -163,10 +163,15 @@ Messages = Annotated[
 
 
 def turns_of(
-    messages: Sequence[Message], features: TemplateFeatures, *, param: str = "messages"
+    messages: Sequence[Message],
+    features: TemplateFeatures,
+    *,
+    param: str = "messages",
+    places: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
     """Return a conversation as chat templates know it: one text a turn, absent keys absent.
 
+    `places` are the indices within `param` of the messages, where these are not 0, 1, 2….
     `developer` is `system` where the template has no developer. The older function calls become tool calls.
     Raises RequestError, naming the message within `param`, for a role that is not known, for content that
     is not text, and for a turn of the system or the user without content.
@@ -175,7 +180,7 @@ def turns_of(
     arguments = _Arguments()
     turns = []
     for index, message in enumerate(messages):
-        at = f"{param}[{index}]"
+        at = f"{param}[{places[index] if places else index}]"
         role = _role(message.role, features, f"{at}.role")
         text, reasoning = _content(message, role, f"{at}.content")
         turn: dict[str, Any] = {"role": role, "content": text}

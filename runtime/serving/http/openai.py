@@ -227,6 +227,18 @@ def model_list(generator: Generator) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True, slots=True)
+class Wording:
+    """What a route that asks for a chat completion calls its parts; refusals name these."""
+
+    messages: str = "messages"
+    places: Sequence[int] | None = None
+    """The indices within `messages` that the messages were made of, where these are not 0, 1, 2…."""
+    length: str = "max_tokens"
+    constraint: Constraint | None = None
+    """What the answer must match, where the body's own fields do not say."""
+
+
+@dataclass(frozen=True, slots=True)
 class ChatPrompt:
     """What a conversation is for one model."""
 
@@ -237,29 +249,40 @@ class ChatPrompt:
     """The answer goes on where the last message ends."""
 
 
-async def chat_prompt(generator: Generator, body: ChatCompletionBody) -> ChatPrompt:
+async def chat_prompt(
+    generator: Generator,
+    body: ChatCompletionBody,
+    wording: Wording = Wording(),
+) -> ChatPrompt:
     """Return the prompt of a conversation for the model that it names."""
     adapter = await generator.adapter_for(body.model)
     tokenizer = generator.served().tokenizer_for(adapter)
     options = template_options(body, tokenizer, shown_tools(body, generator.served(), adapter))
-    turns = turns_of(body.messages, tokenizer.features_for(options))
-    ids = await tokenizer.prompt_from_chat(turns, options=options)
+    turns = turns_of(
+        body.messages, tokenizer.features_for(options), param=wording.messages, places=wording.places
+    )
+    ids = await tokenizer.prompt_from_chat(turns, options=options, param=wording.messages)
     return ChatPrompt(ids, adapter, tokenizer, options.continues_last)
 
 
-async def chat_request(generator: Generator, body: ChatCompletionBody, request: Request) -> GenerationRequest:
+async def chat_request(
+    generator: Generator,
+    body: ChatCompletionBody,
+    request: Request,
+    wording: Wording = Wording(),
+) -> GenerationRequest:
     """Return what to generate for a conversation, which other routes put in OpenAI's words too."""
     _check_common(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("'top_logprobs' needs 'logprobs': true", param="top_logprobs")
-    asked, forced = _constraint(body)
-    prompt = await chat_prompt(generator, body)
+    asked, forced = _constraint(body, wording.constraint)
+    prompt = await chat_prompt(generator, body, wording)
     tokenizer, ids = prompt.tokenizer, prompt.ids
     form = _form(generator, body, prompt.adapter)
     if body.max_completion_tokens is not None:
         length = parameters.AnswerLength(body.max_completion_tokens, param="max_completion_tokens")
     else:
-        length = parameters.AnswerLength(body.max_tokens)
+        length = parameters.AnswerLength(body.max_tokens, param=wording.length)
     sampling = await parameters.sampling(
         body,
         tokenizer,
@@ -294,16 +317,18 @@ def _form(generator: Generator, body: ChatCompletionBody, adapter: str | None) -
     return replace(form, tools=callable_tools(body), one_call=one_call)
 
 
-def _constraint(body: ChatCompletionBody) -> tuple[Constraint | None, ForcedCalls | None]:
+def _constraint(
+    body: ChatCompletionBody, other: Constraint | None
+) -> tuple[Constraint | None, ForcedCalls | None]:
     """Return what the answer must match, or the calls that it must consist of.
 
-    A call that is forced has no text that `response_format` is for.
+    `other` is said by no field of the body. A call that is forced has no text that a format is for.
     """
-    asked = constraint(body)
+    asked = other or constraint(body)
     forced = forced_call(
         body, several=body.parallel_tool_calls and "parallel_tool_calls" in body.model_fields_set
     )
-    if asked is not None and forced is not None and asked.param != "response_format":
+    if asked is not None and forced is not None and asked.param not in {"response_format", "text.format"}:
         raise RequestError(f"'{forced.param}' and '{asked.param}' exclude each other", param=asked.param)
     return (None if forced else asked), forced
 

@@ -1,97 +1,32 @@
-"""POST /v1/responses: OpenAI's newer route, for text. Nothing is stored between requests.
+"""POST /v1/responses: OpenAI's newer route, for text, thoughts and calls. Nothing is stored between requests.
 
-Knows that route's JSON and events; what generation is, runtime/serving/generation.py knows. Start at
-`router`, then `_generation_request`.
+Knows that route's JSON and events; what a request means is in responses_body.py, what generation is in
+runtime/serving/generation.py. Start at `router`, then `_Output`, which is the answer streamed and whole.
 """
 
 import time
-from collections.abc import AsyncGenerator, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BeforeValidator, Field, Tag
 from starlette.responses import JSONResponse, Response
 
-from runtime.chat_template import TemplateFeatures
-from runtime.errors import RequestError
-from runtime.serving.answer_parsers.grammars import spelled
-from runtime.serving.engine.protocol import Constraint
-from runtime.serving.generation import GenerationGroup, GenerationRequest, Generator
-from runtime.serving.http import fields, parameters
+from runtime.serving.answer_parsers.parts import (
+    CallArguments,
+    CallEnd,
+    CallStart,
+    ContentDelta,
+    Part,
+    ReasoningDelta,
+)
+from runtime.serving.generation import AnswerChunk, GenerationGroup, GenerationRequest, Generator
 from runtime.serving.http.body import BodyRoute
-from runtime.serving.http.body_types import Body, Flag, Integer, Metadata, Name, Text, TokenCount, by_kind
-from runtime.serving.http.constraint_fields import constrained, constraint
 from runtime.serving.http.logprobs import Logprobs
-from runtime.serving.http.messages import MOST_MESSAGES, Message, turns_of, with_contents
-from runtime.serving.http.schema import MAX_LOGPROBS, SamplingFields
+from runtime.serving.http.openai import Wording, chat_request
+from runtime.serving.http.responses_body import ResponsesBody, TextFormat
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
-from runtime.serving.structured_output.constraints import json_object
 
-LOGPROBS = "message.output_text.logprobs"
-Entries = Sequence[dict[str, Any]]
-"""Log probabilities of the answer's tokens, one entry a token."""
-
-
-class Item(Message):
-    """One item of `input`: a message, or the reasoning of an answer, which is not shown again."""
-
-    type: Name = "message"
-    role: Name = ""
-
-
-class Format(Body):
-    """What the answer must be: text, json_object, or json_schema with its schema."""
-
-    treatments = fields.FORM
-
-    type: Literal["text", "json_object", "json_schema"] = "text"
-    name: Name = "answer"
-    description: Text | None = None
-    """Ignored."""
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: Flag = False
-    """Refuse a schema that cannot be enforced in all its parts."""
-
-
-class TextFormat(Body):
-    """How the answer's text is constrained."""
-
-    treatments = fields.FORM
-
-    format: Format = Format()
-
-
-Inputs = Annotated[
-    Annotated[Text, Tag("<text>")]
-    | Annotated[
-        list[Item],
-        Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
-        BeforeValidator(with_contents),
-        Tag("<items>"),
-    ],
-    by_kind("a string or a list of items", {str: "<text>", list: "<items>"}),
-]
-
-
-class ResponsesBody(SamplingFields):
-    """POST /v1/responses."""
-
-    treatments = fields.RESPONSES
-
-    input: Inputs
-    model: Name | None = None
-    instructions: Text | None = None
-    """A system turn before the input."""
-    max_output_tokens: TokenCount | None = None
-    stream: Flag = False
-    text: TextFormat | None = None
-    """What the answer must be: text, json_object or json_schema."""
-    include: Annotated[list[Name], Field(max_length=16, fail_fast=True)] | None = None
-    """`message.output_text.logprobs` reports log probabilities; of nothing else there is more to include."""
-    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    """Alternatives reported per token, with that."""
-    metadata: Metadata | None = None
-    """Sent back with the answer."""
+Event = dict[str, Any]
 
 
 def router(generator: Generator) -> APIRouter:
@@ -104,19 +39,18 @@ def router(generator: Generator) -> APIRouter:
         generation_request = await _generation_request(generator, body, request)
         group = generator.start([generation_request])
         model = generator.served().model_name(generation_request.adapter)
-        logprobs = Logprobs(generator.served().tokenizer)
-        json_format = _ResponseFormat(body, generation_request, model, group=group, logprobs=logprobs)
+        output = _Output(request_id, Logprobs(generator.served().tokenizer))
+        json_format = _ResponseFormat(body, generation_request, model, group=group)
+        events = _events(group, output, json_format)
         if body.stream:
-            events = _events(group, json_format)
             return EventStream(
                 events, close=group.close, request_id=request_id, named=True, failed=json_format.failed
             )
         try:
-            (answer,) = await unless_gone(request, group.complete(), request_id=request_id)
+            response = await unless_gone(request, _last_response(events), request_id=request_id)
         finally:
             group.close()
-        logged = json_format.logprobs.response(answer.tokens)
-        return JSONResponse(json_format.response(answer.text, answer.finish, logged))
+        return JSONResponse(response)
 
     return routes
 
@@ -124,75 +58,133 @@ def router(generator: Generator) -> APIRouter:
 async def _generation_request(
     generator: Generator, body: ResponsesBody, request: Request
 ) -> GenerationRequest:
-    adapter = await generator.adapter_for(body.model)
-    tokenizer = generator.served().tokenizer_for(adapter)
-    ids = await tokenizer.prompt_from_chat(_turns(body, tokenizer.features()), param="input")
-    length = parameters.AnswerLength(body.max_output_tokens, param="max_output_tokens")
-    sampling = await parameters.sampling(
-        body,
-        tokenizer,
-        max_new_tokens=parameters.max_new_tokens(length, tokenizer, prompt_tokens=len(ids)),
-        top_logprobs=_top_logprobs(body),
-    )
-    form = generator.served().form_for(adapter)
-    asked = spelled(form, _constraint(body), None, prompt=tokenizer.end_of(ids), special=tokenizer.special)
-    sampling = await constrained(request, tokenizer, sampling, asked)
-    request_id = request.state.request_id
-    return GenerationRequest(ids, sampling, parameters.text_rules(body), adapter, request_id, form=form)
+    chat, places = body.as_chat()
+    wording = Wording("input", places, length="max_output_tokens", constraint=body.constraint())
+    return await chat_request(generator, chat, request, wording)
 
 
-def _top_logprobs(body: ResponsesBody) -> int | None:
-    """Return how many alternatives to report per token, None for no log probabilities at all."""
-    if body.include is not None and LOGPROBS in body.include:
-        return body.top_logprobs or 0
-    if body.top_logprobs:
-        raise RequestError(f"'top_logprobs' needs '{LOGPROBS}' in 'include'", param="top_logprobs")
-    return None
+async def _last_response(events: AsyncGenerator[Event, None]) -> Event:
+    """Return the response that the last event of a stream has."""
+    last: Event = {}
+    async for event in events:
+        last = event
+    response: Event = last["response"]
+    return response
 
 
-def _turns(body: ResponsesBody, features: TemplateFeatures) -> list[dict[str, Any]]:
-    """Return the instructions and the input as chat templates know them."""
-    turns = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    if isinstance(body.input, str):
-        return [*turns, {"role": "user", "content": body.input}]
-    for index, item in enumerate(body.input):
-        if item.type not in {"message", "reasoning"}:
-            raise RequestError(
-                f"'input[{index}].type' is '{item.type[:40]}'; items of type 'message' are served here",
-                param=f"input[{index}]",
-            )
-        if item.type == "message" and not item.role:
-            raise RequestError(f"'input[{index}].role' is missing", param=f"input[{index}].role")
-    # What the model thought is not shown to it again: an item of its own is no turn.
-    return turns + turns_of([item for item in body.input if item.type == "message"], features, param="input")
+class _Output:
+    """The items of one answer as they come: each is added, grows by deltas, and is done before the next."""
+
+    def __init__(self, request_id: str, logprobs: Logprobs) -> None:
+        self.items: list[Event] = []
+        self._request_id = request_id
+        self._logprobs = logprobs
+        self._open: Event | None = None
+        self._text = ""
+        self._entries: list[Event] = []
+
+    def events(self, chunk: AnswerChunk) -> Iterator[Event]:
+        """Yield the events of one chunk, without their numbers."""
+        entries = self._logprobs.response(chunk.tokens)
+        said = any(isinstance(part, ContentDelta) for part in chunk.parts)
+        for part in chunk.parts:
+            yield from self._part(part, entries if isinstance(part, ContentDelta) else [])
+            entries = [] if isinstance(part, ContentDelta) else entries
+        if entries and not said and self._open is not None and self._open["type"] == "message":
+            yield from self._said("", entries)
+
+    def finish(self, status: str) -> Iterator[Event]:
+        """Yield the events of the end; an answer has a message or calls, unless it is a thought cut short."""
+        if not self.items or (status == "completed" and self.items[-1]["type"] == "reasoning"):
+            yield from self._begin("message")
+        yield from self._close(status)
+
+    def _part(self, part: Part, entries: list[Event]) -> Iterator[Event]:
+        match part:
+            case ReasoningDelta(text):
+                yield from self._begin("reasoning")
+                self._text += text
+                yield self._event("reasoning_text.delta", content_index=0, delta=text)
+            case ContentDelta(text):
+                yield from self._begin("message")
+                yield from self._said(text, entries)
+            case CallStart(_, call_id, name):
+                yield from self._close("completed")
+                yield from self._begin("function_call", call_id=call_id, name=name, arguments="")
+            case CallArguments(_, text):
+                self._text += text
+                yield self._event("function_call_arguments.delta", delta=text)
+            case CallEnd():
+                yield from self._close("completed")
+
+    def _said(self, text: str, entries: list[Event]) -> Iterator[Event]:
+        self._text += text
+        self._entries += entries
+        yield self._event("output_text.delta", content_index=0, delta=text, logprobs=entries)
+
+    def _begin(self, kind: str, **own: str) -> Iterator[Event]:
+        """Yield the events that open an item of this kind, unless one is open."""
+        if self._open is not None and self._open["type"] == kind:
+            return
+        yield from self._close("completed")
+        prefix = {"reasoning": "rs", "message": "msg", "function_call": "fc"}[kind]
+        number = f"_{len(self.items)}" if self.items else ""
+        item: Event = {"id": f"{prefix}_{self._request_id}{number}", "type": kind, "status": "in_progress"}
+        item |= {"message": {"role": "assistant", "content": []}, "reasoning": _THOUGHT}.get(kind, own)
+        self.items.append(item)
+        self._open, self._text, self._entries = item, "", []
+        yield {"type": "response.output_item.added", "output_index": len(self.items) - 1, "item": dict(item)}
+        if kind != "function_call":
+            yield self._event("content_part.added", content_index=0, part=self._content(kind))
+
+    def _close(self, status: str) -> Iterator[Event]:
+        """Yield the events that end the open item, if there is one."""
+        if (item := self._open) is None:
+            return
+        kind, text = item["type"], self._text
+        if kind == "function_call":
+            item["arguments"] = text
+            yield self._event("function_call_arguments.done", name=item["name"], arguments=text)
+        else:
+            part = self._content(kind)
+            item["content"] = [part]
+            logged = {"logprobs": self._entries} if kind == "message" else {}
+            done = "output_text.done" if kind == "message" else "reasoning_text.done"
+            yield self._event(done, content_index=0, text=text, **logged)
+            yield self._event("content_part.done", content_index=0, part=part)
+        item["status"] = status
+        yield {"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": item}
+        self._open = None
+
+    def _content(self, kind: str) -> Event:
+        if kind == "reasoning":
+            return {"type": "reasoning_text", "text": self._text}
+        return {
+            "type": "output_text",
+            "text": self._text,
+            "annotations": [],
+            "logprobs": list(self._entries),
+        }
+
+    def _event(self, kind: str, **own: Any) -> Event:
+        at = {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
+        return {"type": f"response.{kind}", **at, **own}
 
 
-def _constraint(body: ResponsesBody) -> Constraint | None:
-    text_format = body.text.format if body.text else Format()
-    if text_format.type == "text":
-        return constraint(body)
-    if text_format.type == "json_object" or text_format.schema_ is None:
-        return json_object("text.format")
-    return Constraint("schema", text_format.schema_, "text.format", strict=text_format.strict)
+_THOUGHT: Event = {"summary": [], "content": [], "encrypted_content": None}
 
 
 class _ResponseFormat:
-    """The JSON of one response, at its beginning and at its end."""
+    """The JSON of one response, at its beginning and at its end, and the numbers of its events."""
 
     def __init__(
-        self,
-        body: ResponsesBody,
-        request: GenerationRequest,
-        model: str,
-        *,
-        group: GenerationGroup,
-        logprobs: Logprobs,
+        self, body: ResponsesBody, request: GenerationRequest, model: str, *, group: GenerationGroup
     ) -> None:
         self._group = group
-        self.logprobs = logprobs
         self._events = 0
-        self.item_id = f"msg_{request.request_id}"
-        self._head: dict[str, Any] = {
+        chosen = body.tool_choice if isinstance(body.tool_choice, str) else None
+        choice = chosen or (body.tool_choice.model_dump() if body.tool_choice else "auto")  # type: ignore[union-attr]
+        self._head: Event = {
             "id": f"resp_{request.request_id}",
             "object": "response",
             "created_at": int(time.time()),
@@ -201,65 +193,46 @@ class _ResponseFormat:
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
             "model": model,
-            "parallel_tool_calls": False,
+            "parallel_tool_calls": body.parallel_tool_calls,
             "previous_response_id": None,
+            "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
             "store": False,
             "temperature": request.sampling.temperature,
             "text": (body.text or TextFormat()).model_dump(by_alias=True, exclude_none=True),
-            "tool_choice": "none",
-            "tools": [],
+            "tool_choice": choice,
+            "tools": [{"strict": None, **tool.model_dump()} for tool in body.tools or ()],
             "top_logprobs": request.sampling.top_logprobs or 0,
             "top_p": request.sampling.top_p,
         }
 
-    def event(self, kind: str, **fields: Any) -> dict[str, Any]:
-        """Return an event of type `kind` with the next number of this stream."""
+    def numbered(self, event: Event) -> Event:
+        """Return an event with the next number of this stream."""
         self._events += 1
-        return {"type": kind, "sequence_number": self._events - 1, **fields}
+        return {**event, "sequence_number": self._events - 1}
 
-    def in_progress(self) -> dict[str, Any]:
-        """Return the response before its first token."""
-        return self._without_answer("in_progress")
+    def begun(self, kind: str) -> Event:
+        """Return an event of the response before its first token."""
+        return self.numbered({"type": f"response.{kind}", "response": self._without_answer("in_progress")})
 
-    def failed(self, error: dict[str, Any]) -> list[dict[str, Any]]:
+    def failed(self, error: Event) -> list[Event]:
         """Return the events that end a stream with `error`: what went wrong, and the response it ended."""
         ours = error["type"] == "server_error"  # the one of OpenAI's codes for whatever is not the client's
         code = "server_error" if ours else error["code"] or error["type"]
         message, param = error["message"], error["param"]
         response = self._without_answer("failed") | {"error": {"code": code, "message": message}}
         return [
-            self.event("error", code=code, message=message, param=param),
-            self.event("response.failed", response=response),
+            self.numbered({"type": "error", "code": code, "message": message, "param": param}),
+            self.numbered({"type": "response.failed", "response": response}),
         ]
 
-    def _without_answer(self, status: str) -> dict[str, Any]:
-        return {**self._head, "status": status, "incomplete_details": None, "output": [], "usage": None}
-
-    def item(self, text: str | None, status: str, logprobs: Entries = ()) -> dict[str, Any]:
-        """Return the one output item; `text` None is the item before its first token."""
-        content = [] if text is None else [self.part(text, logprobs)]
-        return {
-            "id": self.item_id,
-            "type": "message",
-            "role": "assistant",
-            "status": status,
-            "content": content,
-        }
-
-    def part(self, text: str, logprobs: Entries = ()) -> dict[str, Any]:
-        """Return the one content part of the item."""
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
-
-    def response(self, text: str, finish: str, logprobs: Entries) -> dict[str, Any]:
-        """Return the response with its answer."""
-        truncated = finish == "length"
-        status = "incomplete" if truncated else "completed"
+    def ended(self, status: str, items: list[Event]) -> Event:
+        """Return the event of the response with its answer."""
         group = self._group
-        return {
+        response = {
             **self._head,
             "status": status,
-            "incomplete_details": {"reason": "max_output_tokens"} if truncated else None,
-            "output": [self.item(text, status, logprobs)],
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "output": items,
             "usage": {
                 "input_tokens": group.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": group.cached_tokens},
@@ -268,31 +241,23 @@ class _ResponseFormat:
                 "total_tokens": group.prompt_tokens + group.new_tokens,
             },
         }
+        return self.numbered({"type": f"response.{status}", "response": response})
+
+    def _without_answer(self, status: str) -> Event:
+        return {**self._head, "status": status, "incomplete_details": None, "output": [], "usage": None}
 
 
 async def _events(
-    group: GenerationGroup, json_format: _ResponseFormat
-) -> AsyncGenerator[dict[str, Any], None]:
+    group: GenerationGroup, output: _Output, json_format: _ResponseFormat
+) -> AsyncGenerator[Event, None]:
     """Yield the route's events in OpenAI's order, numbered."""
-    at = {"item_id": json_format.item_id, "output_index": 0, "content_index": 0}
-
-    def numbered(kind: str, **fields: Any) -> dict[str, Any]:
-        return json_format.event(f"response.{kind}", **fields)
-
-    yield numbered("created", response=json_format.in_progress())
-    yield numbered("in_progress", response=json_format.in_progress())
-    yield numbered("output_item.added", output_index=0, item=json_format.item(None, "in_progress"))
-    yield numbered("content_part.added", **at, part=json_format.part(""))
-    text, finish, logprobs = "", "stop", list[dict[str, Any]]()
+    yield json_format.begun("created")
+    yield json_format.begun("in_progress")
+    status = "completed"
     async for _, chunk in group.chunks():
-        text += chunk.text
-        finish = chunk.finish or finish
-        logged = json_format.logprobs.response(chunk.tokens)
-        logprobs += logged
-        if chunk.text or logged:
-            yield numbered("output_text.delta", **at, delta=chunk.text, logprobs=logged)
-    response = json_format.response(text, finish, logprobs)
-    yield numbered("output_text.done", **at, text=text, logprobs=logprobs)
-    yield numbered("content_part.done", **at, part=json_format.part(text, logprobs))
-    yield numbered("output_item.done", output_index=0, item=response["output"][0])
-    yield numbered("incomplete" if finish == "length" else "completed", response=response)
+        status = "incomplete" if chunk.finish == "length" else status
+        for event in output.events(chunk):
+            yield json_format.numbered(event)
+    for event in output.finish(status):
+        yield json_format.numbered(event)
+    yield json_format.ended(status, output.items)

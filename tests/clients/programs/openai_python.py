@@ -65,6 +65,24 @@ def tools() -> dict:
     }
 
 
+def agent() -> dict:
+    """Three turns of the route for agents, streamed: a call, another, and an answer."""
+    tool = {"type": "function", "strict": False, **WEATHER["function"]}
+    items: list = [user('SAY:<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>')]
+    called = []
+    for said in ('SAY:<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>', "SAY:wet"):
+        with client.responses.stream(model="base", input=items, tools=[tool]) as events:
+            for _ in events:
+                pass
+            answer = events.get_final_response()
+        (call,) = (item for item in answer.output if item.type == "function_call")
+        called.append([call.name, json.loads(call.arguments)])
+        output = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
+        items += [*answer.output, output, user(said)]
+    answer = client.responses.create(model="base", input=items, tools=[tool])
+    return {"called": called, "answer": answer.output_text}
+
+
 def errors() -> dict:
     found = {}
     requests = {
@@ -95,6 +113,7 @@ answers = {
     .choices[0]
     .message.parsed.model_dump(),
     "tools": tools(),
+    "agent": agent(),
     "errors": errors(),
 }
 print(json.dumps(answers))

@@ -19,7 +19,7 @@ from runtime.serving.http import fields, messages
 from runtime.serving.http.anthropic_body import MessagesBody
 from runtime.serving.http.body_types import Body
 from runtime.serving.http.fields import Treatment, near_miss
-from runtime.serving.http.responses import ResponsesBody
+from runtime.serving.http.responses_body import ResponsesBody
 from runtime.serving.http.schema import ChatBody, ChatCompletionBody, CompletionBody, GenerateFields
 
 PAGE = Path(__file__).parents[3] / "docs/http.md"

@@ -1,12 +1,15 @@
 """POST /v1/responses, through the official client."""
 
+import json
 from typing import Any
 
 import openai
 import pytest
 
+from tests.serving.http.test_anthropic import THINKS
 from tests.serving.http.test_chat import say
 from tests.serving.http.test_openai import client_of
+from tests.serving.http.test_tool_fields import CALL, KNOWS_TOOLS
 
 pytestmark = pytest.mark.anyio
 
@@ -74,7 +77,7 @@ async def test_failure_in_a_stream_is_an_error_event(open_site: Any) -> None:
     ("extra", "param"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"text": {"format": {"type": "grammar"}}}, "text.format.type"),
         ({"input": [{"type": "item_reference", "role": "x"}]}, "input[0]"),
     ],
@@ -109,3 +112,105 @@ async def test_no_log_probabilities_without_include(open_site: Any) -> None:
             await client_of(site).responses.create(model="base", input="hi", top_logprobs=2)
     assert answer.output[0].content[0].logprobs == []
     assert caught.value.param == "top_logprobs"
+
+
+TOOL: Any = {
+    "type": "function",
+    "name": "weather",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_calls_are_items_and_their_outputs_go_back(
+    open_site: Any, tokenizer: Any, stream: bool
+) -> None:
+    script = say(tokenizer, "So: " + CALL + CALL)
+    async with open_site(script=script, template=KNOWS_TOOLS, context_tokens=2048) as site:
+        client = client_of(site)
+        items: Any = [{"role": "user", "content": "weather?"}]
+        asked: Any = {"model": "base", "tools": [TOOL], "max_output_tokens": 200}
+        if stream:
+            async with client.responses.stream(input=items, **asked) as events:
+                kinds = [event.type async for event in events]
+                answer = await events.get_final_response()
+            assert kinds.count("response.function_call_arguments.done") == 2
+        else:
+            answer = await client.responses.create(input=items, **asked)
+        calls: Any = answer.output[1:]
+        assert answer.output_text == "So:"
+        assert [(call.type, call.name, json.loads(call.arguments)) for call in calls] == [
+            ("function_call", "weather", {"city": "Köln"})
+        ] * 2
+        items += [item.model_dump(exclude_none=True) for item in answer.output]
+        items += [
+            {"type": "function_call_output", "call_id": call.call_id, "output": "sun"} for call in calls
+        ]
+        await client.responses.create(input=items, **asked)
+        seen = tokenizer.decode(site.engine.requests[-1].prompt_ids)
+    assert seen.endswith(
+        "assistant\nSo:<|im_end|>\n" + "<|im_start|>tool\nsun<|im_end|>\n" * 2 + "<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "weather"}])
+async def test_a_call_may_be_required(open_site: Any, choice: Any) -> None:
+    async with open_site(template=KNOWS_TOOLS, context_tokens=2048) as site:
+        answer = await client_of(site).responses.create(
+            model="base", input="hi", tools=[TOOL], tool_choice=choice
+        )
+        assert site.engine.requests[0].sampling.grammar is not None
+    assert answer.tools[0].name == "weather"  # type: ignore[union-attr]
+
+
+async def test_a_thought_is_an_item_and_is_shown_to_the_model_again(open_site: Any, tokenizer: Any) -> None:
+    script = say(tokenizer, "<think>\nhm\n</think>\n\nyes")
+    async with open_site(script=script, template=THINKS, context_tokens=2048) as site:
+        client = client_of(site)
+        items: Any = [{"role": "user", "content": "is it?"}]
+        asked: Any = {"model": "base", "input": items, "max_output_tokens": 200}
+        answer = await client.responses.create(**asked)
+        stream = await client.responses.create(**asked, stream=True)
+        cut = await client.responses.create(**asked | {"max_output_tokens": 10})
+        events: list[Any] = [event async for event in stream]
+        items += [item.model_dump(exclude_none=True) for item in answer.output]
+        await client.responses.create(model="base", input=[*items, {"role": "user", "content": "sure?"}])
+        seen = tokenizer.decode(site.engine.requests[-1].prompt_ids)
+    assert [(item.type, item.status) for item in cut.output] == [("reasoning", "incomplete")]  # type: ignore[union-attr]
+    thought, message = answer.output
+    assert thought.type == "reasoning"
+    assert thought.content is not None
+    assert thought.content[0].text.strip() == "hm"
+    assert answer.output_text == "yes"
+    assert message.status == "completed"
+    deltas = [event.delta for event in events if event.type == "response.reasoning_text.delta"]
+    assert "".join(deltas) == thought.content[0].text
+    added = [event.output_index for event in events if event.type == "response.output_item.added"]
+    done = [event.output_index for event in events if event.type == "response.output_item.done"]
+    assert added == done == [0, 1]
+    assert "<think>\nhm" in seen
+    assert seen.count("assistant\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("items", "param"),
+    [
+        ([{"type": "function_call", "name": "f", "arguments": "{}"}], "input[0].call_id"),
+        (
+            [{"role": "user", "content": "x"}, {"type": "function_call_output", "call_id": "c"}],
+            "input[1].output",
+        ),
+        (
+            [
+                {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+                {"type": "function_call", "call_id": "b", "name": "f", "arguments": "{}"},
+                {"role": "robot", "content": "x"},
+            ],
+            "input[2].role",
+        ),
+    ],
+)
+async def test_an_item_at_fault_is_named_by_its_own_place(open_site: Any, items: Any, param: str) -> None:
+    async with open_site() as site:
+        reply = await site.client.post("/v1/responses", json={"input": items})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)

@@ -1,0 +1,307 @@
+"""The body of OpenAI's POST /v1/responses, and the same request as a chat completion.
+
+Items of the input, instructions, tools and formats become messages and fields of a chat completion, so that
+one path renders, limits and generates for both routes. Does not know what answers look like (responses.py).
+Start at `ResponsesBody`, then `as_chat`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, Tag
+
+from runtime.errors import RequestError
+from runtime.serving.engine.protocol import Constraint
+from runtime.serving.http import fields
+from runtime.serving.http.body_types import Body, Flag, Integer, Metadata, Name, Text, TokenCount, by_kind
+from runtime.serving.http.constraint_fields import constraint
+from runtime.serving.http.messages import (
+    MOST_MESSAGES,
+    Content,
+    FunctionCall,
+    Message,
+    Said,
+    ToolCall,
+    with_contents,
+)
+from runtime.serving.http.schema import MAX_LOGPROBS, ChatCompletionBody, SamplingFields
+from runtime.serving.http.tool_fields import MAX_TOOLS, FunctionTool, NamedFunction, Tool, ToolChoice
+from runtime.serving.structured_output.constraints import json_object
+
+LOGPROBS = "message.output_text.logprobs"
+_SHOWN = 40
+"""Characters of a type that a refusal repeats."""
+
+
+class Item(Message):
+    """One item of `input`: a message, a thought of the model, a call of a function, or its output."""
+
+    treatments = fields.ITEM
+
+    type: Name = "message"
+    role: Name = ""
+    call_id: Name | None = None
+    """Of a call and its output."""
+    arguments: Text | None = None
+    """Of a call: the text of a JSON object."""
+    output: Content | None = None
+    """What a call returned."""
+    summary: Said = None
+    """Of a thought, where it has no content."""
+
+
+class ResponseTool(Body):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    treatments = fields.TOOL
+
+    type: Name = "function"
+    """Only `function`: no tool is run here."""
+    name: Name | None = None
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Flag | None = None
+    """A call that is forced has a schema that is enforced in all its parts."""
+
+
+class ResponseToolChoice(Body):
+    """The one function that must be called."""
+
+    treatments = fields.TOOL
+
+    type: Literal["function"] = "function"
+    name: Name
+
+
+class Reasoning(Body):
+    """How the model thinks."""
+
+    treatments = fields.REASONING
+
+    effort: Name | None = None
+    """The variable `reasoning_effort` of the model's chat template, where that reads it."""
+
+
+class Format(Body):
+    """What the answer must be: text, json_object, or json_schema with its schema."""
+
+    treatments = fields.FORM
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: Name = "answer"
+    description: Text | None = None
+    """Ignored."""
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: Flag = False
+    """Refuse a schema that cannot be enforced in all its parts."""
+
+
+class TextFormat(Body):
+    """How the answer's text is constrained."""
+
+    treatments = fields.FORM
+
+    format: Format = Format()
+
+
+Inputs = Annotated[
+    Annotated[Text, Tag("<text>")]
+    | Annotated[
+        list[Item],
+        Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
+        BeforeValidator(with_contents),
+        Tag("<items>"),
+    ],
+    by_kind("a string or a list of items", {str: "<text>", list: "<items>"}),
+]
+ResponseToolChoices = Annotated[
+    Annotated[Literal["auto", "none", "required"], Tag("<word>")]
+    | Annotated[ResponseToolChoice, Tag("<function>")],
+    by_kind(
+        "'auto', 'none', 'required' or an object that names a function", {str: "<word>", dict: "<function>"}
+    ),
+]
+
+
+class ResponsesBody(SamplingFields):
+    """POST /v1/responses."""
+
+    treatments = fields.RESPONSES
+
+    input: Inputs
+    model: Name | None = None
+    instructions: Text | None = None
+    """A system turn before the input."""
+    max_output_tokens: TokenCount | None = None
+    stream: Flag = False
+    text: TextFormat | None = None
+    """What the answer must be: text, json_object or json_schema."""
+    tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ResponseToolChoices | None = None
+    """Whether the model may or must call a function; an object names one that it must call."""
+    parallel_tool_calls: Flag = True
+    """Whether one answer may hold several calls; false: the first of them."""
+    reasoning: Reasoning | None = None
+    include: Annotated[list[Name], Field(max_length=16, fail_fast=True)] | None = None
+    """`message.output_text.logprobs` reports log probabilities; of nothing else there is more to include."""
+    top_logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    """Alternatives reported per token, with that."""
+    metadata: Metadata | None = None
+    """Sent back with the answer."""
+
+    @property
+    def logprobs(self) -> bool:
+        """Whether log probabilities are reported."""
+        return self.include is not None and LOGPROBS in self.include
+
+    def as_chat(self) -> tuple[ChatCompletionBody, list[int]]:
+        """Return the same request as a chat completion, and the item that each message begins with.
+
+        Raises RequestError for an item or a tool that is not served here.
+        """
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError(f"'top_logprobs' needs '{LOGPROBS}' in 'include'", param="top_logprobs")
+        placed = list(self._messages())
+        sampling = {
+            name: getattr(self, name) for name in SamplingFields.model_fields if name in self.model_fields_set
+        }
+        if "parallel_tool_calls" in self.model_fields_set:
+            sampling["parallel_tool_calls"] = self.parallel_tool_calls
+        chat = ChatCompletionBody.model_construct(
+            messages=[message for _, message in placed],
+            model=self.model,
+            max_tokens=self.max_output_tokens,
+            logprobs=self.logprobs,
+            top_logprobs=self.top_logprobs,
+            tools=self._tools() or None,
+            tool_choice=ToolChoice(function=NamedFunction(name=self.tool_choice.name))
+            if isinstance(self.tool_choice, ResponseToolChoice)
+            else self.tool_choice,
+            reasoning_effort=self.reasoning.effort if self.reasoning else None,
+            **sampling,
+        )
+        return chat, [place for place, _ in placed]
+
+    def constraint(self) -> Constraint | None:
+        """Return what the answer must match, None for free text."""
+        text_format = self.text.format if self.text else Format()
+        if text_format.type == "text":
+            return constraint(self)
+        if text_format.type == "json_object" or text_format.schema_ is None:
+            return json_object("text.format")
+        return Constraint("schema", text_format.schema_, "text.format", strict=text_format.strict)
+
+    def _messages(self) -> Iterator[tuple[int, Message]]:
+        if self.instructions:
+            yield 0, Message(role="system", content=self.instructions)
+        if isinstance(self.input, str):
+            yield 0, Message(role="user", content=self.input)
+            return
+        answer = _Answer()
+        for index, item in enumerate(self.input):
+            if not answer.takes(item):
+                yield from answer.message()
+                answer = _Answer(index)
+            if (message := answer.add(item, f"input[{index}]")) is not None:
+                yield index, message
+        yield from answer.message()
+
+    def _tools(self) -> list[Tool]:
+        tools = []
+        for index, tool in enumerate(self.tools or ()):
+            if tool.type != "function":
+                raise RequestError(
+                    f"'tools[{index}].type' is '{tool.type[:_SHOWN]}'; no tool is run here, send tools of "
+                    "type 'function' and run them yourself",
+                    param=f"tools[{index}].type",
+                )
+            function = FunctionTool(
+                name=_given(tool.name, f"tools[{index}].name"),
+                description=tool.description,
+                parameters=tool.parameters,
+                strict=tool.strict,
+            )
+            tools.append(Tool(function=function))
+        return tools
+
+
+@dataclass(slots=True)
+class _Answer:
+    """Items that one answer of the model has been: a thought, a text and calls, which are one turn."""
+
+    index: int = 0
+    thought: str = ""
+    text: str | None = None
+    calls: list[ToolCall] = field(default_factory=list)
+
+    def takes(self, item: Item) -> bool:
+        """Whether `item` belongs to the same answer as those before."""
+        if item.type == "function_call":
+            return True
+        begun = self.text is not None or bool(self.calls)
+        if item.type == "reasoning":
+            return not begun
+        return item.type == "message" and _is_plain_answer(item) and not begun
+
+    def add(self, item: Item, at: str) -> Message | None:
+        """Take an item in; return it where it is a message of its own instead."""
+        match item.type:
+            case "reasoning":
+                content = item.content
+                parts = (
+                    [part.text or "" for part in content] if isinstance(content, list) else [content or ""]
+                )
+                self.thought += "".join(parts) or item.summary or ""
+            case "function_call":
+                function = FunctionCall(
+                    name=_given(item.name, f"{at}.name"), arguments=_given(item.arguments, f"{at}.arguments")
+                )
+                self.calls.append(ToolCall(id=_given(item.call_id, f"{at}.call_id"), function=function))
+            case "function_call_output":
+                output = _given(item.output, f"{at}.output")
+                return Message(
+                    role="tool", tool_call_id=_given(item.call_id, f"{at}.call_id"), content=output
+                )
+            case "message" if _is_plain_answer(item):
+                self.text = item.content if isinstance(item.content, str) else None
+                if isinstance(item.content, list):
+                    self.text = "".join(part.text or part.refusal or "" for part in item.content)
+            case "message":
+                if not item.role:
+                    raise RequestError(f"'{at}.role' is missing", param=f"{at}.role")
+                return item
+            case kind:
+                raise RequestError(
+                    f"'{at}.type' is '{kind[:_SHOWN]}', which is not served here; send items of type "
+                    "message, reasoning, function_call and function_call_output",
+                    param=at,
+                )
+        return None
+
+    def message(self) -> Iterator[tuple[int, Message]]:
+        """Yield the turn of the assistant that the items are, if there were any."""
+        if self.thought or self.calls or self.text is not None:
+            yield (
+                self.index,
+                Message(
+                    role="assistant",
+                    content=self.text or "",
+                    tool_calls=self.calls or None,
+                    reasoning_content=self.thought or None,
+                ),
+            )
+
+
+def _is_plain_answer(item: Item) -> bool:
+    """Whether a message is the text of an answer and no more: others are read as chat completions' are."""
+    if item.role != "assistant" or item.tool_calls or item.function_call or item.content is None:
+        return False
+    texts = {"text", "output_text", "refusal"}
+    return isinstance(item.content, str) or all(part.type in texts for part in item.content)
+
+
+def _given(value: Any, param: str) -> Any:
+    if value is None:
+        raise RequestError(f"'{param}' is missing", param=param)
+    return value
