@@ -101,8 +101,13 @@ class AnswerForm:
 
 def parts_of(call: FoundCall, index: int) -> tuple[Part, ...]:
     """Return a complete call as parts."""
-    start = CallStart(index, new_call_id(), call.name)
-    return start, CallArguments(index, call.arguments), CallEnd(index)
+    start = CallStart(index, new_call_id(), _well_formed(call.name))
+    return start, CallArguments(index, _well_formed(call.arguments)), CallEnd(index)
+
+
+def _well_formed(text: str) -> str:
+    """Return a text with the halves of characters, which escapes can spell, joined, or U+FFFD for them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def json_value(text: str) -> Any:
@@ -142,59 +147,15 @@ def entry_call(entry: Any) -> FoundCall | None:
     return FoundCall(name, arguments) if arguments is not None else None
 
 
-def typed(text: str, schema: Any) -> Any:
-    """Return the value of an argument that is written as plain text, by its schema."""
-    kinds = _kinds(schema)
-    if kinds == {"string"}:
-        return text
-    try:
-        value = json_value(text)
-    except ValueError:
-        return python_word(text)
-    if isinstance(value, str) or (kinds and not any(_is(value, kind) for kind in kinds)):
-        return text
-    return value
-
-
 def python_word(text: str) -> Any:
     """Return what Python's words for true, false and null mean, and any other text as it is."""
     words = {"True": True, "False": False, "None": None}
     return words.get(text, text)
 
 
-def _kinds(schema: Any) -> set[str]:
-    if not isinstance(schema, Mapping):
-        return set()
-    kinds = schema.get("type", [])
-    found = {kinds} if isinstance(kinds, str) else {kind for kind in kinds if isinstance(kind, str)}
-    for word in ("anyOf", "oneOf"):
-        options = schema.get(word)
-        for option in options if isinstance(options, list) else ():
-            found |= _kinds(option)
-    if isinstance(values := schema.get("enum"), list) and values and all(isinstance(v, str) for v in values):
-        found.add("string")
-    return found
+_NAME = re.compile(r"[A-Za-z_][\w.\-]*")
 
 
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "string": (str,),
-    "integer": (int,),
-    "number": (int, float),
-    "boolean": (bool,),
-    "array": (list,),
-    "object": (dict,),
-    "null": (type(None),),
-}
-
-
-def _is(value: Any, kind: str) -> bool:
-    """Return whether a JSON value is of a type of JSON Schema's."""
-    if isinstance(value, bool):
-        return kind == "boolean"
-    if kind == "integer" and isinstance(value, float):
-        return value.is_integer()
-    return isinstance(value, _TYPES.get(kind, ()))
-
-
-NAME = re.compile(r"[A-Za-z_][\w.\-]*")
-"""A function's name, where nothing else says where it ends."""
+def is_name(text: str, tools: Tools) -> bool:
+    """Whether a text is a function's, where nothing but the spelling says so: a declared one has any."""
+    return text in tools or _NAME.fullmatch(text) is not None

@@ -6,7 +6,7 @@ Names of arguments stand without quotes, texts between `<|"|>`. Start at `read`.
 import json
 from typing import Any
 
-from runtime.serving.answer_parsers.forms import NAME, FoundCall, Tools, json_value, python_word
+from runtime.serving.answer_parsers.forms import FoundCall, Tools, is_name, json_value, python_word
 from runtime.serving.answer_parsers.source import Cursor, Steps
 
 OPENING, CLOSING, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
@@ -18,7 +18,7 @@ def read(cursor: Cursor, tools: Tools) -> Steps[list[FoundCall] | None]:
     if not (yield from cursor.literal(("call:",))):
         return None
     name, _ = yield from cursor.until(("{",))
-    if name is None or not NAME.fullmatch(name.strip()):
+    if name is None or not is_name(name.strip(), tools):
         return None
     arguments = yield from _object(cursor, 0)
     if arguments is None:

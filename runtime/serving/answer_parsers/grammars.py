@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.serving.answer_parsers import harmony
+from runtime.serving.answer_parsers.argument_schemas import choices, kinds
 from runtime.serving.answer_parsers.forms import AnswerForm, CallSpelling, Schema, Tools
 from runtime.serving.engine.protocol import Constraint
 
@@ -164,12 +165,13 @@ class _Lark:
     def _argument(self, spelling: CallSpelling, name: str, schema: Any, shared: Mapping[str, Any]) -> str:
         before, _, after = spelling.argument.replace("{key}", name).partition("{value}")
         value = schema if isinstance(schema, Mapping) else {}
-        if spelling.plain_text and value.get("type") == "string":
+        expected = kinds(value, shared)
+        may_be_text = not expected or "string" in expected  # and is read as JSON where it is of another type
+        if spelling.plain_text and (expected == {"string"} or (may_be_text and not spelling.quote)):
             before, after = before + spelling.quote, spelling.quote + after
-            texts = [text for text in value.get("enum") or () if isinstance(text, str)]
-            if texts:
-                choices = " | ".join(self.text(text) for text in texts)
-                return f"{self.text(before)} ({choices}) {self.text(after)}"
+            if texts := choices(value, shared):
+                texts += ["null"] if "null" in expected else []
+                return f"{self.text(before)} ({' | '.join(map(self.text, texts))}) {self.text(after)}"
             return f"{self.text(before)} {self.until(after)}"
         reference = self.part("schema", {**value, **shared} if value else True)
         return f"{self.text(before)} {reference} {self.text(after)}"

@@ -18,7 +18,7 @@ CONSTRAIN, RETURN, CALL = "<|constrain|>", "<|return|>", "<|call|>"
 DELIMITERS = (START, END, MESSAGE, CHANNEL, CONSTRAIN, RETURN, CALL)
 """All that the parser is to see, although they are special tokens."""
 
-_RECIPIENT = re.compile(r"to=([\w.\-]+)")
+_RECIPIENT = re.compile(r"to=([\w.\-/:@]+)")
 _CHANNEL = re.compile(r"\s*(\w+)")
 _BETWEEN = "\n\n"
 """Between the texts of two messages."""

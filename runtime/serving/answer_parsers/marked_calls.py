@@ -3,7 +3,7 @@
 Mistral (`[TOOL_CALLS]`), DeepSeek V3 and V3.1, Kimi K2. Start at `mistral`.
 """
 
-from runtime.serving.answer_parsers.forms import NAME, FoundCall, Tools, arguments_text, json_value
+from runtime.serving.answer_parsers.forms import FoundCall, Tools, arguments_text, is_name, json_value
 from runtime.serving.answer_parsers.json_calls import values
 from runtime.serving.answer_parsers.source import Cursor, Steps
 
@@ -41,7 +41,7 @@ def mistral(cursor: Cursor, tools: Tools) -> Steps[list[FoundCall] | None]:
         cursor.at -= 1
     name = head.strip()
     arguments = yield from json_arguments(cursor)
-    if not NAME.fullmatch(name) or arguments is None:
+    if not is_name(name, tools) or arguments is None:
         return None
     return [FoundCall(name, arguments)]
 

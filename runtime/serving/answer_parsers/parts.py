@@ -66,10 +66,13 @@ class ParsedAnswer:
     reasoning: str = ""
     content: str = ""
     calls: list[ParsedCall] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    """All of it in the order in which the model wrote it."""
 
     def add(self, parts: Iterable[Part]) -> None:
         """Append parts in the order of their arrival."""
         for part in parts:
+            self.parts.append(part)
             match part:
                 case ReasoningDelta(text):
                     self.reasoning += text

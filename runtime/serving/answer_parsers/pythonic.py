@@ -5,13 +5,18 @@ Arguments are literals with their names; nothing is ever run. Start at `reader`.
 
 import ast
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 from runtime.serving.answer_parsers.forms import FoundCall, Read, Tools
 from runtime.serving.answer_parsers.source import Cursor, Steps
 
 MOST_CHARACTERS = 2**17
 """Of one list of calls; Python's parser takes time and memory for each."""
+_NAMED = re.compile(
+    r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|(?<![\w.\-/:$@])([\w.\-/:$@]*\w)(?=\s*[(=])""", re.DOTALL
+)
+"""A text between quotes, or the name of a function or an argument, which need not be one in Python."""
 _WORDS = {"true": True, "false": False, "null": None}
 
 
@@ -39,31 +44,30 @@ def calls_in(text: str) -> list[FoundCall] | None:
     if len(text) > MOST_CHARACTERS:
         return None
     try:
-        listed = ast.parse(text.strip(), mode="eval").body
+        names: dict[str, str] = {}
+
+        def stand_in(found: re.Match[str]) -> str:
+            return found[1] or names.setdefault(found[2], f"_{len(names)}")
+
+        listed = ast.parse(_NAMED.sub(stand_in, text.strip()), mode="eval").body
         if not isinstance(listed, ast.List) or not listed.elts:
             return None
-        return [_call(each) for each in listed.elts]
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        meant = {name: written for written, name in names.items()}
+        return [_call(each, meant) for each in listed.elts]
+    except (SyntaxError, ValueError, KeyError, RecursionError, MemoryError):
         return None
 
 
-def _call(node: ast.expr) -> FoundCall:
-    if not isinstance(node, ast.Call) or node.args:
+def _call(node: ast.expr, meant: Mapping[str, str]) -> FoundCall:
+    """Return the call that an expression is, its names as `meant` has them; ValueError for another."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
         raise ValueError("no call with named arguments")
     arguments = {}
     for keyword in node.keywords:
         if keyword.arg is None:
             raise ValueError("arguments without names")
-        arguments[keyword.arg] = _literal(keyword.value)
-    return FoundCall(_name(node.func), json.dumps(arguments, ensure_ascii=False, allow_nan=False))
-
-
-def _name(node: ast.expr) -> str:
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute):
-        return f"{_name(node.value)}.{node.attr}"
-    raise ValueError("no name")
+        arguments[meant[keyword.arg]] = _literal(keyword.value)
+    return FoundCall(meant[node.func.id], json.dumps(arguments, ensure_ascii=False, allow_nan=False))
 
 
 def _literal(node: ast.expr) -> object:

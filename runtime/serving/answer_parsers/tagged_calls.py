@@ -8,7 +8,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from runtime.serving.answer_parsers.forms import NAME, FoundCall, Read, Schema, Tools, typed
+from runtime.serving.answer_parsers.argument_schemas import typed
+from runtime.serving.answer_parsers.forms import FoundCall, Read, Schema, Tools, is_name
 from runtime.serving.answer_parsers.source import Cursor, Steps
 
 FUNCTION = "<function="
@@ -22,7 +23,7 @@ def _argument_schema(schema: Schema, name: str) -> Any:
 
 def _call(name: str, arguments: Mapping[str, str], tools: Tools) -> FoundCall:
     schema = tools.get(name, {})
-    values = {key: typed(text, _argument_schema(schema, key)) for key, text in arguments.items()}
+    values = {key: typed(text, _argument_schema(schema, key), schema) for key, text in arguments.items()}
     return FoundCall(name, json.dumps(values, ensure_ascii=False))
 
 
@@ -71,7 +72,7 @@ def _elements(
                 break
             name, _ = yield from cursor.until((call[1],))
             arguments = yield from _arguments(cursor, argument, closing=call[2], name_of=name_of)
-            if name is None or arguments is None or not NAME.fullmatch(name_of(name)):
+            if name is None or arguments is None or not is_name(name_of(name), tools):
                 return None
             found.append(_call(name_of(name), arguments, tools))
             begun = False
@@ -102,7 +103,7 @@ def glm(cursor: Cursor, tools: Tools) -> Steps[list[FoundCall] | None]:
     """Read GLM 4.5's call: the name, then `<arg_key>` and `<arg_value>` in turn, up to `</tool_call>`."""
     tags = cursor.source.mark(("<arg_key>", "</tool_call>"))
     head, tag = yield from cursor.until(tags)
-    if head is None or not NAME.fullmatch(head.strip()):
+    if head is None or not is_name(head.strip(), tools):
         return None
     arguments: dict[str, str] = {}
     key_end, value_start, value_end = cursor.source.mark(("</arg_key>", "<arg_value>", "</arg_value>"))

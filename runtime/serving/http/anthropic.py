@@ -76,21 +76,26 @@ class MessageFormat:
 
     def message(self, answer: GeneratedAnswer, usage: dict[str, Any]) -> dict[str, Any]:
         """Return the complete message."""
-        content = list(self._content(answer.parsed))
+        content = _blocks(answer.parsed, shows_thoughts=self.shows_thoughts)
         return {**self._head, "content": content, **ended(answer.finish, answer.stop), "usage": usage}
 
-    def _content(self, parsed: ParsedAnswer) -> Iterator[dict[str, Any]]:
-        if parsed.reasoning and self.shows_thoughts:
-            yield {"type": "thinking", "thinking": parsed.reasoning, "signature": ""}
-        if parsed.content:
-            yield {"type": "text", "text": parsed.content, "citations": None}
-        for call in parsed.calls:
-            yield {
-                "type": "tool_use",
-                "id": call.id,
-                "name": call.name,
-                "input": json.loads(call.arguments or "{}"),
-            }
+
+def _blocks(parsed: ParsedAnswer, *, shows_thoughts: bool) -> list[dict[str, Any]]:
+    """Return the blocks of a complete answer, which are those of its stream."""
+    stream = _Blocks(shows_thoughts=shows_thoughts)
+    found: list[tuple[dict[str, Any], list[str]]] = []
+    for event in (event for part in parsed.parts for event in stream.events(part)):
+        if event["type"] == "content_block_start":
+            found.append((event["content_block"], []))
+        elif event["type"] == "content_block_delta":
+            found[-1][1].extend(text for name, text in event["delta"].items() if name != "type")
+    for block, pieces in found:
+        text = "".join(pieces)
+        if block["type"] == "tool_use":
+            block["input"] = json.loads(text or "{}")
+        else:
+            block[block["type"]] = text
+    return [block for block, pieces in found if block["type"] == "tool_use" or any(pieces)]
 
 
 def ended(finish: str, stop: str) -> dict[str, Any]:

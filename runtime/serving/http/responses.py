@@ -235,7 +235,7 @@ class _ResponseFormat:
             "output": items,
             "usage": {
                 "input_tokens": group.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": group.cached_tokens},
+                "input_tokens_details": {"cached_tokens": group.cached_tokens, "cache_write_tokens": 0},
                 "output_tokens": group.new_tokens,
                 "output_tokens_details": {"reasoning_tokens": group.reasoning_tokens},
                 "total_tokens": group.prompt_tokens + group.new_tokens,

@@ -164,3 +164,34 @@ def test_patterns_and_grammars_follow_thoughts_too(tokenizer: Any, tokens: Any) 
 def test_an_answer_without_thoughts_keeps_its_constraint() -> None:
     assert spelled(AnswerForm(), SCHEMA, None, prompt="", special={}) is SCHEMA
     assert spelled(AnswerForm(), None, None, prompt="", special={}) is None
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "glm45"])
+@pytest.mark.parametrize(
+    ("schema", "values", "not_this"),
+    [
+        ({"anyOf": [{"type": "string"}, {"type": "null"}], "default": None}, ["Oslo", "null"], None),
+        ({"type": ["string", "null"]}, ["Oslo", "null"], None),
+        ({"$ref": "#/$defs/Unit"}, ["1"], "3"),
+        ({"anyOf": [{"$ref": "#/$defs/Unit"}, {"type": "null"}]}, ["1", "null"], "3"),
+        ({"const": "7"}, ["7"], "8"),
+        ({"enum": ["1", "b"]}, ["1"], "3"),
+        ({}, ["Oslo"], None),
+        ({"$ref": "#/$defs/Count"}, ["3"], "x"),
+    ],
+)
+def test_forced_texts_are_plain_wherever_the_schema_says_that_they_are_texts(
+    schema: Any, values: list[str], not_this: str | None, name: str, tokenizer: Any, tokens: Any
+) -> None:
+    shared = {"Unit": {"type": "string", "enum": ["1", "2"]}, "Count": {"type": "integer"}}
+    tools = {"f": {"type": "object", "properties": {"x": schema}, "required": ["x"], "$defs": shared}}
+    form = AnswerForm(calls=CALLS[name], tools=tools)
+    forced = ForcedCalls(tools, "tool_choice")
+    constraint = spelled(form, None, forced, prompt="", special=special(tokenizer))
+    assert constraint is not None
+    write = {"qwen3_coder": spellings.coder, "glm45": spellings.glm}[name]
+    assert [allows(constraint, write("f", {"x": value}), tokenizer, tokens) for value in values] == [
+        True
+    ] * len(values)
+    if not_this is not None:
+        assert not allows(constraint, write("f", {"x": not_this}), tokenizer, tokens)

@@ -189,11 +189,19 @@ def test_harmonys_delimiters_spelled_as_text_are_text() -> None:
         ({"type": "array"}, "[1]", [1]),
         ({}, '{"a": 1}', {"a": 1}),
         ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, "x", "x"),
+        ({"$ref": "#/$defs/Unit"}, "1", "1"),
+        ({"allOf": [{"$ref": "#/$defs/Unit"}], "description": "of what"}, "1", "1"),
+        ({"anyOf": [{"$ref": "#/$defs/Unit"}, {"type": "null"}]}, "2", "2"),
+        ({"anyOf": [{"$ref": "#/$defs/Unit"}, {"type": "null"}]}, "null", None),
+        ({"const": "7"}, "7", "7"),
+        ({"$ref": "#/$defs/Loop"}, "7", 7),
+        ({"$ref": "#/nowhere/0"}, "7", 7),
     ],
 )
 def test_plain_arguments_get_their_schemas_types(schema: Any, text: str, value: Any) -> None:
     spelling = SPELLINGS["qwen3-coder"]
-    tools = {"f": {"properties": {"x": schema}}}
+    shared = {"Unit": {"type": "string", "enum": ["1", "2"]}, "Loop": {"$ref": "#/$defs/Loop"}}
+    tools = {"f": {"properties": {"x": schema}, "$defs": shared}}
     answer = f"<tool_call>\n<function=f>\n<parameter=x>\n{text}\n</parameter>\n</function>\n</tool_call>"
     assert shown(read([answer], form_of(spelling, tools=tools), spelling))[2] == [("f", {"x": value})]
 
@@ -207,6 +215,9 @@ def test_python_that_is_no_list_of_calls_is_text() -> None:
         "[x for x in y]",
         "[" * 500,
         "[weather(**x)]",
+        "[weather(city=clock(x=1))]",
+        "[weather(city==1)]",
+        "[(weather)(lambda x=1: 2)]",
     ):
         assert shown(read([text], form_of(spelling), spelling))[1:] == (text, [])
 
@@ -227,3 +238,54 @@ def test_text_is_not_held_back_without_need() -> None:
     assert answer.content == f"{TEXT} And"
     assert parser.held == len(" <tool") or parser.held == len("<tool")
     assert dumped(answer.calls) == "[]"
+
+
+ODD = ("3d_render", "get-the-weather", "server/tool", "server:tool", "n" * 64)
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize(
+    ("calls", "written"),
+    [
+        ("hermes", '<tool_call>{"name": "NAME", "arguments": {"x": "v"}}</tool_call>'),
+        ("qwen3_coder", "<tool_call><function=NAME><parameter=x>v</parameter></function></tool_call>"),
+        ("pythonic", '[NAME(x="v")]'),
+        ("mistral", '[TOOL_CALLS]NAME[ARGS]{"x": "v"}'),
+        ("glm45", "<tool_call>NAME<arg_key>x</arg_key><arg_value>v</arg_value></tool_call>"),
+        ("gemma4", '<|tool_call>call:NAME{x:<|"|>v<|"|>}<tool_call|>'),
+        ("minimax_m2", '<minimax:tool_call><invoke name="NAME"><parameter name="x">v</parameter></invoke>'),
+        ("openai", '<|channel|>commentary to=functions.NAME<|constrain|>json<|message|>{"x": "v"}<|call|>'),
+    ],
+)
+def test_a_declared_function_is_called_whatever_its_name(calls: str, written: str, name: str) -> None:
+    form = AnswerForm(calls=CALLS[calls], harmony=calls == "openai", tools={name: {}})
+    parser, answer = AnswerParser(form), ParsedAnswer()
+    answer.add(parser.feed(written.replace("NAME", name)) + parser.finish())
+    assert shown(answer) == ("", "", [(name, {"x": "v"})])
+
+
+@pytest.mark.parametrize("key", ["from", "start-date", "in", "None"])
+def test_python_arguments_may_have_names_that_are_none_in_python(key: str) -> None:
+    spelling = SPELLINGS["llama 3.2"]
+    text = f'[weather(city="from(in=1)", {key}=[1, {{"from": "a=b"}}])]'
+    called = [("weather", {"city": "from(in=1)", key: [1, {"from": "a=b"}]})]
+    assert shown(read([text], form_of(spelling), spelling)) == ("", "", called)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", '<tool_call>{"name": "weather", "arguments": {"city": "WRITTEN"}}</tool_call>'),
+        ("llama 3.2", '[weather(city="WRITTEN")]'),
+    ],
+)
+@pytest.mark.parametrize(
+    ("written", "city"), [(r"\ud83d\ude00", "\U0001f600"), (r"a\ud83d", "a\ufffd"), (r"\ude00b", "\ufffdb")]
+)
+def test_halves_of_a_character_in_arguments_are_joined_or_replaced(
+    name: str, text: str, written: str, city: str
+) -> None:
+    spelling = SPELLINGS[name]
+    answer = read([text.replace("WRITTEN", written)], form_of(spelling), spelling)
+    assert shown(answer)[2] == [("weather", {"city": city})]
+    answer.calls[0].arguments.encode()

@@ -222,3 +222,29 @@ async def test_a_format_is_a_constraint(open_site: Any) -> None:
         wanted = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
         await post(site, output_config=wanted)
         assert site.engine.requests[0].sampling.grammar is not None
+
+
+async def test_blocks_are_the_same_streamed_and_whole(open_site: Any, tokenizer: Any) -> None:
+    script = say(tokenizer, f"<think>\nhm\n</think>\n\nSo: {CALL} then {CALL} done")
+    tools: Any = {"tools": [TOOL]}
+    async with open_site(script=script, template=KNOWS_TOOLS + THINKS, context_tokens=2048) as site:
+        whole = (await post(site, **tools)).json()["content"]
+        events = events_of(await post(site, stream=True, **tools))
+    blocks = [event["content_block"] for event in events if event["type"] == "content_block_start"]
+    texts = [""] * len(blocks)
+    for event in events:
+        if event["type"] == "content_block_delta":
+            texts[event["index"]] += next(text for key, text in event["delta"].items() if key != "type")
+    said = [block.get("thinking") or block.get("text") or json.dumps(block.get("input")) for block in whole]
+    assert [block["type"] for block in whole] == [block["type"] for block in blocks]
+    assert [json.loads(text) if text[0] == "{" else text for text in texts] == [
+        json.loads(text) if text[0] == "{" else text for text in said
+    ]
+    assert [block["type"] for block in whole].count("text") == 3
+
+
+async def test_half_a_character_in_arguments_is_no_failure(open_site: Any, tokenizer: Any) -> None:
+    script = say(tokenizer, CALL.replace("Köln", r"\ud83d"))
+    async with open_site(script=script, template=KNOWS_TOOLS, context_tokens=2048) as site:
+        reply = await post(site, tools=[TOOL])
+    assert reply.json()["content"][0]["input"] == {"city": "\ufffd"}

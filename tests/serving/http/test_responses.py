@@ -5,6 +5,8 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types.responses import ResponseStreamEvent
+from pydantic import TypeAdapter
 
 from tests.serving.http.test_anthropic import THINKS
 from tests.serving.http.test_chat import say
@@ -214,3 +216,15 @@ async def test_an_item_at_fault_is_named_by_its_own_place(open_site: Any, items:
     async with open_site() as site:
         reply = await site.client.post("/v1/responses", json={"input": items})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+async def test_each_event_is_one_of_the_clients_own_types(open_site: Any, tokenizer: Any) -> None:
+    script = say(tokenizer, "<think>\nhm\n</think>\n\nSo: " + CALL)
+    ours: Any = {"input": "hi", "tools": [TOOL], "max_output_tokens": 200, "stream": True}
+    async with open_site(script=script, template=KNOWS_TOOLS + THINKS, context_tokens=2048) as site:
+        reply = await site.client.post("/v1/responses", json=ours)
+    events: Any = TypeAdapter(ResponseStreamEvent)
+    kinds = set()
+    for block in reply.text.strip().split("\n\n"):
+        kinds.add(events.validate_json(block.partition("data: ")[2]).type)
+    assert {"response.reasoning_text.delta", "response.output_text.done", "response.completed"} <= kinds
