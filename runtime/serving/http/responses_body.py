@@ -260,9 +260,8 @@ class _Answer:
                 self.calls.append(ToolCall(id=_given(item.call_id, f"{at}.call_id"), function=function))
             case "function_call_output":
                 output = _given(item.output, f"{at}.output")
-                return Message(
-                    role="tool", tool_call_id=_given(item.call_id, f"{at}.call_id"), content=output
-                )
+                call_id = _given(item.call_id, f"{at}.call_id")
+                return Message.model_construct(role="tool", tool_call_id=call_id, content=output)
             case "message" if _is_plain_answer(item):
                 self.text = item.content if isinstance(item.content, str) else None
                 if isinstance(item.content, list):

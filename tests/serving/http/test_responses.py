@@ -228,3 +228,16 @@ async def test_each_event_is_one_of_the_clients_own_types(open_site: Any, tokeni
     for block in reply.text.strip().split("\n\n"):
         kinds.add(events.validate_json(block.partition("data: ")[2]).type)
     assert {"response.reasoning_text.delta", "response.output_text.done", "response.completed"} <= kinds
+
+
+async def test_the_output_of_a_call_may_be_a_list_of_parts(open_site: Any, tokenizer: Any) -> None:
+    output: Any = [{"type": "input_text", "text": "sun"}, {"type": "input_text", "text": "ny"}]
+    items: Any = [
+        {"role": "user", "content": "weather?"},
+        {"type": "function_call", "call_id": "c", "name": "weather", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": output},
+    ]
+    async with open_site() as site:
+        reply = await site.client.post("/v1/responses", json={"input": items})
+        assert reply.status_code == 200
+        assert "tool\nsunny<|im_end|>" in tokenizer.decode(site.engine.requests[0].prompt_ids)
