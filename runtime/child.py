@@ -14,7 +14,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "VLLM_API_KEY", "RUNTIME_API_KEY", "AZURE_CLIENT_SECRET")
+SECRETS = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "VLLM_API_KEY",
+    "RUNTIME_API_KEY",
+    "AZURE_CLIENT_SECRET",
+    "COSIGN_PASSWORD",
+)
 """Variables that a process which works on what clients wrote has no use for."""
 
 

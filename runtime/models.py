@@ -345,9 +345,10 @@ def _from_image(name: str, required_keys: tuple[str, ...]) -> Path:
     """Return the weights of an image or artifact, pulled once by digest into the cache."""
     access = oci.from_environment(os.environ).requiring(required_keys)
     reference = oci.parse(name)
-    digest = oci.inspect(reference, access).digest
-    folder = cache_folder(os.environ) / "images" / digest.removeprefix("sha256:")[:16]
-    return oci.pull(replace(reference, tag=None, digest=digest), folder, access=access)
+    found = oci.inspect(reference, access)
+    folder = cache_folder(os.environ) / "images" / found.digest.removeprefix("sha256:")[:16]
+    # by what the name stands for: of an index that holds the image, the index may be what is signed
+    return oci.pull(replace(reference, tag=None, digest=found.named_digest), folder, access=access)
 
 
 def _from_hub(source: ModelSource, *, offline: bool, weights: bool) -> Path | None:

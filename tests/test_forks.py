@@ -9,6 +9,7 @@ import pytest
 
 from runtime import child, forks
 from runtime.errors import UnavailableError
+from runtime.oci.access import KEY_PASSWORD
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_host_that_was_killed_is_started_again(host: forks.ForkHost) -> None:
 
 def test_copies_have_no_secrets_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """They work on what clients wrote: what takes one over shall find nothing."""
-    for name in child.SECRETS:
+    for name in {*child.SECRETS, KEY_PASSWORD}:
         monkeypatch.setenv(name, "SECRETSECRET")
     monkeypatch.setenv("KEPT", "yes")
     made = forks.ForkHost("tests.fork_program", "tests", lambda: [b"greeting"])

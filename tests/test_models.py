@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from runtime import adapters, models
-from runtime.errors import ConfigError, TransientError
+from runtime.errors import ConfigError, RegistryError, TransientError
 from runtime.hardware import Hardware
 from runtime.model_source import ModelSource, Quantization
 
@@ -137,6 +137,25 @@ def test_weights_come_from_an_image_once(
     before = (folder / "model.safetensors").stat().st_ino
     assert models.locate(source) == folder
     assert (folder / "model.safetensors").stat().st_ino == before
+
+
+def test_weights_of_an_image_in_a_signed_index_are_taken(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`cosign sign` of an image for several machines signs the index alone."""
+    from runtime import oci, presets
+    from tests.oci.conftest import indexed
+    from tests.oci.keypairs import make_pair
+
+    monkeypatch.setenv("RUNTIME_CACHE", str(tmp_path / "cache"))
+    pair, reference = make_pair(tmp_path), oci.parse(f"oci:{tmp_path}/layout:v1")
+    index = indexed(reference, oci.push(tiny_llama_dir, reference))
+    keys = {"required_keys": (str(pair.public),)}
+    source = presets.source(str(reference)).model_copy(update=keys)
+    with pytest.raises(RegistryError, match="is not signed"):
+        models.locate(source)
+    oci.sign(reference, index, oci.read_private(pair.private))
+    assert (models.locate(source) / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Messages, tools and ids of calls are given as the template takes them (features.
 process of its own, with limits (renderer.py). Does not know requests, rows or token ids. Start at `render`.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,6 +22,8 @@ MOST_CHARACTERS = 64 << 20
 """Of the text of a conversation, where nothing else limits it."""
 PROBED_CHARACTERS = 1 << 20
 """Of the texts that a template is tried with."""
+PROBE_S = 20.0
+"""For all of those texts together; public templates take 0.3 s. Adapters wait for one another meanwhile."""
 TOOL_USE, RAG, DEFAULT = "tool_use", "rag", "default"
 """The names of a model's templates: with tools, with documents, for everything else."""
 
@@ -171,8 +174,13 @@ def _features(template: str, special: tuple[tuple[str, Any], ...]) -> TemplateFe
     rendering = renderer.shared()
     facts = rendering.facts(template)
     tokens = {"bos_token": "", "eos_token": "", **dict(special)}
+    until = time.monotonic() + PROBE_S
 
     def attempt(turns: list[Turn], *, begins_answer: bool = True, **variables: Any) -> str | None:
+        if time.monotonic() > until:
+            raise ConfigError(
+                f"the chat template is refused: to ask what it renders takes more than {PROBE_S:g} s"
+            )
         given = {"tools": None, "documents": None, "add_generation_prompt": begins_answer, **tokens}
         job = {"turns": turns, "variables": given | variables, "most": PROBED_CHARACTERS}
         try:

@@ -186,6 +186,8 @@ def _entry(name: str, value: Any, where: str) -> KeyEntry:
     hashed = _HASHED.fullmatch(key)
     if key.startswith("sha256:") and hashed is None:
         raise ConfigError(f"{where}: the key begins with sha256: and 64 hex digits do not follow")
+    if hashed is not None and bytes.fromhex(hashed[1]) == digest(""):
+        raise ConfigError(f"{where}: the digest is that of no text; `printf %s KEY | sha256sum` had no KEY")
     if hashed is None and len(key) < LEAST_CHARACTERS:
         raise ConfigError(
             f"{where}: the key has {len(key)} characters, expected {LEAST_CHARACTERS} or more; "

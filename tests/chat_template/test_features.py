@@ -1,11 +1,13 @@
 """What a template renders is found by rendering: each family's features, as its own template has them."""
 
+import time
 from typing import Any
 
 import pytest
 
 from runtime import chat_template
-from runtime.chat_template import TemplateFeatures
+from runtime.chat_template import TemplateFeatures, rendering
+from runtime.errors import ConfigError
 from tests.chat_template.test_rendering import tokenizer_with
 from tests.tuning.data.template_families import CHATML, FAMILIES
 
@@ -112,3 +114,14 @@ def test_tools_for_the_systems_message_are_the_text_of_their_functions() -> None
     assert turns[0] == {"role": "system", "content": "", "tools": '[{"name": "f"}]'}
     text = chat_template.render(tokenizer_with(PHI_4_MINI), turns, chat_template.TemplateOptions())
     assert text == '<|system|><|tool|>[{"name": "f"}]<|/tool|><|end|><|user|>q<|end|><|assistant|>'
+
+
+def test_a_template_that_takes_long_to_ask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rendering is within its limits; two hundred words that may be roles make a thousand of them."""
+    monkeypatch.setattr(rendering, "PROBE_S", 0.5)
+    words = ",".join(f"'w{number}'" for number in range(200))
+    idle = "{% for i in range(900) %}{% for j in range(400) %}{% endfor %}{% endfor %}"
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=r"the chat template is refused: .* more than 0.5 s"):
+        features("{% set roles = [" + words + "] %}" + idle + CHATML)
+    assert time.monotonic() - began < 10

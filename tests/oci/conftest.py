@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from runtime import oci
-from runtime.oci import Access, Reference, parse
+from runtime.oci import Access, Reference, images, parse
 from runtime.oci.blobs import Blob, BlobParts, from_bytes
-from runtime.oci.image import CONFIG, assemble
+from runtime.oci.image import CONFIG, INDEX, MANIFEST, assemble
+from runtime.oci.store import StoredManifest
 from tests.faults.quirky_registry import Quirks, QuirkyRegistry
 from tests.faults.registry import FaultyRegistry
 from tests.faults.registry_tokens import TokenServer, make_certificate
@@ -268,3 +269,14 @@ def write(path: Path, document: object) -> Path:
 
 def encoded(user: str, password: str) -> str:
     return base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+def indexed(reference: oci.Reference, digest: str) -> str:
+    """Let the reference's tag name an index with the image `digest` alone; return the index's digest."""
+    entry = {"mediaType": MANIFEST, "digest": digest, "size": 1}
+    index = StoredManifest(json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode(), INDEX)
+    store = images.open_store(reference, quick())
+    with store.writing():
+        store.put_manifest(index, reference.selector)
+    store.close()
+    return index.digest

@@ -76,6 +76,7 @@ WRONG = {
     f"a: {SECRET}ü": "a: the key has more than 512 characters, or others",
     "a: " + "x" * 513: "a: the key has more than 512 characters",
     "a: sha256:abc": "a: the key begins with sha256: and 64 hex digits do not follow",
+    f"a: sha256:{hashlib.sha256(b'').hexdigest()}": "a: the digest is that of no text",
     f"a: {{key: {SECRET}, admin: 5}}": "a: 'admin' is 5",
     f"a: {{key: {SECRET}, requests_per_minute: 0}}": "a: 'requests_per_minute' is 0",
     f"a: {{key: {SECRET}, tokens_per_minute: x}}": "a: 'tokens_per_minute' is 'x', expected a whole number",

@@ -73,11 +73,10 @@ class AdapterImages:
         """
         pinned = replace(image.reference, tag=None, digest=image.digest)
         with self._files.holding(image.digest) as folder:
-            if folder.is_dir():
-                if keys := self._access.required_keys:  # it may be from a server that asked for none
-                    oci.verify(pinned, image.digest, keys, access=self._quick)
-            else:
-                oci.pull(pinned, folder, access=self._access, watch=self._watch())
+            is_there = folder.is_dir()
+            if not is_there or self._access.required_keys:  # it may be from a server that asked for none
+                access = self._quick if is_there else self._access
+                oci.pull(pinned, folder, access=access, watch=self._watch())
             yield adapters.within(folder, "adapter", "the image")
 
     def _watch(self) -> oci.Watch:

@@ -149,6 +149,8 @@ class AdapterSources:
             raise OverloadedError(f"{self._waiting} requests wait for adapters already; try again shortly")
         load = self._loads.get(name)
         if load is None:
+            if len(self._loads) >= self._limits.waiting:  # those of clients that have left count too
+                raise OverloadedError(f"{len(self._loads)} adapters are loaded already; try again shortly")
             load = self._loads[name] = _Load(asyncio.create_task(self._load(served, name)))
         load.waiting += 1
         self._waiting += 1

@@ -161,11 +161,12 @@ class RequestMiddleware:
 def plain_path(path: str) -> str:
     """Return `path` without doubled and trailing slashes, which base URLs that end in one bring in.
 
-    They are not redirected: many clients send a redirected POST again as GET, or without its key.
+    They are not redirected: many clients send a redirected POST again as GET, or without its key. Line breaks
+    at the end go too: a route's pattern matches before one, and what is checked here must be what is routed.
     """
-    if not path.endswith("/") and "//" not in path:
+    if not path.endswith(("/", "\n")) and "//" not in path:
         return path
-    return re.sub("/{2,}", "/", path).rstrip("/") or "/"
+    return re.sub("/{2,}", "/", path).rstrip("/\n") or "/"
 
 
 def _holder(scope: Scope) -> KeyHolder:

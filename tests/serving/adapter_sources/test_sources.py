@@ -199,6 +199,23 @@ async def test_too_many_and_too_long_waits_are_refused_and_may_be_tried_again(
         assert await shop.answer("red:1") == alone["red"]
 
 
+async def test_names_of_clients_that_leave_do_not_pile_up(open_shop: OpenShop, shelf: Shelf) -> None:
+    """A load goes on without its clients: those that ask and leave cost no more than others."""
+    shelf.proxy.fault("HEAD", "/manifests/", "hang", headers={"seconds": "0.5"}, times=100)
+    async with open_shop(waiting=3, pulls=1) as shop:
+        for number in range(3):
+            left = asyncio.create_task(shop.ask(f"red:t{number}"))
+            await shop.until(lambda number=number: f"red:t{number}" in shop.sources._loads)
+            left.cancel()
+            await asyncio.wait((left,))
+        assert shop.sources._waiting == 0
+        full = await shop.ask("red:t3")
+        assert (full.status_code, full.headers.get("retry-after")) == (429, "1")
+        shelf.proxy.faults.clear()
+        await shop.until(lambda: not shop.sources._loads)
+        assert (await shop.ask("red:t3")).status_code == 404
+
+
 async def test_a_bad_adapter_is_refused_by_what_is_wrong_with_it_and_remembered(
     open_shop: OpenShop, shelf: Shelf, colours: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -85,6 +85,9 @@ async def test_only_an_administrators_key_changes_what_all_see(open_site: Any) -
             denied = await site.client.post(path, headers=bearing("team"), json={})
             assert (denied.status_code, denied.json()["error"]["code"]) == (403, "admin_key_required")
             assert (await site.client.post(path, headers=bearing("ops"), json={})).status_code == 400
+            for spelled in (path.replace("/v1", "/v1/"), path + "/", path + "%0A", path.replace("_", "%5F")):
+                denied = await site.client.post(spelled, headers=bearing("team"), json={})
+                assert denied.status_code == 403, spelled
         assert (await site.client.get("/v1/models", headers=bearing("team"))).status_code == 200
     async with open_site(api_key="sesame") as site:  # one key alone may do all
         for path in ADMIN_PATHS:
