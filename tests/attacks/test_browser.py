@@ -139,7 +139,7 @@ def test_page_of_another_site_cannot_use_an_open_server(window: Browser, serve: 
 def test_page_of_another_site_cannot_use_the_stored_key(window: Browser, serve: Serve, evil: str) -> None:
     """The chat page itself works with it."""
     server, victim = serve(api_key=KEY)
-    window.open(victim.replace("//", f"//user:{KEY}@") + "/docs")
+    window.open(victim.replace("//", f"//user:{KEY}@") + "/v1/models")
     attack(window, server, page=evil, victim=victim)
     window.open(victim)
     until(lambda: window.texts("#left option") == ["base", "shop"])
