@@ -228,7 +228,7 @@ def _chunk(data: str) -> dict[str, Any]:
         event = None
     if not isinstance(event, dict):
         raise TransientError(
-            f"the server sent an event that is no JSON object: {printable(one_line(data, 80))}"
+            f"the server sent an event that is no JSON object: {one_line(printable(data), 80)}"
         )
     if event.get("error"):
         raise TransientError(_message(event) or "the server reports an error without saying which")
@@ -260,7 +260,7 @@ def _message(body: Any) -> str:
     said = error.get("message") if isinstance(error, dict) else error
     if said is None and isinstance(body, dict):
         said = body.get("message") or body.get("detail")
-    return printable(one_line(said)) if said else ""
+    return one_line(printable(str(said))) if said else ""
 
 
 def _check(reply: httpx.Response, url: str) -> None:
