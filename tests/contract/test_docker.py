@@ -120,6 +120,9 @@ def test_tune_and_serve_as_the_readme_says(docker: Docker, image: str, job: Path
     while docker.inspect("server", "{{.State.Health.Status}}") != "healthy":
         assert time.monotonic() < deadline, docker("logs", "server").stderr
         time.sleep(0.5)
+    while httpx.get(f"http://{address}/readyz", timeout=60).status_code != 200:  # healthy is alive
+        assert time.monotonic() < deadline, docker("logs", "server").stderr
+        time.sleep(0.2)
     body = {"prompt": "hello", "adapter": "tuned", "max_new_tokens": 3}
     answer = httpx.post(f"http://{address}/chat", content=json.dumps(body), timeout=60)
     assert answer.json()["usage"]["completion_tokens"] == 3
