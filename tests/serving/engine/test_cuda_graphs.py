@@ -171,7 +171,7 @@ def test_adapters_of_one_shape_are_changed_in_place_and_many_need_no_more_graphs
     for each in (engine, plain):
         for number, name in enumerate(names):
             each.add_adapter(name, adapter_dirs["second"], strength=number / 25)
-    assert traces.captured == 3 + 3 * 7, "again with every fourth"
+    assert traces.captured == 3 + 3 * 5, "again with slots for 3, 7, 11, 15 and 31 adapters"
     requests = [make_request(adapter=name, id=name) for name in names[-4:]]
     replays = traces.replays
     assert run(engine, *requests) == run(plain, *requests)
