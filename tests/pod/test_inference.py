@@ -182,7 +182,7 @@ def test_more_of_vllms_flags_are_carried_out(pod: Path, tmp_path: Path) -> None:
     words = [
         "-tp", "2", "--gpu-memory-utilization=0.84", "--served-model-name", "phi-4", "phi",
         "--lora-modules", f"shop={folders[0]}", f'{{"name": "help", "path": "{folders[1]}"}}',
-        "--tool-call-parser=phi4_mini_json", "--enable-auto-tool-choice", "--port=5001",
+        "--tool-call-parser=xlam", "--enable-auto-tool-choice", "--port=5001",
     ]  # fmt: skip
     resolved = vllm_server(words, {}, pod)
     config = resolved.config
@@ -193,7 +193,7 @@ def test_more_of_vllms_flags_are_carried_out(pod: Path, tmp_path: Path) -> None:
         ("shop", str(folders[0])),
         ("help", str(folders[1])),
     ]
-    assert any("phi4_mini_json" in warning for warning in resolved.warnings)
+    assert any("xlam" in warning for warning in resolved.warnings)
 
 
 @pytest.mark.parametrize(
