@@ -57,20 +57,23 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 @contextmanager
-def capped(engine: BatchingEngine | SimpleEngine, most_bytes: int, method: str) -> Iterator[CappedAllocator]:
-    """Cap what `method` of `engine`, which runs on its thread, may allocate."""
-    allocator, original = CappedAllocator(most_bytes), getattr(engine, method)
+def capped(
+    engine: BatchingEngine | SimpleEngine, most_bytes: int, method: str, *, of: Any = None
+) -> Iterator[CappedAllocator]:
+    """Cap what `method` of the engine, or `of` a part of it, may allocate; it runs on the engine's thread."""
+    owner = engine if of is None else of
+    allocator, original = CappedAllocator(most_bytes), getattr(owner, method)
 
-    def run(*args: Any) -> Any:
+    def run(*args: Any, **named: Any) -> Any:
         with allocator:
-            return original(*args)
+            return original(*args, **named)
 
-    setattr(engine, method, run)
+    setattr(owner, method, run)
     engine._queue.call(lambda: None)  # the step that waits now is the last without the cap
     try:
         yield allocator
     finally:
-        setattr(engine, method, original)
+        setattr(owner, method, original)
         if engine._queue.is_open:
             engine._queue.call(lambda: None)
 

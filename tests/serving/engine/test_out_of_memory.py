@@ -233,7 +233,7 @@ def test_an_adapter_that_does_not_fit_is_in_no_layer_and_the_others_answer_on(
     stacks = [layer.stacks for layer in engine._runner.adapters._layers if layer.stacks is not None]
     largest = max(each.rows.numel() for each in stacks)
     for most_bytes in (64, largest * 4):  # at its first tensor, at the first layer that would have to grow
-        with capped(engine, most_bytes, "_add") as allocator:
+        with capped(engine, most_bytes, "add_adapter", of=engine._runner) as allocator:
             with pytest.raises(CapacityError, match="adapter c: no memory is left for it; unload another"):
                 engine.add_adapter("c", adapter_dirs["second"])
             assert allocator.refused == 1
