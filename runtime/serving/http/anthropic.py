@@ -6,6 +6,7 @@ runtime/serving/generation.py. Start at `router`, then `_Blocks` for what a stre
 
 import json
 from collections.abc import AsyncGenerator, Iterator
+from itertools import groupby
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -76,26 +77,23 @@ class MessageFormat:
 
     def message(self, answer: GeneratedAnswer, usage: dict[str, Any]) -> dict[str, Any]:
         """Return the complete message."""
-        content = _blocks(answer.parsed, shows_thoughts=self.shows_thoughts)
+        content = list(_blocks(answer.parsed, shows_thoughts=self.shows_thoughts))
         return {**self._head, "content": content, **ended(answer.finish, answer.stop), "usage": usage}
 
 
-def _blocks(parsed: ParsedAnswer, *, shows_thoughts: bool) -> list[dict[str, Any]]:
-    """Return the blocks of a complete answer, which are those of its stream."""
-    stream = _Blocks(shows_thoughts=shows_thoughts)
-    found: list[tuple[dict[str, Any], list[str]]] = []
-    for event in (event for part in parsed.parts for event in stream.events(part)):
-        if event["type"] == "content_block_start":
-            found.append((event["content_block"], []))
-        elif event["type"] == "content_block_delta":
-            found[-1][1].extend(text for name, text in event["delta"].items() if name != "type")
-    for block, pieces in found:
-        text = "".join(pieces)
-        if block["type"] == "tool_use":
-            block["input"] = json.loads(text or "{}")
-        else:
-            block[block["type"]] = text
-    return [block for block, pieces in found if block["type"] == "tool_use" or any(pieces)]
+def _blocks(parsed: ParsedAnswer, *, shows_thoughts: bool) -> Iterator[dict[str, Any]]:
+    """Yield the blocks of a complete answer, which are those of its stream."""
+    shown = (part for part in parsed.parts if shows_thoughts or not isinstance(part, ReasoningDelta))
+    for _, alike in groupby(shown, type):
+        parts = list(alike)
+        text = "".join(part.text for part in parts if isinstance(part, ReasoningDelta | ContentDelta))
+        if text and isinstance(parts[0], ReasoningDelta):
+            yield {"type": "thinking", "thinking": text, "signature": ""}
+        elif text:
+            yield {"type": "text", "text": text, "citations": None}
+        for call in (parsed.calls[part.index] for part in parts if isinstance(part, CallStart)):
+            arguments = json.loads(call.arguments or "{}")
+            yield {"type": "tool_use", "id": call.id, "name": call.name, "input": arguments}
 
 
 def ended(finish: str, stop: str) -> dict[str, Any]:

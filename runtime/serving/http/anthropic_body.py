@@ -5,7 +5,7 @@ that one path renders, limits and generates for both routes. Does not know what 
 (anthropic.py). Start at `MessagesBody`, then `as_chat`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, Tag
@@ -13,21 +13,12 @@ from pydantic import Field, Tag
 from runtime.chat_template.features import THINKING
 from runtime.errors import RequestError
 from runtime.serving.http import fields
+from runtime.serving.http.body_errors import SHOWN, required
 from runtime.serving.http.body_types import Body, Flag, Name, ShortText, Text, TokenCount, by_kind
 from runtime.serving.http.constraint_fields import JsonSchema, ResponseFormat
 from runtime.serving.http.messages import MOST_MESSAGES, MOST_PARTS, FunctionCall, Message, ToolCall
 from runtime.serving.http.schema import MAX_STOPS, ChatCompletionBody, SamplingFields
-from runtime.serving.http.tool_fields import (
-    MAX_TOOLS,
-    FunctionTool,
-    NamedFunction,
-    Tool,
-    ToolChoice,
-    ToolChoices,
-)
-
-_SHOWN = 40
-"""Characters of a type that a refusal repeats."""
+from runtime.serving.http.tool_fields import MAX_TOOLS, NamedFunction, OtherTool, ToolChoice, ToolChoices
 
 
 class TextBlock(Body):
@@ -79,17 +70,14 @@ class AnthropicMessage(Body):
     content: _content(Block)  # type: ignore[valid-type]
 
 
-class AnthropicTool(Body):
+class AnthropicTool(OtherTool):
     """A function that the model may call."""
 
     treatments = fields.ANTHROPIC_TOOL
 
     type: Name = "custom"
     """Only `custom`: no tool is run here."""
-    name: Name
-    description: Text | None = None
     input_schema: dict[str, Any] | None = None
-    strict: Flag | None = None
 
 
 class AnthropicToolChoice(Body):
@@ -160,10 +148,8 @@ class MessagesBody(SamplingFields):
 
         Raises RequestError for a block, a tool or a choice of tools that is not served here.
         """
-        messages = [message for sent in self._turns() for message in sent]
-        asked = {
-            name: getattr(self, name) for name in SamplingFields.model_fields if name in self.model_fields_set
-        }
+        messages = list(self._turns())
+        asked = self.chosen()
         if (required := self._required_format()) is not None:
             asked["response_format"] = required
         if self.stop and self.stop_sequences:
@@ -176,7 +162,11 @@ class MessagesBody(SamplingFields):
             model=self.model,
             max_tokens=self.max_tokens,
             stream=self.stream,
-            tools=self._tools() or None,
+            tools=[
+                tool.as_tool(tool.input_schema, f"tools[{index}]", served="custom")
+                for index, tool in enumerate(self.tools or ())
+            ]
+            or None,
             tool_choice=self._tool_choice(),
             continue_final_message=_is_text_of_assistant(messages[-1]),
             chat_template_kwargs=self._template_variables(),
@@ -184,40 +174,18 @@ class MessagesBody(SamplingFields):
             **asked,
         )
 
-    def _turns(self) -> Iterator[Sequence[Message]]:
+    def _turns(self) -> Iterator[Message]:
         if self.system:
-            yield [Message(role="system", content=_joined(self.system))]
+            yield Message(role="system", content=_joined(self.system))
         for index, message in enumerate(self.messages):
-            yield list(_turns(message, f"messages[{index}]"))
-
-    def _tools(self) -> list[Tool]:
-        for index, tool in enumerate(self.tools or ()):
-            if tool.type != "custom":
-                raise RequestError(
-                    f"'tools[{index}].type' is '{tool.type[:_SHOWN]}'; no tool is run here, send "
-                    "tools of type 'custom' and run them yourself",
-                    param=f"tools[{index}].type",
-                )
-        return [
-            Tool(
-                function=FunctionTool(
-                    name=tool.name,
-                    description=tool.description,
-                    parameters=tool.input_schema,
-                    strict=tool.strict,
-                )
-            )
-            for tool in self.tools or ()
-        ]
+            yield from _turns(message, f"messages[{index}]")
 
     def _tool_choice(self) -> "ToolChoices | None":
         choice = self.tool_choice
         if choice is None:
             return None
         if choice.type == "tool":
-            if choice.name is None:
-                raise RequestError("'tool_choice.name' is missing", param="tool_choice.name")
-            return ToolChoice(function=NamedFunction(name=choice.name))
+            return ToolChoice(function=NamedFunction(name=required(choice.name, "tool_choice.name")))
         words: dict[str, Literal["auto", "none", "required"]] = {
             "auto": "auto",
             "any": "required",
@@ -250,22 +218,23 @@ def _turns(message: AnthropicMessage, at: str) -> Iterator[Message]:
         place = f"{at}.content[{index}]"
         match block.type, message.role:
             case "text", _:
-                texts.append(_given(block.text, f"{place}.text"))
+                texts.append(required(block.text, f"{place}.text"))
             case "thinking", "assistant":
-                thoughts.append(_given(block.thinking, f"{place}.thinking"))
+                thoughts.append(required(block.thinking, f"{place}.thinking"))
             case "redacted_thinking", "assistant":
                 pass  # nobody but its author can read it
             case "tool_use", "assistant":
                 function = FunctionCall(
-                    name=_given(block.name, f"{place}.name"), arguments=_given(block.input, f"{place}.input")
+                    name=required(block.name, f"{place}.name"),
+                    arguments=required(block.input, f"{place}.input"),
                 )
-                calls.append(ToolCall(id=_given(block.id, f"{place}.id"), function=function))
+                calls.append(ToolCall(id=required(block.id, f"{place}.id"), function=function))
             case "tool_result", "user":
-                call_id = _given(block.tool_use_id, f"{place}.tool_use_id")
+                call_id = required(block.tool_use_id, f"{place}.tool_use_id")
                 yield Message(role="tool", tool_call_id=call_id, content=_result(block, place))
             case kind, role:
                 raise RequestError(
-                    f"'{place}.type' is '{kind[:_SHOWN]}', which is not served here in a message of the "
+                    f"'{place}.type' is '{kind[:SHOWN]}', which is not served here in a message of the "
                     f"{role}; send text, thinking, tool_use and tool_result blocks",
                     param=f"{place}.type",
                 )
@@ -283,7 +252,7 @@ def _result(block: Block, place: str) -> str:
     for index, part in enumerate(block.content):
         if part.type != "text" or part.text is None:
             raise RequestError(
-                f"'{place}.content[{index}].type' is '{part.type[:_SHOWN]}'; results are text here",
+                f"'{place}.content[{index}].type' is '{part.type[:SHOWN]}'; results are text here",
                 param=f"{place}.content[{index}].type",
             )
     return _joined(block.content)
@@ -291,12 +260,6 @@ def _result(block: Block, place: str) -> str:
 
 def _joined(content: Any) -> str:
     return content if isinstance(content, str) else "".join(block.text or "" for block in content)
-
-
-def _given(value: Any, param: str) -> Any:
-    if value is None:
-        raise RequestError(f"'{param}' is missing", param=param)
-    return value
 
 
 def _is_text_of_assistant(message: Message) -> bool:

@@ -64,6 +64,13 @@ def refusal(error: ValidationError) -> RequestError:
     return RequestError(f"{what} {_sentence(problem, context)}", param=path or None)
 
 
+def required(value: Any, param: str) -> Any:
+    """Return a value that a field must have where others have theirs; RequestError where it is absent."""
+    if value is None:
+        raise RequestError(f"'{param}' {_SENTENCES['missing']}", param=param)
+    return value
+
+
 def _sentence(problem: ErrorDetails, context: Mapping[str, Any]) -> str:
     kind = problem["type"]
     if kind in _SENTENCES:

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, Tag
 from runtime.errors import RequestError
 from runtime.serving.engine.protocol import Constraint
 from runtime.serving.http import fields
+from runtime.serving.http.body_errors import SHOWN, required
 from runtime.serving.http.body_types import Body, Flag, Integer, Metadata, Name, Text, TokenCount, by_kind
 from runtime.serving.http.constraint_fields import constraint
 from runtime.serving.http.messages import (
@@ -26,12 +27,10 @@ from runtime.serving.http.messages import (
     with_contents,
 )
 from runtime.serving.http.schema import MAX_LOGPROBS, ChatCompletionBody, SamplingFields
-from runtime.serving.http.tool_fields import MAX_TOOLS, FunctionTool, NamedFunction, Tool, ToolChoice
+from runtime.serving.http.tool_fields import MAX_TOOLS, NamedFunction, OtherTool, ToolChoice
 from runtime.serving.structured_output.constraints import json_object
 
 LOGPROBS = "message.output_text.logprobs"
-_SHOWN = 40
-"""Characters of a type that a refusal repeats."""
 
 
 class Item(Message):
@@ -51,27 +50,20 @@ class Item(Message):
     """Of a thought, where it has no content."""
 
 
-class ResponseTool(Body):
+class ResponseTool(OtherTool):
     """A function that the model may call; `parameters` is a JSON schema."""
 
     treatments = fields.TOOL
 
     type: Name = "function"
     """Only `function`: no tool is run here."""
-    name: Name | None = None
-    description: Text | None = None
     parameters: dict[str, Any] | None = None
-    strict: Flag | None = None
-    """A call that is forced has a schema that is enforced in all its parts."""
 
 
-class ResponseToolChoice(Body):
+class ResponseToolChoice(NamedFunction):
     """The one function that must be called."""
 
-    treatments = fields.TOOL
-
     type: Literal["function"] = "function"
-    name: Name
 
 
 class Reasoning(Body):
@@ -163,9 +155,7 @@ class ResponsesBody(SamplingFields):
         if self.top_logprobs and not self.logprobs:
             raise RequestError(f"'top_logprobs' needs '{LOGPROBS}' in 'include'", param="top_logprobs")
         placed = list(self._messages())
-        sampling = {
-            name: getattr(self, name) for name in SamplingFields.model_fields if name in self.model_fields_set
-        }
+        sampling = self.chosen()
         if "parallel_tool_calls" in self.model_fields_set:
             sampling["parallel_tool_calls"] = self.parallel_tool_calls
         chat = ChatCompletionBody.model_construct(
@@ -174,7 +164,11 @@ class ResponsesBody(SamplingFields):
             max_tokens=self.max_output_tokens,
             logprobs=self.logprobs,
             top_logprobs=self.top_logprobs,
-            tools=self._tools() or None,
+            tools=[
+                tool.as_tool(tool.parameters, f"tools[{index}]", served="function")
+                for index, tool in enumerate(self.tools or ())
+            ]
+            or None,
             tool_choice=ToolChoice(function=NamedFunction(name=self.tool_choice.name))
             if isinstance(self.tool_choice, ResponseToolChoice)
             else self.tool_choice,
@@ -207,24 +201,6 @@ class ResponsesBody(SamplingFields):
                 yield index, message
         yield from answer.message()
 
-    def _tools(self) -> list[Tool]:
-        tools = []
-        for index, tool in enumerate(self.tools or ()):
-            if tool.type != "function":
-                raise RequestError(
-                    f"'tools[{index}].type' is '{tool.type[:_SHOWN]}'; no tool is run here, send tools of "
-                    "type 'function' and run them yourself",
-                    param=f"tools[{index}].type",
-                )
-            function = FunctionTool(
-                name=_given(tool.name, f"tools[{index}].name"),
-                description=tool.description,
-                parameters=tool.parameters,
-                strict=tool.strict,
-            )
-            tools.append(Tool(function=function))
-        return tools
-
 
 @dataclass(slots=True)
 class _Answer:
@@ -255,12 +231,13 @@ class _Answer:
                 self.thought += "".join(parts) or item.summary or ""
             case "function_call":
                 function = FunctionCall(
-                    name=_given(item.name, f"{at}.name"), arguments=_given(item.arguments, f"{at}.arguments")
+                    name=required(item.name, f"{at}.name"),
+                    arguments=required(item.arguments, f"{at}.arguments"),
                 )
-                self.calls.append(ToolCall(id=_given(item.call_id, f"{at}.call_id"), function=function))
+                self.calls.append(ToolCall(id=required(item.call_id, f"{at}.call_id"), function=function))
             case "function_call_output":
-                output = _given(item.output, f"{at}.output")
-                call_id = _given(item.call_id, f"{at}.call_id")
+                output = required(item.output, f"{at}.output")
+                call_id = required(item.call_id, f"{at}.call_id")
                 return Message.model_construct(role="tool", tool_call_id=call_id, content=output)
             case "message" if _is_plain_answer(item):
                 self.text = item.content if isinstance(item.content, str) else None
@@ -272,7 +249,7 @@ class _Answer:
                 return item
             case kind:
                 raise RequestError(
-                    f"'{at}.type' is '{kind[:_SHOWN]}', which is not served here; send items of type "
+                    f"'{at}.type' is '{kind[:SHOWN]}', which is not served here; send items of type "
                     "message, reasoning, function_call and function_call_output",
                     param=at,
                 )
@@ -298,9 +275,3 @@ def _is_plain_answer(item: Item) -> bool:
         return False
     texts = {"text", "output_text", "refusal"}
     return isinstance(item.content, str) or all(part.type in texts for part in item.content)
-
-
-def _given(value: Any, param: str) -> Any:
-    if value is None:
-        raise RequestError(f"'{param}' is missing", param=param)
-    return value

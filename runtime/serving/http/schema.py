@@ -115,6 +115,11 @@ class SamplingFields(ConstraintFields):
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
+    def chosen(self) -> dict[str, Any]:
+        """Return the fields of sampling and of constraints that the request has, by their names."""
+        names = SamplingFields.model_fields.keys() & self.model_fields_set
+        return {name: getattr(self, name) for name in names}
+
 
 class GenerateFields(SamplingFields):
     """The parameters of /chat, by the names `transformers.generate` gives them."""

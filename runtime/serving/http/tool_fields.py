@@ -14,6 +14,7 @@ from runtime.serving.answer_parsers.formats import CALLS
 from runtime.serving.answer_parsers.forms import Tools
 from runtime.serving.answer_parsers.grammars import ForcedCalls
 from runtime.serving.http import fields
+from runtime.serving.http.body_errors import SHOWN, required
 from runtime.serving.http.body_types import Body, Flag, Name, Text, by_kind
 from runtime.serving.lifecycle import ServedModel
 
@@ -30,6 +31,35 @@ class FunctionTool(Body):
     parameters: dict[str, Any] | None = None
     strict: Flag | None = None
     """A call that is forced has a schema that is enforced in all its parts."""
+
+
+class OtherTool(Body):
+    """A tool as another route than chat completions has it, but for the name of its JSON schema."""
+
+    type: Name
+    name: Name | None = None
+    description: Text | None = None
+    strict: Flag | None = None
+    """A call that is forced has a schema that is enforced in all its parts."""
+
+    def as_tool(self, parameters: dict[str, Any] | None, at: str, *, served: str) -> "Tool":
+        """Return the same tool of a chat completion; `served` is the one type that is.
+
+        RequestError for one of another type, which its maker's own servers run, and for one without a name.
+        """
+        if self.type != served:
+            raise RequestError(
+                f"'{at}.type' is '{self.type[:SHOWN]}'; no tool is run here, send tools of type "
+                f"'{served}' and run them yourself",
+                param=f"{at}.type",
+            )
+        function = FunctionTool(
+            name=required(self.name, f"{at}.name"),
+            description=self.description,
+            parameters=parameters,
+            strict=self.strict,
+        )
+        return Tool(function=function)
 
 
 class Tool(Body):

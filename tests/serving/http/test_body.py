@@ -38,6 +38,7 @@ LEAST: dict[type[Body], dict[str, Any]] = {
     schema.ChatBody: {},
     schema.StreamOptions: {},
     tool_fields.FunctionTool: FUNCTION,
+    tool_fields.OtherTool: {"type": "custom"},
     tool_fields.Tool: {"function": FUNCTION},
     tool_fields.NamedFunction: FUNCTION,
     tool_fields.ToolChoice: {"function": FUNCTION},
