@@ -38,7 +38,8 @@ def router(generator: Generator) -> APIRouter:
     @routes.post("/messages", responses=STREAMED, summary="Answer a conversation", response_model=None)
     async def messages(body: MessagesBody, request: Request) -> Response:
         request_id = request.state.request_id
-        generation_request = await chat_request(generator, body.as_chat(), request)
+        chat, wording = body.as_chat()
+        generation_request = await chat_request(generator, chat, request, wording)
         group = generator.start([generation_request])
         model = generator.served().model_name(generation_request.adapter)
         json_format = MessageFormat(f"msg_{request_id}", model, shows_thoughts=body.shows_thoughts)
@@ -58,7 +59,8 @@ def router(generator: Generator) -> APIRouter:
 
     @routes.post("/messages/count_tokens", summary="Count the tokens of a conversation", response_model=None)
     async def count_tokens(body: MessagesBody, request: Request) -> Response:
-        prompt = await chat_prompt(generator, body.as_chat())
+        chat, wording = body.as_chat()
+        prompt = await chat_prompt(generator, chat, wording)
         return JSONResponse({"input_tokens": len(prompt.ids)})
 
     return routes

@@ -15,9 +15,9 @@ from runtime.errors import RequestError
 from runtime.serving.http import fields
 from runtime.serving.http.body_errors import SHOWN, required
 from runtime.serving.http.body_types import Body, Flag, Name, ShortText, Text, TokenCount, by_kind
-from runtime.serving.http.constraint_fields import JsonSchema, ResponseFormat
+from runtime.serving.http.constraint_fields import JsonSchema, ResponseFormat, exclusive
 from runtime.serving.http.messages import MOST_MESSAGES, MOST_PARTS, FunctionCall, Message, ToolCall
-from runtime.serving.http.schema import MAX_STOPS, ChatCompletionBody, SamplingFields
+from runtime.serving.http.schema import MAX_STOPS, ChatCompletionBody, SamplingFields, Wording
 from runtime.serving.http.tool_fields import MAX_TOOLS, NamedFunction, OtherTool, ToolChoice, ToolChoices
 
 
@@ -143,21 +143,20 @@ class MessagesBody(SamplingFields):
         thinking = self.thinking
         return thinking is None or (thinking.type != "disabled" and thinking.display != "omitted")
 
-    def as_chat(self) -> ChatCompletionBody:
-        """Return the same request as OpenAI's.
+    def as_chat(self) -> tuple[ChatCompletionBody, Wording]:
+        """Return the same request as OpenAI's, and what its parts are called here.
 
         Raises RequestError for a block, a tool or a choice of tools that is not served here.
         """
         messages = list(self._turns())
         asked = self.chosen()
-        if (required := self._required_format()) is not None:
-            asked["response_format"] = required
+        format_param, asked["response_format"] = self._format()
         if self.stop and self.stop_sequences:
             raise RequestError("'stop' and 'stop_sequences' exclude each other", param="stop")
         asked |= {"stop": self.stop_sequences} if self.stop_sequences else {}
         if self.tool_choice is not None and "disable_parallel_tool_use" in self.tool_choice.model_fields_set:
             asked["parallel_tool_calls"] = not self.tool_choice.disable_parallel_tool_use
-        return ChatCompletionBody.model_construct(
+        chat = ChatCompletionBody.model_construct(
             messages=messages,
             model=self.model,
             max_tokens=self.max_tokens,
@@ -173,6 +172,7 @@ class MessagesBody(SamplingFields):
             reasoning_effort=self.output_config.effort if self.output_config else None,
             **asked,
         )
+        return chat, Wording(format=format_param)
 
     def _turns(self) -> Iterator[Message]:
         if self.system:
@@ -199,11 +199,22 @@ class MessagesBody(SamplingFields):
             return None
         return dict.fromkeys(THINKING, self.thinking.type == "enabled")
 
-    def _required_format(self) -> ResponseFormat | None:
-        wanted = (self.output_config.format if self.output_config else None) or self.output_format
-        if wanted is None:
-            return None
-        return ResponseFormat(type="json_schema", json_schema=JsonSchema(schema_=wanted.schema_))
+    def _format(self) -> tuple[str, ResponseFormat | None]:
+        """Return the one field that says what the answer must be, and what that is; None for a text."""
+        own = [
+            ("output_config.format", self.output_config.format if self.output_config else None),
+            ("output_format", self.output_format),
+        ]
+        given = [(param, _as_response_format(wanted)) for param, wanted in own if wanted is not None]
+        if self.response_format is not None:
+            given.append(("response_format", self.response_format))
+        if len(given) > 1:
+            raise exclusive(given[0][0], given[1][0])
+        return given[0] if given else ("response_format", None)
+
+
+def _as_response_format(wanted: OutputFormat) -> ResponseFormat:
+    return ResponseFormat(type="json_schema", json_schema=JsonSchema(schema_=wanted.schema_))
 
 
 def _turns(message: AnthropicMessage, at: str) -> Iterator[Message]:

@@ -121,19 +121,20 @@ class ConstraintFields(Body):
     """llama.cpp's name for `guided_grammar`; TGI's for a schema or pattern."""
 
 
-def constraint(body: ConstraintFields) -> Constraint | None:
+def constraint(body: ConstraintFields, *, format_param: str = "response_format") -> Constraint | None:
     """Return the constraint that a request asks for, None for free text.
 
+    `format_param` is what the route calls its `response_format`.
     Raises RequestError for an unknown response_format, more than one constraint, or white space of what is
     not JSON.
     """
-    found = list(_constraints(body))
+    found = list(_constraints(body, format_param))
     if len(found) > 1:
-        raise _exclusive(found[0].param, found[1].param)
+        raise exclusive(found[0].param, found[1].param)
     return _spaced(found[0], body.guided_whitespace_pattern, "guided_whitespace_pattern") if found else None
 
 
-def _exclusive(first: str, second: str) -> RequestError:
+def exclusive(first: str, second: str) -> RequestError:
     return RequestError(f"'{first}' and '{second}' exclude each other", param=second)
 
 
@@ -146,9 +147,9 @@ def _spaced(asked: Constraint, space: str | None, param: str) -> Constraint:
     return replace(asked, whitespace=space)
 
 
-def _constraints(body: ConstraintFields) -> Iterator[Constraint]:
+def _constraints(body: ConstraintFields, format_param: str) -> Iterator[Constraint]:
     if body.response_format is not None:
-        yield from _of_format(body.response_format)
+        yield from _of_format(body.response_format, format_param)
     if body.structured_outputs is not None:
         yield from _of_vllm(body.structured_outputs)
     for name in ("guided_json", "json_schema"):
@@ -188,11 +189,10 @@ def _structured(asked: StructuredOutputs, param: str) -> Iterator[Constraint]:
         yield Constraint("grammar", asked.grammar, f"{param}.grammar")
 
 
-def _of_format(asked: ResponseFormat) -> Iterator[Constraint]:
-    param = "response_format"
+def _of_format(asked: ResponseFormat, param: str) -> Iterator[Constraint]:
     inner = asked.json_schema
     if inner is not None and asked.schema_ is not None:
-        raise _exclusive(f"{param}.schema", f"{param}.json_schema")
+        raise exclusive(f"{param}.schema", f"{param}.json_schema")
     schema = asked.schema_ if inner is None else inner.schema_
     match asked.type:
         case "text":

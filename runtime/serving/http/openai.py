@@ -39,9 +39,11 @@ from runtime.serving.http.logprobs import Logprobs
 from runtime.serving.http.messages import turns_of
 from runtime.serving.http.schema import (
     MAX_CHOICES,
+    OWN_WORDING,
     ChatCompletionBody,
     CompletionBody,
     OpenAIFields,
+    Wording,
 )
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
 from runtime.serving.http.template_fields import template_options
@@ -227,18 +229,6 @@ def model_list(generator: Generator) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Wording:
-    """What a route that asks for a chat completion calls its parts; refusals name these."""
-
-    messages: str = "messages"
-    places: Sequence[int] | None = None
-    """The indices within `messages` that the messages were made of, where these are not 0, 1, 2…."""
-    length: str = "max_tokens"
-    constraint: Constraint | None = None
-    """What the answer must match, where the body's own fields do not say."""
-
-
-@dataclass(frozen=True, slots=True)
 class ChatPrompt:
     """What a conversation is for one model."""
 
@@ -252,7 +242,7 @@ class ChatPrompt:
 async def chat_prompt(
     generator: Generator,
     body: ChatCompletionBody,
-    wording: Wording = Wording(),
+    wording: Wording = OWN_WORDING,
 ) -> ChatPrompt:
     """Return the prompt of a conversation for the model that it names."""
     adapter = await generator.adapter_for(body.model)
@@ -269,13 +259,13 @@ async def chat_request(
     generator: Generator,
     body: ChatCompletionBody,
     request: Request,
-    wording: Wording = Wording(),
+    wording: Wording = OWN_WORDING,
 ) -> GenerationRequest:
     """Return what to generate for a conversation, which other routes put in OpenAI's words too."""
     _check_common(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("'top_logprobs' needs 'logprobs': true", param="top_logprobs")
-    asked, forced = _constraint(body, wording.constraint)
+    asked, forced = _constraint(body, wording.format)
     prompt = await chat_prompt(generator, body, wording)
     tokenizer, ids = prompt.tokenizer, prompt.ids
     form = _form(generator, body, prompt.adapter)
@@ -317,18 +307,16 @@ def _form(generator: Generator, body: ChatCompletionBody, adapter: str | None) -
     return replace(form, tools=callable_tools(body), one_call=one_call)
 
 
-def _constraint(
-    body: ChatCompletionBody, other: Constraint | None
-) -> tuple[Constraint | None, ForcedCalls | None]:
+def _constraint(body: ChatCompletionBody, format_param: str) -> tuple[Constraint | None, ForcedCalls | None]:
     """Return what the answer must match, or the calls that it must consist of.
 
-    `other` is said by no field of the body. A call that is forced has no text that a format is for.
+    A call that is forced has no text that a format is for.
     """
-    asked = other or constraint(body)
+    asked = constraint(body, format_param=format_param)
     forced = forced_call(
         body, several=body.parallel_tool_calls and "parallel_tool_calls" in body.model_fields_set
     )
-    if asked is not None and forced is not None and asked.param not in {"response_format", "text.format"}:
+    if asked is not None and forced is not None and asked.param != format_param:
         raise RequestError(f"'{forced.param}' and '{asked.param}' exclude each other", param=asked.param)
     return (None if forced else asked), forced
 

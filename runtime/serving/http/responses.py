@@ -22,7 +22,7 @@ from runtime.serving.answer_parsers.parts import (
 from runtime.serving.generation import AnswerChunk, GenerationGroup, GenerationRequest, Generator
 from runtime.serving.http.body import BodyRoute
 from runtime.serving.http.logprobs import Logprobs
-from runtime.serving.http.openai import Wording, chat_request
+from runtime.serving.http.openai import chat_request
 from runtime.serving.http.responses_body import ResponsesBody, TextFormat
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
 
@@ -58,8 +58,7 @@ def router(generator: Generator) -> APIRouter:
 async def _generation_request(
     generator: Generator, body: ResponsesBody, request: Request
 ) -> GenerationRequest:
-    chat, places = body.as_chat()
-    wording = Wording("input", places, length="max_output_tokens", constraint=body.constraint())
+    chat, wording = body.as_chat()
     return await chat_request(generator, chat, request, wording)
 
 

@@ -12,11 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, Tag
 
 from runtime.errors import RequestError
-from runtime.serving.engine.protocol import Constraint
 from runtime.serving.http import fields
 from runtime.serving.http.body_errors import SHOWN, required
 from runtime.serving.http.body_types import Body, Flag, Integer, Metadata, Name, Text, TokenCount, by_kind
-from runtime.serving.http.constraint_fields import constraint
+from runtime.serving.http.constraint_fields import JsonSchema, ResponseFormat, exclusive
 from runtime.serving.http.messages import (
     MOST_MESSAGES,
     Content,
@@ -26,10 +25,10 @@ from runtime.serving.http.messages import (
     ToolCall,
     with_contents,
 )
-from runtime.serving.http.schema import MAX_LOGPROBS, ChatCompletionBody, SamplingFields
+from runtime.serving.http.schema import MAX_LOGPROBS, ChatCompletionBody, SamplingFields, Wording
 from runtime.serving.http.tool_fields import MAX_TOOLS, NamedFunction, OtherTool, ToolChoice
-from runtime.serving.structured_output.constraints import json_object
 
+TEXT_FORMAT = "text.format"
 LOGPROBS = "message.output_text.logprobs"
 
 
@@ -147,8 +146,8 @@ class ResponsesBody(SamplingFields):
         """Whether log probabilities are reported."""
         return self.include is not None and LOGPROBS in self.include
 
-    def as_chat(self) -> tuple[ChatCompletionBody, list[int]]:
-        """Return the same request as a chat completion, and the item that each message begins with.
+    def as_chat(self) -> tuple[ChatCompletionBody, Wording]:
+        """Return the same request as a chat completion, and what its parts are called here.
 
         Raises RequestError for an item or a tool that is not served here.
         """
@@ -156,6 +155,11 @@ class ResponsesBody(SamplingFields):
             raise RequestError(f"'top_logprobs' needs '{LOGPROBS}' in 'include'", param="top_logprobs")
         placed = list(self._messages())
         sampling = self.chosen()
+        required_format = self._format()
+        if required_format is not None:
+            if self.response_format is not None:
+                raise exclusive(TEXT_FORMAT, "response_format")
+            sampling["response_format"] = required_format
         if "parallel_tool_calls" in self.model_fields_set:
             sampling["parallel_tool_calls"] = self.parallel_tool_calls
         chat = ChatCompletionBody.model_construct(
@@ -175,16 +179,17 @@ class ResponsesBody(SamplingFields):
             reasoning_effort=self.reasoning.effort if self.reasoning else None,
             **sampling,
         )
-        return chat, [place for place, _ in placed]
+        format_param = TEXT_FORMAT if required_format is not None else "response_format"
+        places = [place for place, _ in placed]
+        return chat, Wording("input", places, length="max_output_tokens", format=format_param)
 
-    def constraint(self) -> Constraint | None:
-        """Return what the answer must match, None for free text."""
-        text_format = self.text.format if self.text else Format()
-        if text_format.type == "text":
-            return constraint(self)
-        if text_format.type == "json_object" or text_format.schema_ is None:
-            return json_object("text.format")
-        return Constraint("schema", text_format.schema_, "text.format", strict=text_format.strict)
+    def _format(self) -> ResponseFormat | None:
+        """Return what the answer must be as chat completions say it, None for a text."""
+        if self.text is None or self.text.format.type == "text":
+            return None
+        wanted = self.text.format
+        schema = JsonSchema(schema_=wanted.schema_, strict=wanted.strict)
+        return ResponseFormat(type=wanted.type, json_schema=schema if wanted.type == "json_schema" else None)
 
     def _messages(self) -> Iterator[tuple[int, Message]]:
         if self.instructions:

@@ -5,6 +5,8 @@ in messages.py, tools in tool_fields.py. Knows no model and no tokenizer, and ne
 `SamplingFields`, then `ChatBody` and `ChatCompletionBody`.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag
@@ -226,6 +228,21 @@ class ChatCompletionBody(OpenAIFields, TemplateFields, ToolFields):
     """Whether one answer may hold several calls; false: the first of them."""
     include_reasoning: Flag | None = None
     """False leaves the model's reasoning out of the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """What a route that asks for a chat completion calls its parts; refusals name these."""
+
+    messages: str = "messages"
+    places: Sequence[int] | None = None
+    """The indices within `messages` that the messages were made of, where these are not 0, 1, 2…."""
+    length: str = "max_tokens"
+    format: str = "response_format"
+
+
+OWN_WORDING = Wording()
+"""Of /v1/chat/completions itself."""
 
 
 def _prompt_kind(value: Any) -> str | None:

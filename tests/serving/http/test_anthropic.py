@@ -12,6 +12,7 @@ pytestmark = pytest.mark.anyio
 
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 HI = [{"role": "user", "content": "hi"}]
+FORMAT = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
 TOOL = {
     "name": "weather",
     "description": "of a city",
@@ -189,6 +190,13 @@ async def test_tokens_of_a_prompt_are_counted_without_an_answer(open_site: Any) 
         ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
         ({"stop": "a", "stop_sequences": ["b"]}, "stop"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"output_config": FORMAT, "output_format": FORMAT["format"]}, "output_format"),
+        ({"output_config": FORMAT, "response_format": {"type": "json_object"}}, "response_format"),
+        ({"output_config": FORMAT, "guided_regex": "a"}, "guided_regex"),
+        (
+            {"output_config": {"format": {"type": "json_schema", "schema": {"type": 5}}}},
+            "output_config.format",
+        ),
     ],
 )
 async def test_what_is_not_served_names_its_field_in_anthropics_form(
@@ -219,8 +227,7 @@ async def test_errors_have_anthropics_types(open_site: Any) -> None:
 
 async def test_a_format_is_a_constraint(open_site: Any) -> None:
     async with open_site(context_tokens=2048) as site:
-        wanted = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
-        await post(site, output_config=wanted)
+        await post(site, output_config=FORMAT)
         assert site.engine.requests[0].sampling.grammar is not None
 
 

@@ -241,3 +241,17 @@ async def test_the_output_of_a_call_may_be_a_list_of_parts(open_site: Any, token
         reply = await site.client.post("/v1/responses", json={"input": items})
         assert reply.status_code == 200
         assert "tool\nsunny<|im_end|>" in tokenizer.decode(site.engine.requests[0].prompt_ids)
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"guided_regex": "a"}, "guided_regex"),
+    ],
+)
+async def test_two_forms_of_one_answer_exclude_each_other(open_site: Any, more: Any, param: str) -> None:
+    async with open_site() as site:
+        body = {"input": "hi", "text": {"format": {"type": "json_object"}}} | more
+        reply = await site.client.post("/v1/responses", json=body)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
