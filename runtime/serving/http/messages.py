@@ -182,7 +182,7 @@ def turns_of(
     for index, message in enumerate(messages):
         at = f"{param}[{places[index] if places else index}]"
         role = _role(message.role, features, f"{at}.role")
-        text, reasoning = _content(message, role, f"{at}.content")
+        text, reasoning = content_of(message, role, f"{at}.content")
         turn: dict[str, Any] = {"role": role, "content": text}
         if calls := list(_calls(message, f"call_{index}", arguments)):
             turn["tool_calls"] = calls
@@ -211,8 +211,8 @@ def _role(role: str, features: TemplateFeatures, param: str) -> str:
     )
 
 
-def _content(message: Message, role: str, param: str) -> tuple[str, str]:
-    """Return a message's text and its reasoning, "" where it has none."""
+def content_of(message: Message, role: str, param: str) -> tuple[str, str]:
+    """Return a message's text and its reasoning, "" where it has none; RequestError for what is no text."""
     texts: list[str] = []
     thoughts = [message.reasoning_content or message.reasoning or ""]
     content = message.content

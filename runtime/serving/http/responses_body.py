@@ -23,6 +23,7 @@ from runtime.serving.http.messages import (
     Message,
     Said,
     ToolCall,
+    content_of,
     with_contents,
 )
 from runtime.serving.http.schema import MAX_LOGPROBS, ChatCompletionBody, SamplingFields, Wording
@@ -229,11 +230,7 @@ class _Answer:
         """Take an item in; return it where it is a message of its own instead."""
         match item.type:
             case "reasoning":
-                content = item.content
-                parts = (
-                    [part.text or "" for part in content] if isinstance(content, list) else [content or ""]
-                )
-                self.thought += "".join(parts) or item.summary or ""
+                self.thought += "".join(content_of(item, "assistant", f"{at}.content")) or item.summary or ""
             case "function_call":
                 function = FunctionCall(
                     name=required(item.name, f"{at}.name"),
@@ -245,9 +242,8 @@ class _Answer:
                 call_id = required(item.call_id, f"{at}.call_id")
                 return Message.model_construct(role="tool", tool_call_id=call_id, content=output)
             case "message" if _is_plain_answer(item):
-                self.text = item.content if isinstance(item.content, str) else None
-                if isinstance(item.content, list):
-                    self.text = "".join(part.text or part.refusal or "" for part in item.content)
+                self.text, thought = content_of(item, "assistant", f"{at}.content")
+                self.thought += thought
             case "message":
                 if not item.role:
                     raise RequestError(f"'{at}.role' is missing", param=f"{at}.role")
@@ -275,8 +271,5 @@ class _Answer:
 
 
 def _is_plain_answer(item: Item) -> bool:
-    """Whether a message is the text of an answer and no more: others are read as chat completions' are."""
-    if item.role != "assistant" or item.tool_calls or item.function_call or item.content is None:
-        return False
-    texts = {"text", "output_text", "refusal"}
-    return isinstance(item.content, str) or all(part.type in texts for part in item.content)
+    """Whether a message is the text of an answer; calls within it are read as chat completions' are."""
+    return item.role == "assistant" and not item.tool_calls and item.function_call is None

@@ -255,3 +255,18 @@ async def test_two_forms_of_one_answer_exclude_each_other(open_site: Any, more: 
         body = {"input": "hi", "text": {"format": {"type": "json_object"}}} | more
         reply = await site.client.post("/v1/responses", json=body)
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+async def test_a_thought_that_a_message_carries_itself_is_shown_too(open_site: Any, tokenizer: Any) -> None:
+    said: Any = {"role": "assistant", "content": "yes", "reasoning_content": "hm"}
+    async with open_site(template=THINKS, context_tokens=2048) as site:
+        items = [{"role": "user", "content": "is it?"}, said, {"role": "user", "content": "sure?"}]
+        await site.client.post("/v1/responses", json={"input": items})
+        assert "<think>\nhm" in tokenizer.decode(site.engine.requests[0].prompt_ids)
+
+
+async def test_a_part_that_is_no_text_is_refused_within_an_answer_too(open_site: Any) -> None:
+    thought = {"type": "reasoning", "content": [{"type": "input_image", "image_url": "x"}]}
+    async with open_site() as site:
+        reply = await site.client.post("/v1/responses", json={"input": [thought]})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "input[0].content[0]")
