@@ -135,6 +135,7 @@ def constraint(body: ConstraintFields, *, format_param: str = "response_format")
 
 
 def exclusive(first: str, second: str) -> RequestError:
+    """Return the refusal of two fields that both say what the answer must match."""
     return RequestError(f"'{first}' and '{second}' exclude each other", param=second)
 
 
