@@ -20,6 +20,8 @@ from runtime.redaction import redact
 log = logging.getLogger(__name__)
 
 _MOST_TEXT = 4096
+_MOST_NAME = 200
+"""Characters of a key, from its end, by which a text under it may be a secret."""
 _MOST_DEPTH = 20
 _MOST_SETTINGS = 1 << 20
 _HEX_64, _HEX_40 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
@@ -146,7 +148,7 @@ def _clean(value: Any, name: str = "", depth: int = 0) -> Any:
     if depth > _MOST_DEPTH or (isinstance(value, float) and not isfinite(value)):
         return None
     if isinstance(value, dict):
-        return {redact(key): _clean(each, key, depth + 1) for key, each in value.items()}
+        return {redact(key): _clean(each, key[-_MOST_NAME:], depth + 1) for key, each in value.items()}
     return [_clean(each, name, depth + 1) for each in value] if isinstance(value, list) else value
 
 
