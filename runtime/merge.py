@@ -4,10 +4,8 @@ The base is read as it is stored, in 16 bits, never quantised: an update added t
 rounded away. Does not know tuning or serving. Start at `merge`.
 """
 
-import hashlib
 import json
 import logging
-import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +14,7 @@ from runtime import adapters, logs, model_files, models, presets
 from runtime.adapters import Adapter, lora_config
 from runtime.config import read_text
 from runtime.errors import CapacityError, ConfigError, one_line
-from runtime.files import atomic_folder, check_folder, disk_errors, sha256
+from runtime.files import atomic_folder, check_folder, disk_errors, sampled_sha256, sha256
 from runtime.hardware import Hardware
 from runtime.memory.shape import BYTES
 from runtime.model_source import Dtype, ModelSource
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SAMPLE_BYTES = 1 << 20
 ORIGIN = ".merged.json"
 """In a merged model: what it was made of. A command that is run again knows its result by it."""
 
@@ -61,15 +58,19 @@ def merge(folder: Path, target: Path, *, base: ModelSource, machine: Hardware, d
     taken or the base is quantised, CapacityError without enough memory.
     """
     check_folder(target, "a new directory for the model")
-    adapter, weights = adapters.check(folder), models.locate(base)
-    origin = _origin(adapter, weights, dtype)
-    if target.is_dir() and any(target.iterdir()):
-        if (target / ORIGIN).is_file() and read_text(target / ORIGIN) == origin:
-            log.info("%s holds this merged model already", target)
-            return target
-        raise ConfigError(f"{target} exists already; give a new directory")
+    is_taken = target.is_dir() and any(target.iterdir())
+    if is_taken and not (target / ORIGIN).is_file():
+        raise _taken(target)
+    adapter = adapters.check(folder)
     if reasons := lora_config.not_merged(adapter.config):
         raise ConfigError(f"adapter {folder.name}: cannot be merged: {'; '.join(reasons)}")
+    weights = models.locate(base)
+    origin = _origin(adapter, weights, dtype)
+    if is_taken:
+        if read_text(target / ORIGIN) != origin:
+            raise _taken(target)
+        log.info("%s holds this merged model already", target)
+        return target
     stored = _stored_dtype(base, weights)
     written = stored if dtype == "auto" else dtype
     _check_memory(base, weights, BYTES[written] / BYTES[stored], machine)
@@ -82,22 +83,15 @@ def merge(folder: Path, target: Path, *, base: ModelSource, machine: Hardware, d
     return target
 
 
+def _taken(target: Path) -> ConfigError:
+    return ConfigError(f"{target} exists already; give a new directory")
+
+
 def _origin(adapter: Adapter, weights: Path, dtype: Dtype) -> str:
     """Return what a merged model is made of, as its folder records it."""
     digests = {path.name: sha256(path) for path in sorted(adapter.folder.iterdir()) if path.is_file()}
-    base = {path.name: _sample(path) for path in sorted(weights.iterdir()) if path.is_file()}
+    base = {path.name: sampled_sha256(path) for path in sorted(weights.iterdir()) if path.is_file()}
     return json.dumps({"adapter": digests, "base": base, "dtype": dtype}, indent=1)
-
-
-def _sample(path: Path) -> str:
-    """Return a digest of a file's size and its two ends: reading all of a base model takes minutes."""
-    with path.open("rb") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        digest = hashlib.sha256(str(size).encode())
-        for at in (0, max(size - _SAMPLE_BYTES, 0)):
-            stream.seek(at)
-            digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def _merged(base: ModelSource, adapter: Adapter, machine: Hardware) -> "PreTrainedModel":

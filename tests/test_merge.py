@@ -136,6 +136,9 @@ def test_nothing_is_overwritten_and_little_memory_is_reported_first(
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(ConfigError, match="exists already"):
         merge.merge(adapter_dir, tmp_path / "taken", base=base, machine=CPU)
+    unfetched = ModelSource(name="far", image=f"oci:{tmp_path}/none:v1")
+    with pytest.raises(ConfigError, match="exists already"):
+        merge.merge(adapter_dir, tmp_path / "taken", base=unfetched, machine=CPU)
     small = Hardware("cpu", "test", None, 1 << 16, 1)
     with pytest.raises(CapacityError, match=r"takes .* GiB of memory"):
         merge.merge(adapter_dir, tmp_path / "new", base=base, machine=small)

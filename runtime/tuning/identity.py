@@ -8,7 +8,6 @@ Start at `requested` and `JobIdentity.differences`.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from urllib.parse import urlsplit
 
 from runtime.config import flatten
 from runtime.errors import DataError
-from runtime.files import sha256
+from runtime.files import sampled_sha256
 from runtime.tuning.arguments import rules
 from runtime.tuning.arguments.training import DEFAULTS
 from runtime.tuning.settings import DataSource, TuningJob
@@ -84,11 +83,6 @@ TRAINING_WITHOUT_EFFECT = frozenset(
     }
 )  # fmt: skip
 """The other ones that are honoured; a test has each of them in one of the two tables."""
-
-_WHOLE_BYTES = 4 * 2**20
-_SAMPLES, _SAMPLE_BYTES = 32, 2**16
-"""A larger model file counts by its size and this many evenly spaced pieces, its start and end among them:
-weights of a hundred gigabytes would take minutes to read."""
 
 _MODEL_FILES = (
     "config.json", "*.safetensors", "*.bin", "tokenizer*", "*.model", "*token*.json", "vocab.*", "merges.txt",
@@ -210,7 +204,7 @@ def model_digest(folder: Path) -> str:
         return ""
     whole = hashlib.sha256()
     for path in found:
-        whole.update(f"{path.name} {_content_digest(path)}\n".encode())
+        whole.update(f"{path.name} {sampled_sha256(path)}\n".encode())
     return whole.hexdigest()
 
 
@@ -221,18 +215,6 @@ def rows_digest(tokenized: "TokenizedSplit") -> str:
         digest.update(len(sequence).to_bytes(8))
         digest.update(sequence.ids.tobytes())
         digest.update(sequence.loss_mask.tobytes())
-    return digest.hexdigest()
-
-
-def _content_digest(path: Path) -> str:
-    size = path.stat().st_size
-    if size <= _WHOLE_BYTES:
-        return sha256(path)
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as stream:
-        for number in range(_SAMPLES):
-            stream.seek((size - _SAMPLE_BYTES) * number // (_SAMPLES - 1), os.SEEK_SET)
-            digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
 
