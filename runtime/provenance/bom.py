@@ -53,13 +53,10 @@ def _base(facts: Facts) -> list[dict[str, Any]]:
         return []
     name = base.repository or base.name or "base model"
     entry: dict[str, Any] = {"type": "machine-learning-model", "bom-ref": "model", "name": name}
-    version = base.commit or base.revision
-    if version:
-        entry["version"] = version
-    if base.repository:
-        entry["purl"] = f"pkg:huggingface/{base.repository}" + (
-            f"@{quote(version, safe='')}" if version else ""
-        )
+    if base.version:
+        entry["version"] = base.version
+    if base.purl:
+        entry["purl"] = base.purl
     if base.weights_sha256:
         entry["hashes"] = _hashes(base.weights_sha256)
     return [entry]

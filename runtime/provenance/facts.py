@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from runtime import packing
 from runtime.packing import as_object
@@ -46,6 +47,19 @@ class BaseModel:
     commit: str | None
     """40 hex digits: the revision, where it is one, or what it was then."""
     weights_sha256: str | None
+
+    @property
+    def version(self) -> str | None:
+        """Its commit, else the name of a revision."""
+        return self.commit or self.revision
+
+    @property
+    def purl(self) -> str | None:
+        """Its package URL; None for a model that is not from the hub."""
+        if self.repository is None:
+            return None
+        at = f"@{quote(self.version, safe='')}" if self.version else ""
+        return f"pkg:huggingface/{quote(self.repository)}{at}"
 
 
 @dataclass(frozen=True, slots=True)

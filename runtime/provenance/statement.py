@@ -66,9 +66,8 @@ def build(
 def _base(base: BaseModel) -> dict[str, Any]:
     digests = {"gitCommit": base.commit, "weightsSha256": base.weights_sha256}
     entry: dict[str, Any] = {"name": base.name or base.repository or "base model"}
-    if base.repository:
-        at = f"@{base.commit or base.revision}" if base.commit or base.revision else ""
-        entry["uri"] = f"pkg:huggingface/{base.repository}{at}"
+    if base.purl:
+        entry["uri"] = base.purl
     if stated := {key: value for key, value in digests.items() if value}:
         entry["digest"] = stated
     return entry
