@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from runtime import packing
+from runtime.logs import printable
 from runtime.packing import as_object
 from runtime.redaction import redact
 
@@ -144,10 +145,10 @@ def _strings(value: object) -> dict[str, str]:
 
 
 def _text(value: object) -> str | None:
-    """Return a text without secrets and of a length that can be shown; None for anything else."""
+    """Return a text without secrets, that can be shown and is not long; None for anything else."""
     if not isinstance(value, str) or not value:
         return None
-    return redact(value[:_MOST_TEXT].partition("?")[0])
+    return redact(printable(value[:_MOST_TEXT]).partition("?")[0])
 
 
 def _clean(value: Any, name: str = "", depth: int = 0) -> Any:

@@ -38,7 +38,12 @@ def test_bill_of_a_folder_of_which_nothing_is_known_is_its_files(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "report", ["[]", '{"model": {"name": "x y/ü", "revision": "a b"}, "packages": {"": ""}}']
+    "report",
+    [
+        "[]",
+        '{"model": {"name": "x y/ü", "revision": "a b"}, "packages": {"": ""}}',
+        '{"packages": {"a": "\\ud800", "b\\udfff": "1", "\\ud801": "2", "c": "\\u0007 3"}}',
+    ],
 )
 def test_odd_report_gives_a_valid_bill(report: str, tuned: Path) -> None:
     (tuned / "tuning_report.json").write_text(report)
