@@ -113,15 +113,25 @@ def build(
 
 
 def assemble(
-    layers: Sequence[Blob], config: Blob, *, annotations: Mapping[str, str], artifact_type: str | None = None
+    layers: Sequence[Blob],
+    config: Blob,
+    *,
+    annotations: Mapping[str, str],
+    artifact_type: str | None = None,
+    subject: Descriptor | None = None,
 ) -> Image:
-    """Return the image with these blobs; ConfigError for annotations that a reader could not show."""
+    """Return the image with these blobs; ConfigError for annotations that a reader could not show.
+
+    subject: the image that an artifact is about.
+    """
     _check_annotations(annotations)
     manifest: dict[str, Any] = {"schemaVersion": 2, "mediaType": MANIFEST}
     if artifact_type:
         manifest["artifactType"] = artifact_type
     manifest["config"] = config.descriptor.as_json()
     manifest["layers"] = [layer.descriptor.as_json() for layer in layers]
+    if subject:
+        manifest["subject"] = subject.as_json()
     if annotations:
         manifest["annotations"] = dict(sorted(annotations.items()))
     return Image(_encode(manifest), (*layers, config))

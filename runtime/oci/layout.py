@@ -87,9 +87,7 @@ class Layout:
         return next(map(self._manifest, entries.values()), None)
 
     def _manifest(self, entry: dict[str, Any]) -> StoredManifest:
-        path = self._path(entry["digest"])
-        if not path.is_file():
-            raise RegistryError(f"{self}: blob {entry['digest']} is missing; push the image again")
+        path = self._existing(entry["digest"])
         manifest = StoredManifest(_read_json(path), str(entry.get("mediaType") or MANIFEST))
         return check_manifest(manifest, entry["digest"], str(self))
 
@@ -143,9 +141,7 @@ class Layout:
 
     def fetch(self, descriptor: Descriptor, path: Path, report: Report) -> None:
         """Copy a blob to `path`, checking its digest."""
-        source = self._path(descriptor.digest)
-        if not source.is_file():
-            raise RegistryError(f"{self}: blob {descriptor.digest} is missing; push the image again")
+        source = self._existing(descriptor.digest)
         with disk_errors(path.parent, descriptor.size), _new_file(path) as file:
             if _copy(source.open("rb"), file, report) != descriptor.digest:
                 raise RegistryError(
@@ -154,10 +150,7 @@ class Layout:
 
     def read(self, descriptor: Descriptor) -> bytes:
         """Return a small blob."""
-        path = self._path(descriptor.digest)
-        if not path.is_file():
-            raise RegistryError(f"{self}: blob {descriptor.digest} is missing; push the image again")
-        return check_small(_read_json(path), descriptor, str(self))
+        return check_small(_read_json(self._existing(descriptor.digest)), descriptor, str(self))
 
     def delete(self, tag: str) -> bool:
         """Remove the tag and the blobs that no other image of the layout uses."""
@@ -179,6 +172,12 @@ class Layout:
 
     def _path(self, digest: str) -> Path:
         return self._blobs / digest.removeprefix("sha256:")
+
+    def _existing(self, digest: str) -> Path:
+        path = self._path(digest)
+        if not path.is_file():
+            raise RegistryError(f"{self}: blob {digest} is missing; push the image again")
+        return path
 
     def _index(self) -> dict[str, Any]:
         path = self._root / "index.json"

@@ -12,7 +12,7 @@ from typing import Any
 from runtime.errors import RegistryError
 from runtime.oci import manifests
 from runtime.oci.blobs import Blob, Descriptor, from_bytes, is_digest
-from runtime.oci.image import INDEX, MANIFEST, Image
+from runtime.oci.image import INDEX, MANIFEST, Image, assemble
 from runtime.oci.store import StoredManifest
 
 MOST = 1000
@@ -34,16 +34,7 @@ class Referrer:
 def artifact(blob: Blob, *, kind: str, subject: Descriptor, annotations: dict[str, str]) -> Image:
     """Return the artifact of type `kind` that holds `blob` and is about `subject`."""
     empty = from_bytes(b"{}", manifests.EMPTY)
-    document = {
-        "schemaVersion": 2,
-        "mediaType": MANIFEST,
-        "artifactType": kind,
-        "config": empty.descriptor.as_json(),
-        "layers": [blob.descriptor.as_json()],
-        "subject": subject.as_json(),
-        "annotations": dict(sorted(annotations.items())),
-    }
-    return Image(json.dumps(document, separators=(",", ":")).encode(), (blob, empty))
+    return assemble([blob], empty, annotations=annotations, artifact_type=kind, subject=subject)
 
 
 def of(manifest: StoredManifest) -> Referrer:
