@@ -132,12 +132,12 @@ class Layout:
         if index is not None:
             self.put_manifest(index, tag)
 
-    def referrers(self, subject: str) -> list[StoredManifest]:
-        """Return the artifacts about `subject`."""
+    def referrers(self, subject: str) -> Iterator[StoredManifest]:
+        """Yield the artifacts about `subject`."""
         tag = referrers.fallback_tag(subject)
         listed = referrers.read(self.find(tag), f"{self}:{tag}")
         found = (self.find(each.manifest.digest) for each in listed)
-        return [each for each in found if each is not None]
+        yield from (each for each in found if each is not None)
 
     def fetch(self, descriptor: Descriptor, path: Path, report: Report) -> None:
         """Copy a blob to `path`, checking its digest."""

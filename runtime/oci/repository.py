@@ -124,8 +124,8 @@ class Repository:
         if index is not None:
             self._put(index, tag)
 
-    def referrers(self, subject: str) -> list[StoredManifest]:
-        """Return the artifacts about `subject`: by the API, else by the index under a tag."""
+    def referrers(self, subject: str) -> Iterator[StoredManifest]:
+        """Yield the artifacts about `subject`: by the API, else by the index under a tag."""
         tag = referrers.fallback_tag(subject)
         response = self._transport.do_request(f"{self._base}/referrers/{subject}", headers={"Accept": INDEX})
         kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
@@ -136,10 +136,10 @@ class Repository:
         else:  # 404 is the specification's; older registries answer what they like to an unknown route
             found = self.find(tag)
             if found is None:
-                return []
+                return
             listed = found
         found_each = (self.find(each.manifest.digest) for each in referrers.read(listed, f"{self}:{tag}"))
-        return [each for each in found_each if each is not None]
+        yield from (each for each in found_each if each is not None)
 
     def _put(self, manifest: StoredManifest, selector: str) -> requests.Response:
         headers = {"Content-Type": manifest.media_type}

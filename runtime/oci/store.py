@@ -5,7 +5,7 @@ Start at `Store`; layout.py and repository.py implement it.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +110,8 @@ class Store(Protocol):
         """Store the manifest of an artifact about the image `subject`, a digest, and list it with that."""
         ...
 
-    def referrers(self, subject: str) -> list[StoredManifest]:
-        """Return the manifests of the artifacts about the image `subject`, a digest."""
+    def referrers(self, subject: str) -> Iterator[StoredManifest]:
+        """Yield the manifests of the artifacts about the image `subject`, a digest, each read in its turn."""
         ...
 
     def delete(self, tag: str) -> bool:

@@ -75,6 +75,20 @@ def test_registry_with_the_api_gets_no_tag(start: Start, tuned: Path, pair: KeyP
     assert tag is server.find("PUT", "/manifests/")[-1]  # who pulls by the tag finds a signed image
 
 
+def test_what_is_attached_is_read_one_by_one(start: Start, tuned: Path) -> None:
+    """There may be a thousand of them, of 4 MiB each, by anybody."""
+    server = start(referrers=True)
+    reference = oci.parse(f"{server.host}/a/support:v1")
+    digest = push(tuned, reference)
+    before = len(server.find("GET", "/manifests/sha256:"))
+    store = images.open_store(reference, quick())
+    listed = iter(store.referrers(digest))
+    assert next(listed).document["subject"]["digest"] == digest
+    assert len(server.find("GET", "/manifests/sha256:")) == before + 1
+    assert len(list(listed)) == 1
+    store.close()
+
+
 @pytest.mark.parametrize("status", [400, 405, 200])
 def test_registry_that_answers_anything_to_an_unknown_route_has_no_api(
     status: int, start: Start, tuned: Path, pair: KeyPair
