@@ -143,7 +143,7 @@ def load(
 
     folder = locate(source)
     model_weights.check_files(folder)
-    load_config(source)
+    _read_config(folder, source)
     options = _load_options(source, hardware, device)
     if quantization is not None:
         options["quantization_config"] = _bitsandbytes(quantization, hardware)
@@ -203,9 +203,12 @@ def _load_options(source: ModelSource, hardware: Hardware, device: str) -> dict[
 
 def load_config(source: ModelSource) -> "PreTrainedConfig":
     """Return the configuration of `source`, without its weights."""
+    return _read_config(locate(source, weights=False), source)
+
+
+def _read_config(folder: Path, source: ModelSource) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
-    folder = locate(source, weights=False)
     with _failures_of(f"{folder / model_files.CONFIG}"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=source.trust_remote_code

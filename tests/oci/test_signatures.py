@@ -16,10 +16,10 @@ from runtime import oci
 from runtime.errors import ConfigError, RegistryError, exit_code
 from runtime.oci import images, signatures
 from runtime.oci.blobs import from_bytes
-from runtime.oci.image import CONFIG, INDEX, assemble
+from runtime.oci.image import CONFIG, assemble
 from runtime.oci.layout import Layout
 from runtime.oci.store import StoredManifest
-from tests.oci.conftest import Started, files, fresh, needs, quick
+from tests.oci.conftest import Started, files, fresh, indexed, needs, quick
 from tests.oci.keypairs import KeyPair, make_pair
 
 
@@ -215,12 +215,8 @@ def test_signed_index_vouches_for_its_images(small: Path, pair: KeyPair, tmp_pat
     """`cosign sign` of an image for several machines signs the index alone."""
     reference = oci.parse(f"oci:{tmp_path}/layout:v1")
     digest = oci.push(small, reference)
-    store = Layout(tmp_path / "layout")
-    entry = {"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": digest, "size": 1}
-    index = StoredManifest(json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode(), INDEX)
-    with store.writing():
-        store.put_manifest(index, "both")
-        signatures.sign(store, reference, index.digest, oci.read_private(pair.private))
+    index = indexed(reference.tagged("both"), digest)
+    oci.sign(reference, index, oci.read_private(pair.private))
     assert files(pull(reference.tagged("both"), tmp_path / "back", pair.public)) == files(small)
     with pytest.raises(RegistryError, match="is not signed"):
         pull(reference, tmp_path / "other", pair.public)

@@ -11,6 +11,7 @@ from typing import Any, Self
 import pytest
 
 from runtime import adapters, oci
+from runtime.provenance.facts import Facts
 from runtime.tuning import launcher
 from runtime.tuning.output import SENTINEL, OutputPaths
 from runtime.tuning.settings import DataSource, Lora, Output, TuningJob
@@ -115,6 +116,17 @@ def test_job_leaves_adapter_report_and_sentinel(finished: FinishedJob) -> None:
     assert report["adapter_sha256"] in page
     assert report["model"]["weights_sha256"] == of_folder(finished.job.model.path)
     assert report["packages"]["torch"] == report["versions"]["torch"]
+    stated = Facts.read(folder)
+    assert stated.base is not None
+    assert stated.base.weights_sha256 == report["model"]["weights_sha256"]
+    assert [(file.name, file.sha256) for file in stated.data] == [
+        (file["name"], file["sha256"]) for file in report["data"]["files"]
+    ]
+    assert (stated.job, stated.settings["lora"]["r"]) == (finished.job.name, 4)
+    assert stated.scores["heldOutLossAfter"] == result["held_out_loss"]["after"]
+    assert (stated.scores["steps"], stated.scores["verdict"]) == (12, report["verdict"]["kind"])
+    assert stated.packages.keys() == report["packages"].keys()
+    assert (stated.machine, stated.versions) == (report["machine"], report["versions"])
     assert sorted({entry["step"] for entry in finished.history()}) == list(range(1, 13))
     assert not listed(OutputPaths(folder).checkpoints)
 
