@@ -332,7 +332,7 @@ def _open_lock(path: Path) -> int:
 def _is_still(descriptor: int, path: Path) -> bool:
     """Whether `path` names the file or folder that is open."""
     try:
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
+        return os.path.samestat(os.fstat(descriptor), path.stat())
     except OSError:
         return False
 

@@ -117,6 +117,18 @@ def test_who_waits_for_a_lock_whose_file_is_removed_holds_the_new_one(tmp_path: 
         assert waiter.result(60)
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_lock_of_a_link_is_that_of_what_it_names(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "real").mkdir() if kind == "folder" else (tmp_path / "real").touch()
+    (tmp_path / "link").symlink_to("real")
+    with (
+        files.locked(tmp_path / "link", wait_s=0),
+        pytest.raises(BlockingIOError),
+        files.locked(tmp_path / "real", wait_s=0),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     ("number", "kind"),
     [
