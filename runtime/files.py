@@ -32,6 +32,7 @@ _SCRATCH = re.compile(r"\.[0-9a-f]{8}\.part$")
 _MOST_NAME = 60
 """Characters of a name that its scratch name repeats: at most 240 of the 255 bytes that a name may have."""
 _ABANDONED_S = 24 * 3600
+_RUST_ERROR = re.compile(r"\(os error ([0-9]{1,4})\)")
 
 _WHOLE_BYTES = 4 * 2**20
 _SAMPLES, _SAMPLE_BYTES = 32, 2**16
@@ -244,11 +245,20 @@ def disk_errors(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
     """Turn what the file system refuses under `path` into an error a user can act on."""
     try:
         yield
-    except OSError as error:
-        failure = disk_failure(error, path, needed_bytes=needed_bytes)
+    except Failure:
+        raise
+    except Exception as error:
+        met = error if isinstance(error, OSError) else _told_by_rust(error)
+        failure = disk_failure(met, path, needed_bytes=needed_bytes) if met is not None else None
         if failure is None:
             raise
         raise failure from None
+
+
+def _told_by_rust(error: Exception) -> OSError | None:
+    """Return the error of the system that a library in Rust (safetensors) puts into a text of its own."""
+    found = _RUST_ERROR.search(str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
 def disk_failure(

@@ -147,6 +147,15 @@ def test_what_a_disk_refuses_is_told_from_what_may_pass(number: int, kind: type[
     assert number == errno.EMFILE or str(failure).startswith("/a/b: ")
 
 
+def test_what_a_library_in_rust_says_of_the_disk_is_understood(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    with pytest.raises(ConfigError, match="cannot be used"), files.disk_errors(tmp_path):
+        save_file({}, str(tmp_path / "missing" / "x.safetensors"))
+    with pytest.raises(ValueError, match="of another kind"), files.disk_errors(tmp_path):
+        raise ValueError("of another kind")
+
+
 def test_permissions_are_those_requested_or_the_umasks(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
