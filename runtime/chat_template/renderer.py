@@ -130,8 +130,10 @@ class Renderer:
         """Return a process for a template that nobody else asks, and that has not ended."""
         while True:
             with self._lock:
-                idle = self._idle.get(template)
+                idle = self._idle.get(template, [])
                 process = idle.pop() if idle else None
+                if not idle:
+                    self._idle.pop(template, None)
             if process is None:
                 return self._started(template)
             if time.monotonic() - process.asked_s < LIVES_S or not _has_ended(process.channel):

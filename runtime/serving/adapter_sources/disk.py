@@ -71,6 +71,8 @@ class AdapterFiles:
         finally:
             with self._lock:
                 self._held[digest] -= 1
+                if not self._held[digest]:
+                    del self._held[digest]
                 if (entry / IMAGE).is_dir():
                     self._sizes[digest] = self._sizes.get(digest) or _size(entry)
                     self._sizes.move_to_end(digest)
