@@ -34,7 +34,7 @@ class AnswerParser:
 
     def feed(self, text: str) -> list[Part]:
         """Return the parts that `text` completes."""
-        self._source.rest += text
+        self._source.add(text)
         return joined(self._parts())
 
     def finish(self) -> list[Part]:
@@ -50,7 +50,7 @@ class AnswerParser:
     @property
     def held(self) -> int:
         """Characters that wait, marks left out."""
-        return len(self._source.unmarked(self._source.rest))
+        return self._source.held
 
     @property
     def thoughts(self) -> list[tuple[int, int]]:

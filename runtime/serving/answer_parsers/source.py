@@ -31,11 +31,18 @@ class AnswerSource:
         self._unmarked = str.maketrans(dict.fromkeys(self._marks.values(), ""))
         self.rest = ""
         """What is not taken."""
+        self.held = 0
+        """Characters of that, marks left out."""
         self.ended = False
         self.taken = 0
         """Characters taken so far."""
         self.thoughts: list[tuple[int, int]] = []
         """(start, end) of what was taken as reasoning."""
+
+    def add(self, text: str) -> None:
+        """Append what has arrived."""
+        self.rest += text
+        self.held += len(self.unmarked(text))
 
     def mark(self, delimiters: Sequence[str]) -> tuple[str, ...]:
         """Return delimiters as they stand in this text."""
@@ -58,6 +65,7 @@ class AnswerSource:
                 start = self.thoughts.pop()[0]
             self.thoughts.append((start, self.taken + count))
         self.taken += len(text)
+        self.held -= len(self.unmarked(text))
         return text
 
     def find(self, delimiters: Sequence[str], start: int = 0) -> tuple[int, str]:

@@ -14,6 +14,7 @@ from runtime.serving.answer_parsers.forms import AnswerForm
 from runtime.serving.answer_parsers.parser import AnswerParser
 from runtime.serving.answer_parsers.parts import CallArguments, CallEnd, CallStart, ParsedAnswer
 from runtime.serving.detokenize import marked
+from tests.costs import assert_linear
 from tests.serving.answer_parsers.spelled import SPELLINGS, TEXT, TOOLS, Spelling, dumped
 
 NAMES = sorted(SPELLINGS)
@@ -238,6 +239,22 @@ def test_text_is_not_held_back_without_need() -> None:
     assert answer.content == f"{TEXT} And"
     assert parser.held == len(" <tool") or parser.held == len("<tool")
     assert dumped(answer.calls) == "[]"
+
+
+def test_a_long_call_costs_the_same_for_each_token_of_it() -> None:
+    form, marks = form_of(SPELLINGS["hermes"]), {"<tool_call>": "\ud800", "</tool_call>": "\ud801"}
+
+    def read_call(tokens: int) -> None:
+        parser, waiting = AnswerParser(form, marks=marks), len('{"name": "weather", "arguments": {"city": "')
+        parser.feed(marked('<tool_call>{"name": "weather", "arguments": {"city": "', marks))
+        for _ in range(tokens):
+            parser.feed("text")
+            waiting += len("text")
+            assert parser.held == waiting
+        assert len(parser.feed(marked('"}}</tool_call>', marks))) == 3
+        assert parser.held == 0
+
+    assert_linear(read_call, 250, 4_000)
 
 
 ODD = ("3d_render", "get-the-weather", "server/tool", "server:tool", "n" * 64)
