@@ -17,7 +17,7 @@ pytestmark = pytest.mark.long
 
 EXAMPLES = 2000
 FLAT_BYTES = 64 << 20
-"""What the process may grow by over all examples: the allocator's own, and hypothesis' tables."""
+"""What the process may grow by while it reads, over all examples: the allocator's own."""
 
 KEYS = [
     "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "peft_type", "task_type",
@@ -78,9 +78,9 @@ def good(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def grown(begun: int) -> int:
-    """Return by how many bytes the process' largest memory has grown."""
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - begun
+def peak() -> int:
+    """Return the most bytes that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def test_anything_in_an_adapters_folder_is_read_or_refused_and_takes_no_memory(
@@ -91,7 +91,7 @@ def test_anything_in_an_adapters_folder_is_read_or_refused_and_takes_no_memory(
     header, data = parts(weights)
     tensors = sorted(name for name in header if name != "__metadata__")
     seen: dict[str, int] = {}
-    begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    grown = 0
 
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(
@@ -113,9 +113,12 @@ def test_anything_in_an_adapters_folder_is_read_or_refused_and_takes_no_memory(
         for place, value in flips:
             made[place % len(made)] = value
         (tmp_path / "adapter_model.safetensors").write_bytes(bytes(made[:cut]))
+        nonlocal grown
+        before = peak()  # drawing counts for nothing: hypothesis builds its table of characters meanwhile
         outcome = read(tmp_path)
+        grown += peak() - before
         seen[outcome] = seen.get(outcome, 0) + 1
 
     fuzz()
     assert min(seen.get("read", 0), seen.get("refused", 0)) > EXAMPLES // 50, seen
-    assert grown(begun) < FLAT_BYTES, seen
+    assert grown < FLAT_BYTES, seen
