@@ -8,7 +8,7 @@ Start at `TemplateFeatures`, then `probe`.
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from runtime.chat_template.thoughts import find_thought
@@ -95,8 +95,6 @@ class TemplateFeatures:
     """Ids of calls that are taken: any, or nine letters and digits."""
     marks_answers: bool = False
     """It has `{% generation %}` blocks: it says itself what the model writes."""
-    variables: frozenset[str] = field(default_factory=frozenset)
-    """What the template reads that it does not set itself."""
 
     def role(self, sent: str) -> str:
         """Return `sent`, or the role that stands for it where the template does not know it."""
@@ -109,21 +107,19 @@ def opened_thought(prompt: str) -> str:
     return found.opening if found is not None and found.is_left_open("") else ""
 
 
-def probe(
-    attempt: Try, *, words: Iterable[str] = (), variables: Iterable[str] = (), marks_answers: bool = False
-) -> TemplateFeatures:
+def probe(attempt: Try, *, words: Iterable[str] = (), marks_answers: bool = False) -> TemplateFeatures:
     """Return what a template renders, by some fifty renderings of short conversations.
 
-    `words` are the texts in the template that may be roles, `variables` what it reads.
+    `words` are the texts in the template that may be roles.
     """
-    return _Probe(attempt, frozenset(words), frozenset(variables)).features(marks_answers)
+    return _Probe(attempt, frozenset(words)).features(marks_answers)
 
 
 class _Probe:
     """The conversations that a template is tried with."""
 
-    def __init__(self, attempt: Try, words: frozenset[str], variables: frozenset[str]) -> None:
-        self._try, self._words, self._variables = attempt, words, variables
+    def __init__(self, attempt: Try, words: frozenset[str]) -> None:
+        self._try, self._words = attempt, words
         self._text_arguments = self._takes_text_arguments()
 
     def features(self, marks_answers: bool) -> TemplateFeatures:
@@ -159,7 +155,6 @@ class _Probe:
             result_role=result_role,
             call_ids=self._call_ids(),
             marks_answers=marks_answers,
-            variables=self._variables,
         )
 
     def _shows(self, turns: list[Turn], *marks: str, **options: Any) -> bool:

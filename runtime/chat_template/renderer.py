@@ -45,8 +45,6 @@ class JinjaFacts:
 
     words: frozenset[str] = frozenset()
     """The texts in it that may be names of roles."""
-    variables: frozenset[str] = frozenset()
-    """What it reads and does not set first, in some branch."""
     marks_answers: bool = False
 
 
@@ -171,9 +169,7 @@ class Renderer:
             said = one_line(payload.decode(*protocol.ENCODING), 200)
             raise ConfigError(f"the chat template is broken {said}")
         read = json.loads(payload)
-        process.facts = JinjaFacts(
-            frozenset(read["words"]), frozenset(read["variables"]), bool(read["marks_answers"])
-        )
+        process.facts = JinjaFacts(frozenset(read["words"]), bool(read["marks_answers"]))
         return process
 
     def _ended(self, template: str, process: _Process) -> TemplateLimitError:

@@ -190,4 +190,4 @@ def _features(template: str, special: tuple[tuple[str, Any], ...]) -> TemplateFe
         except TemplateRefusedError:
             return None
 
-    return probe(attempt, words=facts.words, variables=facts.variables, marks_answers=facts.marks_answers)
+    return probe(attempt, words=facts.words, marks_answers=facts.marks_answers)

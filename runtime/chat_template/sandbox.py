@@ -12,7 +12,6 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 from jinja2.parser import Parser
@@ -90,13 +89,12 @@ class Sandbox:
         self._answers: list[tuple[int, int]] = []
 
     def names(self) -> dict[str, Any]:
-        """Return the texts in it that may be names of roles, what it reads, and whether it marks answers."""
+        """Return the texts in it that may be names of roles, and whether it marks answers."""
         tree = self._environment.parse(self._source)
         texts = {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
         marks = any(_is_generation(block) for block in tree.find_all(jinja2.nodes.CallBlock))
         return {
             "words": sorted(text for text in texts if text.isidentifier()),
-            "variables": sorted(jinja2.meta.find_undeclared_variables(tree)),
             "marks_answers": marks,
         }
 

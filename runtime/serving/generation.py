@@ -352,6 +352,10 @@ class Generator:
             return await self.sources.lease(served, model, param=param)
         raise self.unknown(model, param=param)
 
+    def adapter_key(self, name: str) -> str:
+        """Return what the engine calls the adapter that /v1/models lists as `name`."""
+        return (self.sources.key(name) if self.sources is not None else None) or name
+
     def unknown(self, model: str, *, param: str = "model") -> UnknownModelError:
         """Return the failure of a request for a model that is not served."""
         listed = ", ".join(self.served().models())

@@ -64,11 +64,17 @@ class ServedModel:
     digest: PendingDigest | None = None
     """Of the base weights."""
     adapter_digests: dict[str, str | None] = field(default_factory=dict)
-    """Of the adapters' weights, by name."""
+    """Of the adapters' weights, by what the engine calls them."""
 
     def tokenizer_for(self, adapter: str | None) -> PromptTokenizer:
         """Return what makes prompts for `adapter`: with its own chat template, where it has one."""
         return self.adapter_tokenizers.get(adapter or "", self.tokenizer)
+
+    def remove_adapter(self, adapter: str) -> None:
+        """Have the engine forget `adapter`, and what is kept of it here."""
+        self.engine.remove_adapter(adapter)
+        self.adapter_tokenizers.pop(adapter, None)
+        self.adapter_digests.pop(adapter, None)
 
     def form_for(self, adapter: str | None) -> AnswerForm:
         """Return how the answers of `adapter` are read: its own chat template says it, where it has one."""

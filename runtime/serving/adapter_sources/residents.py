@@ -58,6 +58,10 @@ class Residents:
             self._current.move_to_end(name)
         return self._current.get(name)
 
+    def current(self, name: str) -> Resident | None:
+        """Return what `name` stands for now."""
+        return self._current.get(name)
+
     def find(self, key: str) -> Resident | None:
         """Return the adapter that the engine calls `key`."""
         return next((each for each in self if each.key == key), None)

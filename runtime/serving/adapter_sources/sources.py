@@ -112,7 +112,12 @@ class AdapterSources:
 
     def loaded(self, name: str) -> bool:
         """Whether requests for `name` need no registry."""
-        return any(each.name == name and self._residents.is_current(each) for each in self._residents)
+        return self.key(name) is not None
+
+    def key(self, name: str) -> str | None:
+        """Return what the engine calls the adapter `name`, None where it is not in memory."""
+        resident = self._residents.current(name)
+        return None if resident is None else resident.key
 
     async def lease(self, served: ServedModel, name: str, *, param: str) -> str:
         """Return what the engine calls the adapter `name`; it stays until the caller's request is answered.
@@ -260,8 +265,7 @@ class AdapterSources:
     async def _remove(self, served: ServedModel, resident: Resident) -> None:
         """Have the engine forget an adapter that no request uses."""
         self._residents.remove(resident)
-        await self._in_thread(lambda: served.engine.remove_adapter(resident.key))
-        served.adapter_tokenizers.pop(resident.key, None)
+        await self._in_thread(lambda: served.remove_adapter(resident.key))
         log.info("Adapter removed from memory: %s (%s)", resident.name, resident.digest)
 
     def _release(self, served: ServedModel, resident: Resident) -> None:

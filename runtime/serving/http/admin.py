@@ -158,7 +158,6 @@ def _add_adapter_routes(routes: APIRouter, generator: Generator, loader: Adapter
                 raise UnknownModelError(
                     f"no adapter '{body.lora_name}' is served", param="lora_name", code="model_not_found"
                 )
-            await asyncio.to_thread(served.engine.remove_adapter, body.lora_name)
-            served.adapter_tokenizers.pop(body.lora_name, None)
+            await asyncio.to_thread(served.remove_adapter, body.lora_name)
         log.info("Adapter removed: %s", body.lora_name)
         return JSONResponse({"message": f"adapter '{body.lora_name}' is served no more"})

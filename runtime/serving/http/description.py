@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.serving.http.middleware import KEYLESS_PATHS
+
 BASE = "http://localhost:8080"
 """The server's address in examples."""
 
@@ -154,7 +156,6 @@ ROUTES: Mapping[tuple[str, str], Route] = {
     ),
 }  # fmt: skip
 """By method and path."""
-WITHOUT_KEY = frozenset({"/livez", "/readyz", "/health", "/healthz", "/metrics", "/docs"})
 
 
 def described(api: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +175,7 @@ def described(api: dict[str, Any]) -> dict[str, Any]:
 
 def _describe(operation: dict[str, Any], route: Route, method: str, path: str) -> None:
     operation["description"] = route.text
-    operation["security"] = [] if path in WITHOUT_KEY else [{"key": []}]
+    operation["security"] = [] if path in KEYLESS_PATHS else [{"key": []}]
     operation["x-codeSamples"] = samples(method, route.path or path, route.body)
     kind = "application/json" if isinstance(route.answer, dict) else "text/plain"
     if path == "/docs":

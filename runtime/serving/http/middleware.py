@@ -32,6 +32,7 @@ OPEN_PATHS = frozenset(
 
 DESCRIPTION_PATHS = frozenset({"/docs", "/openapi.json"})
 """Read without the key: they say how to send it, and nothing of this server's model."""
+KEYLESS_PATHS = OPEN_PATHS | DESCRIPTION_PATHS
 ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 """Answered with the key of an administrator only: what they do, all others see."""
 
@@ -100,7 +101,7 @@ class RequestMiddleware:
 
     async def _of_known_origin(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, headers = scope["path"], Headers(scope=scope)
-        if self._keys is not None and path not in OPEN_PATHS | DESCRIPTION_PATHS:
+        if self._keys is not None and path not in KEYLESS_PATHS:
             holder = self._keys.holder(presented_key(headers) or "")
             if holder is None:
                 await _unauthorized(path, headers)(scope, receive, send)

@@ -220,7 +220,7 @@ def model_list(generator: Generator) -> list[dict[str, Any]]:
     found = []
     for name in served.models():
         is_base = name in bases
-        digest = base_digest if is_base else served.adapter_digests.get(name)
+        digest = base_digest if is_base else served.adapter_digests.get(generator.adapter_key(name))
         lineage = {"root": served.name if is_base else name, "parent": None if is_base else served.name}
         # of the weights, once it is known; no field of OpenAI's, which clients ignore
         stated = {"weights_sha256": digest} if digest else {}

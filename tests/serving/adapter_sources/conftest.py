@@ -197,7 +197,7 @@ def open_shop(tiny: ServedModel, tiny_llama_dir: Path, shelf: Shelf) -> OpenShop
         finally:
             adapters.close()
             for name in tiny.engine.stats().adapters:
-                await asyncio.to_thread(tiny.engine.remove_adapter, name)
+                await asyncio.to_thread(tiny.remove_adapter, name)
 
     return open_
 
@@ -221,7 +221,7 @@ def alone(tiny: ServedModel, tiny_llama_dir: Path, colours: dict[str, Path]) -> 
                 response = await client.post("/v1/completions", json={**QUESTION, "model": name})
                 answers[name] = response.json()["choices"][0]["text"]
                 if folder is not None:
-                    await asyncio.to_thread(tiny.engine.remove_adapter, name)
+                    await asyncio.to_thread(tiny.remove_adapter, name)
         return answers
 
     answers = asyncio.run(ask())

@@ -38,6 +38,18 @@ async def test_an_adapter_is_loaded_by_name_once_for_all_who_ask(
         assert shop.metric("runtime:adapter_hits_total") == 1
 
 
+async def test_the_digest_of_an_adapters_weights_is_stated_while_it_is_in_memory(open_shop: OpenShop) -> None:
+    async with open_shop(resident=1) as shop:
+        await shop.answer("red:1")
+        red = (await shop.client.get("/v1/models/red:1")).json()["weights_sha256"]
+        await shop.answer("blue:1")
+        listed = (await shop.client.get("/v1/models")).json()["data"]
+        stated = {each["id"]: each.get("weights_sha256") for each in listed}
+        assert stated["blue:1"] not in {None, red}
+        assert "red:1" not in stated
+        assert len(shop.served.adapter_digests) == 1  # those that have left are not kept
+
+
 @pytest.mark.parametrize(
     ("path", "field", "body"),
     [
