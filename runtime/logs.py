@@ -25,6 +25,8 @@ _UNSHOWABLE = (
     | dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
 )
 """Control characters as pictures of themselves; those that reorder text and lone surrogates as U+FFFD."""
+_ESCAPED = {code: f"\\u{code:04x}" for code in _UNSHOWABLE if code >= 0x7F}
+"""The same in JSON, whose writer escapes those below a space: no terminal obeys them, a parser reads them."""
 
 
 def printable(text: str) -> str:
@@ -61,7 +63,7 @@ class _JsonLines(logging.Formatter):
             line[key] = redact(value) if isinstance(value, str) else value
         if record.exc_info:
             line["traceback"] = redact(self.formatException(record.exc_info))
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return json.dumps(line, ensure_ascii=False, default=str).translate(_ESCAPED)
 
 
 def configure(*, debug: bool = False, rank: int = 0, stream: TextIO | None = None) -> None:

@@ -38,6 +38,29 @@ def test_a_terminal_gets_plain_lines() -> None:
     assert stream.getvalue().rstrip().endswith("WARNING disk is nearly full")
 
 
+ODD = (*map(chr, range(0xA0)), *"\x7f\u2028\u2029\u202e\u2066\u2069\ud800")
+
+
+def test_no_log_line_controls_a_terminal_or_ends_early_and_json_keeps_what_was_said() -> None:
+    """C1 has one-byte forms of CSI and OSC, bidirectional controls show other text than there is."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    said = "日本 é \u200f" + "".join(ODD)
+    for stream in (io.StringIO(), Terminal()):
+        logs.configure(stream=stream)
+        logging.getLogger("runtime.x").info("%s", said, extra={"fields": {said: [said]}})
+        written = stream.getvalue().removesuffix("\n")
+        written.encode()  # to any stream
+        assert "日本 é \u200f" in written
+        assert set(ODD) & set(written) <= {*map(chr, range(0x20, 0x7F)), *("\t\n" if stream.isatty() else "")}
+        if not stream.isatty():
+            record = json.loads(written)
+            assert (record["msg"], record[said]) == (said, [said])
+
+
 def test_ranks_above_zero_only_warn() -> None:
     stream = io.StringIO()
     logs.configure(stream=stream, rank=1)

@@ -1,16 +1,17 @@
-"""Names of models and images, and addresses of data, checked when settings are resolved, also in a dry run.
+"""Models' directories, names of images and addresses of data, checked as settings are resolved.
 
-Contacts nobody; what a name may be stands in oci/reference.py and tuning/data/urls.py. Start at `check_job`
-and `check_server`.
+A dry run checks them too. Contacts nobody; what a name may be stands in oci/reference.py and
+tuning/data/urls.py, what a model's files may hold in model_files.py. Start at `check_job` and `check_server`.
 """
 
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from runtime import adapters, oci, presets, support
+from runtime import adapters, models, oci, presets, support
 from runtime.errors import ConfigError
 from runtime.files import kind_of
+from runtime.model_source import ModelSource
 from runtime.serving.settings import ServeConfig
 from runtime.tuning.data import urls
 from runtime.tuning.settings import TuningJob
@@ -32,6 +33,7 @@ def check_job(job: TuningJob, sources: Mapping[str, str]) -> None:
         _check_url(url, sources.get("data.urls", "data.urls"))
     paths = {"output.credentials": job.output.credentials, "data.file": job.data.file}
     _check_paths(paths | {"model.path": job.model.path}, sources)
+    _check_model(job.model)
 
 
 def notes(job: TuningJob, sources: Mapping[str, str]) -> Iterator[str]:
@@ -59,6 +61,7 @@ def check_server(config: ServeConfig, sources: Mapping[str, str]) -> None:
     if config.model.image is not None:
         _check(config.model.image, sources.get("model.image", "model.image"), read=True)
     _check_paths({"model.path": config.model.path}, sources)
+    _check_model(config.model)
     for adapter_source in config.adapter_sources:
         _check_source(adapter_source, sources.get("adapter_sources", "adapter_sources"))
     for adapter in config.adapters:
@@ -95,6 +98,12 @@ def _check_paths(paths: Mapping[str, Path | None], sources: Mapping[str, str]) -
         source = sources.get(setting, "")
         if path is not None and source.startswith("flag") and not path.exists():
             raise ConfigError(f"{source}: no such file or directory: {path}")
+
+
+def _check_model(source: ModelSource) -> None:
+    """Refuse a model's directory without weights, or with odd JSON files, as the run does."""
+    if source.path is not None and source.path.is_dir():
+        models.locate(source)
 
 
 def _check_url(url: str, source: str) -> None:

@@ -6,6 +6,7 @@ Paths of the wrong kind, names that are empty or cannot be shown, flags that hav
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,9 @@ def test_inspect_shows_what_it_was_sent_in_printable_characters(
     ("words", "name", "key"),
     [
         (["plan", "--gpu", "V100-16GB", "MODEL"], "config.json", "vocab_size"),
+        (["tune", "--dry-run", "MODEL", "--data", "."], "config.json", "hidden_size"),
+        (["tune", "--dry-run", "MODEL", "--data", "."], "generation_config.json", "top_k"),
+        (["serve", "--dry-run", "MODEL"], "config.json", "hidden_size"),
         (["serve", "--check", "MODEL"], "generation_config.json", "top_k"),
     ],
 )
@@ -207,3 +211,30 @@ def test_a_model_with_an_odd_value_ends_each_command_in_one_line(
     assert main.run([str(model) if word == "MODEL" else word for word in words], {}) == 2
     said = failure_line(capsys)
     assert f"{model / name}: '{key}' is a mapping, expected a whole number" in said
+
+
+@pytest.mark.parametrize("words", [["tune", "MODEL", "--data", "."], ["serve", "MODEL"]])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda model: (model / "model.safetensors").unlink(), "no weights; expected *.safetensors"),
+        (lambda model: (model / "config.json").write_text("[" * 100_000), "nested too deeply"),
+        (
+            lambda model: os.truncate(model / "config.json", 10 << 30),
+            "has 10737418240 bytes, expected at most",
+        ),
+    ],
+)
+def test_a_dry_run_refuses_the_model_directory_that_the_run_refuses(
+    tiny_llama_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    spoil: Callable[[Path], object],
+    message: str,
+) -> None:
+    model = Path(shutil.copytree(tiny_llama_dir, tmp_path / "model"))
+    spoil(model)
+    arguments = [str(model) if word == "MODEL" else word for word in words]
+    assert main.run([*arguments, "--dry-run"], {}) == 2
+    assert message in failure_line(capsys)

@@ -17,4 +17,5 @@ def pod(tmp_path: Path) -> Path:
     weights = tmp_path / "workspace/weights"
     weights.mkdir(parents=True)
     (weights / "config.json").write_text(json.dumps({"model_type": "phi3"}))
+    (weights / "model.safetensors").touch()
     return tmp_path

@@ -23,7 +23,8 @@ def test_inference_manifest_becomes_its_server(tmp_path: Path) -> None:
 def test_mounted_weights_are_all_a_server_needs(tmp_path: Path) -> None:
     weights = tmp_path / "workspace/weights"
     weights.mkdir(parents=True)
-    (weights / "config.json").write_text("{}")
+    (weights / "config.json").write_text('{"model_type": "phi3"}')
+    (weights / "model.safetensors").touch()
     server = load_server(None, environ={}, root=tmp_path).config
     assert (server.served_name, server.model.path) == ("weights", weights)
     (weights / "preset.txt").write_text("phi-3-mini-128k-instruct\n")
