@@ -328,9 +328,8 @@ class Generator:
         sources: AdapterSources | None = None,
     ) -> None:
         """`sources` are where adapters are looked for that are not in memory."""
-        self.sources = sources
+        self.sources, self.metrics = sources, metrics
         self._lifecycle = lifecycle
-        self._metrics = metrics
         self._timeout_s = timeout_s
 
     def served(self) -> ServedModel:
@@ -381,7 +380,7 @@ class Generator:
             if (budget := CALLER.get().budget) is not None:
                 stack.push(_settling(budget.reserve(prompt_tokens, new_tokens), generations))
             for request in expanded:
-                generation = Generation(served, request, metrics=self._metrics, deadline=deadline)
+                generation = Generation(served, request, metrics=self.metrics, deadline=deadline)
                 stack.callback(generation.close)
                 generations.append(generation)
             return GenerationGroup(generations, prompt_tokens, stack.pop_all())

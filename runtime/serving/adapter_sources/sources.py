@@ -311,14 +311,14 @@ class AdapterSources:
                 self._release(served, await self._loaded(served, name))
                 log.info("Adapter %s: its tag has moved to %s", name, digest)
         except Failure as failure:
-            self._metrics.adapter_failed(_reason(failure))
+            self._metrics.adapter_failed(failure_reason(failure))
             log.warning("Adapter %s: its tag cannot be followed, the one in memory stays: %s", name, failure)
         except Exception:
             log.exception("Adapter %s: its tag cannot be followed, the one in memory stays", name)
 
     def _failed(self, name: str, failure: Failure) -> Failure:
         """Log and count why an adapter is not served; return, and remember, what requests are told."""
-        reason = _reason(failure)
+        reason = failure_reason(failure)
         self._metrics.adapter_failed(reason)
         log.warning("Adapter refused: %s: %s", name, failure)
         told = _told(name, failure)
@@ -368,7 +368,8 @@ _REASONS: tuple[tuple[type[Failure], str], ...] = (
 """Kinds of failure as the metric names them; the first that fits."""
 
 
-def _reason(failure: Failure) -> str:
+def failure_reason(failure: Failure) -> str:
+    """Return what the metric of failures calls why an adapter was not loaded."""
     return next(reason for kind, reason in _REASONS if isinstance(failure, kind))
 
 

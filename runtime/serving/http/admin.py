@@ -14,7 +14,8 @@ from fastapi import APIRouter
 from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
-from runtime.errors import ConfigError, ForbiddenError, RequestError, UnknownModelError
+from runtime.errors import ConfigError, Failure, ForbiddenError, RequestError, UnknownModelError
+from runtime.serving.adapter_sources.sources import failure_reason
 from runtime.serving.generation import Generator
 from runtime.serving.http import fields
 from runtime.serving.http.body import BodyRoute
@@ -143,7 +144,10 @@ def _add_adapter_routes(routes: APIRouter, generator: Generator, loader: Adapter
         async with one_change_at_a_time:
             try:
                 await asyncio.to_thread(adapter_loader.add, served, source)
-            except ConfigError as failure:
+            except Failure as failure:
+                generator.metrics.adapter_failed(failure_reason(failure))
+                if not isinstance(failure, ConfigError):
+                    raise
                 raise RequestError(str(failure), param="lora_path") from None
         return JSONResponse({"message": f"adapter '{body.lora_name}' is served"})
 

@@ -170,6 +170,7 @@ def open_shop(tiny: ServedModel, tiny_llama_dir: Path, shelf: Shelf) -> OpenShop
         cache: Path | None = None,
         sources: tuple[str, ...] = (),
         access: oci.Access = ACCESS,
+        served: ServedModel = tiny,
         **limits: Any,
     ) -> AsyncIterator[Shop]:
         config = config_of(
@@ -178,7 +179,7 @@ def open_shop(tiny: ServedModel, tiny_llama_dir: Path, shelf: Shelf) -> OpenShop
             adapter_cache=cache,
             adapter_limits=AdapterLimits(**limits),
         )
-        lifecycle, metrics, now = Lifecycle(), ServingMetrics("tiny", tiny.engine.stats), [0.0]
+        lifecycle, metrics, now = Lifecycle(), ServingMetrics("tiny", served.engine.stats), [0.0]
         adapters = AdapterSources(
             config,
             attach=partial(loading.attach, config=config),
@@ -189,15 +190,15 @@ def open_shop(tiny: ServedModel, tiny_llama_dir: Path, shelf: Shelf) -> OpenShop
         app = create_app(
             lifecycle=lifecycle, metrics=metrics, limits=Limits(), adapters=LaterAdapters(sources=adapters)
         )
-        lifecycle.ready(tiny)
+        lifecycle.ready(served)
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         try:
             async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
-                yield Shop(client, adapters, tiny, metrics, now)
+                yield Shop(client, adapters, served, metrics, now)
         finally:
             adapters.close()
-            for name in tiny.engine.stats().adapters:
-                await asyncio.to_thread(tiny.remove_adapter, name)
+            for name in served.engine.stats().adapters:
+                await asyncio.to_thread(served.remove_adapter, name)
 
     return open_
 

@@ -1,16 +1,21 @@
 """Requests name adapters that a registry holds: what they get, what it costs, and what goes wrong."""
 
 import asyncio
+import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from runtime.errors import ConfigError
+from runtime.serving import loading
 from runtime.serving.adapter_sources import sources as module
-from tests.serving.adapter_sources.conftest import COLOURS, OpenShop, Shelf
+from tests.serving.adapter_sources.conftest import ACCESS, COLOURS, OpenShop, Shelf, config_of
+from tests.serving.engine.backends import test_vllm
 
+program = test_vllm.program
 pytestmark = [pytest.mark.model, pytest.mark.anyio]
 
 
@@ -296,3 +301,55 @@ async def test_a_source_that_is_none_is_refused(open_shop: OpenShop) -> None:
         with pytest.raises(ConfigError):
             async with open_shop(sources=(source,)):
                 pass
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "engine", [{"replicas": 2}, {"parallel": "tp", "processes": 2}], ids=["replicas", "divided"]
+)
+async def test_answers_are_those_of_one_process_while_adapters_come_and_go(
+    open_shop: OpenShop, tiny_llama_dir: Path, alone: dict[str, str], engine: dict[str, Any]
+) -> None:
+    config = config_of(tiny_llama_dir, adapter_sources=("127.0.0.1:9/none",), **engine)
+    served = await asyncio.to_thread(loading.load, config, ACCESS)
+    try:
+        async with open_shop(served=served, resident=2) as shop:
+            for names in (("red:1", "green:1"), ("blue:1", "red:1"), ("green:1", "tiny")):
+                asked = [name for name in names for _ in range(4)]
+                answers = await asyncio.gather(*map(shop.answer, asked))
+                assert answers == [alone[name.partition(":")[0]] for name in asked]
+            assert shop.metric("runtime:adapter_load_seconds_count") == 4
+            await shop.until(lambda: len(shop.served.engine.stats().adapters) == 2)
+    finally:
+        await asyncio.to_thread(served.engine.close)
+        served.tokenizer.close()
+
+
+async def test_vllm_is_told_of_an_adapter_by_its_copy_and_of_its_leaving(
+    open_shop: OpenShop, tiny_llama_dir: Path, tmp_path: Path, program: Path
+) -> None:
+    model = tmp_path / "model"  # where the stand-in writes what it receives
+    model.mkdir()
+    for file in tiny_llama_dir.iterdir():
+        (model / file.name).hardlink_to(file)
+    config = config_of(
+        model,
+        adapter_sources=("127.0.0.1:9/none",),
+        engine="vllm",
+        vllm={"program": str(program), "flags": {"max-model-len": 256}},
+    )
+    served = await asyncio.to_thread(loading.load, config, ACCESS)
+    flags = json.loads((model / "flags.json").read_text())
+    assert (flags["max-loras"], flags["max-lora-rank"]) == ("4", "64")
+    try:
+        async with open_shop(served=served, resident=1) as shop:
+            for name in ("red:1", "blue:1"):
+                reply = await shop.ask(name, prompt=[1, 5])
+                assert reply.status_code == 200, reply.text
+                (told,) = json.loads((model / "loras.json").read_text()).items()
+                assert told[0].startswith(name)
+                assert (Path(told[1]) / "adapter_model.safetensors").is_file()
+                assert json.loads((model / "body.json").read_text())["model"] == told[0]
+    finally:
+        await asyncio.to_thread(served.engine.close)
+        served.tokenizer.close()

@@ -179,6 +179,21 @@ async def test_bad_adapter_is_refused_with_its_reason(open_site: Any, adapter_lo
     assert "half-written" in reply.json()["error"]["message"]
 
 
+async def test_adapters_that_were_not_loaded_are_counted_by_reason(
+    open_site: Any, adapter_loader: AdapterLoader
+) -> None:
+    async with open_site(adapter_loader=adapter_loader) as site:
+        for path in ("bad", "bad", "large", "shop", "../outside"):
+            body = {"lora_name": "x", "lora_path": path}
+            await site.client.post("/v1/load_lora_adapter", json=body)
+        counted = re.findall(
+            r'^runtime:adapter_failures_total\{.*reason="(\w+)".*\} (.*)',
+            site.metrics.text().decode(),
+            re.MULTILINE,
+        )
+    assert sorted(counted) == [("no_room", "1.0"), ("refused", "2.0")]
+
+
 async def test_adapter_that_does_not_fit_is_507_and_another_is_loaded_after_it(
     open_site: Any, adapter_loader: AdapterLoader
 ) -> None:
