@@ -15,6 +15,8 @@ CACHE_SHARE = 0.8
 SAMPLING_BYTES = 28
 """For each row that is drawn and token of the vocabulary: logits, scores, shares, products and sums, and
 the logits of the step before, which a step ahead of its tokens keeps."""
+SCORED_TOKENS = 32
+"""Prompt tokens whose log probabilities a step works out; as many as there are rows, where these are more."""
 LEAST_TOKENS = 16
 """No sequence is served with less."""
 STEP_TOKENS = 512
@@ -63,8 +65,16 @@ def window_span(window: int, most_run: int = STEP_TOKENS) -> int:
 
 
 def sampling_bytes(rows: int, vocabulary: int) -> int:
-    """Return what choosing the tokens of `rows` takes at the most, with a vocabulary of so many tokens."""
-    return rows * vocabulary * SAMPLING_BYTES
+    """Return what choosing the tokens of `rows` takes at the most, with a vocabulary of so many tokens.
+
+    Log probabilities of prompts, which a step works out before it chooses, take less for each token.
+    """
+    return scored_tokens(rows) * vocabulary * SAMPLING_BYTES
+
+
+def scored_tokens(rows: int) -> int:
+    """Return the prompt tokens whose log probabilities a step of `rows` works out at most."""
+    return max(rows, SCORED_TOKENS)
 
 
 def beside(work_bytes: int, free_bytes: int) -> int:

@@ -18,6 +18,7 @@ from runtime.memory.pool import (
     beside,
     pool_that_fits,
     sampling_bytes,
+    scored_tokens,
     window_span,
 )
 from runtime.memory.shape import BYTES, Shape
@@ -128,7 +129,8 @@ def _chosen(shape: Shape, server: ServingRun, rows: int) -> MemoryItem:
         return MemoryItem("sampling", 0, "")
     vocabulary = shape.dimensions.vocabulary
     size = sampling_bytes(rows, vocabulary)
-    how = f", {size / 2**30:.1f} GiB of it to choose tokens: {rows} x {vocabulary} x {SAMPLING_BYTES} bytes"
+    factors = f"{scored_tokens(rows)} x {vocabulary} x {SAMPLING_BYTES} bytes"
+    how = f", {size / 2**30:.1f} GiB of it to choose tokens: {factors}"
     return MemoryItem("sampling", size, how)
 
 

@@ -15,7 +15,13 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Literal
 
-from runtime.errors import DeadlineError, UnavailableError, UnknownModelError
+from runtime.errors import (
+    DeadlineError,
+    OverloadedError,
+    RequestError,
+    UnavailableError,
+    UnknownModelError,
+)
 from runtime.metrics import ServingMetrics
 from runtime.serving.adapter_sources.sources import AdapterSources
 from runtime.serving.answer_parsers.forms import AnswerForm
@@ -72,6 +78,8 @@ class AnswerChunk:
     finish: AnswerFinish | None = None
     stop: str = ""
     """The stop string that ended the answer."""
+    prompt: tuple[Token, ...] = ()
+    """The prompt's tokens, in a chunk of their own, where the request wants their log probabilities."""
 
     @property
     def text(self) -> str:
@@ -84,6 +92,7 @@ class GeneratedAnswer:
     """A complete answer."""
 
     parsed: ParsedAnswer = field(default_factory=ParsedAnswer)
+    prompt: tuple[Token, ...] = ()
     tokens: list[AnswerToken] = field(default_factory=list)
     finish: AnswerFinish = "stop"
     stop: str = ""
@@ -137,11 +146,13 @@ class Generation:
                 self.cached_tokens = token.start.cached_tokens
                 self._metrics.left_queue(token.start.queued_s)
                 self._mark_running()
+                if token.start.prompt:
+                    yield AnswerChunk(prompt=token.start.prompt)
             if token.id is None:
                 if token.finish_reason == "cancelled":
                     raise UnavailableError("the server is shutting down and cancelled this answer")
                 parts, stopped = self._text.finish()
-                chunk = self._chunk(None, parts, stopped=stopped)
+                chunk = self._with_end(self._chunk(None, parts, stopped=stopped), token)
                 yield self._last_chunk(
                     chunk, "stop" if stopped or token.finish_reason == "stop" else "length"
                 )
@@ -169,11 +180,22 @@ class Generation:
         tokens = self._answer_tokens.push(token, self._text.decoded, sent=self._text.settled)
         return AnswerChunk(tuple(parts), tokens + self._answer_tokens.cut() if stopped else tokens)
 
+    def _with_end(self, chunk: AnswerChunk, end: Token) -> AnswerChunk:
+        """Return the last chunk with the stop id that ended the answer, where prompts are scored.
+
+        Who scores texts counts on one token more than the prompt has (`max_tokens` 1), whichever it is.
+        """
+        if self._answer_tokens is None or not self._request.sampling.prompt_logprobs or end.stop_id is None:
+            return chunk
+        last = self._answer_tokens.end(replace(end, id=end.stop_id))
+        return replace(chunk, tokens=(*chunk.tokens, last))
+
     async def complete(self) -> GeneratedAnswer:
         """Return the answer once it is complete."""
         answer = GeneratedAnswer()
         async for chunk in self.chunks():
             answer.parsed.add(chunk.parts)
+            answer.prompt += chunk.prompt
             answer.tokens += chunk.tokens
             answer.finish, answer.stop = chunk.finish or "stop", chunk.stop
         return answer
@@ -364,6 +386,16 @@ class Generator:
             code="model_not_found",
         )
 
+    def check_count(self, prompts: int, *, n: int, param: str) -> None:
+        """Raise RequestError where `n` answers to each of so many prompts are more than the engine takes."""
+        most = self.served().engine.stats().max_requests
+        if most and prompts * n > most:
+            raise RequestError(
+                f"{prompts} prompts with n {n} are {prompts * n} answers, and this server takes {most} at a "
+                f"time: send at most {most // n} prompts in one request",
+                param=param,
+            )
+
     def start(self, requests: Sequence[GenerationRequest], *, n: int = 1) -> GenerationGroup:
         """Queue `n` answers to each of `requests`: all of them, or none and OverloadedError.
 
@@ -373,6 +405,7 @@ class Generator:
         served = self.served()
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         expanded = _one_per_answer(requests, n)
+        _check_room(served, len(expanded))
         prompt_tokens = sum(len(request.prompt_ids) for request in requests)
         new_tokens = sum(request.sampling.max_new_tokens for request in expanded)
         with ExitStack() as stack:
@@ -385,6 +418,17 @@ class Generator:
                 generations.append(generation)
             return GenerationGroup(generations, prompt_tokens, stack.pop_all())
         raise AssertionError("an exit stack swallows nothing")
+
+
+def _check_room(served: ServedModel, answers: int) -> None:
+    """Raise OverloadedError before the first of several `answers` is queued where not all of them can be."""
+    stats = served.engine.stats()
+    taken = stats.running + stats.waiting
+    if answers > 1 and stats.max_requests and taken + answers > stats.max_requests:
+        raise OverloadedError(
+            f"{taken} requests are in progress, and with these {answers} they were more than the "
+            f"{stats.max_requests} that this server takes at a time; try again shortly"
+        )
 
 
 def _settling(

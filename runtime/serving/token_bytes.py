@@ -8,8 +8,8 @@ know answers' JSON or log probabilities. Start at `AnswerTokens.push`.
 import json
 import re
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from runtime.serving.detokenize import UNFINISHED
@@ -91,6 +91,10 @@ class AnswerTokens:
         """Return the tokens with a part in what was sent, for an answer that ends there."""
         return self._take(lambda start, _: start < self._sent)
 
+    def end(self, token: Token) -> AnswerToken:
+        """Return the token that ended the answer, which has no text; after the last `push`."""
+        return AnswerToken(token, None, self._decoded)
+
     def _take(self, belongs: Callable[[int, int], bool]) -> tuple[AnswerToken, ...]:
         taken = []
         while self._waiting and belongs(self._waiting[0][0].offset, self._waiting[0][1]):
@@ -99,13 +103,12 @@ class AnswerTokens:
 
     def _divide(self, text: str) -> None:
         """Divide `text` among the tokens of the group."""
-        end, before = self._decoded + len(text), b""
+        end, begun = self._decoded + len(text), 0
         for token, part in zip(self._group, self._spelled(text), strict=True):
-            begun = sum(byte & 0xC0 != 0x80 for byte in before)
-            within = bool(part) and bool(before) and part[0] & 0xC0 == 0x80
-            before += part
+            within = bool(part) and begun > 0 and part[0] & 0xC0 == 0x80
+            start, begun = begun, begun + sum(byte & 0xC0 != 0x80 for byte in part)
             shown = None if token.id in self._left_out else part
-            offset = min(self._decoded + begun - within, end)
+            offset = min(self._decoded + start - within, end)
             self._waiting.append((AnswerToken(token, shown, offset), end))
         self._group, self._decoded = [], end
 
@@ -124,3 +127,18 @@ class AnswerTokens:
         ):  # a tokenizer with rules of its own: nobody knows which token is which part
             parts = [b"" for _ in parts[1:]] + [encoded for _ in parts[:1]]
         return parts
+
+
+def prompt_tokens(
+    tokens: Sequence[Token], text: str, bytes_of: Callable[[int], bytes], *, special: frozenset[int]
+) -> Sequence[AnswerToken]:
+    """Return the tokens of a prompt, each with its part of `text`, in which `special` ones may be missing."""
+    spelled = b"".join(bytes_of(token.id) for token in tokens if token.id is not None)
+    # a tokenizer puts its opening tokens before a text that does not have them
+    left_out = frozenset() if spelled.endswith(text.encode()) else special
+    divided = AnswerTokens(bytes_of, left_out)
+    for token in tokens:
+        divided.push(token, "", sent=0)
+    parts = divided.push(None, text, sent=len(text))
+    unseen = [not part.data and part.token.id in special for part in parts]
+    return [replace(part, data=None) if none else part for part, none in zip(parts, unseen, strict=True)]

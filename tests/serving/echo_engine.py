@@ -8,6 +8,7 @@ again, or with what `script` returns.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -90,6 +91,7 @@ class EchoEngine:
             cached_tokens=len(self.requests),
             max_sequences=self._rows,
             cache_tokens=self._rows * self.context_tokens,
+            max_requests=self._rows + self._queue,
         )
 
     def close(self) -> None:
@@ -143,6 +145,9 @@ class EchoEngine:
 
     async def _tokens(self, request: Request, outbox: Outbox, start: Start) -> None:
         await self._read_prompt()
+        if request.sampling.prompt_logprobs:
+            following = (self._scored(request, token) for token in request.prompt_ids[1:])
+            start = replace(start, prompt=(Token(request.prompt_ids[0]), *following))
         limit = request.sampling.max_new_tokens
         echo = [request.prompt_ids[i % len(request.prompt_ids)] for i in range(limit)]
         answer = self._script(request) if self._script else echo
@@ -162,6 +167,14 @@ class EchoEngine:
             if request.sampling.top_logprobs is None:
                 outbox.put_nowait(Token(token, start=begun))
             else:
-                likeliest = ((token, -0.5), (0, -1.5))[: request.sampling.top_logprobs]
-                outbox.put_nowait(Token(token, logprob=-0.5, top=likeliest, start=begun))
-        outbox.put_nowait(Token(None, finish))
+                outbox.put_nowait(replace(self._scored(request, token), start=begun))
+        outbox.put_nowait(self._finished(finish, None if limit and answer else start))
+
+    @staticmethod
+    def _finished(finish: FinishReason, start: Start | None) -> Token:
+        return Token(None, finish, start=start)
+
+    @staticmethod
+    def _scored(request: Request, token: int) -> Token:
+        likeliest = ((token, -0.5), (0, -1.5))[: request.sampling.top_logprobs]
+        return Token(token, logprob=-0.5, top=likeliest)

@@ -75,7 +75,8 @@ class Batch:
     chunks: tuple[Chunk, ...]
     """The C sequences on the host; empty in a graph."""
     logit_indices: Tensor
-    """Flat indices of the tokens whose logits are needed: decoding ones, drafts, and the last of prompts."""
+    """Flat indices of the tokens whose logits are needed: decoding ones, drafts, the last of prompts; then
+    those within prompts that are scored."""
     adapter_groups: AdapterGroups | None
     """Which flat tokens use which adapter; None when all use the base model."""
     long: Tensor | None
@@ -144,8 +145,10 @@ def describe(plan: StepPlan, windows: Sequence[int | None]) -> HostBatch:
         positions.extend(range(start, start + count))
         adapters += [sequence.adapter] * count
         long += [sequence.long] * count
-    ends = itertools.accumulate((chunk.count for chunk in plan.chunks), initial=prompts)
-    last = [end - 1 for chunk, end in zip(plan.chunks, list(ends)[1:], strict=True) if chunk.completes]
+    ends = [*itertools.accumulate((chunk.count for chunk in plan.chunks), initial=prompts)]
+    last = [end - 1 for chunk, end in zip(plan.chunks, ends[1:], strict=True) if chunk.completes]
+    begun = zip(plan.chunks, ends[:-1], strict=True)
+    scored = [offset + position - chunk.start for chunk, offset in begun for position in chunk.scored]
     ranges = []
     for kind, window in enumerate(windows):
         found = [_range(run[0].extents[kind], window, run[1], run[2]) for run in runs]
@@ -156,7 +159,7 @@ def describe(plan: StepPlan, windows: Sequence[int | None]) -> HostBatch:
         decode_tokens=len(plan.decode),
         counts=[count for _, _, count in runs],
         ranges=tuple(ranges),
-        logit_indices=[*range(prompts), *last],
+        logit_indices=[*range(prompts), *last, *scored],
         adapters=adapters,
         long=long,
     )

@@ -26,9 +26,9 @@ from runtime.serving.engine.out_of_memory import MemoryLimits, Reason, divide, i
 from runtime.serving.engine.parallel.group import Stop
 from runtime.serving.engine.pending import Choosing, PendingTokens, RowOutput, due_of, keep
 from runtime.serving.engine.pool_map import ArenaSize
-from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
-from runtime.serving.engine.request_queue import LAST_STEP_S, RequestHandle, RequestQueue
-from runtime.serving.engine.sampler import Sampler
+from runtime.serving.engine.protocol import Request, Stats, Token
+from runtime.serving.engine.request_queue import LAST_STEP_S, End, RequestQueue
+from runtime.serving.engine.running import RunningRequest, ended_by, keep_scores
 from runtime.serving.engine.scheduler import Scheduler, Sequence, StepPlan
 
 if TYPE_CHECKING:
@@ -58,16 +58,6 @@ class EngineLimits:
     """Of the key-value pool, by kind of layer; empty for all sequences at their longest."""
     draft_tokens: int = 0
     """Most draft tokens per sequence and step; 0 drafts none."""
-
-
-class RunningRequest:
-    """A request being answered: its handle, its sequence in the cache, and its sampler."""
-
-    __slots__ = ("handle", "sampler", "sequence")
-
-    def __init__(self, handle: RequestHandle, sequence: Sequence) -> None:
-        self.handle, self.sequence = handle, sequence
-        self.sampler = Sampler(handle.request.sampling, handle.request.prompt_ids)
 
 
 class BatchingEngine:
@@ -258,7 +248,8 @@ class BatchingEngine:
         """Return the logits (C, V) of `plan`, or None where memory ran out; the pass holds none any more."""
         try:
             chosen = self._pending.chosen if self._pending is not None else None
-            return self._runner.run(plan) if chosen is None else self._runner.run(plan, chosen.tokens)
+            logits = self._runner.run(plan) if chosen is None else self._runner.run(plan, chosen.tokens)
+            return keep_scores(self._running, plan, logits)
         except Exception as error:
             # other ranks are within the same pass, which can neither be ended nor repeated
             if self._rank is not None or not is_out_of_memory(error):
@@ -311,6 +302,7 @@ class BatchingEngine:
             most=most,
             drafts=not repeatable,
             long=self._runner.is_long(most - 1),
+            scores=request.sampling.prompt_logprobs,
         )
 
     def _end_cancelled(self) -> None:
@@ -358,17 +350,19 @@ class BatchingEngine:
             elif sequence.reused and not following[0].is_finite:
                 self._restart(sequence)
             else:
-                self._count_prompt(running)
-                self._advance(running, following[0])
+                is_finite = self._end_prompt(running)
+                self._advance(running, following[0], is_finite=is_finite)
         return again
 
-    def _count_prompt(self, running: RunningRequest) -> None:
-        """Count the prompt of a sequence that gets its first token."""
+    def _end_prompt(self, running: RunningRequest) -> bool:
+        """Count the prompt of a sequence that gets its first token; return whether its scores are finite."""
         sequence = running.sequence
-        if len(sequence.ids) == sequence.prompt_tokens:
-            self._prompt_tokens += sequence.prompt_tokens
-            self._cached_tokens += sequence.reused
-            running.handle.note_cached(sequence.reused)
+        if len(sequence.ids) != sequence.prompt_tokens:
+            return True
+        self._prompt_tokens += sequence.prompt_tokens
+        self._cached_tokens += sequence.reused
+        running.handle.note_cached(sequence.reused)
+        return running.note_scores()
 
     def _verify(self, running: RunningRequest, draft: tuple[int, ...], outputs: list[RowOutput]) -> None:
         """Give one sequence its next token, and one more for each draft token that was chosen before it."""
@@ -407,12 +401,12 @@ class BatchingEngine:
         self._runner.clear(sequence)
         self._scheduler.restart(sequence)
 
-    def _advance(self, running: RunningRequest, output: RowOutput) -> None:
+    def _advance(self, running: RunningRequest, output: RowOutput, *, is_finite: bool = True) -> None:
         """Give one sequence its next token, or end it; what fails here ends that one alone."""
         if output.choice is None:
             self._end_for_memory(running.sequence, "sampling", len(running.sequence.ids))
             return
-        if not output.choice.finite:
+        if not (output.choice.finite and is_finite):
             self._end_invalid(running)
             return
         try:
@@ -428,8 +422,11 @@ class BatchingEngine:
     def _give(self, running: RunningRequest, token: Token) -> None:
         """Post `token`, and end the answer where it must end."""
         sampling, sequence = running.handle.request.sampling, running.sequence
+        if not sampling.max_new_tokens:
+            self._end(running, "length")
+            return
         if token.id is None or token.id in sampling.stop_ids:
-            self._end(running, "stop")
+            self._end(running, ended_by(token))
             return
         sequence.ids.append(token.id)
         running.handle.post(token)
@@ -437,7 +434,7 @@ class BatchingEngine:
         if new_tokens >= sampling.max_new_tokens or len(sequence.ids) >= self.context_tokens:
             self._end(running, "length")
 
-    def _end(self, running: RunningRequest, end: FinishReason | Exception) -> None:
+    def _end(self, running: RunningRequest, end: End) -> None:
         del self._running[running.sequence]
         self._scheduler.release(running.sequence)
         self._queue.finish(running.handle, end)

@@ -47,6 +47,10 @@ class FairQueue(Generic[T]):
         self._size -= 1
         return True
 
+    def is_unfair_to(self, client: str) -> bool:
+        """Whether nothing waits for `client` while several wait for another."""
+        return client not in self._by_client and any(len(items) > 1 for items in self._by_client.values())
+
     def __len__(self) -> int:
         return self._size
 

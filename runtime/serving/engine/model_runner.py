@@ -154,7 +154,7 @@ class ModelRunner:
         return self._short_tokens is not None and positions > self._short_tokens
 
     def run(self, plan: StepPlan, chosen: Tensor | None = None) -> Tensor:
-        """Run `plan` and return logits (C, V): decoding sequences, drafts, then chunks that end a prompt.
+        """Run `plan` and return logits (C + S, V): decoding sequences, drafts, ends of prompts, S scored
 
         Ids below 0 are those of `chosen`, on the device (`HostBatch.ids`). Only a GPU's work is still to do
         when this returns; the next run may write its logits where these are.

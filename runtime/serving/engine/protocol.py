@@ -58,6 +58,7 @@ class Sampling:
     """How the next token is chosen. `temperature` 0 is greedy, and then only penalties and bans matter."""
 
     max_new_tokens: int
+    """0 runs the prompt alone."""
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -94,6 +95,8 @@ class Sampling:
     """The constraint on the answer; None allows every token."""
     top_logprobs: int | None = None
     """Alternatives reported per token; None reports no log probabilities at all."""
+    prompt_logprobs: bool = False
+    """Report the prompt's tokens in the same way: none of them is taken from the prefix cache."""
 
     def __post_init__(self) -> None:
         """Make the smallest temperatures 0."""
@@ -122,6 +125,8 @@ class Start:
     """Time it waited in the queue."""
     cached_tokens: int
     """Prompt tokens whose keys and values were in the cache."""
+    prompt: "tuple[Token, ...]" = ()
+    """The prompt's tokens, where their log probabilities are wanted; the first has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +141,8 @@ class Token:
     """The likeliest (token id, log probability) pairs for this token, likeliest first."""
     start: Start | None = None
     """With the first item of an answer that the engine began, and only there."""
+    stop_id: int | None = None
+    """With the end: the stop id that was chosen, which `logprob` and `top` are then of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +176,8 @@ class Stats:
     """How often a sequence gave up its room and was computed again, since the start."""
     prompt_tokens_limit: int = 0
     """Prompt tokens that a pass is limited to since memory ran out; 0 without such a limit."""
+    max_requests: int = 0
+    """Requests that it takes at a time, answered and waiting; 0 where that is not known."""
     replicas: int = 1
     """Copies of the model, whose figures these are together."""
 

@@ -17,6 +17,9 @@ from runtime.serving.engine import failures
 from runtime.serving.engine.fair_queue import FairQueue
 from runtime.serving.engine.protocol import FinishReason, Request, Start, Stats, Token
 
+End = FinishReason | Token | Exception
+"""How an answer ends: why, the token that says so, or a failure."""
+
 LAST_STEP_S = 10.0
 """How long a closed engine is waited for; a step of a large model on a CPU takes seconds."""
 
@@ -44,6 +47,11 @@ class RequestHandle:
         """Note how many tokens of the prompt were in the cache; before the first token is posted."""
         if self._start is not None:
             self._start = replace(self._start, cached_tokens=tokens)
+
+    def note_prompt(self, tokens: tuple[Token, ...]) -> None:
+        """Note the prompt's tokens with their log probabilities; before the first token is posted."""
+        if self._start is not None:
+            self._start = replace(self._start, prompt=tokens)
 
     def post(self, item: Token | Exception) -> None:
         """Hand a token, the end or a failure to the reader; from any thread."""
@@ -92,13 +100,23 @@ class RequestQueue:
                 raise failures.stopped()
             if request.adapter is not None and request.adapter not in self.adapters():
                 raise failures.not_loaded(request.adapter)
-            if len(self._waiting) >= self._max_waiting + self._max_running - len(self._running):
+            if not self._has_place(request.client):
                 raise failures.queue_full(self._max_waiting)
             handle = RequestHandle(request)
             self._in_flight[request.adapter] += 1
             self._waiting.append(request.client, handle)
             self._changed.notify_all()
         return handle.read(on_exit=lambda: self._drop(handle))
+
+    def _has_place(self, client: str) -> bool:
+        """Whether one more request of `client` may wait.
+
+        A full queue takes one of a client that has none there while another has several, up to twice its
+        size: one client's list of prompts is no reason to refuse the others.
+        """
+        places = self._max_waiting + self._max_running - len(self._running)
+        waiting = len(self._waiting)
+        return waiting < places or (self._waiting.is_unfair_to(client) and waiting < 2 * places)
 
     def take(self, *, wait: bool) -> list[RequestHandle]:
         """Run calls, then return the requests that may start now; with `wait`, not before there is one.
@@ -167,7 +185,7 @@ class RequestQueue:
             except Exception as error:  # raised by `call`, in the caller's thread
                 done.set_exception(error)
 
-    def finish(self, handle: RequestHandle, end: FinishReason | Exception) -> None:
+    def finish(self, handle: RequestHandle, end: End) -> None:
         """Give a running request its end or failure, and its slot to the next."""
         with self._changed:
             if handle in self._running:
@@ -249,6 +267,7 @@ class RequestQueue:
             last_progress_s=self.last_progress_s,
             alive=alive,
             adapters=self.adapters(),
+            max_requests=self._max_running + self._max_waiting,
         )
 
     def _drop(self, handle: RequestHandle) -> None:
@@ -264,7 +283,7 @@ class RequestQueue:
             handle.cancelled = True
             handle.on_cancel()
 
-    def _end(self, handle: RequestHandle, end: FinishReason | Exception) -> None:
+    def _end(self, handle: RequestHandle, end: End) -> None:
         self._in_flight[handle.request.adapter] -= 1
         handle.post(Token(None, end) if isinstance(end, str) else end)
         self._changed.notify_all()

@@ -100,7 +100,7 @@ class TokenChooser:
         chosen = torch.where(left, chosen, NONE_LEFT)
         chosen = torch.where(highest.isfinite(), chosen, NOT_FINITE)
         if settings.alternatives is not None:
-            chosen = _with_logprobs(chosen, logits, settings.alternatives)
+            chosen = with_logprobs(chosen, logits, settings.alternatives)
         decided = all(how.most in (0, logits.shape[1]) for how in settings.draws)
         return Chosen(chosen, logits, rows, decided=decided)
 
@@ -184,7 +184,7 @@ def _draw(scores: Tensor, best: Tensor, how: DrawSettings, rows: Sequence[Row]) 
     return draw(scaled, how.cut, how.uniform(rows, scores.device), most=how.most)
 
 
-def _with_logprobs(chosen: Tensor, logits: Tensor, alternatives: int) -> Tensor:
+def with_logprobs(chosen: Tensor, logits: Tensor, alternatives: int) -> Tensor:
     """Return (C, 2 + 2 alternatives) float64: tokens, their log probabilities, likeliest ids, theirs."""
     logprobs = logits.log_softmax(dim=-1)
     own = logprobs.gather(1, chosen.clamp(min=0).unsqueeze(1))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Sized
 from dataclasses import dataclass, field, replace
 
+from runtime.memory.pool import scored_tokens
 from runtime.serving.engine.extents import Extent, Move
 from runtime.serving.engine.pool_map import ArenaSize, PoolMap
 from runtime.serving.engine.prompt_lookup import PromptLookup
@@ -55,6 +56,10 @@ class Sequence:
     """Whether its positions are rotated by the factors for long contexts, which give other keys."""
     in_prompt: bool = True
     """Whether it runs chunks: of its prompt, and of what it generated before it was put off."""
+    scores: int = 0
+    """Tokens, from the first on, after which the log probability of the next one is wanted."""
+    scored: int = 0
+    """How many of these have it."""
     lookup: PromptLookup = field(default_factory=PromptLookup)
     beginning: tuple[object, ...] = ()
     """What sequences with a common prefix have in common."""
@@ -85,6 +90,11 @@ class PromptChunk:
     def end(self) -> int:
         """The position after its last token."""
         return self.start + self.count
+
+    @property
+    def scored(self) -> range:
+        """The positions after which the log probability of the next token is wanted."""
+        return range(max(self.start, self.sequence.scored), min(self.end, self.sequence.scores))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +149,7 @@ class Scheduler:
         self._chunk_tokens = chunk_tokens
         self._prefill_only_tokens = prefill_only_tokens or chunk_tokens
         self._draft_tokens = draft_tokens
+        self._scored_tokens = scored_tokens(max_sequences)
         self._max_sequences = max_sequences
         most_run = max(chunk_tokens, self._prefill_only_tokens, draft_tokens + 1)
         self._pool: PoolMap[Sequence] = PoolMap(sizes, most_run=most_run)
@@ -161,7 +172,7 @@ class Scheduler:
         """Part of the pool that sequences in flight occupy; may be read from any thread."""
         return self._pool.used_share
 
-    def admit(
+    def admit(  # noqa: PLR0913 - what is known of one sequence
         self,
         prompt_ids: Sized[int],
         *,
@@ -169,16 +180,20 @@ class Scheduler:
         most: int,
         drafts: bool = False,
         long: bool = False,
+        scores: bool = False,
     ) -> Sequence | None:
         """Return a sequence for a request of `most` tokens in all, at most; None while there is no room.
 
-        It has room for its prompt and some tokens more. It continues the extents of an ended sequence where
-        it shares at least half of that; a shorter common prefix is copied (`plan`), and the other kept.
+        One that `scores` its prompt computes all of it, as the cache holds no logits. It has room for its
+        prompt and some tokens more. It continues the extents of an ended sequence where it shares at least
+        half of that; a shorter common prefix is copied (`plan`), and the other kept.
         """
         if self.put_off or len(self.sequences) >= self._max_sequences:
             return None
         sequence = Sequence(adapter, list(prompt_ids), len(prompt_ids), most, next(self._orders), long=long)
         sequence.draft_until = most if drafts else 0
+        if scores:
+            sequence.scores, sequence.shares = len(prompt_ids) - 1, False
         return sequence if self._place(sequence) else None
 
     def plan(self, most_tokens: Callable[[int], int] = lambda _: sys.maxsize) -> StepPlan:
@@ -236,6 +251,7 @@ class Scheduler:
             draft.sequence.filled += 1
         for chunk in plan.chunks:
             chunk.sequence.filled = chunk.end
+            chunk.sequence.scored += len(chunk.scored)
             self._prompts.remove(chunk.sequence)
             if chunk.completes:
                 chunk.sequence.in_prompt = False
@@ -322,6 +338,8 @@ class Scheduler:
             return None
         count = min(budget, len(sequence.ids) - start)
         count = min(count, most_tokens(start + count) - sum(chunk.count for chunk in others))
+        scored = len(PromptChunk(sequence, start, count).scored)
+        count -= max(0, scored + sum(len(chunk.scored) for chunk in others) - self._scored_tokens)
         if count <= 0:
             return None
         if source is not None:

@@ -21,7 +21,7 @@ from runtime.errors import Failure
 from runtime.metrics import ServingMetrics
 from runtime.serving.adapter_sources.sources import AdapterSources
 from runtime.serving.generation import Generator
-from runtime.serving.http import admin, anthropic, chat, openai, responses
+from runtime.serving.http import admin, anthropic, chat, completions, openai, responses
 from runtime.serving.http.description import described
 from runtime.serving.http.middleware import RequestMiddleware
 from runtime.serving.http.origins import Callers
@@ -71,6 +71,7 @@ def create_app(
     generator = Generator(lifecycle, metrics, timeout_s=timeout_s, sources=adapters.sources)
     app.include_router(chat.router(generator))
     app.include_router(openai.router(generator))
+    app.include_router(completions.router(generator))
     app.include_router(responses.router(generator))
     app.include_router(anthropic.router(generator))
     app.include_router(admin.router(generator, adapters.loader))

@@ -40,8 +40,8 @@ class Logprobs:
         """Return the object of completions; each token is among its own alternatives."""
         return {
             "tokens": [self._key(sent.token.id, sent.data) for sent in tokens],
-            "token_logprobs": [finite(sent.token.logprob) for sent in tokens],
-            "top_logprobs": [self._alternatives(sent) for sent in tokens],
+            "token_logprobs": [None if _is_first(sent) else finite(sent.token.logprob) for sent in tokens],
+            "top_logprobs": [None if _is_first(sent) else self._alternatives(sent) for sent in tokens],
             "text_offset": [sent.offset for sent in tokens],
         }
 
@@ -67,6 +67,11 @@ class Logprobs:
             return self.tokenizer.token_text(token) if token is not None else ""
         text = _text(data)
         return text if text is not None else "bytes:" + _escaped(data)
+
+
+def _is_first(sent: AnswerToken) -> bool:
+    """Whether a token is the first of a prompt, which follows none."""
+    return sent.token.logprob is None
 
 
 def _text(data: bytes) -> str | None:

@@ -1,4 +1,4 @@
-"""The OpenAI routes: /v1/chat/completions, /v1/completions and /v1/models.
+"""The OpenAI routes /v1/chat/completions and /v1/models, and what they share with /v1/completions.
 
 Knows OpenAI's JSON, nothing of how text is generated (runtime/serving/generation.py). Start at
 `chat_request` for what a request means and at `ChatFormat` for what an answer looks like.
@@ -7,7 +7,7 @@ Knows OpenAI's JSON, nothing of how text is generated (runtime/serving/generatio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
@@ -38,10 +38,8 @@ from runtime.serving.http.constraint_fields import constrained, constraint
 from runtime.serving.http.logprobs import Logprobs
 from runtime.serving.http.messages import turns_of
 from runtime.serving.http.schema import (
-    MAX_CHOICES,
     OWN_WORDING,
     ChatCompletionBody,
-    CompletionBody,
     OpenAIFields,
     Wording,
 )
@@ -50,6 +48,26 @@ from runtime.serving.http.template_fields import template_options
 from runtime.serving.http.tool_fields import callable_tools, forced_call, shown_tools
 from runtime.serving.token_bytes import AnswerToken
 from runtime.serving.tokenizer import PromptTokenizer
+
+
+class AnswerFormat(Protocol):
+    """The JSON of a route's answers."""
+
+    id_prefix: ClassVar[str]
+    object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def choice(self, index: int, answer: GeneratedAnswer) -> dict[str, Any]:
+        """Return one complete answer."""
+        ...
+
+    def opening_events(self, index: int) -> list[dict[str, Any]]:
+        """Return the events that open an answer."""
+        ...
+
+    def events(self, index: int, chunk: AnswerChunk) -> list[dict[str, Any]]:
+        """Return the events of one chunk."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +79,9 @@ class ChatFormat:
     shows_reasoning: bool = True
     one_function: bool = False
     """Answer in the older form, which has room for one call: the request had `functions`."""
-    id_prefix = "chatcmpl"
-    object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
+    id_prefix: ClassVar[str] = "chatcmpl"
+    object: ClassVar[str] = "chat.completion"
+    chunk_object: ClassVar[str] = "chat.completion.chunk"
 
     def choice(self, index: int, answer: GeneratedAnswer) -> dict[str, Any]:
         """Return one complete answer."""
@@ -140,39 +158,6 @@ def _call(name: str, arguments: str, *, id: str) -> dict[str, Any]:  # noqa: A00
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionFormat:
-    """The JSON of completions."""
-
-    tokenizer: PromptTokenizer
-    logprobs: int | None
-    echoes: Sequence[str]
-    id_prefix = "cmpl"
-    object = "text_completion"
-    chunk_object = "text_completion"
-
-    def choice(self, index: int, answer: GeneratedAnswer) -> dict[str, Any]:
-        """Return one complete answer."""
-        text = self.echoes[index] + answer.text
-        logprobs = self._logprobs(answer.tokens)
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.finish}
-
-    def opening_events(self, index: int) -> list[dict[str, Any]]:
-        """Return the events that open an answer: the prompt where `echo` asks for it."""
-        text = self.echoes[index]
-        return [{"index": index, "text": text, "logprobs": None, "finish_reason": None}] if text else []
-
-    def events(self, index: int, chunk: AnswerChunk) -> list[dict[str, Any]]:
-        """Return the event of one chunk, none for an empty one."""
-        if not chunk.text and not chunk.finish and not chunk.tokens:
-            return []
-        logprobs = self._logprobs(chunk.tokens) if chunk.tokens else None
-        return [{"index": index, "text": chunk.text, "logprobs": logprobs, "finish_reason": chunk.finish}]
-
-    def _logprobs(self, tokens: Sequence[AnswerToken]) -> dict[str, Any] | None:
-        return Logprobs(self.tokenizer).completion(tokens) if self.logprobs is not None else None
-
-
 def router(generator: Generator) -> APIRouter:
     """Return the /v1 routes for text."""
     routes = APIRouter(prefix="/v1", tags=["openai"], route_class=BodyRoute)
@@ -199,13 +184,7 @@ def router(generator: Generator) -> APIRouter:
             shows_reasoning=body.include_reasoning is not False,
             one_function=bool(body.functions),
         )
-        return await _respond(generator, requests, body, request, json_format)
-
-    @routes.post("/completions", responses=STREAMED, summary="Continue a text", response_model=None)
-    async def completions(body: CompletionBody, request: Request) -> Response:
-        requests, echoes = await _completion_requests(generator, body, request)
-        json_format = CompletionFormat(generator.served().tokenizer, body.logprobs, echoes)
-        return await _respond(generator, requests, body, request, json_format)
+        return await respond(generator, requests, body, request, json_format)
 
     return routes
 
@@ -262,7 +241,7 @@ async def chat_request(
     wording: Wording = OWN_WORDING,
 ) -> GenerationRequest:
     """Return what to generate for a conversation, which other routes put in OpenAI's words too."""
-    _check_common(body)
+    check_common(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("'top_logprobs' needs 'logprobs': true", param="top_logprobs")
     asked, forced = _constraint(body, wording.format)
@@ -277,7 +256,7 @@ async def chat_request(
         body,
         tokenizer,
         max_new_tokens=parameters.max_new_tokens(length, tokenizer, prompt_tokens=len(ids)),
-        sample=_sample(body),
+        sample=samples(body),
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     asked = spelled(form, asked, forced, prompt=tokenizer.end_of(ids), special=tokenizer.special)
@@ -321,75 +300,25 @@ def _constraint(body: ChatCompletionBody, format_param: str) -> tuple[Constraint
     return (None if forced else asked), forced
 
 
-async def _completion_requests(
-    generator: Generator, body: CompletionBody, request: Request
-) -> tuple[list[GenerationRequest], list[str]]:
-    """Return what to generate for each prompt, and per answer the text that `echo` puts first."""
-    _check_common(body)
-    if body.suffix:
-        raise RequestError("'suffix' is not supported here", param="suffix")
-    if body.best_of is not None and body.best_of != body.n:
-        raise RequestError("'best_of' other than 'n' is not supported here", param="best_of")
-    if body.echo and body.logprobs is not None:
-        raise RequestError("'logprobs' of the prompt ('echo') are not supported here", param="logprobs")
-    adapter = await generator.adapter_for(body.model)
-    asked, text_rules = constraint(body), parameters.text_rules(body)
-    length = parameters.AnswerLength(body.max_tokens)
-    tokenizer = generator.served().tokenizer
-    requests, echoes = [], []
-    for prompt in _prompts(body.prompt):
-        if isinstance(prompt, str):
-            ids = await tokenizer.prompt_from_text(prompt, special=body.add_special_tokens)
-        else:
-            ids = tokenizer.prompt_from_ids(prompt)
-        sampling = await parameters.sampling(
-            body,
-            tokenizer,
-            max_new_tokens=parameters.max_new_tokens(length, tokenizer, prompt_tokens=len(ids)),
-            sample=_sample(body),
-            top_logprobs=body.logprobs,
-        )
-        sampling = await constrained(request, tokenizer, sampling, asked)
-        request_id = request.state.request_id
-        requests.append(
-            GenerationRequest(ids, sampling, text_rules, adapter, request_id, continues_prompt=True)
-        )
-        text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
-        echoes += [text if body.echo else ""] * body.n
-    if len(echoes) > MAX_CHOICES:
-        raise RequestError(
-            f"at most {MAX_CHOICES} answers a request: fewer prompts or a smaller 'n'", param="n"
-        )
-    return requests, echoes
-
-
-def _prompts(prompt: str | Sequence[str] | Sequence[int] | Sequence[list[int]]) -> list[str | list[int]]:
-    """Return the prompts of a body as a list of texts and lists of ids."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if not prompt:
-        raise RequestError("the prompt is empty", param="prompt")
-    ids = [entry for entry in prompt if isinstance(entry, int)]
-    return [ids] if ids else [entry for entry in prompt if not isinstance(entry, int)]
-
-
-def _check_common(body: OpenAIFields) -> None:
+def check_common(body: OpenAIFields) -> None:
+    """Raise RequestError for fields that do not go together."""
     if body.stream_options is not None and not body.stream:
         raise RequestError("'stream_options' needs 'stream': true", param="stream_options")
 
 
-def _sample(body: OpenAIFields) -> bool | None:
+def samples(body: OpenAIFields) -> bool | None:
     """Several answers to one prompt are meant to differ, so they are sampled."""
     return True if body.n > 1 and body.temperature is None else None
 
 
-async def _respond(
+async def respond(
     generator: Generator,
     requests: Sequence[GenerationRequest],
     body: OpenAIFields,
     request: Request,
-    json_format: ChatFormat | CompletionFormat,
+    json_format: AnswerFormat,
 ) -> Response:
+    """Answer `requests` with JSON or a stream of events."""
     request_id = request.state.request_id
     group = generator.start(requests, n=body.n)
     head = {
@@ -414,7 +343,7 @@ async def _respond(
 async def _events(
     group: GenerationGroup,
     head: dict[str, Any],
-    json_format: ChatFormat | CompletionFormat,
+    json_format: AnswerFormat,
     *,
     include_usage: bool,
 ) -> AsyncGenerator[dict[str, Any], None]:

@@ -34,7 +34,7 @@ from runtime.serving.http.template_fields import TemplateFields
 from runtime.serving.http.tool_fields import ToolFields
 
 MAX_CHOICES = 8
-"""Answers to one request (`n`): each is a sequence of the engine."""
+"""Answers to one prompt (`n`): each is a sequence of the engine."""
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_NGRAM = 64
@@ -255,9 +255,9 @@ def _prompt_kind(value: Any) -> str | None:
 
 Prompts = Annotated[
     Annotated[Text, Tag("<text>")]
-    | Annotated[list[Text], Field(max_length=MAX_CHOICES, fail_fast=True), Tag("<texts>")]
+    | Annotated[list[Text], Field(fail_fast=True), Tag("<texts>")]
     | Annotated[TokenIds, Tag("<ids>")]
-    | Annotated[list[TokenIds], Field(max_length=MAX_CHOICES, fail_fast=True), Tag("<id lists>")],
+    | Annotated[list[TokenIds], Field(fail_fast=True), Tag("<id lists>")],
     Discriminator(
         _prompt_kind,
         custom_error_type="kind",
@@ -272,8 +272,11 @@ class CompletionBody(OpenAIFields):
     treatments = fields.COMPLETION
 
     prompt: Prompts
+    """One prompt or a list of them: with `n` each, as many answers as requests may run and wait at a time."""
     echo: Flag = False
-    """Put the prompt before the answer."""
+    """Put the prompt before the answer; with `logprobs`, its tokens and their log probabilities too."""
+    max_tokens: Annotated[Integer, Field(ge=0, lt=2**31)] | None = None
+    """Longest answer, in tokens; 0, with `echo`, has the prompt scored and nothing generated."""
     add_special_tokens: Flag = True
     """Put the tokenizer's opening tokens before a prompt that is a text."""
     logprobs: Integer | None = Field(None, ge=0, le=MAX_LOGPROBS)

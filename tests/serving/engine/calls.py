@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -62,6 +63,36 @@ def run(engine: Engine, *requests: Request) -> list[tuple[list[int], str | None]
         return await asyncio.gather(*(collect(engine.submit(request)) for request in requests))
 
     return asyncio.run(all_of_them())
+
+
+async def tokens_of(engine: Engine, request: Request) -> list[Token]:
+    return [token async for token in engine.submit(request)]
+
+
+def score(engine: Engine, *requests: Request) -> list[list[Token]]:
+    async def all_of_them() -> list[list[Token]]:
+        return await asyncio.gather(*(tokens_of(engine, request) for request in requests))
+
+    return asyncio.run(all_of_them())
+
+
+def scoring(prompt: tuple[int, ...], **more: Any) -> Request:
+    wanted = {"top_logprobs": 2, "prompt_logprobs": True, "max_new_tokens": 1}
+    return make_request(prompt, **(wanted | more))
+
+
+def assert_scored(tokens: list[Token], prompt: tuple[int, ...], model: Any, *, top: int = 2) -> None:
+    """Check what came with the first token against the model's own forward."""
+    assert tokens[0].start is not None
+    found = tokens[0].start.prompt
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt])).logits[0].float().log_softmax(-1)
+    assert tuple(token.id for token in found) == prompt
+    assert (found[0].logprob, found[0].top) == (None, ())
+    for position, token in enumerate(found[1:]):
+        assert token.logprob == pytest.approx(float(expected[position, prompt[position + 1]]), abs=1e-4)
+        best = expected[position].topk(top).values.tolist() if top else []
+        assert [logprob for _, logprob in token.top] == pytest.approx(best, abs=1e-4)
 
 
 def run_at_once(engine: BatchingEngine, *requests: Request) -> list[tuple[list[int], str | None]]:

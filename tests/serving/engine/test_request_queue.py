@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -31,6 +32,38 @@ def test_requests_start_in_order_of_arrival_and_one_too_many_is_refused() -> Non
         assert [handle.request.id for handle in queue.take(wait=True)] == ["2"]
 
     asyncio.run(submit_four())
+
+
+def test_a_queue_that_one_client_fills_takes_the_first_request_of_another() -> None:
+    async def submit() -> None:
+        queue = RequestQueue(max_running=1, max_waiting=3, adapters=lambda: ())
+        for number in range(4):
+            queue.submit(replace(make_request(id=f"list-{number}"), client="list"))
+        queue.submit(replace(make_request(id="other"), client="other"))
+        for client in ("list", "other"):
+            with pytest.raises(OverloadedError):
+                queue.submit(replace(make_request(id="more"), client=client))
+        order = []
+        for _ in range(5):
+            (handle,) = queue.take(wait=True)
+            order.append(handle.request.id)
+            queue.finish(handle, "stop")
+        assert order == ["list-0", "other", "list-1", "list-2", "list-3"]
+
+    asyncio.run(submit())
+
+
+def test_a_full_queue_grows_to_twice_its_size_at_most() -> None:
+    async def submit() -> None:
+        queue = RequestQueue(max_running=1, max_waiting=3, adapters=lambda: ())
+        for number in range(4):
+            queue.submit(replace(make_request(id=f"list-{number}"), client="list"))
+        for number in range(4):
+            queue.submit(replace(make_request(id=f"other-{number}"), client=f"other-{number}"))
+        with pytest.raises(OverloadedError):
+            queue.submit(replace(make_request(id="last"), client="last"))
+
+    asyncio.run(submit())
 
 
 def test_the_reader_gets_tokens_then_the_end_with_the_waiting_time_on_the_first() -> None:

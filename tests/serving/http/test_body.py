@@ -214,7 +214,15 @@ CHAT, TEXT, INPUT = "/v1/chat/completions", "/v1/completions", "/v1/responses"
     ("route", "body", "param", "message"),
     [
         (CHAT, {"messages": [USER], "stop": ["x"] * 17}, "stop", "'stop' has 17 items, at most 16 are taken"),
-        (TEXT, {"prompt": ["x"] * 9}, "prompt", "'prompt' has 9 items, at most 8 are taken"),
+        (
+            TEXT,
+            {"prompt": ["x"] * 13},
+            "prompt",
+            "13 prompts with n 1 are 13 answers, and this server takes 12",
+        ),
+        (TEXT, {"prompt": ["x"] * 5, "n": 3}, "prompt", "at a time: send at most 4 prompts in one request"),
+        (TEXT, {"prompt": "x", "max_tokens": 0}, "max_tokens", "'max_tokens' 0 answers nothing: send 'echo'"),
+        (TEXT, {"prompt": "x", "max_tokens": -1}, "max_tokens", "'max_tokens' must be at least 0, not -1"),
         (TEXT, {"prompt": [1, "x"]}, "prompt[1]", "'prompt[1]' must be an integer, not \"x\""),
         (TEXT, {"prompt": 5}, "prompt", "'prompt' must be a string, a list of strings, token ids, "),
         (TEXT, {"prompt": [[1], "x"]}, "prompt[1]", "'prompt[1]' must be a list, not \"x\""),

@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.errors import CapacityError, is_out_of_memory, one_line
+from runtime.memory.pool import SCORED_TOKENS
 from runtime.serving.engine import failures
 from runtime.serving.engine.out_of_memory import FLOOR_TOKENS, MemoryLimits, Reason, free_memory
+from runtime.serving.engine.prompt_scores import PromptScores, pack
 from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
-from runtime.serving.engine.request_queue import LAST_STEP_S, RequestHandle, RequestQueue
+from runtime.serving.engine.request_queue import LAST_STEP_S, End, RequestHandle, RequestQueue
+from runtime.serving.engine.running import ended_by
 from runtime.serving.engine.sampler import Sampler
 from runtime.serving.engine.sampling import TokenChooser
 
@@ -183,7 +186,7 @@ class SimpleEngine:
             for handle in self._queue.take(wait=True):
                 self._queue.finish(handle, self._end_of(handle))
 
-    def _end_of(self, handle: RequestHandle) -> FinishReason | Exception:
+    def _end_of(self, handle: RequestHandle) -> End:
         """Answer a request, and return the end of its answer or its failure."""
         try:
             return self._generate(handle)
@@ -196,45 +199,65 @@ class SimpleEngine:
         return self._memory.refuse(handle.request.id, reason, tokens=self._used_tokens + 1)
 
     @torch.inference_mode()
-    def _generate(self, handle: RequestHandle) -> FinishReason:
+    def _generate(self, handle: RequestHandle) -> FinishReason | Token:
         """Post the answer's tokens and return why it ended."""
         sampling = handle.request.sampling
         sampler, chooser = Sampler(sampling, handle.request.prompt_ids), TokenChooser()
+        scores = PromptScores(handle.request.prompt_ids, sampling.top_logprobs or 0)
         self._prompt_tokens += len(handle.request.prompt_ids)
         room = self.context_tokens - len(handle.request.prompt_ids)
-        for logits in self._logits(handle, sampler.generated):
+        for logits in self._logits(handle, sampler.generated, scores):
             if handle.cancelled:
                 break
+            if sampling.prompt_logprobs and not sampler.generated:
+                prompt = scores.read()
+                if prompt is None:
+                    raise failures.invalid_output()
+                handle.note_prompt(prompt)
             row = sampler.row()
             (choice,) = chooser.choose(logits, [row])
             self._queue.note_progress()
             if not choice.finite:
                 raise failures.invalid_output()
+            if not sampling.max_new_tokens:
+                return "length"
             token = sampler.take(row, choice)
             if token.id in sampling.stop_ids:
-                return "stop"
+                return ended_by(token)
             handle.post(token)
             if len(sampler.generated) >= min(sampling.max_new_tokens, room):
                 return "length"
         return "cancelled"
 
-    def _logits(self, handle: RequestHandle, generated: list[int]) -> Iterator[torch.Tensor]:
-        """Yield the logits (1, V) after the prompt, then after each token appended to `generated`."""
+    def _logits(
+        self, handle: RequestHandle, generated: list[int], scores: PromptScores
+    ) -> Iterator[torch.Tensor]:
+        """Yield the logits (1, V) after the prompt, then after each token appended to `generated`.
+
+        The prompt's own tokens are scored where that is wanted.
+        """
         cache: Any = None
-        fed = 0
+        fed, prompt_tokens = 0, len(handle.request.prompt_ids)
+        most = SCORED_TOKENS if handle.request.sampling.prompt_logprobs else PREFILL_TOKENS
         while True:
             past = (*handle.request.prompt_ids, *generated)
             while fed < len(past):
                 self._used_tokens = fed
-                count = min(PREFILL_TOKENS, len(past) - fed)
+                count = min(most, len(past) - fed)
                 count = min(count, self._memory.most_tokens(fed + count))
-                output = self._attempt(handle.request.adapter, past[fed : fed + count], cache)
+                output = self._attempt(handle.request, past[fed : fed + count], cache)
                 if output is None:  # what the pass left in the cache cannot be taken out of every kind
                     self._memory.counts["divided"] += 1
                     self._memory.lower_prompt(count, fed + count)
                     cache, fed = None, 0
+                    scores.clear()
                     continue
                 cache = output.past_key_values
+                scored = min(fed + count, prompt_tokens - 1) - fed
+                if handle.request.sampling.prompt_logprobs and scored > 0:
+                    following = past[fed + 1 : fed + 1 + scored]
+                    logits = output.logits[0, :scored]
+                    scores.add(pack(following, logits, alternatives=scores.alternatives))
                 fed += count
                 self._queue.note_progress()
                 if handle.cancelled:
@@ -242,23 +265,23 @@ class SimpleEngine:
             self._used_tokens = fed
             yield output.logits[0, -1:]
 
-    def _attempt(self, adapter: str | None, ids: tuple[int, ...], cache: Any) -> Any:
+    def _attempt(self, request: Request, ids: tuple[int, ...], cache: Any) -> Any:
         """One pass over `ids` (T,) behind `cache`; None where it ran out of memory and can be shorter."""
         try:
-            return self._forward(adapter, ids, cache)
+            return self._forward(request, ids, cache)
         except Exception as error:
             if len(ids) <= FLOOR_TOKENS or not is_out_of_memory(error):
                 raise
         free_memory(self._device)  # not in the handler: the traceback holds the tensors of the pass
         return None
 
-    def _forward(self, adapter: str | None, ids: tuple[int, ...], cache: Any) -> Any:
-        """One pass over `ids` (T,) behind `cache`; the logits are those of the last position."""
+    def _forward(self, request: Request, ids: tuple[int, ...], cache: Any) -> Any:
+        """One pass over `ids` (T,) behind `cache`; the logits are those of the last position, or of all."""
         self._queue.run_calls()
-        self._adapters.activate(adapter)
+        self._adapters.activate(request.adapter)
         return self._adapters.model(
             input_ids=torch.tensor([ids], device=self._device),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=len(ids) if request.sampling.prompt_logprobs else 1,
         )

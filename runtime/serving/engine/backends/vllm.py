@@ -151,6 +151,15 @@ class VllmEngine:
         refused = [name for name in REFUSED if getattr(sampling, name)]
         if sampling.bad_words_ids and not sampling.bad_words:
             refused.append("bad_words_ids")
+        if not sampling.max_new_tokens:
+            raise RequestError(
+                "'max_tokens' 0 is not supported by vLLM, which serves this model", param="max_tokens"
+            )
+        if sampling.prompt_logprobs:
+            raise RequestError(
+                "'logprobs' of the prompt ('echo') are not supported by vLLM, which serves this model",
+                param="logprobs",
+            )
         for name in refused:
             raise RequestError(f"'{name}' is not supported by vLLM, which serves this model", param=name)
         return self._queue.submit(request)

@@ -21,7 +21,7 @@ from runtime import hardware
 from runtime.errors import Failure
 from runtime.hardware import Hardware
 from runtime.serving.engine import failures
-from runtime.serving.engine.protocol import FinishReason, Request, Stats, Token
+from runtime.serving.engine.protocol import Request, Stats, Token
 from runtime.serving.engine.replicas.dispatch import Dispatcher, ReplicaLoad
 from runtime.serving.engine.replicas.messages import (
     AdapterDone,
@@ -35,7 +35,7 @@ from runtime.serving.engine.replicas.messages import (
     UnloadAdapter,
 )
 from runtime.serving.engine.replicas.process import ReplicaProcess
-from runtime.serving.engine.request_queue import LAST_STEP_S, RequestHandle, RequestQueue
+from runtime.serving.engine.request_queue import LAST_STEP_S, End, RequestHandle, RequestQueue
 from runtime.serving.settings import ServeConfig
 
 log = logging.getLogger(__name__)
@@ -286,12 +286,10 @@ class ReplicaEngine:
         running = self._replicas[number].running
         for request, item in items:
             handle = running[request]
-            end: FinishReason | Exception | None
+            end: End | None = item
             if isinstance(item, Token):
                 self._post_token(handle, item)
-                end = item.finish_reason
-            else:
-                end = item
+                end = replace(item, start=None) if item.id is None else None
             if end is not None:
                 del running[request]
                 with self._dispatch_lock:
@@ -303,5 +301,6 @@ class ReplicaEngine:
         """Post `token` with the time in this queue, which is where requests wait; its end is not posted."""
         if token.start is not None:
             handle.note_cached(token.start.cached_tokens)
+            handle.note_prompt(token.start.prompt)
         if token.id is not None:
             handle.post(replace(token, start=None) if token.start is not None else token)

@@ -25,7 +25,7 @@ from runtime.serving.engine.parallel.group import Group, rendezvous
 from runtime.serving.engine.parallel.shard import Shard
 from runtime.serving.engine.parallel.worker import WorkerTask, loaded_key
 from tests.families import SIZES, TINY, config_of
-from tests.serving.engine.calls import generate, load, make_request, run
+from tests.serving.engine.calls import assert_scored, generate, load, make_request, run, score, scoring
 from tests.serving.engine.models import some_prompts
 
 DIVIDED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -107,6 +107,15 @@ def test_two_ranks_answer_as_one_process(family: str, divided: Divided, tmp_path
     whole = AutoModelForCausalLM.from_pretrained(str(folder)).config.num_key_value_heads
     assert cache.shape[1] == max(1, whole // 2)
     assert len({token for ids in expected for token in ids}) > 8, "the model repeats itself: proves nothing"
+
+
+def test_two_ranks_score_a_prompt_as_one_process(divided: Divided, tmp_path: Path) -> None:
+    folder = save("llama, tied and an odd vocabulary", tmp_path)
+    prompts = some_prompts(3, 90, vocabulary=120)
+    with divided(folder) as engine:
+        answers = score(engine, *(scoring(prompt, id=str(n)) for n, prompt in enumerate(prompts)))
+    for tokens, prompt in zip(answers, prompts, strict=True):
+        assert_scored(tokens, prompt, load(folder))
 
 
 @pytest.mark.parametrize("family", ["llama, biases", "phi3"])

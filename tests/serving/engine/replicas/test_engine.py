@@ -24,7 +24,7 @@ from runtime.serving.engine.replicas.messages import LoadAdapter, UnloadAdapter
 from runtime.serving.lifecycle import ServedModel
 from runtime.serving.settings import ServeConfig
 from tests.serving.conftest import until
-from tests.serving.engine.calls import collect, load, make_request, run
+from tests.serving.engine.calls import assert_scored, collect, load, make_request, run, score, scoring
 from tests.serving.engine.models import some_prompts
 
 pytestmark = pytest.mark.slow
@@ -120,6 +120,12 @@ def test_a_seed_and_log_probabilities_cross_the_border(two: ReplicaEngine, one: 
     assert [id_ for id_, _ in ours[0].top] == [id_ for id_, _ in theirs[0].top]
     assert ours[0].start is not None
     assert all(token.start is None for token in ours[1:])
+
+
+def test_log_probabilities_of_a_prompt_cross_the_border(two: ReplicaEngine, tiny_llama_dir: Path) -> None:
+    requests = [scoring(prompt, id=str(n), max_new_tokens=n) for n, prompt in enumerate(PROMPTS[:3])]
+    for request, tokens in zip(requests, score(two, *requests), strict=True):
+        assert_scored(tokens, request.prompt_ids, load(tiny_llama_dir))
 
 
 def test_bans_cross_the_border(two: ReplicaEngine, one: Engine) -> None:
