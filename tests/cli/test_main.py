@@ -155,8 +155,8 @@ def test_failure_line_holds_no_secret(
     assert (last["level"], last["msg"]) == ("error", "https://x.example/rows.parquet answered 403")
 
 
-def test_wheel_installs_with_its_presets(tmp_path: Path) -> None:
-    """Builds the wheel, unpacks it elsewhere as an installation does, and lists the presets from there."""
+def test_wheel_installs_with_its_presets_and_pages(tmp_path: Path) -> None:
+    """Builds the wheel, unpacks it elsewhere as an installation does, and looks from there."""
     pytest.importorskip("hatchling", reason="pip install hatchling builds the wheel without the network")
     wheels, site = tmp_path / "wheels", tmp_path / "site"
     subprocess.run(
@@ -165,6 +165,10 @@ def test_wheel_installs_with_its_presets(tmp_path: Path) -> None:
     (wheel,) = wheels.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
+    page = "runtime/serving/http/page"
+    files = {path.relative_to(ROOT / page) for path in (ROOT / page).rglob("*.*")}
+    assert files <= {path.relative_to(site / page) for path in (site / page).rglob("*.*")}
+    assert (site / page / "marked/LICENSE").is_file()
     code = "from runtime import presets; print(presets.__file__, len(presets.all_presets()))"
     environ = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run(

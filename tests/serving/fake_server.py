@@ -23,9 +23,8 @@ TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}"
 
 def main(options: dict[str, Any]) -> None:
     """Serve as `options` say: config, engine, load_s (how long loading takes), fail (what it ends with),
-    close_s (how long the engine takes to close), says (it answers with what follows "SAY:"), templates (of
-    adapters), files_left (all
-    file descriptors but these are used up)."""
+    close_s (how long the engine takes to close), says (it answers with what follows "SAY:"), answers (by
+    a part of the question), templates (of adapters), files_left (all other file descriptors are used up)."""
     logs.configure()
 
     def load(config: ServeConfig) -> ServedModel:
@@ -33,8 +32,9 @@ def main(options: dict[str, Any]) -> None:
         if "fail" in options:
             raise errors.CapacityError(options["fail"])
         tokenizer = make_tokenizer()
-        tokenizer.chat_template += TOOLS
-        script = partial(said, tokenizer) if options.get("says") else None
+        tokenizer.chat_template = TOOLS + tokenizer.chat_template
+        answers = options.get("answers", {})
+        script = partial(said, tokenizer, answers) if options.get("says") or answers else None
         engine = EchoEngine(**options.get("engine", {}), close_s=options.get("close_s", 0), script=script)
         prompts = PromptTokenizer(
             tokenizer,
@@ -47,7 +47,12 @@ def main(options: dict[str, Any]) -> None:
         templates = options.get("templates", {})
         own = {name: prompts.with_template(template) for name, template in templates.items()}
         return ServedModel(
-            name=config.served_name, engine=engine, tokenizer=prompts, created=1, adapter_tokenizers=own
+            name=config.served_name,
+            engine=engine,
+            tokenizer=prompts,
+            created=1,
+            adapter_tokenizers=own,
+            reasoning_parser=config.reasoning_parser,
         )
 
     settings = {"model": ModelSource(name="echo"), "served_name": "base", "host": "127.0.0.1", "port": 0}
@@ -59,10 +64,13 @@ def main(options: dict[str, Any]) -> None:
         raise SystemExit(errors.exit_code(failure)) from None
 
 
-def said(tokenizer: Any, request: Request) -> list[int]:
-    """Return the tokens of what follows the last "SAY:" in the prompt, up to the end of its message."""
+def said(tokenizer: Any, answers: dict[str, str], request: Request) -> list[int]:
+    """Return the tokens of the answer to the prompt's last message, or of what follows "SAY:" in it."""
     prompt = tokenizer.decode(list(request.prompt_ids))
-    return list(tokenizer.encode(prompt.rpartition("SAY:")[2].partition("<|im_end|>")[0]))
+    question = prompt.removesuffix("<|im_start|>assistant\n").rpartition("<|im_start|>")[2]
+    known = (answer for part, answer in answers.items() if part in question)
+    text = next(known, prompt.rpartition("SAY:")[2].partition("<|im_end|>")[0])
+    return list(tokenizer.encode(text))
 
 
 def use_up_files(left: int | None) -> None:

@@ -1,6 +1,6 @@
 """Puts the routes together: `create_app` takes every collaborator, and nothing happens at import.
 
-Here are the routes that know no model (health, metrics, version, the page). Each other group of routes is
+Here are the routes that know no model (health, metrics, version). Each other group of routes is
 a module with a function `router`, included by one line below: that line and the module are what a new route
 takes. Does not know how a model is loaded or when the process ends. Start at `create_app`.
 """
@@ -8,20 +8,19 @@ takes. Does not know how a model is loaded or when the process ends. Start at `c
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from runtime import __version__, utilisation
 from runtime.errors import Failure
 from runtime.metrics import ServingMetrics
 from runtime.serving.adapter_sources.sources import AdapterSources
 from runtime.serving.generation import Generator
-from runtime.serving.http import admin, anthropic, chat, completions, openai, responses
+from runtime.serving.http import admin, anthropic, chat, completions, openai, pages, responses
 from runtime.serving.http.description import described
 from runtime.serving.http.middleware import RequestMiddleware
 from runtime.serving.http.origins import Callers
@@ -34,7 +33,6 @@ from runtime.serving.settings import Limits
 SHOWN_PATH = 200
 """Characters of an unknown path that its refusal repeats."""
 TEXT_OR_JSON: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}, "application/json": {}}}}
-HTML_OR_JSON: dict[int | str, dict[str, Any]] = {200: {"content": {"text/html": {}, "application/json": {}}}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +74,8 @@ def create_app(
     app.include_router(anthropic.router(generator))
     app.include_router(admin.router(generator, adapters.loader))
     _add_health(app, lifecycle)
-    _add_pages(app, metrics)
+    app.include_router(pages.router())
+    _add_figures(app, metrics)
     _add_failures(app)
     app.openapi = partial(described_app, app)  # type: ignore[method-assign]
     app.add_middleware(
@@ -122,22 +121,7 @@ def _add_health(app: FastAPI, lifecycle: Lifecycle) -> None:
         return answer(lifecycle.readiness(), served.refused_adapters if served is not None else ())
 
 
-def _add_pages(app: FastAPI, metrics: ServingMetrics) -> None:
-    @app.get(
-        "/",
-        tags=["health"],
-        summary="The chat page for browsers, a sign of life for others",
-        responses=HTML_OR_JSON,
-    )
-    async def root(request: Request) -> Response:
-        if "text/html" in request.headers.get("accept", ""):
-            return page("index.html")
-        return JSONResponse({"message": "Server is running"}, headers={"Vary": "Accept"})
-
-    @app.get("/docs", tags=["health"], summary="This page", response_class=HTMLResponse)
-    async def docs() -> Response:
-        return page("docs.html")
-
+def _add_figures(app: FastAPI, metrics: ServingMetrics) -> None:
     @app.get(
         "/metrics",
         tags=["health"],
@@ -153,16 +137,6 @@ def _add_pages(app: FastAPI, metrics: ServingMetrics) -> None:
     @app.get("/version", tags=["health"], summary="This server's version")
     async def version() -> Response:
         return JSONResponse({"version": __version__})
-
-
-def page(name: str) -> HTMLResponse:
-    """Return a page of the package; its policy lets it load from this server only."""
-    text = files("runtime.serving.http").joinpath("page", name).read_text(encoding="utf-8")
-    policy = (
-        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return HTMLResponse(text, headers={"Content-Security-Policy": policy, "Vary": "Accept"})
 
 
 def _add_failures(app: FastAPI) -> None:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from runtime.errors import ClientGoneError, ContentCodingError, RequestError
 from runtime.serving.http.departure import Departure
 from runtime.serving.http.origins import FORGEABLE, Callers, OriginMiddleware, may_be_forged, may_use_password
+from runtime.serving.http.pages import ASSET_PATHS
 from runtime.serving.http.refusals import Refusals, ends
 from runtime.serving.http.sse import error_object, failure_reply, reply
 from runtime.serving.http.uploads import CODINGS, Uploads
@@ -32,7 +33,7 @@ OPEN_PATHS = frozenset(
 
 DESCRIPTION_PATHS = frozenset({"/docs", "/openapi.json"})
 """Read without the key: they say how to send it, and nothing of this server's model."""
-KEYLESS_PATHS = OPEN_PATHS | DESCRIPTION_PATHS
+KEYLESS_PATHS = OPEN_PATHS | DESCRIPTION_PATHS | ASSET_PATHS
 ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 """Answered with the key of an administrator only: what they do, all others see."""
 
