@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -122,10 +123,10 @@ def test_every_sampling_setting_reaches_vllm(start: Start, folder: Path) -> None
 
 
 def test_no_sampling_setting_is_left_out() -> None:
-    """A new field of `Sampling` goes into SAME_NAME or gets a line in `_body`."""
+    """A new field of `Sampling` goes into SAME_NAME, or gets a line in `_body` or in `submit`."""
     converted = {
         "max_new_tokens", "min_new_tokens", "logit_bias", "seed", "stop_ids", "grammar", "top_logprobs",
-        "allowed_token_ids", "bad_words", "bad_words_ids",
+        "allowed_token_ids", "bad_words", "bad_words_ids", "prompt_logprobs",
     }  # fmt: skip
     assert {field.name for field in fields(Sampling)} == converted | {*vllm.SAME_NAME, *vllm.REFUSED}
 
@@ -144,6 +145,23 @@ def test_what_vllm_cannot_do_is_refused_by_name(start: Start, name: str, value: 
     with pytest.raises(RequestError, match=f"'{name}' is not supported by vLLM") as caught:
         run(start(), make_request(**{name: value}))
     assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "message"),
+    [
+        (
+            {"prompt_logprobs": True},
+            "logprobs",
+            "'logprobs' of the prompt ('echo') are not supported",
+        ),
+        ({"max_new_tokens": 0}, "max_tokens", "'max_tokens' 0 is not supported by vLLM"),
+    ],
+)
+def test_prompts_are_not_scored_by_vllm(start: Start, asked: Any, param: str, message: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)) as caught:
+        run(start(), make_request(**asked))
+    assert caught.value.param == param
 
 
 def test_log_probabilities_are_the_tokens_own_and_the_likeliest(start: Start) -> None:
