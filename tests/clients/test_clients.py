@@ -6,10 +6,12 @@ read as JSON. The engine says what follows "SAY:" in the last message.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,54 @@ def test_llm_command(server: Process, tmp_path: Path) -> None:
     assert llm("-c", "SAY:and on") == "and on"
     said = '{"name": "Oslo", "people": 7}'
     assert json.loads(llm("-m", "ours", "--schema", "name, people int", "SAY:" + said))["people"] == 7
+
+
+QUESTIONS = [
+    {
+        "question": f"What is {n} plus {n + 1}?",
+        "choices": [str(2 * n + 1), "a word", "the answer " * (n + 1)],
+        "answer": n % 3,
+    }
+    for n in range(10)
+]
+TASK = """
+task: ten
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Question: {{question}}\nAnswer:"
+doc_to_target: answer
+doc_to_choice: "{{choices}}"
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+
+
+@needs_clients
+def test_lm_evaluation_harness_scores_as_its_own_model_does(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "ten.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    (tmp_path / "ten.yaml").write_text(TASK.replace("FILE", str(rows)))
+    (packages,) = ENVIRONMENT.glob("lib/python*/site-packages")
+    program = [sys.executable, str(HERE / "programs/lm_eval_python.py")]  # with torch
+    with closing(Process.serve(tiny_llama_dir, "--served-name", "tiny")) as site:
+        site.wait_ready(240)
+        ran = subprocess.run(
+            [*program, site.url, str(tiny_llama_dir), str(tmp_path), str(packages)],
+            capture_output=True,
+            check=False,
+            text=True,
+            env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "NO_PROXY": "*", "HF_HUB_OFFLINE": "1"},
+            timeout=480,
+        )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    own, served = (json.loads(ran.stdout.strip().rpartition("\n")[2])[side] for side in ("own", "served"))
+    assert [len(row) for row in own["likelihoods"]] == [3] * 10
+    for ours, theirs in zip(served["likelihoods"], own["likelihoods"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4, rel=0)
+    assert (served["accuracy"], served["greedy"]) == (own["accuracy"], own["greedy"])
+    assert any(re.search(r"Answered \w+-7:", line) for line in site.log), "eight prompts in one body"
 
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="needs a JDK")

@@ -16,7 +16,7 @@ from runtime.serving.tokenizer import PromptTokenizer
 
 OWN_WAY = {
     "temperature", "max_new_tokens", "stop_ids", "min_new_tokens", "grammar", "top_logprobs", "bad_words_ids",
-    "forced_eos_token_id",
+    "forced_eos_token_id", "prompt_logprobs",
 }  # fmt: skip
 """Fields of `Sampling` that do not come from one field of the body."""
 
