@@ -320,6 +320,81 @@ def test_call_is_folded_and_its_result_goes_back(page: Browser) -> None:
     assert messages[1]["tool_calls"][0]["id"] == messages[2]["tool_call_id"]
 
 
+FEED = """
+const text = new TextEncoder(), body = new ReadableStream({start(to) {
+  window.feed = delta => to.enqueue(text.encode(`data: ${JSON.stringify({choices: [{delta}]})}\\n\\n`));
+  window.finish = () => { to.enqueue(text.encode("data: [DONE]\\n\\n")); to.close(); };
+}});
+window.fetch = async () => new Response(body);
+"""
+"""Lets a test say what comes from the server, and when."""
+OPENED = "return [...document.querySelectorAll('details:not([hidden])')].map(fold => fold.open)"
+
+
+def test_folds_are_open_while_they_stream_and_as_the_user_left_them(page: Browser) -> None:
+    page.run(FEED)
+    ask(page, "hi")
+    page.run("feed({reasoning_content: 'hm'})")
+    until(lambda: page.texts(".thoughts summary") == ["Thinking…"])
+    assert page.run(OPENED) == [True]
+    page.run("feed({content: 'So'})")
+    until(lambda: page.texts(".text") == ["So"])
+    assert page.run(OPENED) == [False]
+    page.click(".thoughts summary")
+    page.run("feed({tool_calls: [{index: 0, id: 'c', function: {name: 'f', arguments: '{'}}]})")
+    until(lambda: page.texts(".call pre") == ["{"])
+    assert page.run(OPENED) == [True, True]
+    page.run("feed({tool_calls: [{index: 0, function: {arguments: '}'}}]}); finish()")
+    until(lambda: done(page))
+    assert page.run(OPENED) == [True, False]
+
+
+def test_long_answer_is_drawn_once_and_grows_at_its_end(page: Browser) -> None:
+    """200 KB come; of the blocks that were there, only the last two may be drawn anew."""
+    page.run(FEED)
+    ask(page, "hi")
+    page.run(
+        "window.gone = 0; new MutationObserver(all => all.forEach(it => { gone += it.removedNodes.length; }))"
+        ".observe(document.querySelector('.text'), {childList: true});"
+        "window.drawn = 0; new MutationObserver(() => { drawn += 1; })"
+        ".observe(document.querySelector('.note'), {childList: true})"
+    )
+    block = "Some **words** and `more` of them.\n\n" * 50
+    for _ in range(115):
+        page.run("feed({content: arguments[0]})", block)
+    page.run("finish()")
+    until(lambda: done(page))
+    assert len(page.run("return [...document.querySelectorAll('.text p')]")) == 115 * 50
+    gone, drawn = page.run("return [gone, drawn]")
+    assert gone <= 2 * drawn
+
+
+def test_chat_deleted_while_it_is_answered_stays_deleted(page: Browser) -> None:
+    ask(page, "go on and on")
+    until(lambda: len(page.texts(".text")[0]) > 5)
+    press(page, "Delete", "#chats")
+    until(lambda: done(page))
+    assert stored(page) == []
+    press(page, "Undo")
+    assert [turn["question"] for turn in stored(page)[0]["turns"]] == ["go on and on"]
+    assert page.texts(".mine") == ["go on and on"]
+
+
+def test_nothing_is_changed_below_an_answer_under_way(page: Browser) -> None:
+    answered(page, "SAY:one")
+    ask(page, "go on and on")
+    until(lambda: len(page.texts(".text")[-1]) > 5)
+    disabled = "return ['left', 'right', 'compare'].map(id => document.getElementById(id).disabled)"
+    assert page.run(disabled) == [True] * 3
+    page.click(".asked button")
+    page.type(".editor textarea", "!" + ENTER)
+    assert "stop it" in page.texts("#notice")[0]
+    page.type("#prompt", ESCAPE)
+    until(lambda: done(page))
+    assert page.run(disabled) == [False] * 3
+    assert len(sent(page)) == 2
+
+
 def test_functions_that_are_no_list_are_refused_at_their_field(page: Browser) -> None:
     page.run("document.getElementById('tools').value = '{broken'")
     ask(page, "hi")

@@ -51,12 +51,22 @@ async function untilLoaded() {
 }
 
 // The settings for a request that can be sent now, else null.
-const ready = () => running || !left.model ? null : settings.asked();
+function ready() {
+  if (running) notice("An answer is under way: wait for it or stop it.");
+  return running || !left.model ? null : settings.asked();
+}
+
+// What is shown must stay while answers come into it.
+function busy(control) {
+  running = control;
+  $("go").textContent = running ? "Stop" : "Send";
+  for (const it of [left.select, right.select, $("compare")]) it.disabled = running !== null;
+}
 
 // Lets each of `models` answer the last turn of the chat, which is on the page.
 async function answered(models, options) {
-  const mine = chat, turn = chat.turns.at(-1), {signal} = (running = new AbortController());
-  $("go").textContent = "Stop";
+  const mine = chat, turn = chat.turns.at(-1), control = new AbortController(), {signal} = control;
+  busy(control);
   keep(mine);
   await Promise.all(models.map(async model => {
     const cards = columns().filter(column => column.model === model).map(column => column.last);
@@ -65,8 +75,7 @@ async function answered(models, options) {
     await stream(body, turn.answers[model], signal, () => cards.forEach(card => card.grow()));
     cards.forEach(card => card.finish(true));
   }));
-  running = null;
-  $("go").textContent = "Send";
+  busy(null);
   $("announcement").textContent = models.map(model => said(turn.answers[model])).join("\n");
   keep(mine);
 }
@@ -158,9 +167,9 @@ document.addEventListener("keydown", event => {
   if (event.key === "Escape") stop();
   if (event.altKey && event.code === "KeyN") { event.preventDefault(); fresh(); }
 });
-$("compare").addEventListener("click", () => { if (!running) compare(!comparing); });
+$("compare").addEventListener("click", () => compare(!comparing));
 $("fresh").addEventListener("click", fresh);
-for (const column of [left, right]) column.select.addEventListener("change", () => { if (!running) show(); });
+for (const column of [left, right]) column.select.addEventListener("change", () => show());
 left.select.addEventListener("focus", () => { loadModels().catch(() => {}); });
 addEventListener("pagehide", () => { if (running) save(chat); });
 watch(id => {

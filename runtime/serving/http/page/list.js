@@ -1,7 +1,7 @@
 // The list of conversations: beside the talk where there is room, over it where there is not.
 
 import {$, button, element, notice} from "./dom.js";
-import {keepSetting, lasting, list, remove, save, setting} from "./store.js";
+import {keepSetting, lasting, list, remove, restore, save, setting} from "./store.js";
 
 const wide = matchMedia("(min-width: 60rem)");
 const drawer = $("chats");
@@ -79,11 +79,12 @@ export class List {
   }
 
   #delete(chat) {
-    remove(chat.id);
+    remove(chat);
     this.acts.fresh();
     notice(`Deleted “${chat.title}”.`, "Undo", () => {
-      notice(save(chat));
+      const words = restore(chat);
       this.acts.open(chat);
+      if (words) notice(words);
     });
   }
 }

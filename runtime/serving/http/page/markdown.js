@@ -62,6 +62,7 @@ function code(token) {
   const language = (token.lang || "").match(/^\S*/)[0].slice(0, 30);
   const text = element("pre", "", element("code", unturned(token.text)));
   text.tabIndex = 0;
+  text.dir = "ltr";
   return element("div.code", "", element("div.bar", "", element("span", visible(language) || "text"), copyButton(() => token.text)), text);
 }
 

@@ -3,9 +3,9 @@
 import {at} from "./dom.js";
 
 // What a model is told that a turn was answered: its own words, else another's.
-export const answerOf = (turn, model) => turn.answers[model] ?? Object.values(turn.answers)[0];
+export const answerOf = (turn, model) => turn.answers[authorOf(turn, model)];
 
-export const authorOf = (turn, model) => model in turn.answers ? model : Object.keys(turn.answers)[0];
+export const authorOf = (turn, model) => Object.hasOwn(turn.answers, model) ? model : Object.keys(turn.answers)[0];
 
 // A conversation as OpenAI's messages, as `model` sees it; turns without an answer are left out.
 export function messages(turns, model, system = "") {

@@ -53,11 +53,21 @@ function kept() {
 
 export const list = () => kept().filter(it => it.chat).map(it => it.chat);
 
-export const remove = id => storage?.removeItem(PREFIX + id);
+const removed = new Set();  // ids: an answer to a chat may still come
+
+export function remove(chat) {
+  removed.add(chat.id);
+  storage?.removeItem(PREFIX + chat.id);
+}
+
+export function restore(chat) {
+  removed.delete(chat.id);
+  return save(chat);
+}
 
 // Keeps a chat. Returns words for the user where something had to give way, else "".
 export function save(chat) {
-  if (!storage || !chat.turns.length) return "";
+  if (!storage || !chat.turns.length || removed.has(chat.id)) return "";
   let words = "";
   const other = load(chat.id);
   if (other && other.saved !== chat.saved) {  // another tab went on with it: both courses stay
