@@ -278,6 +278,15 @@ def test_growing_text_ends_as_the_whole_does_and_settled_blocks_stay(page: Brows
     grown = markdown(page, *(text[:end] for end in range(1, len(text) + 1)))
     assert grown == markdown(page, text)
     assert 'href="https://example.org/d"' in grown
+    odd = page.run(
+        "const text = arguments[0]; return import('./page/markdown.js').then(({Markdown}) => {"
+        " const made = () => document.createElement('div'), place = made(), shown = new Markdown(place);"
+        " for (let end = 1; end <= text.length; end++) { const fresh = made(), part = text.slice(0, end);"
+        "  shown.show(part); new Markdown(fresh).show(part);"
+        "  if (fresh.innerHTML !== place.innerHTML) return part; } return null; })",
+        text.partition("[a][1]")[0] + "- x\n\n  y\n\n---\nz\n-\n- - -\n~~~\nq\n",
+    )
+    assert odd is None, "shown otherwise as it grows"
     changed = page.run(
         "return import('./page/markdown.js').then(({Markdown}) => {"
         " const place = document.createElement('div'), shown = new Markdown(place); let text = '', most = 0;"
@@ -730,6 +739,7 @@ def test_docs_page_tells_fields_limits_errors_and_examples(docs: Browser) -> Non
     assert "import httpx" in docs.texts(f"{box} pre")[0]
     assert docs.complaints() == []
     picture(docs, "docs-fields")
+    accessible(docs)
 
 
 def test_docs_page_tries_a_route_with_the_key_that_is_given(docs: Browser) -> None:
@@ -761,3 +771,4 @@ def test_docs_page_fits_a_phone_and_the_dark(docs: Browser) -> None:
     )
     assert unnamed == []
     picture(docs, "docs-phone")
+    accessible(docs)
