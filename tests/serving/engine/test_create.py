@@ -95,7 +95,7 @@ def test_the_pool_has_what_fits_and_one_request_may_have_all_of_it(
     tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     token_bytes = 2 * 2 * 2 * 32 * 4  # keys and values, 2 layers, 2 heads of 32, float32
-    free = int(700.5 * token_bytes / pool.CACHE_SHARE)
+    free = int(700.5 * token_bytes) + pool.sampling_bytes(8, 512)
     monkeypatch.setattr("runtime.serving.engine.create.free_bytes", lambda _, **__: free)
     caplog.set_level(logging.INFO)
     made = create(config(rows=8, context_tokens=512), load(tiny_llama_dir))
