@@ -140,7 +140,7 @@ class AnswerText:
         while self._starts and self._starts[0] < self._parser.taken:
             start = self._starts.popleft()
             while thoughts and thoughts[0][1] <= start:
-                thoughts.pop(0)
+                thoughts.popleft()
             self.reasoning_tokens += bool(thoughts) and thoughts[0][0] <= start
 
 

@@ -4,6 +4,7 @@ References and combinations are followed, as programs that make schemas write th
 what may be null. Does not know how calls are spelled. Start at `kinds`, then `typed`.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -67,9 +68,9 @@ def typed(text: str, schema: Any, root: Schema) -> Any:
 
 def _options(schema: Any, root: Schema) -> Iterator[Schema]:
     """Yield the schemas that a schema is made of and that say a type, each once."""
-    waiting, seen = [schema], set()
+    waiting, seen = deque([schema]), set()
     while waiting:
-        option = waiting.pop(0)
+        option = waiting.popleft()
         if not isinstance(option, Mapping) or id(option) in seen:
             continue
         seen.add(id(option))

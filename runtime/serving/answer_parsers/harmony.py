@@ -65,7 +65,7 @@ def _header(source: AnswerSource) -> Steps[str | None]:
     """Go to the text of the next message, and return what stands before it; None at the end."""
     start, channel, message, end, done, call = source.mark((START, CHANNEL, MESSAGE, END, RETURN, CALL))
     while True:
-        cursor = Cursor(source, 0)
+        cursor = Cursor(source, source.at)
         yield from cursor.space()
         found = yield from cursor.literal((start, channel, message, end, done, call, "to="))
         if found == message or found in (end, done, call):
@@ -74,11 +74,12 @@ def _header(source: AnswerSource) -> Steps[str | None]:
                 return ""
             continue
         if not found:  # a text outside of any message
+            more = yield from cursor.peek()
             source.take(cursor.at)
-            return "" if (yield from cursor.peek()) else None
+            return "" if more else None
         text, _ = yield from cursor.until((message,))
         if text is None:  # of a header that was cut
-            source.take(len(source.rest))
+            source.take(len(source.text))
             return None
         return source.take(cursor.at)
 
@@ -101,7 +102,7 @@ def _function(recipient: str, form: AnswerForm) -> str | None:
 
 def _body(source: AnswerSource) -> Steps[str]:
     """Take the text of a message whole."""
-    cursor = Cursor(source, 0)
+    cursor = Cursor(source, source.at)
     text, end = yield from cursor.until(_ends(source), or_end=True)
     source.take(cursor.at - len(end))
     return text or ""
@@ -111,9 +112,8 @@ def _text(source: AnswerSource, kind: type[ReasoningDelta] | type[ContentDelta],
     """Read the text of a message as it arrives, and return whether it has any."""
     ends, said = _ends(source), False
     while True:
-        place, end = source.find(ends)
-        count = place if end else len(source.rest) - source.undecided(ends)
-        if text := source.take(count, thought=kind is ReasoningDelta):
+        text, end = source.take_before(ends, thought=kind is ReasoningDelta)
+        if text:
             yield kind(text if said else before + text)
             said = True
         if end or source.ended:

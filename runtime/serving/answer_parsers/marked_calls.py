@@ -72,9 +72,7 @@ def deepseek(cursor: Cursor, tools: Tools) -> Steps[list[FoundCall] | None]:
         if not (yield from cursor.literal((begin,))):
             return found or None
         head, _ = yield from cursor.until((separator,))
-        if head is None:
-            return found or None
-        name = head.strip()
+        name = (head or "").strip()
         if name == "function":
             line, _ = yield from cursor.until(("\n",))
             name = (line or "").strip()

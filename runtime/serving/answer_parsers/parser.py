@@ -8,12 +8,16 @@ around calls, belongs to neither; all other text is kept. Does not know tokens o
 `AnswerParser`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 
 from runtime.serving.answer_parsers import harmony
 from runtime.serving.answer_parsers.forms import AnswerForm, CallFormat, FoundCall, ThoughtFormat, parts_of
 from runtime.serving.answer_parsers.parts import ContentDelta, Part, ReasoningDelta, joined
 from runtime.serving.answer_parsers.source import WAIT, AnswerSource, Cursor, Steps
+
+MOST_READ_AGAIN = 2**17
+"""Characters that may be read in vain, each as often as it was, beyond one for each that is taken."""
 
 
 class AnswerParser:
@@ -53,7 +57,7 @@ class AnswerParser:
         return self._source.held
 
     @property
-    def thoughts(self) -> list[tuple[int, int]]:
+    def thoughts(self) -> deque[tuple[int, int]]:
         """(start, end) of those characters that are reasoning."""
         return self._source.thoughts
 
@@ -69,7 +73,7 @@ def _read(source: AnswerSource, form: AnswerForm, prompt: str) -> Steps[None]:
     if form.thoughts is not None:
         thought = yield from _thought(source, form.thoughts, prompt)
     calls = form.calls if form.tools else None
-    text = _Text(drops=thought, holds=calls is not None)
+    text = _Text(ContentDelta, drops=thought, holds=calls is not None)
     count = 0
     if calls is not None and calls.bare:
         count = yield from _bare(source, form, calls, text)
@@ -81,7 +85,7 @@ def _thought(source: AnswerSource, form: ThoughtFormat, prompt: str) -> Steps[bo
     """Read a thought, where there is one, and return whether there was."""
     said = prompt.rstrip()
     opened = said.endswith(form.starts)
-    begins = Cursor(source, 0)
+    begins = Cursor(source, source.at)
     yield from begins.space()
     starts = source.mark(form.starts)
     if (yield from begins.literal(starts)):
@@ -90,67 +94,61 @@ def _thought(source: AnswerSource, form: ThoughtFormat, prompt: str) -> Steps[bo
         return False
     yield from thinking(source, source.mark(form.ends))
     if form.answer is not None:
-        answer = Cursor(source, 0)
+        answer = Cursor(source, source.at)
         yield from answer.space()
         if (yield from answer.literal(source.mark(form.answer[:1]))):
             source.take(answer.at)
     return True
 
 
-def thinking(source: AnswerSource, ends: tuple[str, ...]) -> Steps[str]:
-    """Read reasoning up to one of `ends`, without white space around it; return which, "" for none."""
-    held, begun = "", False
+def thinking(source: AnswerSource, ends: Sequence[str]) -> Steps[None]:
+    """Read reasoning up to one of `ends`, without white space around it."""
+    thought = _Text(ReasoningDelta, drops=True, holds=True)
     while True:
-        place, end = source.find(ends)
-        text = source.take(place if end else len(source.rest) - source.undecided(ends), thought=True)
-        text = held + text if begun else (held + text).lstrip()
-        said = text.rstrip()
-        held = text[len(said) :]
-        if said:
-            begun = True
-            yield ReasoningDelta(said)
-        if end:
-            source.take(len(end))
-            return end
-        if source.ended:
-            return ""
+        text, end = source.take_before(ends, thought=True)
+        yield from thought.add(text)
+        source.take(source.at + len(end))
+        if end or source.ended:
+            return
         yield WAIT
 
 
 class _Text:
-    """Content, with the white space that may turn out to stand before a call or behind it."""
+    """Text of one kind, with the white space that may turn out to stand before a call or behind it."""
 
-    def __init__(self, *, drops: bool, holds: bool) -> None:
+    def __init__(self, kind: type[ContentDelta] | type[ReasoningDelta], *, drops: bool, holds: bool) -> None:
         """`drops` leaves out white space at the beginning; `holds` waits for what follows white space."""
-        self._drops, self._holds = drops, holds
-        self._held = ""
+        self._kind, self._drops, self._holds = kind, drops, holds
+        self._held: list[str] = []
         self._said = self._called = False
 
     def add(self, text: str) -> Iterator[Part]:
         """Yield what of `text` can be said now."""
-        text = self._held + text
         text = text.lstrip() if self._drops else text
         said = text.rstrip() if self._holds else text
-        self._held = text[len(said) :]
         if said:
             self._said, self._drops, self._called = True, False, False
-            yield ContentDelta(said)
+            yield self._kind("".join((*self._held, said)))
+            self._held.clear()
+        if held := text[len(said) :]:
+            self._held.append(held)
 
     def called(self) -> None:
         """Note that a call stands here."""
         self._called = True
         if not self._said:
-            self._drops, self._held = True, ""
+            self._drops = True
+            self._held.clear()
 
     def end(self) -> Iterator[Part]:
         """Yield what is left at the end of the answer."""
         if self._held and not self._called:
-            yield ContentDelta(self._held)
+            yield self._kind("".join(self._held))
 
 
 def _bare(source: AnswerSource, form: AnswerForm, calls: CallFormat, text: _Text) -> Steps[int]:
     """Read calls with which the answer begins, without an opening; return how many there are."""
-    cursor = Cursor(source, 0)
+    cursor = Cursor(source, source.at)
     yield from cursor.space()
     if (yield from cursor.peek()) not in tuple(calls.bare):
         return 0
@@ -160,7 +158,7 @@ def _bare(source: AnswerSource, form: AnswerForm, calls: CallFormat, text: _Text
     cursor.at = at
     found = yield from calls.read(cursor, form.tools)
     if not found or not _declared(found, form):
-        yield from text.add(source.take(1))  # or the same place may be tried again
+        yield from text.add(source.take(source.at + 1))  # or the same place may be tried again
         return 0
     text.called()
     source.take(cursor.at)
@@ -168,33 +166,40 @@ def _bare(source: AnswerSource, form: AnswerForm, calls: CallFormat, text: _Text
 
 
 def _content(source: AnswerSource, form: AnswerForm, text: _Text, *, count: int) -> Steps[None]:
-    """Read content, with calls in it; what looks like a call and is none is content."""
+    """Read content, with calls in it; what looks like a call and is none is content.
+
+    What is behind the opening of that is read again. Where it is more than `MOST_READ_AGAIN`, as in an answer
+    that repeats openings, no further calls are looked for: the work stays linear.
+    """
     calls = form.calls if form.tools else None
     openings = source.mark(calls.openings) if calls else ()
     inline = source.mark(calls.inline) if calls else ()
     thoughts, ends = _further_thoughts(source, form)
+    again = 0
     while True:
-        delimiters = (*openings, *inline, *thoughts)
-        place, opening = source.find(delimiters)
+        sought = (*openings, *inline) if again <= MOST_READ_AGAIN + source.taken else ()
+        before, opening = source.take_before((*sought, *thoughts))
+        yield from text.add(before)
         if not opening:
-            yield from text.add(source.take(len(source.rest) - source.undecided(delimiters)))
             if source.ended:
                 return
             yield WAIT
             continue
-        yield from text.add(source.take(place))
         if opening in thoughts or calls is None:
-            source.take(len(opening))
+            source.take(source.at + len(opening))
             yield from thinking(source, ends)
             continue
-        cursor = Cursor(source, 0 if opening in inline else len(opening))
+        cursor = Cursor(source, source.at + (0 if opening in inline else len(opening)))
         found = yield from calls.read(cursor, form.tools)
-        if found and (opening in openings or _declared(found, form)):
+        called = found and (opening in openings or _declared(found, form))
+        end = cursor.at if called else source.at + len(opening)
+        again += max(0, cursor.looked - end)
+        before = source.take(end)
+        if found and called:
             text.called()
-            source.take(cursor.at)
             count = yield from _said(found, count, form)
         else:
-            yield from text.add(source.take(len(opening)))
+            yield from text.add(before)
 
 
 def _further_thoughts(source: AnswerSource, form: AnswerForm) -> tuple[tuple[str, ...], tuple[str, ...]]:

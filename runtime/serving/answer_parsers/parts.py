@@ -7,6 +7,7 @@ at `Part`, then `ParsedAnswer`.
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import groupby
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +64,25 @@ class ParsedCall:
 class ParsedAnswer:
     """The parts of an answer put together."""
 
-    reasoning: str = ""
-    content: str = ""
-    calls: list[ParsedCall] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     """All of it in the order in which the model wrote it."""
+    calls: list[ParsedCall] = field(default_factory=list)
+
+    @property
+    def reasoning(self) -> str:
+        """All that was thought."""
+        return "".join(part.text for part in self.parts if isinstance(part, ReasoningDelta))
+
+    @property
+    def content(self) -> str:
+        """The answer itself."""
+        return "".join(part.text for part in self.parts if isinstance(part, ContentDelta))
 
     def add(self, parts: Iterable[Part]) -> None:
         """Append parts in the order of their arrival."""
         for part in parts:
             self.parts.append(part)
             match part:
-                case ReasoningDelta(text):
-                    self.reasoning += text
-                case ContentDelta(text):
-                    self.content += text
                 case CallStart(_, call_id, name):
                     self.calls.append(ParsedCall(call_id, name))
                 case CallArguments(index, text):
@@ -87,14 +92,11 @@ class ParsedAnswer:
 def joined(parts: Iterable[Part]) -> list[Part]:
     """Return parts with those texts joined that follow each other and are of one kind."""
     found: list[Part] = []
-    for part in parts:
-        last = found[-1] if found else None
-        if isinstance(part, ContentDelta) and isinstance(last, ContentDelta):
-            found[-1] = ContentDelta(last.text + part.text)
-        elif isinstance(part, ReasoningDelta) and isinstance(last, ReasoningDelta):
-            found[-1] = ReasoningDelta(last.text + part.text)
+    for kind, run in groupby(parts, type):
+        if issubclass(kind, ContentDelta | ReasoningDelta):
+            found.append(kind("".join(part.text for part in run if isinstance(part, kind))))
         else:
-            found.append(part)
+            found += run
     return found
 
 

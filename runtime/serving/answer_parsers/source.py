@@ -6,8 +6,10 @@ at `AnswerSource`, then `Cursor`.
 """
 
 import re
+from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, TypeVar
 
 from runtime.serving.answer_parsers.parts import Part
@@ -19,7 +21,8 @@ Steps = Generator[Part | Literal["wait"], None, T]
 """What a parser yields, and what it returns."""
 
 _OPENING, _CLOSING = frozenset("[{("), frozenset("]})")
-_PLAIN = re.compile(r"[^\[\](){}\"']+")
+_COUNTS = re.compile(r"[\[\](){}\"'\\]")
+_NO_SPACE = re.compile(r"\S")
 
 
 class AnswerSource:
@@ -29,19 +32,23 @@ class AnswerSource:
         """`marks` are special tokens with the characters that stand for them in the text."""
         self._marks = marks or {}
         self._unmarked = str.maketrans(dict.fromkeys(self._marks.values(), ""))
-        self.rest = ""
-        """What is not taken."""
+        self.text = ""
+        """What has arrived; of what is taken, some may be gone."""
+        self.at = 0
+        """Where in it begins what is not taken."""
         self.held = 0
-        """Characters of that, marks left out."""
+        """Characters that are not taken, marks left out."""
         self.ended = False
         self.taken = 0
         """Characters taken so far."""
-        self.thoughts: list[tuple[int, int]] = []
+        self.thoughts: deque[tuple[int, int]] = deque()
         """(start, end) of what was taken as reasoning."""
 
     def add(self, text: str) -> None:
         """Append what has arrived."""
-        self.rest += text
+        longer, self.text = self.text, ""  # a text that one name holds grows without a copy
+        longer += text
+        self.text = longer
         self.held += len(self.unmarked(text))
 
     def mark(self, delimiters: Sequence[str]) -> tuple[str, ...]:
@@ -56,31 +63,40 @@ class AnswerSource:
         """Whether a delimiter is one special token, which no text spells by chance."""
         return delimiter in self._marks
 
-    def take(self, count: int, *, thought: bool = False) -> str:
-        """Return the next `count` characters, and go behind them."""
-        text, self.rest = self.rest[:count], self.rest[count:]
+    def take(self, until: int, *, thought: bool = False) -> str:
+        """Return the text up to `until`, a place in `text`, and go there. No cursor is valid after it."""
+        text = self.text[self.at : until]
+        start, self.taken = self.taken, self.taken + len(text)
+        self.held -= len(self.unmarked(text))
         if thought and text:
-            start = self.taken
             if self.thoughts and self.thoughts[-1][1] == start:
                 start = self.thoughts.pop()[0]
-            self.thoughts.append((start, self.taken + count))
-        self.taken += len(text)
-        self.held -= len(self.unmarked(text))
+            self.thoughts.append((start, self.taken))
+        self.at = until
+        if 2 * self.at >= len(self.text):  # so no character is moved more than once for each that is taken
+            self.text, self.at = self.text[self.at :], 0
         return text
 
-    def find(self, delimiters: Sequence[str], start: int = 0) -> tuple[int, str]:
+    def find(self, delimiters: Sequence[str], start: int | None = None) -> tuple[int, str]:
         """Return where the first delimiter stands, the longest there, and which; (-1, "") for none."""
-        places = [(at, -len(each), each) for each in delimiters if (at := self.rest.find(each, start)) >= 0]
-        at, _, found = min(places, default=(-1, 0, ""))
-        return at, found
+        found = _any_of(tuple(delimiters)).search(self.text, self.at if start is None else start)
+        return (found.start(), found[0]) if found else (-1, "")
 
-    def undecided(self, delimiters: Sequence[str]) -> int:
-        """Return how many of the last characters may begin a delimiter."""
-        return 0 if self.ended else max((overlap(self.rest, each) for each in delimiters), default=0)
+    def decided(self, delimiters: Sequence[str]) -> int:
+        """Return the place up to which the text, which has no delimiter, does not begin one."""
+        end = len(self.text)
+        if self.ended or not delimiters:
+            return end
+        tail = self.text[max(self.at, end - max(map(len, delimiters))) :]
+        return end - max(overlap(tail, each) for each in delimiters)
 
-    def starts(self, options: Sequence[str]) -> Steps[str]:
-        """Return which of `options` the text begins with, the longest, "" for none."""
-        return (yield from Cursor(self, 0).literal(options))
+    def take_before(self, delimiters: Sequence[str], *, thought: bool = False) -> tuple[str, str]:
+        """Take the text before the first delimiter; return it, and which that is.
+
+        Without one, "" and all the text that does not begin one.
+        """
+        place, found = self.find(delimiters)
+        return self.take(place if found else self.decided(delimiters), thought=thought), found
 
 
 @dataclass(slots=True)
@@ -89,57 +105,57 @@ class Cursor:
 
     source: AnswerSource
     at: int
+    looked: int = 0
+    """The furthest place that was read."""
 
     def literal(self, options: Sequence[str]) -> Steps[str]:
         """Go behind the longest of `options` that stands here, and return it; "" for none."""
         while True:
-            rest = self.source.rest[self.at : self.at + max(map(len, options), default=0)]
+            rest = self.source.text[self.at : self.at + max(map(len, options), default=0)]
             longer = not self.source.ended and any(
                 len(each) > len(rest) and each.startswith(rest) for each in options
             )
             if not longer:
                 found = max((each for each in options if rest.startswith(each)), key=len, default="")
-                self.at += len(found)
+                self._read(self.at + len(found))
                 return found
             yield WAIT
 
     def space(self) -> Steps[None]:
         """Go behind white space."""
         while True:
-            rest = self.source.rest
-            while self.at < len(rest) and rest[self.at].isspace():
-                self.at += 1
-            if self.at < len(rest) or self.source.ended:
+            found = _NO_SPACE.search(self.source.text, self.at)
+            self._read(found.start() if found else len(self.source.text))
+            if found or self.source.ended:
                 return
             yield WAIT
 
     def peek(self) -> Steps[str]:
         """Return the next character, "" at the end."""
-        while self.at >= len(self.source.rest) and not self.source.ended:
+        while self.at >= len(self.source.text) and not self.source.ended:
             yield WAIT
-        return self.source.rest[self.at : self.at + 1]
+        return self.source.text[self.at : self.at + 1]
 
     def until(self, delimiters: Sequence[str], *, or_end: bool = False) -> Steps[tuple[str | None, str]]:
         """Go behind the first delimiter; return the text before it, and which it is.
 
         At the end without one, the text is None, or with `or_end` all that is left.
         """
-        searched, longest = self.at, max(map(len, delimiters))
+        start, searched, longest = self.at, self.at, max(map(len, delimiters))
         while True:
             place, found = self.source.find(delimiters, searched)
-            if found and (
-                place + longest <= len(self.source.rest) or self.source.ended or _alone(delimiters)
-            ):
-                text = self.source.unmarked(self.source.rest[self.at : place])
-                self.at = place + len(found)
-                return text, found
+            end = len(self.source.text)
+            if found and (place + longest <= end or self.source.ended or _alone(tuple(delimiters))):
+                self._read(place + len(found))
+                return self.source.unmarked(self.source.text[start:place]), found
             if self.source.ended:
-                text = self.source.unmarked(self.source.rest[self.at :])
+                self._read(end)
                 if or_end:
-                    self.at = len(self.source.rest)
-                return (text if or_end else None), ""
+                    return self.source.unmarked(self.source.text[start:]), ""
+                self.at = start
+                return None, ""
             if not found:
-                searched = max(self.at, len(self.source.rest) - longest + 1)
+                searched = max(start, end - longest + 1)
             yield WAIT
 
     def bracketed(self, quotes: str = '"') -> Steps[str]:
@@ -149,27 +165,38 @@ class Cursor:
         """
         start, at, depth, quote = self.at, self.at, 0, ""
         while True:
-            rest = self.source.rest
-            while at < len(rest):
-                character = rest[at]
+            while found := _COUNTS.search(self.source.text, at):
+                character, at = found[0], found.end()
                 if quote:
-                    at += 1 + (character == "\\")
+                    at += character == "\\"
                     quote = "" if character == quote else quote
                     continue
-                if plain := _PLAIN.match(rest, at):
-                    at = plain.end()
-                    continue
-                at += 1
                 depth += (character in _OPENING) - (character in _CLOSING)
                 quote = character if character in quotes else ""
                 if depth <= 0:
+                    self._read(at)
                     self.at = at if depth == 0 and at > start + 1 else start
-                    return self.source.unmarked(rest[start : self.at])
+                    return self.source.unmarked(self.source.text[start : self.at])
+            at = max(at, len(self.source.text))
             if self.source.ended:
+                self._read(at)
+                self.at = start
                 return ""
             yield WAIT
 
+    def _read(self, until: int) -> None:
+        self.at = until
+        self.looked = max(self.looked, until)
 
-def _alone(delimiters: Sequence[str]) -> bool:
+
+@lru_cache(maxsize=1024)
+def _any_of(delimiters: tuple[str, ...]) -> re.Pattern[str]:
+    """Return what finds the first of `delimiters`, the longest there: one pass, however many there are."""
+    longest_first = sorted(filter(None, delimiters), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+@lru_cache(maxsize=1024)
+def _alone(delimiters: tuple[str, ...]) -> bool:
     """Whether none of `delimiters` begins another: the first that is found is the longest."""
     return not any(a != b and b.startswith(a) for a in delimiters for b in delimiters)

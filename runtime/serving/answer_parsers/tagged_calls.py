@@ -63,7 +63,9 @@ def _elements(
 
     def read(cursor: Cursor, tools: Tools) -> Steps[list[FoundCall] | None]:
         found: list[FoundCall] = []
-        begun = cursor.source.rest[: cursor.at].endswith(call[0])  # the opening was a call's own
+        begun = cursor.source.text.endswith(
+            call[0], cursor.source.at, cursor.at
+        )  # the opening was a call's own
         while True:
             if not begun:
                 yield from cursor.space()

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.serving.answer_parsers.formats import CALLS, REASONING
-from runtime.serving.answer_parsers.forms import AnswerForm
+from runtime.serving.answer_parsers.forms import AnswerForm, CallFormat
 from runtime.serving.answer_parsers.parser import AnswerParser
 from runtime.serving.answer_parsers.parts import CallArguments, CallEnd, CallStart, ParsedAnswer
+from runtime.serving.answer_text import delimiters as answer_delimiters
 from runtime.serving.detokenize import marked
 from tests.costs import assert_linear
 from tests.serving.answer_parsers.spelled import SPELLINGS, TEXT, TOOLS, Spelling, dumped
@@ -155,6 +156,7 @@ def test_deepseek_r1_thinks_from_the_beginning() -> None:
     ("text", "thought", "content", "calls"),
     [
         ("Hello, world", "", "Hello, world", []),
+        (" H", "", "H", []),
         ("<|channel|>final<|message|>Hello<|return|>", "", "Hello", []),
         (" to=functions.weather<|channel|>commentary<|message|>{}<|call|>", "", "", [("weather", {})]),
         ("<|channel|>analysis to=functions.weather<|message|>{}", "", "", [("weather", {})]),
@@ -255,6 +257,67 @@ def test_a_long_call_costs_the_same_for_each_token_of_it() -> None:
         assert parser.held == 0
 
     assert_linear(read_call, 250, 4_000)
+
+
+def _begun(calls: CallFormat) -> str:
+    """Return a call in a format's own spelling up to where its first argument's value begins."""
+    spelling = calls.spelling
+    head = spelling.before + spelling.call.partition("{arguments}")[0].replace("{name}", "f")
+    return head + (spelling.argument.partition("{value}")[0].replace("{key}", "x") or '{"x": ')
+
+
+REPEATED = {
+    **{f"{name}, begun": (AnswerForm(calls=calls, tools={"f": {}}), _begun(calls))
+       for calls, name in {calls: name for name, calls in CALLS.items() if calls}.items()},
+    **{f"{name}, {opening}": (AnswerForm(calls=calls, tools={"f": {}}), opening + " f")
+       for calls, name in {calls: name for name, calls in CALLS.items() if calls}.items()
+       for opening in (*calls.openings, *calls.inline)},
+    **{f"{name}, thoughts": (AnswerForm(thoughts=thoughts), f"{thoughts.starts[0]} a {thoughts.ends[0]} b")
+       for thoughts, name in {thoughts: name for name, thoughts in REASONING.items() if thoughts}.items()},
+    "harmony": (
+        AnswerForm(harmony=True, tools={"f": {}}),
+        "<|channel|>commentary to=functions.f<|message|>{<|end|><|channel|>analysis<|message|>a<|end|>",
+    ),
+    "undeclared": (AnswerForm(calls=CALLS["llama3_json"], tools={"f": {}}), '{"name": "g"};'),
+    "calls and one begun": (AnswerForm(calls=CALLS["hermes"], tools={"f": {}}), '<tool_call>{"name": "f"}{'),
+    "values of which some delimiters are not in the text": (
+        AnswerForm(calls=CALLS["gemma4"], tools={"f": {}}), "<|tool_call>call:f{a:1,"),
+    "white space": (AnswerForm(calls=CALLS["hermes"], tools={"f": {}}), "\n" * 30),
+    "white space in a thought": (AnswerForm(thoughts=REASONING["deepseek_r1"]), "\n" * 30),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("token", [2**20, 3], ids=["at once", "as tokens"])
+@pytest.mark.parametrize("name", REPEATED)
+def test_an_answer_that_repeats_itself_costs_no_more_for_each_character(name: str, token: int) -> None:
+    form, repeated = REPEATED[name]
+    delimiters = {*answer_delimiters(form), *(form.calls.inline if form.calls else ())}
+    marks = {text: chr(0xD800 + n) for n, text in enumerate(sorted(delimiters))} if form.thoughts else {}
+
+    def parse(times: int) -> None:
+        text = marked(repeated, marks) * times
+        parser = AnswerParser(form, marks=marks)
+        for start in range(0, len(text), token):
+            parser.feed(text[start : start + token])
+        parser.finish()
+
+    assert_linear(parse, 150, 1_000)
+
+
+def test_calls_behind_few_openings_that_are_none_are_found() -> None:
+    spelling = SPELLINGS["llama 3, after text"]
+    text = f'{{"name" begins an object. {"x" * 50_000} {{"name" too. {spelling.text}'
+    assert [call.name for call in read([text], form_of(spelling), spelling).calls] == ["weather"]
+
+
+def test_what_follows_the_last_of_deepseeks_calls_is_kept() -> None:
+    spelling = SPELLINGS["deepseek v3.1"]
+    call, begun = (
+        "<｜tool▁call▁begin｜>weather<｜tool▁sep｜>{}<｜tool▁call▁end｜>",
+        "<｜tool▁call▁begin｜> is begun",
+    )
+    answer = read([f"<｜tool▁calls▁begin｜>{call}{begun}"], form_of(spelling, thoughts=None), spelling)
+    assert shown(answer)[1:] == (begun, [("weather", {})])
 
 
 ODD = ("3d_render", "get-the-weather", "server/tool", "server:tool", "n" * 64)
