@@ -14,6 +14,14 @@ FinishReason = Literal["stop", "length", "cancelled"]
 GREEDY_BELOW = 1e-5
 """A temperature below this always takes the likeliest token, as in vLLM; logits divided by it overflow."""
 
+JSON_STYLE: Mapping[str, Any] = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
+"""How answers spell JSON, in llguidance's words: one spelling, Python's, which models have seen most; free
+white space lets a weak model go on for ever."""
+
 
 class Mask(Protocol):
     """Which tokens one answer may continue with; called from the engine's thread."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import RequestError, one_line
-from runtime.serving.engine.protocol import Constraint
+from runtime.serving.engine.protocol import JSON_STYLE, Constraint
 from runtime.serving.structured_output import limits
 from runtime.serving.structured_output.faults import culprit, malformed
 from runtime.serving.structured_output.limits import refused
@@ -19,14 +19,7 @@ from runtime.serving.structured_output.schemas import Rewriter
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
-    from llguidance._lib import JsonCompileOptions
 
-JSON_STYLE: "JsonCompileOptions" = {
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-}
-"""One spelling, Python's, which models have seen most: free white space lets a weak model go on for ever."""
 EXHAUSTED = ("fuel", "too many", "too complex", "too large", "unable to determine", "limit")
 """In the texts of llguidance's errors that come from its limits."""
 

@@ -25,7 +25,7 @@ from runtime.errors import RequestError, UnavailableError, UnknownModelError, on
 from runtime.hardware import Hardware
 from runtime.serving.engine import failures
 from runtime.serving.engine.backends.vllm_process import VllmProcess
-from runtime.serving.engine.protocol import Constraint, FinishReason, Request, Stats, Token
+from runtime.serving.engine.protocol import JSON_STYLE, Constraint, FinishReason, Request, Stats, Token
 from runtime.serving.engine.request_queue import LAST_STEP_S, RequestHandle, RequestQueue
 from runtime.serving.settings import ServeConfig
 
@@ -52,8 +52,6 @@ SAME_NAME = (
     "frequency_penalty",
 )
 """Fields of `Sampling` that vLLM takes under the same name and in the same sense."""
-STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""Of JSON within a grammar, as structured_output/forms.py has it."""
 REFUSED = ("no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id")
 """Fields of `Sampling` for which vLLM has nothing."""
 
@@ -348,7 +346,7 @@ def _lark(constraint: Constraint) -> str:
     for number, part in enumerate(constraint.value["parts"]):
         if part["kind"] == "schema":
             schema = part["value"] if isinstance(part["value"], dict) else {}
-            rules.append(f"part{number}: %json {json.dumps({**schema, 'x-guidance': STYLE})}")
+            rules.append(f"part{number}: %json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}")
         elif part["kind"] == "regex":
             pattern = part["value"].replace("/", r"\/")
             rules.append(f"part{number}: /{pattern}/")
