@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from runtime.errors import RequestError
 from runtime.serving.answer_parsers import harmony
-from runtime.serving.answer_parsers.argument_schemas import choices, kinds
+from runtime.serving.answer_parsers.argument_schemas import MOST_OPTIONS, ArgumentSchemas
 from runtime.serving.answer_parsers.forms import AnswerForm, CallSpelling, Schema, Tools
 from runtime.serving.engine.protocol import Constraint
 
@@ -46,20 +47,19 @@ def spelled(
         prompt: the end of the prompt's text, special tokens as their names: it may have opened a thought.
         special: the special tokens, with their ids.
     """
-    lark = _Lark(special)
+    wanted = forced or asked
+    if wanted is None or (forced is None and not (form.thoughts or form.harmony)):
+        return asked
+    lark = _Lark(special, wanted.param)
     if forced is not None:
         body = lark.calls(forced, form)
-        param, strict = forced.param, forced.strict
-    elif asked is None or not (form.thoughts or form.harmony):
-        return asked
-    else:
+    elif asked is not None:
         body = lark.part(asked.kind, asked.value, asked.whitespace)
-        param, strict = asked.param, asked.strict
         body = f"{lark.text(_FINAL)} {body}" if form.harmony else body
     before = lark.channels(prompt) if form.harmony else lark.thought(form, prompt)
     lark.rules["start"] = f"{before} {body}"
     top = "\n".join(f"{name}: {rule}" for name, rule in lark.rules.items())
-    return Constraint("answer", {"top": top, "parts": lark.parts}, param, strict)
+    return Constraint("answer", {"top": top, "parts": lark.parts}, wanted.param, wanted.strict)
 
 
 _ANALYSIS = (f"{harmony.CHANNEL}analysis{harmony.MESSAGE}", f"{harmony.END}{harmony.START}assistant")
@@ -74,12 +74,24 @@ class _Lark:
     """A grammar in the making."""
 
     special: Mapping[str, int]
+    param: str
+    """The field of the request that asks for the form."""
     rules: dict[str, str] = field(default_factory=lambda: {"start": ""})
     parts: list[dict[str, Any]] = field(default_factory=list)
+    _choices: dict[int, tuple[tuple[str, ...], str]] = field(default_factory=dict)
+    """Lists by their identity, with the names of their rules."""
+    _options_left: int = MOST_OPTIONS
+    _starts: frozenset[str] = frozenset()
+    """The first characters of special tokens: most texts have none of them."""
+
+    def __post_init__(self) -> None:
+        self._starts = frozenset(name[0] for name in self.special if name)
 
     def text(self, text: str) -> str:
         """Return a text as Lark writes it, the special tokens in it as tokens."""
-        names = sorted((name for name in self.special if name in text), key=len, reverse=True)
+        names: list[str] = []
+        if not self._starts.isdisjoint(text):
+            names = sorted((name for name in self.special if name in text), key=len, reverse=True)
         if not names:
             return json.dumps(text, ensure_ascii=False) if text else ""
         pieces = re.split(f"({'|'.join(map(re.escape, names))})", text)
@@ -95,6 +107,14 @@ class _Lark:
         name = f"r{len(self.rules)}"
         self.rules[f"{name}{options}"] = body
         return name
+
+    def choice(self, texts: tuple[str, ...]) -> str:
+        """Return a rule for one of `texts`; a list that several arguments have becomes one rule."""
+        if len(texts) == 1:
+            return self.text(texts[0])
+        if id(texts) not in self._choices:
+            self._choices[id(texts)] = texts, self.rule(" | ".join(map(self.text, texts)))
+        return self._choices[id(texts)][1]
 
     def until(self, end: str) -> str:
         """Return a rule for any text and `end` behind it."""
@@ -151,7 +171,15 @@ class _Lark:
         found = list(properties.items()) if isinstance(properties, Mapping) else []
         found.sort(key=lambda item: item[0] not in required)
         shared = {word: schema[word] for word in ("$defs", "definitions") if word in schema}
-        values = [self._argument(spelling, name, value, shared) for name, value in found]
+        schemas = ArgumentSchemas(shared, most=self._options_left)
+        values = [self._argument(spelling, name, value, schemas, shared) for name, value in found]
+        self._options_left = schemas.left
+        if schemas.left <= 0:
+            raise RequestError(
+                f"'{self.param}': the functions' arguments are made of more than {MOST_OPTIONS} schemas, "
+                "one that several refer to counted for each",
+                param=self.param,
+            )
         after = {True: NOTHING, False: NOTHING}  # by whether no argument comes before
         for (name, _), value in reversed(list(zip(found, values, strict=True))):
             here = {}
@@ -162,16 +190,23 @@ class _Lark:
             after = here
         return after[True]
 
-    def _argument(self, spelling: CallSpelling, name: str, schema: Any, shared: Mapping[str, Any]) -> str:
+    def _argument(
+        self,
+        spelling: CallSpelling,
+        name: str,
+        schema: Any,
+        schemas: ArgumentSchemas,
+        shared: Mapping[str, Any],
+    ) -> str:
         before, _, after = spelling.argument.replace("{key}", name).partition("{value}")
         value = schema if isinstance(schema, Mapping) else {}
-        expected = kinds(value, shared)
+        expected = schemas.kinds(value)
         may_be_text = not expected or "string" in expected  # and is read as JSON where it is of another type
         if spelling.plain_text and (expected == {"string"} or (may_be_text and not spelling.quote)):
             before, after = before + spelling.quote, spelling.quote + after
-            if texts := choices(value, shared):
-                texts += ["null"] if "null" in expected else []
-                return f"{self.text(before)} ({' | '.join(map(self.text, texts))}) {self.text(after)}"
+            if lists := schemas.choices(value):
+                lists += [("null",)] if "null" in expected else []
+                return f"{self.text(before)} ({' | '.join(map(self.choice, lists))}) {self.text(after)}"
             return f"{self.text(before)} {self.until(after)}"
         reference = self.part("schema", {**value, **shared} if value else True)
         return f"{self.text(before)} {reference} {self.text(after)}"

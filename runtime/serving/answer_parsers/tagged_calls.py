@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from runtime.serving.answer_parsers.argument_schemas import typed
+from runtime.serving.answer_parsers.argument_schemas import ArgumentSchemas
 from runtime.serving.answer_parsers.forms import FoundCall, Read, Schema, Tools, is_name
 from runtime.serving.answer_parsers.source import Cursor, Steps
 
@@ -23,7 +23,8 @@ def _argument_schema(schema: Schema, name: str) -> Any:
 
 def _call(name: str, arguments: Mapping[str, str], tools: Tools) -> FoundCall:
     schema = tools.get(name, {})
-    values = {key: typed(text, _argument_schema(schema, key), schema) for key, text in arguments.items()}
+    schemas = ArgumentSchemas(schema)
+    values = {key: schemas.typed(text, _argument_schema(schema, key)) for key, text in arguments.items()}
     return FoundCall(name, json.dumps(values, ensure_ascii=False))
 
 
