@@ -90,6 +90,8 @@ class AnswerForm:
     """The answer is in channels, which say both."""
     tools: Tools = field(default_factory=dict)
     """Calls are looked for where there are tools."""
+    only_tools: bool = False
+    """A call of any other function stays text, whatever its delimiters."""
     one_call: bool = False
     """Calls after the first are left out."""
 

@@ -97,7 +97,7 @@ def _function(recipient: str, form: AnswerForm) -> str | None:
     if not form.tools:
         return None
     name = recipient.removeprefix("functions.")
-    return name if name != recipient or recipient in form.tools else None
+    return name if name in form.tools or (name != recipient and not form.only_tools) else None
 
 
 def _body(source: AnswerSource) -> Steps[str]:

@@ -191,7 +191,7 @@ def _content(source: AnswerSource, form: AnswerForm, text: _Text, *, count: int)
             continue
         cursor = Cursor(source, source.at + (0 if opening in inline else len(opening)))
         found = yield from calls.read(cursor, form.tools)
-        called = found and (opening in openings or _declared(found, form))
+        called = found and ((opening in openings and not form.only_tools) or _declared(found, form))
         end = cursor.at if called else source.at + len(opening)
         again += max(0, cursor.looked - end)
         before = source.take(end)

@@ -50,13 +50,17 @@ def _at_most(entries: int) -> Callable[[Any], Any]:
     return check
 
 
-def by_kind(expected: str, tags: Mapping[type, str]) -> Discriminator:
+def by_kind(expected: str, tags: Mapping[type, str], of_type: Mapping[str, str] = {}) -> Discriminator:
     """Return what chooses a branch of a union by the JSON kind of a value: one error, of that branch.
 
-    Tags stand in brackets (`<text>`): they are no part of the path that an error is shown with.
+    Tags stand in brackets (`<text>`): they are no part of the path that an error is shown with. Those
+    `of_type` are of objects whose `type` is so.
     """
 
     def tag(value: Any) -> str | None:
+        kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+        if isinstance(kind, str) and kind in of_type:
+            return of_type[kind]
         return tags.get(dict if isinstance(value, BaseModel) else type(value))
 
     return Discriminator(tag, custom_error_type="kind", custom_error_message=f"must be {expected}")

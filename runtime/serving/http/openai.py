@@ -45,7 +45,7 @@ from runtime.serving.http.schema import (
 )
 from runtime.serving.http.sse import STREAMED, EventStream, unless_gone
 from runtime.serving.http.template_fields import template_options
-from runtime.serving.http.tool_fields import callable_tools, forced_call, shown_tools
+from runtime.serving.http.tool_fields import AllowedToolChoice, callable_tools, forced_call, shown_tools
 from runtime.serving.token_bytes import AnswerToken
 from runtime.serving.tokenizer import PromptTokenizer
 
@@ -283,7 +283,8 @@ def _form(generator: Generator, body: ChatCompletionBody, adapter: str | None) -
             f"'{served.reasoning_parser}' is not known, and stays in the text",
             param="include_reasoning",
         )
-    return replace(form, tools=callable_tools(body), one_call=one_call)
+    only_tools = isinstance(body.tool_choice, AllowedToolChoice)
+    return replace(form, tools=callable_tools(body), only_tools=only_tools, one_call=one_call)
 
 
 def _constraint(body: ChatCompletionBody, format_param: str) -> tuple[Constraint | None, ForcedCalls | None]:

@@ -27,7 +27,16 @@ from runtime.serving.http.messages import (
     with_contents,
 )
 from runtime.serving.http.schema import MAX_LOGPROBS, ChatCompletionBody, SamplingFields, Wording
-from runtime.serving.http.tool_fields import MAX_TOOLS, NamedFunction, OtherTool, ToolChoice
+from runtime.serving.http.tool_fields import (
+    MAX_TOOLS,
+    TOOL_CHOICE,
+    AllowedToolChoice,
+    AllowedTools,
+    NamedFunction,
+    OtherTool,
+    ToolChoice,
+    ToolChoices,
+)
 
 TEXT_FORMAT = "text.format"
 LOGPROBS = "message.output_text.logprobs"
@@ -64,6 +73,25 @@ class ResponseToolChoice(NamedFunction):
     """The one function that must be called."""
 
     type: Literal["function"] = "function"
+
+    def as_chat(self) -> ToolChoice:
+        """Return the same choice of a chat completion."""
+        return ToolChoice(function=NamedFunction(name=self.name))
+
+
+class ResponseAllowedTools(Body):
+    """The functions that may (mode auto) or must (required) be called; the model is shown the others too."""
+
+    treatments = fields.TOOL
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ResponseToolChoice], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+
+    def as_chat(self) -> AllowedToolChoice:
+        """Return the same choice of a chat completion."""
+        allowed = AllowedTools(mode=self.mode, tools=[tool.as_chat() for tool in self.tools])
+        return AllowedToolChoice(type=self.type, allowed_tools=allowed)
 
 
 class Reasoning(Body):
@@ -109,10 +137,9 @@ Inputs = Annotated[
 ]
 ResponseToolChoices = Annotated[
     Annotated[Literal["auto", "none", "required"], Tag("<word>")]
-    | Annotated[ResponseToolChoice, Tag("<function>")],
-    by_kind(
-        "'auto', 'none', 'required' or an object that names a function", {str: "<word>", dict: "<function>"}
-    ),
+    | Annotated[ResponseToolChoice, Tag("<function>")]
+    | Annotated[ResponseAllowedTools, Tag("<allowed>")],
+    TOOL_CHOICE,
 ]
 
 
@@ -131,7 +158,8 @@ class ResponsesBody(SamplingFields):
     """What the answer must be: text, json_object or json_schema."""
     tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ResponseToolChoices | None = None
-    """Whether the model may or must call a function; an object names one that it must call."""
+    """Whether the model may or must call a function; an object names one that it must call, or those that
+    it may (`allowed_tools`)."""
     parallel_tool_calls: Flag = True
     """Whether one answer may hold several calls; false: the first of them."""
     reasoning: Reasoning | None = None
@@ -174,15 +202,18 @@ class ResponsesBody(SamplingFields):
                 for index, tool in enumerate(self.tools or ())
             ]
             or None,
-            tool_choice=ToolChoice(function=NamedFunction(name=self.tool_choice.name))
-            if isinstance(self.tool_choice, ResponseToolChoice)
-            else self.tool_choice,
+            tool_choice=self._tool_choice(),
             reasoning_effort=self.reasoning.effort if self.reasoning else None,
             **sampling,
         )
         format_param = TEXT_FORMAT if required_format is not None else "response_format"
         places = [place for place, _ in placed]
         return chat, Wording("input", places, length="max_output_tokens", format=format_param)
+
+    def _tool_choice(self) -> ToolChoices | None:
+        """Return which function may be called as chat completions say it."""
+        choice = self.tool_choice
+        return choice if choice is None or isinstance(choice, str) else choice.as_chat()
 
     def _format(self) -> ResponseFormat | None:
         """Return what the answer must be as chat completions say it, None for a text."""

@@ -88,11 +88,34 @@ class ToolChoice(Body):
     function: NamedFunction
 
 
+class AllowedTools(Body):
+    """Some of the request's tools, of which the model may (auto) or must (required) call one."""
+
+    treatments = fields.TOOL
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ToolChoice], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+
+
+class AllowedToolChoice(Body):
+    """The functions that may be called; the model is shown the others too."""
+
+    treatments = fields.TOOL
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+TOOL_CHOICE = by_kind(
+    "'auto', 'none', 'required' or an object that names a function or 'allowed_tools'",
+    {str: "<word>", dict: "<function>"},
+    {"allowed_tools": "<allowed>"},
+)
 ToolChoices = Annotated[
-    Annotated[Literal["auto", "none", "required"], Tag("<word>")] | Annotated[ToolChoice, Tag("<function>")],
-    by_kind(
-        "'auto', 'none', 'required' or an object that names a function", {str: "<word>", dict: "<function>"}
-    ),
+    Annotated[Literal["auto", "none", "required"], Tag("<word>")]
+    | Annotated[ToolChoice, Tag("<function>")]
+    | Annotated[AllowedToolChoice, Tag("<allowed>")],
+    TOOL_CHOICE,
 ]
 FunctionChoices = Annotated[
     Annotated[Literal["auto", "none"], Tag("<word>")] | Annotated[NamedFunction, Tag("<function>")],
@@ -109,7 +132,8 @@ class ToolFields(Body):
     """The older form of `tool_choice`."""
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoices | None = None
-    """Whether the model may or must call a function; an object names one that it must call."""
+    """Whether the model may or must call a function; an object names one that it must call, or those that
+    it may (`allowed_tools`)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -130,9 +154,13 @@ class ToolFields(Body):
 
 def callable_tools(body: ToolFields) -> Tools:
     """Return the functions the model may call, with their schemas; none for `tool_choice` "none"."""
-    if not body.tools or body.tool_choice == "none":
+    choice = body.tool_choice
+    if not body.tools or choice == "none":
         return {}
-    return {tool.function.name: tool.function.parameters or {} for tool in body.tools}
+    found = {tool.function.name: tool.function.parameters or {} for tool in body.tools}
+    if isinstance(choice, AllowedToolChoice):
+        return {name: found[name] for name in _names(choice) if name in found}
+    return found
 
 
 def shown_tools(body: ToolFields, served: ServedModel, adapter: str | None) -> list[dict[str, Any]] | None:
@@ -156,23 +184,33 @@ def shown_tools(body: ToolFields, served: ServedModel, adapter: str | None) -> l
 
 
 def forced_call(body: ToolFields, *, several: bool = False) -> ForcedCalls | None:
-    """Return the calls that an answer must consist of: `tool_choice` "required" or a function.
+    """Return the calls that an answer must consist of: `tool_choice` "required", or a function.
 
-    Raises RequestError where there is no such function.
+    Raises RequestError where a function that it names is none of the request's.
     """
     choice = body.tool_choice
-    if choice is None or choice in {"auto", "none"}:
+    if choice in (None, "auto", "none"):
         return None
     older = body.function_call is not None
     param, among = ("function_call", "functions") if older else ("tool_choice", "tools")
     if not body.tools:
         raise RequestError(f"'{param}' asks for a call, and there are no '{among}'", param=param)
     tools = [tool.function for tool in body.tools]
-    if isinstance(choice, ToolChoice):
-        name = choice.function.name
-        tools = [tool for tool in tools if tool.name == name]
-        if not tools:
-            raise RequestError(f"'{param}' names '{name}', which is not one of '{among}'", param=param)
+    if not isinstance(choice, str):
+        names = _names(choice)
+        for name in names:
+            if all(tool.name != name for tool in tools):
+                raise RequestError(f"'{param}' names '{name}', which is not one of '{among}'", param=param)
+        tools = [tool for tool in tools if tool.name in names]
+    if isinstance(choice, AllowedToolChoice) and choice.allowed_tools.mode == "auto":
+        return None
     schemas = {tool.name: tool.parameters or {} for tool in tools}
     strict = any(tool.strict for tool in tools)
     return ForcedCalls(schemas, param, strict=strict, several=several and not older)
+
+
+def _names(choice: ToolChoice | AllowedToolChoice) -> list[str]:
+    """Return the functions that a choice names."""
+    if isinstance(choice, ToolChoice):
+        return [choice.function.name]
+    return [tool.function.name for tool in choice.allowed_tools.tools]

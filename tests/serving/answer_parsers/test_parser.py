@@ -57,6 +57,16 @@ def test_each_family_is_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_calls_of_functions_that_may_not_be_called_are_text(name: str) -> None:
+    spelling = SPELLINGS[name]
+    form = form_of(spelling, tools={"another": {}}, only_tools=True)
+    thought, content, calls = shown(read([marked(spelling.text, marks_of(spelling))], form, spelling))
+    assert (thought, calls) == (spelling.thought, [])
+    assert content.startswith(spelling.content.rstrip())
+    assert len(content) > len(spelling.content)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
 def test_no_division_of_the_text_changes_the_answer(name: str, data: st.DataObject) -> None:
     spelling = SPELLINGS[name]

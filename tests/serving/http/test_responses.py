@@ -155,7 +155,10 @@ async def test_calls_are_items_and_their_outputs_go_back(
     )
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "weather"}])
+ALLOWED = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "weather"}]}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "weather"}, ALLOWED])
 async def test_a_call_may_be_required(open_site: Any, choice: Any) -> None:
     async with open_site(template=KNOWS_TOOLS, context_tokens=2048) as site:
         answer = await client_of(site).responses.create(

@@ -71,6 +71,58 @@ async def test_tool_result_goes_back_through_the_template(open_site: Any, tokeni
         assert (await site.complete(messages=turns)).status_code == 200
 
 
+CLOCK: Any = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
+CLOCK_CALL = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+
+
+def allowing(mode: str, *names: str) -> Any:
+    """Return OpenAI's `tool_choice` of some tools."""
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+@pytest.mark.parametrize("said", [CALL, CALL.replace("weather", "nobody")])
+async def test_only_allowed_tools_are_called_and_all_are_shown(
+    open_site: Any, tokenizer: Any, said: str
+) -> None:
+    script = say(tokenizer, f"{said}\n{CLOCK_CALL}")
+    async with open_site(script=script, template=KNOWS_TOOLS, context_tokens=2048) as site:
+        answer = await client_of(site).chat.completions.create(
+            model="base",
+            messages=HI,
+            tools=[TOOL, CLOCK],
+            max_tokens=300,
+            tool_choice=allowing("auto", "clock"),
+        )
+        (request,) = site.engine.requests
+        assert '"weather"' in tokenizer.decode(request.prompt_ids)
+        assert request.sampling.grammar is None
+    message = answer.choices[0].message
+    calls: Any = message.tool_calls
+    assert [call.function.name for call in calls] == ["clock"]
+    assert message.content == said
+
+
+async def test_one_of_the_allowed_tools_may_be_required(open_site: Any) -> None:
+    async with open_site(template=KNOWS_TOOLS, context_tokens=2048) as site:
+        await client_of(site).chat.completions.create(
+            model="base", messages=HI, tools=[TOOL, CLOCK], tool_choice=allowing("required", "clock")
+        )
+        grammar = site.engine.requests[0].sampling.grammar
+    assert "clock" in grammar.constraint.value["top"]
+    assert "weather" not in grammar.constraint.value["top"]
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+async def test_allowed_tools_are_among_the_tools(open_site: Any, mode: str) -> None:
+    async with open_site(template=KNOWS_TOOLS) as site:
+        with pytest.raises(openai.BadRequestError, match="names 'nobody'") as caught:
+            await client_of(site).chat.completions.create(
+                model="base", messages=HI, tools=[TOOL], tool_choice=allowing(mode, "weather", "nobody")
+            )
+    assert caught.value.param == "tool_choice"
+
+
 async def test_call_to_no_tool_is_refused(open_site: Any) -> None:
     async with open_site(template=KNOWS_TOOLS) as site:
         choice = {"type": "function", "function": {"name": "nobody"}}
