@@ -1,5 +1,6 @@
 """Parts for the serving tests: a small real tokenizer, and an app over an engine without a model."""
 
+import contextlib
 import copy
 import json
 import re
@@ -118,6 +119,8 @@ class Process:
     url: str = ""
     """Empty when the process ended before it listened."""
     log: list[str] = field(default_factory=list)
+    reader: threading.Thread | None = None
+    """Reads the log."""
 
     @classmethod
     def start(cls, command: list[str], *, environ: Mapping[str, str] | None = None) -> "Process":
@@ -137,8 +140,14 @@ class Process:
         except BaseException:
             server.close()
             raise
-        threading.Thread(target=lambda: server.log.extend(server.process.stderr or ()), daemon=True).start()
+        server.reader = threading.Thread(target=server._read_log, daemon=True)
+        server.reader.start()
         return server
+
+    def _read_log(self) -> None:
+        """Read the log to its end; children of the server may hold it open for longer than `close` waits."""
+        with contextlib.suppress(ValueError):  # it was closed
+            self.log.extend(self.process.stderr or ())
 
     @classmethod
     def serve(cls, model: Path, *flags: str, environ: Mapping[str, str] | None = None) -> "Process":
@@ -152,6 +161,8 @@ class Process:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+        if self.reader is not None:
+            self.reader.join(5)
         if self.process.stderr is not None:
             self.process.stderr.close()
 
