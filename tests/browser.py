@@ -73,7 +73,8 @@ class Browser:
         return [entry["message"] for entry in self._call("/se/log", type="browser")]
 
     def picture(self, path: Path) -> None:
-        """Write a screenshot."""
+        """Write a screenshot of the page as it is drawn after the next frame: a scroll takes one."""
+        self.run("return new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
         path.write_bytes(base64.b64decode(self._driver.get("/screenshot").json()["value"]))
 
 
