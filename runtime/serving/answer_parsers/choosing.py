@@ -87,7 +87,8 @@ def _calls(features: TemplateFeatures, tokens: Container[str]) -> CallFormat:
     candidates = [(name, form) for name in _ORDER if (form := CALLS[name]) is not None]
     for _, form in candidates:
         if features.written_call and _reads(form, features.written_call):
-            return form
+            alike = [each for _, each in candidates if each.read == form.read]
+            return next((each for each in alike if _spells(each, features.written_call)), form)
     for name, form in candidates:
         if name != "granite" and any(opening in tokens for opening in form.openings):
             return form
@@ -109,6 +110,12 @@ def _reads(form: CallFormat, written: str) -> bool:
         if found == [(name, arguments)] and not any(each in answer.content for each in _DELIMITERS):
             return True
     return False
+
+
+def _spells(form: CallFormat, written: str) -> bool:
+    """Return whether a call is spelled in a text as a format has it, up to its arguments."""
+    name, _ = PROBED_CALL
+    return form.spelling.call.partition("{arguments}")[0].replace("{name}", name) in written
 
 
 def _starts(written: str, *, tagged: bool) -> Iterator[str]:

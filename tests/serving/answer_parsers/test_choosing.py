@@ -26,6 +26,8 @@ WRITTEN = {
     "llama3_json": '{"name": "' + NAME + '", "parameters": ' + JSON + "}<|eot_id|>",
     "mistral": f"[TOOL_CALLS]{NAME}[ARGS]{JSON}</s>",
     "granite": f"<|tool_call|>[{ENTRY}]",
+    "deepseek_v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>"
+    f"{NAME}\n```json\n{JSON}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
     "deepseek_v31": f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{NAME}<｜tool▁sep｜>{JSON}"
     "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
     "pythonic": f'[{NAME}({EACH}{{{{ k }}}}="{{{{ v }}}}"{{% endfor %}})]',
