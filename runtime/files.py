@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -305,6 +306,19 @@ def check_folder(path: Path, what: str) -> None:
             kind = "a link that leads to no directory" if existing.is_symlink() else "a file"
             where = f"{path}: is" if existing == path.absolute() else f"{path}: {existing} is"
             raise ConfigError(f"{where} {kind}, expected {what}")
+
+
+def check_temporary() -> None:
+    """Raise ConfigError where no temporary directory is usable, as in a container with a read-only root.
+
+    torchrun, datasets and archives need one, and fail late and with other words.
+    """
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise ConfigError(
+            f"no temporary directory can be made ({error.strerror}); mount one at /tmp or set TMPDIR"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from types import FrameType
 
 import psutil
 
-from runtime import hardware, oci, torch_build
+from runtime import files, hardware, oci, torch_build
 from runtime.errors import CapacityError, ConfigError, Failure, StoppedError
 from runtime.files import locked
 from runtime.logs import counted
@@ -96,7 +96,8 @@ def _metrics(
 
 
 def _preflight(job: TuningJob, access: oci.Access | None) -> None:
-    """Fail early: missing loggers, an output folder or (with `access`) an image that must not be written."""
+    """Fail early: missing loggers, a folder or (with `access`) an image that must not be written."""
+    files.check_temporary()
     loggers.check(job.training)
     folder = job.output.folder
     try:

@@ -132,6 +132,16 @@ def test_occupied_port_is_one_line(capsys: pytest.CaptureFixture[str], away: Pat
     assert f"port {port} is in use" in failure_line(capsys)
 
 
+@pytest.mark.parametrize("flag", ["--check", "--port=0"])
+def test_a_server_without_a_temporary_directory_does_not_start(
+    capsys: pytest.CaptureFixture[str], away: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: [str(away / "none")])
+    assert main.run(["serve", "phi-4", flag], {}) == 2
+    assert "no temporary directory can be made" in failure_line(capsys)
+
+
 def test_images_need_no_directory(capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"--adapter=a{number}={image}" for number, image in enumerate(IMAGES)]
     assert main.run(["serve", "phi-4", "--dry-run", "--json", *words], {}) == 0

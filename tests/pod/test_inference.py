@@ -32,7 +32,8 @@ def pod(tmp_path: Path) -> Path:
     """A root directory with mounted weights and one adapter."""
     weights = tmp_path / "workspace/weights"
     weights.mkdir(parents=True)
-    (weights / "config.json").write_text("{}")
+    (weights / "config.json").write_text('{"model_type": "phi3"}')
+    (weights / "model.safetensors").touch()
     adapter = tmp_path / "mnt/adapter/my-lora.v2"
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text("{}")

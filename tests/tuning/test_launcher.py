@@ -43,6 +43,16 @@ def test_fault_11_unwritable_output_fails_before_data_is_fetched(make_job: Maker
         launcher.run(job)
 
 
+def test_a_job_without_a_temporary_directory_is_refused_before_data_is_fetched(
+    make_job: Maker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    unreachable = DataSource(urls=("http://127.0.0.1:9/rows.parquet",), folder=tmp_path / "data")
+    with pytest.raises(ConfigError, match=r"no temporary directory .* mount one at /tmp or set TMPDIR"):
+        launcher.run(make_job(data=unreachable))
+
+
 def test_adapter_of_another_job_is_refused_before_data_is_fetched(make_job: Maker, tmp_path: Path) -> None:
     earlier = make_job()
     with output.replacing(earlier, identity.requested(earlier)) as folder:

@@ -20,7 +20,7 @@ from typing import cast
 
 import uvicorn
 
-from runtime import garbage_collection, hardware, torch_build
+from runtime import files, garbage_collection, hardware, torch_build
 from runtime.errors import ConfigError, Failure
 from runtime.metrics import ServingMetrics
 from runtime.oci import Access, read_keys
@@ -100,7 +100,8 @@ def _api_key(config: ServeConfig) -> str | None:
 
 
 def check_hardware(config: ServeConfig) -> None:
-    """Raise ConfigError where this machine's GPUs cannot serve `config`; imports no torch."""
+    """Raise ConfigError where this machine's GPUs or disks cannot serve `config`; imports no torch."""
+    files.check_temporary()
     if config.engine == "vllm":  # with a torch of its own
         hardware.detect()
     else:
