@@ -101,9 +101,9 @@ def _check_paths(paths: Mapping[str, Path | None], sources: Mapping[str, str]) -
 
 
 def _check_model(source: ModelSource) -> None:
-    """Refuse a model's directory without weights, or with odd JSON files, as the run does."""
+    """Refuse a model's directory with odd JSON files, as the run does; a preview needs no weights."""
     if source.path is not None and source.path.is_dir():
-        models.locate(source)
+        models.locate(source, weights=False)
 
 
 def _check_url(url: str, source: str) -> None:
