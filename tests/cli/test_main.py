@@ -15,6 +15,7 @@ import pytest
 from runtime import __version__, errors
 from runtime.cli import main
 from tests.cli.conftest import failure_line
+from tests.costs import plain_pass_s
 
 ROOT = Path(__file__).parents[2]
 SEED = str(ROOT / "examples/fine-tuning/kaito_workspace_tuning_phi_3.yaml")
@@ -26,7 +27,7 @@ SERVE = str(ROOT / "examples/inference/kaito_workspace_phi_3_with_adapter.yaml")
     [["--help"], ["presets"], ["tune", "--dry-run", SEED], ["serve", "--dry-run", SERVE], ["tune", "--help"]],
     ids=["help", "presets", "tune", "serve", "tune-help"],
 )
-def test_answers_within_a_second_and_without_torch(arguments: list[str]) -> None:
+def test_answers_at_once_and_without_torch(arguments: list[str]) -> None:
     code = (
         "import sys; from runtime.cli import main; import os\n"
         f"status = main.run({arguments!r}, os.environ)\n"
@@ -34,12 +35,18 @@ def test_answers_within_a_second_and_without_torch(arguments: list[str]) -> None
         "heavy &= set(sys.modules)\n"
         "print('HEAVY', sorted(heavy), status)"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.stdout.splitlines()[-1] == "HEAVY [] 0", done.stdout
-    # The processor's time and not the clock's, which grows with what else the machine does.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+    cost = unit = float("inf")
+    for _ in range(4):  # about 4.5 times a plain pass; torch takes 12 to 17
+        unit = min(unit, plain_pass_s())
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.stdout.splitlines()[-1] == "HEAVY [] 0", done.stdout
+        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        cost = min(cost, spent)
+        if cost < 6 * unit:
+            return
+    raise AssertionError(f"{cost:.2f} s is over 6 times a plain pass of {unit:.2f} s")
 
 
 @pytest.mark.parametrize("word", ["version", "--version"])
