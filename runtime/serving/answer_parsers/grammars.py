@@ -161,12 +161,21 @@ class _Lark:
         if not spelling.argument:
             arguments = self.part("schema", schema or {"type": "object"})
         else:
-            arguments = self.arguments(spelling, schema)
+            arguments = self.arguments(spelling, schema, self.required(name, schema))
         return f"{self.text(begin)} {arguments} {self.text(end)}"
 
-    def arguments(self, spelling: CallSpelling, schema: Schema) -> str:
+    def required(self, name: str, schema: Schema) -> frozenset[str]:
+        """Return the arguments that a function requires; RequestError for what is no list of names."""
+        required = schema.get("required") or []
+        if not isinstance(required, list) or not all(isinstance(each, str) for each in required):
+            raise RequestError(
+                f"'{self.param}': 'required' of '{name}' is not a list of names; send one, or leave it out",
+                param=self.param,
+            )
+        return frozenset(required)
+
+    def arguments(self, spelling: CallSpelling, schema: Schema, required: frozenset[str]) -> str:
         """Return the rule of arguments that are written one by one: those that are required, and others."""
-        required = schema.get("required") or ()
         properties = schema.get("properties")
         found = list(properties.items()) if isinstance(properties, Mapping) else []
         found.sort(key=lambda item: item[0] not in required)

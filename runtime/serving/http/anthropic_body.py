@@ -16,7 +16,14 @@ from runtime.serving.http import fields
 from runtime.serving.http.body_errors import SHOWN, required
 from runtime.serving.http.body_types import Body, Flag, Name, ShortText, Text, TokenCount, by_kind
 from runtime.serving.http.constraint_fields import JsonSchema, ResponseFormat, exclusive
-from runtime.serving.http.messages import MOST_MESSAGES, MOST_PARTS, FunctionCall, Message, ToolCall
+from runtime.serving.http.messages import (
+    MOST_MESSAGES,
+    MOST_PARTS,
+    FunctionCall,
+    Message,
+    ToolCall,
+    check_calls,
+)
 from runtime.serving.http.schema import MAX_STOPS, ChatCompletionBody, SamplingFields, Wording
 from runtime.serving.http.tool_fields import MAX_TOOLS, NamedFunction, OtherTool, ToolChoice, ToolChoices
 
@@ -249,6 +256,7 @@ def _turns(message: AnthropicMessage, at: str) -> Iterator[Message]:
                     f"{role}; send text, thinking, tool_use and tool_result blocks",
                     param=f"{place}.type",
                 )
+    check_calls(calls, at)
     if texts or thoughts or calls or not any(block.type == "tool_result" for block in message.content):
         thought = "".join(thoughts) or None
         yield Message(

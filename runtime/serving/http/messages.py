@@ -248,6 +248,12 @@ def _calls(message: Message, made_up: str, arguments: "_Arguments") -> Iterator[
         yield {"id": call_id, "type": "function", "function": called}
 
 
+def check_calls(calls: Sequence[ToolCall], at: str) -> None:
+    """Raise RequestError where the turn that other routes' items at `at` make has too many calls."""
+    if len(calls) > MOST_CALLS:
+        raise RequestError(f"'{at}' begins a turn of {len(calls)} calls, at most {MOST_CALLS}", param=at)
+
+
 class _Arguments:
     """The arguments of one conversation's calls, whose texts are read up to `MOST_VALUES` values."""
 

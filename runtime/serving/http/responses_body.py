@@ -23,6 +23,7 @@ from runtime.serving.http.messages import (
     Message,
     Said,
     ToolCall,
+    check_calls,
     content_of,
     with_contents,
 )
@@ -244,7 +245,7 @@ class _Answer:
     """Items that one answer of the model has been: a thought, a text and calls, which are one turn."""
 
     index: int = 0
-    thought: str = ""
+    thoughts: list[str] = field(default_factory=list)
     text: str | None = None
     calls: list[ToolCall] = field(default_factory=list)
 
@@ -261,7 +262,8 @@ class _Answer:
         """Take an item in; return it where it is a message of its own instead."""
         match item.type:
             case "reasoning":
-                self.thought += "".join(content_of(item, "assistant", f"{at}.content")) or item.summary or ""
+                said = "".join(content_of(item, "assistant", f"{at}.content"))
+                self.thoughts.append(said or item.summary or "")
             case "function_call":
                 function = FunctionCall(
                     name=required(item.name, f"{at}.name"),
@@ -274,7 +276,7 @@ class _Answer:
                 return Message.model_construct(role="tool", tool_call_id=call_id, content=output)
             case "message" if _is_plain_answer(item):
                 self.text, thought = content_of(item, "assistant", f"{at}.content")
-                self.thought += thought
+                self.thoughts.append(thought)
             case "message":
                 if not item.role:
                     raise RequestError(f"'{at}.role' is missing", param=f"{at}.role")
@@ -289,14 +291,16 @@ class _Answer:
 
     def message(self) -> Iterator[tuple[int, Message]]:
         """Yield the turn of the assistant that the items are, if there were any."""
-        if self.thought or self.calls or self.text is not None:
+        check_calls(self.calls, f"input[{self.index}]")
+        thought = "".join(self.thoughts)
+        if thought or self.calls or self.text is not None:
             yield (
                 self.index,
                 Message(
                     role="assistant",
                     content=self.text or "",
                     tool_calls=self.calls or None,
-                    reasoning_content=self.thought or None,
+                    reasoning_content=thought or None,
                 ),
             )
 

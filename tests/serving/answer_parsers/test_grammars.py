@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from runtime.errors import RequestError
 from runtime.serving.answer_parsers.formats import CALLS, REASONING
 from runtime.serving.answer_parsers.forms import AnswerForm
 from runtime.serving.answer_parsers.grammars import ForcedCalls, spelled
@@ -14,6 +15,7 @@ from runtime.serving.answer_parsers.parts import ParsedAnswer
 from runtime.serving.detokenize import marked
 from runtime.serving.engine.protocol import Constraint
 from runtime.serving.structured_output.forms import form_of
+from tests.costs import assert_linear
 from tests.serving.answer_parsers import spelled as spellings
 from tests.serving.conftest import make_tokenizer
 
@@ -195,3 +197,26 @@ def test_forced_texts_are_plain_wherever_the_schema_says_that_they_are_texts(
     ] * len(values)
     if not_this is not None:
         assert not allows(constraint, write("f", {"x": not_this}), tokenizer, tokens)
+
+
+def test_the_arguments_that_are_required_are_looked_up_at_a_cost_in_proportion() -> None:
+    def force(size: int) -> None:
+        schema = {
+            "properties": {f"a{number}": {"type": "string"} for number in range(size)},
+            "required": [f"b{number}" for number in range(4 * size)],
+        }
+        spelled(AnswerForm(calls=CALLS["qwen3_coder"]), None, ForcedCalls({"f": schema}, "tool_choice"),
+                prompt="", special={})  # fmt: skip
+
+    assert_linear(force, 100, 1_600)
+
+
+@pytest.mark.parametrize("required", [5, "x", {"x": 1}, [["x"]]])
+def test_required_arguments_that_are_no_list_of_names_are_refused(required: Any) -> None:
+    schema = {"properties": {"x": {"type": "string"}}, "required": required}
+    forced = ForcedCalls({"f": schema}, "tool_choice")
+    with pytest.raises(
+        RequestError, match="'tool_choice': 'required' of 'f' is not a list of names"
+    ) as refused:
+        spelled(AnswerForm(calls=CALLS["qwen3_coder"]), None, forced, prompt="", special={})
+    assert refused.value.param == "tool_choice"

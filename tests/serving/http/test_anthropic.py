@@ -12,6 +12,7 @@ pytestmark = pytest.mark.anyio
 
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 HI = [{"role": "user", "content": "hi"}]
+USE = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
 FORMAT = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
 TOOL = {
     "name": "weather",
@@ -193,6 +194,10 @@ async def test_tokens_of_a_prompt_are_counted_without_an_answer(open_site: Any) 
         ({"output_config": FORMAT, "output_format": FORMAT["format"]}, "output_format"),
         ({"output_config": FORMAT, "response_format": {"type": "json_object"}}, "response_format"),
         ({"output_config": FORMAT, "guided_regex": "a"}, "guided_regex"),
+        (
+            {"messages": [*HI, {"role": "assistant", "content": [USE] * 1025}]},
+            "messages[1]",
+        ),
         (
             {"output_config": {"format": {"type": "json_schema", "schema": {"type": 5}}}},
             "output_config.format",

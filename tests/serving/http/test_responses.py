@@ -8,6 +8,8 @@ import pytest
 from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from runtime.serving.http.responses_body import ResponsesBody
+from tests.costs import assert_linear
 from tests.serving.http.test_anthropic import THINKS
 from tests.serving.http.test_chat import say
 from tests.serving.http.test_openai import client_of
@@ -273,3 +275,19 @@ async def test_a_part_that_is_no_text_is_refused_within_an_answer_too(open_site:
     async with open_site() as site:
         reply = await site.client.post("/v1/responses", json={"input": [thought]})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "input[0].content[0]")
+
+
+def test_thoughts_in_a_row_are_joined_at_a_cost_in_proportion() -> None:
+    def joined(items: int) -> None:
+        thought = {"type": "reasoning", "summary": "x" * 500}
+        body = ResponsesBody.model_validate({"input": [thought] * items})
+        assert len(body.as_chat()[0].messages[0].reasoning_content or "") == 500 * items
+
+    assert_linear(joined, 1_000, 8_000)
+
+
+async def test_a_turn_of_more_calls_than_are_taken_is_refused(open_site: Any, tokenizer: Any) -> None:
+    call = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}
+    async with open_site() as site:
+        with pytest.raises(openai.BadRequestError, match=r"'input\[0\]' .* 1025 calls, at most 1024"):
+            await client_of(site).responses.create(model="base", input=[call] * 1025)  # type: ignore[list-item]
