@@ -158,19 +158,21 @@ def remove_abandoned(folder: Path, name: str | None = None) -> None:
     prefix = "." if name is None else f".{name[:_MOST_NAME]}."
     with contextlib.suppress(OSError):
         for path in list(folder.iterdir()):
-            if path.name.startswith(prefix) and _SCRATCH.search(path.name) and _is_abandoned(path):
-                remove(path)
+            if path.name.startswith(prefix) and _SCRATCH.search(path.name):
+                _remove_if_abandoned(path)
 
 
-def _is_abandoned(path: Path) -> bool:
+def _remove_if_abandoned(path: Path) -> None:
+    """Remove `path` unless it is written at, under its lock: who has just made it may begin meanwhile."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
-        return False
+        return
     try:
         held = _acquire(descriptor)
         age_s = time.time() - os.fstat(descriptor).st_mtime
-        return age_s > _ABANDONED_S if held is None else held
+        if age_s > _ABANDONED_S if held is None else held:
+            remove(path)
     finally:
         os.close(descriptor)
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import lock_descriptor
 
 from runtime import files
 from runtime.errors import CapacityError, ConfigError, Failure, TransientError
@@ -173,6 +174,24 @@ def test_writers_of_one_file_at_once_do_not_mix(tmp_path: Path) -> None:
         list(pool.map(lambda text: files.write_atomic(tmp_path / "x", text), texts * 4))
     assert (tmp_path / "x").read_text() in texts
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_looks_abandoned_is_removed_under_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a file that another process has just made, and is about to lock, is taken from it."""
+    left = tmp_path / ".x.0123abcd.part"
+    left.touch()
+    locked = []
+
+    def remove(path: Path) -> None:
+        with path.open() as file:
+            locked.append(not lock_descriptor(file.fileno(), blocking=False))
+        path.unlink()
+
+    monkeypatch.setattr(files, "remove", remove)
+    files.remove_abandoned(tmp_path, "x")
+    assert (locked, left.exists()) == ([True], False)
 
 
 def test_a_folder_appears_whole_and_replaces_another(tmp_path: Path) -> None:
