@@ -97,25 +97,23 @@ async def _completion_requests(
     asked, text_rules = constraint(body), parameters.text_rules(body)
     length = parameters.AnswerLength(body.max_tokens)
     tokenizer = generator.served().tokenizer
+    found = [
+        await tokenizer.prompt_from_text(prompt, special=body.add_special_tokens)
+        if isinstance(prompt, str)
+        else tokenizer.prompt_from_ids(prompt)
+        for prompt in prompts
+    ]
+    most = [parameters.max_new_tokens(length, tokenizer, prompt_tokens=len(ids)) for ids in found]
+    sampling = await parameters.sampling(
+        body, tokenizer, max_new_tokens=min(most), sample=samples(body), top_logprobs=body.logprobs
+    )
+    sampling = await constrained(request, tokenizer, sampling, asked)
+    sampling = replace(sampling, prompt_logprobs=body.echo and body.logprobs is not None)
     requests, echoes = [], []
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            ids = await tokenizer.prompt_from_text(prompt, special=body.add_special_tokens)
-        else:
-            ids = tokenizer.prompt_from_ids(prompt)
-        sampling = await parameters.sampling(
-            body,
-            tokenizer,
-            max_new_tokens=parameters.max_new_tokens(length, tokenizer, prompt_tokens=len(ids)),
-            sample=samples(body),
-            top_logprobs=body.logprobs,
-        )
-        sampling = await constrained(request, tokenizer, sampling, asked)
-        sampling = replace(sampling, prompt_logprobs=body.echo and body.logprobs is not None)
+    for prompt, ids, new_tokens in zip(prompts, found, most, strict=True):
+        own = replace(sampling, max_new_tokens=new_tokens)
         request_id = request.state.request_id
-        requests.append(
-            GenerationRequest(ids, sampling, text_rules, adapter, request_id, continues_prompt=True)
-        )
+        requests.append(GenerationRequest(ids, own, text_rules, adapter, request_id, continues_prompt=True))
         text = "" if not body.echo else prompt if isinstance(prompt, str) else tokenizer.decode(ids)
         echoes += [text] * body.n
     return requests, echoes
