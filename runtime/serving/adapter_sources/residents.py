@@ -56,7 +56,7 @@ class Residents:
         """Return what `name` stands for now, and note that it was used."""
         if name in self._current:
             self._current.move_to_end(name)
-        return self._current.get(name)
+        return self.current(name)
 
     def current(self, name: str) -> Resident | None:
         """Return what `name` stands for now."""
@@ -84,7 +84,7 @@ class Residents:
 
     def is_current(self, resident: Resident) -> bool:
         """Whether new requests for its name get it."""
-        return self._current.get(resident.name) is resident
+        return self.current(resident.name) is resident
 
     def unused(self) -> Resident | None:
         """Return the adapter that leaves first; None where all are in use."""
