@@ -315,8 +315,23 @@ def check_temporary() -> None:
 
     torchrun, datasets and archives need one, and fail late and with other words.
     """
-    try:
+    with _temporary_errors():
         tempfile.gettempdir()
+
+
+@contextlib.contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """Yield a folder that is gone after the block; ConfigError when none can be made."""
+    with _temporary_errors():
+        made = tempfile.TemporaryDirectory(prefix=prefix)
+    with made as name:
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _temporary_errors() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
             f"no temporary directory can be made ({error.strerror}); mount one at /tmp or set TMPDIR"

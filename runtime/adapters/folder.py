@@ -6,7 +6,6 @@ Reads headers of files, never weights, and needs no torch. Start at `check`, `ch
 import contextlib
 import json
 import logging
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from runtime.adapters.lora_config import PREFIX, LoraFields
 from runtime.adapters.own_template import MOST_BYTES, TEMPLATE_FOLDER
 from runtime.config import parse
 from runtime.errors import ConfigError, one_line
+from runtime.files import temporary_folder
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +115,8 @@ def local_copy(reference: str, *, access: oci.Access, name: str | None = None) -
         return
     if not oci.is_image(reference):
         raise no_directory(reference, what)
-    with tempfile.TemporaryDirectory(prefix="adapter-") as scratch:
-        image = oci.pull(oci.parse(reference), Path(scratch) / "image", access=access)
+    with temporary_folder("adapter-") as scratch:
+        image = oci.pull(oci.parse(reference), scratch / "image", access=access)
         yield within(image, what, reference)
 
 

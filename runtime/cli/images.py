@@ -16,6 +16,7 @@ from runtime import oci
 from runtime.cli import image_facts, render
 from runtime.cli.options import AsJson, Debug, RequireSignature, path
 from runtime.errors import ConfigError
+from runtime.files import temporary_folder
 from runtime.oci import Access, Reference
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class _Push:
     def run(self, files: list[str] | None, notes: dict[str, str], *, modelpack: bool) -> str:
         from runtime import packing
         from runtime.oci import image
-        from runtime.oci.images import load_base, scratch_folder
+        from runtime.oci.images import load_base
         from runtime.oci.modelpack import build as build_modelpack
         from runtime.provenance import attaching
 
@@ -132,7 +133,7 @@ class _Push:
         chosen = packing.files(self.folder, files)
         notes = packing.annotations(self.folder) | notes
         attached = attaching(self.folder, chosen, target, key=self.key, stated=self.stated)
-        with scratch_folder() as scratch, attached as beside:
+        with temporary_folder("push-") as scratch, attached as beside:
 
             def build() -> image.Image:
                 if modelpack:

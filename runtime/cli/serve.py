@@ -210,7 +210,7 @@ def _run(
     config, access = resolved.ready(), oci.from_environment(environ)
     references.check_adapters(config)
     if check:
-        server.check_hardware(config)
+        server.check_machine(config)
         server.key_file(config)
         access = server.required_access(config, access)
         _check(config, access, as_json=as_json)

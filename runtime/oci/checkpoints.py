@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from runtime.errors import RegistryError
+from runtime.files import temporary_folder
 from runtime.oci import images, signatures
 from runtime.oci.access import DEFAULT, Access
 from runtime.oci.image import Image, build
@@ -95,7 +96,7 @@ def push(folder: Path, reference: Reference, *, step: int, run: Run, access: Acc
         if run.key is not None:
             signatures.sign(store, reference, image.digest, run.key)
 
-    with images.scratch_folder() as scratch:
+    with temporary_folder("push-") as scratch:
         made = partial(build, folder, scratch, annotations=notes)
         return images.push_image(made, reference, access=access, beside=sign)
 

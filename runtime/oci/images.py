@@ -9,7 +9,6 @@ import json
 import logging
 import platform
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import closing
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import RETRIABLE, CapacityError, ConfigError, Failure, RegistryError
-from runtime.files import atomic_folder, check_folder, disk_errors, locked
+from runtime.files import atomic_folder, check_folder, disk_errors, locked, temporary_folder
 from runtime.oci import contents, manifests, signatures
 from runtime.oci.access import DEFAULT, Access
 from runtime.oci.blobs import Descriptor, file_digest, from_file
@@ -68,7 +67,7 @@ def push(
 
     files: paths relative to `folder`; every file below it when None.
     """
-    with scratch_folder() as scratch:
+    with temporary_folder("push-") as scratch:
         return push_image(
             partial(build, folder, scratch, files=files, annotations=annotations), reference, access=access
         )
@@ -295,19 +294,6 @@ def find_digest(reference: Reference, access: Access = DEFAULT) -> str | None:
 
     with closing(Repository(reference, access)) as repository:
         return repository.digest_of(reference.selector)
-
-
-@contextlib.contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """Yield a temporary folder for compressed layers; ConfigError when none can be made."""
-    try:
-        made = tempfile.TemporaryDirectory(prefix="push-")
-    except OSError as error:
-        raise ConfigError(
-            f"no temporary directory can be made ({error.strerror}); mount one at /tmp or set TMPDIR"
-        ) from None
-    with made as name:
-        yield Path(name)
 
 
 def open_store(reference: Reference, access: Access) -> Store:

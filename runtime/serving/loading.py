@@ -6,7 +6,6 @@ a bad model ends the process. Does not know HTTP. Start at `load`.
 
 import contextlib
 import logging
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime import adapters, attention, hardware, models, oci, support, torch_build
 from runtime.errors import ConfigError, Failure, one_line
+from runtime.files import temporary_folder
 from runtime.hardware import Hardware
 from runtime.serving.engine.create import create
 from runtime.serving.engine.replicas import engine as replicas
@@ -232,7 +232,7 @@ def _combined(served: ServedModel, config: ServeConfig, access: oci.Access) -> S
             log.info("Adapter added: %s", source.name)
         if not parts:
             return served
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="combined-")))
+        scratch = stack.enter_context(temporary_folder("combined-"))
         adapters.combine(parts, scratch)
         served.engine.add_adapter(COMBINED, scratch)
     _combine_templates(served)

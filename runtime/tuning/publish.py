@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from functools import partial
 
 from runtime import oci, packing
+from runtime.files import temporary_folder
 from runtime.oci.image import build
-from runtime.oci.images import scratch_folder
 from runtime.provenance import attaching
 from runtime.tuning.settings import TuningJob
 from runtime.tuning.signing import signing_key
@@ -25,7 +25,10 @@ def publish(job: TuningJob, access: oci.Access) -> str | None:
     folder, reference = job.output.folder, oci.parse(job.output.image)
     files = packing.files(folder)
     key, stated = signing_key(job, access), job.output.provenance
-    with scratch_folder() as scratch, attaching(folder, files, reference, key=key, stated=stated) as beside:
+    with (
+        temporary_folder("push-") as scratch,
+        attaching(folder, files, reference, key=key, stated=stated) as beside,
+    ):
         made = partial(build, folder, scratch, files=files, annotations=packing.annotations(folder))
         digest = oci.push_image(made, reference, access=access, beside=beside)
     log.info("pushed %s@%s", job.output.image, digest)

@@ -123,6 +123,18 @@ def test_an_adapter_is_read_where_it_is_or_pulled_for_as_long_as_it_is_needed(tm
     assert not found.exists()
 
 
+def test_an_image_needs_a_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / adapters.CONFIG_FILE).write_text("{}")
+    image = f"oci:{tmp_path}/layout:v1"
+    oci.push(tmp_path, oci.parse(image), files=[adapters.CONFIG_FILE])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with (
+        pytest.raises(ConfigError, match="no temporary directory can be made"),
+        adapters.local_copy(image, access=DEFAULT),
+    ):
+        pass
+
+
 def test_a_reference_without_an_adapter_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no adapter")
     image = f"oci:{tmp_path}/layout:v1"

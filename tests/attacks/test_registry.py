@@ -16,9 +16,9 @@ import pytest
 
 from runtime import oci
 from runtime.errors import RegistryError, exit_code
+from runtime.files import temporary_folder
 from runtime.oci import signatures
 from runtime.oci.image import build
-from runtime.oci.images import scratch_folder
 from runtime.provenance import attached, attaching
 from tests.faults.quirky_registry import Quirks, QuirkyRegistry
 from tests.oci.conftest import quick
@@ -81,7 +81,7 @@ def victim(tmp_path: Path, pair: KeyPair) -> Iterator[Victim]:
     reference = oci.parse(f"{server.host}/team/support:v1")
     key = oci.read_private(pair.private)
     names = [path.name for path in folder.iterdir()]
-    with scratch_folder() as scratch, attaching(folder, names, reference, key=key) as beside:
+    with temporary_folder("push-") as scratch, attaching(folder, names, reference, key=key) as beside:
         digest = oci.push_image(lambda: build(folder, scratch), reference, access=quick(), beside=beside)
     yield Victim(server, reference, digest, pair, folder)
     server.stop()

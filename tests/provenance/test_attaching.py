@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from runtime import oci, packing
+from runtime.files import temporary_folder
 from runtime.oci import images, referrers
 from runtime.oci.image import build
 from runtime.provenance import Attached, attached, attaching, statement
@@ -18,7 +19,7 @@ def push(folder: Path, reference: oci.Reference, pair: KeyPair | None = None, *,
     files = packing.files(folder)
     key = oci.read_private(pair.private) if pair else None
     with (
-        images.scratch_folder() as scratch,
+        temporary_folder("push-") as scratch,
         attaching(folder, files, reference, key=key, stated=stated) as beside,
     ):
         return oci.push_image(

@@ -7,14 +7,13 @@ import contextlib
 import logging
 import os
 import shutil
-import tempfile
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from runtime.errors import ConfigError
-from runtime.files import check_folder, disk_errors, locked
+from runtime.files import check_folder, disk_errors, locked, temporary_folder
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class AdapterFiles:
         self._held: Counter[str] = Counter()
         self._lock = threading.Lock()
         if root is None:
-            root = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="adapters-")))
+            root = self._stack.enter_context(temporary_folder("adapters-"))
         else:
             self._take(root)
         self._root = root

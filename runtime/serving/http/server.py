@@ -59,7 +59,7 @@ def run(config: ServeConfig, *, access: Access | None = None, load: Load | None 
     bound or the GPU cannot be used, and the Failure that loading ended with.
     """
     check_settings(config)
-    check_hardware(config)
+    check_machine(config)
     hardware.limit_kernel_caches()
     with garbage_collection.paused():
         from runtime.serving import loading  # imports torch: only when a model is served
@@ -99,8 +99,8 @@ def _api_key(config: ServeConfig) -> str | None:
     return config.api_key.get_secret_value() if config.api_key is not None else None
 
 
-def check_hardware(config: ServeConfig) -> None:
-    """Raise ConfigError where this machine's GPUs or disks cannot serve `config`; imports no torch."""
+def check_machine(config: ServeConfig) -> None:
+    """Raise ConfigError where this machine cannot serve `config`: its GPUs, its temporary directory."""
     files.check_temporary()
     if config.engine == "vllm":  # with a torch of its own
         hardware.detect()
